@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# `make demo`: the batch of this folder on this very machine; no sshd, no key and no rsync needed.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+# What the program keeps in the home folder between batches goes away with the rest.
+export HOME="$folder/home" SHELL=/bin/bash
+mkdir "$HOME" "$folder/project"
+cp -R "$here" "$folder/project/example"
+cd "$folder/project"
+
+set -- execute_batch example/batch_script.sh --machines localhost --no-gpu-required --memory-required=100
+echo "\$ $*"
+"$@"
+echo
+echo '$ tail job_results/*.out'
+tail -n 5 job_results/*.out

@@ -1,0 +1,162 @@
+"""Fixtures over rig.py: machines to log in to, and the program under test as a user starts it."""
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rig
+
+
+# ---- The session ----
+
+@pytest.fixture(scope='session', autouse=True)
+def nothing_left():
+    """Exit at once where the rig cannot work; fail at the end if anything of ours is left."""
+    missing = rig.missing_tools()
+    if missing:
+        pytest.exit('The tests start real machines on loopback and need more Debian packages: '
+                    f'sudo apt-get install {" ".join(missing)}', returncode=3)
+    yield
+    rig.remove_shared_farms()
+    left = rig.leftovers()
+    assert not left, 'the tests left behind:\n' + '\n'.join(left)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Show the end of each machine's log below a test that failed."""
+    report = (yield).get_result()
+    if report.failed:
+        for machine in rig.RUNNING:
+            lines = machine.log.read_text(errors='replace').splitlines()
+            report.sections.append((f'sshd log of {machine.name}', '\n'.join(lines[-40:])))
+
+
+# ---- Machines ----
+
+@pytest.fixture
+def lab():
+    """Make started machines: lab(shell='/bin/zsh', ...); they end with the test."""
+    with contextlib.ExitStack() as machines:
+        count = 0
+
+        def start(**settings):
+            nonlocal count
+            count += 1
+            settings.setdefault('name', f'own{count}')
+            return machines.enter_context(rig.Machine(**settings))
+
+        yield start
+
+
+@pytest.fixture(scope='session')
+def lab1():
+    """An ordinary machine with two GPUs that all tests share: leave it as you found it."""
+    with rig.Machine('lab1', gpus=rig.fake_gpus(2)) as machine:
+        yield machine
+
+
+@pytest.fixture(scope='session')
+def lab2():
+    """Another one like lab1."""
+    with rig.Machine('lab2', gpus=rig.fake_gpus(2)) as machine:
+        yield machine
+
+
+# ---- The client ----
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """An empty working folder, which is the current one."""
+    folder = tmp_path / 'project'
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def client_home():
+    """HOME of the program under test, with a short path, as sockets may lie in its tmp/.
+
+    ssh takes `~` from the passwd database and not from $HOME.  So what keeps the real user's
+    ~/.ssh away is not this folder alone: the program names every file that ssh reads in a
+    configuration of its own, and Machine.yaml() names the known hosts.
+
+    When the test ends, what the program started here must end as well: its environment tells it.
+    """
+    folder = rig.temporary_folder('client')
+    (folder / 'tmp').mkdir()
+    yield folder
+    left = [f'{pid} {rig.cmdline(pid)}' for pid in rig.knowing(folder)
+            if not rig.ends(pid, timeout_s=5)]
+    kill_all_of(folder)
+    rig.remove(folder)
+    assert not left, 'the program left processes behind on this side:\n' + '\n'.join(left)
+
+
+def kill_all_of(client_home):
+    for pid in rig.knowing(client_home):
+        rig.kill(pid, lambda pid: pid in rig.knowing(client_home))
+
+
+@pytest.fixture
+def client_env(client_home):
+    """The environment of the program under test: ours, without what the user set for ssh."""
+    private = ('SSH_', 'XDG_', 'CUDA_')
+    env = {name: value for name, value in os.environ.items() if not name.startswith(private)}
+    return {**env, 'HOME': str(client_home), 'TMPDIR': str(client_home / 'tmp')}
+
+
+@pytest.fixture
+def scheduler():
+    """The file that start_cli and run_cli run."""
+    return Path(__file__).resolve().parent.parent / 'ssh_scheduler.py'
+
+
+@pytest.fixture
+def start_cli(scheduler, client_env):
+    """Start the program: a Popen, leader of a group, which is killed if the test leaves it alive.
+
+    `env` adds to the environment.
+    """
+    started = []
+
+    def start(*argv, cwd=None, env=None):
+        process = subprocess.Popen(
+            [sys.executable, str(scheduler), *map(str, argv)], cwd=cwd,
+            env={**client_env, **(env or {})}, start_new_session=True, text=True,
+            errors='replace', stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:      # not yet waited for, so its pid is still its own
+            os.killpg(process.pid, signal.SIGKILL)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        process.wait()
+
+
+@pytest.fixture
+def run_cli(start_cli, client_home):
+    """Run the program to its end, and to the end of its output: run_cli('execute_to', ...)."""
+    def run(*argv, stdin='', cwd=None, env=None, timeout=60):
+        process = start_cli(*argv, cwd=cwd, env=env)
+        try:
+            stdout, stderr = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            why = ('did not end' if process.poll() is None else
+                   f'exited with {process.returncode}, but something holds its output open')
+            kill_all_of(client_home)
+            stdout, stderr = process.communicate(timeout=rig.SAFETY_NET_S)
+            pytest.fail(f'{" ".join(map(str, argv))}\n{why}, {timeout} s after its start\n'
+                        f'---- stdout\n{stdout}\n---- stderr\n{stderr}')
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run

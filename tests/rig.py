@@ -1,0 +1,596 @@
+"""Real machines for the tests: each is one sshd on loopback, in one temporary folder.
+
+A Machine has its own host key, port, client key, log, home folder, login shell and PATH, so that
+the program under test meets OpenSSH and rsync themselves and no imitation of them.  It needs no
+root: an ordinary user gets machines that log in as that user.
+
+Three tricks make one computer look like several:
+
+* libnss_wrapper, preloaded into sshd only, answers its getpwnam() from our own passwd file.  That
+  gives every machine a home and a login shell of its own, and /etc stays as it is.
+* SetEnv in sshd_config names the machine in the environment of everything that runs "there", so
+  its processes can be found, whoever started them and however often they forked.
+* PidFile is a FIFO: sshd opens it once it listens, so that we are told and need not look again.
+
+`python3 rig.py --missing` lists the Debian packages that are needed and not there.
+"""
+import atexit
+import functools
+import json
+import os
+import pwd
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+SAFETY_NET_S = 30       # how long we wait for what always comes at once; never a measurement
+
+# package: a file that it brings, below one of SYSTEM_FOLDERS or LIBRARY_PATTERNS
+DEBIAN_PACKAGES = {
+    'openssh-server': 'sshd', 'openssh-client': 'ssh', 'rsync': 'rsync', 'procps': 'ps',
+    'bash': 'bash', 'dash': 'dash', 'zsh': 'zsh', 'fish': 'fish', 'tcsh': 'tcsh',
+    'libnss-wrapper': 'libnss_wrapper.so',
+}
+SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin')
+LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')
+
+
+# ---- What the rig needs ----
+
+def program(name):
+    """Path of a system program, or None.  PATH often lacks /usr/sbin, and may begin with stubs."""
+    return shutil.which(name, path=os.pathsep.join(SYSTEM_FOLDERS))
+
+
+def nss_wrapper():
+    """Path of the library, or None."""
+    found = [path for pattern in LIBRARY_PATTERNS for path in Path('/usr').glob(pattern)]
+    return str(found[0]) if found else None
+
+
+def missing_tools():
+    """The Debian packages that have to be installed before a Machine can start."""
+    return [package for package, file in DEBIAN_PACKAGES.items()
+            if not (nss_wrapper() if file.endswith('.so') else program(file))]
+
+
+# ---- Temporary folders, and what is left of them ----
+
+FOLDERS = []            # every one that was made, for leftovers()
+
+
+def temporary_folder(name, mode=0o700):
+    """A new folder with a short path: that of a Unix socket must fit into 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix=f'rig-{name}-', dir='/tmp'))
+    folder.chmod(mode)
+    FOLDERS.append(folder)
+    return folder
+
+
+def remove(folder):
+    """Remove a folder, even one in which a job took away its own permissions."""
+    subprocess.run(['chmod', '-R', 'u+rwX', folder], stderr=subprocess.DEVNULL)
+    shutil.rmtree(folder)
+
+
+def leftovers():
+    """Sentences that name what should be gone: folders, and processes that know of one of them."""
+    return [*(f'folder {folder} is still there' for folder in FOLDERS if folder.exists()),
+            *(f'process {pid} is still alive: {cmdline(pid)}' for pid in knowing(*FOLDERS))]
+
+
+# ---- Processes ----
+
+def pids():
+    return [int(name) for name in os.listdir('/proc') if name.isdigit()]
+
+
+def read_proc(pid, name):
+    """/proc/PID/NAME as bytes; nothing where the process is gone, a zombie, or not ours to read."""
+    try:
+        with open(f'/proc/{pid}/{name}', 'rb') as file:
+            return file.read()
+    except OSError:
+        return b''
+
+
+def cmdline(pid):
+    words = read_proc(pid, 'cmdline').rstrip(b'\0').split(b'\0')
+    return b' '.join(words).decode(errors='replace')
+
+
+def knowing(*folders):
+    """Pids of the processes that have one of `folders` in their words or their environment."""
+    marks = [os.fsencode(folder) for folder in folders]
+
+    def knows(pid):
+        words = read_proc(pid, 'cmdline') + b'\0' + read_proc(pid, 'environ')
+        return any(mark in words for mark in marks)
+
+    return [pid for pid in pids() if pid != os.getpid() and knows(pid)]
+
+
+def parent_and_state(pid):
+    """(parent's pid, state letter), behind the name, which may itself contain spaces and ')'."""
+    fields = read_proc(pid, 'stat').rpartition(b')')[2].split()
+    return (int(fields[1]), fields[0].decode()) if fields else (0, 'X')
+
+
+def is_sshd(pid):
+    """sshd itself, not what it runs; since OpenSSH 9.8 also sshd-session and sshd-auth."""
+    return read_proc(pid, 'comm').startswith(b'sshd')
+
+
+def kill(pid, is_ours):
+    """SIGKILL a process and wait for its end, if it is still ours once its pid cannot be reused."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if is_ours(pid):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            if not wait_readable(handle):
+                raise TimeoutError(f'process {pid} survives SIGKILL: {cmdline(pid)}')
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def ends(pid, timeout_s=SAFETY_NET_S):
+    """Wait for the end of a process that need not be our child; False if it does not come."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(wait_readable(handle, timeout_s=timeout_s))
+    finally:
+        os.close(handle)
+
+
+def wait_readable(*fds, timeout_s=SAFETY_NET_S):
+    """Those of `fds` that have something to say; a pidfd speaks when its process has ended."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _event in poll.poll(timeout_s * 1000)]
+
+
+# ---- PATH as a folder of links ----
+
+def farm(folder, leave_out=('rsync', 'nvidia-smi'), only=None):
+    """Fill `folder` with links to the programs of this computer, and return it.
+
+    A PATH of this one folder is the way to a machine "without rsync", or without the real
+    nvidia-smi, which lie beside everything else in /usr/bin.  Where there is no python3, the one
+    that runs the tests is linked.
+    """
+    programs = {}
+    for directory in SYSTEM_FOLDERS:
+        if os.path.isdir(directory):
+            for entry in os.scandir(directory):
+                programs.setdefault(entry.name, entry.path)
+    programs.setdefault('python3', os.path.realpath(sys.executable))
+    names = set(programs) - set(leave_out) if only is None else set(only)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        os.symlink(programs[name], folder / name)
+    return folder
+
+
+@functools.cache
+def shared_farm(leave_out, only):
+    """A farm that is built once per session: a thousand links can take more than half a second."""
+    folder = temporary_folder('farm', mode=0o755)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return farm(folder / 'bin', leave_out, only)
+
+
+def system_path(leave_out, only):
+    """Folders of a PATH to the programs of this computer; a farm only where it has to be one."""
+    if only is not None or any(map(program, leave_out)):
+        return (shared_farm(leave_out, only),)
+    return SYSTEM_FOLDERS if program('python3') else (*SYSTEM_FOLDERS,
+                                                      shared_farm((), ('python3',)))
+
+
+def remove_shared_farms():
+    for folder in FOLDERS:
+        if folder.name.startswith('rig-farm-'):
+            shutil.rmtree(folder, ignore_errors=True)
+    shared_farm.cache_clear()
+
+
+# ---- The fake nvidia-smi ----
+
+NVIDIA_SMI = r'''#!/bin/bash
+# Stands in for nvidia-smi: answers a query from ../gpus.table, or with a recorded ../gpus.txt.
+folder=${0%/*}/..
+for word; do
+    case $word in
+        --query-gpu=*) query=${word#*=} ;;
+        --format=*) format=${word#*=} ;;
+        *) echo "the fake nvidia-smi does not know: $word"; exit 2 ;;
+    esac
+done
+if [ "$format" != csv,noheader,nounits ]; then
+    echo 'the fake nvidia-smi knows --format=csv,noheader,nounits only'
+    exit 2
+fi
+if [ -e "$folder/gpus.txt" ]; then
+    exec cat "$folder/gpus.txt"
+fi
+
+{
+    IFS=';' read -ra names
+    declare -A place
+    for i in "${!names[@]}"; do
+        place[${names[i]}]=$i
+    done
+    for name in ${query//,/ }; do
+        if [ -z "${place[$name]}" ]; then
+            echo "Field \"$name\" is not a valid field to query."
+            exit 2
+        fi
+    done
+    while IFS=';' read -ra values; do
+        line=
+        for name in ${query//,/ }; do
+            line+=", ${values[${place[$name]}]}"
+        done
+        echo "${line#, }"
+        found=yes
+    done
+} <"$folder/gpus.table"
+if [ -z "$found" ]; then
+    echo 'No devices were found'
+    exit 6
+fi
+'''
+
+GPU_COLUMNS = ('index', 'uuid', 'pci.bus_id', 'name', 'memory.total', 'memory.used', 'memory.free',
+               'utilization.gpu', 'mig.mode.current', 'compute_mode')
+
+
+def fake_gpus(count, memory_mb=16000, **other):
+    """`count` idle GPUs, as Machine(gpus=...) takes them."""
+    return [{'index': i, 'memory_total_mb': memory_mb, **other} for i in range(count)]
+
+
+def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, **columns):
+    """One GPU as nvidia-smi's columns; `columns` may name any of them: 'compute_mode', ..."""
+    free_mb = memory_total_mb if memory_free_mb is None else memory_free_mb
+    row = {
+        'index': index, 'uuid': f'GPU-00000000-0000-0000-0000-{index:012d}',
+        'pci.bus_id': f'00000000:{index + 1:02X}:00.0', 'name': 'NVIDIA Rig 16GB',
+        'memory.total': memory_total_mb, 'memory.free': free_mb,
+        'memory.used': memory_total_mb - free_mb, 'utilization.gpu': utilization,
+        'mig.mode.current': '[N/A]', 'compute_mode': 'Default', **columns,
+    }
+    return [str(row[column]) for column in GPU_COLUMNS]
+
+
+# ---- Machine ----
+
+# KexAlgorithms: OpenSSH's default, sntrup761, costs 60 ms more of processor time in every login.
+SSHD_CONFIG = '''\
+{options}
+ListenAddress 127.0.0.1
+Port {port}
+HostKey {folder}/host_key
+PidFile {folder}/listening
+AuthorizedKeysFile {folder}/client_key.pub
+SetEnv {environment}
+KexAlgorithms curve25519-sha256
+LogLevel VERBOSE
+UsePAM no
+StrictModes no
+PermitRootLogin yes
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PrintLastLog no
+PrintMotd no
+Subsystem sftp internal-sftp
+'''
+
+# Debian's /etc/profile sets PATH anew in a login shell of the Bourne family, so the machine's own
+# .profile restores it.  The rest is what Debian gives a new user.
+PROFILE = '''\
+PATH='{path}'
+if [ -n "$BASH_VERSION" ] && [ -f ~/.bashrc ]; then . ~/.bashrc; fi
+'''
+
+RUNNING = []            # machines between enter and exit: conftest shows their logs on a failure
+
+
+def free_port():
+    """A port that nobody listens on, below the range from which the kernel takes clients' ports.
+
+    So it is still free when a stopped machine starts again.
+    """
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(('127.0.0.1', port))
+                return port
+            except OSError:
+                continue
+
+
+class Machine:
+    """One sshd on loopback with a life of its own; a context manager.
+
+    shell           the login shell
+    startup         {'.bashrc': text, '.config/fish/config.fish': text}: files below its home
+    gpus            None: no nvidia-smi.  A list of dicts (see gpu_row) or recorded text: a fake one
+    nvidia_smi      text of a script to have instead of the fake one, to fail or hang
+    tools           names of the only programs in PATH
+    leave_out       names of programs that are not in PATH
+    path_extra      folders in PATH, behind its own and before the programs
+    uid             log in as this unprivileged user (only where we are root)
+    sshd_options    lines for sshd_config: they win, as sshd takes the first value that it reads
+    env             more environment of every session
+    cores, busy_cores, memory_mb    what its /proc and nproc claim; memory_mb is what is free
+    """
+
+    user = 'ben'
+
+    def __init__(self, name='lab1', *, shell='/bin/bash', startup=None, gpus=None,
+                 nvidia_smi=None, tools=None, leave_out=(), path_extra=(), uid=None,
+                 sshd_options='', env=None, cores=8, memory_mb=16000, busy_cores=0.0):
+        if uid is not None and os.getuid() != 0:
+            raise PermissionError('only root can start a machine for another uid')
+        self.name = name
+        self.shell = shell
+        self.startup = startup or {}
+        self.gpus = gpus
+        self.nvidia_smi = nvidia_smi
+        self.tools = tools and (*tools,)
+        self.leave_out = (*leave_out, 'nvidia-smi')
+        self.path_extra = path_extra
+        self.uid = os.getuid() if uid is None else uid
+        self.sshd_options = sshd_options
+        self.env = env or {}
+        self.load = {'cores': cores, 'memory_mb': memory_mb, 'busy_cores': busy_cores}
+        self.sshd = None
+
+    def __enter__(self):
+        self.folder = temporary_folder(self.name, mode=0o755)
+        self.home = self.folder / 'home'
+        self.bin = self.folder / 'bin'
+        self.proc = self.folder / 'proc'
+        self.log = self.folder / 'sshd.log'
+        self.key = self.folder / 'client_key'
+        self.known_hosts = self.folder / 'known_hosts'
+        self.port = free_port()
+        try:
+            self._prepare()
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        RUNNING.append(self)
+        return self
+
+    def __exit__(self, *_exception):
+        """End everything that is or was started on this machine, and remove its folder."""
+        if self in RUNNING:
+            RUNNING.remove(self)
+        try:
+            self.power_off()
+        finally:
+            remove(self.folder)
+
+    # -- what it consists of
+
+    def _prepare(self):
+        for folder in (self.home, self.bin, self.proc / 'sys/kernel/random'):
+            folder.mkdir(parents=True)
+        self.path = os.pathsep.join(map(str, (
+            self.bin, *self.path_extra, *system_path(self.leave_out, self.tools))))
+        for name, text in {'.profile': PROFILE.format(path=self.path), **self.startup}.items():
+            file = self.home / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        self.set_load(**self.load)
+        self.set_boot_id()
+        self.set_gpus(self.gpus, self.nvidia_smi)
+        for key in (self.folder / 'host_key', self.key):
+            subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', self.name,
+                            '-f', key], check=True)
+        host_key = (self.folder / 'host_key.pub').read_text()
+        self.known_hosts.write_text(f'[127.0.0.1]:{self.port} {host_key}')
+        self._write_accounts()
+        self._write_sshd_config()
+
+    def _write_accounts(self):
+        """The passwd and group files that sshd sees: our user, and the one that sshd confines."""
+        gid = os.getgid() if self.uid == os.getuid() else self.uid
+        users = [f'{self.user}:*:{self.uid}:{gid}::{self.home}:{self.shell}']
+        if os.getuid() == 0:
+            users.append(':'.join(map(str, pwd.getpwnam('sshd'))))
+            Path('/run/sshd').mkdir(mode=0o755, exist_ok=True)  # compiled into a root's sshd
+        if self.uid != os.getuid():
+            for path in (self.home, *self.home.rglob('*')):
+                os.chown(path, self.uid, gid)
+        (self.folder / 'passwd').write_text('\n'.join(users) + '\n')
+        (self.folder / 'group').write_text(f'{self.user}:x:{gid}:\n')
+
+    def _write_sshd_config(self):
+        environment = {'PATH': self.path, 'RIG_MACHINE': self.folder,
+                       'SSH_SCHEDULER_PROC': self.proc, **self.env}
+        quoted = ' '.join('"{}={}"'.format(name, re.sub(r'(["\\])', r'\\\1', str(value)))
+                          for name, value in environment.items())
+        (self.folder / 'sshd_config').write_text(SSHD_CONFIG.format(
+            options=self.sshd_options, port=self.port, folder=self.folder, environment=quoted))
+        check = subprocess.run([*self._sshd_argv(), '-t'], env=self._sshd_env(),
+                               capture_output=True, text=True)
+        if check.returncode:
+            raise ValueError(f'sshd refuses its configuration: {check.stderr}')
+
+    def _sshd_argv(self):
+        return [program('sshd'), '-f', self.folder / 'sshd_config']    # sshd wants a full path
+
+    def _sshd_env(self):
+        return {**os.environ, 'LD_PRELOAD': nss_wrapper(),
+                'NSS_WRAPPER_PASSWD': str(self.folder / 'passwd'),
+                'NSS_WRAPPER_GROUP': str(self.folder / 'group')}
+
+    # -- what it claims to have
+
+    def set_load(self, cores=8, busy_cores=0.0, memory_mb=16000):
+        """Write the machine's /proc.  It stands still, so that only loadavg tells how busy it is.
+
+        The cgroup and `df` are not faked: they tell of this computer.
+        """
+        core = '4000 0 2000 900000 100 0 0 0 0 0'
+        lines = [f'cpu  {core}', *(f'cpu{i} {core}' for i in range(cores)), 'procs_running 1']
+        (self.proc / 'stat').write_text('\n'.join(lines) + '\n')
+        free_kb = memory_mb * 1024
+        (self.proc / 'meminfo').write_text(
+            f'MemTotal:       {2 * free_kb} kB\nMemFree:        {free_kb // 2} kB\n'
+            f'MemAvailable:   {free_kb} kB\nSwapTotal:      0 kB\nSwapFree:       0 kB\n')
+        busy = f'{busy_cores:.2f}'
+        (self.proc / 'loadavg').write_text(f'{busy} {busy} {busy} 1/100 12345\n')
+        self._script('nproc', f'#!/bin/bash\necho {cores}\n')
+
+    def set_boot_id(self):
+        """As after a reboot."""
+        (self.proc / 'sys/kernel/random/boot_id').write_text(f'{uuid.uuid4()}\n')
+
+    def set_gpus(self, gpus, nvidia_smi=None):
+        """Give it other GPUs, a recorded answer, a script of your own, or (None) no nvidia-smi."""
+        for name in ('bin/nvidia-smi', 'gpus.txt'):
+            if (self.folder / name).exists():
+                (self.folder / name).unlink()
+        if isinstance(gpus, str):
+            (self.folder / 'gpus.txt').write_text(gpus)
+        else:
+            rows = [GPU_COLUMNS, *(gpu_row(**gpu) for gpu in gpus or ())]
+            (self.folder / 'gpus.table').write_text(''.join(';'.join(r) + '\n' for r in rows))
+        if nvidia_smi is not None or gpus is not None:
+            self._script('nvidia-smi', nvidia_smi or NVIDIA_SMI)
+
+    def _script(self, name, text):
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    # -- its life
+
+    def start(self):
+        """Start sshd, and return when it listens."""
+        fifo = self.folder / 'listening'
+        os.mkfifo(fifo)
+        listening = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        with open(self.log, 'ab') as log:
+            self.sshd = subprocess.Popen([*self._sshd_argv(), '-D', '-e'], env=self._sshd_env(),
+                                         stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                         start_new_session=True)
+        ended = os.pidfd_open(self.sshd.pid)
+        try:
+            if listening not in wait_readable(listening, ended):
+                raise RuntimeError(f'sshd of {self.name} did not start:\n{self.log.read_text()}')
+        finally:
+            os.close(listening)
+            os.close(ended)
+            fifo.unlink()
+
+    def stop(self):
+        """Cut it off: sshd and its connections end, whatever else runs on it runs on."""
+        if self.sshd is None:
+            return
+        self.sshd.send_signal(signal.SIGSTOP)       # or it would accept while we look
+        connections = self._connections()
+        while connections:
+            for pid in connections:
+                kill(pid, is_sshd)
+            connections = self._connections()
+        self.sshd.terminate()
+        self.sshd.send_signal(signal.SIGCONT)
+        self.sshd.wait(SAFETY_NET_S)
+        self.sshd = None
+
+    def power_off(self):
+        """Stop it and kill everything that runs on it."""
+        self.stop()
+        left = self.processes()
+        while left:
+            for pid, _cmdline in left:
+                kill(pid, self._runs_here)
+            left = self.processes()
+
+    def freeze(self):
+        """Let sshd and its connections hang: they stay open and answer nothing."""
+        for pid in (self.sshd.pid, *self._connections()):
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self):
+        for pid in (self.sshd.pid, *self._connections()):
+            os.kill(pid, signal.SIGCONT)
+
+    def _connections(self):
+        """The live sshd processes below the one that listens.
+
+        They wipe their environment (for their titles), so the tree has to tell.
+        """
+        parents = {pid: parent_and_state(pid) for pid in pids()}
+        found = [self.sshd.pid]
+        for above in found:
+            found += [pid for pid, (parent, state) in parents.items() if parent == above
+                      and state not in 'ZX' and is_sshd(pid)]
+        return found[1:]
+
+    # -- to look at it
+
+    def yaml(self, **extra):
+        """Write the machine's file as a user would, and return its path.  None takes a key out."""
+        fields = {'username': self.user, 'ip': '127.0.0.1', 'port': self.port,
+                  'ssh_key_path': str(self.key),
+                  'ssh_options': {'UserKnownHostsFile': str(self.known_hosts)}, **extra}
+        path = self.folder / f'{self.name}.yaml'
+        path.write_text(''.join(f'{key}: {json.dumps(value)}\n'       # each JSON value is YAML
+                                for key, value in fields.items() if value is not None))
+        return path
+
+    def ssh_argv(self, *options):
+        """An ordinary ssh to it that reads no other configuration; add the remote command."""
+        return ['ssh', '-F', 'none', '-p', str(self.port), '-i', str(self.key),
+                '-o', 'BatchMode=yes', '-o', 'IdentitiesOnly=yes', '-o', 'LogLevel=ERROR',
+                '-o', f'UserKnownHostsFile={self.known_hosts}',
+                '-o', 'StrictHostKeyChecking=yes', *options, f'{self.user}@127.0.0.1']
+
+    def run(self, text, stdin='', timeout_s=SAFETY_NET_S):
+        """Run text in the login shell over a login of its own (which logins() counts, too)."""
+        return subprocess.run([*self.ssh_argv(), text], input=stdin, timeout=timeout_s,
+                              capture_output=True, text=True)
+
+    def logins(self):
+        """How often someone has logged in since it was made."""
+        return self.log.read_text(errors='replace').count('Accepted publickey for ')
+
+    def processes(self):
+        """(pid, command line) of all that runs on it, sshd itself left out."""
+        return [(pid, cmdline(pid)) for pid in pids() if self._runs_here(pid)]
+
+    def _runs_here(self, pid):
+        mark = os.fsencode(f'RIG_MACHINE={self.folder}')
+        return mark in read_proc(pid, 'environ').split(b'\0')   # a zombie's is empty
+
+
+if __name__ == '__main__':
+    if sys.argv[1:] != ['--missing']:
+        sys.exit(__doc__)
+    print(*missing_tools(), sep='\n', end='\n' if missing_tools() else '')
+    sys.exit(bool(missing_tools()))
