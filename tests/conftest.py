@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import rig
 
-
 # ---- The session ----
 
 @pytest.fixture(scope='session', autouse=True)

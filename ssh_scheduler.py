@@ -1,0 +1,3628 @@
+#!/usr/bin/env python3
+# ssh-scheduler: https://github.com/benblack769/ssh-scheduler.  MIT licence, see LICENSE.
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["PyYAML", "docopt-ng", "tqdm"]
+# ///
+"""Run many commands on a handful of machines that can be reached with ssh.
+
+     usage text --> options --+
+     machine.yaml -> Machine  +-> Connection (argv only) -> MachineRunner <--- Batch: the loop
+     batch.sh ----> [Job] ----+                                |   ^  |          |  ^
+                                  one ssh: master and channel  |   |  +- rsync --+> ResultStore
+                                                               v   | events      v
+                                         REMOTE_RUNNER (bash, over there)    Reporter (prints)
+
+Each machine has ONE long-lived ssh.  It is the master that copies share, and its standard streams
+are the channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.
+So the number of ssh processes does not grow with the number of jobs, and a machine sees one login
+a batch.  Jobs are started over there, in process groups of their own, with their streams in files;
+they do not depend on the channel.  When this program dies, the channel ends, and the runner with
+it, but the jobs run on and leave their exit status in a file; the same command again asks for it.
+
+The life of a job, and who owns each step:
+
+    waiting   Batch          which lines are left, and where each may go
+    placed    MachineResources  what a machine has left; score, allocate, deallocate
+    claimed   ResultStore    the journal says where it goes BEFORE the request is sent
+    running   REMOTE_RUNNER  creates jobs/NAME.ATTEMPT/cmd exclusively: at most one can start it
+    ended     MachineRunner  its exit status came up; what it held is free again
+    collected ResultStore    streams and folder lie in job_results/, and never replaced anything
+    cleaned   REMOTE_RUNNER  only now is its folder over there removed
+
+Only Processes starts and waits for processes, in one thread.  Only Reporter prints.  Text meant
+for a shell over there exists in one constant; all else crosses as data, between NULs.
+
+Sections: Usage, Errors, Options, Records, Machine files, Batch files, Resources, Probe, Files to
+send, Archives, Connection, The remote runner, Processes, Wire, Results, Machine runner, Report,
+Batch, Commands.
+
+As a library: MachineResources and MachineRunner keep their documented methods; everything else may
+change.  Importing has no effect: nothing is read, printed or started.
+"""
+import collections
+import errno
+import fcntl
+import getpass
+import hashlib
+import json
+import math
+import os
+import re
+import selectors
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple, Optional
+
+__version__ = '0.1.0'
+
+
+# ---- Usage: these texts are what docopt parses, and where every default stands ----
+
+HARDWARE_OPTIONS = """\
+Hardware that each job needs:
+  --num-cpus=<cores>          Processor cores [default: 1].
+  --memory-required=<mb>      Memory in MB [default: 2000].
+  --reserve                   A machine to itself.
+  --no-gpu-required           No GPU.
+  --gpu-memory-required=<mb>  Memory in MB on its GPU [default: 1000].
+  --gpu-utilization=<share>   Share of its GPU's time, up to 1 [default: 0.75].
+  --no-reserve-gpu            Other jobs may share its GPU, as far as memory and time go.
+"""
+
+FILE_OPTIONS = """\
+Files:
+  --copy-forwards=<path>...   Files and folders that go along, by default the current folder. Never
+                              .git and job_results. With no path: none.
+  --link-forwards=<path>...   The same for data that jobs only read: sent once to a machine, linked
+                              into each job's folder, never brought back.
+  --exclude=<pattern>...      What to leave out, as in rsync. So are .rsync-filter files.
+  --copy-backwards=<path>...  What a job brings back, by default what it made or changed in its
+                              folder. A dot: all of it. With no path: nothing.
+"""
+
+EXECUTE_BATCH_USAGE = """\
+Run each line of a batch file on one of many machines, where there is room.
+
+Usage:
+  execute_batch [options] [--machines=<machine>]... [--copy-forwards=<path>]...
+                [--link-forwards=<path>]... [--exclude=<pattern>]...
+                [--copy-backwards=<path>]... [--] <batch>
+  execute_batch --help | --version
+
+  <batch> has one bash command a line; - is the standard input. Results go to ./job_results.
+  A list takes all words up to the next option; -- ends it.
+
+Machines:
+  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
+                              name from ~/.ssh/config, user@host[:port], or localhost.
+
+{hardware}
+{files}
+Other:
+  --dry-run                   Ask the machines, show what would start where, start nothing.
+  --verbose                   Show every command run and every event, on stderr.
+  -h --help                   Show this.
+  --version                   Show the version.
+
+Exit status: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration, 130 interrupted.
+""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+
+EXECUTE_REMOTE_USAGE = """\
+One command for one machine. In this version: as a line of a batch file, where it gives this job
+other files, another name or other hardware than the batch.
+
+Usage:
+  execute_remote [options] [--copy-forwards=<path>]... [--link-forwards=<path>]...
+                 [--exclude=<pattern>]... [--copy-backwards=<path>]... [--] <command>
+  execute_remote --help | --version
+
+Options:
+  --machine=<machine>         The machine; ignored in a batch file.
+  --job-name=<name>           The name of the job and of its results.
+
+{hardware}
+{files}
+Other:
+  -h --help                   Show this.
+  --version                   Show the version.
+""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+
+
+# ---- Errors: each a sentence, with what to do ----
+
+class SchedulerError(Exception):
+    """Anything that a user can cause; shown without a traceback."""
+    exit_code = 2
+
+
+class UsageError(SchedulerError):
+    """The command line is wrong."""
+
+
+class MachineFileError(SchedulerError):
+    """A machine is described wrongly, or not at all."""
+
+
+class BatchFileError(SchedulerError):
+    """The batch file cannot be used."""
+
+
+class FilesError(SchedulerError):
+    """A path to send or to bring back cannot be used."""
+
+
+class ResultsError(SchedulerError):
+    """The folder job_results cannot be used."""
+
+
+class DoesNotFit(SchedulerError):
+    """What was asked for is more than there is."""
+
+
+def nearest(word, known):
+    """Return ' (did you mean X?)' with the known word next to this one, or ''."""
+    import difflib
+    match = difflib.get_close_matches(word, sorted(known), 1, 0.6)
+    return f' (did you mean {match[0]}?)' if match else ''
+
+
+def printable(text):
+    """Return the text on one line, fit for a terminal: no control characters, no escapes."""
+    text = text.replace('\\\n', ' ')
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def reason_of(error):
+    """Return what the system said, as 'No space left on device', without numbers."""
+    return error.strerror or str(error)
+
+
+# ---- Options: argv -> dict; strings die here ----
+
+class Options(dict):
+    """Option or <positional> -> value.  Lists are tuples, or None where they were not given.
+
+    given: the names of those that stood on the command line, not only in a default.
+    """
+    given = frozenset()
+
+    def number(self, name, *, above=None, least=None, most=None):
+        """Return option `name` as a float within the bounds."""
+        try:
+            value = float(self[name])
+        except ValueError:
+            value = math.nan
+        fits = (math.isfinite(value) and (above is None or value > above)
+                and (least is None or value >= least) and (most is None or value <= most))
+        if not fits:
+            bounds = [f'above {above}' if above is not None else f'of at least {least}']
+            bounds += [f'at most {most}'] if most is not None else []
+            raise UsageError(f'{name} must be a number {" and ".join(bounds)}, not {self[name]!r}.')
+        return value
+
+
+def option_kinds(usage):
+    """Return {option: 'flag' | 'value' | 'list'} as the usage text describes them."""
+    kinds = {}
+    for line in usage.splitlines():
+        match = re.match(r'  (-\w )?(--[a-z-]+)(=<\w+>)?(\.\.\.)?(  |$)', line)
+        if match:
+            kind = 'list' if match[4] else 'value' if match[3] else 'flag'
+            kinds[match[2]] = kind
+            if match[1]:
+                kinds[match[1].strip()] = kind
+    return kinds
+
+
+def spell_out(argv, kinds, positionals):
+    """Return argv as docopt reads it: --option=value, one word of a list each, -- and the rest.
+
+    A list has all words up to the next option; `--` ends it; one without words is `--option=`.
+    Words that are missing at the end are taken back from the last list: `--machines a b batch.sh`.
+    """
+    options, words, last_list = [], [], None
+    taking, index = None, 0
+    while index < len(argv):
+        word = argv[index]
+        index += 1
+        if word == '--':
+            words += argv[index:]
+            break
+        if word.startswith('-') and word != '-':
+            name, equals, value = word.partition('=')
+            if name not in kinds:
+                raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
+            taking = None
+            if kinds[name] == 'list':
+                taking = last_list = [name, [value] if equals else []]
+                options.append(taking)
+            elif kinds[name] == 'flag':
+                if equals:
+                    raise UsageError(f'{name} takes no value.')
+                options.append([name, None])
+            else:
+                if not equals:
+                    if index == len(argv):
+                        raise UsageError(f'{name} needs a value.')
+                    value = argv[index]
+                    index += 1
+                options.append([name, [value]])
+        elif taking:
+            taking[1].append(word)
+        else:
+            words.append(word)
+    while last_list and len(words) < positionals and last_list[1]:
+        words.append(last_list[1].pop())
+    spelled = []
+    for name, values in options:
+        spelled += [name] if values is None else [f'{name}={value}' for value in values or ['']]
+    return [*spelled, '--', *words], {name for name, _ in options}
+
+
+def read_options(usage, argv, may_help=True):
+    """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
+    import docopt
+    kinds = option_kinds(usage)
+    pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
+    command = pattern.split()[0]
+    positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
+    spelled, given = spell_out(argv, kinds, len(positionals))
+    if may_help and given & {'-h', '--help'}:
+        print(usage, end='')
+        raise SystemExit(0)
+    if may_help and '--version' in given:
+        print(f'{command} {__version__}')
+        raise SystemExit(0)
+    words = spelled[spelled.index('--') + 1:]
+    if len(words) < len(positionals):
+        raise UsageError(f'<{positionals[len(words)]}> is missing.')
+    if len(words) > len(positionals):
+        raise UsageError(f'unexpected word {words[len(positionals)]!r}.')
+    try:
+        parsed = docopt.docopt(usage, spelled, False, None, False)
+    except docopt.DocoptExit as error:
+        raise UsageError(str(error).partition('Usage:')[0].strip() or 'wrong options.') from None
+    options = Options(parsed)
+    for name, kind in kinds.items():
+        if kind == 'list':
+            values = tuple(value for value in options[name] if value)
+            options[name] = values if name in given else None
+    options.given = frozenset(given)
+    return options
+
+
+# ---- Records: frozen ----
+
+class Machine(NamedTuple):
+    """What a machine's file or name says.  host is '' for this machine, which needs no ssh."""
+    name: str                       # as the user wrote it, or `name:` of the file
+    host: str = ''
+    username: Optional[str] = None
+    port: Optional[int] = None
+    ssh_key_path: Optional[str] = None
+    proxy_jump: Optional[str] = None
+    ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
+    workdir: str = ''               # where jobs live over there; ~/.ssh_scheduler by default
+    setup: str = ''                 # bash, run once a connection; what it exports, jobs have
+    env: tuple = ()                 # pairs (name, value)
+    gpus: Optional[tuple] = None    # the indices that may be used; None: all
+    max_jobs: Optional[int] = None
+
+    @property
+    def address(self):
+        """The account, as the journal knows it: user@host:port, or localhost."""
+        user = f'{self.username}@' if self.username else ''
+        return f'{user}{self.host}:{self.port or ""}'.rstrip(':') if self.host else 'localhost'
+
+
+class Gpu(NamedTuple):
+    """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
+    index: int                      # nvidia-smi's, which is the order of the PCI bus
+    memory_mb: int                  # free
+    utilization: float = 0.0
+    total_memory_mb: int = 0
+    uuid: str = ''
+    name: str = ''
+
+
+class Capacity(NamedTuple):
+    """What is free on a machine, and what it has in all."""
+    cores: float
+    memory_mb: int
+    gpus: tuple = ()
+    total_cores: float = 0.0
+    total_memory_mb: int = 0
+    max_jobs: Optional[int] = None
+    gpu_trouble: str = ''           # why no GPU is known: '' where they are
+
+
+class Allocation(NamedTuple):
+    """What a job asks for."""
+    cores: float = 1.0
+    memory_mb: int = 2000
+    reserve: bool = False           # the machine to itself
+    gpus: int = 1
+    gpu_memory_mb: int = 1000
+    gpu_utilization: float = 0.75   # a share of one GPU's time
+    reserve_gpu: bool = True
+
+
+class Placement(NamedTuple):
+    """What a job got: `gpus` are indices.  A token, to be given back once."""
+    number: int
+    allocation: Allocation
+    gpus: tuple
+
+    @property
+    def visible_gpus(self):
+        """The value of CUDA_VISIBLE_DEVICES, or None where it is not set."""
+        if self.allocation.reserve or not self.gpus:
+            return None
+        return ','.join(map(str, self.gpus))
+
+
+class Forwards(NamedTuple):
+    """Which files go along: paths relative to the current folder, patterns as in rsync."""
+    copy: tuple = ('.',)
+    link: tuple = ()
+    exclude: tuple = ()
+
+
+class Job(NamedTuple):
+    """One line of a batch.  backwards: None what changed, () nothing, else these paths."""
+    name: str
+    command: str
+    line: int
+    allocation: Allocation
+    forwards: Forwards
+    backwards: Optional[tuple] = None
+
+
+class JobResult(NamedTuple):
+    """How a job ended."""
+    name: str
+    machine: str
+    exit_code: int
+    wall_s: float
+    gpus: Optional[str] = None
+
+
+# ---- Machine files ----
+
+MACHINE_FOLDER = '~/.local/var'
+HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|[0-9a-fA-F:]+(%\w+)?')
+USER = re.compile(r'[^\s@:/\'"\\$%!-][^\s@:/\'"\\$%!]*')
+
+
+def machine_keys():
+    """Return {key: (what it must be, test)} of a machine's file."""
+    def text(value):
+        return isinstance(value, str) and '\0' not in value
+
+    def word(value):
+        return text(value) and value and not value.startswith('-') and value.isprintable()
+
+    def count(value):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    def scalars(value):
+        return isinstance(value, dict) and all(
+            text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
+            and isinstance(v, (str, int, float)) and '\0' not in str(v) for k, v in value.items())
+
+    return {
+        'ip': ('a host name or address', lambda v: text(v) and HOST.fullmatch(v)),
+        'username': ('a user name', lambda v: text(v) and USER.fullmatch(v)),
+        'port': ('a number from 1 to 65535', lambda v: count(v) and v <= 65535),
+        'ssh_key_path': ('the path of a private key', word),
+        'name': ('a name without control characters', word),
+        'proxy_jump': ('[user@]host[:port], or several with commas', lambda v: word(v) and all(
+            re.fullmatch(r'[A-Za-z0-9_][^\s,]*', part) for part in v.split(','))),
+        'ssh_options': ('a mapping of ssh_config(5) options to values', lambda v: scalars(v) and (
+            all(str(x).isprintable() and '"' not in str(x) for x in v.values()))),
+        'workdir': ('an absolute path, or one that begins with ~/',
+                    lambda v: word(v) and re.match(r'/|~/|~$', v)),
+        'setup': ('bash commands', text),
+        'env': ('a mapping of variables to values', scalars),
+        'gpus': ('a list of GPU numbers', lambda v: isinstance(v, list) and all(
+            isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in v)),
+        'max_jobs': ('a number of at least 1', count),
+    }
+
+
+def read_machine_file(path, name):
+    """Return the Machine that the YAML file at `path` describes."""
+    import yaml
+    try:
+        with open(path, encoding='utf-8') as file:
+            loader = yaml.SafeLoader(file.read())
+            node = loader.get_single_node()
+    except OSError as error:
+        raise MachineFileError(f'{path}: cannot be read: {reason_of(error)}.') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        where = f', line {mark.line + 1}' if mark else ''
+        problem = getattr(error, 'problem', None) or 'it is not UTF-8 text'
+        raise MachineFileError(f'{path}{where}: this is not YAML: {problem}.') from None
+    if not isinstance(node, yaml.MappingNode):
+        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
+    known, values = machine_keys(), {}
+    for key_node, value_node in node.value:
+        key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
+        if not isinstance(key, str) or key not in known:
+            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(str(key), known)}.')
+        if key in values:
+            raise MachineFileError(f'{where}: {key} is there twice.')
+        try:
+            value = loader.construct_object(value_node, deep=True)
+        except yaml.YAMLError as error:
+            raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
+        expected, fits = known[key]
+        if not fits(value):
+            raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r}.')
+        values[key] = value
+    if 'ip' not in values:
+        raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
+    return machine_from(values, name, path)
+
+
+def machine_from(values, name, path):
+    """Return the Machine of checked file values; its key file is checked too."""
+    key_path = values.get('ssh_key_path')
+    if key_path is not None:
+        key_path = os.path.expanduser(key_path)
+        check_key(key_path, path)
+    return Machine(
+        name=values.get('name', name), host=values['ip'], username=values.get('username'),
+        port=values.get('port', 22), ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
+        ssh_options=tuple((k, yaml_text(v)) for k, v in values.get('ssh_options', {}).items()),
+        workdir=values.get('workdir', ''), setup=values.get('setup', ''),
+        env=tuple((k, yaml_text(v)) for k, v in values.get('env', {}).items()),
+        gpus=tuple(values['gpus']) if 'gpus' in values else None, max_jobs=values.get('max_jobs'))
+
+
+def yaml_text(value):
+    """Return a YAML scalar as the text that was meant: true -> yes, as ssh_config says it."""
+    return {True: 'yes', False: 'no'}[value] if isinstance(value, bool) else str(value)
+
+
+def check_key(key_path, path):
+    """Raise if ssh could not use this private key without asking; ssh itself says less clearly."""
+    where = f'{path}: the key {key_path}'
+    try:
+        with open(key_path, 'rb') as file:
+            info, text = os.fstat(file.fileno()), file.read(65536)
+    except OSError as error:
+        raise MachineFileError(f'{where} cannot be read: {reason_of(error)}. '
+                               'Make one with ssh-keygen, or correct ssh_key_path.') from None
+    if not stat.S_ISREG(info.st_mode):
+        raise MachineFileError(f'{where} is not a file.')
+    if info.st_uid == os.getuid() and info.st_mode & 0o077:
+        raise MachineFileError(f'{where} can be read by others, so ssh refuses it. '
+                               f'Try: chmod 600 {key_path}')
+    if b'PRIVATE KEY' not in text:
+        hint = ' (this looks like the public key: leave out .pub)' if text[:4] in (
+            b'ssh-', b'ecds', b'sk-s') else ''
+        raise MachineFileError(f'{where} is not a private key{hint}.')
+    if key_has_passphrase(text):
+        raise MachineFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
+                               'without one, or leave out ssh_key_path and load it in ssh-agent.')
+
+
+def key_has_passphrase(text):
+    """Tell whether the private key file `text` (bytes) is encrypted.
+
+    The OpenSSH format names the cipher right after its magic (PROTOCOL.key in OpenSSH's source);
+    the older PEM formats say ENCRYPTED.
+    """
+    import base64
+    import binascii
+    if b'BEGIN OPENSSH PRIVATE KEY' not in text:
+        return b'ENCRYPTED' in text
+    body = b''.join(line for line in text.splitlines() if b'-----' not in line)
+    try:
+        blob = base64.b64decode(body)
+    except binascii.Error:
+        return False
+    magic = b'openssh-key-v1\0'
+    return blob.startswith(magic) and blob[len(magic):].split(b'none', 1)[0] != b'\0\0\0\4'
+
+
+def find_machine(word):
+    """Return the Machine for one word of --machines; see its help text."""
+    if word in ('localhost', ':'):
+        return Machine(name=word)
+    folder = os.path.expanduser(MACHINE_FOLDER)
+    candidates = [word, f'{word}.yaml', os.path.join(folder, word),
+                  os.path.join(folder, f'{word}.yaml')]
+    for path in candidates:
+        if os.path.isfile(path):
+            return read_machine_file(path, word)
+    if word.endswith(('.yaml', '.yml')) or '/' in word:
+        raise MachineFileError(f'there is no machine file {word}, nor {candidates[2]}.')
+    user, at, host = word.rpartition('@')
+    match = re.fullmatch(r'\[(.+)\](?::(\d+))?|([^:]*)(?::(\d+))?', host)
+    host, port = (match[1] or match[3], match[2] or match[4]) if match else (host, None)
+    if not HOST.fullmatch(host) or at and not USER.fullmatch(user) or port and int(port) > 65535:
+        raise MachineFileError(f'{word!r} is neither a machine file nor [user@]host[:port].')
+    return Machine(name=word, host=host, username=user or None, port=int(port) if port else None)
+
+
+def find_machines(words):
+    """Return the Machines; each may be named once."""
+    machines = [find_machine(word) for word in words]
+    for number, machine in enumerate(machines):
+        for other in machines[:number]:
+            if machine.name == other.name:
+                raise MachineFileError(f'the machine {machine.name} is named twice.')
+    return machines
+
+
+# ---- Batch files ----
+
+def read_batch_text(path, stdin):
+    """Return the text of the batch file; '-' is `stdin` (a binary stream)."""
+    try:
+        if path == '-':
+            data = stdin.read()
+        else:
+            with open(path, 'rb') as file:
+                data = file.read()
+    except OSError as error:
+        raise BatchFileError(f'the batch file {path} cannot be read: {reason_of(error)}.') from None
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = data.count(b'\n', 0, error.start) + 1
+        raise BatchFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
+    if '\0' in text:
+        line = text.count('\n', 0, text.index('\0')) + 1
+        raise BatchFileError(f'{path}, line {line}: there is a NUL character.')
+    return text
+
+
+def split_batch(text):
+    """Yield (number of its first line, command) of each command of a batch file.
+
+    Blank lines and lines that begin with # count, but are no commands.  A backslash at the end of
+    a line continues the command; it stays in it, since bash reads it in the same way.
+    """
+    command, first = '', 0
+    for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
+        if not command:
+            first = number
+            if not line.strip() or line.lstrip().startswith('#'):
+                continue
+        command += line
+        if (len(line) - len(line.rstrip('\\'))) % 2:
+            command += '\n'
+            continue
+        yield first, command
+        command = ''
+    if command:
+        yield first, command.rstrip('\n').rstrip('\\')
+
+
+def name_of_batch(path):
+    """Return the stem of job names: example/batch.sh -> example_batch.sh, - -> stdin."""
+    if path == '-':
+        return 'stdin'
+    parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
+    return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', '_'.join(parts)).lstrip('.-')[-150:] or 'batch'
+
+
+def check_job_name(name, where):
+    """Raise unless the name is a file name that is safe here and over there."""
+    if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]{0,199}', name):
+        raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
+                             '. _ - + = @ % only, at most 200, and not begin with . or -.')
+
+
+def read_allocation(options, base=None):
+    """Return the Allocation that the options ask for; those given change `base`, if any."""
+    def number(name, fallback, **bounds):
+        if base and name not in options.given:
+            return fallback
+        return options.number(name, **bounds)
+
+    start = base or Allocation()
+    return Allocation(
+        cores=number('--num-cpus', start.cores, above=0),
+        memory_mb=math.ceil(number('--memory-required', start.memory_mb, least=0)),
+        reserve=options['--reserve'] or start.reserve,
+        gpus=0 if options['--no-gpu-required'] else start.gpus,
+        gpu_memory_mb=math.ceil(number('--gpu-memory-required', start.gpu_memory_mb, least=0)),
+        gpu_utilization=number('--gpu-utilization', start.gpu_utilization, above=0, most=1),
+        reserve_gpu=start.reserve_gpu and not options['--no-reserve-gpu'])
+
+
+def read_forwards(options, base=None):
+    """Return the Forwards that the options ask for; those given change `base`, if any."""
+    base = base or Forwards()
+
+    def pick(name, fallback):
+        return fallback if options[name] is None else options[name]
+
+    return Forwards(
+        copy=inside_paths(pick('--copy-forwards', base.copy), '--copy-forwards'),
+        link=inside_paths(pick('--link-forwards', base.link), '--link-forwards'),
+        exclude=pick('--exclude', base.exclude))
+
+
+def inside_paths(paths, option):
+    """Return the paths normalised; each must lie inside the current folder, here or over there."""
+    inside = []
+    for path in paths:
+        normal = os.path.normpath(path)
+        if os.path.isabs(normal):
+            normal = os.path.relpath(normal)
+        if normal == '..' or normal.startswith('../'):
+            raise FilesError(f'{option} {path}: this lies outside the current folder, and a job '
+                             'has a copy of that only. Start from a folder that holds it.')
+        inside.append(normal)
+    return tuple(dict.fromkeys(inside))
+
+
+def read_jobs(path, text, options, warn):
+    """Return the Jobs of a batch file's text.  warn: called with a sentence."""
+    stem, whole = name_of_batch(path), read_allocation(options)
+    forwards, backwards = read_forwards(options), read_backwards(options)
+    jobs, lines = [], {}
+    for line, command in split_batch(text):
+        where = f'{path}, line {line}'
+        job = Job(f'{stem}.{line}', command, line, whole, forwards, backwards)
+        if re.match(r'\s*execute_remote(\s|$)', command):
+            job = read_partial(job, where, warn)
+        check_job_name(job.name, where)
+        if job.name in lines:
+            raise BatchFileError(f'{path}: the lines {lines[job.name]} and {line} have the same '
+                                 f'job name {job.name}; give one of them another --job-name.')
+        lines[job.name] = line
+        jobs.append(job)
+    if not jobs:
+        raise BatchFileError(f'the batch file {path} has no command.')
+    return jobs
+
+
+def read_partial(job, where, warn):
+    """Return the job with what its line, an execute_remote command, says otherwise."""
+    import shlex
+    try:
+        words = shlex.split(job.command)
+        options = read_options(EXECUTE_REMOTE_USAGE, words[1:], may_help=False)
+        if options['--machine'] is not None:
+            warn(f'{where}: --machine is ignored: machines are allocated automatically')
+        backwards = options['--copy-backwards']
+        return job._replace(
+            name=options['--job-name'] or job.name, command=options['<command>'],
+            allocation=read_allocation(options, job.allocation),
+            forwards=read_forwards(options, job.forwards),
+            backwards=job.backwards if backwards is None else read_backwards(options))
+    except (SchedulerError, ValueError) as error:
+        raise BatchFileError(f'{where}: execute_remote: {str(error).rstrip(".")}. '
+                             'The command is one word, in quotes.') from None
+
+
+def read_backwards(options):
+    """Return the paths that a job brings back; None for what it made or changed."""
+    paths = options['--copy-backwards']
+    return paths if paths is None else inside_paths(paths, '--copy-backwards')
+
+
+# ---- Resources: what a machine has left ----
+
+CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
+GPU_OVERLOAD = 1.2          # and so may a GPU's; memory never
+NO_ROOM = -math.inf
+
+
+def thousandths(value):
+    """Return the value in thousandths: what is added in whole numbers is given back exactly."""
+    return round(value * 1000)
+
+
+class MachineResources:
+    """What is free on one machine; the only owner of that.
+
+    available_resources: a Capacity, or anything with its fields.
+    score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
+    allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
+    deallocate(placement)   gives back what allocate gave; each placement once
+
+    Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
+    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
+    a machine on which nothing of ours runs takes one job however busy its processors are.
+    """
+
+    def __init__(self, available_resources):
+        self.available = available_resources
+        self._placements = {}
+        self._number = 0
+        self._cores = 0                             # thousandths in use
+        self._memory_mb = 0
+        self._reserved = 0                          # placements that have the machine to themselves
+        # of each GPU: jobs, MB, thousandths of its time, jobs that have it to themselves
+        self._gpus = {gpu.index: [0, 0, 0, 0] for gpu in available_resources.gpus}
+
+    @property
+    def jobs(self):
+        """How many placements are out."""
+        return len(self._placements)
+
+    def why_not(self, allocation):
+        """Return why the allocation does not fit now, as 'needs …, … free'; '' if it fits."""
+        have = self.available
+        if have.max_jobs is not None and self.jobs >= have.max_jobs:
+            return f'has its {have.max_jobs} jobs'
+        if self.jobs and (allocation.reserve or self._reserved):
+            return 'is in use, and was to be reserved'
+        free_mb = have.memory_mb - self._memory_mb
+        if allocation.memory_mb > free_mb:
+            return f'has {free_mb} MB of memory free'
+        if not self._cores_fit(allocation):
+            free = have.cores - self._cores / 1000
+            return f'has {max(free, 0):.1f} of {have.total_cores or have.cores:g} cores free'
+        if len(self._gpus_for(allocation)) < allocation.gpus:
+            return have.gpu_trouble or self._gpu_shortage(allocation)
+        return ''
+
+    def score(self, allocation):
+        """Return the share that stays free of what gets scarcest; GPU machines last for others."""
+        if self.why_not(allocation):
+            return NO_ROOM
+        have = self.available
+        shares = [1 - (self._memory_mb + allocation.memory_mb) / max(have.memory_mb, 1)]
+        limit = max(have.cores * CORES_OVERLOAD, have.total_cores, 0.001)
+        shares.append(1 - (self._cores / 1000 + allocation.cores) / limit)
+        if allocation.gpus:
+            used = sum(1 for jobs, *_ in self._gpus.values() if jobs)
+            shares.append(1 - (used + allocation.gpus) / len(self._gpus))
+        elif have.gpus:
+            return min(shares) - 1
+        return min(shares)
+
+    def allocate(self, allocation):
+        """Take what the allocation asks for and return the Placement."""
+        why = self.why_not(allocation)
+        if why:
+            raise DoesNotFit(f'the machine {why}')
+        gpus = tuple(sorted(self._gpus_for(allocation)))
+        self._number += 1
+        placement = Placement(self._number, allocation, gpus)
+        self._placements[self._number] = placement
+        self._count(placement, 1)
+        return placement
+
+    def deallocate(self, placement):
+        """Give back what allocate gave."""
+        if self._placements.pop(placement.number, None) != placement:
+            raise ValueError(f'{placement} is not allocated here [this is a bug]')
+        self._count(placement, -1)
+
+    def _count(self, placement, sign):
+        wanted = placement.allocation
+        self._cores += sign * thousandths(wanted.cores)
+        self._memory_mb += sign * wanted.memory_mb
+        self._reserved += sign * wanted.reserve
+        for index in placement.gpus:
+            use = self._gpus[index]
+            use[0] += sign
+            use[1] += sign * wanted.gpu_memory_mb
+            use[2] += sign * thousandths(wanted.gpu_utilization)
+            use[3] += sign * wanted.reserve_gpu
+
+    def _cores_fit(self, allocation):
+        have = self.available
+        if not self.jobs:
+            return allocation.cores <= max(have.total_cores, have.cores)
+        limit = thousandths(have.cores * CORES_OVERLOAD)
+        return self._cores + thousandths(allocation.cores) <= limit
+
+    def _gpus_for(self, allocation):
+        """Return the indices of the GPUs for the allocation, roomiest first; too few if it must."""
+        if not allocation.gpus:
+            return []
+        fitting = []
+        for gpu in self.available.gpus:
+            jobs, memory_mb, busy, reserved = self._gpus[gpu.index]
+            time_left = thousandths((1 - gpu.utilization) * GPU_OVERLOAD) - busy
+            if (not reserved and not (jobs and allocation.reserve_gpu)
+                    and memory_mb + allocation.gpu_memory_mb <= gpu.memory_mb
+                    and thousandths(allocation.gpu_utilization) <= time_left):
+                fitting.append((jobs, -time_left, memory_mb - gpu.memory_mb, gpu.index))
+        return [index for *_, index in sorted(fitting)[:allocation.gpus]]
+
+    def _gpu_shortage(self, allocation):
+        gpus = self.available.gpus
+        states = [f'GPU {gpu.index} has {gpu.memory_mb - self._gpus[gpu.index][1]} MB and '
+                  f'{1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
+        return f'has too little GPU ({"; ".join(states)})' if gpus else 'has no GPU'
+
+
+def describe(allocation):
+    """Return what is asked for in words: '1 core, 2000 MB of memory and a GPU of its own …'."""
+    cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
+    text = f'{cores} and {allocation.memory_mb} MB of memory'
+    if allocation.gpus:
+        own = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
+        text += (f' and {own} with {allocation.gpu_memory_mb} MB and '
+                 f'{allocation.gpu_utilization:.0%} of its time free')
+    return text + (' on a machine of its own' if allocation.reserve else '')
+
+
+# ---- Probe: what was said of a machine -> Capacity ----
+
+def parse_probe(facts, machine):
+    """Return the Capacity that the probe's facts, a list of (key, text), give.
+
+    Never raises: what cannot be read is unknown, and unknown is not there.
+    """
+    values = dict(facts)
+    cores = whole_number(values.get('cores'))
+    load = share(values.get('load'), math.inf)
+    busy = load
+    if re.fullmatch(r'\d{1,15}/\d{1,15}', values.get('ticks', '')):
+        used, total = map(int, values['ticks'].split('/'))
+        # Over so short a time the login itself shows, in the last minute's load a job that has
+        # just ended does; who really uses the machine shows in both.
+        busy = min(load, used / total * cores) if total else load
+    busy = min(busy, cores) if math.isfinite(busy) else 0.0
+    usable = float(cores)
+    memory_mb = whole_number(values.get('MemAvailable')) // 1024
+    for key, text in facts:
+        quota, _, period = text.partition('/')
+        if key == 'cgroup_cores' and whole_number(period):
+            usable = min(usable, whole_number(quota) / whole_number(period))
+        elif key == 'cgroup_memory':
+            memory_mb = min(memory_mb, whole_number(text) // 2**20)
+    gpus, trouble = parse_gpus(facts, values)
+    if machine.gpus is not None:
+        gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
+        trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
+    return Capacity(
+        cores=max(min(usable, cores - busy), 0.0), memory_mb=memory_mb, gpus=gpus,
+        total_cores=usable, total_memory_mb=whole_number(values.get('MemTotal')) // 1024,
+        max_jobs=machine.max_jobs, gpu_trouble=trouble)
+
+
+def whole_number(text):
+    """Return the number that the text is, 0 for anything else."""
+    return int(text) if text and re.fullmatch(r'[0-9]{1,18}', text) else 0
+
+
+def share(text, unknown):
+    """Return the non-negative decimal number that the text is."""
+    return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
+
+
+def parse_gpus(facts, values):
+    """Return (Gpus, why there are none) from the lines of nvidia-smi and how it ended."""
+    status = values.get('nvidia_smi')
+    if status is None:
+        return (), 'was not asked for its GPUs'
+    if status == 'absent':
+        return (), 'has no nvidia-smi, so no GPU is known'
+    if status == 'timeout':
+        return (), 'has an nvidia-smi that does not answer'
+    if status != '0':
+        words = printable(values.get('gpu_error', ''))[:200]
+        return (), f'has an nvidia-smi that fails with status {status}: {words}'
+    gpus, unknown = {}, 0
+    for key, line in facts:
+        if key != 'gpu':
+            continue
+        fields = [field.strip() for field in line.split(',', 5)]
+        numbers = [field if field.isascii() and field.isdigit() else '' for field in fields[:5]]
+        if len(fields) < 6 or not all(numbers[i] for i in (0, 2, 3, 4)):
+            unknown += 1            # [N/A], [Not Supported], ERR!: not known, so nothing goes there
+            continue
+        index, total, free, used = (int(numbers[i][:12]) for i in (0, 2, 3, 4))
+        if index in gpus or free > total or used > 100:
+            unknown += 1
+            continue
+        gpus[index] = Gpu(index, free, used / 100, total, fields[1][:60], fields[5][:80])
+    trouble = 'has GPUs whose free memory or use nvidia-smi does not tell' if unknown else ''
+    return tuple(gpus[index] for index in sorted(gpus)), '' if gpus else trouble or 'has no GPU'
+
+
+# ---- Files to send: a walk with rsync's rules ----
+
+NEVER_SENT = ('.git', 'job_results')
+FILTER_FILE = '.rsync-filter'
+
+
+class Rule(NamedTuple):
+    """One exclude (or include) rule; `text` is matched against the path below `base`."""
+    include: bool
+    folders_only: bool
+    whole_path: bool                # else the last name alone
+    matches: object                 # a compiled pattern
+    base: str                       # '' or 'folder/' whose .rsync-filter has the rule
+
+    def applies(self, path, is_folder):
+        """Tell whether the rule is about this path, relative to the current folder."""
+        if self.folders_only and not is_folder or not path.startswith(self.base):
+            return False
+        path = path[len(self.base):]
+        return bool(self.matches.fullmatch(path if self.whole_path else path.rpartition('/')[2]))
+
+
+def compile_rule(pattern, include=False, base=''):
+    """Return the Rule of an rsync pattern (rsync(1), PATTERN MATCHING RULES)."""
+    folders_only = pattern.endswith('/') and len(pattern) > 1
+    body = pattern[:-1] if folders_only else pattern
+    anchored = body.startswith('/')
+    body = body[1:] if anchored else body
+    below = ''
+    if body.endswith('/***'):       # the folder and all below it
+        body, below = body[:-4], '(?:/.*)?'
+    wild = bool(re.search(r'[*?[]', body))
+    whole = anchored or bool(below) or '/' in body or '**' in body
+    text = wildcards(body) if wild else re.escape(body)
+    prefix = '' if anchored or not whole else '(?:.*/)?'
+    return Rule(include, folders_only, whole, re.compile(prefix + text + below, re.DOTALL), base)
+
+
+def wildcards(pattern):
+    """Return the regular expression of an rsync pattern: * and ? stop at /, ** does not."""
+    out, index = [], 0
+    while index < len(pattern):
+        char = pattern[index]
+        index += 1
+        if char == '*':
+            stars = 1
+            while pattern[index:index + 1] == '*':
+                stars, index = stars + 1, index + 1
+            out.append('[^/]*' if stars == 1 else '.*')
+        elif char == '?':
+            out.append('[^/]')
+        elif char == '[':
+            body, index = bracket(pattern, index)
+            out.append(body)
+        elif char == '\\' and index < len(pattern):
+            out.append(re.escape(pattern[index]))
+            index += 1
+        else:
+            out.append(re.escape(char))
+    return ''.join(out)
+
+
+CLASSES = {'alpha': 'A-Za-z', 'digit': '0-9', 'alnum': 'A-Za-z0-9', 'upper': 'A-Z', 'lower': 'a-z',
+           'space': r'\s', 'xdigit': '0-9A-Fa-f', 'punct': r'!-/:-@\[-`{-~', 'blank': r' \t'}
+
+
+def bracket(pattern, index):
+    """Return (regular expression, next index) of the [...] whose [ stands before `index`."""
+    start, negate = index, pattern[index:index + 1] in ('!', '^')
+    index += negate
+    out, first = [], True
+    while index < len(pattern) and (first or pattern[index] != ']'):
+        first = False
+        name = re.match(r'\[:(\w+):\]', pattern[index:])
+        if name and name[1] in CLASSES:
+            out.append(CLASSES[name[1]])
+            index += name.end()
+            continue
+        if pattern[index] == '\\' and index + 1 < len(pattern):
+            index += 1
+        low, index = pattern[index], index + 1
+        high = pattern[index + 1:index + 2] if pattern[index:index + 1] == '-' else ''
+        if high and high != ']':
+            index += 2
+            if high == '\\':
+                high, index = pattern[index:index + 1], index + 1
+            if low <= high:
+                out.append(f'{re.escape(low)}-{re.escape(high)}')
+        else:
+            out.append(re.escape(low))
+    if index >= len(pattern):
+        return '(?!)', max(start, index)        # never closed: it matches nothing
+    body = ''.join(out)
+    if not body:
+        return ('[^/]' if negate else '(?!)'), index + 1
+    return f'(?!/)[{"^" if negate else ""}{body}]', index + 1
+
+
+FILTER_WORDS = {'exclude': '-', 'include': '+', 'hide': 'H', 'show': 'S', 'protect': 'P',
+                'risk': 'R', 'clear': '!'}
+
+
+def read_filter_file(folder, path):
+    """Return (rules, cleared) of a folder's .rsync-filter; [] where it has none.
+
+    path: the folder relative to the current one, '' for that itself.
+    """
+    name = os.path.join(folder, FILTER_FILE)
+    try:
+        with open(name, encoding='utf-8', errors='surrogateescape') as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return [], False
+    except OSError as error:
+        raise FilesError(f'{name} cannot be read: {reason_of(error)}.') from None
+    rules, cleared, base = [], False, f'{path}/' if path else ''
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line[0] in '#;':
+            continue
+        word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
+        kind = word and FILTER_WORDS.get(word[1], word[1])
+        if not word or kind not in '-+HSPR!' or kind != '!' and not word[3]:
+            raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
+                             'hide, show, protect, risk and clear rules are understood here.')
+        if kind == '!':
+            rules, cleared = [], True
+        elif kind in '-+HS' and not ('r' in word[2] and 's' not in word[2]):    # r: the receiver's
+            rules.append(compile_rule(word[3], kind in '+S', base))
+    return rules, cleared
+
+
+class Entry(NamedTuple):
+    """A file ('f'), folder ('d') or symlink ('l') to send."""
+    path: str
+    kind: str
+    size: int = 0
+    mtime_ns: int = 0
+    mode: int = 0
+    target: str = ''
+
+
+class Tree(NamedTuple):
+    """What is sent: entries in an order in which each folder comes before what it holds."""
+    entries: tuple
+    left_out: tuple                 # why some were not sent, in words
+
+    @property
+    def files(self):
+        """How many files and links there are."""
+        return sum(1 for entry in self.entries if entry.kind != 'd')
+
+    @property
+    def size(self):
+        """Their bytes."""
+        return sum(entry.size for entry in self.entries)
+
+
+def scan_tree(paths, exclude, option='--copy-forwards'):
+    """Return the Tree of these paths, relative to the current folder.
+
+    First .git and job_results are left out, then what `exclude` says, then what each folder's
+    .rsync-filter does, nearest folder first; in each the first rule that applies decides.
+    """
+    entries, skipped = {}, collections.Counter()
+    fixed = [compile_rule(pattern) for pattern in exclude]
+    chains = {}
+
+    def rules_of(path):
+        """Return the rules that hold inside the folder `path`."""
+        if path not in chains:
+            inherited = rules_of(os.path.dirname(path)) if path else []
+            own, cleared = read_filter_file(path or '.', path)
+            chains[path] = own if cleared else own + inherited
+        return chains[path]
+
+    def wanted(path, is_folder):
+        if path.rpartition('/')[2] in NEVER_SENT:
+            skipped[path.rpartition('/')[2]] += 1
+            return False
+        for rule in [*fixed, *rules_of(os.path.dirname(path))]:
+            if rule.applies(path, is_folder):
+                skipped['what the exclude rules say'] += not rule.include
+                return rule.include
+        return True
+
+    def add(path, info, kind):
+        target = os.readlink(path) if kind == 'l' else ''
+        entries[path] = Entry(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
+                              stat.S_IMODE(info.st_mode), target)
+
+    def visit(path):
+        stack = [path]
+        while stack:
+            path = stack.pop()
+            info = os.lstat(path or '.')
+            kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(
+                stat.S_IFMT(info.st_mode))
+            if path and not wanted(path, kind == 'd'):
+                continue
+            if kind is None:
+                skipped['sockets, fifos and devices'] += 1
+                continue
+            if kind == 'f' and not os.access(path, os.R_OK):
+                raise FilesError(f'{option}: {path} may not be read. Leave it out with --exclude.')
+            if path:
+                add(path, info, kind)
+            if kind == 'd':
+                names = os.listdir(path or '.')
+                stack += [os.path.join(path, name) for name in sorted(names, reverse=True)]
+
+    for path in paths:
+        check_named(path, option)
+        path = '' if path == '.' else path
+        parts = path.split('/')
+        try:
+            for count in range(1, len(parts)):
+                parent = '/'.join(parts[:count])
+                add(parent, os.stat(parent), 'd')
+            visit(path)
+        except OSError as error:
+            raise FilesError(f'{option} {path or "."}: {error.filename} cannot be read: '
+                             f'{reason_of(error)}.') from None
+    return Tree(tuple(entries.values()), tuple(sorted(skipped)))
+
+
+def check_named(path, option):
+    """Raise unless the path that the user named exists and lies in the current folder."""
+    here = os.path.realpath('.')
+    if path == '.' and here in ('/', os.path.realpath(os.path.expanduser('~'))):
+        raise FilesError(f'all of {here} would be sent to every machine. Start from a folder of '
+                         'its own, or name the paths with --copy-forwards (alone: no files).')
+    if not os.path.lexists(path):
+        raise FilesError(f'{option} {path}: there is no such file or folder.')
+    for part in path.split('/'):
+        if part in NEVER_SENT:
+            raise FilesError(f'{option} {path}: {part} is never sent. Copy what jobs need of it to '
+                             'another folder.')
+    real = os.path.realpath(path)
+    if real != here and not real.startswith(here.rstrip('/') + '/'):
+        raise FilesError(f'{option} {path}: this is {real}, which lies outside the current folder, '
+                         'and a job has a copy of that only.')
+
+
+def count_of(number, noun):
+    """Return '1 file', '2 files'."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 's')
+
+
+def size_of(size):
+    """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
+    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
+        if size < 1000 or unit == 'TB':
+            return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
+        size /= 1000
+
+
+# ---- Archives: tar, where rsync is not at both ends, and for what is small ----
+
+def archive(placed):
+    """Yield a tar archive (POSIX pax) of (name in it, Entry) pairs, in pieces.
+
+    A file that shrinks while it is read is filled with zeros, one that grows is cut, and one that
+    is gone is left out: the archive stays whole, and rsync would not do better.
+    """
+    import tarfile
+    for name, entry in placed:
+        info = tarfile.TarInfo(name)
+        info.mode, info.mtime = entry.mode, entry.mtime_ns // 10**9
+        info.pax_headers = {'mtime': f'{entry.mtime_ns // 10**9}.{entry.mtime_ns % 10**9:09}'}
+        content = ()
+        if entry.kind == 'd':
+            info.type = tarfile.DIRTYPE
+        elif entry.kind == 'l':
+            info.type, info.linkname = tarfile.SYMTYPE, entry.target
+        else:
+            info.size = entry.size
+            try:
+                content = padded_file(open(entry.path, 'rb'), entry.size)
+            except FileNotFoundError:
+                continue
+        yield info.tobuf(tarfile.PAX_FORMAT, 'utf-8', 'surrogateescape')
+        yield from content
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+def padded_file(file, size):
+    """Yield exactly `size` bytes of the open file, and zeros up to a block of 512; close it."""
+    left = size
+    with file:
+        while left:
+            piece = file.read(min(left, 2**16)) or bytes(min(left, 2**16))
+            left -= len(piece)
+            yield piece
+    yield bytes(-size % 512)
+
+
+def unpack_archive(path, folder):
+    """Extract the tar file at `path` into `folder`, which is empty; return what was refused.
+
+    Only files, folders and links that stay inside, and nothing through a link: tarfile's own
+    filter is no boundary (CVE-2025-4517 and its like).
+    """
+    import tarfile
+    refused, folders = [], []
+    with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
+        for member in tar:
+            parts = [part for part in member.name.split('/') if part not in ('', '.')]
+            parent = os.path.join(folder, *parts[:-1])
+            kinds = member.isreg() or member.isdir() or member.issym()
+            if not parts or '..' in parts or member.name.startswith('/') or not kinds:
+                refused.append(member.name)
+                continue
+            os.makedirs(parent, exist_ok=True)
+            if os.path.realpath(parent) != os.path.join(os.path.realpath(folder), *parts[:-1]):
+                refused.append(member.name)
+                continue
+            target = os.path.join(parent, parts[-1])
+            times = (int(member.mtime * 10**9),) * 2
+            if member.isdir():
+                os.makedirs(target, exist_ok=True)
+                folders.append((target, member.mode & 0o777, times))
+            elif member.issym():
+                os.symlink(member.linkname, target)
+            else:
+                with open(target, 'xb') as out, tar.extractfile(member) as data:
+                    while True:
+                        piece = data.read(2**20)
+                        if not piece:
+                            break
+                        out.write(piece)
+                os.chmod(target, member.mode & 0o777)
+                os.utime(target, ns=times)
+    for target, mode, times in reversed(folders):
+        os.chmod(target, mode)
+        os.utime(target, ns=times)
+    return refused
+
+
+# ---- Connection: what is said to ssh and rsync; starts nothing ----
+
+COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
+NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
+
+# What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
+# stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
+BOOTSTRAP = 'IFS= read -rd "" s; eval "$s"'
+
+FORCED_SSH_OPTIONS = """\
+  RequestTTY no
+  RemoteCommand none
+  SessionType default
+  StdinNull no
+  ForkAfterAuthentication no
+  EscapeChar none
+  PermitLocalCommand no
+  ClearAllForwardings yes
+  ForwardAgent no
+  ForwardX11 no
+  Tunnel no
+  UpdateHostKeys no
+  VisualHostKey no
+  ControlPersist no
+"""
+
+COMMON_SSH_OPTIONS = """\
+Host *
+  BatchMode yes
+  NumberOfPasswordPrompts 0
+  StrictHostKeyChecking accept-new
+  ConnectTimeout 15
+  ServerAliveInterval 15
+  ServerAliveCountMax 4
+  LogLevel ERROR
+"""
+
+
+class Connection:
+    """How one machine is reached: pure text and argument lists."""
+
+    def __init__(self, machine, run_folder, number):
+        self.machine = machine
+        self.config_path = os.path.join(run_folder, f'{number}.config')
+        self.socket_path = os.path.join(run_folder, f'{number}')
+
+    def config(self):
+        """Return the text of the ssh_config.  Of each option ssh takes the first value."""
+        machine = self.machine
+        lines = [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
+        lines += ['  ControlMaster yes', f'  ControlPath "{self.socket_path}"']
+        if machine.username:
+            lines.append(f'  User "{machine.username}"')
+        if machine.port:
+            lines.append(f'  Port {machine.port}')
+        if machine.ssh_key_path:
+            path = machine.ssh_key_path.replace('%', '%%')
+            lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
+        if machine.proxy_jump:
+            lines.append(f'  ProxyJump {machine.proxy_jump}')
+        lines += [f'  {name} "{value}"' for name, value in machine.ssh_options]
+        lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
+                  f'  ControlPath "{self.socket_path}"',
+                  f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'",
+                  COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
+                      f'"{path}"' for path in self.user_configs())]
+        return '\n'.join(lines) + '\n'
+
+    @staticmethod
+    def user_configs():
+        """Return the configurations of the user and of the computer, which go on to hold."""
+        return [os.path.expanduser('~/.ssh/config'), '/etc/ssh/ssh_config']
+
+    def channel(self):
+        """Return the argv of the channel."""
+        return self._reach(self.machine.host, '-T')
+
+    def copy(self):
+        """Return the argv of a program there that runs the script on its stdin, for one copy."""
+        return self._reach(COPY_ALIAS, '-T')
+
+    def _reach(self, alias, *options):
+        if not self.machine.host:
+            return ['bash', '-c', BOOTSTRAP]
+        return ['ssh', '-F', self.config_path, *options, '--', alias,
+                f"exec bash -c '{BOOTSTRAP}'"]
+
+    def rsync(self, options, source, target, remote):
+        """Return the argv of an rsync; its list of paths comes on stdin, NUL-terminated.
+
+        remote: which of source and target is over there, 'source' or 'target'.
+        """
+        argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-', *options]
+        if self.machine.host:
+            argv += ['-e', f'ssh -F {self.config_path}']
+            source = f'{COPY_ALIAS}:{source}' if remote == 'source' else source
+            target = f'{COPY_ALIAS}:{target}' if remote == 'target' else target
+        return [*argv, '--', source, target]
+
+
+# Someone else's words -> ours.  Matched for the message only, never for a decision.
+SSH_COMPLAINTS = (
+    (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed',
+     'its host key is not the one that is known, so this may be another machine. If it was '
+     'reinstalled: ssh-keygen -R {host}'),
+    (r'Host key verification failed', 'its host key could not be verified'),
+    (r'Could not resolve hostname|Name or service not known', 'there is no host of that name'),
+    (r'Connection refused', 'nothing listens at port {port} there'),
+    (r'Permission denied \((.*?)\)',
+     'the login as {user} was refused ({0} was tried): is the user name right, and is the key in '
+     'its ~/.ssh/authorized_keys?'),
+    (r'Too many authentication failures', 'too many keys were offered: set ssh_key_path'),
+    (r'No route to host|Network is unreachable', 'there is no way to it: is it on, and the VPN?'),
+    (r'timed out', 'it did not answer in time: is it on, and the VPN?'),
+    (r'Bad owner or permissions on (\S+)', 'ssh refuses {0}: others may write it'),
+    (r'[Bb]ad configuration option: (\S+)', 'ssh does not know the option {0}'),
+    (r'kex_exchange_identification|Connection closed by|Connection reset',
+     'it closed the connection before the login'),
+)
+LOGIN_COMPLAINTS = (
+    (r'sftp connections only', 'this account allows sftp only, no commands'),
+    (r'account is currently not available|nologin', 'this account allows no login'),
+    (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'there is no bash over there'),
+    (r'restricted', 'its login shell is a restricted one'),
+)
+
+
+def explain_login(machine, status, noise, complaint):
+    """Return why no channel came up, in one sentence without a full stop.
+
+    status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
+    """
+    words = {'host': machine.host, 'port': machine.port or 22,
+             'user': machine.username or 'you'}
+    for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
+        for pattern, sentence in table:
+            match = re.search(pattern, text)
+            if match:
+                return sentence.format(*match.groups(''), **words)
+    last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300]
+    if status == 255:
+        return last or 'the connection broke'
+    said = f', after saying: {last}' if last else ''
+    return ('its login shell ended before anything could run (is there an exit in one of its start '
+            f'files, such as ~/.bashrc?){said}')
+
+
+# ---- The remote runner: runs there ----
+
+REMOTE_RUNNER = r'''
+# The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
+# Its stdin: this text and a NUL; then NUL-terminated fields: the header, then requests.
+# Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a
+# line "data".  Nothing but speak() writes there, so that events never mix.
+
+say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
+  printf '%s\n' "$1" >&"$events"
+}
+
+tell() {                    # says the event $1 with the free texts that follow, escaped
+  local event=$1 text
+  shift
+  for text; do
+    escape "${text:0:1000}"
+    event+=$'\t'$REPLY
+  done
+  say "$event"
+}
+
+escape() {                  # REPLY: the text $1 without tab and newline
+  REPLY=${1//\\/\\\\}
+  REPLY=${REPLY//$'\t'/\\t}
+  REPLY=${REPLY//$'\n'/\\n}
+}
+
+speak() {                   # the only writer to the channel; reads what was said from stdin
+  local line file size
+  while IFS= read -r line; do
+    case $line in
+      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
+        line=${line#*$'\t'}
+        file=${line%%$'\t'*}
+        size=$(stat -c %s -- "$file") || continue
+        printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}"
+        cat -- "$file"
+        rm -f -- "$file" ;;
+      bye) return ;;
+      *) printf '%s\n' "$line" ;;
+    esac
+  done
+}
+
+identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
+  local stat boot fields
+  { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+  IFS= read -r boot </proc/sys/kernel/random/boot_id
+  # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
+  fields=(${stat##*) })
+  [[ ${fields[0]} != Z ]] || return 1   # nobody has waited for it yet, but it has ended
+  REPLY="$1 ${fields[19]} $boot"
+}
+
+centiseconds() {            # REPLY: hundredths of a second since boot
+  read -r REPLY _ </proc/uptime
+  REPLY=${REPLY/./}
+}
+
+# ---- What the machine is and has ----
+
+capture() {                 # leaves the environment of an interactive login in $run/environment
+  local shell=${SHELL:-$BASH} flags=-ilc dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+  case ${shell##*/} in
+    csh | tcsh) flags=-ic ;;            # takes -l only as its sole flag
+    bash) dump='/usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"
+                declare -f >"$SSH_SCHEDULER_CAPTURE.functions"' ;;
+  esac
+  SSH_SCHEDULER_CAPTURE=$run/login "$shell" "$flags" "$dump"
+  [[ -s $run/login ]] || env -0 >"$run/login"
+  if [[ $setup ]]; then
+    local entry
+    while IFS= read -rd '' entry; do export "$entry"; done <"$run/login"
+    SSH_SCHEDULER_CAPTURE=$run/environment "$BASH" -c '
+      functions=${SSH_SCHEDULER_CAPTURE%/*}/login.functions
+      if [ -e "$functions" ]; then . "$functions"; fi
+      eval "$1" || exit
+      /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
+      declare -f >"$SSH_SCHEDULER_CAPTURE.functions"
+      mv "$SSH_SCHEDULER_CAPTURE.new" "$SSH_SCHEDULER_CAPTURE"
+    ' setup "$setup" >"$run/setup.err" 2>&1
+    echo $? >"$run/setup.status"
+  else
+    [[ ! -e $run/login.functions ]] || mv "$run/login.functions" "$run/environment.functions"
+    mv "$run/login" "$run/environment"
+  fi
+}
+
+load_environment() {        # fills $environment; says so where a part of it could not be had
+  local entry name status
+  if [[ $setup && ! -s $run/environment ]]; then
+    { read -r status <"$run/setup.status"; } 2>/dev/null || status='no answer in time'
+    tell broken "setup failed ($status): $(tail -n 1 "$run/setup.err" 2>/dev/null)"
+    return
+  fi
+  [[ -s $run/environment ]] || tell note 'the login shell did not give its environment in time'
+  while IFS= read -rd '' entry; do
+    name=${entry%%=*}
+    case $name in
+      '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # such as an exported function: those come as functions
+      PWD | OLDPWD | SHLVL | _ | SHELLOPTS | BASHOPTS | CUDA_VISIBLE_DEVICES) ;;
+      SSH_SCHEDULER_CAPTURE | SSH_CLIENT | SSH_CONNECTION) ;;
+      BASH_ENV) bash_env=${entry#*=} ;;
+      *) environment+=("$entry") ;;
+    esac
+  done <"$run/environment"
+  environment+=("${machine_environment[@]}")
+  # bash reads the functions at its start, and programs that it runs do not inherit them
+  if [[ -s $run/environment.functions ]]; then
+    {
+      if [[ $bash_env ]]; then
+        printf 'export BASH_ENV=%q\n. "$BASH_ENV"\n' "$bash_env"
+      else
+        printf 'unset -v BASH_ENV\n'
+      fi
+      cat -- "$run/environment.functions"
+    } >"$run/functions"
+    bash_env=$run/functions
+  fi
+} 2>/dev/null
+
+read_ticks() {              # sets busy and total: processor ticks since boot
+  local user nice system idle wait irq softirq steal
+  read -r _ user nice system idle wait irq softirq steal _ <"$proc/stat"
+  busy=$((user + nice + system + irq + softirq + steal))
+  total=$((busy + idle + wait))
+}
+
+count_cores() {             # REPLY: the cores that this login may use
+  local line count=0
+  while read -r line _; do [[ $line == cpu[0-9]* ]] && count=$((count + 1)); done <"$proc/stat"
+  REPLY=$count
+  # nproc knows about affinity, but believes OMP_NUM_THREADS
+  [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+}
+
+probe_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
+  type -P nvidia-smi >/dev/null || { echo absent >"$run/gpus.status"; return; }
+  nvidia-smi --query-gpu=index,uuid,memory.total,memory.free,utilization.gpu,name \
+    --format=csv,noheader,nounits >"$run/gpus" 2>"$run/gpus.err"
+  echo $? >"$run/gpus.status"
+}
+
+probe_limits() {            # what the control group (version 2) leaves of cores and memory
+  local path quota period limit used
+  [[ $proc == /proc ]] && IFS= read -r path </proc/self/cgroup && path=${path#0::} || return
+  while :; do
+    if read -r quota period <"/sys/fs/cgroup$path/cpu.max" && [[ $quota != max ]]; then
+      tell probe cgroup_cores "$quota/$period"
+    fi
+    if read -r limit <"/sys/fs/cgroup$path/memory.max" && [[ $limit != max ]]; then
+      read -r used <"/sys/fs/cgroup$path/memory.current"
+      tell probe cgroup_memory "$((limit - used))"
+    fi
+    [[ $path == /?* ]] || return
+    path=${path%/*}
+  done
+} 2>/dev/null
+
+probe() {                   # says what is here and free, then "ready"
+  local key value line status busy total word deadline=$((SECONDS + 20)) missing=()
+  while ((waiting > 0 && SECONDS < deadline)) &&
+    read -r -t $((deadline - SECONDS)) word <&"$signals"; do
+    waiting=$((waiting - 1))
+  done
+  load_environment
+  read -r -t 0.02 word <&"$signals"   # a share of processor time needs some time to be one
+  read_ticks
+  tell probe ticks "$((busy - busy_before))/$((total - total_before))"
+  count_cores
+  tell probe cores "$REPLY"
+  read -r value _ <"$proc/loadavg"
+  tell probe load "$value"
+  while read -r key value _; do
+    case $key in MemTotal: | MemAvailable:) tell probe "${key%:}" "$value" ;; esac
+  done <"$proc/meminfo"
+  probe_limits
+  if [[ $want_gpus == 1 ]]; then
+    { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
+    tell probe nvidia_smi "$status"
+    case $status in
+      0) while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus" ;;
+      absent | timeout) ;;
+      *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus")
+         tell probe gpu_error "$line" ;;
+    esac
+  fi
+  for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
+  ((${#missing[@]} == 0)) || tell broken "this program is missing there: ${missing[*]}"
+  type -P rsync >/dev/null && value=1 || value=0
+  tell ready "$home" "$value"
+}
+
+# ---- Files for jobs ----
+
+freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
+  local stage=$home/stage/$1 id=$1 path entry
+  shift
+  {
+    mkdir -p -- "$stage/copy"
+    for path; do
+      [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
+      ln -s -- "$stage/link/$path" "$stage/copy/$path"
+    done
+    listing "$stage/copy" >"$stage/list"
+  } || { tell stage_failed "$id" "$(tail -n 1 "$run/log")"; return; }
+  while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
+  tell staged "$id"
+} 2>>"$run/log"
+
+listing() {                 # $1: a folder; what lies below it, NUL-terminated, as rsync sees change
+  (cd -- "$1" && shift &&
+    find "${@:-.}" -mindepth "$(($# ? 0 : 1))" \
+      '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0')
+}
+
+list_back() {               # $1: job folder, $2: stage, the rest: paths or nothing for "changed"
+  local dir=$1 id=$2 entry path kind
+  shift 2
+  if (($#)); then
+    for path; do
+      if [[ -e $dir/work/$path || -L $dir/work/$path ]]; then
+        listing "$dir/work" "./$path" >>"$dir/listing"
+      else
+        printf '!%s\0' "$path"
+      fi
+    done
+  else
+    local found=("$dir"/work/*)
+    ((${#found[@]})) || return 0
+    listing "$dir/work" >"$dir/listing"
+  fi
+  [[ -e $dir/listing ]] || return 0
+  while IFS= read -rd '' entry; do
+    (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
+    kind=${entry%% *}
+    path=./${entry#*./}
+    case $kind in
+      [fdl]) printf '+%s\0' "$path" ;;
+      *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
+    esac
+  done <"$dir/listing"
+  rm -f -- "$dir/listing"
+}
+
+# ---- Jobs ----
+
+run_job() {                 # in its own process; says how it went, and leaves that in files
+  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 child='' status=125 started
+  shift 4                   # $back: none | changed | paths, which are what is left
+  trap : TERM INT HUP       # the job's group may be told to end; this must live to record how
+  set -m                    # so that the job has a process group of its own, and SIGINT as usual
+  centiseconds
+  started=$REPLY
+  : >"$dir/out"
+  : >"$dir/err"
+  if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
+    printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
+  else
+    (
+      unset -v CUDA_VISIBLE_DEVICES
+      ((${#environment[@]} == 0)) || export "${environment[@]}"
+      [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
+      export SSH_SCHEDULER_JOB="${name%.*}" PYTHONUNBUFFERED=1
+      [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
+      umask "$mask"
+      cd -- "$dir/work" && exec "$BASH" ../cmd
+    ) </dev/null >>"$dir/out" 2>>"$dir/err" {events}>&- {signals}>&- &
+    child=$!
+    if identify "$child"; then printf '%s\n' "$REPLY" >"$dir/pid"; fi
+    wait "$child"
+    status=$?
+    while ((status > 128)) && kill -0 "$child" 2>/dev/null; do # the signal was for us
+      wait "$child"
+      status=$?
+    done
+  fi
+  # On a full disk nothing can be added, but this line was paid for, and a new name costs nothing.
+  printf '%-31s\n' "ended $status" 1<>"$dir/status" || mv -- "$dir/status" "$dir/ended.$status"
+  [[ $back == none ]] || list_back "$dir" "$id" "$@" >"$dir/back"
+  centiseconds
+  tell_ended "$name" "$status" "$((REPLY - started))"
+} 2>/dev/null
+
+stream() {                  # REPLY: "=text" of the file $1 where it is short text, "@" otherwise
+  local text=
+  if [[ ! -s $1 ]]; then
+    REPLY='='
+  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
+    REPLY=@                 # longer than that, or with a NUL
+  else
+    escape "$text"
+    REPLY="=$REPLY"
+  fi
+}
+
+tell_ended() {              # $1: job.attempt, $2: exit status, $3: its time in 1/100 s
+  local dir=$home/jobs/$1 event entry back=
+  event=ended$'\t'$1$'\t'$2$'\t'$3
+  stream "$dir/out"
+  event+=$'\t'$REPLY
+  stream "$dir/err"
+  event+=$'\t'$REPLY
+  if [[ -s $dir/back ]]; then
+    while ((${#back} < 1000)) && IFS= read -rd '' entry; do
+      escape "$entry"
+      back+=$'\t'$REPLY
+    done <"$dir/back"
+    ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
+  fi
+  # A runner that was cut off may have left this job behind; then nobody listens.
+  if kill -0 "$$" 2>/dev/null; then say "$event$back"; fi
+}
+
+start_pending() {           # starts what was read of "start" requests since the last time
+  local index dirs=() started='' name
+  for index in "${!names[@]}"; do
+    dirs+=("$home/jobs/${names[index]}")
+    [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
+  done
+  ((${#dirs[@]} == 0)) || LC_ALL=C mkdir -p -- "${dirs[@]}"
+  for index in "${!names[@]}"; do
+    name=${names[index]}
+    set -C                  # "cmd" is the claim: only one can create it, on NFS too
+    if { printf '%s\n' "${commands[index]}" >"$home/jobs/$name/cmd"; } 2>>"$run/log"; then
+      set +C
+      printf '%-31s\n' running >"$home/jobs/$name/status"
+      ((${#started} < 3000)) || { say "started$started"; started=; }
+      started+=$'\t'$name
+      run_job "$name" "${stages[index]}" "${gpus[index]}" "${backs[index]}" \
+        "${paths[@]:offsets[index]:counts[index]}" </dev/null &
+      disown "$!"
+    elif set +C; [[ -s $home/jobs/$name/cmd ]]; then
+      report "$name" </dev/null &
+    else
+      tell refused "$name" "$(tail -n 1 "$run/log")"
+    fi
+  done
+  [[ ! $started ]] || say "started$started"
+  names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
+}
+
+report() {                  # what became of job.attempt $1, which was claimed before
+  local name=$1 dir=$home/jobs/$1 word value tries=0 file
+  while :; do
+    word='' value=''
+    read -r word value <"$dir/status"
+    for file in "$dir"/ended.*; do word=ended value=${file##*.}; done
+    if [[ $word == ended && $value ]]; then
+      tell_ended "$name" "$value" 0
+      return
+    fi
+    read -r value <"$dir/pid" || value=
+    if identify "${value%% *}" && [[ $REPLY == "$value" ]]; then
+      ((tries >= 0)) && say "started"$'\t'"$name"
+      tries=-1000000        # it runs, and its end will be a status
+    elif ((++tries > 20)); then
+      tell lost "$name" "it ended without a record of how (killed, or the machine was restarted)"
+      return
+    elif ((tries < 0)); then
+      tries=10              # gone: its status may still come
+    fi
+    sleep 0.1
+  done
+} 2>/dev/null
+
+cancel() {                  # $1: job.attempt, $2: seconds between TERM and KILL
+  local dir=$home/jobs/$1 record pid until=$((SECONDS + $2))
+  read -r record <"$dir/pid" || return
+  pid=${record%% *}
+  [[ $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
+  identify "$pid" && [[ $REPLY == "$record" ]] || return
+  kill -TERM -- "-$pid"
+  while ((SECONDS < until)) && kill -0 -- "-$pid"; do sleep 0.05; done
+  kill -KILL -- "-$pid"
+} 2>/dev/null
+
+send_growth() {             # triples job.attempt, out or err, offset: what was added since
+  local files=() size file count=0
+  local -A since what
+  while (($#)); do
+    file=$home/jobs/$1/$2
+    files+=("$file")
+    since["$file"]=$3
+    what["$file"]=$1$'\t'$2$'\t'$3
+    shift 3
+  done
+  while read -r size file; do
+    ((size > since["$file"])) || continue
+    count=$((count + 1))
+    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$run/chunk.$BASHPID.$count"
+    say "bulk"$'\t'"$run/chunk.$BASHPID.$count"$'\t'"growth"$'\t'"${what["$file"]}"
+  done < <(stat -c '%s %n' -- "${files[@]}")
+} 2>/dev/null
+
+remove() {                  # jobs whose results are safe over there
+  rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
+} 2>/dev/null
+
+# ---- The channel ----
+
+main() {
+  local LC_ALL=C IFS=$' \t\n' verb field count bytes
+  local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
+  local home run mask events signals waiting=0 busy_before total_before busy total
+  local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
+  local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
+  local -A sent
+
+  for field in token workdir project setup want_gpus count; do
+    IFS= read -rd '' "$field" || return
+  done
+  while ((count-- > 0)); do
+    IFS= read -rd '' field || return
+    machine_environment+=("$field")
+  done
+  workdir=${workdir:-'~/.ssh_scheduler'}
+  [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
+  home=$workdir/$project
+  run=$home/run.${HOSTNAME:-here}.$$
+  mask=$(umask)
+  umask 077
+  if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
+    mkfifo -- "$run/events" "$run/signals" && echo writable >"$run/log"; } 2>&1); then
+    printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
+    return
+  fi
+  : >"$run/log"
+  exec {events}<>"$run/events" {signals}<>"$run/signals"
+  set -m                    # every background process in a process group of its own
+  printf '\n%s\n' "$token"
+  speak <"$run/events" 2>>"$run/log" &
+  disown "$!"
+  exec >/dev/null 2>>"$run/log"
+  shopt -s nullglob dotglob
+
+  read_ticks
+  busy_before=$busy total_before=$total
+  { capture; echo environment >&"$signals"; } </dev/null &
+  disown "$!"
+  waiting=1
+  if [[ $want_gpus == 1 ]]; then
+    { probe_gpus; echo gpus >&"$signals"; } </dev/null &
+    disown "$!"
+    waiting=2
+  fi
+
+  while :; do
+    if ((${#names[@]})) && ! read -r -t 0; then start_pending; fi
+    IFS= read -rd '' verb || break
+    case $verb in
+      probe) probe </dev/null ;;
+      unpack)               # ID BYTES, then that many bytes of tar
+        IFS= read -rd '' field && IFS= read -rd '' bytes || break
+        mkdir -p -- "$home/stage/$field"
+        head -c "$bytes" | tar -xpo -f - -C "$home/stage/$field" ||
+          tell stage_failed "$field" "$(tail -n 1 "$run/log")" ;;
+      folder)               # PATH below the project's folder
+        IFS= read -rd '' field || break
+        mkdir -p -- "$home/$field" ;;
+      freeze)               # ID COUNT LINK...
+        IFS= read -rd '' field && IFS= read -rd '' count || break
+        read_fields "$count" || break
+        freeze "$field" "${fields[@]}" </dev/null ;;
+      start)                # JOB.ATTEMPT STAGE GPUS COMMAND none|changed|paths COUNT PATH...
+        IFS= read -rd '' field && names+=("$field") || break
+        IFS= read -rd '' field && stages+=("$field") || break
+        IFS= read -rd '' field && gpus+=("$field") || break
+        IFS= read -rd '' field && commands+=("$field") || break
+        IFS= read -rd '' field && backs+=("$field") || break
+        IFS= read -rd '' count && read_fields "$count" || break
+        offsets+=("${#paths[@]}")
+        counts+=("$count")
+        paths+=("${fields[@]}") ;;
+      cancel)               # JOB.ATTEMPT SECONDS
+        IFS= read -rd '' field && IFS= read -rd '' count || break
+        cancel "$field" "$count" </dev/null &
+        disown "$!" ;;
+      growth)               # COUNT, then triples: JOB.ATTEMPT STREAM OFFSET
+        IFS= read -rd '' count && read_fields "$((3 * count))" || break
+        send_growth "${fields[@]}" </dev/null &
+        disown "$!" ;;
+      list)                 # JOB.ATTEMPT
+        IFS= read -rd '' field || break
+        cp -- "$home/jobs/$field/back" "$run/back.$field"
+        say "bulk"$'\t'"$run/back.$field"$'\t'"back"$'\t'"$field" ;;
+      clean)                # COUNT JOB.ATTEMPT...
+        IFS= read -rd '' count && read_fields "$count" || break
+        (cd -- "$home/jobs" && remove "${fields[@]}") </dev/null & ;;
+      finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
+        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
+        wait
+        if [[ $field ]]; then
+          mv -T -- "$home/cache" "$run/cache"
+          mv -T -- "$home/stage/$field" "$home/cache"
+        fi
+        (cd -- "$home/stage" && remove "$run" "${fields[@]}") </dev/null
+        rmdir -- "$home/stage" "$home/jobs" ;;
+      *) tell broken "unknown request: $verb" ;;
+    esac
+  done
+  start_pending
+  say bye
+}
+
+read_fields() {             # fields: the next $1 fields of the channel
+  local field count=$1
+  fields=()
+  while ((count-- > 0)); do
+    IFS= read -rd '' field || return
+    fields+=("$field")
+  done
+}
+
+main
+'''
+
+# Runs there, for one copy: takes a tar archive from stdin, or gives one of the paths on stdin.
+REMOTE_UNPACK = r'''
+main() {                    # stdin: token, folder, tar
+  local token folder
+  IFS= read -rd '' token && IFS= read -rd '' folder || return
+  mkdir -p -- "$folder" && tar -xpo -f - -C "$folder"
+  printf '\n%s %s\n' "$token" "$?"
+}
+main
+'''
+REMOTE_PACK = r'''
+main() {                    # stdin: token, folder, paths that end with NUL
+  local token folder
+  IFS= read -rd '' token && IFS= read -rd '' folder || return
+  printf '\n%s\n' "$token"
+  exec tar -c -f - -C "$folder" --null --no-recursion -T -
+}
+main
+'''
+
+
+# ---- Processes: the one place that starts them and the one that waits ----
+
+TICK_S = 1.0                # a child whose pipe is held open by another is noticed after so long
+KEPT_STDERR = 64 * 1024
+
+
+class Process:
+    """A child: passive.  Processes reads and writes its streams; done is: ended, and all read."""
+
+    def __init__(self, popen, on_output, on_exit, feed, keep_stdin, deadline):
+        self.popen = popen
+        self.on_output = on_output          # called with bytes
+        self.on_exit = on_exit              # called with (exit status, stderr as bytes)
+        self.feed = feed                    # iterator of bytes for its stdin, or None
+        self.keep_stdin = keep_stdin        # else closed when all is written
+        self.deadline = deadline
+        self.unsent = bytearray()
+        self.complaint = bytearray()
+        self.reads = {}                     # open streams of the child that we read
+        self.timed_out = False
+
+    def write(self, data):
+        """Queue data for its stdin; it goes out in the next Processes.wait."""
+        self.unsent += data
+
+    def close_stdin(self):
+        """Close its stdin as soon as all that was queued is written."""
+        self.keep_stdin = False
+
+    def kill(self):
+        """End it and what it started, now."""
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+class Processes:
+    """All children of this program, and its timers: only here they start and are waited for."""
+
+    def __init__(self, on_start=None, clock=time.monotonic):
+        # Inherited as ignored, Popen would report success for every failure.
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._selector = selectors.DefaultSelector()
+        self._children = set()
+        self._timers = []                   # [due, function], few
+        self._clock = clock
+        self._on_start = on_start           # called with each argv
+        self._wakeup = os.pipe()
+        for end in self._wakeup:
+            os.set_blocking(end, False)
+        self._selector.register(self._wakeup[0], selectors.EVENT_READ)
+
+    def start(self, argv, on_output, on_exit, *, feed=None, keep_stdin=False, deadline_s=None,
+              env=None, cwd=None):
+        """Start argv in a session of its own and return its Process."""
+        if self._on_start:
+            self._on_start(argv)
+        try:
+            popen = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                bufsize=0, start_new_session=True, env=env, cwd=cwd)
+        except FileNotFoundError:
+            raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
+                                 f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
+        due = None if deadline_s is None else self._clock() + deadline_s
+        process = Process(popen, on_output, on_exit, feed, keep_stdin, due)
+        for stream in (popen.stdin, popen.stdout, popen.stderr):
+            os.set_blocking(stream.fileno(), False)
+        for stream in (popen.stdout, popen.stderr):
+            process.reads[stream.fileno()] = stream
+            self._selector.register(stream, selectors.EVENT_READ, process)
+        self._children.add(process)
+        return process
+
+    def call_later(self, delay_s, function):
+        """Call the function from wait(), once, after so long."""
+        self._timers.append([self._clock() + delay_s, function])
+
+    def wake(self):
+        """End a wait() that is under way; may be called from a signal handler."""
+        try:
+            os.write(self._wakeup[1], b'!')
+        except BlockingIOError:
+            pass
+
+    def wait(self, timeout_s=None):
+        """Wait until something happened, at most so long, and call whom it concerns."""
+        for process in self._children:
+            self._offer(process)
+        now = self._clock()
+        dues = [due for due, _ in self._timers]
+        dues += [process.deadline for process in self._children if process.deadline is not None]
+        dues += [now + timeout_s] if timeout_s is not None else []
+        dues += [now + TICK_S] if self._children else []
+        for key, events in self._selector.select(max(min(dues) - now, 0) if dues else None):
+            if key.fd == self._wakeup[0]:
+                os.read(key.fd, 4096)
+            elif events & selectors.EVENT_WRITE:
+                self._write(key.data)
+            else:
+                self._read(key.data, key.fd)
+        now = self._clock()
+        for timer in [timer for timer in self._timers if timer[0] <= now]:
+            self._timers.remove(timer)
+            timer[1]()
+        for process in list(self._children):
+            if process.deadline is not None and process.deadline <= now:
+                process.timed_out, process.deadline = True, None
+                process.kill()
+            self._reap(process)
+
+    def close(self):
+        """End all children that are left."""
+        for process in list(self._children):
+            process.kill()
+            process.popen.wait()
+            self._forget(process)
+        self._selector.close()
+        for end in self._wakeup:
+            os.close(end)
+
+    def _offer(self, process):
+        """See to it that what there is for the child's stdin is written when the pipe has room."""
+        stdin = process.popen.stdin
+        if stdin.closed:
+            process.unsent.clear()
+            return
+        if process.unsent or process.feed:
+            if stdin.fileno() not in self._selector.get_map():
+                self._selector.register(stdin, selectors.EVENT_WRITE, process)
+        elif not process.keep_stdin:
+            self._close_stdin(process)
+
+    def _close_stdin(self, process):
+        stdin = process.popen.stdin
+        if stdin.fileno() in self._selector.get_map():
+            self._selector.unregister(stdin)
+        stdin.close()
+
+    def _write(self, process):
+        while process.feed and len(process.unsent) < 2**16:
+            piece = next(process.feed, None)
+            if piece is None:
+                process.feed = None
+            else:
+                process.unsent += piece
+        try:
+            count = os.write(process.popen.stdin.fileno(), process.unsent[:2**18])
+            del process.unsent[:count]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            process.feed = None
+            process.unsent.clear()
+            self._close_stdin(process)
+            return
+        if not process.unsent and not process.feed:
+            self._selector.unregister(process.popen.stdin)
+            self._offer(process)
+
+    def _read(self, process, fd):
+        try:
+            data = os.read(fd, 2**18)
+        except BlockingIOError:
+            return
+        if not data:
+            stream = process.reads.pop(fd)
+            self._selector.unregister(stream)
+            stream.close()
+        elif fd == process.popen.stdout.fileno():
+            process.on_output(data)
+        else:
+            process.complaint += data
+            del process.complaint[:-KEPT_STDERR]
+
+    def _reap(self, process):
+        """Finish with the child if it ended and all was read, or nobody of ours can write more."""
+        if process.popen.poll() is None:
+            if process.reads:
+                return
+            try:
+                process.popen.wait(TICK_S)  # it closed its streams, so it is about to end
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.popen.wait()
+        for fd in list(process.reads):      # what is in the pipes; another may hold them open
+            while fd in process.reads and self._readable(fd):
+                self._read(process, fd)
+        self._forget(process)
+        process.on_exit(process.popen.returncode, bytes(process.complaint))
+
+    @staticmethod
+    def _readable(fd):
+        import select
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(0))
+
+    def _forget(self, process):
+        self._children.discard(process)
+        for stream in list(process.reads.values()):
+            self._selector.unregister(stream)
+            stream.close()
+        process.reads.clear()
+        if not process.popen.stdin.closed:
+            self._close_stdin(process)
+
+
+PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
+
+
+# ---- Wire: the language of the channel ----
+
+LONGEST_LINE = 64 * 1024
+LONGEST_NOISE = 256 * 1024
+LONGEST_DATA = 64 * 2**20
+
+
+class WireError(Exception):
+    """The other side said something that is not of this language."""
+
+
+def request(*fields):
+    """Return the bytes of a request: each field ends with a NUL."""
+    data = bytearray()
+    for field in fields:
+        raw = field if isinstance(field, bytes) else os.fsencode(str(field))
+        if b'\0' in raw:
+            raise ValueError('a NUL in a request [this is a bug]')
+        data += raw + b'\0'
+    return data
+
+
+class EventReader:
+    """Bytes from the channel -> events: lists of fields (bytes).  Bounded in memory.
+
+    What comes before a line that is the token is noise of the login, kept in `noise`.  An event
+    "data SIZE WHAT..." is given with its SIZE bytes as one more field.
+    """
+
+    def __init__(self, token):
+        self.noise = b''
+        self.greeted = False
+        self._token = token.encode()
+        self._buffer = b''
+        self._data = None               # (fields, size) of an event whose bytes are still coming
+
+    def feed(self, data):
+        """Yield the events that are complete with these bytes."""
+        self._buffer += data
+        if not self.greeted:
+            before, found, after = self._buffer.partition(b'\n' + self._token + b'\n')
+            if not found:
+                if len(before) > LONGEST_NOISE:
+                    raise WireError('its login says more than can be read')
+                self.noise = before
+                return
+            self.greeted, self.noise, self._buffer = True, before, after
+        start = 0
+        try:
+            while True:
+                if self._data:
+                    fields, size = self._data
+                    if len(self._buffer) - start < size:
+                        return
+                    self._data, body = None, self._buffer[start:start + size]
+                    start += size
+                    yield [*fields, body]
+                    continue
+                end = self._buffer.find(b'\n', start)
+                if (end if end >= 0 else len(self._buffer)) - start > LONGEST_LINE:
+                    raise WireError('it said a line without an end')
+                if end < 0:
+                    return
+                fields = [unescape(field) for field in self._buffer[start:end].split(b'\t')]
+                start = end + 1
+                if fields[0] == b'data':
+                    size = whole_number(fields[1].decode('ascii', 'replace')) if fields[1:] else 0
+                    if len(fields) < 3 or size > LONGEST_DATA:
+                        raise WireError('it announced more than can be read')
+                    self._data = (fields[:1] + fields[2:], size)
+                else:
+                    yield fields
+        finally:
+            self._buffer = self._buffer[start:]
+
+
+def unescape(field):
+    r"""Return the field with \t, \n and \\ as the characters they stand for."""
+    if b'\\' not in field:
+        return field
+    return re.sub(rb'\\(.)', lambda m: {b't': b'\t', b'n': b'\n'}.get(m[1], m[1]), field)
+
+
+# ---- Results: the folder job_results ----
+
+class ResultStore:
+    """The folder job_results: its lock, its journal, and what lies in it.  Replaces nothing.
+
+    job_results/NAME.out, NAME.err    the streams; they grow while the job runs
+    job_results/NAME/                 what it brought back; appears by one rename
+    job_results/.ssh_scheduler/       journal (a JSON object a line), lock, incoming results
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.own = os.path.join(folder, '.ssh_scheduler')
+        self.jobs = {}                  # name -> dict: command, machine, attempt, state
+        self._lock = self._journal = None
+        self._grown = set()             # (name, stream) that we have begun to write
+
+    def open(self):
+        """Make, lock and read the folder; return self."""
+        try:
+            os.makedirs(self.own, exist_ok=True)
+            self._lock = os.open(os.path.join(self.own, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
+            self._take_lock()
+            self._journal = os.open(os.path.join(self.own, 'journal'),
+                                    os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._read_journal()
+        except OSError as error:
+            raise ResultsError(f'{self.folder}, where results go, cannot be used: '
+                               f'{reason_of(error)}.') from None
+        return self
+
+    def close(self):
+        """Let go of the lock."""
+        for fd in (self._journal, self._lock):
+            if fd is not None:
+                os.close(fd)
+        self._journal = self._lock = None
+
+    def exists(self, name):
+        """Tell whether there are results of the job that a new run would have to replace."""
+        if self.jobs.get(name, {}).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
+            return os.path.lexists(self._path(name))    # its streams are what is left of that
+        return any(os.path.lexists(self._path(name, end)) for end in ('', '.out', '.err'))
+
+    def state(self, name):
+        """Return what the journal knows of a job: dict with command, machine, attempt, state."""
+        return self.jobs.get(name, {})
+
+    # What happens to a job, each written before its consequence
+
+    def claimed(self, name, attempt, machine, gpus, command):
+        """It is about to be started there."""
+        self._write(event='claimed', job=name, attempt=attempt, machine=machine, gpus=gpus,
+                    command=command)
+
+    def ended(self, name, exit_code, wall_s):
+        """It ended over there."""
+        self._write(event='ended', job=name, exit_code=exit_code, wall_s=wall_s)
+
+    def lost(self, name):
+        """It is gone without a result, or was never started: it may be started again."""
+        self._write(event='lost', job=name)
+
+    def grow(self, name, stream, data):
+        """Add to a stream of a job that runs."""
+        first = (name, stream) not in self._grown
+        self._grown.add((name, stream))
+        with open(self._path(name, f'.{stream}'), 'wb' if first else 'ab') as file:
+            file.write(data)
+
+    def incoming(self):
+        """Return a new empty folder for results that are on their way."""
+        return tempfile.mkdtemp(prefix='incoming-', dir=self.own)
+
+    def discard(self, folder):
+        """Remove what is left of an incoming folder."""
+        import shutil
+        shutil.rmtree(folder, onerror=make_removable)
+
+    def commit(self, name, streams, folder, wants_folder):
+        """Put a job's results in place: streams are bytes or the path of a file to move."""
+        for stream, content in streams.items():
+            self._commit_stream(name, stream, content)
+        if wants_folder:
+            target = self._path(name)
+            if os.path.lexists(target):
+                raise ResultsError(f'{target} was made by something else while {name} ran; its '
+                                   'results stay where they are. Move it away and run again.')
+            if folder and os.path.isdir(folder):
+                os.rename(folder, target)
+            else:
+                os.mkdir(target)
+        self._write(event='collected', job=name)
+
+    def _commit_stream(self, name, stream, content):
+        """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
+        target = self._path(name, f'.{stream}')
+        ours = (name, stream) in self._grown or self.jobs.get(name, {}).get('attempt', 1) > 1
+        ours = ours or self.jobs.get(name, {}).get('resumed', False)
+        self._grown.discard((name, stream))
+        if not isinstance(content, bytes):
+            if not ours and os.path.lexists(target):
+                raise ResultsError(f'{target} was made by something else while {name} ran.')
+            os.replace(content, target)
+            return
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
+        fd = os.open(target, flags, 0o666)
+        try:
+            os.write(fd, content)
+        finally:
+            os.close(fd)
+
+    def set_aside(self, name):
+        """Move the streams of a job that was cancelled out of the way of its next run."""
+        self._write(event='cancelled', job=name)
+        for stream in ('out', 'err'):
+            path = self._path(name, f'.{stream}')
+            if (name, stream) in self._grown and os.path.lexists(path):
+                aside = os.path.join(self.own, 'cancelled')
+                os.makedirs(aside, exist_ok=True)
+                os.replace(path, os.path.join(aside, f'{name}.{time.time_ns()}.{stream}'))
+
+    def _path(self, name, end=''):
+        return os.path.join(self.folder, name + end)
+
+    def _take_lock(self):
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
+            raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
+                               'Wait for it, or start from another folder.') from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
+                raise
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+
+    def _read_journal(self):
+        """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
+        with open(self._journal, 'rb', closefd=False) as file:
+            whole = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b'\n'):
+                    break
+                try:
+                    self._apply(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ResultsError(
+                        f'{self.own}/journal, line {number} cannot be read. It says what runs '
+                        'where: look at it, or move job_results away to start afresh.') from None
+                whole += len(line)
+        os.ftruncate(self._journal, whole)
+        for record in self.jobs.values():
+            record['resumed'] = record['state'] != 'collected'
+
+    def _apply(self, event):
+        if event['event'] == 'claimed':
+            self.jobs[event['job']] = {'command': event['command'], 'machine': event['machine'],
+                                       'attempt': event['attempt'], 'state': 'claimed'}
+        else:
+            self.jobs[event['job']]['state'] = event['event']
+
+    def _write(self, **event):
+        self._apply(event)
+        event['time'] = round(time.time(), 2)
+        os.write(self._journal, json.dumps(event).encode() + b'\n')
+
+
+def make_removable(function, path, _):
+    """Give a folder that a job made read-only the permissions that removing it needs."""
+    try:
+        os.chmod(os.path.dirname(path), 0o700)
+        os.chmod(path, 0o700)
+        function(path)
+    except OSError:
+        pass
+
+
+# ---- Machine runner: one machine's channel, stages and copies ----
+
+SMALL_TREE_BYTES = 256 * 1024       # what is smaller goes through the channel, without an rsync
+SMALL_TREE_ENTRIES = 2000
+CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
+COPY_STALL_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
+REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
+GATHER_S = 0.5                      # results wait so long for others, to come with one rsync
+GATHER_JOBS = 200
+CLEAN_JOBS = 50
+KILL_GRACE_S = 5
+
+
+class Session:
+    """What the machines of one run share; `close` ends all its processes and removes its files."""
+
+    def __init__(self, results, trace=None):
+        self.results = results
+        self.trace = trace or (lambda text: None)
+        self.processes = Processes(lambda argv: self.trace('+ ' + ' '.join(map(printable, argv))))
+        self.run_folder = make_run_folder()
+        self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
+        self.project = project_name()
+        self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
+                             for folder in os.get_exec_path())
+        self._trees, self._archives = {}, {}
+
+    def trees(self, forwards):
+        """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
+        if forwards not in self._trees:
+            self._trees[forwards] = (
+                scan_tree(forwards.copy, (*forwards.exclude, *map('/{}'.format, forwards.link)),
+                          '--copy-forwards'),
+                scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
+        return self._trees[forwards]
+
+    def small_archive(self, forwards):
+        """Return the files of the Forwards as one tar archive, for all machines the same."""
+        if forwards not in self._archives:
+            copy, link = self.trees(forwards)
+            placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
+            placed += [(f'link/{entry.path}', entry) for entry in link.entries]
+            self._archives[forwards] = b''.join(archive(placed))
+        return self._archives[forwards]
+
+    def close(self):
+        """End what still runs here and remove the run folder."""
+        import shutil
+        self.processes.close()
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+
+
+def make_run_folder():
+    """Return a new private folder whose path is short and plain, for sockets and configurations.
+
+    A socket's path may have about 90 bytes, and neither rsync -e nor ssh_config likes blanks.
+    """
+    for base in (os.environ.get('XDG_RUNTIME_DIR'), os.environ.get('TMPDIR'), '/tmp'):
+        if base and re.fullmatch(r'/[\w./-]{1,50}', base) and os.access(base, os.W_OK | os.X_OK):
+            return tempfile.mkdtemp(prefix='sshs-', dir=base)
+    raise SchedulerError('there is no folder for temporary files: /tmp cannot be written.')
+
+
+def project_name():
+    """Return the name of this folder's place over there: readable, and of this folder only."""
+    here = os.path.realpath('.')
+    who = f'{socket.gethostname()}\0{getpass.getuser()}\0{here}'
+    readable = re.sub(r'[^A-Za-z0-9_-]', '_', os.path.basename(here))[:40] or 'root'
+    return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
+
+
+class Stage:
+    """The files of one Forwards on one machine.  id is '' where there are none."""
+
+    def __init__(self, stage_id, forwards, trees):
+        self.id = stage_id
+        self.forwards = forwards
+        self.copy, self.link = trees
+        self.ready = not (self.copy.entries or self.link.entries)
+        self.by_rsync = False
+        if self.ready:
+            self.id = ''
+
+    @property
+    def small(self):
+        """Tell whether it goes through the channel."""
+        return (self.copy.size + self.link.size <= SMALL_TREE_BYTES
+                and len(self.copy.entries) + len(self.link.entries) <= SMALL_TREE_ENTRIES)
+
+
+class Order:
+    """A job on its way on one machine."""
+
+    def __init__(self, job_name, attempt, command, stage, backwards, gpus):
+        self.job_name = job_name
+        self.attempt = attempt
+        self.command = command
+        self.stage = stage
+        self.backwards = backwards          # None: what changed; (): nothing; else paths
+        self.gpus = gpus                    # CUDA_VISIBLE_DEVICES, or None
+        self.key = f'{job_name}.{attempt}'  # its folder over there
+        self.offsets = {'out': 0, 'err': 0}     # how much of the streams is here
+        self.streams = {}                   # 'out', 'err': bytes, where they came with the end
+        self.back = []                      # paths in its folder to fetch
+
+
+class MachineRunner:
+    """One machine: its channel, its stages, its copies; the only owner of what runs there.
+
+    machine_info    a Machine, from find_machine('lab1.yaml')
+    queue_up(command, forward_loc, backward_loc, job_name, …)   start it as soon as possible
+    register_started(callback(job_name))    it runs
+    register_ended(callback(job_name))      it ended, and `ended[job_name]` is its JobResult
+
+    Further signals: register(event, callback) with the events ready(), failed(reason),
+    collected(job_name) when results are in place here, returned(job_name, reason) when it was not
+    started, lost(job_name, reason), warning(text).
+
+    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
+    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
+    the channel is no login.
+
+        with MachineRunner(find_machine('lab1')) as runner:
+            runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
+            runner.queue_up('python train.py', ['train.py'], ['model'], 'first')
+            runner.wait()
+    """
+
+    def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
+        self.machine = machine_info
+        self.name = machine_info.name
+        self.state = 'new'                  # connecting, ready, closing, closed, failed
+        self.reason = ''                    # why it failed
+        self.capacity = None
+        self.ended = {}                     # job name -> JobResult
+        self.session = session or Session(ResultStore('job_results').open())
+        self._owns_session = session is None
+        self._connection = Connection(machine_info, self.session.run_folder, number)
+        self._number = number
+        self._callbacks = collections.defaultdict(list)
+        self._channel = self._reader = None
+        self._facts, self._home, self._rsync_there = [], '', False
+        self._stages = {}                   # Forwards -> Stage
+        self._queue = collections.deque()   # Orders that wait for their stage
+        self._running = {}                  # key -> Order
+        self._ended = {}                    # key -> Order, until it is collected
+        self._fetchable, self._fetching, self._fetch_due = [], [], None
+        self._cleanable = []
+        self._spacing_s, self._next_start = spacing_s, 0.0
+        self._timers = set()
+        self._broken = ''
+
+    def __enter__(self):
+        self.connect()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        while self.state == 'closing':
+            self.session.processes.wait()
+        if self._owns_session:
+            self.session.close()
+            self.session.results.close()
+
+    # Signals
+
+    def register(self, event, callback):
+        """Have the callback called at each such event; see the class."""
+        self._callbacks[event].append(callback)
+
+    def register_started(self, callback):
+        """Have callback(job_name) called when a job was started over there."""
+        self.register('started', callback)
+
+    def register_ended(self, callback):
+        """Have callback(job_name) called when a job ended over there."""
+        self.register('ended', callback)
+
+    def _signal(self, event, *args):
+        for callback in self._callbacks[event]:
+            callback(*args)
+
+    # Jobs
+
+    @property
+    def running(self):
+        """The names of the jobs that were started there and have not ended."""
+        return [order.job_name for order in self._running.values()]
+
+    @property
+    def busy(self):
+        """Tell whether a job is not yet started, running, or not yet collected."""
+        return bool(self._queue or self._running or self._ended)
+
+    @property
+    def unfinished(self):
+        """The names of the jobs that run there or ran there and are not collected."""
+        return [order.job_name for order in (*self._running.values(), *self._ended.values())]
+
+    def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
+                 exclude=(), gpus=None, attempt=1):
+        """Start the bash command there as soon as its files are.
+
+        forward_loc, link_loc  paths here, to copy or to link into the job's folder
+        backward_loc           paths in its folder to bring back; None: what it made or changed
+        job_name               the stem of its results' names; each name once in a job_results
+        gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
+        attempt                counts the starts of a job that had to be repeated
+        """
+        job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
+        check_job_name(job_name, 'queue_up')
+        stage = self.prepare(Forwards(tuple(forward_loc), tuple(link_loc), tuple(exclude)))
+        backwards = None if backward_loc is None else tuple(backward_loc)
+        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus))
+        self._pump()
+
+    def prepare(self, forwards):
+        """Return the Stage of these Forwards; sends it if that was not done."""
+        if forwards not in self._stages:
+            number = len(self._stages)
+            stage = Stage(f'{self.session.batch_id}.{self._number}.{number}', forwards,
+                          self.session.trees(forwards))
+            self._stages[forwards] = stage
+            if not stage.ready and stage.small and self._channel:
+                data = self.session.small_archive(forwards)
+                self._send(request('unpack', stage.id, len(data)), data)
+                self._freeze(stage)
+            elif not stage.ready and self.state == 'ready':
+                self._copy_forward(stage)
+        return self._stages[forwards]
+
+    def _pump(self):
+        """Send the starts that are possible; what the journal says goes first."""
+        if self.state != 'ready':
+            return
+        results, waiting, now = self.session.results, collections.deque(), time.monotonic()
+        while self._queue:
+            order = self._queue.popleft()
+            if not order.stage.ready:
+                waiting.append(order)
+                continue
+            if now < self._next_start:
+                waiting.append(order)
+                self._later('start', self._next_start - now, self._pump)
+                continue
+            self._next_start = now + self._spacing_s
+            results.claimed(order.job_name, order.attempt, self.machine.address, order.gpus,
+                            order.command)
+            self._running[order.key] = order
+            how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
+            paths = order.backwards or ()
+            self._send(request('start', order.key, order.stage.id,
+                               '-' if order.gpus is None else order.gpus, order.command, how,
+                               len(paths), *paths))
+            self._later('growth', REFRESH_S, self._ask_growth)
+        self._queue = waiting
+
+    def cancel(self):
+        """End all jobs there, with their process groups; give back those not started."""
+        while self._queue:
+            self._signal('returned', self._queue.popleft().job_name, 'interrupted')
+        for key in self._running:
+            self._send(request('cancel', key, KILL_GRACE_S))
+
+    def wait(self):
+        """Wait until all jobs that were queued are collected; raise if the machine fails."""
+        while self.busy and self.state not in ('failed', 'closed'):
+            self.session.processes.wait()
+        if self.state == 'failed':
+            raise SchedulerError(f'{self.name}: {self.reason}')
+
+    # Channel
+
+    def connect(self, forwards=None, want_gpus=True):
+        """Log in, send what the Forwards name, and ask what the machine has."""
+        token = os.urandom(16).hex()
+        self._reader = EventReader(token)
+        if self.machine.host:
+            with open(self._connection.config_path, 'w', encoding='utf-8',
+                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(self._connection.config())
+        self.state = 'connecting'
+        self._channel = self.session.processes.start(
+            self._connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
+            cwd=None if self.machine.host else os.path.expanduser('~'))
+        self._token = token
+        env = [f'{name}={value}' for name, value in self.machine.env]
+        self._send(request(
+            REMOTE_RUNNER, token, self.machine.workdir, self.session.project, self.machine.setup,
+            int(want_gpus), len(env), *env))
+        if forwards:
+            self.prepare(forwards)
+        self._send(request('probe'))
+        self.session.processes.call_later(CONNECT_LIMIT_S, self._give_up_connecting)
+
+    def close(self):
+        """Have the machine cleaned up and the channel closed; jobs that run go on."""
+        if self.state in ('connecting', 'failed', 'new'):
+            self._end_channel()
+            return
+        if self.state == 'ready':
+            self.state = 'closing'
+            ids = [stage.id for stage in self._stages.values() if stage.id]
+            kept = [stage.id for stage in self._stages.values() if stage.by_rsync and stage.ready]
+            self._clean(0)
+            if not self.busy:
+                self._send(request('finish', kept[0] if kept else '', len(ids), *ids))
+            self._channel.close_stdin()
+            self.session.processes.call_later(30, self._end_channel)
+
+    def _end_channel(self):
+        if self._channel and self._channel.popen.poll() is None:
+            self._channel.kill()
+
+    def _give_up_connecting(self):
+        if self.state == 'connecting':
+            self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds of the connection')
+
+    def _send(self, *pieces):
+        for piece in pieces:
+            self._channel.write(piece)
+
+    def _later(self, what, delay_s, function):
+        """Call the function later, unless such a call is due already."""
+        def call():
+            self._timers.discard(what)
+            if self.state == 'ready':
+                function()
+        if what not in self._timers:
+            self._timers.add(what)
+            self.session.processes.call_later(delay_s, call)
+
+    def _on_output(self, data):
+        try:
+            for event in self._reader.feed(data):
+                word = event[0].decode('ascii', 'replace')
+                if word != 'data':
+                    self.session.trace(f'{self.name}: ' + printable(
+                        b'  '.join(event).decode('utf-8', 'replace'))[:400])
+                handler = getattr(self, f'_on_{word}_event', None)
+                if not handler:
+                    raise WireError('it said something that no runner says')
+                handler(*event[1:])
+        except (WireError, TypeError, ValueError, KeyError) as error:
+            if isinstance(error, WireError):
+                self._fail(f'{error}')
+            else:
+                self._fail(f'it said something that cannot be understood ({error!r})')
+
+    def _on_exit(self, status, complaint):
+        if self.state == 'closing':
+            self.state = 'closed'
+        elif self.state in ('connecting', 'ready'):
+            text = complaint.decode('utf-8', 'replace')
+            if self._broken:
+                reason = self._broken
+            elif not self._reader.greeted:
+                reason = explain_login(self.machine, status, (
+                    self._reader.noise or b'').decode('utf-8', 'replace'), text)
+            else:
+                last = printable(text.strip().rpartition('\n')[2])
+                reason = 'the connection broke' + (f' ({last})' if last else '')
+            self._fail(reason)
+
+    def _fail(self, reason):
+        """The machine is out of this batch: what did not start goes back, what runs is unknown."""
+        if self.state in ('failed', 'closed'):
+            return
+        self.state, self.reason = 'failed', reason
+        self._end_channel()
+        queue, self._queue = self._queue, collections.deque()
+        for order in queue:
+            self._signal('returned', order.job_name, reason)
+        self._signal('failed', reason)
+
+    # Events of the remote runner, in the order in which they come
+
+    def _on_broken_event(self, text):
+        self._fail(text.decode('utf-8', 'replace'))
+
+    def _on_note_event(self, text):
+        self._signal('warning', f'{self.name}: {printable(text.decode("utf-8", "replace"))}')
+
+    def _on_probe_event(self, key, value):
+        if len(self._facts) < 10000:
+            self._facts.append((key.decode('ascii', 'replace'), value.decode('utf-8', 'replace')))
+
+    def _on_ready_event(self, home, rsync):
+        self._home = os.fsdecode(home)
+        plain = re.fullmatch(r'/[\w./+@-]*', self._home) is not None
+        self._rsync_there = (rsync == b'1' and plain and self.session.has_rsync
+                             and not self._reader.noise.strip())    # rsync needs a quiet login
+        self.capacity = parse_probe(self._facts, self.machine)
+        self.state = 'ready'
+        for stage in self._stages.values():
+            if not stage.ready and not stage.small:
+                self._copy_forward(stage)
+        self._signal('ready')
+        self._pump()
+
+    def _on_staged_event(self, stage_id):
+        for stage in self._stages.values():
+            if stage.id == os.fsdecode(stage_id):
+                stage.ready = True
+                self._signal('sent', stage)
+        self._pump()
+
+    def _on_stage_failed_event(self, stage_id, why):
+        self._fail(f'the files could not be stored there: {printable(os.fsdecode(why))}')
+
+    def _on_started_event(self, *keys):
+        for key in keys:
+            self._signal('started', self._running[os.fsdecode(key)].job_name)
+
+    def _on_refused_event(self, key, why):
+        order = self._running.pop(os.fsdecode(key))
+        self.session.results.lost(order.job_name)
+        self._signal('returned', order.job_name, printable(os.fsdecode(why)))
+
+    def _on_lost_event(self, key, why):
+        order = self._running.pop(os.fsdecode(key))
+        self.session.results.lost(order.job_name)
+        self._signal('lost', order.job_name, printable(os.fsdecode(why)))
+
+    def _on_ended_event(self, key, status, time_cs, out, err, *back):
+        order = self._running.pop(os.fsdecode(key))
+        self._ended[order.key] = order
+        for stream, text in (('out', out), ('err', err)):
+            if text[:1] == b'=':
+                order.streams[stream] = text[1:]
+        self.ended[order.job_name] = JobResult(
+            order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus)
+        self.session.results.ended(order.job_name, int(status), int(time_cs) / 100)
+        if back == (b'@',):
+            self._send(request('list', order.key))      # too long for an event
+            self._signal('ended', order.job_name)
+        elif self._take_back(order, back):
+            self._signal('ended', order.job_name)
+            self._gather(order)
+        else:
+            self._commit(order, {})                     # first, so that finished means: it is here
+            self._signal('ended', order.job_name)
+            self._signal('collected', order.job_name)
+
+    def _on_data_event(self, what, key, *rest):
+        key = os.fsdecode(key)
+        if what == b'back':
+            order = self._ended[key]
+            self._take_back(order, rest[0].split(b'\0')[:-1])
+            self._gather(order)
+        elif what == b'growth' and key in self._running:
+            stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
+            order = self._running[key]
+            if offset == order.offsets[stream]:
+                self.session.results.grow(order.job_name, stream, data)
+                order.offsets[stream] += len(data)
+
+    def _ask_growth(self):
+        """Ask for what the running jobs have written since the last time."""
+        if self._running:
+            triples = [field for order in self._running.values()
+                       for stream in order.offsets
+                       for field in (order.key, stream, order.offsets[stream])]
+            self._send(request('growth', len(triples) // 3, *triples))
+            self._later('growth', REFRESH_S, self._ask_growth)
+
+    # Files to there
+
+    def _freeze(self, stage):
+        links = [path for path in stage.forwards.link]
+        self._send(request('freeze', stage.id, len(links), *links))
+
+    def _copy_forward(self, stage):
+        """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
+        parts = [(tree, part) for tree, part in ((stage.copy, 'copy'), (stage.link, 'link'))
+                 if tree.entries]
+        stage.by_rsync = self._rsync_there
+        self._send_part(stage, parts)
+
+    def _send_part(self, stage, parts):
+        if not parts:
+            self._freeze(stage)
+            return
+        (tree, part), rest = parts[0], parts[1:]
+        target = f'{self._home}/stage/{stage.id}/{part}'
+
+        def sent(status, complaint):
+            text = complaint.decode('utf-8', 'replace')
+            if self.state != 'ready':
+                return
+            if status == 24:
+                self._signal('warning', f'{self.name}: files vanished while they were sent: '
+                             f'{last_line(text, 1)}')
+            if status in (0, 24) and (stage.by_rsync or self._confirmed(answer)):
+                self._send_part(stage, rest)
+            elif stage.by_rsync and status != 23:
+                self.session.trace(f'{self.name}: rsync ended with {status}, tar is next: {text}')
+                stage.by_rsync = self._rsync_there = False
+                self._send_part(stage, parts)
+            else:
+                self._fail(f'the files could not be sent: {last_line(text) or status}')
+
+        answer = bytearray()
+        if stage.by_rsync:
+            paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
+            options = ['-@-1', f'--link-dest=../../../cache/{part}']
+            self._send(request('folder', f'stage/{stage.id}/{part}'))
+            self.session.processes.start(
+                self._connection.rsync(options, '.', target + '/', 'target'),
+                answer.extend, sent, feed=iter([paths]), deadline_s=COPY_STALL_S)
+        else:
+            head = bytes(request(REMOTE_UNPACK, self._token, target))
+            self.session.processes.start(
+                self._connection.copy(), answer.extend, sent,
+                feed=chain_bytes(head, archive((e.path, e) for e in tree.entries)),
+                deadline_s=COPY_STALL_S)
+
+    def _confirmed(self, answer):
+        """Tell whether a copy's program said that it succeeded; its exit status proves nothing."""
+        return bytes(answer).rpartition(b'\n' + self._token.encode() + b' ')[2] == b'0\n'
+
+    # Files from there
+
+    def _take_back(self, order, entries):
+        """Sort out what a job left: what to fetch, what is missing.  True if there is any."""
+        for entry in entries:
+            path = os.fsdecode(entry[1:])
+            if entry[:1] == b'+':
+                order.back.append(path)
+            elif entry[:1] == b'!':
+                self._signal('warning', f'{order.job_name}: it did not make {printable(path)}, so '
+                             'that is not brought back')
+            else:
+                self._signal('warning', f'{order.job_name}: {printable(path)} is no file, folder '
+                             'or link, so it is not brought back')
+        return bool(order.back) or len(order.streams) < 2
+
+    def _gather(self, order):
+        """Fetch the order's results, with others': at once if nothing else runs there."""
+        self._fetchable.append(order)
+        if self._fetch_due is None:
+            self._fetch_due = time.monotonic() + GATHER_S
+        self._fetch_if_due()
+
+    def _fetch_if_due(self):
+        if not self._fetchable or self._fetching or self.state != 'ready':
+            return
+        left = self._fetch_due - time.monotonic()
+        if self._running and left > 0 and len(self._fetchable) < GATHER_JOBS:
+            self._later('fetch', left, self._fetch_if_due)
+            return
+        self._fetching, self._fetchable, self._fetch_due = self._fetchable, [], None
+        self._fetch(self._rsync_there)
+
+    def _fetch(self, by_rsync):
+        """Bring the results of the orders in self._fetching into an empty folder."""
+        incoming = self.session.results.incoming()
+        paths = []
+        for order in self._fetching:
+            paths += [f'./{order.key}/{stream}' for stream in ('out', 'err')
+                      if stream not in order.streams]
+            paths += [f'./{order.key}/work/{path[2:]}' for path in order.back]
+        listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
+        source = f'{self._home}/jobs'
+
+        def fetched(status, complaint):
+            self._after_fetch(by_rsync, incoming, status, complaint, unpack)
+
+        if by_rsync:
+            unpack = None
+            self.session.processes.start(
+                self._connection.rsync([], source + '/', incoming + '/', 'source'),
+                lambda data: None, fetched, feed=iter([listed]), deadline_s=COPY_STALL_S)
+        else:
+            unpack = Spool(incoming + '.tar', self._token)
+            head = bytes(request(REMOTE_PACK, self._token, source))
+            self.session.processes.start(
+                self._connection.copy(), unpack.take, fetched,
+                feed=iter([head, listed]), deadline_s=COPY_STALL_S)
+
+    def _after_fetch(self, by_rsync, incoming, status, complaint, spool):
+        text = complaint.decode('utf-8', 'replace')
+        if self.state not in ('ready', 'closing'):
+            return
+        if by_rsync and status not in (0, 23, 24):
+            self.session.trace(f'{self.name}: rsync ended with {status}, tar is next: {text}')
+            self._rsync_there = False
+            self.session.results.discard(incoming)
+            self._fetch(False)
+            return
+        if spool:
+            for name in spool.unpack(incoming):
+                self._signal('warning', f'{self.name}: refused what came as {printable(name)}')
+        group, self._fetching = self._fetching, []
+        for order in group:
+            self._collect(order, incoming, text)
+        self.session.results.discard(incoming)
+        self._fetch_if_due()
+
+    def _collect(self, order, incoming, complaint):
+        """Put in place what came for one order."""
+        folder = os.path.join(incoming, order.key)
+        streams = {}
+        for stream in ('out', 'err'):
+            path = os.path.join(folder, stream)
+            if stream in order.streams:
+                continue
+            if not os.path.isfile(path) or os.path.islink(path):
+                self._signal('warning', f'{order.job_name}: its results could not be fetched: '
+                             f'{last_line(complaint) or "they did not arrive"}. They are kept on '
+                             f'{self.name}; the same command fetches them')
+                del self._ended[order.key]
+                self._signal('uncollected', order.job_name)
+                return
+            streams[stream] = path
+        for path in order.back:
+            if not os.path.lexists(os.path.join(folder, 'work', path)):
+                self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be '
+                             f'brought back: {last_line(complaint) or "it did not arrive"}')
+        self._commit(order, streams, os.path.join(folder, 'work'))
+        self._signal('collected', order.job_name)
+
+    def _commit(self, order, streams, folder=None):
+        """Put the results in their final place; from now on their originals may go."""
+        no_folder = order.backwards == ()
+        self.session.results.commit(order.job_name, {**order.streams, **streams},
+                                    folder, not no_folder)
+        del self._ended[order.key]
+        self._cleanable.append(order.key)
+        self._clean(CLEAN_JOBS)
+
+    def _clean(self, least):
+        """Have the folders of collected jobs removed, many at a time."""
+        if len(self._cleanable) > least:
+            self._send(request('clean', len(self._cleanable), *self._cleanable))
+            self._cleanable = []
+
+
+class Spool:
+    """A tar stream behind a line that is the token -> a file, since a pipe cannot be unpacked."""
+
+    def __init__(self, path, token):
+        self._path, self._mark, self._head = path, f'\n{token}\n'.encode(), b''
+        self._file = None
+
+    def take(self, data):
+        """Add bytes that came."""
+        if not self._file:
+            self._head += data
+            _, found, data = self._head.partition(self._mark)
+            if not found:
+                if len(self._head) > LONGEST_NOISE:
+                    self._head = self._head[-len(self._mark):]
+                return
+            self._file = open(self._path, 'xb')
+        self._file.write(data)
+
+    def unpack(self, folder):
+        """Extract what came into the folder and return the names that were refused."""
+        import tarfile
+        if not self._file:
+            return []
+        self._file.close()
+        try:
+            return unpack_archive(self._path, folder)
+        except tarfile.TarError:
+            return []       # cut off: what is missing will be missed
+        finally:
+            os.unlink(self._path)
+
+
+def chain_bytes(head, pieces):
+    """Yield the head, then the pieces."""
+    yield head
+    yield from pieces
+
+
+def last_line(text, index=0):
+    """Return the most telling line of a program's complaint: the first, not rsync's summary."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return printable(lines[min(index, len(lines) - 1)])[:300] if lines else ''
+
+
+# ---- Report: the only place that prints ----
+
+class Reporter:
+    """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
+
+    def __init__(self, verbose=False, out=None, err=None):
+        self._out, self._err, self._verbose = out or sys.stdout, err or sys.stderr, verbose
+        self._bar = None
+
+    def line(self, text):
+        """Print one line on stdout, now."""
+        self._print(self._out, text)
+
+    def note(self, text):
+        """Print one line on stderr."""
+        self._print(self._err, text)
+
+    def trace(self, text):
+        """Print one line on stderr, with --verbose."""
+        if self._verbose:
+            self._print(self._err, text)
+
+    def warning(self, text):
+        """Print one line on stderr that begins with WARNING."""
+        self._print(self._err, f'WARNING: {text}')
+
+    def started(self, job, gpus):
+        """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
+        prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
+        self.line(f'started: {job.name};  {prefix}{printable(job.command)}')
+
+    def ended(self, job, exit_code):
+        """A job ended."""
+        self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
+
+    def begin(self, total):
+        """Show a bar for so many jobs, where there is a terminal."""
+        if self._out.isatty() and self._err.isatty():
+            try:
+                import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm.tqdm(total=total, file=self._err, unit='job', dynamic_ncols=True)
+
+    def progress(self, finished, failed, running, waiting):
+        """Tell the bar how things stand."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f'{finished} finished, {failed} failed, {running} running, '
+                                      f'{waiting} waiting', False)
+            self._bar.update(finished + failed - self._bar.n)
+
+    def end(self):
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, stream, text):
+        if self._bar is not None:
+            self._bar.clear()
+        try:
+            stream.write(text + '\n')
+            stream.flush()
+        except BrokenPipeError:     # as in `| head`: the jobs matter more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except UnicodeEncodeError:
+            stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
+            stream.flush()
+        if self._bar is not None:
+            self._bar.refresh()
+
+
+# ---- Batch: the loop ----
+
+LATECOMER_S = 2.0           # so long the first machine that is there waits for the others
+INTERRUPT_S = 10.0
+
+
+class Batch:
+    """Places jobs on machines until none is left; owns what waits.
+
+    First, start every job for which a machine has room.  Second, wait until something happened.
+    Both again, until nothing waits, runs or is on its way back.
+    """
+
+    def __init__(self, jobs, runners, session, reporter, allocation):
+        self._jobs = {job.name: job for job in jobs}
+        self._runners = runners
+        self._session, self._results, self._report = session, session.results, reporter
+        self._allocation = allocation           # the batch's own, which the limits are said for
+        self._resources = {}                    # runner -> MachineResources
+        self._waiting = {}                      # Allocation -> deque of jobs
+        self._pinned = collections.defaultdict(collections.deque)   # address -> jobs claimed there
+        self._placed = {}                       # job name -> (runner, Placement, gpus)
+        self._failures, self._finished, self._unknown = [], 0, []
+        self._skipped = self._left = 0
+        self._announced, self._late = False, False
+        self._interrupts, self._began = 0, time.monotonic()
+
+    # Before the first start
+
+    def plan(self):
+        """Sort the jobs into those to do, those done, and those begun in an earlier run."""
+        addresses = {runner.machine.address for runner in self._runners}
+        warnings = []
+        for job in self._jobs.values():
+            known = self._results.state(job.name)
+            if self._results.exists(job.name):
+                other = known.get('command', job.command) != job.command
+                warnings.append(
+                    f'WARNING: job results already exists for line {job.line}'
+                    + (', made by another command' if other else '')
+                    + ', skipping evaluation: delete if you wish to rerun')
+                self._skipped += 1
+            elif known.get('state') in ('claimed', 'ended'):
+                if known['machine'] in addresses:
+                    self._pinned[known['machine']].append(job)
+                else:
+                    warnings.append(
+                        f'WARNING: line {job.line} was started on {known["machine"]} by a run that '
+                        'was cut off; name that machine too, to collect it')
+                    self._unknown.append((job.name, known['machine']))
+            else:
+                self._wait_for_room(job)
+        return warnings
+
+    def _wait_for_room(self, job, first=False):
+        queue = self._waiting.setdefault(job.allocation, collections.deque())
+        (queue.appendleft if first else queue.append)(job)
+
+    @property
+    def _waits(self):
+        return sum(map(len, self._waiting.values())) + sum(map(len, self._pinned.values()))
+
+    def connect(self, forwards):
+        """Log in to all machines at once."""
+        want_gpus = any(allocation.gpus for allocation in self._waiting)
+        for runner in self._runners:
+            runner.register('ready', lambda runner=runner: self._on_ready(runner))
+            runner.register('failed', lambda why, runner=runner: self._on_failed(runner, why))
+            runner.register('sent', lambda stage, runner=runner: self._on_sent(runner, stage))
+            runner.register('warning', self._report.warning)
+            runner.register('returned', self._on_returned)
+            runner.register('lost', self._on_lost)
+            runner.register('uncollected', lambda name, runner=runner: self._unknown.append(
+                (name, runner.name)))
+            runner.register_started(self._on_started)
+            runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
+            runner.connect(forwards, want_gpus)
+
+    def settle(self):
+        """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
+        while not self._interrupts and (self._count('connecting') and not (
+                self._late and self._count('ready'))):
+            self._session.processes.wait()
+        if self._interrupts:
+            raise KeyboardInterrupt
+        if not self._count('ready'):
+            raise SchedulerError('no machine can be used.')
+
+    def _count(self, state):
+        return sum(1 for runner in self._runners if runner.state == state)
+
+    def announce(self, warnings):
+        """Say what there is; raise if a job would fit on no machine even when it is idle."""
+        ready = [runner for runner in self._runners if runner.state == 'ready']
+        self._announced = True
+        self._say_limits(ready)
+        for warning in warnings:
+            self._report.line(warning)
+        if not self._count('connecting'):
+            self._refuse_impossible()
+
+    def _say_limits(self, runners):
+        limits, choices = {}, []
+        for runner in runners:
+            count, gpus = room_for(runner.capacity, self._allocation)
+            limits[runner.name] = count
+            choices.append(gpus)
+        self._report.line(f'machine limits:  {limits}')
+        self._report.line(f'machine gpu choices: {choices}')
+
+    def _refuse_impossible(self):
+        idle = [(runner, MachineResources(runner.capacity)) for runner in self._runners
+                if runner.state == 'ready']
+        for allocation, queue in self._waiting.items():
+            if not queue or any(not own.why_not(allocation) for _, own in idle):
+                continue
+            lines = f'line {queue[0].line}' + (
+                f' and {count_of(len(queue) - 1, "more line")}' if len(queue) > 1 else '')
+            why = '; '.join(f'{runner.name} {own.why_not(allocation)}' for runner, own in idle)
+            hint = ('' if not allocation.gpus or any(own.available.gpus for _, own in idle) else
+                    ' For jobs that need no GPU: --no-gpu-required')
+            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that free: '
+                             f'{why}.{hint}')
+
+    def dry_run(self):
+        """Say what would start where, now."""
+        for job, runner, gpus in self._choose():
+            prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
+            self._report.line(f'would start: {job.name} on {runner.name};  '
+                              f'{prefix}{printable(job.command)}')
+        for queue in self._waiting.values():
+            for job in queue:
+                self._report.line(f'would wait: {job.name};  {printable(job.command)}')
+
+    # The loop
+
+    def run(self):
+        """Run all jobs; return the exit status."""
+        self._report.begin(len(self._jobs) - self._skipped)
+        try:
+            while self._unfinished() and not self._interrupts:
+                self._place()
+                if self._stuck():
+                    break
+                self._show_progress()
+                self._session.processes.wait()
+            if self._interrupts:
+                self._cancel()
+        finally:
+            self._report.end()
+        self._check_books()
+        return self._summary()
+
+    def interrupt(self, *_):
+        """Stop, in good order; a second time: now.  A signal handler."""
+        self._interrupts += 1
+        self._session.processes.wake()
+
+    def _unfinished(self):
+        return self._waits or any(
+            runner.busy for runner in self._runners if runner.state == 'ready')
+
+    def _place(self):
+        for job, runner, gpus in self._choose():
+            attempt = self._results.state(job.name).get('attempt', 0)
+            if self._results.state(job.name).get('state') not in ('claimed', 'ended'):
+                attempt += 1
+            runner.queue_up(job.command, job.forwards.copy, job.backwards, job.name,
+                            link_loc=job.forwards.link, exclude=job.forwards.exclude, gpus=gpus,
+                            attempt=attempt)
+
+    def _choose(self):
+        """Take from the queues, and allocate, each job for which there is room; yield where."""
+        for runner, own in self._resources.items():
+            pinned = self._pinned[runner.machine.address]
+            while pinned and not own.why_not(pinned[0].allocation):
+                yield self._take(pinned.popleft(), runner, own)
+        for allocation in sorted((a for a in self._waiting if self._waiting[a]),
+                                 key=lambda a: self._waiting[a][0].line):
+            queue = self._waiting[allocation]
+            while queue:
+                scores = [(own.score(allocation), -place, runner) for place, (runner, own)
+                          in enumerate(self._resources.items())]
+                best = max(scores, key=lambda score: score[:2], default=(NO_ROOM, 0, None))
+                if best[0] == NO_ROOM:
+                    break
+                yield self._take(queue.popleft(), best[2], self._resources[best[2]])
+
+    def _take(self, job, runner, own):
+        placement = own.allocate(job.allocation)
+        self._placed[job.name] = (runner, placement)
+        return job, runner, placement.visible_gpus
+
+    def _stuck(self):
+        """Tell, and say, whether jobs wait that no machine that is left could take."""
+        if not self._waits or self._placed or self._count('connecting'):
+            return False
+        self._left = self._waits
+        for address, queue in self._pinned.items():
+            self._unknown += [(job.name, address) for job in queue]
+            self._left -= len(queue)
+        if self._left:
+            self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
+                              'could run them. Run the same command again when there is one.')
+        return True
+
+    def _give_back(self, name):
+        runner, placement = self._placed.pop(name)
+        if runner in self._resources:
+            self._resources[runner].deallocate(placement)
+        return runner
+
+    def _check_books(self):
+        """Every allocation was given back, or its machine is gone."""
+        for runner, own in self._resources.items():
+            if runner.state == 'ready':
+                out = sum(1 for where, _ in self._placed.values() if where is runner)
+                assert own.jobs == out, f'{runner.name}: allocations leaked [this is a bug]'
+
+    # What the machines say
+
+    def _on_ready(self, runner):
+        self._resources[runner] = MachineResources(runner.capacity)
+        # Ties break by the order in which the user named the machines.
+        self._resources = {r: self._resources[r] for r in self._runners if r in self._resources}
+        if self._announced:
+            self._say_limits([runner])
+        elif len(self._resources) == 1:
+            self._session.processes.call_later(LATECOMER_S, self._on_late)
+
+    def _on_late(self):
+        self._late = True
+
+    def _on_failed(self, runner, why):
+        self._resources.pop(runner, None)
+        names = runner.unfinished
+        if names:
+            self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
+                              f'on there): {why}.')
+            self._unknown += [(name, runner.name) for name in names]
+            for name in names:
+                self._placed.pop(name, None)
+        else:
+            self._report.note(f'{runner.name}: cannot be used: {why}.')
+        if self._announced and not self._count('connecting') and self._resources:
+            self._fail_impossible()
+
+    def _fail_impossible(self):
+        try:
+            self._refuse_impossible()
+        except DoesNotFit as error:
+            self._report.note(f'{error}')
+
+    def _on_sent(self, runner, stage):
+        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
+        left_out = [text for text in (*stage.copy.left_out, *stage.link.left_out)]
+        note = f' (left out: {", ".join(dict.fromkeys(left_out))})' if left_out else ''
+        self._report.note(f'{runner.name}: sent {count_of(files, "file")}, {size_of(size)}{note}')
+
+    def _on_started(self, name):
+        _, placement = self._placed[name]
+        self._report.started(self._jobs[name], placement.visible_gpus)
+
+    def _on_ended(self, runner, name):
+        result = runner.ended.pop(name)
+        self._give_back(name)
+        if self._interrupts:
+            return
+        if result.exit_code:
+            self._failures.append(result)
+        else:
+            self._finished += 1
+        self._report.ended(self._jobs[name], result.exit_code)
+
+    def _on_returned(self, name, why):
+        runner = self._give_back(name)
+        if self._interrupts:
+            return
+        self._wait_for_room(self._jobs[name], first=True)
+        if runner.state == 'ready':
+            self._resources.pop(runner)         # it refuses jobs: what runs there goes on
+            self._report.note(f'{runner.name}: gets no more jobs: it cannot start {name}: {why}.')
+
+    def _on_lost(self, name, why):
+        runner = self._give_back(name)
+        self._failures.append(JobResult(name, runner.name, -1, 0.0))
+        self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
+        self._report.note(f'{name}: lost on {runner.name}: {why}. The same command starts it '
+                          'again.')
+
+    # The end
+
+    def _cancel(self):
+        """End all jobs everywhere, within a time; say what could not be ended."""
+        self._report.note('interrupted: ending all jobs (once more: leave them)')
+        running = [name for name, (runner, _) in self._placed.items() if name in runner.unfinished]
+        for runner in self._runners:
+            if runner.state == 'ready':
+                runner.cancel()
+        until = time.monotonic() + INTERRUPT_S
+        while (any(runner.state == 'ready' and runner.running for runner in self._runners)
+               and self._interrupts < 2 and time.monotonic() < until):
+            self._session.processes.wait(0.2)
+        left = {name for runner in self._runners for name in runner.running}
+        for name in running:
+            if name in left:
+                self._report.note(f'{name}: could not be confirmed to have ended on '
+                                  f'{self._placed[name][0].name}')
+            else:
+                self._results.set_aside(name)
+
+    def _show_progress(self):
+        self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
+
+    def _summary(self):
+        """Print how it went; return the exit status."""
+        counts = [f'{self._finished} finished', f'{len(self._failures)} failed']
+        counts += [f'{self._skipped} skipped'] if self._skipped else []
+        counts += [f'{self._left} not started'] if self._left else []
+        counts += [f'{len(self._unknown)} not collected'] if self._unknown else []
+        word = 'interrupted' if self._interrupts else 'done'
+        self._report.line(f'{word}: {count_of(len(self._jobs), "job")}: {", ".join(counts)}, '
+                          f'{time.monotonic() - self._began:.1f} s')
+        for result in self._failures:
+            if result.exit_code >= 0:
+                err = os.path.join(self._results.folder, f'{result.name}.err')
+                self._report.line(f'{result.name}: exit code {result.exit_code} on '
+                                  f'{result.machine}, see {err}')
+        for name, machine in self._unknown:
+            self._report.line(f'{name}: on {machine}, not known to have ended: run the same '
+                              'command again to collect it')
+        if self._interrupts:
+            return 130
+        return 1 if self._failures or self._unknown or self._left else 0
+
+
+def room_for(capacity, allocation):
+    """Return (how many such jobs fit at a time, the GPU of each) on an idle machine."""
+    own, gpus, count = MachineResources(capacity), [], 0
+    while count < 10000 and not own.why_not(allocation):
+        gpus += own.allocate(allocation).gpus
+        count += 1
+    return count, gpus
+
+
+# ---- Commands ----
+
+def execute_batch(argv):
+    """Run a batch file; return the exit status."""
+    options = read_options(EXECUTE_BATCH_USAGE, argv)
+    reporter = Reporter(options['--verbose'])
+    if not options['--machines']:
+        raise UsageError('--machines is missing: on which machines? (localhost is one.)')
+    machines = find_machines(options['--machines'])
+    text = read_batch_text(options['<batch>'], sys.stdin.buffer)
+    jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    for forwards in {job.forwards for job in jobs}:
+        for path in forwards.copy:
+            check_named(path, '--copy-forwards')
+        for path in forwards.link:
+            check_named(path, '--link-forwards')
+    results = ResultStore('job_results').open()
+    session = Session(results, reporter.trace)
+    try:
+        return run_batch(options, machines, jobs, session, reporter)
+    finally:
+        session.close()
+        results.close()
+
+
+def run_batch(options, machines, jobs, session, reporter):
+    """Connect, place, run, collect, clean up; return the exit status."""
+    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
+    batch = Batch(jobs, runners, session, reporter, read_allocation(options))
+    handlers = {number: signal.signal(number, batch.interrupt)
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        warnings = batch.plan()
+        dry = options['--dry-run']
+        batch.connect(None if dry else read_forwards(options))
+        batch.settle()
+        batch.announce(warnings)
+        if dry:
+            batch.dry_run()
+            return 0
+        return batch.run()
+    finally:
+        for runner in runners:
+            runner.close()
+        until = time.monotonic() + 30
+        while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
+            session.processes.wait(1)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def not_there_yet(name, usage=None):
+    """Return the command that says that this version does not have it."""
+    def command(argv):
+        if usage and argv[:1] in (['-h'], ['--help']):
+            read_options(usage, argv)
+        raise UsageError(f'{name} is not in this version. execute_batch is.')
+    return command
+
+
+COMMANDS = {
+    'execute_batch': execute_batch,
+    'execute_remote': not_there_yet('execute_remote', EXECUTE_REMOTE_USAGE),
+    'execute_to': not_there_yet('execute_to'),
+    'query_machines': not_there_yet('query_machines'),
+}
+
+
+def main(argv=None):
+    """Run the command that argv (sys.argv) names by its first or second word; exit with its status.
+
+    An installed executable or a link is named like the command; otherwise the next word is it:
+    python3 ssh_scheduler.py execute_batch …
+    """
+    argv = list(sys.argv if argv is None else argv)
+    name = os.path.basename(argv[0])
+    words = argv[1:]
+    if name not in COMMANDS:
+        name, words = (words[0] if words else ''), words[1:]
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f'the first word is the command: {", ".join(COMMANDS)}'
+                             f'{nearest(name, COMMANDS)}.')
+        status = COMMANDS[name](words)
+    except SchedulerError as error:
+        print(f'{name or "ssh_scheduler"}: {error}', file=sys.stderr)
+        if isinstance(error, UsageError):
+            print(f'Try: {name or "execute_batch"} --help', file=sys.stderr)
+        status = error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+if __name__ == '__main__':
+    main()
