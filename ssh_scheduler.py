@@ -43,19 +43,15 @@ change.  Importing has no effect: nothing is read, printed or started.
 import collections
 import errno
 import fcntl
-import getpass
-import hashlib
 import json
 import math
 import os
 import re
 import selectors
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from typing import NamedTuple, Optional
 
@@ -240,8 +236,10 @@ def spell_out(argv, kinds, positionals):
                 raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
             taking = None
             if kinds[name] == 'list':
-                taking = last_list = [name, [value] if equals else []]
+                taking = last_list = [name, [value] if value else []]
                 options.append(taking)
+            elif any(name == other for other, _ in options):
+                raise UsageError(f'{name} is there twice.')
             elif kinds[name] == 'flag':
                 if equals:
                     raise UsageError(f'{name} takes no value.')
@@ -257,8 +255,11 @@ def spell_out(argv, kinds, positionals):
             taking[1].append(word)
         else:
             words.append(word)
-    while last_list and len(words) < positionals and last_list[1]:
-        words.append(last_list[1].pop())
+    if last_list and len(words) < positionals:
+        values = last_list[1]
+        kept = max(len(values) - (positionals - len(words)), 0)
+        words += values[kept:]
+        del values[kept:]
     spelled = []
     for name, values in options:
         spelled += [name] if values is None else [f'{name}={value}' for value in values or ['']]
@@ -690,11 +691,21 @@ def read_jobs(path, text, options, warn):
     return jobs
 
 
+def without_continuations(command):
+    """Return the command with continued lines joined, as bash reads them; shlex does not."""
+    def join(quoted):
+        if quoted[0][0] == "'":
+            return quoted[0]
+        return re.sub(r'(?s)\\(.)', lambda m: '' if m[1] == '\n' else m[0], quoted[0])
+
+    return re.sub(r"""(?s)'[^']*'|"(?:\\.|[^"\\])*"|\\.""", join, command)
+
+
 def read_partial(job, where, warn):
     """Return the job with what its line, an execute_remote command, says otherwise."""
     import shlex
     try:
-        words = shlex.split(job.command)
+        words = shlex.split(without_continuations(job.command))
         options = read_options(EXECUTE_REMOTE_USAGE, words[1:], may_help=False)
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
@@ -1418,6 +1429,9 @@ def explain_login(machine, status, noise, complaint):
 
 # ---- The remote runner: runs there ----
 
+# Read a byte at a time, as bash must read a pipe, the runner would take 10 ms.
+REMOTE_LOADER = 'IFS= read -rd "" size; eval "$(head -c "$size")"'
+
 REMOTE_RUNNER = r'''
 # The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
 # Its stdin: this text and a NUL; then NUL-terminated fields: the header, then requests.
@@ -1525,10 +1539,13 @@ load_environment() {        # fills $environment; says so where a part of it cou
   done <"$run/environment"
   environment+=("${machine_environment[@]}")
   # bash reads the functions at its start, and programs that it runs do not inherit them
-  if [[ -s $run/environment.functions ]]; then
+  if [[ $bash_env || -s $run/environment.functions ]]; then
     {
-      if [[ $bash_env ]]; then
-        printf 'export BASH_ENV=%q\n. "$BASH_ENV"\n' "$bash_env"
+      if [[ $bash_env ]]; then          # it may choose GPUs, too, as .bashrc does for people
+        printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
+        printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
+        printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
+        printf 'unset -v ssh_scheduler_gpus\n'
       else
         printf 'unset -v BASH_ENV\n'
       fi
@@ -1583,8 +1600,11 @@ probe() {                   # says what is here and free, then "ready"
     waiting=$((waiting - 1))
   done
   load_environment
-  read -r -t 0.02 word <&"$signals"   # a share of processor time needs some time to be one
   read_ticks
+  if ((total - total_before < 2)); then # a share of processor time needs some time to be one
+    read -r -t 0.02 word <&"$signals"
+    read_ticks
+  fi
   tell probe ticks "$((busy - busy_before))/$((total - total_before))"
   count_cores
   tell probe cores "$REPLY"
@@ -1633,7 +1653,7 @@ listing() {                 # $1: a folder; what lies below it, NUL-terminated, 
       '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0')
 }
 
-list_back() {               # $1: job folder, $2: stage, the rest: paths or nothing for "changed"
+list_back() {               # $1: job folder, $2: stage, the rest: paths, or nothing: what changed
   local dir=$1 id=$2 entry path kind
   shift 2
   if (($#)); then
@@ -1641,7 +1661,7 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths or noth
       if [[ -e $dir/work/$path || -L $dir/work/$path ]]; then
         listing "$dir/work" "./$path" >>"$dir/listing"
       else
-        printf '!%s\0' "$path"
+        printf '!%s\0' "$path" >>"$dir/back"
       fi
     done
   else
@@ -1658,21 +1678,20 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths or noth
       [fdl]) printf '+%s\0' "$path" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
     esac
-  done <"$dir/listing"
+  done <"$dir/listing" >>"$dir/back"
   rm -f -- "$dir/listing"
 }
 
 # ---- Jobs ----
 
-run_job() {                 # in its own process; says how it went, and leaves that in files
-  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 child='' status=125 started
+run_job() {                 # in its own process and group; says how it went, and leaves that
+  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started
   shift 4                   # $back: none | changed | paths, which are what is left
-  trap : TERM INT HUP       # the job's group may be told to end; this must live to record how
-  set -m                    # so that the job has a process group of its own, and SIGINT as usual
+  trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   centiseconds
   started=$REPLY
-  : >"$dir/out"
-  : >"$dir/err"
+  identify "$BASHPID"
+  record "$dir" "running $REPLY"
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
@@ -1684,22 +1703,28 @@ run_job() {                 # in its own process; says how it went, and leaves t
       [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
       umask "$mask"
       cd -- "$dir/work" && exec "$BASH" ../cmd
-    ) </dev/null >>"$dir/out" 2>>"$dir/err" {events}>&- {signals}>&- &
-    child=$!
-    if identify "$child"; then printf '%s\n' "$REPLY" >"$dir/pid"; fi
-    wait "$child"
+    ) </dev/null >>"$dir/out" 2>>"$dir/err" {events}>&- {signals}>&-
     status=$?
-    while ((status > 128)) && kill -0 "$child" 2>/dev/null; do # the signal was for us
-      wait "$child"
-      status=$?
-    done
   fi
-  # On a full disk nothing can be added, but this line was paid for, and a new name costs nothing.
-  printf '%-31s\n' "ended $status" 1<>"$dir/status" || mv -- "$dir/status" "$dir/ended.$status"
-  [[ $back == none ]] || list_back "$dir" "$id" "$@" >"$dir/back"
+  record "$dir" "ended $status"
+  [[ $back == none ]] || list_back "$dir" "$id" "$@"
   centiseconds
   tell_ended "$name" "$status" "$((REPLY - started))"
 } 2>/dev/null
+
+record() {                  # $1: job folder, $2: how the job stands, or how it ended
+  # On a full disk nothing can be added, but this line was paid for, and a new name costs nothing.
+  printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
+}
+
+read_record() {             # $1: job folder; sets word and value from its record; see record
+  local file
+  word='' value=''
+  for file in "$1/status" "$1/status ended "*; do
+    [[ $file == */status ]] || { word=ended value=${file##* }; return; }
+    read -r word value <"$file"
+  done
+}
 
 stream() {                  # REPLY: "=text" of the file $1 where it is short text, "@" otherwise
   local text=
@@ -1732,7 +1757,7 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3: its time in 
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() started='' name
+  local index dirs=() started='' name claimed=()
   for index in "${!names[@]}"; do
     dirs+=("$home/jobs/${names[index]}")
     [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
@@ -1743,65 +1768,83 @@ start_pending() {           # starts what was read of "start" requests since the
     set -C                  # "cmd" is the claim: only one can create it, on NFS too
     if { printf '%s\n' "${commands[index]}" >"$home/jobs/$name/cmd"; } 2>>"$run/log"; then
       set +C
-      printf '%-31s\n' running >"$home/jobs/$name/status"
+      printf '%-95s\n' starting >"$home/jobs/$name/status"
       ((${#started} < 3000)) || { say "started$started"; started=; }
       started+=$'\t'$name
-      run_job "$name" "${stages[index]}" "${gpus[index]}" "${backs[index]}" \
-        "${paths[@]:offsets[index]:counts[index]}" </dev/null &
-      disown "$!"
+      claimed+=("$index")
     elif set +C; [[ -s $home/jobs/$name/cmd ]]; then
       report "$name" </dev/null &
     else
       tell refused "$name" "$(tail -n 1 "$run/log")"
     fi
   done
-  [[ ! $started ]] || say "started$started"
+  [[ ! $started ]] || say "started$started"     # before the first can say that it ended
+  for index in "${claimed[@]}"; do
+    run_job "${names[index]}" "${stages[index]}" "${gpus[index]}" "${backs[index]}" \
+      "${paths[@]:offsets[index]:counts[index]}" </dev/null &
+    disown "$!"
+  done
   names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
 }
 
 report() {                  # what became of job.attempt $1, which was claimed before
-  local name=$1 dir=$home/jobs/$1 word value tries=0 file
+  local name=$1 dir=$home/jobs/$1 word value tries=0
   while :; do
-    word='' value=''
-    read -r word value <"$dir/status"
-    for file in "$dir"/ended.*; do word=ended value=${file##*.}; done
-    if [[ $word == ended && $value ]]; then
+    read_record "$dir"
+    if [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0
       return
-    fi
-    read -r value <"$dir/pid" || value=
-    if identify "${value%% *}" && [[ $REPLY == "$value" ]]; then
-      ((tries >= 0)) && say "started"$'\t'"$name"
-      tries=-1000000        # it runs, and its end will be a status
-    elif ((++tries > 20)); then
-      tell lost "$name" "it ended without a record of how (killed, or the machine was restarted)"
-      return
+    elif lives "$word" "$value"; then
+      ((tries < 0)) || say "started"$'\t'"$name"
+      tries=-1              # it runs, and its end will be recorded
     elif ((tries < 0)); then
-      tries=10              # gone: its status may still come
+      tries=15              # it is gone, and its record may have come at this moment
+    elif ((++tries > 20)); then
+      tell lost "$name" 'it ended without a record of how (killed, or the machine was restarted)'
+      return
     fi
     sleep 0.1
   done
 } 2>/dev/null
 
-cancel() {                  # $1: job.attempt, $2: seconds between TERM and KILL
-  local dir=$home/jobs/$1 record pid until=$((SECONDS + $2))
-  read -r record <"$dir/pid" || return
-  pid=${record%% *}
-  [[ $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
-  identify "$pid" && [[ $REPLY == "$record" ]] || return
-  kill -TERM -- "-$pid"
-  while ((SECONDS < until)) && kill -0 -- "-$pid"; do sleep 0.05; done
-  kill -KILL -- "-$pid"
+lives() {                   # tells whether the job with the record $1 $2 has a process left
+  local pid=${2%% *}
+  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
+  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
 } 2>/dev/null
 
-send_growth() {             # triples job.attempt, out or err, offset: what was added since
-  local files=() size file count=0
+cancel() {                  # $1: job.attempt, $2: seconds between TERM and KILL
+  local dir=$home/jobs/$1 word value until=$((SECONDS + $2))
+  read_record "$dir"
+  lives "$word" "$value" || return
+  kill -TERM -- "-${value%% *}"
+  while ((SECONDS < until)) && lives "$word" "$value"; do sleep 0.05; done
+  if lives "$word" "$value"; then
+    kill -KILL -- "-${value%% *}"       # and with it who would have recorded the end
+    bury "$1" 'it did not end when it was told to, and was killed'
+  fi
+} 2>/dev/null
+
+bury() {                    # records the end of job.attempt $1 that was killed; $2: how
+  printf 'ssh-scheduler: %s\n' "$2" >>"$home/jobs/$1/err"
+  record "$home/jobs/$1" 'ended 137'
+  tell_ended "$1" 137 0
+}
+
+watch() {                   # triples job.attempt, bytes of out and of err that are known: the rest
+  local files=() size file count=0 word value
   local -A since what
   while (($#)); do
-    file=$home/jobs/$1/$2
-    files+=("$file")
-    since["$file"]=$3
-    what["$file"]=$1$'\t'$2$'\t'$3
+    read_record "$home/jobs/$1"
+    if [[ $word == running ]] && ! lives "$word" "$value"; then
+      read_record "$home/jobs/$1"       # what ends records that before it is gone
+      [[ $word == ended ]] || bury "$1" 'it was killed with its whole process group'
+    fi
+    for file in "out $2" "err $3"; do
+      files+=("$home/jobs/$1/${file% *}")
+      since["$home/jobs/$1/${file% *}"]=${file#* }
+      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
+    done
     shift 3
   done
   while read -r size file; do
@@ -1895,9 +1938,9 @@ main() {
         IFS= read -rd '' field && IFS= read -rd '' count || break
         cancel "$field" "$count" </dev/null &
         disown "$!" ;;
-      growth)               # COUNT, then triples: JOB.ATTEMPT STREAM OFFSET
+      watch)                # COUNT, then triples: JOB.ATTEMPT OUT ERR
         IFS= read -rd '' count && read_fields "$((3 * count))" || break
-        send_growth "${fields[@]}" </dev/null &
+        watch "${fields[@]}" </dev/null &
         disown "$!" ;;
       list)                 # JOB.ATTEMPT
         IFS= read -rd '' field || break
@@ -1914,7 +1957,8 @@ main() {
           mv -T -- "$home/stage/$field" "$home/cache"
         fi
         (cd -- "$home/stage" && remove "$run" "${fields[@]}") </dev/null
-        rmdir -- "$home/stage" "$home/jobs" ;;
+        rmdir -- "$home/stage" "$home/jobs"
+        say finished ;;
       *) tell broken "unknown request: $verb" ;;
     esac
   done
@@ -2323,7 +2367,7 @@ class ResultStore:
 
     def incoming(self):
         """Return a new empty folder for results that are on their way."""
-        return tempfile.mkdtemp(prefix='incoming-', dir=self.own)
+        return private_folder(os.path.join(self.own, 'incoming'))
 
     def discard(self, folder):
         """Remove what is left of an incoming folder."""
@@ -2340,6 +2384,8 @@ class ResultStore:
                 raise ResultsError(f'{target} was made by something else while {name} ran; its '
                                    'results stay where they are. Move it away and run again.')
             if folder and os.path.isdir(folder):
+                # Over there it was private.  And who may not write in a folder cannot move it.
+                os.chmod(folder, new_folder_mode())
                 os.rename(folder, target)
             else:
                 os.mkdir(target)
@@ -2387,7 +2433,7 @@ class ResultStore:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
                 raise
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
+        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
 
     def _read_journal(self):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -2418,6 +2464,20 @@ class ResultStore:
         self._apply(event)
         event['time'] = round(time.time(), 2)
         os.write(self._journal, json.dumps(event).encode() + b'\n')
+
+
+def private_folder(stem):
+    """Return the path of a new folder of mode 0700 whose name begins with `stem`."""
+    path = f'{stem}-{os.urandom(6).hex()}'
+    os.mkdir(path, 0o700)
+    return path
+
+
+def new_folder_mode():
+    """Return the mode that mkdir gives a folder here."""
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def make_removable(function, path, _):
@@ -2489,14 +2549,15 @@ def make_run_folder():
     """
     for base in (os.environ.get('XDG_RUNTIME_DIR'), os.environ.get('TMPDIR'), '/tmp'):
         if base and re.fullmatch(r'/[\w./-]{1,50}', base) and os.access(base, os.W_OK | os.X_OK):
-            return tempfile.mkdtemp(prefix='sshs-', dir=base)
+            return private_folder(os.path.join(base, 'sshs'))
     raise SchedulerError('there is no folder for temporary files: /tmp cannot be written.')
 
 
 def project_name():
     """Return the name of this folder's place over there: readable, and of this folder only."""
+    import hashlib
     here = os.path.realpath('.')
-    who = f'{socket.gethostname()}\0{getpass.getuser()}\0{here}'
+    who = f'{os.uname().nodename}\0{os.getuid()}\0{here}'
     readable = re.sub(r'[^A-Za-z0-9_-]', '_', os.path.basename(here))[:40] or 'root'
     return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
 
@@ -2584,6 +2645,7 @@ class MachineRunner:
 
     def __enter__(self):
         self.connect()
+        self.probe()
         return self
 
     def __exit__(self, *_):
@@ -2684,7 +2746,7 @@ class MachineRunner:
             self._send(request('start', order.key, order.stage.id,
                                '-' if order.gpus is None else order.gpus, order.command, how,
                                len(paths), *paths))
-            self._later('growth', REFRESH_S, self._ask_growth)
+            self._watch_later()
         self._queue = waiting
 
     def cancel(self):
@@ -2703,8 +2765,8 @@ class MachineRunner:
 
     # Channel
 
-    def connect(self, forwards=None, want_gpus=True):
-        """Log in, send what the Forwards name, and ask what the machine has."""
+    def connect(self, want_gpus=True):
+        """Begin to log in."""
         token = os.urandom(16).hex()
         self._reader = EventReader(token)
         if self.machine.host:
@@ -2718,12 +2780,14 @@ class MachineRunner:
         self._token = token
         env = [f'{name}={value}' for name, value in self.machine.env]
         self._send(request(
-            REMOTE_RUNNER, token, self.machine.workdir, self.session.project, self.machine.setup,
+            REMOTE_LOADER, len(REMOTE_RUNNER.encode())), REMOTE_RUNNER.encode(), request(
+            token, self.machine.workdir, self.session.project, self.machine.setup,
             int(want_gpus), len(env), *env))
-        if forwards:
-            self.prepare(forwards)
-        self._send(request('probe'))
         self.session.processes.call_later(CONNECT_LIMIT_S, self._give_up_connecting)
+
+    def probe(self):
+        """Ask what the machine has; the answer makes it ready."""
+        self._send(request('probe'))
 
     def close(self):
         """Have the machine cleaned up and the channel closed; jobs that run go on."""
@@ -2810,6 +2874,10 @@ class MachineRunner:
     def _on_broken_event(self, text):
         self._fail(text.decode('utf-8', 'replace'))
 
+    def _on_finished_event(self):
+        self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
+        self._end_channel()
+
     def _on_note_event(self, text):
         self._signal('warning', f'{self.name}: {printable(text.decode("utf-8", "replace"))}')
 
@@ -2842,20 +2910,25 @@ class MachineRunner:
 
     def _on_started_event(self, *keys):
         for key in keys:
-            self._signal('started', self._running[os.fsdecode(key)].job_name)
+            if os.fsdecode(key) in self._running:
+                self._signal('started', self._running[os.fsdecode(key)].job_name)
 
     def _on_refused_event(self, key, why):
-        order = self._running.pop(os.fsdecode(key))
-        self.session.results.lost(order.job_name)
-        self._signal('returned', order.job_name, printable(os.fsdecode(why)))
+        order = self._running.pop(os.fsdecode(key), None)
+        if order:
+            self.session.results.lost(order.job_name)
+            self._signal('returned', order.job_name, printable(os.fsdecode(why)))
 
     def _on_lost_event(self, key, why):
-        order = self._running.pop(os.fsdecode(key))
-        self.session.results.lost(order.job_name)
-        self._signal('lost', order.job_name, printable(os.fsdecode(why)))
+        order = self._running.pop(os.fsdecode(key), None)
+        if order:
+            self.session.results.lost(order.job_name)
+            self._signal('lost', order.job_name, printable(os.fsdecode(why)))
 
     def _on_ended_event(self, key, status, time_cs, out, err, *back):
-        order = self._running.pop(os.fsdecode(key))
+        order = self._running.pop(os.fsdecode(key), None)
+        if not order:
+            return      # it was reported already, or is none of ours
         self._ended[order.key] = order
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
@@ -2887,14 +2960,16 @@ class MachineRunner:
                 self.session.results.grow(order.job_name, stream, data)
                 order.offsets[stream] += len(data)
 
-    def _ask_growth(self):
-        """Ask for what the running jobs have written since the last time."""
+    def _watch(self):
+        """Ask for what the running jobs have written since the last time, and whether they live."""
         if self._running:
             triples = [field for order in self._running.values()
-                       for stream in order.offsets
-                       for field in (order.key, stream, order.offsets[stream])]
-            self._send(request('growth', len(triples) // 3, *triples))
-            self._later('growth', REFRESH_S, self._ask_growth)
+                       for field in (order.key, order.offsets['out'], order.offsets['err'])]
+            self._send(request('watch', len(self._running), *triples))
+            self._watch_later()
+
+    def _watch_later(self):
+        self._later('watch', REFRESH_S + len(self._running) / 100, self._watch)
 
     # Files to there
 
@@ -3261,7 +3336,11 @@ class Batch:
                 (name, runner.name)))
             runner.register_started(self._on_started)
             runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
-            runner.connect(forwards, want_gpus)
+            runner.connect(want_gpus)
+        for runner in self._runners:        # while the logins are under way
+            if forwards:
+                runner.prepare(forwards)
+            runner.probe()
 
     def settle(self):
         """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
