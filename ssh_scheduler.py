@@ -578,7 +578,7 @@ def read_batch_text(path, stdin):
     except OSError as error:
         raise BatchFileError(f'the batch file {path} cannot be read: {reason_of(error)}.') from None
     try:
-        text = data.decode('utf-8-sig')
+        text = data.decode().removeprefix('\ufeff')
     except UnicodeDecodeError as error:
         line = data.count(b'\n', 0, error.start) + 1
         raise BatchFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
@@ -2641,7 +2641,7 @@ class MachineRunner:
         self._cleanable = []
         self._spacing_s, self._next_start = spacing_s, 0.0
         self._timers = set()
-        self._broken = ''
+        self._cancelled = False
 
     def __enter__(self):
         self.connect()
@@ -2750,7 +2750,11 @@ class MachineRunner:
         self._queue = waiting
 
     def cancel(self):
-        """End all jobs there, with their process groups; give back those not started."""
+        """End all jobs there, with their process groups; give back those not started.
+
+        What they leave is not collected, and their end is no signal.
+        """
+        self._cancelled = True
         while self._queue:
             self._signal('returned', self._queue.popleft().job_name, 'interrupted')
         for key in self._running:
@@ -2848,9 +2852,7 @@ class MachineRunner:
             self.state = 'closed'
         elif self.state in ('connecting', 'ready'):
             text = complaint.decode('utf-8', 'replace')
-            if self._broken:
-                reason = self._broken
-            elif not self._reader.greeted:
+            if not self._reader.greeted:
                 reason = explain_login(self.machine, status, (
                     self._reader.noise or b'').decode('utf-8', 'replace'), text)
             else:
@@ -2929,6 +2931,9 @@ class MachineRunner:
         order = self._running.pop(os.fsdecode(key), None)
         if not order:
             return      # it was reported already, or is none of ours
+        if self._cancelled:
+            self._cleanable.append(order.key)
+            return
         self._ended[order.key] = order
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
@@ -3319,12 +3324,17 @@ class Batch:
         (queue.appendleft if first else queue.append)(job)
 
     @property
+    def has_work(self):
+        """Tell whether any job is left to be run or collected."""
+        return self._waits > 0
+
+    @property
     def _waits(self):
         return sum(map(len, self._waiting.values())) + sum(map(len, self._pinned.values()))
 
     def connect(self, forwards):
         """Log in to all machines at once."""
-        want_gpus = any(allocation.gpus for allocation in self._waiting)
+        want_gpus = any(allocation.gpus for allocation in (self._allocation, *self._waiting))
         for runner in self._runners:
             runner.register('ready', lambda runner=runner: self._on_ready(runner))
             runner.register('failed', lambda why, runner=runner: self._on_failed(runner, why))
@@ -3355,13 +3365,11 @@ class Batch:
     def _count(self, state):
         return sum(1 for runner in self._runners if runner.state == state)
 
-    def announce(self, warnings):
+    def announce(self):
         """Say what there is; raise if a job would fit on no machine even when it is idle."""
         ready = [runner for runner in self._runners if runner.state == 'ready']
         self._announced = True
         self._say_limits(ready)
-        for warning in warnings:
-            self._report.line(warning)
         if not self._count('connecting'):
             self._refuse_impossible()
 
@@ -3381,7 +3389,7 @@ class Batch:
             if not queue or any(not own.why_not(allocation) for _, own in idle):
                 continue
             lines = f'line {queue[0].line}' + (
-                f' and {count_of(len(queue) - 1, "more line")}' if len(queue) > 1 else '')
+                f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
             why = '; '.join(f'{runner.name} {own.why_not(allocation)}' for runner, own in idle)
             hint = ('' if not allocation.gpus or any(own.available.gpus for _, own in idle) else
                     ' For jobs that need no GPU: --no-gpu-required')
@@ -3559,21 +3567,20 @@ class Batch:
     def _cancel(self):
         """End all jobs everywhere, within a time; say what could not be ended."""
         self._report.note('interrupted: ending all jobs (once more: leave them)')
-        running = [name for name, (runner, _) in self._placed.items() if name in runner.unfinished]
+        running = [(name, runner) for runner in self._runners for name in runner.running]
         for runner in self._runners:
             if runner.state == 'ready':
                 runner.cancel()
         until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and runner.running for runner in self._runners)
+        while (any(runner.state == 'ready' and runner.busy for runner in self._runners)
                and self._interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(0.2)
-        left = {name for runner in self._runners for name in runner.running}
-        for name in running:
-            if name in left:
-                self._report.note(f'{name}: could not be confirmed to have ended on '
-                                  f'{self._placed[name][0].name}')
+        for name, runner in running:
+            if name in runner.running:
+                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
             else:
                 self._results.set_aside(name)
+            self._give_back(name)
 
     def _show_progress(self):
         self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
@@ -3643,9 +3650,12 @@ def run_batch(options, machines, jobs, session, reporter):
     try:
         warnings = batch.plan()
         dry = options['--dry-run']
-        batch.connect(None if dry else read_forwards(options))
-        batch.settle()
-        batch.announce(warnings)
+        if batch.has_work:
+            batch.connect(None if dry else read_forwards(options))
+            batch.settle()
+            batch.announce()
+        for warning in warnings:
+            reporter.line(warning)
         if dry:
             batch.dry_run()
             return 0
