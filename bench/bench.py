@@ -1,0 +1,338 @@
+"""Figures of ssh-scheduler, each a ratio to a peer at its best that was measured in the same run.
+
+    make bench        or    .venv/bin/python bench/bench.py [--quick] [--only NAME]...
+
+The machines are those of the tests, tests/rig.py: sshd's on loopback, here with OpenSSH's default
+key exchange and the start files of /etc/skel.  We and the peer take turns, and the median of each
+counts.  Before that both are tried with several numbers of jobs at a time, and keep their best.
+
+The peer is GNU parallel over a ready ControlMaster (its time has no login in it, ours does), on a
+machine that allows it more sessions than sshd would by default.
+"""
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / 'tests'))
+import rig  # noqa: E402
+
+EXECUTE_BATCH = Path(sys.executable).with_name('execute_batch')    # installed, as users have it
+
+CORES = 8                       # what the machines claim; with the overload, 12 can be promised
+OUR_SLOTS = (4, 8, 16, 32)      # jobs at a time that are tried
+PEER_SLOTS = (2, 4, 8, 16)
+SMALL_JOBS = ('--no-gpu-required', '--memory-required=1')
+SAFETY_NET_S = 300
+
+
+class Failed(Exception):
+    """Something did not do what is measured here, so there is no figure."""
+
+
+def bench_machine(name, **settings):
+    """A machine as a user's: `+` adds to the default key exchange what is in it already."""
+    skel = {path.name: path.read_text() for path in Path('/etc/skel').iterdir() if path.is_file()}
+    options = 'KexAlgorithms +curve25519-sha256\nMaxSessions 100\nMaxStartups 100'
+    return rig.Machine(name, cores=CORES, gpus=rig.fake_gpus(2), startup=skel,
+                       sshd_options=options, **settings)
+
+
+class Bench:
+    """What all figures share: a home for the client, new folders, and the table."""
+
+    def __init__(self, quick):
+        self.quick = quick
+        self.home = rig.temporary_folder('bench')
+        for name in ('tmp', '.parallel'):
+            (self.home / name).mkdir()
+        self.env = {name: value for name, value in os.environ.items()
+                    if not name.startswith(('SSH_', 'XDG_', 'CUDA_'))}
+        self.env.update(HOME=str(self.home), TMPDIR=str(self.home / 'tmp'), SHELL='/bin/bash')
+        self.rows = []
+        self._folders = 0
+
+    def folder(self):
+        """A new empty folder: for the machines, a project that they have never seen."""
+        self._folders += 1
+        folder = self.home / f'project{self._folders}'
+        folder.mkdir()
+        return folder
+
+    def run(self, argv, cwd, stdin=None, env=None):
+        """Run argv to its end; return (seconds, its standard output)."""
+        began = time.monotonic()
+        done = subprocess.run([*map(str, argv)], cwd=cwd, input=stdin, env=env or self.env,
+                              capture_output=True, text=True, timeout=SAFETY_NET_S)
+        took_s = time.monotonic() - began
+        if done.returncode:
+            raise Failed(f'{argv[0]} exited with {done.returncode}: '
+                         f'{(done.stderr or done.stdout).strip()[-500:]}')
+        return took_s, done.stdout
+
+    def batch(self, lines, folder, *options):
+        """Run the lines as a batch in the folder; return the seconds from nothing to exit."""
+        (folder / 'batch.sh').write_text(''.join(line + '\n' for line in lines))
+        took_s, said = self.run([EXECUTE_BATCH, *options, '--', 'batch.sh'], folder)
+        if said.count('\nfinished: ') != len(lines):
+            raise Failed(f'not all of {len(lines)} jobs finished: {said[-500:]}')
+        return took_s
+
+    def row(self, name, measured, goal, passed, details):
+        """One line of the table, shown as soon as it is known."""
+        self.rows.append((name, measured, goal, passed))
+        word = {True: 'pass', False: 'MISS', None: '-'}[passed]
+        print(f'{name:<50} {measured:>11} {goal:>11}  {word:<5} {details}', flush=True)
+
+
+def medians(rounds, *measures):
+    """Call the measures in turn, so many rounds; return the median of each."""
+    taken = [[measure() for measure in measures] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*taken)]
+
+
+def best(candidates, rate):
+    """The candidate with the highest rate."""
+    return max(candidates, key=rate)
+
+
+# ---- GNU parallel, with a ready master ----
+
+@contextlib.contextmanager
+def gnu_parallel(bench, machine):
+    """Yield run(jobs, slots, command, *options) -> seconds; {} in the command is a number."""
+    if not shutil.which('parallel'):
+        raise Failed('the peer is missing: apt install parallel')
+    shared = ('-o', f'ControlPath={machine.folder}/master')
+    subprocess.run(machine.ssh_argv(*shared, '-fNM'), check=True, stdin=subprocess.DEVNULL)
+    *ssh, address = machine.ssh_argv(*shared)
+
+    def run(jobs, slots, command, *options, cwd=bench.home):
+        argv = ['parallel', '--will-cite', '--ssh', ' '.join(ssh), '-S', f'{slots}/{address}',
+                *options, command]
+        return bench.run(argv, cwd, stdin=''.join(f'{n}\n' for n in range(jobs)))[0]
+
+    try:
+        yield run
+    finally:
+        subprocess.run(machine.ssh_argv(*shared, '-O', 'exit'), check=True, capture_output=True)
+
+
+def slots(number):
+    """The option that lets so many jobs run at a time on a bench machine."""
+    return f'--num-cpus={CORES * 1.5 / number:.3f}'
+
+
+def compare_rates(bench, name, goal, aim, ours, theirs, jobs):
+    """Add the row of a comparison.  ours, theirs: (jobs, slots) -> seconds."""
+    our_jobs, their_jobs = (count // 2 if bench.quick else count for count in jobs)
+    our_slots = best(OUR_SLOTS, lambda n: 1 / ours(our_jobs // 3, n))
+    their_slots = best(PEER_SLOTS, lambda n: 1 / theirs(their_jobs // 2, n))
+    our_s, their_s = medians(1 if bench.quick else 3, lambda: ours(our_jobs, our_slots),
+                             lambda: theirs(their_jobs, their_slots))
+    our_rate, their_rate = our_jobs / our_s, their_jobs / their_s
+    ratio = our_rate / their_rate
+    bench.row(name, f'{ratio:.1f} x', f'>= {goal} x', ratio >= goal,
+              f'{our_rate:.0f} jobs/s, {our_slots} at a time; parallel {their_rate:.1f} jobs/s, '
+              f'{their_slots} at a time; hoped for: {aim} x')
+
+
+# ---- The figures ----
+
+def spec_batch(bench):
+    """The four lines of the example on two machines, against a bare login; counts the logins."""
+    with bench_machine('lab1') as lab1, bench_machine('lab2') as lab2:
+        files = [lab1.yaml(), lab2.yaml()]
+        logins = []
+
+        def login():
+            return bench.run([*lab1.ssh_argv(), 'true'], bench.home)[0]
+
+        def batch():
+            folder = bench.folder()
+            shutil.copytree(HERE.parent / 'example', folder / 'example')
+            before = [machine.logins() for machine in (lab1, lab2)]
+            took_s, said = bench.run([EXECUTE_BATCH, 'example/batch_script.sh', '--machines',
+                                      *files], folder)
+            if said.count('\nfinished: ') != 4:
+                raise Failed(f'not all four jobs finished: {said}')
+            logins.append([machine.logins() - count for machine, count
+                           in zip((lab1, lab2), before)])
+            return took_s
+
+        login(), batch()
+        login_s, batch_s = medians(3 if bench.quick else 9, login, batch)
+    ratio = batch_s / login_s
+    bench.row("spec's four lines, two machines : one login", f'{ratio:.2f} x', '<= 2.0 x',
+              ratio <= 2.0, f'{batch_s:.2f} s; bare login {login_s:.2f} s')
+    most = max(map(max, logins))
+    bench.row('logins per machine and batch', str(most), '1',
+              all(pair == [1, 1] for pair in logins), f'{len(logins)} batches')
+
+
+def many_jobs(bench):
+    """1,000 x true without copies."""
+    with bench_machine('lab1') as machine, gnu_parallel(bench, machine) as parallel:
+        file = machine.yaml()
+
+        def ours(jobs, number):
+            return bench.batch(['true'] * jobs, bench.folder(), *SMALL_JOBS, slots(number),
+                               '--copy-forwards', '--copy-backwards', '--machines', file)
+
+        def theirs(jobs, number):
+            return parallel(jobs, number, 'true {}')
+
+        compare_rates(bench, '1,000 x true, one machine : GNU parallel', 8, 10, ours, theirs,
+                      (1000, 150))
+
+
+def many_files(bench):
+    """500 jobs with 20 small files staged, a folder each, one result file and output back."""
+    with bench_machine('lab1') as machine, gnu_parallel(bench, machine) as parallel:
+        file = machine.yaml()
+
+        def project():
+            folder = bench.folder()
+            (folder / 'data').mkdir()
+            for number in range(20):
+                (folder / f'data/{number}').write_text(f'{number}\n' * 200)
+            return folder
+
+        def ours(jobs, number):
+            folder = project()
+            took_s = bench.batch(['cat data/* >result; echo done'] * jobs, folder, *SMALL_JOBS,
+                                 slots(number), '--copy-forwards', 'data', '--copy-backwards',
+                                 'result', '--machines', file)
+            check_results(folder.glob('job_results/*/result'), jobs)
+            return took_s
+
+        def theirs(jobs, number):
+            # Under `--workdir ...` parallel puts relative base files nowhere, so a folder for
+            # each job is made by the command; that is faster, too.
+            folder = project()
+            command = 'mkdir {} && cp -r data {} && cd {} && cat data/* >result; echo done'
+            took_s = parallel(jobs, number, command, '--basefile', 'data', '--workdir',
+                              folder.name, '--return', '{}/result', '--cleanup', cwd=folder)
+            check_results(folder.glob('*/result'), jobs)
+            return took_s
+
+        compare_rates(bench, '500 jobs with 20 files, result : GNU parallel', 5, 8, ours, theirs,
+                      (500, 100))
+
+
+def check_results(paths, jobs):
+    sizes = [path.stat().st_size for path in paths]
+    if len(sizes) != jobs or not all(sizes):
+        raise Failed(f'{jobs} results should have come back, {len(sizes)} did')
+
+
+def memory(bench):
+    """Peak memory of a client whose 10,000 lines wait behind jobs that block."""
+    folder = bench.folder()
+    os.mkfifo(folder / 'never')
+    (folder / 'batch.sh').write_text('cat <"$OLDPWD"/never\n' * 10000)
+    with started(bench, folder, 'batch.sh', '--num-cpus=0.01') as client:
+        limits = running = 0
+        for line in client.stdout:
+            if line.startswith('machine limits: '):
+                limits = int(line.rpartition(':')[2].strip(' }\n'))
+            running += line.startswith('started: ')
+            if running and running == limits:
+                break
+        else:
+            raise Failed('the batch did not start')
+        status = Path(f'/proc/{client.pid}/status').read_text()
+        client.send_signal(signal.SIGINT)
+        client.stdout.read()
+        if client.wait(SAFETY_NET_S) != 130:
+            raise Failed(f'interrupted, it exited with {client.returncode}')
+    peak_mb = int(status.partition('VmHWM:')[2].split()[0]) / 1000
+    bench.row('client memory, 10,000 lines waiting', f'{peak_mb:.0f} MB', '<= 60 MB',
+              peak_mb <= 60, f'peak, {running} jobs running')
+
+
+def cost_per_job(bench):
+    """Processor time of the client per job: 5,000 lines against 500."""
+    long, rounds = (2000, 1) if bench.quick else (5000, 3)
+
+    def cpu_of(jobs):
+        folder = bench.folder()
+        (folder / 'batch.sh').write_text('true\n' * jobs)
+        with started(bench, folder, 'batch.sh', '--num-cpus=0.1') as client:
+            client.stdout.read()
+            # Its own time, without that of its children: readable until it is waited for.
+            os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
+            stat = Path(f'/proc/{client.pid}/stat').read_text()
+            if client.wait(SAFETY_NET_S):
+                raise Failed(f'a batch of {jobs} exited with {client.returncode}')
+        ticks = sum(map(int, stat.rpartition(')')[2].split()[11:13]))
+        return ticks / os.sysconf('SC_CLK_TCK')
+
+    one, few, many = medians(rounds, *(lambda n=n: cpu_of(n) for n in (1, 500, long)))
+    few_ms, many_ms = (few - one) / 499 * 1000, (many - one) / (long - 1) * 1000
+    ratio = many_ms / few_ms
+    bench.row(f"client's cost per job, {long:,} lines : 500", f'{ratio:.2f} x', '<= 1.3 x',
+              ratio <= 1.3, f'{many_ms:.2f} ms and {few_ms:.2f} ms; to start: {one:.2f} s')
+
+
+@contextlib.contextmanager
+def started(bench, folder, batch, *options):
+    """A running batch on this machine without files; it is killed if it is left running."""
+    client = subprocess.Popen(
+        [str(EXECUTE_BATCH), *SMALL_JOBS, *options, '--copy-forwards', '--copy-backwards',
+         '--machines', 'localhost', '--', batch], cwd=folder, env=bench.env, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield client
+    finally:
+        client.stdout.close()
+        if client.poll() is None:
+            client.kill()
+            client.wait()
+
+
+FIGURES = {'spec': spec_batch, 'jobs': many_jobs, 'files': many_files, 'memory': memory,
+           'cost': cost_per_job}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--quick', action='store_true', help='fewer jobs, fewer rounds')
+    parser.add_argument('--only', action='append', choices=FIGURES, help='this figure')
+    options = parser.parse_args()
+    missing = rig.missing_tools()
+    if missing:
+        sys.exit(f'bench: the machines need more packages: apt install {" ".join(missing)}')
+    if not EXECUTE_BATCH.exists():
+        sys.exit(f'bench: there is no {EXECUTE_BATCH}. Try: make bench')
+    bench = Bench(options.quick)
+    print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before this began\n\n'
+          f'{"figure":<50} {"measured":>11} {"goal":>11}')
+    troubles = 0
+    try:
+        for name in options.only or FIGURES:
+            try:
+                FIGURES[name](bench)
+            except Failed as trouble:
+                troubles += 1
+                bench.row(name, 'no figure', '', None, str(trouble))
+    finally:
+        for pid in rig.knowing(bench.home):
+            rig.kill(pid, lambda pid: pid in rig.knowing(bench.home))
+        rig.remove(bench.home)
+        rig.remove_shared_farms()
+    left = rig.leftovers()
+    if left:
+        sys.exit('bench: this was left behind:\n' + '\n'.join(left))
+    sys.exit(1 if troubles else 0)
+
+
+if __name__ == '__main__':
+    main()
