@@ -1,0 +1,374 @@
+"""Batch files: which lines are commands, what each job is called, and what partial lines change."""
+import io
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler
+from ssh_scheduler import Allocation, BatchFileError, Forwards
+
+ANY = settings(deadline=None, derandomize=True, max_examples=200)
+BATCH = ssh_scheduler.read_options(ssh_scheduler.EXECUTE_BATCH_USAGE, ['x'])
+
+
+def jobs_of(text, *words, path='batch.sh', warn=None):
+    """Return the Jobs of a batch file's text, with the batch's own options."""
+    def refuse(sentence):
+        raise AssertionError(f'there was a warning: {sentence}')
+
+    options = ssh_scheduler.read_options(ssh_scheduler.EXECUTE_BATCH_USAGE, [path, *words])
+    return ssh_scheduler.read_jobs(path, text, options, warn or refuse)
+
+
+def complaint(text, *words):
+    with pytest.raises(BatchFileError) as caught:
+        jobs_of(text, *words)
+    return str(caught.value)
+
+
+def text_of(data):
+    return ssh_scheduler.read_batch_text('-', io.BytesIO(data))
+
+
+def commands(text):
+    return [(line, command) for line, command in ssh_scheduler.split_batch(text)]
+
+
+# ---- From bytes to text ----
+
+def test_a_file_is_read(tmp_path):
+    path = tmp_path / 'batch.sh'
+    path.write_bytes('echo é\n'.encode())
+    assert ssh_scheduler.read_batch_text(str(path), None) == 'echo é\n'
+
+
+def test_a_dash_is_the_standard_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / '-').write_text('not this\n')
+    assert text_of(b'echo a\n') == 'echo a\n'
+    (job,) = jobs_of('echo a\n', path='-')
+    assert job.name == 'stdin.1'
+
+
+@pytest.mark.parametrize(('make', 'reason'), [
+    (lambda path: None, 'No such file or directory'),
+    (Path.mkdir, 'Is a directory'),
+])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, make, reason):
+    path = tmp_path / 'batch.sh'
+    make(path)
+    with pytest.raises(BatchFileError) as caught:
+        ssh_scheduler.read_batch_text(str(path), None)
+    assert str(caught.value) == f'the batch file {path} cannot be read: {reason}.'
+
+
+@pytest.mark.parametrize(('data', 'line'), [
+    (b'\xff', 1), (b'a\nb\nc\xe9d\ne', 3), ('a\n\n\u00e9'.encode('latin-1'), 3),
+    (b'\xef\xbb\xbfa\n\xc3', 2), ('a\nb'.encode('utf-16'), 1)])
+def test_the_line_that_is_not_utf8_is_named(data, line):
+    with pytest.raises(BatchFileError) as caught:
+        text_of(data)
+    assert str(caught.value) == f'-, line {line}: this is not UTF-8 text.'
+
+
+@pytest.mark.parametrize(('data', 'line'), [(b'\0', 1), (b'a\nb\n\nc\0d\n', 4)])
+def test_the_line_with_a_nul_is_named(data, line):
+    with pytest.raises(BatchFileError) as caught:
+        text_of(data)
+    assert str(caught.value) == f'-, line {line}: there is a NUL character.'
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_command():
+    assert commands(text_of(b'\xef\xbb\xbfecho a\n')) == [(1, 'echo a')]
+    assert commands(text_of(b'\xef\xbb\xbf#!/bin/bash\necho a\n')) == [(2, 'echo a')]
+
+
+# ---- Which lines are commands ----
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('', []),
+    ('\n\n', []),
+    ('a', [(1, 'a')]),
+    ('a\n', [(1, 'a')]),
+    ('a\nb\n', [(1, 'a'), (2, 'b')]),
+    # what is no command counts
+    ('#!/bin/bash\n\n# note\n  # note\n \t \na\n\nb', [(6, 'a'), (8, 'b')]),
+    ('a # no comment line\n', [(1, 'a # no comment line')]),
+    # CRLF
+    ('a\r\n\r\nb\r\n', [(1, 'a'), (3, 'b')]),
+    ('a \\\r\n b\r\nc\r\n', [(1, 'a \\\n b'), (3, 'c')]),
+    ('printf "a\rb"\n', [(1, 'printf "a\rb"')]),
+    # other line ends of Unicode are none for bash
+    ('echo a\u2028b\x0bc\x0cd\x85e\n', [(1, 'echo a\u2028b\x0bc\x0cd\x85e')]),
+    # blanks stay as they are
+    ('  a  \n\tb\t', [(1, '  a  '), (2, '\tb\t')]),
+    # a backslash at the end continues a line, and is bash's to read
+    ('a \\\nb\nc', [(1, 'a \\\nb'), (3, 'c')]),
+    ('a \\\n\\\nb\n', [(1, 'a \\\n\\\nb')]),
+    ('a \\\n# b\n\nc', [(1, 'a \\\n# b'), (4, 'c')]),
+    ('a \\\n\nb\n', [(1, 'a \\\n'), (3, 'b')]),
+    # two backslashes are one that does not
+    ('a \\\\\nb\n', [(1, 'a \\\\'), (2, 'b')]),
+    ('a \\\\\\\nb\n', [(1, 'a \\\\\\\nb')]),
+    # a blank behind it neither
+    ('a \\ \nb\n', [(1, 'a \\ '), (2, 'b')]),
+    # in a comment neither
+    ('# a \\\nb\n', [(2, 'b')]),
+    # with nothing to continue with
+    ('a \\\n', [(1, 'a \\\n')]),
+    ('a \\', [(1, 'a ')]),
+])
+def test_commands_are_numbered_by_their_first_line(text, expected):
+    assert commands(text) == expected
+
+
+@pytest.mark.parametrize('text', ['', '\n', '# only\n#!notes\n', '  \n\t'])
+def test_a_file_without_a_command_is_an_error(text):
+    assert complaint(text) == 'the batch file batch.sh has no command.'
+
+
+LINES = st.text(st.characters(blacklist_characters='\0\r\n', blacklist_categories=('Cs',)))
+COMMANDS = LINES.filter(lambda line: line.strip() and not line.lstrip().startswith('#')
+                        and not line.startswith('\ufeff') and not line.endswith('\\')
+                        and not re.match(r'\s*execute_remote(\s|$)', line))
+
+
+@ANY
+@given(lines=st.lists(COMMANDS, min_size=1), end=st.sampled_from(['', '\n', '\n\n']))
+def test_commands_come_through_byte_for_byte(lines, end):
+    data = ('\n'.join(lines) + end).encode()
+    jobs = jobs_of(text_of(data), path='-')
+    assert [(job.line, job.command) for job in jobs] == list(enumerate(lines, 1))
+    assert [job.name for job in jobs] == [f'stdin.{number}' for number in range(1, len(jobs) + 1)]
+
+
+@ANY
+@given(lines=st.lists(st.sampled_from(
+    ['', '#', '# c \\', 'a', 'b \\', 'c\\\\', ' d', '\\', "'", 'e # \\\\\\'])))
+def test_any_lines_are_numbered_and_none_is_lost(lines):
+    text = '\n'.join(lines)
+    found = commands(text)
+    numbers = [number for number, _ in found]
+    assert numbers == sorted(set(numbers))
+    covered = set()
+    for number, command in found:
+        span = command.split('\n')
+        assert lines[number - 1].startswith(span[0]) and span[0] + '\\' != lines[number - 1][:-1]
+        covered |= set(range(number, number + len(span)))
+    for number, line in enumerate(lines, 1):
+        assert number in covered or not line.strip() or line.lstrip().startswith('#') or (
+            number == len(lines) and not line.strip('\\'))
+
+
+@pytest.mark.parametrize('text', [
+    'printf "%s|" a \\\nb', 'printf "%s|" a\\\nb', "printf '%s|' 'a\\\nb'",
+    'printf "%s|" "a\\\nb" c'])
+def test_a_continued_command_means_what_it_means_to_bash(text):
+    """The command that is kept does what bash does with the lines in a script."""
+    ((_, command),) = commands(text + '\n')
+    expected = subprocess.run(['bash'], input=text.encode(), capture_output=True, check=True)
+    kept = subprocess.run(['bash', '-c', command], capture_output=True, check=True)
+    assert kept.stdout == expected.stdout
+
+
+# ---- What jobs are called ----
+
+@pytest.mark.parametrize(('path', 'stem'), [
+    ('batch.sh', 'batch.sh'),
+    ('example/batch_script.sh', 'example_batch_script.sh'),     # the spec's name
+    ('./a//b/./c.sh', 'a_b_c.sh'),
+    ('/srv/a/b.sh', 'srv_a_b.sh'),
+    ('../b.sh', 'b.sh'),
+    ('../../x/../b.sh', 'b.sh'),
+    ('.hidden', 'hidden'),
+    ('a/.hidden', 'a_.hidden'),
+    ('-x.sh', 'x.sh'),
+    ('a b$(c);d\n.sh', 'a_b__c__d_.sh'),
+    ('é.sh', '_.sh'),
+    ('...', 'batch'),
+    ('-', 'stdin'),
+    ('a' * 300 + '.sh', 'a' * 147 + '.sh'),
+])
+def test_jobs_are_called_like_their_batch_file(path, stem):
+    assert ssh_scheduler.name_of_batch(path) == stem
+    ssh_scheduler.check_job_name(f'{stem}.1', 'here')
+
+
+@ANY
+@given(path=st.text(st.characters(blacklist_characters='\0', blacklist_categories=())),
+       line=st.integers(1, 10**9))
+def test_every_path_gives_a_safe_name(path, line):
+    name = f'{ssh_scheduler.name_of_batch(path)}.{line}'
+    ssh_scheduler.check_job_name(name, 'here')
+    assert '/' not in name and name[0] not in '.-' and len(name.encode()) <= 200
+
+
+@pytest.mark.parametrize('name', ['a', 'A.b_c-d+e=f@g%h', '0', '_', 'a' * 200, 'a..b'])
+def test_a_good_job_name_is_taken(name):
+    ssh_scheduler.check_job_name(name, 'here')
+
+
+@pytest.mark.parametrize('name', [
+    '.', '..', '.a', '../a', 'a/b', '/a', '-a', '', 'a b', 'a\n', 'a\nb', 'é', '٣', 'a\x1b', "a'b",
+    'a*', '~', 'a' * 201])
+def test_a_bad_job_name_is_refused(name):
+    with pytest.raises(BatchFileError) as caught:
+        ssh_scheduler.check_job_name(name, 'batch.sh, line 3')
+    assert str(caught.value).startswith(f'batch.sh, line 3: the job name {name!r} must have ')
+
+
+def test_the_line_of_a_bad_job_name_is_named():
+    assert complaint('a\nexecute_remote --job-name ../x true\n').startswith(
+        "batch.sh, line 2: the job name '../x' must")
+
+
+def test_two_jobs_with_one_name_name_both_lines():
+    assert complaint('a\nexecute_remote --job-name x b\n\nexecute_remote --job-name=x c\n') == (
+        'batch.sh: the lines 2 and 4 have the same job name x; '
+        'give one of them another --job-name.')
+    assert 'the lines 1 and 2 have the same job name batch.sh.2' in complaint(
+        'execute_remote --job-name batch.sh.2 a\nb\n')
+
+
+# ---- Partial commands ----
+
+SPEC_LINES = """\
+execute_remote --copy-forwards example1 test.py --copy-backwards example1 --job-name example1 \
+'python test.py example1'
+execute_remote --copy-forwards example2 test.py --copy-backwards example2 --job-name example2 \
+'python test.py example2'
+"""
+
+
+def test_the_partial_commands_of_the_spec():
+    one, two = jobs_of(SPEC_LINES)
+    assert one == ssh_scheduler.Job(
+        'example1', 'python test.py example1', 1, Allocation(),
+        Forwards(('example1', 'test.py'), (), ()), ('example1',))
+    assert two == ssh_scheduler.Job(
+        'example2', 'python test.py example2', 2, Allocation(),
+        Forwards(('example2', 'test.py'), (), ()), ('example2',))
+
+
+def test_a_partial_command_changes_only_what_it_says():
+    batch = ['--num-cpus=3', '--memory-required=7', '--no-gpu-required', '--copy-forwards', 'a',
+             'b', '--link-forwards', 'data', '--exclude', '*.o', '--copy-backwards', 'out']
+    lines = ['true', "execute_remote 'true'", 'execute_remote --num-cpus=2 true',
+             'execute_remote --copy-forwards c --copy-backwards -- true',
+             'execute_remote --exclude x --link-forwards -- true',
+             'execute_remote --copy-backwards . -- true',
+             'execute_remote --reserve --gpu-memory-required 5 true']
+    jobs = jobs_of('\n'.join(lines), *batch)
+    assert {job.command for job in jobs} == {'true'}
+    plain = jobs[0]
+    assert plain.allocation == Allocation(3.0, 7, False, 0, 1000, 0.75, True)
+    assert plain.forwards == Forwards(('a', 'b'), ('data',), ('*.o',))
+    assert plain.backwards == ('out',)
+    changes = [
+        {}, {'allocation': plain.allocation._replace(cores=2.0)},
+        {'forwards': plain.forwards._replace(copy=('c',)), 'backwards': ()},
+        {'forwards': plain.forwards._replace(link=(), exclude=('x',))},
+        {'backwards': ('.',)},
+        {'allocation': plain.allocation._replace(reserve=True, gpu_memory_mb=5)}]
+    for number, (job, change) in enumerate(zip(jobs[1:], changes), 2):
+        assert job == plain._replace(name=f'batch.sh.{number}', line=number, **change)
+
+
+def test_a_partial_command_has_the_flags_of_the_batch():
+    (job,) = jobs_of('execute_remote true', '--reserve', '--no-reserve-gpu')
+    assert job.allocation == Allocation(reserve=True, reserve_gpu=False)
+
+
+def test_a_machine_in_a_partial_command_is_ignored_with_a_warning():
+    warnings = []
+    (job,) = jobs_of("\nexecute_remote --machine m.yaml 'echo a'", warn=warnings.append)
+    assert job.command == 'echo a'
+    assert warnings == [
+        'batch.sh, line 2: --machine is ignored: machines are allocated automatically']
+
+
+@pytest.mark.parametrize(('line', 'command'), [
+    ('execute_remote true', 'true'),
+    ('  execute_remote\ttrue', 'true'),
+    ("execute_remote 'a  b | c > \"d\" $e \\\\'", 'a  b | c > "d" $e \\\\'),
+    ("execute_remote \\\n --job-name x \\\n 'a b'", 'a b'),
+    ("execute_remote 'a \\\nb'", 'a \\\nb'),
+    ('execute_remote "a \\\nb \\"c\\""', 'a b "c"'),
+    ('execute_remote a\\\nb', 'ab'),
+    ("execute_remote \"it's \\\n it's\"", "it's  it's"),
+    ("execute_remote 'é \u3000'", 'é \u3000'),
+    ('execute_remote -- --help', '--help'),
+    ('execute_remote_not a', 'execute_remote_not a'),
+    ('./execute_remote a', './execute_remote a'),
+    ('echo execute_remote a', 'echo execute_remote a'),
+])
+def test_the_command_of_a_partial_command(line, command):
+    (job,) = jobs_of(line)
+    assert job.command == command
+
+
+@ANY
+@given(command=LINES)
+def test_a_quoted_command_comes_through_byte_for_byte(command):
+    assume('\\\n' not in command)
+    (job,) = jobs_of(f'execute_remote -- {shlex.quote(command)}\n')
+    assert job.command == command
+
+
+@settings(ANY, max_examples=60)
+@given(text=st.text(st.sampled_from('\'"\\\n ab'), max_size=12))
+def test_words_of_a_continued_line_are_bash_s(text):
+    """Where bash can read the words at all, we read the same ones."""
+    done = subprocess.run(['bash', '-c', f'printf "%s\\0" {text}'], capture_output=True)
+    in_error = done.returncode != 0 or done.stderr
+    unquoted = re.sub(r"""(?s)'[^']*'|"(?:\\.|[^"\\])*"|\\.""", '', text)
+    assume(not in_error and '\n' not in unquoted and not text.endswith('\\'))
+    words = shlex.split(ssh_scheduler.without_continuations(text))
+    assert ''.join(f'{word}\0' for word in words or ['']) == done.stdout.decode()
+
+
+@pytest.mark.parametrize(('line', 'expected'), [
+    ('execute_remote', '<command> is missing. The command is one word, in quotes.'),
+    ('execute_remote python test.py',
+     "unexpected word 'test.py'. The command is one word, in quotes."),
+    ("execute_remote 'a", 'No closing quotation. The command is one word, in quotes.'),
+    ('execute_remote --job-nam x y', 'unknown option --job-nam (did you mean --job-name?).'),
+    ('execute_remote --num-cpus=0 y', "--num-cpus must be a number above 0, not '0'."),
+    ('execute_remote --copy-forwards ../x -- y', '--copy-forwards ../x: this lies outside '),
+])
+def test_a_wrong_partial_command_is_named(line, expected):
+    assert complaint(f'true\n{line}\n').startswith(f'batch.sh, line 2: execute_remote: {expected}')
+
+
+def test_help_in_a_partial_command_does_not_end_the_program(capsys):
+    """It is one of the lines of a batch, and not the place to ask."""
+    complaint('execute_remote --help\n')
+    assert capsys.readouterr().out == ''
+
+
+# ---- Paths ----
+
+@pytest.mark.parametrize(('path', 'inside'), [
+    ('a', 'a'), ('./a', 'a'), ('a/', 'a'), ('a//b/../c', 'a/c'), ('.', '.'), ('./', '.'),
+    ('..a', '..a'), ('a/..', '.'), ('-x', '-x')])
+def test_paths_are_normal_and_inside(path, inside):
+    assert ssh_scheduler.inside_paths((path,), '--copy-forwards') == (inside,)
+
+
+def test_a_path_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ('a', './a', str(tmp_path / 'b'), 'b', str(tmp_path))
+    assert ssh_scheduler.inside_paths(paths, '--copy-forwards') == ('a', 'b', '.')
+
+
+@pytest.mark.parametrize('path', ['..', '../a', 'a/../../b', '/', '/etc/passwd'])
+def test_paths_outside_are_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ssh_scheduler.FilesError) as caught:
+        ssh_scheduler.inside_paths((path,), '--copy-backwards')
+    assert str(caught.value).startswith(f'--copy-backwards {path}: this lies outside the current ')

@@ -1,0 +1,383 @@
+"""Command lines -> options: the usage texts are what docopt parses, so they are tried as such."""
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler
+
+ANY = settings(deadline=None, derandomize=True, max_examples=150)
+
+ROOT = Path(__file__).resolve().parent.parent
+USAGES = {
+    'execute_batch': ssh_scheduler.EXECUTE_BATCH_USAGE,
+    'execute_remote': ssh_scheduler.EXECUTE_REMOTE_USAGE,
+}
+POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>'}
+LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
+
+
+def split(line):
+    return shlex.split(line.replace('\\\n', ''), comments=True)
+
+
+def read(line):
+    """Return the Options of a command line, split as a shell does."""
+    command, *words = line if isinstance(line, list) else split(line)
+    return ssh_scheduler.read_options(USAGES[command], words)
+
+
+def said(line):
+    """Return what a command line says: its options that were given, and its positional."""
+    options, command = read(line), (line if isinstance(line, list) else line.split())[0]
+    positional = POSITIONALS[command]
+    return {positional: options[positional], **{name: options[name] for name in options.given}}
+
+
+def complaint(*words, command='execute_batch'):
+    with pytest.raises(ssh_scheduler.UsageError) as caught:
+        ssh_scheduler.read_options(USAGES[command], list(words))
+    return str(caught.value)
+
+
+def call_main(*argv):
+    """Run main() in this process; return (stdout, stderr, status)."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        with pytest.raises(SystemExit) as caught:
+            ssh_scheduler.main(list(argv))
+    return stdout.getvalue(), stderr.getvalue(), caught.value.code
+
+
+# ---- Tables: command line -> what it says ----
+
+SPEC = [
+    ('execute_batch example/batch_script.sh --machines example/machine.yaml example/machine2.yaml',
+     {'<batch>': 'example/batch_script.sh',
+      '--machines': ('example/machine.yaml', 'example/machine2.yaml')}),
+    ('execute_batch example/batch_script.sh --machines example/machine.yaml --no-gpu-required',
+     {'<batch>': 'example/batch_script.sh', '--machines': ('example/machine.yaml',),
+      '--no-gpu-required': True}),
+    ("""execute_batch example/batch_script.sh --machines example/machine.yaml \\
+    --memory-required=10000 --gpu-memory-required=3000 --no-reserve-gpu""",
+     {'<batch>': 'example/batch_script.sh', '--machines': ('example/machine.yaml',),
+      '--memory-required': '10000', '--gpu-memory-required': '3000', '--no-reserve-gpu': True}),
+    ("""execute_batch example/batch_script.sh --machines example/machine.yaml \\
+    --num-cpus=8 --gpu-utilization=0.5""",
+     {'<batch>': 'example/batch_script.sh', '--machines': ('example/machine.yaml',),
+      '--num-cpus': '8', '--gpu-utilization': '0.5'}),
+    ("""execute_batch example/batch_script.sh --machines example/machine.yaml \\
+    --reserve""",
+     {'<batch>': 'example/batch_script.sh', '--machines': ('example/machine.yaml',),
+      '--reserve': True}),
+    ('execute_batch example/batch_script.sh --machines my_machine.yaml --memory-required=2000',
+     {'<batch>': 'example/batch_script.sh', '--machines': ('my_machine.yaml',),
+      '--memory-required': '2000'}),
+    ('execute_remote --copy-forwards example1 test.py --copy-backwards example1'
+     " --job-name example1 'python test.py example1'",
+     {'<command>': 'python test.py example1', '--copy-forwards': ('example1', 'test.py'),
+      '--copy-backwards': ('example1',), '--job-name': 'example1'}),
+    ('execute_remote --copy-forwards example2 test.py --copy-backwards example2'
+     " --job-name example2 'python test.py example2'",
+     {'<command>': 'python test.py example2', '--copy-forwards': ('example2', 'test.py'),
+      '--copy-backwards': ('example2',), '--job-name': 'example2'}),
+]
+
+OTHERS = [
+    ('execute_batch b', {'<batch>': 'b'}),
+    ('execute_batch -', {'<batch>': '-'}),
+    ('execute_batch - --machines a', {'<batch>': '-', '--machines': ('a',)}),
+    # a list has the words up to the next option
+    ('execute_batch b --machines a b --num-cpus 2',
+     {'<batch>': 'b', '--machines': ('a', 'b'), '--num-cpus': '2'}),
+    ('execute_batch b --machines a --reserve --machines b c',
+     {'<batch>': 'b', '--machines': ('a', 'b', 'c'), '--reserve': True}),
+    ('execute_batch b --machines=a b', {'<batch>': 'b', '--machines': ('a', 'b')}),
+    ('execute_batch b --copy-forwards - --machines a',
+     {'<batch>': 'b', '--copy-forwards': ('-',), '--machines': ('a',)}),
+    # a list without words is none at all, which is not the same as no list
+    ('execute_batch b --machines a --copy-forwards',
+     {'<batch>': 'b', '--machines': ('a',), '--copy-forwards': ()}),
+    ('execute_batch --copy-forwards --copy-backwards --machines a -- b',
+     {'<batch>': 'b', '--copy-forwards': (), '--copy-backwards': (), '--machines': ('a',)}),
+    ('execute_batch b --exclude= --machines a',
+     {'<batch>': 'b', '--exclude': (), '--machines': ('a',)}),
+    # -- ends it
+    ('execute_batch --machines a b -- c', {'<batch>': 'c', '--machines': ('a', 'b')}),
+    ('execute_batch --machines -- c', {'<batch>': 'c', '--machines': ()}),
+    ('execute_batch --machines a -- --dry-run', {'<batch>': '--dry-run', '--machines': ('a',)}),
+    ('execute_batch --machines a -- --', {'<batch>': '--', '--machines': ('a',)}),
+    ('execute_batch --machines a -- -h', {'<batch>': '-h', '--machines': ('a',)}),
+    # the positional is taken back from the last list
+    ('execute_batch --machines a b c', {'<batch>': 'c', '--machines': ('a', 'b')}),
+    ('execute_batch --machines a --exclude x b',
+     {'<batch>': 'b', '--machines': ('a',), '--exclude': ('x',)}),
+    ('execute_batch --exclude x --machines a b --dry-run',
+     {'<batch>': 'b', '--exclude': ('x',), '--machines': ('a',), '--dry-run': True}),
+    ("execute_remote --copy-forwards a b 'echo c'",
+     {'<command>': 'echo c', '--copy-forwards': ('a', 'b')}),
+    # --option value is --option=value, whatever the value looks like
+    ('execute_batch b --num-cpus 0.5', {'<batch>': 'b', '--num-cpus': '0.5'}),
+    ('execute_batch b --memory-required -5', {'<batch>': 'b', '--memory-required': '-5'}),
+    ('execute_remote --job-name --help x', {'<command>': 'x', '--job-name': '--help'}),
+    ('execute_remote --machine=a=b x', {'<command>': 'x', '--machine': 'a=b'}),
+    ('execute_batch --num-cpus 3 b', {'<batch>': 'b', '--num-cpus': '3'}),
+    # flags take no word
+    ('execute_batch --reserve b --dry-run --verbose',
+     {'<batch>': 'b', '--reserve': True, '--dry-run': True, '--verbose': True}),
+]
+
+
+@pytest.mark.parametrize(('line', 'expected'), SPEC + OTHERS)
+def test_a_command_line_says(line, expected):
+    assert said(line) == expected
+
+
+@pytest.mark.parametrize(('line', 'expected'), SPEC + OTHERS)
+def test_an_option_takes_its_value_with_or_without_equals(line, expected):
+    """Each --option=word of the tables may be written --option word, and means the same."""
+    words = split(line)
+    end = words.index('--') if '--' in words else len(words)
+    apart = [part for word in words[:end]
+             for part in (word.split('=', 1) if re.match(r'--[a-z-]+=.', word) else [word])]
+    assert said([*apart, *words[end:]]) == expected
+
+
+def test_the_defaults_stand_in_the_usage_text():
+    for command in USAGES:
+        options = read([command, 'x'])
+        assert options.given == frozenset()
+        assert {name: options[name] for name in LISTS} == dict.fromkeys(LISTS)
+        assert ssh_scheduler.read_allocation(options) == ssh_scheduler.Allocation(
+            cores=1, memory_mb=2000, reserve=False, gpus=1, gpu_memory_mb=1000,
+            gpu_utilization=0.75, reserve_gpu=True)
+        assert ssh_scheduler.read_forwards(options) == ssh_scheduler.Forwards(('.',), (), ())
+        assert ssh_scheduler.read_backwards(options) is None
+    assert read('execute_batch x')['--machines'] is None
+
+
+def test_every_option_of_a_usage_text_is_known():
+    """What docopt finds in the text is what spell_out knows, so that neither knows more."""
+    for command, usage in USAGES.items():
+        names = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', usage))
+        assert names == {name for name in ssh_scheduler.option_kinds(usage) if name[:2] == '--'}
+        assert names <= set(read([command, 'x']))
+
+
+# ---- README ----
+
+def readme_lines():
+    """Return the command lines in README.md's code blocks, continued lines joined."""
+    path = ROOT / 'README.md'
+    text = path.read_text(encoding='utf-8') if path.exists() else ''
+    blocks = re.findall(r'(?ms)^ *```[^\n]*\n(.*?)^ *```', text)
+    lines = [line.strip() for block in blocks
+             for line in block.replace('\\\n', ' ').splitlines()]
+    lines = [line[2:] if line.startswith('$ ') else line for line in lines]
+    return [line for line in lines if line.split()[:1] and line.split()[0] in USAGES]
+
+
+@pytest.mark.parametrize('line', readme_lines())
+def test_a_command_line_of_the_readme_is_understood(line):
+    try:
+        options = read(line)
+    except SystemExit as shown:         # --help and --version
+        assert shown.code == 0
+        return
+    assert options[POSITIONALS[line.split()[0]]]
+    ssh_scheduler.read_allocation(options)
+
+
+# ---- What is wrong is named ----
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['b', '--machine', 'a'], 'unknown option --machine (did you mean --machines?).'),
+    (['b', '--nogpu-required'],
+     'unknown option --nogpu-required (did you mean --no-gpu-required?).'),
+    (['b', '--num-cpu=3'], 'unknown option --num-cpu (did you mean --num-cpus?).'),
+    (['b', '--memory_required=3'],
+     'unknown option --memory_required (did you mean --memory-required?).'),
+    (['b', '--zebra'], 'unknown option --zebra.'),
+    (['b', '-x'], 'unknown option -x.'),
+    (['b', '--machines', 'a', '-x'], 'unknown option -x.'),
+    ([], '<batch> is missing.'),
+    (['--reserve'], '<batch> is missing.'),
+    (['--machines'], '<batch> is missing.'),
+    (['--machines='], '<batch> is missing.'),
+    (['--machines', 'a', '--copy-forwards'], '<batch> is missing.'),
+    (['--machines', 'a', '--'], None),
+    (['a', 'b'], "unexpected word 'b'."),
+    (['a', '--reserve', 'b'], "unexpected word 'b'."),
+    (['--machines', 'a', '--reserve', 'b', 'c'], "unexpected word 'c'."),
+    (['--machines', 'a', '--', 'b', 'c'], "unexpected word 'c'."),
+    (['b', '--num-cpus'], '--num-cpus needs a value.'),
+    (['b', '--reserve=yes'], '--reserve takes no value.'),
+    (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is there twice.'),
+    (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is there twice.'),
+])
+def test_a_wrong_command_line_is_named(words, expected):
+    if expected is None:                # the word is taken back from the list in front of the --
+        assert ssh_scheduler.read_options(USAGES['execute_batch'], words)['<batch>'] == 'a'
+    else:
+        assert complaint(*words) == expected
+
+
+def test_the_missing_command_of_a_partial_line_is_named():
+    assert complaint('--job-name', 'a', command='execute_remote') == '<command> is missing.'
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ('--num-cpus 0', "--num-cpus must be a number above 0, not '0'."),
+    ('--num-cpus=-1', "--num-cpus must be a number above 0, not '-1'."),
+    ('--num-cpus=two', "--num-cpus must be a number above 0, not 'two'."),
+    ('--num-cpus=', "--num-cpus must be a number above 0, not ''."),
+    ('--num-cpus=inf', "--num-cpus must be a number above 0, not 'inf'."),
+    ('--memory-required=-5', "--memory-required must be a number of at least 0, not '-5'."),
+    ('--memory-required=nan', "--memory-required must be a number of at least 0, not 'nan'."),
+    ('--memory-required=1e999', "--memory-required must be a number of at least 0, not '1e999'."),
+    ('--gpu-memory-required=-1', "--gpu-memory-required must be a number of at least 0, not '-1'."),
+    ('--gpu-utilization=nan',
+     "--gpu-utilization must be a number above 0 and at most 1, not 'nan'."),
+    ('--gpu-utilization=0', "--gpu-utilization must be a number above 0 and at most 1, not '0'."),
+    ('--gpu-utilization=1.01',
+     "--gpu-utilization must be a number above 0 and at most 1, not '1.01'."),
+])
+def test_a_bad_number_is_named(words, expected):
+    for command in USAGES:
+        options = read([command, 'x', *words.split()])
+        with pytest.raises(ssh_scheduler.UsageError) as caught:
+            ssh_scheduler.read_allocation(options)
+        assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ('--num-cpus=0.25', {'cores': 0.25}),
+    ('--memory-required=0', {'memory_mb': 0}),
+    ('--memory-required=10.5', {'memory_mb': 11}),      # never less than was asked for
+    ('--gpu-memory-required 0', {'gpu_memory_mb': 0}),
+    ('--gpu-utilization=1', {'gpu_utilization': 1.0}),
+    ('--reserve', {'reserve': True}),
+    ('--no-gpu-required', {'gpus': 0}),
+    ('--no-reserve-gpu', {'reserve_gpu': False}),
+])
+def test_a_number_changes_one_part_of_the_allocation(words, expected):
+    allocation = ssh_scheduler.read_allocation(read(['execute_batch', 'x', *words.split()]))
+    assert allocation == ssh_scheduler.Allocation()._replace(**expected)
+
+
+# ---- Any words at all ----
+
+# What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
+WORDS = st.text(st.characters(blacklist_characters='\0', blacklist_categories=()), max_size=12)
+PATHS = WORDS.filter(lambda word: word == '-' or word and not word.startswith('-'))
+
+
+@ANY
+@given(lists=st.dictionaries(st.sampled_from(LISTS), st.lists(PATHS, max_size=4)), batch=WORDS)
+def test_lists_of_any_words_come_through(lists, batch):
+    argv = [word for name, values in lists.items() for word in (name, *values)]
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], [*argv, '--', batch])
+    assert options['<batch>'] == batch
+    assert options.given == frozenset(lists)
+    for name in LISTS:
+        assert options[name] == (tuple(lists[name]) if name in lists else None)
+
+
+@ANY
+@given(words=st.lists(WORDS.filter(bool), min_size=1, max_size=4), batch=PATHS)
+def test_a_word_behind_an_equals_sign_may_look_like_an_option(words, batch):
+    argv = [f'--exclude={word}' for word in words]
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], [batch, *argv])
+    assert (options['<batch>'], options['--exclude']) == (batch, tuple(words))
+
+
+@ANY
+@given(words=st.lists(PATHS, min_size=1, max_size=4))
+def test_the_last_word_of_the_last_list_is_the_batch(words):
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], ['--copy-forwards', *words])
+    assert (options['<batch>'], options['--copy-forwards']) == (words[-1], tuple(words[:-1]))
+
+
+def test_several_words_are_taken_back_in_their_order():
+    kinds = {'--list': 'list', '--flag': 'flag'}
+    spelled, given = ssh_scheduler.spell_out(['--list', 'a', 'b', 'c', '--flag'], kinds, 2)
+    assert (spelled, given) == (['--list=a', '--flag', '--', 'b', 'c'], {'--list', '--flag'})
+    assert ssh_scheduler.spell_out(['x', '--list', 'a'], kinds, 2)[0] == [
+        '--list=', '--', 'x', 'a']
+
+
+@ANY
+@given(value=WORDS, command=WORDS)
+def test_a_value_of_any_text_comes_through(value, command):
+    for argv in (['--job-name', value], [f'--job-name={value}']):
+        options = ssh_scheduler.read_options(USAGES['execute_remote'], [*argv, '--', command])
+        assert (options['--job-name'], options['<command>']) == (value, command)
+
+
+OPTION_LIKE = st.sampled_from([
+    '-', '--', '-h', '--help', '--version', '--machines', '--machines=', '--exclude=*',
+    '--num-cpus', '--num-cpus=1', '--reserve', '--reserve=1', '--copy-forwards', '--no-gpu', '=',
+    '[options]', '<batch>', '--=', '-=', '...'])
+
+
+@ANY
+@given(argv=st.lists(OPTION_LIKE | WORDS, max_size=7))
+def test_any_command_line_is_options_or_one_sentence(argv):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            options = ssh_scheduler.read_options(USAGES['execute_batch'], argv)
+    except ssh_scheduler.UsageError as error:
+        assert str(error).endswith('.') and 'Option(' not in str(error)
+    except SystemExit as error:
+        assert error.code == 0 and shown.getvalue()
+    else:
+        assert options['<batch>'] in {*argv, *(word.partition('=')[2] for word in argv)}
+        assert options.given <= {word.partition('=')[0] for word in argv}
+
+
+# ---- main() ----
+
+@pytest.mark.parametrize('option', ['--help', '-h'])
+@pytest.mark.parametrize('start', [['/usr/bin/execute_batch'], ['x.py', 'execute_batch']])
+def test_help_is_the_usage_text(option, start):
+    usage = ssh_scheduler.EXECUTE_BATCH_USAGE
+    assert call_main(*start, option) == (usage, '', 0)
+    assert call_main(*start, 'b', '--machines', 'a', option) == (usage, '', 0)
+
+
+def test_the_help_of_execute_remote_is_its_usage_text():
+    assert call_main('execute_remote', '--help') == (ssh_scheduler.EXECUTE_REMOTE_USAGE, '', 0)
+
+
+def test_help_fits_a_terminal_of_100_columns():
+    for usage in USAGES.values():
+        assert all(len(line) <= 100 for line in usage.splitlines())
+
+
+def test_version_is_shown():
+    shown = f'execute_batch {ssh_scheduler.__version__}\n'
+    assert call_main('execute_batch', '--version') == (shown, '', 0)
+
+
+def test_a_wrong_option_is_named_before_the_way_to_the_usage():
+    assert call_main('execute_batch', 'b', '--machine', 'a') == (
+        '', 'execute_batch: unknown option --machine (did you mean --machines?).\n'
+            'Try: execute_batch --help\n', 2)
+
+
+def test_no_machines_are_an_error():
+    stdout, stderr, status = call_main('execute_batch', 'b')
+    assert (stdout, status) == ('', 2)
+    assert stderr.startswith('execute_batch: --machines is missing')
+
+
+@pytest.mark.parametrize('argv', [['x.py'], ['x.py', 'execute_bach'], ['x.py', '--help']])
+def test_an_unknown_command_is_an_error(argv):
+    stdout, stderr, status = call_main(*argv)
+    assert (stdout, status) == ('', 2)
+    assert 'execute_batch' in stderr.splitlines()[0] and 'Traceback' not in stderr
