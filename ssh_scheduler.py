@@ -2359,11 +2359,15 @@ class ResultStore:
         self._write(event='lost', job=name)
 
     def grow(self, name, stream, data):
-        """Add to a stream of a job that runs."""
+        """Add to a stream of a job that runs; return whether that could be done."""
         first = (name, stream) not in self._grown
         self._grown.add((name, stream))
-        with open(self._path(name, f'.{stream}'), 'wb' if first else 'ab') as file:
-            file.write(data)
+        try:
+            with open(self._path(name, f'.{stream}'), 'wb' if first else 'ab') as file:
+                file.write(data)
+        except OSError:
+            return False        # all of it comes at the job's end, where a failure is told
+        return True
 
     def incoming(self):
         """Return a new empty folder for results that are on their way."""
@@ -2463,7 +2467,11 @@ class ResultStore:
     def _write(self, **event):
         self._apply(event)
         event['time'] = round(time.time(), 2)
-        os.write(self._journal, json.dumps(event).encode() + b'\n')
+        try:
+            os.write(self._journal, json.dumps(event).encode() + b'\n')
+        except OSError as error:
+            raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
+                               'run go on; the same command collects them.') from None
 
 
 def private_folder(stem):
@@ -2490,17 +2498,18 @@ def make_removable(function, path, _):
         pass
 
 
-# ---- Machine runner: one machine's channel, stages and copies ----
+# ---- Machine runner: one machine's channel, stages, copies and jobs ----
 
 SMALL_TREE_BYTES = 256 * 1024       # what is smaller goes through the channel, without an rsync
 SMALL_TREE_ENTRIES = 2000
 CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
-COPY_STALL_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
+COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
 REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
 GATHER_S = 0.5                      # results wait so long for others, to come with one rsync
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 KILL_GRACE_S = 5
+FAREWELL_S = 30.0                   # for tidying up over there
 
 
 class Session:
@@ -2520,9 +2529,9 @@ class Session:
     def trees(self, forwards):
         """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
         if forwards not in self._trees:
+            linked = tuple(f'/{path}' for path in forwards.link)
             self._trees[forwards] = (
-                scan_tree(forwards.copy, (*forwards.exclude, *map('/{}'.format, forwards.link)),
-                          '--copy-forwards'),
+                scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
         return self._trees[forwards]
 
@@ -2562,23 +2571,188 @@ def project_name():
     return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
 
 
+class Channel:
+    """The standard streams of the remote runner of one machine: requests down, events up.
+
+    on_event(word, fields) is called for each event, on_end(reason) once when nothing more comes.
+    """
+
+    def __init__(self, machine, session, number, on_event, on_end):
+        self.connection = Connection(machine, session.run_folder, number)
+        self.token = os.urandom(16).hex()
+        self.home = ''                      # the project's folder over there, when it is known
+        self.rsync_works = False            # at both ends, as far as we know
+        self._machine, self._session = machine, session
+        self._on_event, self._on_end = on_event, on_end
+        self._reader = EventReader(self.token)
+        self._process = None
+
+    @property
+    def quiet(self):
+        """Tell whether the login printed nothing: rsync cannot stand that it does."""
+        return not self._reader.noise.strip()
+
+    def open(self, want_gpus):
+        """Begin to log in, and hand over the remote runner and what it has to know."""
+        machine = self._machine
+        if machine.host:
+            with open(self.connection.config_path, 'w', encoding='utf-8',
+                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(self.connection.config())
+        self._process = self._session.processes.start(
+            self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
+            cwd=None if machine.host else os.path.expanduser('~'))
+        runner = REMOTE_RUNNER.encode()
+        env = [f'{name}={value}' for name, value in machine.env]
+        self.send(request(REMOTE_LOADER, len(runner)), runner,
+                  request(self.token, machine.workdir, self._session.project, machine.setup,
+                          int(want_gpus), len(env), *env))
+
+    def send(self, *pieces):
+        """Queue bytes for the remote runner."""
+        for piece in pieces:
+            self._process.write(piece)
+
+    def close(self):
+        """Close it when all is sent; the remote runner then ends by itself."""
+        self._process.close_stdin()
+
+    def end(self):
+        """End it now."""
+        if self._process and self._process.popen.poll() is None:
+            self._process.kill()
+
+    def _on_output(self, data):
+        try:
+            for event in self._reader.feed(data):
+                word = event[0].decode('ascii', 'replace')
+                shown = event[:-1] if word == 'data' else event
+                self._session.trace(f'{self._machine.name}: ' + printable(
+                    b'  '.join(shown).decode('utf-8', 'replace'))[:400])
+                try:
+                    self._on_event(word, event[1:])
+                except (TypeError, ValueError, KeyError) as error:
+                    raise WireError('it said something that cannot be understood '
+                                    f'({word}: {error!r})') from error
+        except WireError as error:
+            self._on_end(str(error))
+
+    def _on_exit(self, status, complaint):
+        text = complaint.decode('utf-8', 'replace')
+        if not self._reader.greeted:
+            self._on_end(explain_login(self._machine, status,
+                                       self._reader.noise.decode('utf-8', 'replace'), text))
+        else:
+            last = last_line(text, -1)
+            self._on_end('the connection broke' + (f' ({last})' if last else ''))
+
+
 class Stage:
     """The files of one Forwards on one machine.  id is '' where there are none."""
 
     def __init__(self, stage_id, forwards, trees):
-        self.id = stage_id
         self.forwards = forwards
         self.copy, self.link = trees
         self.ready = not (self.copy.entries or self.link.entries)
+        self.id = '' if self.ready else stage_id
         self.by_rsync = False
-        if self.ready:
-            self.id = ''
 
     @property
     def small(self):
         """Tell whether it goes through the channel."""
         return (self.copy.size + self.link.size <= SMALL_TREE_BYTES
                 and len(self.copy.entries) + len(self.link.entries) <= SMALL_TREE_ENTRIES)
+
+
+class Sender:
+    """The stages of one machine, and the copies that fill them.
+
+    signal(event, …): sent(stage), warning(text); fail(reason) where the machine cannot have them.
+    """
+
+    def __init__(self, name, channel, session, id_stem, signal, fail):
+        self.stages = {}                    # Forwards -> Stage
+        self._name, self._channel, self._session = name, channel, session
+        self._id_stem, self._signal, self._fail = id_stem, signal, fail
+        self._may_copy = False              # the machine has said where and how
+
+    def prepare(self, forwards):
+        """Return the Stage of these Forwards, and see to it that it is sent."""
+        if forwards not in self.stages:
+            stage = Stage(f'{self._id_stem}.{len(self.stages)}', forwards,
+                          self._session.trees(forwards))
+            self.stages[forwards] = stage
+            if stage.ready:
+                pass
+            elif stage.small:
+                data = self._session.small_archive(forwards)
+                self._channel.send(request('unpack', stage.id, len(data)), data)
+                self._freeze(stage)
+            elif self._may_copy:
+                self._copy(stage)
+        return self.stages[forwards]
+
+    def begin(self):
+        """Send what had to wait for the machine's answer."""
+        self._may_copy = True
+        for stage in self.stages.values():
+            if not stage.ready and not stage.small:
+                self._copy(stage)
+
+    def frozen(self, stage_id):
+        """The machine has all files of this stage."""
+        for stage in self.stages.values():
+            if stage.id == stage_id and not stage.ready:
+                stage.ready = True
+                self._signal('sent', stage)
+
+    def _freeze(self, stage):
+        self._channel.send(request('freeze', stage.id, len(stage.forwards.link),
+                                   *stage.forwards.link))
+
+    def _copy(self, stage):
+        """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
+        stage.by_rsync = self._channel.rsync_works
+        self._copy_parts(stage, [(tree, part) for tree, part in (
+            (stage.copy, 'copy'), (stage.link, 'link')) if tree.entries])
+
+    def _copy_parts(self, stage, parts):
+        if not parts:
+            self._freeze(stage)
+            return
+        tree, part = parts[0]
+        answer = bytearray()
+
+        def done(status, complaint):
+            text = complaint.decode('utf-8', 'replace')
+            # The exit status of a login shell proves nothing, so what takes tar confirms it.
+            confirmed = answer.rpartition(f'\n{self._channel.token} '.encode())[2] == b'0\n'
+            if status == 24:
+                self._signal('warning', f'{self._name}: files vanished while they were sent: '
+                             f'{last_line(text)}')
+            if status in (0, 24) and (stage.by_rsync or confirmed):
+                self._copy_parts(stage, parts[1:])
+            elif stage.by_rsync and status != 23:
+                self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
+                stage.by_rsync = self._channel.rsync_works = False
+                self._copy_parts(stage, parts)
+            else:
+                self._fail(f'the files could not be sent: {last_line(text) or status}')
+
+        connection, folder = self._channel.connection, f'stage/{stage.id}/{part}'
+        target = f'{self._channel.home}/{folder}'
+        if stage.by_rsync:
+            self._channel.send(request('folder', folder))
+            paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
+            argv = connection.rsync(['-@-1', f'--link-dest=../../../cache/{part}'],
+                                    '.', f'{target}/', 'target')
+            feed = iter([paths])
+        else:
+            argv = connection.copy()
+            feed = chain_bytes(bytes(request(REMOTE_UNPACK, self._channel.token, target)),
+                               archive((entry.path, entry) for entry in tree.entries))
+        self._session.processes.start(argv, answer.extend, done, feed=feed,
+                                      deadline_s=COPY_LIMIT_S)
 
 
 class Order:
@@ -2597,555 +2771,142 @@ class Order:
         self.back = []                      # paths in its folder to fetch
 
 
-class MachineRunner:
-    """One machine: its channel, its stages, its copies; the only owner of what runs there.
+class Fetcher:
+    """The results of one machine that are on their way: many jobs with one rsync.
 
-    machine_info    a Machine, from find_machine('lab1.yaml')
-    queue_up(command, forward_loc, backward_loc, job_name, …)   start it as soon as possible
-    register_started(callback(job_name))    it runs
-    register_ended(callback(job_name))      it ended, and `ended[job_name]` is its JobResult
-
-    Further signals: register(event, callback) with the events ready(), failed(reason),
-    collected(job_name) when results are in place here, returned(job_name, reason) when it was not
-    started, lost(job_name, reason), warning(text).
-
-    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
-    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
-    the channel is no login.
-
-        with MachineRunner(find_machine('lab1')) as runner:
-            runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
-            runner.queue_up('python train.py', ['train.py'], ['model'], 'first')
-            runner.wait()
+    signal(event, …): collected(job_name), uncollected(job_name), warning(text).
+    idle() tells whether no job runs there, so that there is nothing to wait for.
     """
 
-    def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
-        self.machine = machine_info
-        self.name = machine_info.name
-        self.state = 'new'                  # connecting, ready, closing, closed, failed
-        self.reason = ''                    # why it failed
-        self.capacity = None
-        self.ended = {}                     # job name -> JobResult
-        self.session = session or Session(ResultStore('job_results').open())
-        self._owns_session = session is None
-        self._connection = Connection(machine_info, self.session.run_folder, number)
-        self._number = number
-        self._callbacks = collections.defaultdict(list)
-        self._channel = self._reader = None
-        self._facts, self._home, self._rsync_there = [], '', False
-        self._stages = {}                   # Forwards -> Stage
-        self._queue = collections.deque()   # Orders that wait for their stage
-        self._running = {}                  # key -> Order
-        self._ended = {}                    # key -> Order, until it is collected
-        self._fetchable, self._fetching, self._fetch_due = [], [], None
+    def __init__(self, name, channel, session, signal, idle):
+        self.orders = {}                    # key -> Order that ended and is not collected
+        self._name, self._channel, self._session = name, channel, session
+        self._signal, self._idle = signal, idle
+        self._waiting, self._due = [], None
+        self._under_way = False
         self._cleanable = []
-        self._spacing_s, self._next_start = spacing_s, 0.0
-        self._timers = set()
-        self._cancelled = False
 
-    def __enter__(self):
-        self.connect()
-        self.probe()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-        while self.state == 'closing':
-            self.session.processes.wait()
-        if self._owns_session:
-            self.session.close()
-            self.session.results.close()
-
-    # Signals
-
-    def register(self, event, callback):
-        """Have the callback called at each such event; see the class."""
-        self._callbacks[event].append(callback)
-
-    def register_started(self, callback):
-        """Have callback(job_name) called when a job was started over there."""
-        self.register('started', callback)
-
-    def register_ended(self, callback):
-        """Have callback(job_name) called when a job ended over there."""
-        self.register('ended', callback)
-
-    def _signal(self, event, *args):
-        for callback in self._callbacks[event]:
-            callback(*args)
-
-    # Jobs
-
-    @property
-    def running(self):
-        """The names of the jobs that were started there and have not ended."""
-        return [order.job_name for order in self._running.values()]
-
-    @property
-    def busy(self):
-        """Tell whether a job is not yet started, running, or not yet collected."""
-        return bool(self._queue or self._running or self._ended)
-
-    @property
-    def unfinished(self):
-        """The names of the jobs that run there or ran there and are not collected."""
-        return [order.job_name for order in (*self._running.values(), *self._ended.values())]
-
-    def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
-                 exclude=(), gpus=None, attempt=1):
-        """Start the bash command there as soon as its files are.
-
-        forward_loc, link_loc  paths here, to copy or to link into the job's folder
-        backward_loc           paths in its folder to bring back; None: what it made or changed
-        job_name               the stem of its results' names; each name once in a job_results
-        gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
-        attempt                counts the starts of a job that had to be repeated
-        """
-        job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
-        check_job_name(job_name, 'queue_up')
-        stage = self.prepare(Forwards(tuple(forward_loc), tuple(link_loc), tuple(exclude)))
-        backwards = None if backward_loc is None else tuple(backward_loc)
-        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus))
-        self._pump()
-
-    def prepare(self, forwards):
-        """Return the Stage of these Forwards; sends it if that was not done."""
-        if forwards not in self._stages:
-            number = len(self._stages)
-            stage = Stage(f'{self.session.batch_id}.{self._number}.{number}', forwards,
-                          self.session.trees(forwards))
-            self._stages[forwards] = stage
-            if not stage.ready and stage.small and self._channel:
-                data = self.session.small_archive(forwards)
-                self._send(request('unpack', stage.id, len(data)), data)
-                self._freeze(stage)
-            elif not stage.ready and self.state == 'ready':
-                self._copy_forward(stage)
-        return self._stages[forwards]
-
-    def _pump(self):
-        """Send the starts that are possible; what the journal says goes first."""
-        if self.state != 'ready':
-            return
-        results, waiting, now = self.session.results, collections.deque(), time.monotonic()
-        while self._queue:
-            order = self._queue.popleft()
-            if not order.stage.ready:
-                waiting.append(order)
-                continue
-            if now < self._next_start:
-                waiting.append(order)
-                self._later('start', self._next_start - now, self._pump)
-                continue
-            self._next_start = now + self._spacing_s
-            results.claimed(order.job_name, order.attempt, self.machine.address, order.gpus,
-                            order.command)
-            self._running[order.key] = order
-            how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
-            paths = order.backwards or ()
-            self._send(request('start', order.key, order.stage.id,
-                               '-' if order.gpus is None else order.gpus, order.command, how,
-                               len(paths), *paths))
-            self._watch_later()
-        self._queue = waiting
-
-    def cancel(self):
-        """End all jobs there, with their process groups; give back those not started.
-
-        What they leave is not collected, and their end is no signal.
-        """
-        self._cancelled = True
-        while self._queue:
-            self._signal('returned', self._queue.popleft().job_name, 'interrupted')
-        for key in self._running:
-            self._send(request('cancel', key, KILL_GRACE_S))
-
-    def wait(self):
-        """Wait until all jobs that were queued are collected; raise if the machine fails."""
-        while self.busy and self.state not in ('failed', 'closed'):
-            self.session.processes.wait()
-        if self.state == 'failed':
-            raise SchedulerError(f'{self.name}: {self.reason}')
-
-    # Channel
-
-    def connect(self, want_gpus=True):
-        """Begin to log in."""
-        token = os.urandom(16).hex()
-        self._reader = EventReader(token)
-        if self.machine.host:
-            with open(self._connection.config_path, 'w', encoding='utf-8',
-                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(self._connection.config())
-        self.state = 'connecting'
-        self._channel = self.session.processes.start(
-            self._connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
-            cwd=None if self.machine.host else os.path.expanduser('~'))
-        self._token = token
-        env = [f'{name}={value}' for name, value in self.machine.env]
-        self._send(request(
-            REMOTE_LOADER, len(REMOTE_RUNNER.encode())), REMOTE_RUNNER.encode(), request(
-            token, self.machine.workdir, self.session.project, self.machine.setup,
-            int(want_gpus), len(env), *env))
-        self.session.processes.call_later(CONNECT_LIMIT_S, self._give_up_connecting)
-
-    def probe(self):
-        """Ask what the machine has; the answer makes it ready."""
-        self._send(request('probe'))
-
-    def close(self):
-        """Have the machine cleaned up and the channel closed; jobs that run go on."""
-        if self.state in ('connecting', 'failed', 'new'):
-            self._end_channel()
-            return
-        if self.state == 'ready':
-            self.state = 'closing'
-            ids = [stage.id for stage in self._stages.values() if stage.id]
-            kept = [stage.id for stage in self._stages.values() if stage.by_rsync and stage.ready]
-            self._clean(0)
-            if not self.busy:
-                self._send(request('finish', kept[0] if kept else '', len(ids), *ids))
-            self._channel.close_stdin()
-            self.session.processes.call_later(30, self._end_channel)
-
-    def _end_channel(self):
-        if self._channel and self._channel.popen.poll() is None:
-            self._channel.kill()
-
-    def _give_up_connecting(self):
-        if self.state == 'connecting':
-            self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds of the connection')
-
-    def _send(self, *pieces):
-        for piece in pieces:
-            self._channel.write(piece)
-
-    def _later(self, what, delay_s, function):
-        """Call the function later, unless such a call is due already."""
-        def call():
-            self._timers.discard(what)
-            if self.state == 'ready':
-                function()
-        if what not in self._timers:
-            self._timers.add(what)
-            self.session.processes.call_later(delay_s, call)
-
-    def _on_output(self, data):
-        try:
-            for event in self._reader.feed(data):
-                word = event[0].decode('ascii', 'replace')
-                if word != 'data':
-                    self.session.trace(f'{self.name}: ' + printable(
-                        b'  '.join(event).decode('utf-8', 'replace'))[:400])
-                handler = getattr(self, f'_on_{word}_event', None)
-                if not handler:
-                    raise WireError('it said something that no runner says')
-                handler(*event[1:])
-        except (WireError, TypeError, ValueError, KeyError) as error:
-            if isinstance(error, WireError):
-                self._fail(f'{error}')
-            else:
-                self._fail(f'it said something that cannot be understood ({error!r})')
-
-    def _on_exit(self, status, complaint):
-        if self.state == 'closing':
-            self.state = 'closed'
-        elif self.state in ('connecting', 'ready'):
-            text = complaint.decode('utf-8', 'replace')
-            if not self._reader.greeted:
-                reason = explain_login(self.machine, status, (
-                    self._reader.noise or b'').decode('utf-8', 'replace'), text)
-            else:
-                last = printable(text.strip().rpartition('\n')[2])
-                reason = 'the connection broke' + (f' ({last})' if last else '')
-            self._fail(reason)
-
-    def _fail(self, reason):
-        """The machine is out of this batch: what did not start goes back, what runs is unknown."""
-        if self.state in ('failed', 'closed'):
-            return
-        self.state, self.reason = 'failed', reason
-        self._end_channel()
-        queue, self._queue = self._queue, collections.deque()
-        for order in queue:
-            self._signal('returned', order.job_name, reason)
-        self._signal('failed', reason)
-
-    # Events of the remote runner, in the order in which they come
-
-    def _on_broken_event(self, text):
-        self._fail(text.decode('utf-8', 'replace'))
-
-    def _on_finished_event(self):
-        self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
-        self._end_channel()
-
-    def _on_note_event(self, text):
-        self._signal('warning', f'{self.name}: {printable(text.decode("utf-8", "replace"))}')
-
-    def _on_probe_event(self, key, value):
-        if len(self._facts) < 10000:
-            self._facts.append((key.decode('ascii', 'replace'), value.decode('utf-8', 'replace')))
-
-    def _on_ready_event(self, home, rsync):
-        self._home = os.fsdecode(home)
-        plain = re.fullmatch(r'/[\w./+@-]*', self._home) is not None
-        self._rsync_there = (rsync == b'1' and plain and self.session.has_rsync
-                             and not self._reader.noise.strip())    # rsync needs a quiet login
-        self.capacity = parse_probe(self._facts, self.machine)
-        self.state = 'ready'
-        for stage in self._stages.values():
-            if not stage.ready and not stage.small:
-                self._copy_forward(stage)
-        self._signal('ready')
-        self._pump()
-
-    def _on_staged_event(self, stage_id):
-        for stage in self._stages.values():
-            if stage.id == os.fsdecode(stage_id):
-                stage.ready = True
-                self._signal('sent', stage)
-        self._pump()
-
-    def _on_stage_failed_event(self, stage_id, why):
-        self._fail(f'the files could not be stored there: {printable(os.fsdecode(why))}')
-
-    def _on_started_event(self, *keys):
-        for key in keys:
-            if os.fsdecode(key) in self._running:
-                self._signal('started', self._running[os.fsdecode(key)].job_name)
-
-    def _on_refused_event(self, key, why):
-        order = self._running.pop(os.fsdecode(key), None)
-        if order:
-            self.session.results.lost(order.job_name)
-            self._signal('returned', order.job_name, printable(os.fsdecode(why)))
-
-    def _on_lost_event(self, key, why):
-        order = self._running.pop(os.fsdecode(key), None)
-        if order:
-            self.session.results.lost(order.job_name)
-            self._signal('lost', order.job_name, printable(os.fsdecode(why)))
-
-    def _on_ended_event(self, key, status, time_cs, out, err, *back):
-        order = self._running.pop(os.fsdecode(key), None)
-        if not order:
-            return      # it was reported already, or is none of ours
-        if self._cancelled:
-            self._cleanable.append(order.key)
-            return
-        self._ended[order.key] = order
-        for stream, text in (('out', out), ('err', err)):
-            if text[:1] == b'=':
-                order.streams[stream] = text[1:]
-        self.ended[order.job_name] = JobResult(
-            order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus)
-        self.session.results.ended(order.job_name, int(status), int(time_cs) / 100)
-        if back == (b'@',):
-            self._send(request('list', order.key))      # too long for an event
-            self._signal('ended', order.job_name)
-        elif self._take_back(order, back):
-            self._signal('ended', order.job_name)
-            self._gather(order)
+    def add(self, order, entries):
+        """Collect an order that ended; entries: what it left, as the remote runner lists it."""
+        self.orders[order.key] = order
+        if entries == [b'@']:               # too long for an event
+            self._channel.send(request('list', order.key))
         else:
-            self._commit(order, {})                     # first, so that finished means: it is here
-            self._signal('ended', order.job_name)
-            self._signal('collected', order.job_name)
+            self.add_list(order.key, entries)
 
-    def _on_data_event(self, what, key, *rest):
-        key = os.fsdecode(key)
-        if what == b'back':
-            order = self._ended[key]
-            self._take_back(order, rest[0].split(b'\0')[:-1])
-            self._gather(order)
-        elif what == b'growth' and key in self._running:
-            stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
-            order = self._running[key]
-            if offset == order.offsets[stream]:
-                self.session.results.grow(order.job_name, stream, data)
-                order.offsets[stream] += len(data)
-
-    def _watch(self):
-        """Ask for what the running jobs have written since the last time, and whether they live."""
-        if self._running:
-            triples = [field for order in self._running.values()
-                       for field in (order.key, order.offsets['out'], order.offsets['err'])]
-            self._send(request('watch', len(self._running), *triples))
-            self._watch_later()
-
-    def _watch_later(self):
-        self._later('watch', REFRESH_S + len(self._running) / 100, self._watch)
-
-    # Files to there
-
-    def _freeze(self, stage):
-        links = [path for path in stage.forwards.link]
-        self._send(request('freeze', stage.id, len(links), *links))
-
-    def _copy_forward(self, stage):
-        """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
-        parts = [(tree, part) for tree, part in ((stage.copy, 'copy'), (stage.link, 'link'))
-                 if tree.entries]
-        stage.by_rsync = self._rsync_there
-        self._send_part(stage, parts)
-
-    def _send_part(self, stage, parts):
-        if not parts:
-            self._freeze(stage)
+    def add_list(self, key, entries):
+        """The same for an order that is known, with the whole list."""
+        order = self.orders[key]
+        self._sort_out(order, entries)
+        if not order.back and len(order.streams) == 2:      # all of it came with the event
+            self._commit(order, {}, None)
             return
-        (tree, part), rest = parts[0], parts[1:]
-        target = f'{self._home}/stage/{stage.id}/{part}'
+        self._waiting.append(order)
+        if self._due is None:
+            self._due = time.monotonic() + GATHER_S
+            self._session.processes.call_later(GATHER_S, self.fetch_if_due)
+        self.fetch_if_due()
 
-        def sent(status, complaint):
-            text = complaint.decode('utf-8', 'replace')
-            if self.state != 'ready':
-                return
-            if status == 24:
-                self._signal('warning', f'{self.name}: files vanished while they were sent: '
-                             f'{last_line(text, 1)}')
-            if status in (0, 24) and (stage.by_rsync or self._confirmed(answer)):
-                self._send_part(stage, rest)
-            elif stage.by_rsync and status != 23:
-                self.session.trace(f'{self.name}: rsync ended with {status}, tar is next: {text}')
-                stage.by_rsync = self._rsync_there = False
-                self._send_part(stage, parts)
-            else:
-                self._fail(f'the files could not be sent: {last_line(text) or status}')
+    def forget(self, order):
+        """Nobody wants the results of this order: only have it removed."""
+        self._cleanable.append(order.key)
 
-        answer = bytearray()
-        if stage.by_rsync:
-            paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
-            options = ['-@-1', f'--link-dest=../../../cache/{part}']
-            self._send(request('folder', f'stage/{stage.id}/{part}'))
-            self.session.processes.start(
-                self._connection.rsync(options, '.', target + '/', 'target'),
-                answer.extend, sent, feed=iter([paths]), deadline_s=COPY_STALL_S)
-        else:
-            head = bytes(request(REMOTE_UNPACK, self._token, target))
-            self.session.processes.start(
-                self._connection.copy(), answer.extend, sent,
-                feed=chain_bytes(head, archive((e.path, e) for e in tree.entries)),
-                deadline_s=COPY_STALL_S)
+    def clean(self, least=0):
+        """Have the folders of collected jobs removed, many at a time."""
+        if len(self._cleanable) > least:
+            self._channel.send(request('clean', len(self._cleanable), *self._cleanable))
+            self._cleanable = []
 
-    def _confirmed(self, answer):
-        """Tell whether a copy's program said that it succeeded; its exit status proves nothing."""
-        return bytes(answer).rpartition(b'\n' + self._token.encode() + b' ')[2] == b'0\n'
+    def fetch_if_due(self):
+        """Fetch what waits if it waited long enough, is much, or nothing else can come soon."""
+        if self._waiting and not self._under_way and (
+                self._idle() or len(self._waiting) >= GATHER_JOBS or time.monotonic() >= self._due):
+            orders, self._waiting, self._due = self._waiting, [], None
+            self._under_way = True
+            self._fetch(orders, self._channel.rsync_works)
 
-    # Files from there
-
-    def _take_back(self, order, entries):
-        """Sort out what a job left: what to fetch, what is missing.  True if there is any."""
+    def _sort_out(self, order, entries):
         for entry in entries:
-            path = os.fsdecode(entry[1:])
-            if entry[:1] == b'+':
+            mark, path = entry[:1], os.fsdecode(entry[1:])
+            if mark == b'+':
                 order.back.append(path)
-            elif entry[:1] == b'!':
-                self._signal('warning', f'{order.job_name}: it did not make {printable(path)}, so '
-                             'that is not brought back')
-            else:
-                self._signal('warning', f'{order.job_name}: {printable(path)} is no file, folder '
-                             'or link, so it is not brought back')
-        return bool(order.back) or len(order.streams) < 2
+                continue
+            why = ('it did not make {}' if mark == b'!' else
+                   '{} is no file, folder or link').format(printable(path))
+            self._signal('warning', f'{order.job_name}: {why}, so that is not brought back')
 
-    def _gather(self, order):
-        """Fetch the order's results, with others': at once if nothing else runs there."""
-        self._fetchable.append(order)
-        if self._fetch_due is None:
-            self._fetch_due = time.monotonic() + GATHER_S
-        self._fetch_if_due()
-
-    def _fetch_if_due(self):
-        if not self._fetchable or self._fetching or self.state != 'ready':
-            return
-        left = self._fetch_due - time.monotonic()
-        if self._running and left > 0 and len(self._fetchable) < GATHER_JOBS:
-            self._later('fetch', left, self._fetch_if_due)
-            return
-        self._fetching, self._fetchable, self._fetch_due = self._fetchable, [], None
-        self._fetch(self._rsync_there)
-
-    def _fetch(self, by_rsync):
-        """Bring the results of the orders in self._fetching into an empty folder."""
-        incoming = self.session.results.incoming()
+    def _fetch(self, orders, by_rsync):
+        """Bring the results of the orders into an empty folder, and from there to their place."""
+        incoming = self._session.results.incoming()
         paths = []
-        for order in self._fetching:
+        for order in orders:
             paths += [f'./{order.key}/{stream}' for stream in ('out', 'err')
                       if stream not in order.streams]
             paths += [f'./{order.key}/work/{path[2:]}' for path in order.back]
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
-        source = f'{self._home}/jobs'
+        connection, source = self._channel.connection, f'{self._channel.home}/jobs'
+        spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
 
-        def fetched(status, complaint):
-            self._after_fetch(by_rsync, incoming, status, complaint, unpack)
+        def done(status, complaint):
+            text = complaint.decode('utf-8', 'replace')
+            if by_rsync and status not in (0, 23, 24):
+                self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
+                self._channel.rsync_works = False
+                self._session.results.discard(incoming)
+                self._fetch(orders, False)
+                return
+            for name in spool.unpack(incoming) if spool else ():
+                self._signal('warning', f'{self._name}: refused what came as {printable(name)}')
+            for order in orders:
+                self._collect(order, os.path.join(incoming, order.key), last_line(text))
+            self._session.results.discard(incoming)
+            self._under_way = False
+            self.fetch_if_due()
 
         if by_rsync:
-            unpack = None
-            self.session.processes.start(
-                self._connection.rsync([], source + '/', incoming + '/', 'source'),
-                lambda data: None, fetched, feed=iter([listed]), deadline_s=COPY_STALL_S)
+            argv = connection.rsync([], f'{source}/', f'{incoming}/', 'source')
+            feed = iter([listed])
         else:
-            unpack = Spool(incoming + '.tar', self._token)
-            head = bytes(request(REMOTE_PACK, self._token, source))
-            self.session.processes.start(
-                self._connection.copy(), unpack.take, fetched,
-                feed=iter([head, listed]), deadline_s=COPY_STALL_S)
+            argv = connection.copy()
+            feed = iter([bytes(request(REMOTE_PACK, self._channel.token, source)), listed])
+        self._session.processes.start(argv, spool.take if spool else (lambda data: None), done,
+                                      feed=feed, deadline_s=COPY_LIMIT_S)
 
-    def _after_fetch(self, by_rsync, incoming, status, complaint, spool):
-        text = complaint.decode('utf-8', 'replace')
-        if self.state not in ('ready', 'closing'):
+    def _collect(self, order, folder, complaint):
+        """Put in place what came for one order into `folder`."""
+        streams = {stream: os.path.join(folder, stream) for stream in ('out', 'err')
+                   if stream not in order.streams}
+        complaint = complaint or 'it did not arrive'
+        if not all(is_plain_file(path) for path in streams.values()):
+            self._leave(order, complaint)
             return
-        if by_rsync and status not in (0, 23, 24):
-            self.session.trace(f'{self.name}: rsync ended with {status}, tar is next: {text}')
-            self._rsync_there = False
-            self.session.results.discard(incoming)
-            self._fetch(False)
-            return
-        if spool:
-            for name in spool.unpack(incoming):
-                self._signal('warning', f'{self.name}: refused what came as {printable(name)}')
-        group, self._fetching = self._fetching, []
-        for order in group:
-            self._collect(order, incoming, text)
-        self.session.results.discard(incoming)
-        self._fetch_if_due()
-
-    def _collect(self, order, incoming, complaint):
-        """Put in place what came for one order."""
-        folder = os.path.join(incoming, order.key)
-        streams = {}
-        for stream in ('out', 'err'):
-            path = os.path.join(folder, stream)
-            if stream in order.streams:
-                continue
-            if not os.path.isfile(path) or os.path.islink(path):
-                self._signal('warning', f'{order.job_name}: its results could not be fetched: '
-                             f'{last_line(complaint) or "they did not arrive"}. They are kept on '
-                             f'{self.name}; the same command fetches them')
-                del self._ended[order.key]
-                self._signal('uncollected', order.job_name)
-                return
-            streams[stream] = path
+        work = os.path.join(folder, 'work')
         for path in order.back:
-            if not os.path.lexists(os.path.join(folder, 'work', path)):
+            if not os.path.lexists(os.path.join(work, path)):
                 self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be '
-                             f'brought back: {last_line(complaint) or "it did not arrive"}')
-        self._commit(order, streams, os.path.join(folder, 'work'))
+                             f'brought back: {complaint}')
+        self._commit(order, streams, work)
+
+    def _commit(self, order, streams, work):
+        """Put the results in their final place; from now on their originals may go."""
+        try:
+            self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
+                                         order.backwards != ())
+        except (ResultsError, OSError) as error:
+            self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
+            return
+        del self.orders[order.key]
+        self._cleanable.append(order.key)
+        self.clean(CLEAN_JOBS)
         self._signal('collected', order.job_name)
 
-    def _commit(self, order, streams, folder=None):
-        """Put the results in their final place; from now on their originals may go."""
-        no_folder = order.backwards == ()
-        self.session.results.commit(order.job_name, {**order.streams, **streams},
-                                    folder, not no_folder)
-        del self._ended[order.key]
-        self._cleanable.append(order.key)
-        self._clean(CLEAN_JOBS)
-
-    def _clean(self, least):
-        """Have the folders of collected jobs removed, many at a time."""
-        if len(self._cleanable) > least:
-            self._send(request('clean', len(self._cleanable), *self._cleanable))
-            self._cleanable = []
+    def _leave(self, order, why):
+        """The results of this order stay where they are."""
+        del self.orders[order.key]
+        self._signal('warning', f'{order.job_name}: its results could not be fetched: '
+                     f'{why.rstrip(".")}. They are kept on {self._name}, and the same command '
+                     'fetches them')
+        self._signal('uncollected', order.job_name)
 
 
 class Spool:
@@ -3181,6 +2942,11 @@ class Spool:
             os.unlink(self._path)
 
 
+def is_plain_file(path):
+    """Tell whether there is a regular file, not a link to one."""
+    return os.path.isfile(path) and not os.path.islink(path)
+
+
 def chain_bytes(head, pieces):
     """Yield the head, then the pieces."""
     yield head
@@ -3189,8 +2955,320 @@ def chain_bytes(head, pieces):
 
 def last_line(text, index=0):
     """Return the most telling line of a program's complaint: the first, not rsync's summary."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return printable(lines[min(index, len(lines) - 1)])[:300] if lines else ''
+    lines = [line for line in text.splitlines() if line.strip()]
+    return printable(lines[index].strip())[:300] if lines else ''
+
+
+class MachineRunner:
+    """One machine and what runs there; the only owner of that.
+
+    machine_info    a Machine, from find_machine('lab1.yaml')
+    queue_up(command, forward_loc, backward_loc, job_name, …)   start it as soon as possible
+    register_started(callback(job_name))    it runs
+    register_ended(callback(job_name))      it ended, and `ended[job_name]` is its JobResult
+
+    Further signals: register(event, callback) with the events ready(), failed(reason),
+    collected(job_name) when results are in place here, uncollected(job_name) when they could not
+    be, returned(job_name, reason) when it was not started, lost(job_name, reason), sent(stage),
+    warning(text).
+
+    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
+    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
+    the channel is no login.
+
+        with MachineRunner(find_machine('lab1')) as runner:
+            runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
+            runner.queue_up('python train.py', ['train.py'], ['model'], 'first')
+            runner.wait()
+    """
+
+    def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
+        self.machine = machine_info
+        self.name = machine_info.name
+        self.state = 'new'                  # connecting, ready, closing, closed, failed
+        self.reason = ''                    # why it failed
+        self.capacity = None
+        self.ended = {}                     # job name -> JobResult
+        self.session = session or Session(ResultStore('job_results').open())
+        self._owns_session = session is None
+        self._callbacks = collections.defaultdict(list)
+        self._channel = Channel(machine_info, self.session, number, self._on_event, self._fail)
+        self._sender = Sender(self.name, self._channel, self.session,
+                              f'{self.session.batch_id}.{number}', self._signal, self._fail)
+        self._fetcher = Fetcher(self.name, self._channel, self.session, self._signal,
+                                lambda: not self._running)
+        self._facts = []                    # what the probe said
+        self._queue = collections.deque()   # Orders that wait for their stage
+        self._running = {}                  # key -> Order
+        self._spacing_s, self._next_start = spacing_s, 0.0
+        self._due = set()                   # what is to be called later
+        self._cancelled = False
+
+    def __enter__(self):
+        self.connect()
+        self.probe()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        while self.state == 'closing':
+            self.session.processes.wait()
+        if self._owns_session:
+            self.session.close()
+            self.session.results.close()
+
+    # Signals
+
+    def register(self, event, callback):
+        """Have the callback called at each such event; see the class."""
+        self._callbacks[event].append(callback)
+
+    def register_started(self, callback):
+        """Have callback(job_name) called when a job was started over there."""
+        self.register('started', callback)
+
+    def register_ended(self, callback):
+        """Have callback(job_name) called when a job ended over there."""
+        self.register('ended', callback)
+
+    def _signal(self, event, *args):
+        for callback in self._callbacks[event]:
+            callback(*args)
+
+    # The machine
+
+    def connect(self, want_gpus=True):
+        """Begin to log in."""
+        self.state = 'connecting'
+        self._channel.open(want_gpus)
+        self.session.processes.call_later(CONNECT_LIMIT_S, self._give_up_connecting)
+
+    def prepare(self, forwards):
+        """Send the files of these Forwards, if that was not done."""
+        self._sender.prepare(forwards)
+
+    def probe(self):
+        """Ask what the machine has; the answer makes it ready."""
+        self._channel.send(request('probe'))
+
+    def close(self):
+        """Have the machine tidied up and the channel closed; jobs that run go on."""
+        if self.state == 'ready':
+            self.state = 'closing'
+            stages = [stage for stage in self._sender.stages.values() if stage.id]
+            kept = [stage.id for stage in stages if stage.by_rsync and stage.ready]
+            self._fetcher.clean()
+            if not self.busy:
+                self._channel.send(request('finish', kept[0] if kept else '', len(stages),
+                                           *(stage.id for stage in stages)))
+            self._channel.close()
+            self.session.processes.call_later(FAREWELL_S, self._channel.end)
+        elif self.state != 'closing':
+            self._channel.end()
+
+    def wait(self):
+        """Wait until all jobs that were queued are collected; raise if the machine fails."""
+        while self.busy and self.state not in ('failed', 'closed'):
+            self.session.processes.wait()
+        if self.state == 'failed':
+            raise SchedulerError(f'{self.name}: {self.reason}')
+
+    def _give_up_connecting(self):
+        if self.state == 'connecting':
+            self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds')
+
+    def _fail(self, reason):
+        """The machine is out of this batch: what did not start goes back, what runs is unknown."""
+        if self.state == 'closing':
+            self.state = 'closed'
+        if self.state in ('failed', 'closed'):
+            return
+        self.state, self.reason = 'failed', reason
+        self._channel.end()
+        queue, self._queue = self._queue, collections.deque()
+        for order in queue:
+            self._signal('returned', order.job_name, reason)
+        self._signal('failed', reason)
+
+    def _later(self, what, delay_s, function):
+        """Call the function later, unless such a call is due already."""
+        def call():
+            self._due.discard(what)
+            if self.state == 'ready':
+                function()
+        if what not in self._due:
+            self._due.add(what)
+            self.session.processes.call_later(delay_s, call)
+
+    # Jobs
+
+    @property
+    def running(self):
+        """The names of the jobs that were started there and have not ended."""
+        return [order.job_name for order in self._running.values()]
+
+    @property
+    def unfinished(self):
+        """The names of the jobs that run there or ran there and are not collected."""
+        return self.running + [order.job_name for order in self._fetcher.orders.values()]
+
+    @property
+    def busy(self):
+        """Tell whether a job is not yet started, running, or not yet collected."""
+        return bool(self._queue or self._running or self._fetcher.orders)
+
+    def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
+                 exclude=(), gpus=None, attempt=1):
+        """Start the bash command there as soon as its files are.
+
+        forward_loc, link_loc  paths here, to copy or to link into the job's folder
+        backward_loc           paths in its folder to bring back; None: what it made or changed
+        job_name               the stem of its results' names; each name once in a job_results
+        gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
+        attempt                counts the starts of a job that had to be repeated
+        """
+        job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
+        check_job_name(job_name, 'queue_up')
+        stage = self._sender.prepare(Forwards(tuple(forward_loc), tuple(link_loc), tuple(exclude)))
+        backwards = None if backward_loc is None else tuple(backward_loc)
+        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus))
+        self._start_queued()
+
+    def cancel(self):
+        """End all jobs there, with their process groups; give back those not started.
+
+        What they leave is not collected, and their end is no signal.
+        """
+        self._cancelled = True
+        while self._queue:
+            self._signal('returned', self._queue.popleft().job_name, 'interrupted')
+        for key in self._running:
+            self._channel.send(request('cancel', key, KILL_GRACE_S))
+
+    def _start_queued(self):
+        """Send the starts that are possible; what the journal says goes first."""
+        if self.state != 'ready':
+            return
+        waiting, now = collections.deque(), time.monotonic()
+        while self._queue:
+            order = self._queue.popleft()
+            if not order.stage.ready or now < self._next_start:
+                waiting.append(order)
+                continue
+            self._next_start = now + self._spacing_s
+            self.session.results.claimed(order.job_name, order.attempt, self.machine.address,
+                                         order.gpus, order.command)
+            self._running[order.key] = order
+            how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
+            paths = order.backwards or ()
+            self._channel.send(request(
+                'start', order.key, order.stage.id, '-' if order.gpus is None else order.gpus,
+                order.command, how, len(paths), *paths))
+            self._watch_later()
+        self._queue = waiting
+        if waiting and now < self._next_start:
+            self._later('start', self._next_start - now, self._start_queued)
+
+    def _watch_later(self):
+        self._later('watch', REFRESH_S + len(self._running) / 100, self._watch)
+
+    def _watch(self):
+        """Ask for what the running jobs have written since the last time, and whether they live."""
+        if self._running:
+            triples = [field for order in self._running.values()
+                       for field in (order.key, order.offsets['out'], order.offsets['err'])]
+            self._channel.send(request('watch', len(self._running), *triples))
+            self._watch_later()
+
+    # Events of the remote runner, in the order in which they come
+
+    def _on_event(self, word, fields):
+        handler = getattr(self, f'_on_{word}', None)
+        if word not in EVENTS or not handler:
+            raise WireError('it said something that no runner says')
+        handler(*fields)
+
+    def _on_broken(self, why):
+        self._fail(printable(os.fsdecode(why)))
+
+    def _on_note(self, text):
+        self._signal('warning', f'{self.name}: {printable(os.fsdecode(text))}')
+
+    def _on_probe(self, key, value):
+        if len(self._facts) < 10000:
+            self._facts.append((key.decode('ascii', 'replace'), value.decode('utf-8', 'replace')))
+
+    def _on_ready(self, home, rsync):
+        channel = self._channel
+        channel.home = os.fsdecode(home)
+        channel.rsync_works = (rsync == b'1' and self.session.has_rsync and channel.quiet
+                               and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
+        self.capacity = parse_probe(self._facts, self.machine)
+        self.state = 'ready'
+        self._sender.begin()
+        self._signal('ready')
+        self._start_queued()
+
+    def _on_staged(self, stage_id):
+        self._sender.frozen(os.fsdecode(stage_id))
+        self._start_queued()
+
+    def _on_stage_failed(self, _, why):
+        self._fail(f'the files could not be stored there: {printable(os.fsdecode(why))}')
+
+    def _on_started(self, *keys):
+        for key in map(os.fsdecode, keys):
+            if key in self._running:
+                self._signal('started', self._running[key].job_name)
+
+    def _on_refused(self, key, why):
+        self._on_gone('returned', key, why)
+
+    def _on_lost(self, key, why):
+        self._on_gone('lost', key, why)
+
+    def _on_gone(self, event, key, why):
+        """A job did not start, or is gone without a result."""
+        order = self._running.pop(os.fsdecode(key), None)
+        if order:
+            self.session.results.lost(order.job_name)
+            self._signal(event, order.job_name, printable(os.fsdecode(why)))
+
+    def _on_ended(self, key, status, time_cs, out, err, *back):
+        order = self._running.pop(os.fsdecode(key), None)
+        if not order:
+            return      # it was reported already, or is none of ours
+        if self._cancelled:
+            self._fetcher.forget(order)
+            return
+        for stream, text in (('out', out), ('err', err)):
+            if text[:1] == b'=':
+                order.streams[stream] = text[1:]
+        result = JobResult(order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus)
+        self.ended[order.job_name] = result
+        self.session.results.ended(order.job_name, result.exit_code, result.wall_s)
+        # What came with the event is in place before anybody is told that the job ended.
+        self._fetcher.add(order, list(back))
+        self._signal('ended', order.job_name)
+
+    def _on_data(self, what, key, *rest):
+        key = os.fsdecode(key)
+        if what == b'back':
+            self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
+        elif what == b'growth' and key in self._running:
+            stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
+            order = self._running[key]
+            if offset == order.offsets[stream]:
+                if self.session.results.grow(order.job_name, stream, data):
+                    order.offsets[stream] += len(data)
+
+    def _on_finished(self):
+        self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
+        self._channel.end()
+
+
+EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
+                    'refused', 'lost', 'ended', 'data', 'finished'))
 
 
 # ---- Report: the only place that prints ----
@@ -3287,7 +3365,8 @@ class Batch:
         self._waiting = {}                      # Allocation -> deque of jobs
         self._pinned = collections.defaultdict(collections.deque)   # address -> jobs claimed there
         self._placed = {}                       # job name -> (runner, Placement, gpus)
-        self._failures, self._finished, self._unknown = [], 0, []
+        self._failures, self._finished = [], 0
+        self._unknown = {}                      # job name -> where it is or was, not collected
         self._skipped = self._left = 0
         self._announced, self._late = False, False
         self._interrupts, self._began = 0, time.monotonic()
@@ -3314,7 +3393,7 @@ class Batch:
                     warnings.append(
                         f'WARNING: line {job.line} was started on {known["machine"]} by a run that '
                         'was cut off; name that machine too, to collect it')
-                    self._unknown.append((job.name, known['machine']))
+                    self._unknown[job.name] = known['machine']
             else:
                 self._wait_for_room(job)
         return warnings
@@ -3342,8 +3421,9 @@ class Batch:
             runner.register('warning', self._report.warning)
             runner.register('returned', self._on_returned)
             runner.register('lost', self._on_lost)
-            runner.register('uncollected', lambda name, runner=runner: self._unknown.append(
-                (name, runner.name)))
+            runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
+                {name: runner.name}))
+            runner.register('collected', lambda name: self._unknown.pop(name, None))
             runner.register_started(self._on_started)
             runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
             runner.connect(want_gpus)
@@ -3471,7 +3551,7 @@ class Batch:
             return False
         self._left = self._waits
         for address, queue in self._pinned.items():
-            self._unknown += [(job.name, address) for job in queue]
+            self._unknown.update((job.name, address) for job in queue)
             self._left -= len(queue)
         if self._left:
             self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
@@ -3511,7 +3591,7 @@ class Batch:
         if names:
             self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
                               f'on there): {why}.')
-            self._unknown += [(name, runner.name) for name in names]
+            self._unknown.update((name, runner.name) for name in names)
             for name in names:
                 self._placed.pop(name, None)
         else:
@@ -3599,7 +3679,7 @@ class Batch:
                 err = os.path.join(self._results.folder, f'{result.name}.err')
                 self._report.line(f'{result.name}: exit code {result.exit_code} on '
                                   f'{result.machine}, see {err}')
-        for name, machine in self._unknown:
+        for name, machine in self._unknown.items():
             self._report.line(f'{name}: on {machine}, not known to have ended: run the same '
                               'command again to collect it')
         if self._interrupts:
