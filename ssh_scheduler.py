@@ -2470,8 +2470,8 @@ class ResultStore:
         try:
             os.write(self._journal, json.dumps(event).encode() + b'\n')
         except OSError as error:
-            raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
-                               'run go on; the same command collects them.') from None
+            raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs '
+                               'that run go on; the same command collects them.') from None
 
 
 def private_folder(stem):
