@@ -129,6 +129,21 @@ Other:
   --version                   Show the version.
 """.format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
+FUTURE_USAGE = """\
+{what} It is not in this version.
+
+Usage:
+  {name} --help | --version
+
+Options:
+  -h --help                   Show this.
+  --version                   Show the version.
+"""
+EXECUTE_TO_USAGE = FUTURE_USAGE.format(
+    name='execute_to', what='One command on many machines.')
+QUERY_MACHINES_USAGE = FUTURE_USAGE.format(
+    name='query_machines', what='What is free on machines.')
+
 
 # ---- Errors: each a sentence, with what to do ----
 
@@ -3750,20 +3765,20 @@ def run_batch(options, machines, jobs, session, reporter):
             signal.signal(number, handler)
 
 
-def not_there_yet(name, usage=None):
-    """Return the command that says that this version does not have it."""
+def future_command(usage):
+    """Return the command that shows its help, and for the rest says that it is yet to come."""
     def command(argv):
-        if usage and argv[:1] in (['-h'], ['--help']):
+        if set(argv) & {'-h', '--help', '--version'}:
             read_options(usage, argv)
-        raise UsageError(f'{name} is not in this version. execute_batch is.')
+        raise UsageError('this command is not in this version. execute_batch is.')
     return command
 
 
 COMMANDS = {
     'execute_batch': execute_batch,
-    'execute_remote': not_there_yet('execute_remote', EXECUTE_REMOTE_USAGE),
-    'execute_to': not_there_yet('execute_to'),
-    'query_machines': not_there_yet('query_machines'),
+    'execute_remote': future_command(EXECUTE_REMOTE_USAGE),
+    'execute_to': future_command(EXECUTE_TO_USAGE),
+    'query_machines': future_command(QUERY_MACHINES_USAGE),
 }
 
 
