@@ -154,6 +154,7 @@ class SchedulerError(Exception):
 
 class UsageError(SchedulerError):
     """The command line is wrong."""
+    usage = ''                      # the text that says how it should be
 
 
 class MachineFileError(SchedulerError):
@@ -283,6 +284,15 @@ def spell_out(argv, kinds, positionals):
 
 def read_options(usage, argv, may_help=True):
     """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
+    try:
+        return parse_options(usage, argv, may_help)
+    except UsageError as error:
+        error.usage = usage
+        raise
+
+
+def parse_options(usage, argv, may_help):
+    """The same; what is wrong is a UsageError."""
     import docopt
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
@@ -3718,7 +3728,7 @@ def execute_batch(argv):
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     if not options['--machines']:
-        raise UsageError('--machines is missing: on which machines? (localhost is one.)')
+        raise UsageError('--machines is missing: on which machines? localhost is one.')
     machines = find_machines(options['--machines'])
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
@@ -3800,8 +3810,8 @@ def main(argv=None):
         status = COMMANDS[name](words)
     except SchedulerError as error:
         print(f'{name or "ssh_scheduler"}: {error}', file=sys.stderr)
-        if isinstance(error, UsageError):
-            print(f'Try: {name or "execute_batch"} --help', file=sys.stderr)
+        if isinstance(error, UsageError) and error.usage:
+            print(error.usage.partition('\n\n')[2].partition('\n\n')[0], file=sys.stderr)
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130
