@@ -1144,7 +1144,8 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
 
     def wanted(path, is_folder):
         if path.rpartition('/')[2] in NEVER_SENT:
-            skipped[path.rpartition('/')[2]] += 1
+            if path != 'job_results':       # that one is ours, and always there
+                skipped[path.rpartition('/')[2]] += 1
             return False
         for rule in [*fixed, *rules_of(os.path.dirname(path))]:
             if rule.applies(path, is_folder):

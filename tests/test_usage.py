@@ -364,10 +364,13 @@ def test_version_is_shown():
     assert call_main('execute_batch', '--version') == (shown, '', 0)
 
 
-def test_a_wrong_option_is_named_before_the_way_to_the_usage():
-    assert call_main('execute_batch', 'b', '--machine', 'a') == (
-        '', 'execute_batch: unknown option --machine (did you mean --machines?).\n'
-            'Try: execute_batch --help\n', 2)
+def test_a_wrong_option_is_named_before_the_usage_line():
+    out, err, status = call_main('execute_batch', 'b', '--machine', 'a')
+    said, usage = err.split('\n', 1)
+    assert said == 'execute_batch: unknown option --machine (did you mean --machines?).'
+    assert usage.startswith('Usage:\n  execute_batch [options] ') and usage in (
+        ssh_scheduler.EXECUTE_BATCH_USAGE)
+    assert (out, status) == ('', 2)
 
 
 def test_no_machines_are_an_error():
