@@ -1,0 +1,172 @@
+"""What the tests with real batches share: to start one, to follow it, and to look at what it left.
+
+Jobs are ordered by witnesses, never by time: one that has to wait reads from a FIFO of Gate, one
+that has to be seen adds a line to a ledger, and the tests wait for the line itself.
+"""
+import os
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import rig
+
+NO_GPU = ('--no-gpu-required', '--memory-required=100')
+RESULTS = Path('job_results')
+
+
+class Batches:
+    """Runs batches in the current folder: batches.run(lines, machines, *options)."""
+
+    def __init__(self, run_cli, start_cli):
+        self._run_cli, self._start_cli = run_cli, start_cli
+
+    def run(self, lines, machines, *options, **settings):
+        """Run the batch to its end."""
+        return self._run_cli(*argv_of(lines, machines, options), **settings)
+
+    def start(self, lines, machines, *options, **settings):
+        """Start it, and return its Follower."""
+        return Follower(self._start_cli(*argv_of(lines, machines, options), **settings))
+
+
+def argv_of(lines, machines, options):
+    """Write batch.sh, unless lines is None, and return the words of execute_batch."""
+    if lines is not None:
+        Path('batch.sh').write_text('\n'.join(lines) + '\n')
+    words = [m.yaml() if isinstance(m, rig.Machine) else m for m in machines]
+    return ['execute_batch', 'batch.sh', *options, '--machines', *words]
+
+
+class Follower:
+    """Reads what a program says, as it says it; `lines` is what there was on stdout."""
+
+    def __init__(self, process):
+        self.process = process
+        self.lines = []
+        self._rest = b''
+
+    def until(self, start):
+        """Return the next line that begins with `start`; read up to it."""
+        fd, limit = self.process.stdout.fileno(), time.monotonic() + rig.SAFETY_NET_S
+        while True:
+            while b'\n' in self._rest:
+                line, _, self._rest = self._rest.partition(b'\n')
+                self.lines.append(line.decode(errors='replace'))
+                if self.lines[-1].startswith(start):
+                    return self.lines[-1]
+            ready = rig.wait_readable(fd, timeout_s=max(limit - time.monotonic(), 0))
+            data = os.read(fd, 65536) if ready else b''
+            if not data:
+                self.process.kill()
+                why = 'it ended' if ready else 'it was not said in time'
+                raise AssertionError(f'no line {start!r}: {why}: {self.lines}\n'
+                                     f'{self.process.stderr.read()}')
+            self._rest += data
+
+    def end(self, timeout_s=60):
+        """Wait for its end, and return a CompletedProcess with all that it has said."""
+        said, complaint = self.process.communicate(timeout=timeout_s)
+        self.lines += (self._rest.decode(errors='replace') + said).splitlines()
+        self._rest = b''
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode,
+                                           ''.join(line + '\n' for line in self.lines), complaint)
+
+
+class Gate:
+    """FIFOs that hold jobs up: a job that runs gate.wait(name) ends it once gate.open(name) ran."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+        folder.chmod(0o777)
+
+    def path(self, name):
+        path = self.folder / name
+        if not path.exists():
+            os.mkfifo(path)
+            path.chmod(0o666)
+        return path
+
+    def wait(self, name):
+        """Return a command that waits for the gate to open."""
+        return f'read -r <{self.path(name)}'
+
+    def pull(self, name):
+        """Return a command that opens the gate, as soon as somebody waits there."""
+        return f'echo >{self.path(name)}'
+
+    def meeting(self, number):
+        """Return commands for so many jobs: each ends when all are there."""
+        here, go = ([f'{word}.{n}' for n in range(1, number)] for word in ('here', 'go'))
+        last = [*map(self.wait, here), *map(self.pull, go), 'true']
+        return [*(f'{self.pull(a)}; {self.wait(b)}' for a, b in zip(here, go)), '; '.join(last)]
+
+    def open(self, name):
+        """Open the gate, as soon as a job waits there."""
+        limit = time.monotonic() + rig.SAFETY_NET_S
+        while True:
+            try:
+                fd = os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:             # nobody reads it yet, and nothing tells when that begins
+                assert time.monotonic() < limit, f'no job waits at the gate {name}'
+                time.sleep(0.005)
+                continue
+            os.write(fd, b'\n')
+            os.close(fd)
+            return
+
+
+def eventually(test, what):
+    """Wait until test() is true: for what nothing tells us, such as a file that grows."""
+    limit = time.monotonic() + rig.SAFETY_NET_S
+    while not test():
+        assert time.monotonic() < limit, f'it did not come: {what}'
+        time.sleep(0.01)
+
+
+def result(job, stream='out', folder=RESULTS):
+    """The bytes of a job's stream."""
+    return (folder / f'{job}.{stream}').read_bytes()
+
+
+def events(text, *words):
+    """The lines of stdout that begin with one of the words, such as 'started:'."""
+    return [line for line in text.splitlines() if line.split(' ')[0] in words]
+
+
+def tree_of(folder):
+    """{path: what it is} of all below a folder, byte for byte, and with times, kind and mode."""
+    found, base = {}, os.fsencode(folder)
+    for parent, folders, files in os.walk(base):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            info = os.lstat(path)
+            if stat.S_ISLNK(info.st_mode):
+                what = ('link', os.readlink(path), info.st_mtime_ns)
+            elif stat.S_ISDIR(info.st_mode):
+                what = ('folder', stat.S_IMODE(info.st_mode))
+            else:
+                with open(path, 'rb') as file:
+                    what = ('file', stat.S_IMODE(info.st_mode), info.st_mtime_ns, file.read())
+            found[os.path.relpath(path, base)] = what
+    return found
+
+
+def places(home):
+    """The program's folders over there: {project: {what it keeps}}."""
+    root = Path(home) / '.ssh_scheduler'
+    return {project.name: {entry.name for entry in project.iterdir()}
+            for project in (root.iterdir() if root.exists() else ())}
+
+
+def assert_clean(machine, cache=False):
+    """Nothing of the batch lies or runs there; with `cache`, only what was sent is kept."""
+    for pid, command in machine.processes():
+        assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
+    assert all(kept <= ({'cache'} if cache else set()) for kept in places(machine.home).values()), \
+        places(machine.home)
+    ours = [path for path in machine.home.iterdir()
+            if path.name not in ('.profile', '.ssh_scheduler', *(
+                name.split('/')[0] for name in machine.startup))]
+    assert not ours, ours
