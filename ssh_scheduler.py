@@ -1917,7 +1917,8 @@ main() {
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   set -m                    # every background process in a process group of its own
   printf '\n%s\n' "$token"
-  speak <"$run/events" 2>>"$run/log" &
+  # It must not hold its own pipe open: it ends when nobody is left who could say something.
+  speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
   shopt -s nullglob dotglob
