@@ -1463,6 +1463,9 @@ REMOTE_RUNNER = r'''
 # Its stdin: this text and a NUL; then NUL-terminated fields: the header, then requests.
 # Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a
 # line "data".  Nothing but speak() writes there, so that events never mix.
+#
+# shellcheck disable=SC2015     # A && B || break: each field must come, or the channel was cut
+# shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -1529,6 +1532,7 @@ capture() {                 # leaves the environment of an interactive login in 
   [[ -s $run/login ]] || env -0 >"$run/login"
   if [[ $setup ]]; then
     local entry
+    # shellcheck disable=SC2163          # what it says is NAME=VALUE
     while IFS= read -rd '' entry; do export "$entry"; done <"$run/login"
     SSH_SCHEDULER_CAPTURE=$run/environment "$BASH" -c '
       functions=${SSH_SCHEDULER_CAPTURE%/*}/login.functions
@@ -1658,6 +1662,7 @@ probe() {                   # says what is here and free, then "ready"
 
 # ---- Files for jobs ----
 
+# shellcheck disable=SC2094  # it shows the last line of the log that it adds to
 freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
   local stage=$home/stage/$1 id=$1 path entry
   shift
@@ -1684,7 +1689,9 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
   shift 2
   if (($#)); then
     for path; do
-      if [[ -e $dir/work/$path || -L $dir/work/$path ]]; then
+      if [[ $path == . ]]; then
+        listing "$dir/work" >>"$dir/listing"
+      elif [[ -e $dir/work/$path || -L $dir/work/$path ]]; then
         listing "$dir/work" "./$path" >>"$dir/listing"
       else
         printf '!%s\0' "$path" >>"$dir/back"
@@ -1858,7 +1865,7 @@ bury() {                    # records the end of job.attempt $1 that was killed;
 }
 
 watch() {                   # triples job.attempt, bytes of out and of err that are known: the rest
-  local files=() size file count=0 word value
+  local files=() size file chunk count=0 word value
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
@@ -1876,8 +1883,9 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   while read -r size file; do
     ((size > since["$file"])) || continue
     count=$((count + 1))
-    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$run/chunk.$BASHPID.$count"
-    say "bulk"$'\t'"$run/chunk.$BASHPID.$count"$'\t'"growth"$'\t'"${what["$file"]}"
+    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
+    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
+    say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
   done < <(stat -c '%s %n' -- "${files[@]}")
 } 2>/dev/null
 
@@ -1903,6 +1911,7 @@ main() {
     machine_environment+=("$field")
   done
   workdir=${workdir:-'~/.ssh_scheduler'}
+  # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
   run=$home/run.${HOSTNAME:-here}.$$
