@@ -422,14 +422,18 @@ class JobResult(NamedTuple):
 # ---- Machine files ----
 
 MACHINE_FOLDER = '~/.local/var'
-HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|[0-9a-fA-F:]+(%\w+)?')
-USER = re.compile(r'[^\s@:/\'"\\$%!-][^\s@:/\'"\\$%!]*')
+# Of these ssh takes the rest of the line as it stands, quotes included.
+UNQUOTED_SSH_OPTIONS = ('proxycommand', 'localcommand', 'remotecommand', 'knownhostscommand',
+                        'proxyjump')
+HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|(?=.*:.*:)[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?')
+USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
+JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
 
 
 def machine_keys():
     """Return {key: (what it must be, test)} of a machine's file."""
     def text(value):
-        return isinstance(value, str) and '\0' not in value
+        return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
 
     def word(value):
         return text(value) and value and not value.startswith('-') and value.isprintable()
@@ -440,18 +444,24 @@ def machine_keys():
     def scalars(value):
         return isinstance(value, dict) and all(
             text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
-            and isinstance(v, (str, int, float)) and '\0' not in str(v) for k, v in value.items())
+            and (isinstance(v, (int, float)) or text(v)) for k, v in value.items())
+
+    def ssh_options(value):
+        return scalars(value) and all(
+            name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
+            and (name.lower() in UNQUOTED_SSH_OPTIONS or not re.search(r'["\\]', str(v)))
+            for name, v in value.items())
 
     return {
         'ip': ('a host name or address', lambda v: text(v) and HOST.fullmatch(v)),
         'username': ('a user name', lambda v: text(v) and USER.fullmatch(v)),
         'port': ('a number from 1 to 65535', lambda v: count(v) and v <= 65535),
-        'ssh_key_path': ('the path of a private key', word),
+        'ssh_key_path': ('the path of a private key, without quotes or backslashes',
+                         lambda v: word(v) and not re.search(r'["\\]', v)),
         'name': ('a name without control characters', word),
         'proxy_jump': ('[user@]host[:port], or several with commas', lambda v: word(v) and all(
-            re.fullmatch(r'[A-Za-z0-9_][^\s,]*', part) for part in v.split(','))),
-        'ssh_options': ('a mapping of ssh_config(5) options to values', lambda v: scalars(v) and (
-            all(str(x).isprintable() and '"' not in str(x) for x in v.values()))),
+            JUMP.fullmatch(part) for part in v.split(','))),
+        'ssh_options': ('a mapping of ssh_config(5) options to values', ssh_options),
         'workdir': ('an absolute path, or one that begins with ~/',
                     lambda v: word(v) and re.match(r'/|~/|~$', v)),
         'setup': ('bash commands', text),
@@ -466,32 +476,47 @@ def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
     import yaml
     try:
-        with open(path, encoding='utf-8') as file:
-            loader = yaml.SafeLoader(file.read())
-            node = loader.get_single_node()
+        with open(path, 'rb') as file:
+            data = file.read()
+        text = data.decode()
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
     except OSError as error:
         raise MachineFileError(f'{path}: cannot be read: {reason_of(error)}.') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, 'problem_mark', None)
-        where = f', line {mark.line + 1}' if mark else ''
-        problem = getattr(error, 'problem', None) or 'it is not UTF-8 text'
-        raise MachineFileError(f'{path}{where}: this is not YAML: {problem}.') from None
+    except UnicodeDecodeError as error:
+        line = data.count(b'\n', 0, error.start) + 1
+        raise MachineFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
+    except yaml.reader.ReaderError as error:
+        line = text.count('\n', 0, error.position) + 1
+        raise MachineFileError(f'{path}, line {line}: there is a control character.') from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise MachineFileError(
+            f'{path}, line {mark.line + 1}: this is not YAML: {error.problem}.') from None
+    except RecursionError:
+        raise MachineFileError(f'{path}: this is nested too deeply.') from None
     if not isinstance(node, yaml.MappingNode):
         raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
     known, values = machine_keys(), {}
     for key_node, value_node in node.value:
         key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
-        if not isinstance(key, str) or key not in known:
-            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(str(key), known)}.')
+        if not isinstance(key, str):
+            raise MachineFileError(f'{where}: a key must be a word.')
+        if key not in known:
+            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, known)}.')
         if key in values:
             raise MachineFileError(f'{where}: {key} is there twice.')
         try:
             value = loader.construct_object(value_node, deep=True)
         except yaml.YAMLError as error:
             raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
+        except Exception:       # yaml itself fails at, say, 2020-13-32 or !!int x
+            raise MachineFileError(f'{where}: {key}: its value is not YAML.') from None
         expected, fits = known[key]
         if not fits(value):
-            raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r}.')
+            raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
+        if isinstance(value, dict):     # as it was written: 010 and 1.10 are no numbers here
+            value = {name.value: text.value for name, text in value_node.value}
         values[key] = value
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
@@ -507,15 +532,10 @@ def machine_from(values, name, path):
     return Machine(
         name=values.get('name', name), host=values['ip'], username=values.get('username'),
         port=values.get('port', 22), ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
-        ssh_options=tuple((k, yaml_text(v)) for k, v in values.get('ssh_options', {}).items()),
+        ssh_options=tuple(values.get('ssh_options', {}).items()),
         workdir=values.get('workdir', ''), setup=values.get('setup', ''),
-        env=tuple((k, yaml_text(v)) for k, v in values.get('env', {}).items()),
+        env=tuple(values.get('env', {}).items()),
         gpus=tuple(values['gpus']) if 'gpus' in values else None, max_jobs=values.get('max_jobs'))
-
-
-def yaml_text(value):
-    """Return a YAML scalar as the text that was meant: true -> yes, as ssh_config says it."""
-    return {True: 'yes', False: 'no'}[value] if isinstance(value, bool) else str(value)
 
 
 def check_key(key_path, path):
@@ -534,7 +554,7 @@ def check_key(key_path, path):
                                f'Try: chmod 600 {key_path}')
     if b'PRIVATE KEY' not in text:
         hint = ' (this looks like the public key: leave out .pub)' if text[:4] in (
-            b'ssh-', b'ecds', b'sk-s') else ''
+            b'ssh-', b'ecds', b'sk-s', b'sk-e') else ''
         raise MachineFileError(f'{where} is not a private key{hint}.')
     if key_has_passphrase(text):
         raise MachineFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
@@ -573,9 +593,10 @@ def find_machine(word):
     if word.endswith(('.yaml', '.yml')) or '/' in word:
         raise MachineFileError(f'there is no machine file {word}, nor {candidates[2]}.')
     user, at, host = word.rpartition('@')
-    match = re.fullmatch(r'\[(.+)\](?::(\d+))?|([^:]*)(?::(\d+))?', host)
+    match = re.fullmatch(r'\[(.+)\](?::([0-9]{1,9}))?|([^:]*)(?::([0-9]{1,9}))?', host)
     host, port = (match[1] or match[3], match[2] or match[4]) if match else (host, None)
-    if not HOST.fullmatch(host) or at and not USER.fullmatch(user) or port and int(port) > 65535:
+    if not HOST.fullmatch(host) or at and not USER.fullmatch(user) or (
+            port and not 1 <= int(port) <= 65535):
         raise MachineFileError(f'{word!r} is neither a machine file nor [user@]host[:port].')
     return Machine(name=word, host=host, username=user or None, port=int(port) if port else None)
 
@@ -1366,7 +1387,8 @@ class Connection:
             lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
         if machine.proxy_jump:
             lines.append(f'  ProxyJump {machine.proxy_jump}')
-        lines += [f'  {name} "{value}"' for name, value in machine.ssh_options]
+        lines += [f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
+                  f'  {name} "{value}"' for name, value in machine.ssh_options]
         lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
                   f'  ControlPath "{self.socket_path}"',
                   f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'",
@@ -1672,35 +1694,36 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
       [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
       ln -s -- "$stage/link/$path" "$stage/copy/$path"
     done
-    listing "$stage/copy" >"$stage/list"
+    (cd -- "$stage/copy" && listing .) >"$stage/list"
   } || { tell stage_failed "$id" "$(tail -n 1 "$run/log")"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
   tell staged "$id"
 } 2>>"$run/log"
 
-listing() {                 # $1: a folder; what lies below it, NUL-terminated, as rsync sees change
-  (cd -- "$1" && shift &&
-    find "${@:-.}" -mindepth "$(($# ? 0 : 1))" \
-      '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0')
+listing() {                 # what lies below $1 in the current folder, as rsync sees changes
+  find "$1" -mindepth "${2:-1}" \
+    '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
 }
 
 list_back() {               # $1: job folder, $2: stage, the rest: paths, or nothing: what changed
   local dir=$1 id=$2 entry path kind
   shift 2
+  cd -- "$dir/work" || return
   if (($#)); then
     for path; do
       if [[ $path == . ]]; then
-        listing "$dir/work" >>"$dir/listing"
-      elif [[ -e $dir/work/$path || -L $dir/work/$path ]]; then
-        listing "$dir/work" "./$path" >>"$dir/listing"
+        listing . >>"$dir/listing"
+      elif [[ -d $path && ! -L $path ]]; then
+        listing "./$path" 0 >>"$dir/listing"
+      elif [[ -e $path || -L $path ]]; then
+        printf 'f 0 0 %s\0' "./$path" >>"$dir/listing"
       else
         printf '!%s\0' "$path" >>"$dir/back"
       fi
     done
   else
-    local found=("$dir"/work/*)
-    ((${#found[@]})) || return 0
-    listing "$dir/work" >"$dir/listing"
+    local found=(*)
+    ((${#found[@]} == 0)) || listing . >"$dir/listing"
   fi
   [[ -e $dir/listing ]] || return 0
   while IFS= read -rd '' entry; do
@@ -1712,7 +1735,6 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
     esac
   done <"$dir/listing" >>"$dir/back"
-  rm -f -- "$dir/listing"
 }
 
 # ---- Jobs ----
@@ -2541,7 +2563,7 @@ SMALL_TREE_ENTRIES = 2000
 CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
 COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
 REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
-GATHER_S = 0.5                      # results wait so long for others, to come with one rsync
+GATHER_S = 1.0                      # results wait so long for others, to come with one rsync
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 KILL_GRACE_S = 5

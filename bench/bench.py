@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+MEMORY_FOLDER = '/dev/shm'      # see README.md: a disk is not what is measured
+if os.access(MEMORY_FOLDER, os.W_OK):
+    os.environ.setdefault('RIG_FOLDER', MEMORY_FOLDER)
 sys.path.insert(0, str(HERE.parent / 'tests'))
 import rig  # noqa: E402
 
@@ -313,7 +316,8 @@ def main():
     if not EXECUTE_BATCH.exists():
         sys.exit(f'bench: there is no {EXECUTE_BATCH}. Try: make bench')
     bench = Bench(options.quick)
-    print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before this began\n\n'
+    print(f'{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before this began, files in '
+          f'{os.environ.get("RIG_FOLDER", "/tmp")}\n\n'
           f'{"figure":<50} {"measured":>11} {"goal":>11}')
     troubles = 0
     try:

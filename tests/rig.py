@@ -69,7 +69,7 @@ FOLDERS = []            # every one that was made, for leftovers()
 
 def temporary_folder(name, mode=0o700):
     """A new folder with a short path: that of a Unix socket must fit into 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix=f'rig-{name}-', dir='/tmp'))
+    folder = Path(tempfile.mkdtemp(prefix=f'rig-{name}-', dir=os.environ.get('RIG_FOLDER', '/tmp')))
     folder.chmod(mode)
     FOLDERS.append(folder)
     return folder
