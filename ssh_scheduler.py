@@ -1743,6 +1743,7 @@ run_job() {                 # in its own process and group; says how it went, an
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
+  exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
   centiseconds
   started=$REPLY
   identify "$BASHPID"
@@ -1758,11 +1759,11 @@ run_job() {                 # in its own process and group; says how it went, an
       [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
       umask "$mask"
       cd -- "$dir/work" && exec "$BASH" ../cmd
-    ) </dev/null >>"$dir/out" 2>>"$dir/err" {events}>&- {signals}>&-
+    ) </dev/null >>"$dir/out" 2>>"$dir/err"
     status=$?
   fi
-  record "$dir" "ended $status"
   [[ $back == none ]] || list_back "$dir" "$id" "$@"
+  record "$dir" "ended $status"         # who reads this relies on the list
   centiseconds
   tell_ended "$name" "$status" "$((REPLY - started))"
 } 2>/dev/null
@@ -1807,12 +1808,12 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3: its time in 
     done <"$dir/back"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
-  # A runner that was cut off may have left this job behind; then nobody listens.
-  if kill -0 "$$" 2>/dev/null; then say "$event$back"; fi
+  # By name, since a job does not hold the pipe open; when the runner is gone, nobody listens.
+  printf '%s\n' "$event$back" 1<>"$run/events"
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() started='' name claimed=()
+  local index dirs=() started='' name dir claimed=()
   for index in "${!names[@]}"; do
     dirs+=("$home/jobs/${names[index]}")
     [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
@@ -1820,18 +1821,23 @@ start_pending() {           # starts what was read of "start" requests since the
   ((${#dirs[@]} == 0)) || LC_ALL=C mkdir -p -- "${dirs[@]}"
   for index in "${!names[@]}"; do
     name=${names[index]}
+    dir=$home/jobs/$name
     set -C                  # "cmd" is the claim: only one can create it, on NFS too
-    if { printf '%s\n' "${commands[index]}" >"$home/jobs/$name/cmd"; } 2>>"$run/log"; then
+    if : >"$dir/cmd"; then
       set +C
-      printf '%-95s\n' starting >"$home/jobs/$name/status"
-      ((${#started} < 3000)) || { say "started$started"; started=; }
-      started+=$'\t'$name
-      claimed+=("$index")
-    elif set +C; [[ -s $home/jobs/$name/cmd ]]; then
+      if printf '%-95s\n' "starting $self" >"$dir/status" &&
+        printf '%s\n' "${commands[index]}" >"$dir/cmd"; then
+        ((${#started} < 3000)) || { say "started$started"; started=; }
+        started+=$'\t'$name
+        claimed+=("$index")
+        continue
+      fi
+      rm -f -- "$dir/cmd"   # the disk is full: nothing was started
+    elif set +C; [[ -e $dir/cmd ]]; then
       report "$name" </dev/null &
-    else
-      tell refused "$name" "$(tail -n 1 "$run/log")"
+      continue
     fi
+    tell refused "$name" "$(tail -n 1 "$run/log")"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
   for index in "${claimed[@]}"; do
@@ -1849,6 +1855,8 @@ report() {                  # what became of job.attempt $1, which was claimed b
     if [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0
       return
+    elif [[ $word == starting ]] && identify "${value%% *}" && [[ $REPLY == "$value" ]]; then
+      tries=0               # another runner will, and has much to do
     elif lives "$word" "$value"; then
       ((tries < 0)) || say "started"$'\t'"$name"
       tries=-1              # it runs, and its end will be recorded
@@ -1920,7 +1928,7 @@ remove() {                  # jobs whose results are safe over there
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
   local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
-  local home run mask events signals waiting=0 busy_before total_before busy total
+  local home run self mask events signals waiting=0 busy_before total_before busy total
   local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
   local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
   local -A sent
@@ -1946,6 +1954,8 @@ main() {
   fi
   : >"$run/log"
   exec {events}<>"$run/events" {signals}<>"$run/signals"
+  identify "$$"
+  self=$REPLY
   set -m                    # every background process in a process group of its own
   printf '\n%s\n' "$token"
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
