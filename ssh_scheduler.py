@@ -1527,13 +1527,12 @@ speak() {                   # the only writer to the channel; reads what was sai
 }
 
 identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
-  local stat boot fields
+  local stat fields
   { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-  IFS= read -r boot </proc/sys/kernel/random/boot_id
   # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
   fields=(${stat##*) })
   [[ ${fields[0]} != Z ]] || return 1   # nobody has waited for it yet, but it has ended
-  REPLY="$1 ${fields[19]} $boot"
+  REPLY="$1 ${fields[19]} $boot_id"
 }
 
 centiseconds() {            # REPLY: hundredths of a second since boot
@@ -1544,13 +1543,15 @@ centiseconds() {            # REPLY: hundredths of a second since boot
 # ---- What the machine is and has ----
 
 capture() {                 # leaves the environment of an interactive login in $run/environment
-  local shell=${SHELL:-$BASH} flags=-ilc dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
-  case ${shell##*/} in
-    csh | tcsh) flags=-ic ;;            # takes -l only as its sole flag
-    bash) dump='/usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"
-                declare -f >"$SSH_SCHEDULER_CAPTURE.functions"' ;;
+  local shell=${SHELL:-$BASH} dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+  if [[ $shell == */bash ]]; then
+    dump='/usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"
+          declare -f >"$SSH_SCHEDULER_CAPTURE.functions"'
+  fi
+  case ${shell##*/} in                  # csh takes -l alone, and with -c it has no $prompt
+    csh | tcsh) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -l <<<"$dump" ;;
+    *) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -ilc "$dump" ;;
   esac
-  SSH_SCHEDULER_CAPTURE=$run/login "$shell" "$flags" "$dump"
   [[ -s $run/login ]] || env -0 >"$run/login"
   if [[ $setup ]]; then
     local entry
@@ -1752,7 +1753,7 @@ run_job() {                 # in its own process and group; says how it went, an
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
     (
-      unset -v CUDA_VISIBLE_DEVICES
+      unset -v CUDA_VISIBLE_DEVICES SSH_CLIENT SSH_CONNECTION
       ((${#environment[@]} == 0)) || export "${environment[@]}"
       [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
       export SSH_SCHEDULER_JOB="${name%.*}" PYTHONUNBUFFERED=1
@@ -1928,7 +1929,7 @@ remove() {                  # jobs whose results are safe over there
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
   local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
-  local home run self mask events signals waiting=0 busy_before total_before busy total
+  local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
   local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
   local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
   local -A sent
@@ -1954,6 +1955,7 @@ main() {
   fi
   : >"$run/log"
   exec {events}<>"$run/events" {signals}<>"$run/signals"
+  IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
   identify "$$"
   self=$REPLY
   set -m                    # every background process in a process group of its own
