@@ -37,7 +37,7 @@ SAFETY_NET_S = 30       # how long we wait for what always comes at once; never 
 DEBIAN_PACKAGES = {
     'openssh-server': 'sshd', 'openssh-client': 'ssh', 'rsync': 'rsync', 'procps': 'ps',
     'bash': 'bash', 'dash': 'dash', 'zsh': 'zsh', 'fish': 'fish', 'tcsh': 'tcsh',
-    'libnss-wrapper': 'libnss_wrapper.so',
+    'shellcheck': 'shellcheck', 'libnss-wrapper': 'libnss_wrapper.so',
 }
 SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin')
 LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')

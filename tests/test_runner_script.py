@@ -1,0 +1,794 @@
+"""The bash that runs over there, by itself: a local bash at the end of two pipes, and no Python.
+
+Jobs that must not end yet read from a FIFO, which the test opens when they may go on.  So the order
+of things is certain, and nothing waits by sleeping.
+"""
+import collections
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+import rig
+
+import ssh_scheduler as s
+
+SCRIPTS = {'loader': s.REMOTE_LOADER, 'runner': s.REMOTE_RUNNER, 'unpack': s.REMOTE_UNPACK,
+           'pack': s.REMOTE_PACK, 'bootstrap': s.BOOTSTRAP}
+TOKEN = 'a-token'
+as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root can mount a small file system')
+
+
+# ---- The text itself ----
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_shellcheck_finds_nothing(name):
+    found = subprocess.run([rig.program('shellcheck'), '-s', 'bash', '-'], input=SCRIPTS[name],
+                           capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, '')
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_bash_can_parse_it(name):
+    assert not subprocess.run(['bash', '-n'], input=SCRIPTS[name], text=True).returncode
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_it_can_cross_the_channel(name):
+    assert '\0' not in SCRIPTS[name] and SCRIPTS[name].isascii()
+
+
+# ---- The channel, as the client has it ----
+
+class Channel:
+    """A remote runner under a local bash, its requests and its events."""
+
+    def __init__(self, env, *, bash='bash', project='project', workdir='', setup='', gpus=False,
+                 variables=()):
+        self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
+        self.events = []                    # all so far, as lists of text
+        self._reader = s.EventReader(TOKEN)
+        self.process = subprocess.Popen(
+            [bash, '-c', s.BOOTSTRAP], env=env, cwd=env['HOME'], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        script = s.REMOTE_RUNNER.encode()
+        self.write(s.request(s.REMOTE_LOADER, len(script)) + script)
+        self.send(TOKEN, workdir, project, setup, int(gpus), len(variables), *variables)
+
+    def write(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
+    def send(self, *fields):
+        self.write(s.request(*fields))
+
+    def start(self, name, command, stage='', gpus='-', back='none', paths=()):
+        self.send('start', f'{name}.1', stage, gpus, command, back, len(paths), *paths)
+
+    def stage(self, number, files, links=()):
+        """Send files, {'copy/path': text}, and freeze them."""
+        data = tar_of(files)
+        self.write(s.request('unpack', number, len(data)) + data)
+        self.send('freeze', number, len(links), *links)
+        self.until('staged', number)
+
+    def ready(self):
+        """Wait until it has probed, so that its login shell is done."""
+        self.send('probe')
+        return self.until('ready')
+
+    def until(self, *fields):
+        """Read on to the first event, not yet passed, that begins so; return the rest of it."""
+        fields = list(fields)
+        while True:
+            for place, event in enumerate(self.events):
+                if event[:len(fields)] == fields:
+                    del self.events[place]
+                    return event[len(fields):]
+            assert self._read(), f'no {fields}, only {self.events}'
+
+    def ended(self, name):
+        """Read on to the end of a job; return its exit status, streams, and what it brings back."""
+        status, _time, out, err, *back = self.until('ended', f'{name}.1')
+        return int(status), out, err, back
+
+    def rest(self):
+        """Read to the end of the stream; return the events that nobody has asked for."""
+        while self._read():
+            pass
+        return self.events
+
+    def _read(self):
+        assert rig.wait_readable(self.process.stdout), f'it is silent after {self.events}'
+        data = os.read(self.process.stdout.fileno(), 2**16)
+        self.events += [[text(field) for field in event] for event in self._reader.feed(data)]
+        return bool(data)
+
+    def close(self):
+        """Close its stdin, and wait for its end and that of its output."""
+        self.process.stdin.close()
+        rest = self.rest()
+        assert self.process.wait(rig.SAFETY_NET_S) == 0
+        return rest
+
+    def finish(self):
+        """Have it tidy up, and wait for its end."""
+        self.send('finish', '', 0)
+        self.until('finished')
+        return self.close()
+
+    def path(self, name, *below):
+        """A path below the folder of a job."""
+        return os.path.join(self.folder, 'jobs', f'{name}.1', *below)
+
+    def record(self, name):
+        with open(self.path(name, 'status')) as file:
+            return file.read().split()
+
+
+def text(field):
+    return field.decode('utf-8', 'surrogateescape')
+
+
+def tar_of(files):
+    """A tar archive as bytes; the value of a file is its text, '' stands for an empty folder."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode='w', format=tarfile.PAX_FORMAT) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.mode, member.mtime, member.size = 0o644, 1.5e9, len(content.encode())
+            tar.addfile(member, io.BytesIO(content.encode()))
+    return data.getvalue()
+
+
+@pytest.fixture
+def env(client_env, client_home):
+    return {**client_env, 'HOME': str(client_home), 'SHELL': '/bin/bash', 'LC_ALL': 'C.UTF-8'}
+
+
+@pytest.fixture
+def channel(env):
+    """Make channels: channel(setup='...'); they are closed when the test ends."""
+    with contextlib.ExitStack() as stack:
+        def make(**settings):
+            made = Channel(settings.pop('env', env), **settings)
+            stack.callback(made.process.wait, rig.SAFETY_NET_S)
+            stack.callback(made.process.stdout.close)
+            stack.callback(made.process.stdin.close)
+            return made
+
+        yield make
+
+
+@pytest.fixture
+def runner(channel):
+    return channel()
+
+
+class Gate:
+    """A FIFO that holds up the jobs which `pass` it; `open` waits until one has come."""
+
+    def __init__(self, path):
+        self.path = path
+        os.mkfifo(path)
+        self.wait = f'read -r _ <{path}'
+
+    def open(self):
+        with open(self.path, 'w') as fifo:      # blocks until somebody reads
+            fifo.write('go\n')
+
+
+@pytest.fixture
+def gate(tmp_path):
+    return Gate(tmp_path / 'gate')
+
+
+# ---- What it says of the machine ----
+
+def test_a_probe_tells_what_is_here_and_then_ready(channel):
+    runner = channel()
+    home, rsync = runner.ready()
+    assert home == runner.folder and rsync == str(int(bool(rig.program('rsync'))))
+    facts = [tuple(event[1:]) for event in runner.events if event[0] == 'probe']
+    assert {key for key, _ in facts} >= {'ticks', 'cores', 'load', 'MemTotal', 'MemAvailable'}
+    capacity = s.parse_probe(facts, s.Machine('here'))
+    assert capacity.memory_mb > 0 and 0 < capacity.total_cores <= os.cpu_count()
+    assert capacity.gpu_trouble == 'was not asked for its GPUs'
+
+
+@pytest.mark.parametrize('script, trouble, indices', [
+    (rig.NVIDIA_SMI, '', [0, 1]),
+    ('#!/bin/sh\necho NVML: Driver mismatch\nexit 18\n',
+     'has an nvidia-smi that fails with status 18: NVML: Driver mismatch', []),
+    (None, 'has no nvidia-smi, so no GPU is known', [])])
+def test_a_probe_asks_for_the_gpus(channel, env, tmp_path, script, trouble, indices):
+    if script:
+        (tmp_path / 'bin').mkdir()
+        (tmp_path / 'bin/nvidia-smi').write_text(script)
+        (tmp_path / 'bin/nvidia-smi').chmod(0o755)
+    rows = [rig.GPU_COLUMNS, rig.gpu_row(0), rig.gpu_row(1)]
+    (tmp_path / 'gpus.table').write_text(''.join(';'.join(row) + '\n' for row in rows))
+    path = f'{tmp_path}/bin:{rig.farm(tmp_path / "links")}'
+    runner = channel(env={**env, 'PATH': path}, gpus=True)
+    runner.ready()
+    capacity = s.parse_probe([tuple(event[1:]) for event in runner.events], s.Machine('here'))
+    assert capacity.gpu_trouble == trouble
+    assert [gpu.index for gpu in capacity.gpus] == indices
+
+
+def test_without_tar_or_find_it_says_so(channel, env, tmp_path):
+    programs = rig.farm(tmp_path / 'bin', leave_out=('tar', 'find', 'rsync'))
+    runner = channel(env={**env, 'PATH': str(programs)})
+    runner.send('probe')
+    assert runner.until('broken') == ['this program is missing there: find tar']
+
+
+@as_root
+def test_a_place_that_cannot_be_written_is_said(channel, tmp_path):
+    (tmp_path / 'file').write_text('')
+    runner = channel(workdir=f'{tmp_path}/file')
+    assert runner.until('broken')[0].startswith('cannot write there: mkdir: ')
+    assert runner.close() == []
+
+
+def test_unknown_requests_are_said(runner):
+    runner.send('dance')
+    assert runner.until('broken') == ['unknown request: dance']
+
+
+def test_a_channel_that_ends_in_its_greeting_leaves_nothing(env):
+    process = subprocess.Popen(['bash', '-c', s.BOOTSTRAP], env=env, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    script = s.REMOTE_RUNNER.encode()
+    head = s.request(s.REMOTE_LOADER, len(script)) + script + s.request(TOKEN, '', 'project')
+    assert process.communicate(head, rig.SAFETY_NET_S) == (b'', None)
+    assert not os.path.exists(os.path.join(env['HOME'], '.ssh_scheduler'))
+
+
+# ---- The environment of jobs ----
+
+def test_jobs_have_the_environment_of_an_interactive_login(channel, env, client_home):
+    (client_home / '.bash_profile').write_text('export FROM_PROFILE=1; . ~/.bashrc\n')
+    (client_home / '.bashrc').write_text(
+        'case $- in *i*) ;; *) return ;; esac\nexport FROM_RC="a  b\n c"; greet() { echo hi $1; }\n'
+        'local_only=1; echo noise; echo more >&2\n')
+    runner = channel(setup='export FROM_SETUP=$FROM_PROFILE$1', variables=['FROM_FILE=x=y'])
+    runner.ready()
+    runner.start('job', 'echo "$FROM_PROFILE,$FROM_RC,$FROM_FILE,$FROM_SETUP,$local_only"; '
+                 'greet u; echo $SSH_SCHEDULER_JOB,$PYTHONUNBUFFERED,${CUDA_VISIBLE_DEVICES-unset}')
+    status, out, err, _back = runner.ended('job')
+    assert (status, err) == (0, '=')
+    assert out == '=1,a  b\n c,x=y,1export FROM_SETUP=$FROM_PROFILE$1,\nhi u\njob,1,unset\n'
+
+
+def test_setup_that_fails_is_said(channel):
+    runner = channel(setup='echo because >&2; exit 3')
+    runner.send('probe')
+    assert runner.until('broken') == ['setup failed (3): because']
+
+
+def test_gpus_of_a_job(runner):
+    runner.start('job', 'echo $CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER', gpus='2,3')
+    assert runner.ended('job')[1] == '=2,3 PCI_BUS_ID\n'
+
+
+# ---- Files ----
+
+def test_each_job_has_its_own_copy_of_what_was_sent(runner):
+    runner.stage('one', {'copy/a b': 'text\n', 'copy/folder/x': 'x', 'link/data/big': 'big\n'},
+                 links=['data'])
+    for name in ('first', 'second'):
+        runner.start(name, 'cat "a b" data/big; echo changed >"a b"; ls -A; test -L data',
+                     stage='one', back='changed')
+    for name in ('first', 'second'):
+        assert runner.ended(name) == (0, '=text\nbig\na b\ndata\nfolder\n', '=', ['+./a b'])
+    runner.start('late', 'cat "a b"', stage='one')
+    assert runner.ended('late')[1] == '=text\n'
+
+
+def test_what_cannot_be_unpacked_is_said(runner):
+    runner.write(s.request('unpack', 'one', 600) + b'no tar' * 100)
+    assert 'tar' in runner.until('stage_failed', 'one')[0]
+    runner.start('job', 'echo it goes on')
+    assert runner.ended('job')[1] == '=it goes on\n'
+
+
+def test_a_stage_that_is_gone_fails_the_job_and_says_why(runner):
+    runner.start('job', 'echo never', stage='none')
+    status, out, err, _back = runner.ended('job')
+    assert (status, out) == (125, '=')
+    assert 'its files could not be copied into the job folder' in err
+
+
+def test_what_a_job_made_or_changed_is_told(runner):
+    runner.stage('one', {'copy/kept': 'k', 'copy/grown': 'g', 'copy/touched': 't',
+                         'copy/gone': 'x', 'copy/folder/kept': 'k'})
+    runner.start('job', "echo >>grown; touch touched; rm gone; mkdir -p new/deep; "
+                 "echo >$'new/tab\\t newline\\n back\\\\slash \\xff'; ln -s nowhere folder/link; "
+                 "mkfifo pipe; echo >.hidden", stage='one', back='changed')
+    status, _out, err, back = runner.ended('job')
+    assert (status, err) == (0, '=')
+    assert sorted(back) == ['+./.hidden', '+./folder/link', '+./grown', '+./new', '+./new/deep',
+                            '+./new/tab\t newline\n back\\slash \udcff', '+./touched', '?./pipe']
+
+
+def test_named_paths_come_whole_and_missing_ones_are_told(runner):
+    runner.stage('one', {'copy/folder/sent': 's', 'copy/-x': 'x'})
+    runner.start('job', 'echo >folder/made', stage='one', back='paths',
+                 paths=['folder', 'no\nsuch', '-x'])
+    assert sorted(runner.ended('job')[3]) == ['!no\nsuch', '+./-x', '+./folder',
+                                              '+./folder/made', '+./folder/sent']
+
+
+def test_all_is_brought_back_with_a_dot(runner):
+    runner.stage('one', {'copy/folder/sent': 's'})
+    runner.start('job', 'echo >made', stage='one', back='paths', paths=['.'])
+    assert sorted(runner.ended('job')[3]) == ['+./folder', '+./folder/sent', '+./made']
+
+
+def test_many_paths_are_asked_for_with_list(runner):
+    runner.start('job', 'touch {1..500}', back='changed')
+    assert runner.ended('job')[3] == ['@']
+    runner.send('list', 'job.1')
+    listed = runner.until('data', 'back', 'job.1')[0].split('\0')
+    assert sorted(listed) == sorted(['', *(f'+./{number}' for number in range(1, 501))])
+
+
+# ---- How jobs end ----
+
+@pytest.mark.parametrize('command, status', [
+    ('true', 0), ('false', 1), ('exit 42', 42), ('exit 255', 255), ('no-such-program', 127),
+    ('kill -9 $$', 137), ('kill -TERM $$', 143), ('kill 0; read -r <>/dev/zero', 143), ('(', 2),
+    ('set -e; false; echo no', 1), ('exec sh -c "exit 7"', 7)])
+def test_the_exit_status_is_told_and_recorded(runner, command, status):
+    runner.start('job', command)
+    assert runner.ended('job')[0] == status
+    assert runner.record('job') == ['ended', str(status)]
+
+
+@pytest.mark.parametrize('command, out', [
+    ('true', '='),
+    (r"printf 'a\tb\n\\n \\\\'", '=a\tb\n\\n \\\\'),
+    (r"printf '\001\033[31m\377'", '=\x01\x1b[31m\udcff'),
+    ('printf %600s', '=' + 600 * ' '),
+    ('printf %601s', '@'),
+    (r"printf 'a\0b'", '@')])
+def test_short_streams_come_with_the_end(runner, command, out):
+    runner.start('job', f'{command}; {command} >&2')
+    assert runner.ended('job') == (0, *((out, out) if len(command) > 1 else ()), [])
+
+
+def test_the_command_arrives_byte_for_byte(runner):
+    value = bytes(range(1, 256))
+    command = b"printf %s '" + value.replace(b"'", b"'\\''") + b"' >bytes"
+    runner.start('job', command)
+    assert runner.ended('job') == (0, '=', '=', [])
+    with open(runner.path('job', 'work', 'bytes'), 'rb') as file:
+        assert file.read() == value
+    with open(runner.path('job', 'cmd'), 'rb') as file:
+        assert file.read() == command + b'\n'
+
+
+def test_a_job_has_an_empty_stdin(runner):
+    runner.start('job', 'cat; readlink /proc/self/fd/0')
+    assert runner.ended('job')[1] == '=/dev/null\n'
+
+
+def test_started_comes_before_ended_for_the_quickest(runner):
+    names = [f'job{number}' for number in range(200)]
+    for name in names:
+        runner.start(name, 'true')
+    started = set()
+    for name in names:
+        runner.ended(name)
+    seen = runner.events
+    runner.events = []
+    for event in seen:
+        assert event[0] == 'started'
+        started |= set(event[1:])
+    assert started == {f'{name}.1' for name in names}
+
+
+def test_order_of_started_and_ended_in_the_stream(channel):
+    runner = channel()
+    order = []
+    feed = runner._reader.feed
+
+    def noting(data):
+        for event in feed(data):
+            order.append([text(field) for field in event])
+            yield event
+
+    runner._reader.feed = noting
+    for number in range(100):
+        runner.start(f'job{number}', 'true')
+    for number in range(100):
+        runner.ended(f'job{number}')
+    running = set()
+    for word, *fields in order:
+        if word == 'started':
+            running |= set(fields)
+        else:
+            assert (word, fields[0] in running) == ('ended', True)
+
+
+def test_events_of_many_jobs_do_not_mix(runner):
+    """As long as an event can get: two streams that escaping doubles, and a thousand of paths."""
+    output = '\n' * 600
+    names = 'x' * 120
+    for number in range(100):
+        runner.start(f'job{number}', f'printf %600s | tr " " "\\n" | tee /dev/stderr; '
+                     f'touch {names}{{1..7}}', back='changed')
+    for number in range(100):
+        status, out, err, back = runner.ended(f'job{number}')
+        assert (status, out, err) == (0, f'={output}', f'={output}')
+        assert sorted(back) == [f'+./{names}{index}' for index in range(1, 8)]
+    assert {event[0] for event in runner.events} <= {'started'}
+
+
+def test_nothing_of_the_channel_is_open_in_a_job(runner, gate):
+    runner.start('job', f'sleep 1000 & {gate.wait}; kill $!; exec ls -l /proc/self/fd')
+    runner.until('started', 'job.1')
+    ours = {os.readlink(f'/proc/{os.getpid()}/fd/{pipe.fileno()}')
+            for pipe in (runner.process.stdin, runner.process.stdout)}
+    gate_fd = os.open(gate.path, os.O_WRONLY)   # blocks until the job is there
+    holders = [pid for pid in group_members(runner.record('job')[1]) if ours & open_files(pid)]
+    os.write(gate_fd, b'go\n')
+    os.close(gate_fd)
+    status, out, _err, _back = runner.ended('job')
+    files = [line.partition(' -> ')[2] for line in out.splitlines() if ' -> ' in line]
+    assert (status, holders) == (0, [])
+    assert sorted(files[:3]) == ['/dev/null', runner.path('job', 'err'), runner.path('job', 'out')]
+    assert len(files) == 4      # and the folder that ls itself has open
+
+
+def group_members(group):
+    return [pid for pid in rig.pids()
+            if rig.read_proc(pid, 'stat').rpartition(b')')[2].split()[2:3] == [group.encode()]]
+
+
+def open_files(pid):
+    found = set()
+    for fd in os.listdir(f'/proc/{pid}/fd'):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f'/proc/{pid}/fd/{fd}'))
+    return found
+
+
+def test_a_daemon_that_a_job_leaves_does_not_hold_up_its_end(runner, gate):
+    runner.start('job', f'({gate.wait}; exec true) & echo left')
+    assert runner.ended('job')[:2] == (0, '=left\n')
+    runner.send('finish', '', 0)
+    runner.until('finished')
+    runner.close()
+    gate.open()
+
+
+# ---- Watching and ending them ----
+
+def test_watch_tells_what_was_added_to_streams(runner, gate):
+    runner.start('job', f'printf abc; printf de >&2; {gate.wait}; printf f; {gate.wait}')
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w'):                  # so the job has written, and waits
+        runner.send('watch', 1, 'job.1', 0, 0)
+        assert runner.until('data', 'growth', 'job.1', 'out') == ['0', 'abc']
+        assert runner.until('data', 'growth', 'job.1', 'err') == ['0', 'de']
+    gate.open()
+    runner.send('watch', 1, 'job.1', 1, 2)
+    grown = runner.until('data', 'growth', 'job.1')
+    assert grown in (['out', '1', 'bcf'], ['out', '1', 'bc'])
+    gate.open()
+    assert runner.ended('job')[:3] == (0, '=abcf', '=de')
+    runner.finish()
+    assert not [event for event in runner.events if event[0] == 'data']
+
+
+def test_cancel_ends_the_whole_group(runner, gate):
+    runner.start('job', f'sleep 1000 & echo $!; {gate.wait}')
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w'):
+        group = runner.record('job')[1]
+        members = group_members(group)
+        runner.send('cancel', 'job.1', 20)
+        assert runner.ended('job')[0] == 143
+    assert len(members) >= 3 and all(map(rig.ends, members))
+
+
+def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
+    runner.start('job', f"trap '' TERM; (trap '' TERM; sleep 1000) & {gate.wait}; sleep 1000")
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w'):
+        members = group_members(runner.record('job')[1])
+    runner.send('cancel', 'job.1', 0)
+    status, _out, err, _back = runner.ended('job')
+    assert (status, runner.record('job')) == (137, ['ended', '137'])
+    assert 'it did not end when it was told to, and was killed' in err
+    assert all(map(rig.ends, members))
+
+
+def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
+    runner.start('job', 'true')
+    runner.ended('job')
+    runner.send('cancel', 'job.1', 5)
+    runner.send('cancel', 'unknown.1', 5)
+    runner.finish()
+    assert {event[0] for event in runner.events} == {'started'}
+
+
+@pytest.mark.parametrize('record', ['running 1 1 x', 'running -1 1 x', 'running 0 0 x', '',
+                                    'running {pid} 1 boot', 'ended'])
+def test_cancel_kills_only_what_the_record_proves(runner, gate, record):
+    bystander = subprocess.Popen(['sleep', '1000'], start_new_session=True)
+    try:
+        runner.start('job', 'true')
+        runner.ended('job')
+        with open(runner.path('job', 'status'), 'w') as file:
+            file.write(record.format(pid=bystander.pid) + '\n')
+        runner.send('cancel', 'job.1', 0)
+        runner.start('next', 'true')
+        runner.ended('next')
+        runner.finish()
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
+    runner.start('job', 'kill -9 0')
+    runner.until('started', 'job.1')
+    runner.start('witness', 'true')
+    runner.ended('witness')
+    while True:                         # each watch is answered by a job behind it, at the latest
+        runner.send('watch', 1, 'job.1', 0, 0)
+        runner.start(f'witness{len(runner.events)}', 'true')
+        runner.ended(f'witness{len(runner.events)}')
+        ended = [event for event in runner.events if event[:2] == ['ended', 'job.1']]
+        if ended:
+            break
+    assert ended[0][2] == '137' and 'killed with its whole process group' in ended[0][5]
+
+
+# ---- Cleaning up ----
+
+def test_clean_removes_job_folders_even_read_only_ones(runner):
+    for name in ('one', 'two', 'kept'):
+        runner.start(name, 'mkdir -p a/b; touch a/b/c; chmod 500 a/b a')
+        runner.ended(name)
+    runner.send('clean', 2, 'one.1', 'two.1')
+    runner.send('finish', '', 0)
+    runner.until('finished')
+    assert os.listdir(os.path.join(runner.folder, 'jobs')) == ['kept.1']
+
+
+def test_finish_leaves_nothing(runner):
+    runner.stage('one', {'copy/file': 'x'})
+    runner.start('job', 'true', stage='one')
+    runner.ended('job')
+    runner.send('clean', 1, 'job.1')
+    runner.send('finish', '', 1, 'one')
+    runner.until('finished')
+    runner.close()
+    assert os.listdir(runner.folder) == []
+
+
+def test_finish_can_keep_a_stage_as_the_cache(channel):
+    for number in ('one', 'two'):
+        runner = channel()
+        runner.stage(number, {f'copy/{number}': 'x', 'link/data': 'y'}, links=['data'])
+        runner.send('finish', number, 1, number)
+        runner.until('finished')
+        runner.close()
+        assert os.listdir(runner.folder) == ['cache']
+        assert f'{number}' in os.listdir(os.path.join(runner.folder, 'cache', 'copy'))
+
+
+def test_finish_leaves_the_files_of_another_run(channel, gate):
+    first, second = channel(), channel()
+    first.stage('one', {'copy/file': 'text\n'})
+    first.start('job', f'{gate.wait}; cat file', stage='one')
+    first.until('started', 'job.1')
+    second.stage('two', {'copy/file': 'other\n'})
+    second.send('finish', '', 1, 'two')
+    second.until('finished')
+    second.close()
+    gate.open()
+    assert first.ended('job')[:2] == (0, '=text\n')
+
+
+# ---- When the channel ends, and another one comes ----
+
+def ending(runner):
+    runner.process.stdin.close()
+
+
+def killed(runner):
+    runner.process.kill()
+
+
+@pytest.mark.parametrize('cut', [ending, killed])
+def test_a_job_runs_on_without_the_channel(runner, gate, cut, env):
+    runner.ready()
+    runner.start('job', f'echo before; {gate.wait}; echo after; exit 3')
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        wrapper = int(runner.record('job')[1])
+        cut(runner)
+        runner.process.wait(rig.SAFETY_NET_S)
+        assert cut is killed or not [event for event in runner.rest() if event[0] != 'probe']
+        others = set(rig.knowing(env['HOME'])) - set(group_members(str(wrapper)))
+        assert all(rig.ends(pid, timeout_s=5) for pid in others)
+        fifo.write('go\n')
+    assert rig.ends(wrapper)
+    assert runner.record('job') == ['ended', '3']
+    with open(runner.path('job', 'out')) as out:
+        assert out.read() == 'before\nafter\n'
+
+
+def test_the_speaker_of_a_killed_runner_ends_with_the_channel(runner, env):
+    runner.ready()
+    runner.process.kill()
+    runner.process.wait(rig.SAFETY_NET_S)
+    runner.process.stdin.close()
+    runner.process.stdout.close()
+    assert all(rig.ends(pid, timeout_s=5) for pid in rig.knowing(env['HOME']))
+
+
+def test_another_channel_adopts_a_running_job(channel, gate, tmp_path):
+    ledger = tmp_path / 'ledger'
+    command = f'echo ran >>{ledger}; {gate.wait}; exit 4'
+    first = channel()
+    first.start('job', command)
+    first.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        first.close()
+        second = channel()
+        second.start('job', command)
+        second.until('started', 'job.1')
+        fifo.write('go\n')
+    assert second.ended('job')[0] == 4
+    assert ledger.read_text() == 'ran\n'
+
+
+def test_another_channel_is_told_of_a_job_that_ended_meanwhile(channel, gate, tmp_path):
+    ledger = tmp_path / 'ledger'
+    command = f'echo ran >>{ledger}; {gate.wait}; echo made >result; echo out'
+    first = channel()
+    first.start('job', command, back='changed')
+    first.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        wrapper = int(first.record('job')[1])
+        first.close()
+        fifo.write('go\n')
+    assert rig.ends(wrapper)
+    second = channel()
+    second.start('job', command, back='changed')
+    assert second.ended('job') == (0, '=out\n', '=', ['+./result'])
+    assert second.events == []
+    assert ledger.read_text() == 'ran\n'
+
+
+@pytest.mark.parametrize('record', [
+    'starting', 'running 1 1 x', 'running {pid} 1 {boot}', 'running {pid} {start} other-boot', ''])
+def test_a_job_without_a_process_and_without_an_end_is_lost(runner, record):
+    os.makedirs(runner.path('job'))
+    with open(runner.path('job', 'cmd'), 'w') as file:
+        file.write('true\n')
+    with open('/proc/sys/kernel/random/boot_id') as file:
+        boot = file.read().strip()
+    start = rig.read_proc(os.getpid(), 'stat').rpartition(b')')[2].split()[19].decode()
+    with open(runner.path('job', 'status'), 'w') as file:
+        file.write(record.format(pid=os.getpid(), start=start, boot=boot) + '\n')
+    runner.start('job', 'true')
+    assert 'ended without a record' in runner.until('lost', 'job.1')[0]
+
+
+def test_runners_that_race_start_each_job_once(channel, tmp_path):
+    ledger = tmp_path / 'ledger'
+    runners = [channel() for _ in range(3)]
+    names = [f'job{number}' for number in range(30)]
+    for name in names:
+        for runner in runners:
+            runner.start(name, f'echo {name} >>{ledger}')
+    for runner in runners:
+        for name in names:
+            assert runner.ended(name)[0] == 0
+    counts = collections.Counter(ledger.read_text().split())
+    assert counts == dict.fromkeys(names, 1)
+
+
+def test_a_start_request_that_comes_twice_starts_once(runner, tmp_path):
+    for _ in range(2):
+        runner.start('job', f'echo ran >>{tmp_path}/ledger')
+    assert runner.ended('job')[0] == runner.ended('job')[0] == 0
+    assert (tmp_path / 'ledger').read_text() == 'ran\n'
+
+
+# ---- A full disk ----
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 kB."""
+    folder = tmp_path / 'small'
+    folder.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'none', folder], check=True)
+    yield folder
+    subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+@as_root
+@pytest.mark.parametrize('status', [0, 5])
+def test_the_exit_status_survives_a_full_disk(channel, small_disk, status):
+    runner = channel(workdir=str(small_disk))
+    runner.start('job', f'cat /dev/zero >full; exit {status}')
+    assert runner.ended('job')[0] == status
+    (small_disk / 'project/jobs/job.1/work/full').unlink()
+    runner.close()
+    again = channel(workdir=str(small_disk))
+    again.start('job', 'true')
+    assert again.ended('job')[0] == status
+    again.finish()
+
+
+@as_root
+def test_a_job_that_cannot_be_stored_is_refused(channel, small_disk):
+    runner = channel(workdir=str(small_disk))
+    runner.ready()
+    with contextlib.suppress(OSError), open(small_disk / 'full', 'wb', buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    runner.start('job', 'echo never')
+    assert 'No space left on device' in runner.until('refused', 'job.1')[0]
+    os.unlink(small_disk / 'full')
+    runner.finish()
+
+
+# ---- The copies through tar ----
+
+def run_script(script, data, env):
+    done = subprocess.run(['bash', '-c', s.BOOTSTRAP], env=env, capture_output=True,
+                          input=bytes(s.request(script)) + data, timeout=rig.SAFETY_NET_S)
+    return done.stdout
+
+
+def test_unpack_confirms_what_it_did(env, tmp_path):
+    data = tar_of({'a b': 'text', 'folder/x': 'y'})
+    head = bytes(s.request(TOKEN, tmp_path / 'new/folder'))
+    assert run_script(s.REMOTE_UNPACK, head + data, env) == f'\n{TOKEN} 0\n'.encode()
+    assert (tmp_path / 'new/folder/a b').read_text() == 'text'
+    assert run_script(s.REMOTE_UNPACK, head + b'no tar' * 200, env) == f'\n{TOKEN} 2\n'.encode()
+
+
+def test_pack_gives_exactly_the_named_paths(env, tmp_path):
+    for name in ('-x', 'new\nline', 'folder/in'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    head = bytes(s.request(TOKEN, tmp_path))
+    paths = b'./-x\0./new\nline\0./folder\0'
+    _, mark, data = run_script(s.REMOTE_PACK, head + paths, env).partition(f'\n{TOKEN}\n'.encode())
+    assert mark
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [member.name for member in tar] == ['./-x', './new\nline', './folder']
+
+
+# ---- Older bashes ----
+
+OLD_BASHES = [path for path in map(shutil.which, (
+    'bash-4.2', 'bash-4.4', 'bash4.2', 'bash4.4', 'bash-5.0', 'bash-5.1')) if path]
+
+
+@pytest.mark.skipif(not OLD_BASHES, reason='there is no older bash here, such as bash-4.2 in PATH')
+@pytest.mark.parametrize('bash', OLD_BASHES)
+def test_older_bashes_run_jobs(channel, bash):
+    runner = channel(bash=bash)
+    runner.ready()
+    runner.stage('one', {'copy/file': 'text\n'})
+    runner.start('job', 'cat file; echo >new; exit 3', stage='one', back='changed')
+    assert runner.ended('job') == (3, '=text\n', '=', ['+./new'])
+    runner.send('clean', 1, 'job.1')
+    runner.send('finish', '', 1, 'one')
+    runner.until('finished')
+    assert os.listdir(runner.folder) == []
