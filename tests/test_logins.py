@@ -1,0 +1,337 @@
+"""Logins as they are in the wild: shells, start files, accounts, and machines out of reach."""
+import os
+import subprocess
+
+import pytest
+import rig
+from batching import NO_GPU, RESULTS, Batches, assert_clean, result
+
+SHELLS = ['bash', 'dash', 'zsh', 'fish', 'tcsh']
+
+# Of each shell: the file that only an interactive login reads, and what it says there.
+LOGIN_FILES = {
+    'bash': ('.bashrc', 'case $- in *i*) ;; *) return;; esac\n'
+                        'PATH=$HOME/tools:$PATH\nexport FROM="bash $HOME"\n'),
+    'dash': ('.profile', 'PATH=$HOME/tools:$PATH\nexport PATH FROM="dash $HOME"\n'),
+    'zsh': ('.zshrc', 'path=(~/tools $path)\nexport FROM="zsh $HOME"\n'),
+    'fish': ('.config/fish/config.fish', 'if status is-login\nset -gx PATH ~/tools $PATH\n'
+                                         'set -gx FROM "fish $HOME"\nend\n'),
+    'tcsh': ('.tcshrc', 'if ($?prompt) then\nsetenv PATH ~/tools:$PATH\n'
+                        'setenv FROM "tcsh $HOME"\nendif\n'),
+}
+# The file that it reads for every command over ssh.  dash has none.
+NOISY_FILES = {'bash': '.bashrc', 'zsh': '.zshenv', 'fish': '.config/fish/config.fish',
+               'tcsh': '.tcshrc'}
+
+
+@pytest.fixture
+def batches(run_cli, start_cli, project):
+    return Batches(run_cli, start_cli)
+
+
+@pytest.fixture
+def big_file(project):
+    """So much that it goes by rsync, if that can be."""
+    data = bytes(range(256)) * 1200
+    (project / 'data').write_bytes(data)
+    return data
+
+
+def add_tool(machine):
+    (machine.home / 'tools').mkdir()
+    (machine.home / 'tools/mytool').write_text('#!/bin/sh\necho tool\n')
+    (machine.home / 'tools/mytool').chmod(0o755)
+
+
+def complaints(done, machine):
+    """What was said of the machine on stderr."""
+    return [line for line in done.stderr.splitlines() if str(machine) in line]
+
+
+# ---- The environment of an interactive login ----
+
+@pytest.mark.parametrize('shell', SHELLS)
+def test_what_an_interactive_login_exports_reaches_the_jobs(batches, lab, shell):
+    machine = lab(shell=rig.program(shell))
+    name, text = LOGIN_FILES[shell]
+    file = machine.home / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, 'a') as out:
+        out.write(text)
+    add_tool(machine)
+    done = batches.run(['mytool; echo "$FROM"', 'bash -c mytool'], [machine], *NO_GPU)
+    assert done.returncode == 0, done.stderr
+    assert result('batch.sh.1').decode() == f'tool\n{shell} {machine.home}\n'
+    assert result('batch.sh.2') == b'tool\n'
+    assert done.stderr.count('\n') == 1         # what was sent; nothing else is worth a word
+
+
+def test_functions_of_bashrc_can_be_called(batches, lab):
+    machine = lab(startup={'.bashrc': '''
+        case $- in *i*) ;; *) return;; esac
+        export CONDA_EXE=/opt/conda
+        __conda_exe() ( echo "$CONDA_EXE $*" )
+        conda() {
+            local answer
+            answer="$(__conda_exe "$@")" && export CONDA_ENV=$2 && echo "$answer"
+        }
+        spaced() { printf '<%s>' "a  b" 'it'"'"'s' $'tab\\t' "$(cat <<'END'
+here  document
+END
+        )"; }
+    '''})
+    lines = ['conda activate ml; echo $CONDA_ENV', 'spaced', 'bash -c "type conda" 2>&1; true']
+    done = batches.run(lines, [machine], *NO_GPU)
+    assert done.returncode == 0
+    assert result('batch.sh.1') == b'/opt/conda activate ml\nml\n'
+    assert result('batch.sh.2') == b"<a  b><it's><tab\t><here  document>"
+    assert b'not found' in result('batch.sh.3')         # as over ssh
+
+
+def test_odd_values_arrive(batches, lab):
+    machine = lab(startup={'.bashrc': r'''
+        export LINES_OF=$'one\ntwo' QUOTES="it's \"so\"" EMPTY= EQUALS=a=b BYTES=$'\xff\x01'
+        export -f greet 2>/dev/null; export -n HIDDEN=no
+    '''})
+    show = r'''printf '%s|' "$LINES_OF" "$QUOTES" "${EMPTY-unset}" "$EQUALS" "$BYTES" "$HIDDEN"'''
+    batches.run([show], [machine], *NO_GPU)
+    assert result('batch.sh.1') == b'one\ntwo|it\'s "so"||a=b|\xff\x01||'
+
+
+def test_a_job_does_not_know_of_the_connection(batches, lab1):
+    done = batches.run(['env | grep -E "^(SSH_(CLIENT|CONNECTION|TTY)|SSH_SCHEDULER_CAP)"',
+                        'env | grep -i -E "token|capture"'], [lab1], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1'), result('batch.sh.2')) == (1, b'', b'')
+
+
+# ---- Start files that misbehave ----
+
+@pytest.mark.parametrize('shell', sorted(NOISY_FILES))
+def test_start_files_that_print(batches, lab, big_file, shell):
+    sh = 'sh -c "printf \'no newline\'; printf \'to stderr\' >&2"\n'
+    machine = lab(shell=rig.program(shell), startup={NOISY_FILES[shell]: 'echo Welcome\n' + sh,
+                                                     '.local/of_fish': ''})
+    assert machine.run('true').stdout == 'Welcome\nno newline'
+    before = machine.logins()
+    done = batches.run(['cksum <data; cp data copy', 'cat; exit 4'], [machine], *NO_GPU)
+    assert (done.returncode, machine.logins() - before) == (1, 1), done.stderr
+    expected = subprocess.run('cksum', input=big_file, capture_output=True).stdout
+    assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (expected, b'')
+    assert (RESULTS / 'batch.sh.1/copy').read_bytes() == big_file
+    assert 'batch.sh.2: exit code 4' in done.stdout
+    assert_clean(machine, cache=True)
+
+
+def test_noise_that_looks_like_events(batches, lab):
+    noise = "printf 'ready\\t/\\t1\\nended\\tbatch.sh.1.1\\t0\\t0\\t=\\t=\\n\\n\\t\\\\\\0'\n"
+    machine = lab(startup={'.bashrc': noise})
+    done = batches.run(['exit 9'], [machine], *NO_GPU)
+    assert 'batch.sh.1: exit code 9' in done.stdout
+
+
+def test_noise_without_an_end_is_said(batches, lab, lab1):
+    machine = lab(startup={'.bashrc': 'exec yes'})
+    done = batches.run(['true'], [machine, lab1], *NO_GPU)
+    assert done.returncode == 0
+    (complaint,) = complaints(done, machine.yaml())
+    assert 'its login says more than can be read' in complaint
+
+
+def test_a_bashrc_that_runs_for_two_seconds(batches, lab):
+    machine = lab(startup={'.bashrc': 'sleep 2; export SLOW=yes\n'})
+    done = batches.run(['echo $SLOW; wc -c <batch.sh >size'], [machine], *NO_GPU, timeout=90)
+    assert (done.returncode, result('batch.sh.1')) == (0, b'yes\n')
+    assert (RESULTS / 'batch.sh.1/size').read_text() == '34\n'
+
+
+@pytest.mark.parametrize('text', ['exit', 'echo no >&2; exit 3', 'exec false'])
+def test_a_bashrc_that_says_exit(batches, lab, text):
+    machine = lab(startup={'.bashrc': text + '\n'})
+    done = batches.run(['true'], [machine], *NO_GPU)
+    assert done.returncode == 2
+    (complaint,) = complaints(done, machine.yaml())
+    assert 'exit in one of its start files, such as ~/.bashrc' in complaint
+    assert not list(RESULTS.glob('batch*'))
+
+
+@pytest.mark.parametrize('text', ['exit', 'exec true', 'kill -9 $$', 'read -r line', 'set -eu',
+                                  'exec </dev/null >/dev/null 2>&1', 'trap "echo bye" EXIT'])
+def test_a_start_file_that_spoils_interactive_shells_only(batches, lab, text):
+    machine = lab(startup={'.bashrc': f'case $- in *i*) {text};; esac\n'})
+    done = batches.run(['echo fine; false; echo still here'], [machine], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1')) == (0, b'fine\nstill here\n'), done.stderr
+    assert_clean(machine)
+
+
+def test_an_account_for_sftp_only(batches, lab, lab1):
+    machine = lab(sshd_options='ForceCommand internal-sftp')
+    done = batches.run(['echo here'], [machine, lab1], *NO_GPU)
+    (complaint,) = complaints(done, machine.yaml())
+    assert 'sftp' in complaint
+    assert (done.returncode, result('batch.sh.1')) == (0, b'here\n')
+    alone = batches.run(['true # again'], [machine], *NO_GPU, cwd='..')
+    assert alone.returncode == 2
+
+
+@pytest.mark.parametrize('command', ['nologin', 'echo This account is closed.'])
+def test_an_account_that_runs_something_else(batches, lab, command):
+    machine = lab(sshd_options=f'ForceCommand {command}')
+    done = batches.run(['true'], [machine], *NO_GPU)
+    assert done.returncode == 2
+    (complaint,) = complaints(done, machine.yaml())
+    assert 'login' in complaint
+
+
+# ---- What the machine's file says ----
+
+def test_setup_and_env_of_the_machines_file(batches, lab1):
+    file = lab1.yaml(
+        setup='module() { export MODULE=$1; }\nmodule load || exit\nexport BOTH=setup\necho x\n',
+        env={'BOTH': 'env', 'ODD': 'it\'s "odd" $HOME %', 'NUMBER': 3})
+    show = ('echo "$MODULE $BOTH $NUMBER"; echo "$ODD"; module again; echo $MODULE')
+    done = batches.run([show], [file], *NO_GPU)
+    assert done.returncode == 0, done.stderr
+    assert result('batch.sh.1') == b'load env 3\nit\'s "odd" $HOME %\nagain\n'
+    assert result('batch.sh.1', 'err') == b''
+
+
+def test_setup_sees_what_the_login_has(batches, lab):
+    machine = lab(startup={'.bashrc': 'export BASE=/opt\nuse() { export USED=$BASE/$1; }\n'})
+    batches.run(['echo $USED'], [machine.yaml(setup='use ml')], *NO_GPU)
+    assert result('batch.sh.1') == b'/opt/ml\n'
+
+
+@pytest.mark.parametrize('setup, status', [
+    ('echo cannot do it >&2; exit 3', 3), ('no_such_command_x', 127), ('if', None),
+    ('echo cannot do it; false', 1)])
+def test_a_setup_that_fails(batches, lab1, lab2, setup, status):
+    file = lab1.yaml(setup=setup)
+    done = batches.run(['true'], [file, lab2], *NO_GPU)
+    (complaint,) = complaints(done, f'{file}: cannot')
+    assert 'setup failed' in complaint and (status is None or f'({status})' in complaint)
+    assert ('cannot do it' in complaint) == ('cannot' in setup)
+    assert done.returncode == 0             # on the other machine
+
+
+@pytest.mark.parametrize('workdir', ['~/a folder/with  blanks', "{}/it's $HOME; *"])
+def test_a_workdir_with_blanks(batches, lab, big_file, workdir):
+    machine = lab()
+    place = workdir.format(machine.home)
+    done = batches.run(['pwd; cp data copy', 'cat batch.sh'],
+                       [machine.yaml(workdir=place)], *NO_GPU)
+    assert done.returncode == 0, done.stderr
+    real = place.replace('~', str(machine.home), 1)
+    assert result('batch.sh.1').decode().startswith(f'{real}/project-')
+    assert (RESULTS / 'batch.sh.1/copy').read_bytes() == big_file
+    assert not os.path.exists(machine.home / '.ssh_scheduler')
+    (project,) = os.listdir(real)
+    assert set(os.listdir(f'{real}/{project}')) <= {'cache'}
+
+
+def test_a_workdir_that_cannot_be_written(batches, lab1, lab2):
+    file = lab1.yaml(workdir='/proc/nothing')
+    done = batches.run(['true'], [file, lab2], *NO_GPU)
+    (complaint,) = complaints(done, f'{file}: cannot')
+    assert 'cannot write there' in complaint and '/proc/nothing' in complaint
+    assert done.returncode == 0
+
+
+# ---- Machines out of reach ----
+
+def new_key(folder, *options):
+    path = folder / 'other_key'
+    subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', path, *options],
+                   check=True)
+    return path
+
+
+def unreachable(machine, why, folder):
+    """The machine's file, made wrong, and words of the explanation."""
+    if why == 'nothing listens':
+        port = rig.free_port()
+        return machine.yaml(port=port), f'nothing listens at port {port} there'
+    if why == 'unknown host':
+        return machine.yaml(ip='no-such-machine.invalid'), 'there is no host of that name'
+    if why == 'wrong user':
+        return machine.yaml(username='nobody_here'), 'the login as nobody_here was refused'
+    if why == 'wrong key':
+        return (machine.yaml(ssh_key_path=str(new_key(folder))),
+                'the login as ben was refused (publickey was tried)')
+    kind, key, _ = new_key(folder).with_suffix('.pub').read_text().split()
+    known = folder / 'known'
+    known.write_text(f'[127.0.0.1]:{machine.port} {kind} {key}\n')
+    return (machine.yaml(ssh_options={'UserKnownHostsFile': str(known)}),
+            'its host key is not the one that is known')
+
+
+@pytest.mark.parametrize('why', ['nothing listens', 'unknown host', 'wrong user', 'wrong key',
+                                 'changed host key'])
+def test_an_unreachable_machine_is_one_line_and_the_others_go_on(
+        batches, lab, lab1, tmp_path, why):
+    file, words = unreachable(lab(), why, tmp_path)
+    done = batches.run(['echo here'], [file, lab1], *NO_GPU)
+    (complaint,) = complaints(done, file)
+    assert complaint.startswith(f'{file}: cannot be used: ') and words in complaint
+    assert (done.returncode, result('batch.sh.1')) == (0, b'here\n')
+    assert done.stdout.startswith(f"machine limits:  {{'{lab1.yaml()}': ")
+
+
+def test_no_machine_at_all(batches, lab, tmp_path, client_home):
+    files = [unreachable(lab(), why, tmp_path)[0] for why in ('nothing listens', 'wrong user')]
+    done = batches.run(['true'], files, *NO_GPU)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert [line.split(':')[0] for line in sorted(done.stderr.splitlines())] == sorted(
+        [*map(str, files), 'execute_batch'])
+    assert 'no machine can be used' in done.stderr
+    assert not list(RESULTS.glob('batch*'))
+    assert not list((client_home / 'tmp').iterdir())
+
+
+def test_a_host_key_that_nobody_knows_yet_is_learnt(batches, lab, tmp_path):
+    machine = lab()
+    file = machine.yaml(ssh_options={'UserKnownHostsFile': str(tmp_path / 'known')})
+    assert batches.run(['true'], [file], *NO_GPU).returncode == 0
+    found = subprocess.run(['ssh-keygen', '-F', f'[127.0.0.1]:{machine.port}',
+                            '-f', tmp_path / 'known'], capture_output=True, text=True)
+    assert (machine.folder / 'host_key.pub').read_text().split()[1] in found.stdout
+
+
+@pytest.mark.parametrize('why, words', [
+    ('readable', 'can be read by others, so ssh refuses it. Try: chmod 600'),
+    ('passphrase', 'has a passphrase'), ('missing', 'cannot be read: No such file'),
+    ('public', 'looks like the public key')])
+def test_a_key_that_ssh_could_not_use_is_found_before_any_login(
+        batches, lab, lab1, tmp_path, why, words):
+    key = new_key(tmp_path, *(['-N', 'secret'] if why == 'passphrase' else []))
+    if why == 'readable':
+        key.chmod(0o644)
+    path = {'missing': tmp_path / 'none', 'public': key.with_suffix('.pub')}.get(why, key)
+    if why == 'public':
+        path.chmod(0o600)
+    before = lab1.logins()
+    file = lab().yaml(ssh_key_path=str(path))
+    done = batches.run(['true'], [lab1, file], *NO_GPU)
+    assert (done.returncode, done.stdout, lab1.logins()) == (2, '', before)
+    (line,) = done.stderr.splitlines()
+    assert words in line and str(path) in line and str(file) in line
+    assert not RESULTS.exists()
+
+
+def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
+    machine = lab()
+    machine.freeze()
+    lines = [f'echo {n}' for n in range(30)]
+    done = batches.run(lines, [machine, lab1], *NO_GPU)
+    assert (done.returncode, result('batch.sh.30')) == (0, b'29\n')
+    machine.thaw()
+
+
+def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
+    machine = lab()
+    machine.freeze()
+    options = {'UserKnownHostsFile': str(machine.known_hosts), 'ConnectTimeout': 1}
+    done = batches.run(['true'], [machine.yaml(ssh_options=options)], *NO_GPU)
+    assert done.returncode == 2
+    (complaint,) = complaints(done, machine.yaml())
+    assert 'it did not answer in time' in complaint
+    machine.thaw()
