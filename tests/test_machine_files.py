@@ -1,0 +1,588 @@
+"""Machine files and names -> Machine, and what is said to ssh about it."""
+import os
+import re
+import subprocess
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler
+from ssh_scheduler import Machine, MachineFileError
+
+ANY = settings(deadline=None, derandomize=True, max_examples=300,
+               suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+SPEC = """\
+username: ben       # Replace with your username on the machine
+ip: 105.29.123.241  # Replace with your machine's url or IP address
+port: 22    # leave at default value of 22 unless you know what you are doing
+# replace with a path to an ssh key to the machine (MUST BE PASSWORDLESS SSH KEY)
+# for a guide on how to set up passwordless ssh see a guide such as
+# https://www.redhat.com/sysadmin/passwordless-ssh
+ssh_key_path: ~/.ssh/id_ssh_key
+"""
+
+
+def keygen(path, *options):
+    subprocess.run(['ssh-keygen', '-q', '-f', str(path), *options], check=True)
+    return path
+
+
+@pytest.fixture(scope='module')
+def key(tmp_path_factory):
+    """A private key without a passphrase; leave it as you found it."""
+    return keygen(tmp_path_factory.mktemp('key') / 'key', '-t', 'ed25519', '-N', '')
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty HOME, and an empty current folder."""
+    (tmp_path / 'home' / '.local' / 'var').mkdir(parents=True)
+    (tmp_path / 'here').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.chdir(tmp_path / 'here')
+    return tmp_path / 'home'
+
+
+def read(text, name='lab1.yaml'):
+    """Return the Machine of a file in the current folder that has this text (or these bytes)."""
+    with open('lab1.yaml', 'wb') as file:
+        file.write(text if isinstance(text, bytes) else text.encode())
+    return ssh_scheduler.read_machine_file('lab1.yaml', name)
+
+
+def complaint(text):
+    with pytest.raises(MachineFileError) as caught:
+        read(text)
+    return str(caught.value)
+
+
+# ---- What a file says ----
+
+def test_the_file_of_the_spec(home, key):
+    (home / '.ssh').mkdir()
+    path = home / '.ssh' / 'id_ssh_key'
+    path.write_bytes(key.read_bytes())
+    path.chmod(0o600)
+    assert read(SPEC) == Machine(name='lab1.yaml', host='105.29.123.241', username='ben', port=22,
+                                 ssh_key_path=str(path))
+
+
+def test_one_key_is_enough(home):
+    assert read('ip: lab1') == Machine(name='lab1.yaml', host='lab1', port=22)
+
+
+def test_every_key(home, key):
+    machine = read(f"""\
+ip: gpu-1.lab.example.org
+username: first.last
+port: 2222
+ssh_key_path: {key}
+name: lab one
+proxy_jump: me@gate:2200,inner
+ssh_options:
+  UserKnownHostsFile: /a b/known
+  Compression: yes
+  ConnectTimeout: 010
+workdir: ~/scratch
+setup: |
+  module load cuda
+  export A=1
+env:
+  A: x y
+  VERSION: 1.10
+  MODE: 0755
+  FLAG: true
+  EMPTY: ''
+gpus: [2, 0]
+max_jobs: 4
+""")
+    assert machine == Machine(
+        name='lab one', host='gpu-1.lab.example.org', username='first.last', port=2222,
+        ssh_key_path=str(key), proxy_jump='me@gate:2200,inner',
+        ssh_options=(('UserKnownHostsFile', '/a b/known'), ('Compression', 'yes'),
+                     ('ConnectTimeout', '010')),
+        workdir='~/scratch', setup='module load cuda\nexport A=1\n',
+        env=(('A', 'x y'), ('VERSION', '1.10'), ('MODE', '0755'), ('FLAG', 'true'), ('EMPTY', '')),
+        gpus=(2, 0), max_jobs=4)
+    assert set(ssh_scheduler.machine_keys()) == {
+        'ip', 'username', 'port', 'ssh_key_path', 'name', 'proxy_jump', 'ssh_options', 'workdir',
+        'setup', 'env', 'gpus', 'max_jobs'}
+
+
+def test_no_gpus_are_not_all_gpus(home):
+    assert read('ip: a\ngpus: []').gpus == ()
+    assert read('ip: a').gpus is None
+
+
+def test_yaml_is_read_as_yaml(home):
+    text = '\ufeff{ip: "lab1", env: &e {A: a}, ssh_options: {}}\n'
+    assert read(text).env == (('A', 'a'),)
+    assert read(text.replace('\n', '\r\n').encode()).host == 'lab1'
+    assert read('ip: a\nenv:\n  <<: {A: 1, B: 2}\n  B: 03\n').env == (('A', '1'), ('B', '03'))
+
+
+@pytest.mark.parametrize(('key_', 'values'), [
+    ('ip', ['a', '10.0.0.1', '::1', 'fe80::1%eth0', 'a_b.c-d', 'x1']),
+    ('username', ['a', 'first.last', 'a-b_c', '_a', 'DOM+me', 'me@uni.example', 'ünal', '007x']),
+    ('port', [1, 65535]),
+    ('name', ['a', 'my machine', 'é/ü']),
+    ('proxy_jump', ['a', 'u@a', 'u@a:22', 'a,b@c', '[::1]:22', 'u@[fe80::1]']),
+    ('workdir', ['/', '/a b', '~', '~/a', '/scratch/$USER']),
+    ('setup', ['', 'a; b', '-x', 'é\n']),
+    ('env', [{}, {'A': ''}, {'_a1': '-x'}]),
+    ('gpus', [[], [0], [7, 1]]),
+    ('max_jobs', [1, 1000]),
+    ('ssh_options', [{}, {'Ciphers': '-3des-cbc'}, {'ProxyCommand': 'a "b" \\c'}]),
+])
+def test_good_values(home, key_, values):
+    for value in values:
+        read(yaml.safe_dump({'ip': 'a', key_: value}, allow_unicode=True))
+
+
+@pytest.mark.parametrize(('key_', 'values'), [
+    ('ip', [1, 10.5, None, '', '-a', '-oProxyCommand=x', 'a b', 'a@b', 'a:22', ':', 'a\nb', ['a'],
+            {}, True, 'é', 'a/b', '*', 'a;b', '\0', '%h', '$(a)', 'a\\b']),
+    ('username', [1, None, '', '-a', '-l', 'a b', 'a:b', 'a/b', 'a\nb', '@', ['a'], False, '$(a)',
+                  '`a`', "a'b", 'a"b', 'a;b', 'a|b', '\x1b[m', '%r', 'a\\b', '!a', '\ud800']),
+    ('port', ['22', 0, -1, 65536, 2.0, None, True, [22], '']),
+    ('ssh_key_path', [1, None, '', '-i', 'a\nb', ['a'], 'a"b', 'a\\b', True, 'a\0']),
+    ('name', [1, None, '', '-a', 'a\nb', '\x1b[31m', ['a'], 'a\u2028b']),
+    ('proxy_jump', [1, None, '', '-a', '-oProxyCommand=x', 'a,-b', 'a b', 'a,', ',a', 'u@-b',
+                    '-u@b', 'a;b', '$(a)', 'a:b', 'a\n', '`a`@b', '@b']),
+    ('ssh_options', [None, [], 'a', 1, {'A': None}, {'A': []}, {1: 'a'}, {'-A': 'a'}, {'A b': 'a'},
+                     {'': 'a'}, {'A': 'b\nc'}, {'A': 'b"'}, {'A': 'b\\'}, {'A': '\0'},
+                     {'Host': '*'}, {'match': 'all'}, {'Include': 'x'}]),
+    ('workdir', [1, None, '', '-a', 'a', './a', '~a', '../a', '/a\nb', ['/a'], '$HOME/a']),
+    ('setup', [1, None, ['a'], {}, True, 'a\0b', '\ud800']),
+    ('env', [None, [], 'a', ['A=b'], {'A': None}, {'A': ['b']}, {'1A': 'b'}, {'A-B': 'c'},
+             {'A=B': 'c'}, {'': 'a'}, {1: 'a'}, {'A': 'b\0'}, {'A': '\udcff'}]),
+    ('gpus', [None, 1, '0', [None], ['0'], [-1], [0.5], [True], {}, {0: 1}]),
+    ('max_jobs', [None, 0, -1, '4', 1.5, True, [1]]),
+])
+def test_a_bad_value_is_named(home, key_, values):
+    for value in values:
+        values = {'name': 'a', 'ip': 'a', key_: value}
+        expected, _ = ssh_scheduler.machine_keys()[key_]
+        # escaped, as YAML itself takes some characters in no other way
+        text = '\n'.join(f'{name}: {json_like(values[name])}' for name in values)
+        line = list(values).index(key_) + 1
+        assert complaint(text) == (
+            f'lab1.yaml, line {line}: {key_} must be {expected}, not {value!r}.'), text
+
+
+def json_like(value):
+    """Return the value in YAML's flow style, in ASCII."""
+    if isinstance(value, dict):
+        return '{%s}' % ', '.join(f'{json_like(k)}: {json_like(v)}' for k, v in value.items())
+    if isinstance(value, list):
+        return f'[{", ".join(map(json_like, value))}]'
+    if isinstance(value, str):
+        return '"%s"' % ''.join(c if c.isascii() and c.isalnum() else f'\\u{ord(c):04x}'
+                                for c in value)
+    return 'null' if value is None else str(value).lower()
+
+
+@pytest.mark.parametrize(('text', 'expected'), [
+    ('ip: a\nprot: 22', "line 2: unknown key 'prot' (did you mean port?)."),
+    ('user: me\nip: a', "line 1: unknown key 'user' (did you mean username?)."),
+    ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
+    ('IP: a', "line 1: unknown key 'IP'."),
+    ('zebra: a', "line 1: unknown key 'zebra'."),
+    ('1: a', "line 1: unknown key '1'."),
+    ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
+    ('? [a, b]\n: c', 'line 1: a key must be a word.'),
+    ('? {a: b}\n: c', 'line 1: a key must be a word.'),
+    ('ip: a\nport: 1\nip: b', 'line 3: ip is there twice.'),
+    ('username: me\nport: 22', None),
+    ('ip: a\n b: c\n', 'line 2: this is not YAML: mapping values are not allowed here.'),
+    ('ip: [a', 'line 1: this is not YAML: '),
+    ('a\nb: c\n', 'line 2: this is not YAML: '),
+    ('ip: a\n\tport: 1', 'line 2: this is not YAML: found character '),
+    ('ip: *x', "line 1: this is not YAML: found undefined alias 'x'."),
+    ('ip: a\n---\nip: b', 'line 2: this is not YAML: but found another document.'),
+    ('ip: a\nname: \x01', 'line 2: there is a control character.'),
+    (b'ip: a\n\nname: \xe9', 'line 3: this is not UTF-8 text.'),
+    ('ip: a\nname: !!python/name:os.system x', 'line 2: name: could not determine a constructor'),
+    ('ip: a\nname: 2020-13-32', 'line 2: name: its value is not YAML.'),
+    ('ip: a\nport: !!int x', 'line 2: port: its value is not YAML.'),
+    ('ip: a\nport: !!bool x', 'line 2: port: its value is not YAML.'),
+    ('ip: a\nenv: &e {A: *e}', 'line 2: env: found unconstructable recursive node.'),
+    ('ip: a\nport: 1' + '0' * 300,
+     'line 2: port must be a number from 1 to 65535, not 1' + '0' * 199 + '.'),
+])
+def test_a_wrong_file_is_named_with_its_line(home, text, expected):
+    if expected is None:
+        assert complaint(text) == 'lab1.yaml: the key ip (host name or address) is missing.'
+    else:
+        assert complaint(text).startswith(f'lab1.yaml, {expected}')
+
+
+@pytest.mark.parametrize('text', ['', '\n# note\n', 'lab1', '- ip: a', '[]', 'null', '"ip: a"'])
+def test_a_file_that_is_no_mapping(home, text):
+    assert complaint(text) == 'lab1.yaml: a machine file has lines such as "ip: lab1".'
+
+
+@pytest.mark.parametrize('text', ['[' * 5000, 'ip: a\nname: ' + '{a: ' * 3000 + '}' * 3000],
+                         ids=['lists', 'mappings'])
+def test_a_file_that_is_nested_too_deeply(home, text):
+    assert complaint(text).startswith('lab1.yaml')
+
+
+def test_a_file_that_cannot_be_read(home):
+    os.mkdir('folder.yaml')
+    for name, reason in [('none.yaml', 'No such file or directory'),
+                         ('folder.yaml', 'Is a directory')]:
+        with pytest.raises(MachineFileError) as caught:
+            ssh_scheduler.read_machine_file(name, name)
+        assert str(caught.value) == f'{name}: cannot be read: {reason}.'
+
+
+# ---- Any text ----
+
+KEYS = st.sampled_from([*ssh_scheduler.machine_keys(), 'user', '<<', '? a'])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.dates()
+    | st.sampled_from(['a', '-a', '22', '*', '!!int x', '~/a', '&x', '2020-99-99', '0b', '1:99',
+                       '=', '!', '!!binary é', '!!timestamp x', '!!float y', '!!set {a}', '|']),
+    lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(max_size=3) | KEYS, value,
+                                                                max_size=3), max_leaves=5)
+DUMPED = st.dictionaries(KEYS | st.text(), VALUES, max_size=5).map(
+    lambda value: yaml.safe_dump(value, allow_unicode=True).encode('utf-8', 'replace'))
+WRITTEN = st.lists(st.tuples(KEYS, VALUES), max_size=5).map(
+    lambda pairs: '\n'.join(f'{key}: {value}' for key, value in pairs).encode('utf-8', 'replace'))
+BROKEN = st.tuples(DUMPED | WRITTEN, st.integers(0, 60), st.binary(max_size=2)).map(
+    lambda parts: parts[0][:parts[1]] + parts[2] + parts[0][parts[1]:])
+
+
+@ANY
+@given(data=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | DUMPED | WRITTEN
+       | BROKEN)
+@example(b'ip: a\nport: !!timestamp x')
+@example(b'ip: a\nport: 0b')
+@example(b'ip: a\nport: 1' + b'0' * 5000)
+@example(b'ip: a\nenv: {A: 1' + b'0' * 5000 + b'}')
+def test_any_file_is_a_machine_or_one_sentence(home, data):
+    try:
+        machine = read(data)
+    except MachineFileError as error:
+        sentence = str(error)
+        assert sentence.startswith('lab1.yaml') and sentence.endswith('.'), sentence
+        assert '\n' not in sentence and 'Node(' not in sentence
+    else:
+        assert machine.host and not machine.host.startswith('-')
+        assert all(isinstance(v, str) for pair in machine.env + machine.ssh_options for v in pair)
+        ssh_scheduler.request(machine.workdir, machine.setup, *map('='.join, machine.env))
+
+
+# ---- Finding a machine ----
+
+def test_a_file_is_found_as_given_with_yaml_and_in_the_home(home):
+    def found(word):
+        return ssh_scheduler.find_machine(word)
+
+    private = home / '.local' / 'var'
+    (private / 'lab1.yaml').write_text('ip: four')
+    assert (found('lab1').host, found('lab1').name) == ('four', 'lab1')
+    assert (found('lab1.yaml').host, found('lab1.yaml').name) == ('four', 'lab1.yaml')
+    (private / 'lab1').write_text('ip: three')
+    assert found('lab1').host == 'three'
+    with open('lab1.yaml', 'w') as file:
+        file.write('ip: two')
+    assert (found('lab1').host, found('lab1.yaml').host) == ('two', 'two')
+    with open('lab1', 'w') as file:
+        file.write('ip: one')
+    assert found('lab1').host == 'one'
+    assert found(str(private / 'lab1')).host == 'three'
+
+
+def test_a_folder_is_no_machine_file(home):
+    os.mkdir('lab1')
+    assert ssh_scheduler.find_machine('lab1') == Machine(name='lab1', host='lab1')
+
+
+def test_a_missing_file_is_named(home):
+    for word in ('lab1.yaml', 'a/lab1', './lab1', '/lab1.yml'):
+        with pytest.raises(MachineFileError) as caught:
+            ssh_scheduler.find_machine(word)
+        where = os.path.join(home, '.local/var', word)
+        assert str(caught.value) == f'there is no machine file {word}, nor {where}.'
+
+
+@pytest.mark.parametrize(('word', 'host', 'user', 'port'), [
+    ('lab1', 'lab1', None, None),
+    ('me@lab1', 'lab1', 'me', None),
+    ('me@lab1:2222', 'lab1', 'me', 2222),
+    ('lab1:22', 'lab1', None, 22),
+    ('lab1:65535', 'lab1', None, 65535),
+    ('[::1]:22', '::1', None, 22),
+    ('[::1]', '::1', None, None),
+    ('::1', '::1', None, None),
+    ('me@fe80::1%eth0', 'fe80::1%eth0', 'me', None),
+    ('me@[fe80::1%eth0]:22', 'fe80::1%eth0', 'me', 22),
+    ('me@uni.example@lab1', 'lab1', 'me@uni.example', None),
+])
+def test_a_name_is_a_machine_without_a_file(home, word, host, user, port):
+    machine = ssh_scheduler.find_machine(word)
+    assert machine == Machine(name=word, host=host, username=user, port=port)
+
+
+def test_this_machine_needs_no_ssh(home):
+    for word in ('localhost', ':'):
+        with open(word, 'w') as file:
+            file.write('ip: elsewhere')
+        machine = ssh_scheduler.find_machine(word)
+        assert machine == Machine(name=word) and machine.address == 'localhost'
+
+
+@pytest.mark.parametrize('word', [
+    '', '@', 'me@', '@lab1', '-lab1', 'me@-lab1', '-me@lab1', '-oProxyCommand=x', 'lab1:', 'lab1:0',
+    'lab1:65536', 'lab1:x', 'lab1:-1', 'lab1:٣', 'lab1:' + '1' * 5000, 'a b', 'me@a b', 'lab*',
+    'me:x@lab1', '[lab1', '[::1]:', '[]', ':22', 'é', '$(a)', 'a;b', '\x1b[m@lab1', 'lab1\n'])
+def test_a_word_that_names_no_machine(home, word):
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machine(word)
+    assert str(caught.value) == f'{word!r} is neither a machine file nor [user@]host[:port].'
+
+
+def test_machines_are_named_once(home):
+    machines = ssh_scheduler.find_machines(('b', 'a', 'localhost'))
+    assert [machine.name for machine in machines] == ['b', 'a', 'localhost']
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machines(('a', 'b', 'a'))
+    assert str(caught.value) == 'the machine a is named twice.'
+
+
+@pytest.mark.parametrize(('machine', 'address'), [
+    (Machine('a', 'h'), 'h'), (Machine('a', 'h', 'me'), 'me@h'),
+    (Machine('a', 'h', 'me', 22), 'me@h:22'), (Machine('a', '::1', None, 22), '::1:22'),
+    (Machine('localhost'), 'localhost')])
+def test_the_address_in_the_journal(machine, address):
+    assert machine.address == address
+
+
+# ---- Keys ----
+
+def key_complaint(path):
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.check_key(str(path), 'lab1.yaml')
+    where = f'lab1.yaml: the key {path}'
+    assert str(caught.value).startswith(where)
+    return str(caught.value)[len(where):]
+
+
+FORMATS = [('-t', 'ed25519'), ('-t', 'ecdsa'), ('-t', 'ecdsa', '-m', 'PEM'),
+           ('-t', 'rsa', '-b', '1024', '-m', 'PEM'), ('-t', 'ecdsa', '-m', 'PKCS8')]
+
+
+@pytest.mark.parametrize('options', FORMATS)
+def test_a_key_with_a_passphrase_is_refused(tmp_path, options):
+    open_key = keygen(tmp_path / 'open', *options, '-N', '')
+    ssh_scheduler.check_key(str(open_key), 'lab1.yaml')
+    locked = keygen(tmp_path / 'locked', *options, '-N', 'secret')
+    assert key_complaint(locked).startswith(' has a passphrase, which nobody could type here.')
+
+
+def test_a_missing_key_is_named(tmp_path):
+    assert key_complaint(tmp_path / 'none').startswith(
+        ' cannot be read: No such file or directory. Make one with ssh-keygen')
+    assert key_complaint(tmp_path).startswith(' cannot be read: Is a directory.')
+    assert key_complaint('/dev/null') == ' is not a file.'
+
+
+@pytest.mark.parametrize('mode', [0o640, 0o604, 0o610, 0o666, 0o602])
+def test_a_key_that_others_can_read_is_refused(tmp_path, key, mode):
+    path = tmp_path / 'key'
+    path.write_bytes(key.read_bytes())
+    path.chmod(mode)
+    assert key_complaint(path) == (
+        f' can be read by others, so ssh refuses it. Try: chmod 600 {path}')
+    path.chmod(0o400)
+    ssh_scheduler.check_key(str(path), 'lab1.yaml')
+
+
+def test_a_public_key_is_refused(tmp_path, key):
+    path = tmp_path / 'key'
+    for start in (None, 'ssh-rsa', 'ecdsa-sha2-nistp256', 'sk-ssh-ed25519@openssh.com',
+                  'sk-ecdsa-sha2-nistp256@openssh.com'):
+        text = key.with_name('key.pub').read_text()
+        path.write_text(text if start is None else f'{start} {text.partition(" ")[2]}')
+        path.chmod(0o600)
+        assert key_complaint(path) == (
+            ' is not a private key (this looks like the public key: leave out .pub).')
+    path.write_text('hello')
+    assert key_complaint(path) == ' is not a private key.'
+
+
+@ANY
+@given(body=st.binary(max_size=80))
+def test_a_broken_key_is_no_crash(body):
+    """ssh itself says what is wrong with it."""
+    ssh_scheduler.key_has_passphrase(b'-----BEGIN OPENSSH PRIVATE KEY-----\n' + body)
+
+
+def test_the_key_of_a_file_is_checked(home, key):
+    with pytest.raises(MachineFileError) as caught:
+        read('ip: a\nssh_key_path: ~/none')
+    assert str(caught.value).startswith(
+        f'lab1.yaml: the key {home}/none cannot be read: No such file')
+    os.symlink(key, 'key')
+    assert read('ip: a\nssh_key_path: key').ssh_key_path == 'key'
+
+
+# ---- What ssh makes of the configuration ----
+
+@pytest.fixture
+def ssh_sees(home, tmp_path):
+    """Return {option: value} that the real ssh reads in a Connection's configuration."""
+    def see(machine, alias=None, user_config=''):
+        connection = ssh_scheduler.Connection(machine, str(tmp_path), 7)
+        if user_config:
+            (tmp_path / 'user_config').write_text(user_config)
+            connection.user_configs = lambda: [str(tmp_path / 'user_config')]
+        with open(connection.config_path, 'w') as file:
+            file.write(connection.config())
+        done = subprocess.run(
+            ['ssh', '-G', '-F', connection.config_path, '--', alias or machine.host],
+            capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return dict(line.partition(' ')[::2] for line in done.stdout.splitlines())
+
+    return see
+
+
+FORCED = {
+    'requesttty': 'false', 'sessiontype': 'default', 'stdinnull': 'no',
+    'forkafterauthentication': 'no', 'permitlocalcommand': 'no', 'clearallforwardings': 'yes',
+    'forwardagent': 'no', 'forwardx11': 'no', 'tunnel': 'false', 'updatehostkeys': 'false',
+    'visualhostkey': 'no', 'controlpersist': 'no',
+}
+DEFAULTS = {
+    'batchmode': 'yes', 'numberofpasswordprompts': '0', 'stricthostkeychecking': 'accept-new',
+    'connecttimeout': '15', 'serveraliveinterval': '15', 'serveralivecountmax': '4',
+    'loglevel': 'ERROR',
+}
+MEDDLING = {
+    'RequestTTY': 'force', 'SessionType': 'none', 'StdinNull': 'yes', 'Tunnel': 'yes',
+    'ForkAfterAuthentication': 'yes', 'PermitLocalCommand': 'yes', 'ClearAllForwardings': 'no',
+    'ForwardAgent': 'yes', 'ForwardX11': 'yes', 'UpdateHostKeys': 'yes', 'VisualHostKey': 'yes',
+    'ControlPersist': 'yes', 'ControlMaster': 'no', 'ControlPath': '/elsewhere',
+    'RemoteCommand': 'false', 'EscapeChar': '!', 'LogLevel': 'DEBUG',
+}
+
+
+def forced_of(seen):
+    return {name: seen[name] for name in FORCED}
+
+
+def defaults_of(seen):
+    return {name: seen[name] for name in DEFAULTS}
+
+
+def test_ssh_reads_the_connection_of_a_machine(ssh_sees, tmp_path, key):
+    seen = ssh_sees(Machine('a', 'Lab1.example.org', 'me@uni', 2222, str(key), 'gate:22,inner'))
+    assert (seen['user'], seen['hostname'], seen['port']) == ('me@uni', 'lab1.example.org', '2222')
+    assert (seen['identityfile'], seen['identitiesonly']) == (str(key), 'yes')
+    assert (seen['proxyjump'], seen['controlmaster']) == ('gate:22,inner', 'true')
+    assert seen['controlpath'] == str(tmp_path / '7')
+    assert (forced_of(seen), defaults_of(seen)) == (FORCED, DEFAULTS)
+    assert 'remotecommand' not in seen
+
+
+def test_a_name_alone_leaves_the_rest_to_the_user_s_configuration(ssh_sees):
+    seen = ssh_sees(Machine('gpu', 'gpu'), user_config="""\
+User someone
+Host gpu
+  HostName gpu.example.org
+  Port 2200
+  IdentityFile /some/key
+  ProxyJump gate
+  ServerAliveCountMax 99
+""")
+    assert (seen['user'], seen['hostname'], seen['port']) == ('someone', 'gpu.example.org', '2200')
+    assert (seen['identityfile'], seen['proxyjump']) == ('/some/key', 'gate')
+    assert (forced_of(seen), defaults_of(seen)) == (FORCED, DEFAULTS)
+
+
+def test_the_user_s_configuration_cannot_change_what_is_forced(ssh_sees, tmp_path):
+    lines = [f'{name} {value}\n' for name, value in MEDDLING.items()]
+    for user_config in (''.join(lines), 'Host *\n' + ''.join(lines)):
+        seen = ssh_sees(Machine('a', 'a'), user_config=user_config)
+        assert (forced_of(seen), defaults_of(seen)) == (FORCED, DEFAULTS)
+        assert seen['controlpath'] == str(tmp_path / '7') and seen['controlmaster'] == 'true'
+        assert 'remotecommand' not in seen and seen['escapechar'] == 'none'
+
+
+def test_the_options_of_a_machine_cannot_change_what_is_forced(ssh_sees, tmp_path):
+    seen = ssh_sees(Machine('a', 'a', ssh_options=tuple(MEDDLING.items())))
+    assert forced_of(seen) == FORCED
+    assert seen['controlpath'] == str(tmp_path / '7') and seen['controlmaster'] == 'true'
+    assert 'remotecommand' not in seen and seen['escapechar'] == 'none'
+    assert seen['loglevel'] == 'DEBUG'          # which is a default only, and no one else's
+
+
+def test_the_machine_s_options_come_before_the_user_s(ssh_sees):
+    seen = ssh_sees(Machine('a', 'a', port=22, ssh_options=(('ConnectTimeout', '3'),)),
+                    user_config='Port 99\nConnectTimeout 99\nCompression yes\n')
+    assert (seen['port'], seen['connecttimeout'], seen['compression']) == ('22', '3', 'yes')
+
+
+def test_values_with_blanks_and_percents_survive(ssh_sees):
+    seen = ssh_sees(Machine(
+        'a', 'a', ssh_key_path='/the keys/100% mine', ssh_options=(
+            ('UserKnownHostsFile', '/a b/#known'), ('ProxyCommand', 'nc -x "a  b" %h %p # c'),
+            ('KnownHostsCommand', '/bin/my keys %H'), ('SetEnv', 'A=b c'))))
+    # a %% stands there for a %, and ssh -G shows it as it stands
+    assert seen['identityfile'] == '/the keys/100%% mine'
+    assert seen['userknownhostsfile'] == '/a b/#known'
+    assert seen['proxycommand'] == 'nc -x "a  b" %h %p # c'
+    assert seen['knownhostscommand'] == '/bin/my keys %H'
+    assert seen['setenv'] == 'A=b c'
+
+
+def test_a_proxy_jump_among_the_options(ssh_sees):
+    seen = ssh_sees(Machine('a', 'a', ssh_options=(('ProxyJump', 'me@gate:22,inner'),)))
+    assert seen['proxyjump'] == 'me@gate:22,inner'
+
+
+@pytest.mark.parametrize('host', ['::1', 'fe80::1%lo', '10.0.0.1', 'a_b'])
+def test_an_address_of_any_kind_has_its_options(ssh_sees, host):
+    seen = ssh_sees(Machine('a', host, 'me', 2222))
+    assert (seen['hostname'], seen['user'], seen['port']) == (host, 'me', '2222')
+
+
+def test_copies_go_through_the_master_or_not_at_all(ssh_sees, tmp_path):
+    machine = Machine('a', 'a', 'me', 2222, ssh_options=(('ProxyCommand', 'nc %h %p'),))
+    seen = ssh_sees(machine, ssh_scheduler.COPY_ALIAS,
+                    'ControlMaster auto\nControlPath none\nProxyJump gate\nHostName a\n')
+    assert seen['controlmaster'] == 'false'
+    assert seen['controlpath'] == str(tmp_path / '7')
+    refusal = subprocess.run(seen['proxycommand'], shell=True, capture_output=True, text=True)
+    assert (refusal.returncode, refusal.stderr) == (1, ssh_scheduler.NO_MASTER + '\n')
+    assert forced_of(seen) == FORCED and 'proxyjump' not in seen
+
+
+def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
+    """They stand in the configuration, so that no option and no shell can be made of them."""
+    machine = Machine('a', 'lab1', 'me', 2222, '/key', 'gate', (('Compression', 'yes'),))
+    connection = ssh_scheduler.Connection(machine, str(tmp_path), 7)
+    config = f'{tmp_path}/7.config'
+    run = f"exec bash -c '{connection.channel()[-1][14:-1]}'"
+    assert connection.channel() == ['ssh', '-F', config, '-T', '--', 'lab1', run]
+    assert connection.copy() == ['ssh', '-F', config, '-T', '--', ssh_scheduler.COPY_ALIAS,
+                                 connection.copy()[-1]]
+    assert re.fullmatch(r"exec bash -c '[^']+'", connection.channel()[-1])
+    argv = connection.rsync(['-x'], 'from', 'to', 'target')
+    assert argv[argv.index('-e') + 1] == f'ssh -F {config}'
+    assert argv[-3:] == ['--', 'from', f'{ssh_scheduler.COPY_ALIAS}:to']
+    assert connection.rsync([], 'from', 'to', 'source')[-2:] == [
+        f'{ssh_scheduler.COPY_ALIAS}:from', 'to']
+
+
+def test_this_machine_is_reached_by_bash_alone(tmp_path):
+    connection = ssh_scheduler.Connection(Machine('localhost'), str(tmp_path), 0)
+    assert connection.channel()[:2] == connection.copy()[:2] == ['bash', '-c']
+    argv = connection.rsync([], 'from', 'to', 'target')
+    assert argv[-3:] == ['--', 'from', 'to'] and '-e' not in argv
