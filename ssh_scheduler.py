@@ -3199,8 +3199,10 @@ class MachineRunner:
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
         check_job_name(job_name, 'queue_up')
-        stage = self._sender.prepare(Forwards(tuple(forward_loc), tuple(link_loc), tuple(exclude)))
-        backwards = None if backward_loc is None else tuple(backward_loc)
+        stage = self._sender.prepare(Forwards(
+            inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
+            tuple(exclude)))
+        backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
         self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus))
         self._start_queued()
 
