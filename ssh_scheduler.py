@@ -3573,6 +3573,7 @@ class Batch:
             if self._interrupts:
                 self._cancel()
         finally:
+            self._show_progress()
             self._report.end()
         self._check_books()
         return self._summary()
