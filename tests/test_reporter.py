@@ -1,0 +1,525 @@
+"""What a batch prints, in which order and where to; the scheduling, against runners that fake.
+
+A FakeRunner records what would start and ends what the test says (the idea is ninja's), so the real
+Batch is followed step by step without a process.  Below that, the program itself prints into a
+pipe and on a terminal.
+"""
+import collections
+import errno
+import fcntl
+import io
+import math
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+import rig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler as s
+
+# ---- A lab that obeys the test ----
+
+
+class Lab:
+    """A Batch on fake machines.  `steps` is a generator: each wait of the batch runs it on a bit.
+
+    It stands for the session and its processes, too.
+    """
+
+    def __init__(self, results, machines, text, words=(), path='example/batch_script.sh'):
+        self.out, self.err = io.StringIO(), io.StringIO()
+        self.results, self.processes = results, self
+        self.reporter = s.Reporter(out=self.out, err=self.err)
+        self.runners = [FakeRunner(name, capacity, results)
+                        for name, capacity in machines.items()]
+        options = s.read_options(s.EXECUTE_BATCH_USAGE, ['--machines', *machines, *words, path])
+        self.jobs = s.read_jobs(path, text, options, self.reporter.warning)
+        self.batch = s.Batch(self.jobs, self.runners, self, self.reporter,
+                             s.read_allocation(options))
+        self.steps = iter(())
+
+    def run(self, steps=()):
+        """What run_batch does; return the exit status."""
+        warnings = self.batch.plan()
+        self.batch.connect(None)
+        for runner in self.runners:
+            runner.become_ready()
+        self.batch.settle()
+        self.batch.announce()
+        for warning in warnings:
+            self.reporter.line(warning)
+        self.steps = iter(steps)
+        return self.batch.run()
+
+    def wait(self, timeout_s=None):
+        try:
+            next(self.steps)
+        except StopIteration:
+            pytest.fail(f'the batch waits for ever; it said\n{self.out.getvalue()}')
+
+    def call_later(self, delay_s, function):
+        pass
+
+    @property
+    def running(self):
+        return [(runner, order) for runner in self.runners for order in runner.orders.values()]
+
+    def started(self):
+        """Tell that all has started that was asked for."""
+        for runner, order in self.running:
+            if not order.started:
+                order.started = True
+                runner.signal('started', order.name)
+
+    def end(self, name, exit_code=0):
+        """End the job whose name ends so."""
+        runner, order = next((runner, order) for runner, order in self.running
+                             if order.name.endswith(name))
+        del runner.orders[order.name]
+        runner.ended[order.name] = s.JobResult(order.name, runner.name, exit_code, 0.1)
+        self.results.ended(order.name, exit_code, 0.1)
+        self.results.commit(order.name, {'out': b'', 'err': b''}, None, False)
+        runner.signal('ended', order.name)
+        runner.signal('collected', order.name)
+
+
+class Order:
+    """What queue_up was given."""
+
+    def __init__(self, command, name, gpus):
+        self.command, self.name, self.gpus, self.started = command, name, gpus, False
+
+
+class FakeRunner:
+    """Has the methods of a MachineRunner that a Batch calls."""
+
+    def __init__(self, name, capacity, results):
+        self.name, self.capacity, self.results = name, capacity, results
+        self.machine = s.Machine(name, host=name)
+        self.state, self.ended = 'new', {}
+        self.orders = {}                    # name -> Order, those that run
+        self.history = []                   # names in the order of queue_up
+        self._callbacks = collections.defaultdict(list)
+
+    def register(self, event, callback):
+        self._callbacks[event].append(callback)
+
+    def register_started(self, callback):
+        self.register('started', callback)
+
+    def register_ended(self, callback):
+        self.register('ended', callback)
+
+    def signal(self, event, *words):
+        for callback in self._callbacks[event]:
+            callback(*words)
+
+    def connect(self, want_gpus):
+        self.state = 'connecting'
+
+    def prepare(self, forwards):
+        pass
+
+    def probe(self):
+        pass
+
+    def become_ready(self):
+        self.state = 'ready'
+        self.signal('ready')
+
+    def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
+                 attempt):
+        self.results.claimed(job_name, attempt, self.machine.address, gpus, command)
+        self.orders[job_name] = Order(command, job_name, gpus)
+        self.history.append(job_name)
+
+    def fail(self, why):
+        """The connection breaks."""
+        self.state = 'failed'
+        self.signal('failed', why)
+        self.orders = {}
+
+    @property
+    def running(self):
+        return list(self.orders)
+
+    @property
+    def unfinished(self):
+        return list(self.orders)
+
+    @property
+    def busy(self):
+        return bool(self.orders)
+
+
+@pytest.fixture
+def results(project):
+    with_lock = s.ResultStore('job_results').open()
+    yield with_lock
+    with_lock.close()
+
+
+GPUS = (s.Gpu(0, 16000), s.Gpu(1, 16000))
+TWO_GPUS = s.Capacity(cores=16, memory_mb=32000, gpus=GPUS)
+NO_GPUS = s.Capacity(cores=8, memory_mb=16000, total_cores=8, gpu_trouble='has no GPU')
+
+
+# ---- The spec's sample ----
+
+# Its step 5, without the remarks.  There the warning names line 3, which then starts all the same;
+# here it is a fifth line that has its results.
+SAMPLE = '''\
+machine limits:  {'my_machine.yaml': 2}
+machine gpu choices: [[0, 1]]
+WARNING: job results already exists for line 5, skipping evaluation: delete if you wish to rerun
+started: example_batch_script.sh.1;  export CUDA_VISIBLE_DEVICES=0 && echo "one job"
+started: example_batch_script.sh.2;  export CUDA_VISIBLE_DEVICES=1 && echo "jobs will tell you if \
+they fail" && exit 1
+finished: example_batch_script.sh.1; echo "one job"
+started: example_batch_script.sh.3;  export CUDA_VISIBLE_DEVICES=0 && echo "another job" && echo \
+"a combined job (bash syntax applies)"
+failed: example_batch_script.sh.2; echo "jobs will tell you if they fail" && exit 1
+started: example_batch_script.sh.4;  export CUDA_VISIBLE_DEVICES=1 && bash local.sh && echo "you \
+can also call local files because they are copied by the remote by the default value of \
+--copy-forwards"
+finished: example_batch_script.sh.3; echo "another job" && echo "a combined job (bash syntax \
+applies)"
+failed: example_batch_script.sh.4; bash local.sh && echo "you can also call local files because \
+they are copied by the remote by the default value of --copy-forwards"
+'''
+LINES = '''\
+echo "one job"
+echo "jobs will tell you if they fail" && exit 1
+echo "another job" && echo "a combined job (bash syntax applies)"
+bash local.sh && echo "you can also call local files because they are copied by the remote by the \
+default value of --copy-forwards"
+echo "done before"
+'''
+
+
+def test_the_sample_of_the_spec(results, project):
+    (project / 'job_results/example_batch_script.sh.5.out').write_text('done before\n')
+    lab = Lab(results, {'my_machine.yaml': TWO_GPUS}, LINES, ['--memory-required=2000'])
+
+    def steps():
+        lab.started()
+        lab.end('.1')
+        yield
+        lab.started()
+        lab.end('.2', 1)
+        yield
+        lab.started()
+        lab.end('.3')
+        yield
+        lab.end('.4', 127)
+        yield
+
+    status = lab.run(steps())
+    sample, rest = lab.out.getvalue()[:len(SAMPLE)], lab.out.getvalue()[len(SAMPLE):]
+    assert sample == SAMPLE
+    assert re.sub(r'\d+\.\d s', 'N s', rest) == '''\
+done: 5 jobs: 2 finished, 2 failed, 1 skipped, N s
+example_batch_script.sh.2: exit code 1 on my_machine.yaml, see \
+job_results/example_batch_script.sh.2.err
+example_batch_script.sh.4: exit code 127 on my_machine.yaml, see \
+job_results/example_batch_script.sh.4.err
+'''
+    assert (status, lab.err.getvalue()) == (1, '')
+
+
+def test_a_command_that_changed_is_skipped_with_a_warning_that_says_so(results):
+    first = Lab(results, {'m': NO_GPUS}, 'echo old\n', ['--no-gpu-required'])
+
+    def steps(lab):
+        lab.started()
+        lab.end('.1')
+        yield
+
+    assert first.run(steps(first)) == 0
+    second = Lab(results, {'m': NO_GPUS}, 'echo new\necho more\n', ['--no-gpu-required'])
+
+    def more():
+        second.started()
+        second.end('.2')
+        yield
+
+    assert second.run(more()) == 0
+    assert ('WARNING: job results already exists for line 1, made by another command, skipping '
+            'evaluation: delete if you wish to rerun\n') in second.out.getvalue()
+    assert second.runners[0].history == ['example_batch_script.sh.2']
+
+
+@pytest.mark.parametrize('words, prefix', [
+    (['--no-gpu-required'], ''), (['--reserve'], ''),
+    ([], 'export CUDA_VISIBLE_DEVICES=0 && ')])
+def test_cuda_visible_devices_is_shown_where_it_is_set(results, words, prefix):
+    lab = Lab(results, {'m': TWO_GPUS}, 'true\n', words)
+
+    def steps():
+        lab.started()
+        lab.end('.1')
+        yield
+
+    assert lab.run(steps()) == 0
+    assert f'started: example_batch_script.sh.1;  {prefix}true\n' in lab.out.getvalue()
+
+
+def test_a_command_of_many_lines_or_with_escapes_is_one_plain_line(results):
+    lab = Lab(results, {'m': NO_GPUS}, 'echo a \\\n  b \x1b[31m \x07é\n', ['--no-gpu-required'])
+
+    def steps():
+        lab.started()
+        lab.end('.1')
+        yield
+
+    lab.run(steps())
+    assert 'finished: example_batch_script.sh.1; echo a    b \\x1b[31m \\x07é\n' in (
+        lab.out.getvalue())
+
+
+# ---- Placement ----
+
+def test_lines_start_in_their_order(results):
+    lab = Lab(results, {'m': NO_GPUS}, 'true\n' * 30, ['--no-gpu-required', '--memory-required=1'])
+
+    def steps():
+        while True:
+            lab.started()
+            lab.end(lab.running[0][1].name)
+            yield
+
+    assert lab.run(steps()) == 0
+    assert lab.runners[0].history == [job.name for job in lab.jobs]
+
+
+def test_jobs_are_spread_over_the_machines(results):
+    lab = Lab(results, {'a': NO_GPUS, 'b': NO_GPUS}, 'true\n' * 4, ['--no-gpu-required'])
+
+    def steps():
+        assert [len(runner.orders) for runner in lab.runners] == [2, 2]
+        for number in range(1, 5):
+            lab.end(f'.{number}')
+        yield
+
+    assert lab.run(steps()) == 0
+
+
+PARTIAL = 'execute_remote --job-name {name} --no-gpu-required {options} true'
+options_of_a_job = st.one_of(
+    st.builds('--num-cpus={} --memory-required={}'.format, st.sampled_from([0.5, 1, 2, 4]),
+              st.sampled_from([10, 500, 1000])),
+    st.just('--reserve'))
+capacities = st.builds(
+    lambda cores, memory_mb: s.Capacity(cores, memory_mb, total_cores=8.0),
+    st.sampled_from([0.0, 3.5, 8.0]), st.sampled_from([1000, 4000]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(options_of_a_job, min_size=1, max_size=15), st.lists(
+    capacities, min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options, machines, chance):
+    """Whatever ends when; and each job runs once, and no machine is ever promised too much."""
+    folder = tmp_path_factory.mktemp('batch')
+    results = s.ResultStore(str(folder / 'job_results')).open()
+    text = ''.join(PARTIAL.format(name=f'job{n}', options=words) + '\n'
+                   for n, words in enumerate(options))
+    lab = Lab(results, {f'm{n}': capacity for n, capacity in enumerate(machines)}, text,
+              ['--no-gpu-required', '--memory-required=10'])
+    wanted = {job.name: job.allocation for job in lab.jobs}
+
+    def steps():
+        while True:
+            lab.started()
+            seen = {name for runner in lab.runners for name in runner.history}
+            for runner in lab.runners:
+                own = s.MachineResources(runner.capacity)
+                for name in runner.orders:
+                    own.allocate(wanted[name])      # raises where it was promised too much
+                assert all(own.score(wanted[name]) == -math.inf for name in set(wanted) - seen)
+            lab.end(chance.choice([order.name for _, order in lab.running]))
+            yield
+
+    try:
+        assert lab.run(steps()) == 0
+    finally:
+        results.close()
+    done = [name for runner in lab.runners for name in runner.history]
+    assert sorted(done) == sorted(wanted)
+
+
+def test_an_impossible_job_is_an_error_before_anything_starts(results):
+    text = ('true\nexecute_remote --memory-required=64000 true\n'
+            'execute_remote --memory-required=64000 false\n')
+    lab = Lab(results, {'a': NO_GPUS, 'b': TWO_GPUS}, text, ['--no-gpu-required'])
+    with pytest.raises(s.DoesNotFit) as error:
+        lab.run()
+    assert str(error.value) == (
+        'line 2 (and 1 more line) needs 1 core and 64000 MB of memory, and no machine has that '
+        'free: a has 16000 MB of memory free; b has 32000 MB of memory free.')
+    assert [runner.history for runner in lab.runners] == [[], []]
+    assert results.jobs == {}
+
+
+@pytest.mark.parametrize('words, why', [
+    ([], "a has no GPU. For jobs that need no GPU: --no-gpu-required"),
+    (['--no-gpu-required', '--num-cpus=9'], 'a has 8.0 of 8 cores free.')])
+def test_the_error_of_an_impossible_job_names_the_way_out(results, words, why):
+    lab = Lab(results, {'a': NO_GPUS}, 'true\n', words)
+    with pytest.raises(s.DoesNotFit, match=re.escape(why)):
+        lab.run()
+
+
+def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(results):
+    lab = Lab(results, {'a': NO_GPUS, 'b': NO_GPUS}, 'true\n' * 3,
+              ['--no-gpu-required', '--memory-required=9000'])
+
+    def steps():
+        lab.started()
+        lab.runners[0].fail('the connection broke')
+        yield
+        lab.end('.2')
+        yield
+        lab.started()
+        lab.end('.3')
+        yield
+
+    assert lab.run(steps()) == 1
+    assert lab.err.getvalue() == ('a: lost contact (1 job may go on there): the connection '
+                                  'broke.\n')
+    assert lab.runners[1].history == ['example_batch_script.sh.2', 'example_batch_script.sh.3']
+    assert 'done: 3 jobs: 2 finished, 0 failed, 1 not collected, ' in lab.out.getvalue()
+
+
+# ---- Where it is printed to ----
+
+JOB = s.Job('name', 'command', 1, s.Allocation(), s.Forwards())
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader is gone: `| head`."""
+
+    def __init__(self, fd):
+        super().__init__()
+        self.fileno = lambda: fd
+
+    def flush(self):
+        raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+
+def test_a_closed_pipe_does_not_stop_a_batch(tmp_path):
+    with open(tmp_path / 'file', 'w') as file:
+        reporter = s.Reporter(out=Closed(file.fileno()))
+        reporter.ended(JOB, 0)
+        assert os.readlink(f'/proc/self/fd/{file.fileno()}') == os.devnull
+
+
+def test_an_ascii_terminal_gets_ascii():
+    out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    s.Reporter(out=out).ended(JOB._replace(command='echo é'), 0)
+    assert out.buffer.getvalue() == b'finished: name; echo \\xe9\n'
+
+
+def test_diagnostics_and_events_have_a_stream_each():
+    out, err = io.StringIO(), io.StringIO()
+    for verbose in (False, True):
+        reporter = s.Reporter(verbose, out, err)
+        reporter.line('event')
+        reporter.note('note')
+        reporter.warning('warning')
+        reporter.trace('trace')
+    assert out.getvalue() == 'event\n' * 2
+    assert err.getvalue() == 'note\nWARNING: warning\n' * 2 + 'trace\n'
+
+
+BATCH = ('true\n' * 5 + 'echo out; echo err >&2; false\n', [
+    *(f'finished: batch.sh.{n}; true' for n in range(1, 6)),
+    'failed: batch.sh.6; echo out; echo err >&2; false'])
+WORDS = ('execute_batch', 'batch.sh', '--no-gpu-required', '--memory-required=1',
+         '--copy-forwards', '--machines', 'localhost')
+
+
+def test_a_pipe_gets_plain_lines_only(run_cli, project):
+    (project / 'batch.sh').write_text(BATCH[0])
+    done = run_cli(*WORDS)
+    assert (done.returncode, done.stderr) == (1, '')
+    assert sorted(line for line in done.stdout.splitlines() if line in BATCH[1]) == sorted(BATCH[1])
+    assert not re.search(r'[^\n -~]', done.stdout)
+    for line in done.stdout.splitlines():
+        assert re.match(r'machine |started: |finished: |failed: |done: |batch\.sh\.6: ', line)
+
+
+def on_a_terminal(scheduler, env, stdout=None):
+    """Run the batch on a terminal of its own; return (status, what was written to it)."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
+    try:
+        process = subprocess.Popen([sys.executable, scheduler, *WORDS], env=env, stdin=follower,
+                                   stdout=stdout or follower, stderr=follower,
+                                   start_new_session=True)
+    finally:
+        os.close(follower)
+    written = b''
+    try:
+        while rig.wait_readable(leader):
+            try:
+                written += os.read(leader, 4096)
+            except OSError as error:        # how Linux says that nobody holds the other end
+                assert error.errno == errno.EIO
+                break
+        else:
+            pytest.fail(f'silent after {written}')
+        return process.wait(rig.SAFETY_NET_S), written.decode()
+    finally:
+        os.close(leader)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def screen_lines(written):
+    """The lines as a terminal shows them: what follows a carriage return is written over."""
+    for line in written.replace('\r\n', '\n').split('\n'):
+        shown = ''
+        for part in line.split('\r'):
+            part = re.sub(r'\x1b\[[A-Z]', '', part)
+            shown = part + shown[len(part):]
+        yield shown.rstrip()
+
+
+def test_a_terminal_has_a_bar_below_whole_lines(scheduler, project, client_env):
+    (project / 'batch.sh').write_text(BATCH[0])
+    status, written = on_a_terminal(scheduler, client_env)
+    lines = list(screen_lines(written))
+    assert status == 1
+    assert sorted(line for line in lines if line in BATCH[1]) == sorted(BATCH[1])
+    assert len([line for line in lines if line.startswith('started: batch.sh.')]) == 6
+    bars = re.findall(r'\d+%\|[^\r\n]*', written)
+    assert '5 finished, 1 failed, 0 running, 0 waiting' in bars[-1]
+    assert '6/6' in bars[-1] and '0/6' in bars[0]
+    assert [line for line in lines if line.startswith('done: 6 jobs: 5 finished, 1 failed, ')]
+
+
+def test_a_terminal_for_diagnostics_alone_has_no_bar(scheduler, project, client_env):
+    (project / 'batch.sh').write_text(BATCH[0])
+    with open(project / 'out', 'wb') as out:
+        status, written = on_a_terminal(scheduler, client_env, stdout=out)
+    assert (status, written) == (1, '')
+    assert set(BATCH[1]) <= set((project / 'out').read_text().splitlines())
+
+
+def test_without_tqdm_there_is_no_bar_and_no_trouble(scheduler, project, client_env, tmp_path):
+    (tmp_path / 'blocked').mkdir()
+    (tmp_path / 'blocked/tqdm.py').write_text("raise ImportError('blocked')\n")
+    (project / 'batch.sh').write_text(BATCH[0])
+    env = {**client_env, 'PYTHONPATH': str(tmp_path / 'blocked')}
+    status, written = on_a_terminal(scheduler, env)
+    assert status == 1
+    assert set(BATCH[1]) <= set(screen_lines(written))
+    assert '%|' not in written and 'tqdm' not in written
