@@ -1694,6 +1694,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
     for path; do
       [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
       ln -s -- "$stage/link/$path" "$stage/copy/$path"
+      linked["$id ./$path"]=1
     done
     (cd -- "$stage/copy" && listing .) >"$stage/list"
   } || { tell stage_failed "$id" "$(tail -n 1 "$run/log")"; return; }
@@ -1731,6 +1732,7 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
     (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
     kind=${entry%% *}
     path=./${entry#*./}
+    [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
     case $kind in
       [fdl]) printf '+%s\0' "$path" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
@@ -1932,7 +1934,7 @@ main() {
   local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
   local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
   local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
-  local -A sent
+  local -A sent linked
 
   for field in token workdir project setup want_gpus count; do
     IFS= read -rd '' "$field" || return
