@@ -1285,6 +1285,14 @@ def padded_file(file, size):
     yield bytes(-size % 512)
 
 
+def mtime_ns(member):
+    """Return the time of change of a member of an archive; tarfile itself has it as a float."""
+    match = re.fullmatch(r'(\d{1,11})(?:\.(\d{1,9})\d*)?', member.pax_headers.get('mtime', ''))
+    if not match:
+        return int(member.mtime) * 10**9
+    return int(match[1]) * 10**9 + int((match[2] or '0').ljust(9, '0'))
+
+
 def unpack_archive(path, folder):
     """Extract the tar file at `path` into `folder`, which is empty; return what was refused.
 
@@ -1306,12 +1314,15 @@ def unpack_archive(path, folder):
                 refused.append(member.name)
                 continue
             target = os.path.join(parent, parts[-1])
-            times = (int(member.mtime * 10**9),) * 2
+            times = (mtime_ns(member),) * 2
             if member.isdir():
                 os.makedirs(target, exist_ok=True)
                 folders.append((target, member.mode & 0o777, times))
+            elif os.path.lexists(target):
+                continue        # named twice
             elif member.issym():
                 os.symlink(member.linkname, target)
+                os.utime(target, ns=times, follow_symlinks=False)
             else:
                 with open(target, 'xb') as out, tar.extractfile(member) as data:
                     while True:
@@ -2065,7 +2076,8 @@ main() {                    # stdin: token, folder, paths that end with NUL
   local token folder
   IFS= read -rd '' token && IFS= read -rd '' folder || return
   printf '\n%s\n' "$token"
-  exec tar -c -f - -C "$folder" --null --no-recursion -T -
+  exec tar -c -f - --format=posix --pax-option=delete=atime,delete=ctime --hard-dereference \
+    -C "$folder" --null --no-recursion -T -
 }
 main
 '''
