@@ -2544,7 +2544,9 @@ class ResultStore:
     def _apply(self, event):
         if event['event'] == 'claimed':
             self.jobs[event['job']] = {'command': event['command'], 'machine': event['machine'],
-                                       'attempt': event['attempt'], 'state': 'claimed'}
+                                       'attempt': event['attempt'], 'state': 'claimed',
+                                       # the streams that an earlier run began are ours
+                                       'resumed': self.jobs.get(event['job'], {}).get('resumed')}
         else:
             self.jobs[event['job']]['state'] = event['event']
 
