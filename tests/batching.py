@@ -117,7 +117,7 @@ class Gate:
             return
 
 
-def eventually(test, what):
+def wait_until(test, what):
     """Wait until test() is true: for what nothing tells us, such as a file that grows."""
     limit = time.monotonic() + rig.SAFETY_NET_S
     while not test():
