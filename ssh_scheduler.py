@@ -2254,7 +2254,7 @@ class Processes:
             stream = process.reads.pop(fd)
             self._selector.unregister(stream)
             stream.close()
-        elif fd == process.popen.stdout.fileno():
+        elif process.reads[fd] is process.popen.stdout:     # which may be closed before stderr is
             process.on_output(data)
         else:
             process.complaint += data
