@@ -18,15 +18,17 @@ RESULTS = Path('job_results')
 class Batches:
     """Runs batches in the current folder: batches.run(lines, machines, *options)."""
 
-    def __init__(self, run_cli, start_cli):
-        self._run_cli, self._start_cli = run_cli, start_cli
+    def __init__(self, run_cli, start_cli, env=None):
+        self._run_cli, self._start_cli, self._env = run_cli, start_cli, env
 
     def run(self, lines, machines, *options, **settings):
         """Run the batch to its end."""
+        settings.setdefault('env', self._env)
         return self._run_cli(*argv_of(lines, machines, options), **settings)
 
     def start(self, lines, machines, *options, **settings):
         """Start it, and return its Follower."""
+        settings.setdefault('env', self._env)
         return Follower(self._start_cli(*argv_of(lines, machines, options), **settings))
 
 

@@ -1,0 +1,265 @@
+"""The program is interrupted or killed: no job is left behind, none is run twice or forgotten."""
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import rig
+from batching import (
+    NO_GPU,
+    RESULTS,
+    Batches,
+    Gate,
+    assert_clean,
+    places,
+    result,
+    tree_of,
+    wait_until,
+)
+
+
+@pytest.fixture
+def batches(run_cli, start_cli, project, lab1):
+    """localhost, too, has room for a few jobs, even while these tests take all processors."""
+    return Batches(run_cli, start_cli, env={'SSH_SCHEDULER_PROC': str(lab1.proc)})
+
+
+@pytest.fixture
+def outside():
+    """A folder that is the same for all machines and accounts: for a ledger and gates."""
+    folder = rig.temporary_folder('outside', mode=0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def gate(outside):
+    return Gate(outside / 'gate')
+
+
+@pytest.fixture
+def ledger(outside):
+    file = outside / 'ledger'
+    file.touch()
+    return file
+
+
+@pytest.fixture(params=['ssh', 'localhost'])
+def machine(request, lab):
+    return lab() if request.param == 'ssh' else 'localhost'
+
+
+def wrote(ledger, *lines):
+    """Wait until the ledger has these lines."""
+    wait_until(lambda: not Counter(lines) - Counter(ledger.read_text().splitlines()), lines)
+
+
+def jobs_left(machine, client_home):
+    """What runs of jobs over there."""
+    if machine == 'localhost':
+        pids = [(pid, rig.cmdline(pid)) for pid in rig.knowing(client_home)]
+    else:
+        pids = machine.processes()
+    return [(pid, line) for pid, line in pids
+            if b'SSH_SCHEDULER_JOB=' in rig.read_proc(pid, 'environ')]
+
+
+# ---- Interrupted: the jobs end ----
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_jobs(batches, machine, ledger, outside, client_home, number):
+    go = outside / 'go'
+    lines = [f'echo {{}} >>{ledger}; [ -e {go} ] || {{{{ echo begun; {{}}; }}}}; echo end'] * 4
+    how = ['sleep 1000', 'sleep 1000 & sleep 1001 & wait', 'bash -c "sleep 1000; true"',
+           'python3 -c "import time; time.sleep(1000)"']
+    lines = [line.format(n, what) for n, (line, what) in enumerate(zip(lines, how), 2)]
+    lines = [f'echo 1 >>{ledger}', *lines, f'echo 6 >>{ledger}']
+    batch = batches.start(lines, [machine], '--num-cpus=3', *NO_GPU)    # 4 at a time
+    batch.until('finished: batch.sh.1')
+    wrote(ledger, *'12345')
+    began = time.monotonic()
+    os.killpg(batch.process.pid, number)        # as a terminal does
+    done = batch.end()
+    assert time.monotonic() - began < 10
+    assert done.returncode == 130
+    assert 'Traceback' not in done.stderr and 'could not be confirmed' not in done.stderr
+    assert done.stdout.splitlines()[-1].startswith('interrupted: 6 jobs: 1 finished, 0 failed')
+    assert jobs_left(machine, client_home) == []
+    assert result('batch.sh.1') == b''
+    assert sorted(path.name for path in RESULTS.glob('batch*')) == [
+        'batch.sh.1', 'batch.sh.1.err', 'batch.sh.1.out']
+
+    go.touch()
+    again = batches.run(None, [machine], '--num-cpus=3', *NO_GPU)
+    assert again.returncode == 0, again.stderr
+    assert all(result(f'batch.sh.{n}') == b'end\n' for n in range(2, 6))
+    assert Counter(ledger.read_text().split()) == Counter('1223344556')
+    assert again.stdout.count('started: ') == 5
+    if machine != 'localhost':
+        assert_clean(machine)
+
+
+def test_a_job_that_ignores_signals_is_killed(batches, lab, ledger, client_home):
+    machine = lab()
+    lines = [f'trap "echo term >>{ledger}" TERM; trap "" INT HUP; echo start >>{ledger}; '
+             'while :; do sleep 1000; done',
+             f'(trap "" TERM INT HUP; echo start >>{ledger}; sleep 1000; sleep 1000) & wait']
+    batch = batches.start(lines, [machine], *NO_GPU)
+    batch.until('started: batch.sh.2')
+    wrote(ledger, 'start', 'start')
+    batch.process.send_signal(signal.SIGINT)
+    done = batch.end()
+    assert (done.returncode, done.stderr.count('Traceback')) == (130, 0)
+    assert 'could not be confirmed' not in done.stderr
+    assert jobs_left(machine, client_home) == []
+    assert 'term' in ledger.read_text().split()
+
+
+def test_a_job_may_tidy_up_when_it_is_told_to_end(batches, lab, ledger):
+    lines = [f'trap "echo tidy >>{ledger}; exit" TERM; echo start >>{ledger}; sleep 1000 & wait']
+    batch = batches.start(lines, [lab()], *NO_GPU)
+    wrote(ledger, 'start')
+    batch.process.send_signal(signal.SIGTERM)
+    assert batch.end().returncode == 130
+    assert ledger.read_text().split() == ['start', 'tidy']
+
+
+def test_results_on_their_way_when_it_is_interrupted_are_not_lost(batches, lab, ledger, gate):
+    lines = [f'echo 1 >>{ledger}; echo done >made', f'echo 2 >>{ledger}; {gate.wait("never")}']
+    machine = lab()
+    batch = batches.start(lines, [machine], *NO_GPU)
+    batch.until('finished: batch.sh.1')
+    batch.process.send_signal(signal.SIGINT)
+    assert batch.end().returncode == 130
+    batch = batches.start(None, [machine], *NO_GPU)
+    gate.open('never')
+    assert batch.end().returncode == 0
+    assert (RESULTS / 'batch.sh.1/made').read_text() == 'done\n'
+    assert Counter(ledger.read_text().split())['1'] == 1
+    assert_clean(machine)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_it_connects(batches, lab, number, client_home):
+    machine = lab()
+    machine.freeze()
+    batch = batches.start(['true'], [machine], *NO_GPU)
+    wait_until(lambda: any('ssh -F' in rig.cmdline(pid) for pid in rig.knowing(client_home)),
+               'an ssh that waits')
+    batch.process.send_signal(number)
+    done = batch.end()
+    assert (done.returncode, done.stdout, done.stderr.count('Traceback')) == (130, '', 0)
+    assert not list(RESULTS.glob('batch*'))
+    assert not list((client_home / 'tmp').iterdir())
+    machine.thaw()
+
+
+# ---- Killed: the jobs go on, and the same command finds them ----
+
+def kill(batch):
+    batch.process.kill()
+    return batch.end()
+
+
+@pytest.mark.parametrize('when', ['it still runs', 'it has ended'])
+def test_a_job_survives_the_program_and_is_collected_once(batches, machine, project, ledger, gate,
+                                                          client_home, when):
+    (project / 'data').write_bytes(bytes(300_000))
+    lines = [f'echo start >>{ledger}; echo out; {gate.wait("a")}; wc -c <data; echo made >made; '
+             f'echo end >>{ledger}', f'echo other >>{ledger}']
+    batch = batches.start(lines, [machine], *NO_GPU)
+    out = RESULTS / 'batch.sh.1.out'
+    batch.until('finished: batch.sh.2')
+    wait_until(lambda: out.exists() and out.read_bytes() == b'out\n', 'the first line')
+    kill(batch)
+    assert len(jobs_left(machine, client_home)) >= 1
+
+    if when == 'it has ended':
+        gate.open('a')
+        wrote(ledger, 'end')
+        wait_until(lambda: not jobs_left(machine, client_home), 'the end of the job')
+        done = batches.run(None, [machine], *NO_GPU)
+    else:
+        batch = batches.start(None, [machine], *NO_GPU)
+        batch.until('started: batch.sh.1')
+        gate.open('a')
+        done = batch.end()
+    assert (done.returncode, done.stderr.count('Traceback')) == (0, 0), done.stderr
+    assert 'finished: batch.sh.1; ' in done.stdout
+    assert Counter(ledger.read_text().split()) == Counter(['start', 'end', 'other'])
+    assert result('batch.sh.1') == b'out\n300000\n'
+    assert tree_of(RESULTS / 'batch.sh.1').keys() == {b'made'}
+    home = client_home if machine == 'localhost' else machine.home
+    assert not list(home.glob('.ssh_scheduler/*/jobs/batch.sh.1*')), places(home)
+    assert batches.run(None, [machine], *NO_GPU).stdout.count('WARNING') == 2
+
+
+def test_a_failure_of_a_job_that_outlived_the_program(batches, lab, ledger, gate):
+    machine = lab()
+    batch = batches.start([f'echo 1 >>{ledger}; {gate.wait("a")}; exit 77'], [machine], *NO_GPU)
+    wrote(ledger, '1')
+    kill(batch)
+    gate.open('a')
+    done = batches.run(None, [machine], *NO_GPU)
+    assert done.returncode == 1
+    assert 'batch.sh.1: exit code 77' in done.stdout
+    assert ledger.read_text() == '1\n'
+
+
+def test_what_runs_elsewhere_is_not_started_again(batches, lab, lab1, ledger, gate):
+    machine = lab()
+    lines = [f'echo 1 >>{ledger}; {gate.wait("a")}; echo end >>{ledger}', 'echo 2']
+    batch = batches.start(lines, [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2')
+    kill(batch)
+    done = batches.run(None, [lab1], *NO_GPU)
+    assert done.returncode == 1
+    assert f'line 1 was started on ben@127.0.0.1:{machine.port}' in done.stdout
+    assert ledger.read_text() == '1\n'
+    gate.open('a')
+    wrote(ledger, 'end')
+    both = batches.run(None, [lab1, machine], *NO_GPU)
+    assert (both.returncode, ledger.read_text()) == (0, '1\nend\n')
+
+
+@pytest.mark.parametrize('lines_before', [1, 2, 3, 6, 10])
+def test_each_job_runs_once_whenever_the_program_dies(batches, lab, project, ledger,
+                                                      lines_before):
+    (project / 'data').write_bytes(bytes(300_000))
+    machine = lab().yaml(max_jobs=3)
+    lines = [f'echo {n} >>{ledger}; wc -c <data; echo {n} >made.{n}' for n in range(12)]
+    for _ in range(3):
+        batch = batches.start(lines, [machine], *NO_GPU)
+        for _ in range(lines_before):
+            if batch.until('').startswith('done: '):
+                break
+        kill(batch)
+    done = batches.run(lines, [machine], *NO_GPU)
+    assert (done.returncode, done.stderr.count('Traceback')) == (0, 0), done.stderr
+    assert sorted(map(int, ledger.read_text().split())) == list(range(12))
+    for n in range(12):
+        assert result(f'batch.sh.{n + 1}') == b'300000\n'
+        assert tree_of(RESULTS / f'batch.sh.{n + 1}').keys() == {b'made.%d' % n}
+
+
+def test_a_connection_that_is_cut(batches, lab, lab1, ledger, gate):
+    machine = lab()
+    lines = [f'echo 1 >>{ledger}; {gate.wait("a")}; echo end >>{ledger}; echo made >made',
+             f'echo 2 >>{ledger}; {gate.wait("b")}']
+    batch = batches.start(lines, [machine, lab1], '--reserve', *NO_GPU)
+    wrote(ledger, '1', '2')
+    machine.stop()
+    for name in 'ab':
+        gate.open(name)
+    done = batch.end()
+    assert done.returncode == 1
+    assert 'lost contact (1 job may go on there)' in done.stderr
+    assert 'not known to have ended: run the same command again' in done.stdout
+    machine.start()
+    again = batches.run(None, [machine, lab1], '--reserve', *NO_GPU)
+    assert again.returncode == 0, again.stderr
+    assert Counter(ledger.read_text().split()) == Counter(['1', '2', 'end'])
+    assert {path.name for path in Path(RESULTS).glob('batch.sh.?')} == {'batch.sh.1', 'batch.sh.2'}
