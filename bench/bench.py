@@ -101,9 +101,10 @@ def medians(rounds, *measures):
     return [statistics.median(column) for column in zip(*taken)]
 
 
-def best(candidates, rate):
-    """The candidate with the highest rate."""
-    return max(candidates, key=rate)
+def quickest(candidates, seconds, rounds):
+    """The candidate with the least seconds in any of the rounds, which all take part in."""
+    taken = [[seconds(candidate) for candidate in candidates] for _ in range(rounds)]
+    return min(zip(map(min, zip(*taken)), candidates))[1]
 
 
 # ---- GNU parallel, with a ready master ----
@@ -136,9 +137,10 @@ def slots(number):
 def compare_rates(bench, name, goal, aim, ours, theirs, jobs):
     """Add the row of a comparison.  ours, theirs: (jobs, slots) -> seconds."""
     our_jobs, their_jobs = (count // 2 if bench.quick else count for count in jobs)
-    our_slots = best(OUR_SLOTS, lambda n: 1 / ours(our_jobs // 3, n))
-    their_slots = best(PEER_SLOTS, lambda n: 1 / theirs(their_jobs // 2, n))
-    our_s, their_s = medians(1 if bench.quick else 3, lambda: ours(our_jobs, our_slots),
+    rounds = 1 if bench.quick else 2
+    our_slots = quickest(OUR_SLOTS, lambda n: ours(our_jobs // 3, n), rounds)
+    their_slots = quickest(PEER_SLOTS, lambda n: theirs(their_jobs // 2, n), rounds)
+    our_s, their_s = medians(2 * rounds - 1, lambda: ours(our_jobs, our_slots),
                              lambda: theirs(their_jobs, their_slots))
     our_rate, their_rate = our_jobs / our_s, their_jobs / their_s
     ratio = our_rate / their_rate
