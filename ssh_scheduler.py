@@ -858,8 +858,9 @@ class MachineResources:
 
     def deallocate(self, placement):
         """Give back what allocate gave."""
-        if self._placements.pop(placement.number, None) != placement:
+        if self._placements.get(placement.number) != placement:
             raise ValueError(f'{placement} is not allocated here [this is a bug]')
+        del self._placements[placement.number]
         self._count(placement, -1)
 
     def _count(self, placement, sign):
@@ -931,7 +932,8 @@ def parse_probe(facts, machine):
         busy = min(load, used / total * cores) if total else load
     busy = min(busy, cores) if math.isfinite(busy) else 0.0
     usable = float(cores)
-    memory_mb = whole_number(values.get('MemAvailable')) // 1024
+    total_memory_mb = whole_number(values.get('MemTotal')) // 1024
+    memory_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_memory_mb)
     for key, text in facts:
         quota, _, period = text.partition('/')
         if key == 'cgroup_cores' and whole_number(period):
@@ -944,7 +946,7 @@ def parse_probe(facts, machine):
         trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
     return Capacity(
         cores=max(min(usable, cores - busy), 0.0), memory_mb=memory_mb, gpus=gpus,
-        total_cores=usable, total_memory_mb=whole_number(values.get('MemTotal')) // 1024,
+        total_cores=usable, total_memory_mb=total_memory_mb,
         max_jobs=machine.max_jobs, gpu_trouble=trouble)
 
 
@@ -969,7 +971,7 @@ def parse_gpus(facts, values):
         return (), 'has an nvidia-smi that does not answer'
     if status != '0':
         words = printable(values.get('gpu_error', ''))[:200]
-        return (), f'has an nvidia-smi that fails with status {status}: {words}'
+        return (), f'has an nvidia-smi that fails with status {printable(status)[:20]}: {words}'
     gpus, unknown = {}, 0
     for key, line in facts:
         if key != 'gpu':
@@ -3452,7 +3454,7 @@ class Batch:
         self._resources = {}                    # runner -> MachineResources
         self._waiting = {}                      # Allocation -> deque of jobs
         self._pinned = collections.defaultdict(collections.deque)   # address -> jobs claimed there
-        self._placed = {}                       # job name -> (runner, Placement, gpus)
+        self._placed = {}                       # job name -> (runner, Placement)
         self._failures, self._finished = [], 0
         self._unknown = {}                      # job name -> where it is or was, not collected
         self._skipped = self._left = 0
@@ -3519,6 +3521,9 @@ class Batch:
             if forwards:
                 runner.prepare(forwards)
             runner.probe()
+        for job in self._jobs.values():     # what cannot be read is told before anything starts
+            if forwards:
+                self._session.trees(job.forwards)
 
     def settle(self):
         """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
@@ -3636,7 +3641,8 @@ class Batch:
 
     def _stuck(self):
         """Tell, and say, whether jobs wait that no machine that is left could take."""
-        if not self._waits or self._placed or self._count('connecting'):
+        if not self._waits or self._placed or self._count('connecting') or any(
+                runner.busy for runner in self._runners if runner.state == 'ready'):
             return False
         self._left = self._waits
         for address, queue in self._pinned.items():
@@ -3696,8 +3702,8 @@ class Batch:
 
     def _on_sent(self, runner, stage):
         files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
-        left_out = [text for text in (*stage.copy.left_out, *stage.link.left_out)]
-        note = f' (left out: {", ".join(dict.fromkeys(left_out))})' if left_out else ''
+        left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
+        note = f' (left out: {", ".join(left_out)})' if left_out else ''
         self._report.note(f'{runner.name}: sent {count_of(files, "file")}, {size_of(size)}{note}')
 
     def _on_started(self, name):
