@@ -2413,7 +2413,15 @@ class ResultStore:
         return self
 
     def close(self):
-        """Let go of the lock."""
+        """Let go of the lock; where nothing was started, leave nothing behind."""
+        if self._journal is not None and not os.fstat(self._journal).st_size:
+            try:
+                for name in ('journal', 'lock'):
+                    os.unlink(os.path.join(self.own, name))
+                os.rmdir(self.own)
+                os.rmdir(self.folder)
+            except OSError:
+                pass            # there is something else in it
         for fd in (self._journal, self._lock):
             if fd is not None:
                 os.close(fd)
