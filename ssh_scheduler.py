@@ -1935,6 +1935,13 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   done < <(stat -c '%s %n' -- "${files[@]}")
 } 2>/dev/null
 
+leave() {                   # where no job needs it, what came goes, though nobody said "finish"
+  wait
+  rmdir -- "$home/jobs" || return
+  remove "$run" "${arrived[@]}"
+  rmdir -- "$home/stage"
+} 2>/dev/null
+
 remove() {                  # jobs whose results are safe over there
   rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
 } 2>/dev/null
@@ -1947,6 +1954,7 @@ main() {
   local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
   local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
   local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
+  local arrived=()
   local -A sent linked
 
   for field in token workdir project setup want_gpus count; do
@@ -1999,11 +2007,13 @@ main() {
       probe) probe </dev/null ;;
       unpack)               # ID BYTES, then that many bytes of tar
         IFS= read -rd '' field && IFS= read -rd '' bytes || break
+        arrived+=("$home/stage/$field")
         mkdir -p -- "$home/stage/$field"
         head -c "$bytes" | tar -xpo -f - -C "$home/stage/$field" ||
           tell stage_failed "$field" "$(tail -n 1 "$run/log")" ;;
       folder)               # PATH below the project's folder
         IFS= read -rd '' field || break
+        arrived+=("$home/${field%/*}")
         mkdir -p -- "$home/$field" ;;
       freeze)               # ID COUNT LINK...
         IFS= read -rd '' field && IFS= read -rd '' count || break
@@ -2048,6 +2058,7 @@ main() {
     esac
   done
   start_pending
+  leave </dev/null
   say bye
 }
 
