@@ -166,8 +166,9 @@ def assert_clean(machine, cache=False):
     """Nothing of the batch lies or runs there; with `cache`, only what was sent is kept."""
     for pid, command in machine.processes():
         assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
-    assert all(kept <= ({'cache'} if cache else set()) for kept in places(machine.home).values()), \
-        places(machine.home)
+    kept = {name: kept for name, kept in places(machine.home).items()
+            if kept and not (cache and kept == {'cache'})}
+    assert not kept, kept
     ours = [path for path in machine.home.iterdir()
             if path.name not in ('.profile', '.ssh_scheduler', *(
                 name.split('/')[0] for name in machine.startup))]

@@ -204,13 +204,15 @@ def test_setup_sees_what_the_login_has(batches, lab):
 @pytest.mark.parametrize('setup, status', [
     ('echo cannot do it >&2; exit 3', 3), ('no_such_command_x', 127), ('if', None),
     ('echo cannot do it; false', 1)])
-def test_a_setup_that_fails(batches, lab1, lab2, setup, status):
-    file = lab1.yaml(setup=setup)
+def test_a_setup_that_fails(batches, lab, lab2, setup, status):
+    machine = lab()
+    file = machine.yaml(setup=setup)
     done = batches.run(['true'], [file, lab2], *NO_GPU)
     (complaint,) = complaints(done, f'{file}: cannot')
     assert 'setup failed' in complaint and (status is None or f'({status})' in complaint)
     assert ('cannot do it' in complaint) == ('cannot' in setup)
     assert done.returncode == 0             # on the other machine
+    assert_clean(machine)
 
 
 @pytest.mark.parametrize('workdir', ['~/a folder/with  blanks', "{}/it's $HOME; *"])
