@@ -2964,8 +2964,14 @@ class Fetcher:
                 return
             for name in spool.unpack(incoming) if spool else ():
                 self._signal('warning', f'{self._name}: refused what came as {printable(name)}')
+            trouble = spool.trouble if spool else ''
+            if spool and status not in (0, 1, 2):       # tar's own, which name single files
+                trouble = last_line(text) or trouble or f'tar ended with {status}'
             for order in orders:
-                self._collect(order, os.path.join(incoming, order.key), last_line(text))
+                if trouble:         # what is there of it may be cut off, and the rest is missing
+                    self._leave(order, trouble)
+                else:
+                    self._collect(order, os.path.join(incoming, order.key), last_line(text))
             self._session.results.discard(incoming)
             self._under_way = False
             self.fetch_if_due()
@@ -3020,6 +3026,7 @@ class Spool:
     """A tar stream behind a line that is the token -> a file, since a pipe cannot be unpacked."""
 
     def __init__(self, path, token):
+        self.trouble = ''                   # why it is not whole
         self._path, self._mark, self._head = path, f'\n{token}\n'.encode(), b''
         self._file = None
 
@@ -3032,21 +3039,27 @@ class Spool:
                 if len(self._head) > LONGEST_NOISE:
                     self._head = self._head[-len(self._mark):]
                 return
-            self._file = open(self._path, 'xb')
-        self._file.write(data)
+        try:
+            self._file = self._file or open(self._path, 'xb', buffering=0)
+            while data:
+                data = data[self._file.write(data):]
+        except OSError as error:
+            self.trouble = reason_of(error)
 
     def unpack(self, folder):
         """Extract what came into the folder and return the names that were refused."""
         import tarfile
         if not self._file:
+            self.trouble = self.trouble or 'nothing arrived'
             return []
         self._file.close()
         try:
             return unpack_archive(self._path, folder)
-        except tarfile.TarError:
-            return []       # cut off: what is missing will be missed
+        except (tarfile.TarError, OSError) as error:
+            self.trouble = self.trouble or str(error)
         finally:
             os.unlink(self._path)
+        return []
 
 
 def is_plain_file(path):
