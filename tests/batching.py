@@ -11,6 +11,8 @@ from pathlib import Path
 
 import rig
 
+import ssh_scheduler
+
 NO_GPU = ('--no-gpu-required', '--memory-required=100')
 RESULTS = Path('job_results')
 
@@ -163,12 +165,13 @@ def places(home):
 
 
 def assert_clean(machine, cache=False):
-    """Nothing of the batch lies or runs there; with `cache`, only what was sent is kept."""
+    """Nothing of this folder's batches lies there, at most, with `cache`, what was sent; none runs.
+
+    What other tests have on a machine that they share is theirs.
+    """
     for pid, command in machine.processes():
         assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
-    kept = {name: kept for name, kept in places(machine.home).items()
-            if kept and not (cache and kept == {'cache'})}
-    assert not kept, kept
+    assert places(machine.home)[ssh_scheduler.project_name()] <= ({'cache'} if cache else set())
     ours = [path for path in machine.home.iterdir()
             if path.name not in ('.profile', '.ssh_scheduler', *(
                 name.split('/')[0] for name in machine.startup))]
