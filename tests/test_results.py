@@ -1,0 +1,163 @@
+"""The folder job_results: what is in it is never replaced, and its journal forgets nothing."""
+import json
+import os
+
+import pytest
+
+import ssh_scheduler
+from ssh_scheduler import ResultsError, ResultStore
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return str(tmp_path / 'job_results')
+
+
+@pytest.fixture
+def store(folder):
+    with_lock = ResultStore(folder).open()
+    yield with_lock
+    with_lock.close()
+
+
+def claim(store, name='job', attempt=1, command='true'):
+    store.claimed(name, attempt, 'ben@lab1:22', None, command)
+
+
+def test_results_appear_under_their_names(store, folder, tmp_path):
+    came = tmp_path / 'came'
+    (came / 'deep').mkdir(parents=True)
+    (came / 'deep' / 'model').write_bytes(b'42')
+    err = tmp_path / 'err'
+    err.write_bytes(b'warned\n')
+    claim(store)
+    store.commit('job', {'out': b'said\n', 'err': str(err)}, str(came), True)
+    assert open(f'{folder}/job.out').read() == 'said\n'
+    assert open(f'{folder}/job.err').read() == 'warned\n'
+    assert open(f'{folder}/job/deep/model').read() == '42'
+    assert not came.exists() and not err.exists()
+    assert store.state('job')['state'] == 'collected'
+
+
+@pytest.mark.parametrize('end', ['', '.out', '.err'])
+@pytest.mark.parametrize('kind', ['file', 'folder', 'dangling link'])
+def test_what_exists_is_seen_and_stays(store, folder, end, kind):
+    path = f'{folder}/job{end}'
+    if kind == 'file':
+        open(path, 'w').write('mine')
+    elif kind == 'folder':
+        os.mkdir(path)
+    else:
+        os.symlink('nowhere', path)
+    before = os.lstat(path)
+    assert store.exists('job')
+    claim(store)
+    with pytest.raises((ResultsError, OSError)):
+        store.commit('job', {'out': b'new', 'err': b'new'}, None, True)
+    after = os.lstat(path)
+    assert (before.st_ino, before.st_size, before.st_mode) == (
+        after.st_ino, after.st_size, after.st_mode)
+
+
+def test_a_stream_that_grew_is_replaced_by_the_whole_one(store, folder):
+    claim(store)
+    assert store.grow('job', 'out', b'first ')
+    assert store.grow('job', 'out', b'second')
+    assert open(f'{folder}/job.out').read() == 'first second'
+    store.commit('job', {'out': b'first second third', 'err': b''}, None, False)
+    assert open(f'{folder}/job.out').read() == 'first second third'
+    assert not os.path.lexists(f'{folder}/job')
+
+
+def test_the_second_is_told_who_holds_it(store, folder):
+    with pytest.raises(ResultsError, match=f'in use by another run .process {os.getpid()} on '):
+        ResultStore(folder).open()
+
+
+def test_a_file_in_its_place_is_one_sentence(tmp_path):
+    (tmp_path / 'job_results').write_text('mine')
+    with pytest.raises(ResultsError, match='cannot be used'):
+        ResultStore(str(tmp_path / 'job_results')).open()
+    assert (tmp_path / 'job_results').read_text() == 'mine'
+
+
+def test_where_nothing_was_claimed_nothing_is_left(folder):
+    ResultStore(folder).open().close()
+    assert not os.path.exists(folder)
+    os.mkdir(folder)
+    open(f'{folder}/notes', 'w').close()
+    ResultStore(folder).open().close()
+    assert os.listdir(folder) == ['notes']
+
+
+def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
+    with_all = ResultStore(folder).open()
+    claim(with_all, 'a', 1, 'echo "ä"')
+    with_all.ended('a', 3, 1.5)
+    claim(with_all, 'b', 2)
+    with_all.lost('b')
+    with_all.close()
+    path = f'{folder}/.ssh_scheduler/journal'
+    whole = open(path, 'rb').read()
+    for length in range(len(whole) + 1):
+        with open(path, 'wb') as file:
+            file.write(whole[:length])
+        store = ResultStore(folder)
+        store._lock = os.open(os.devnull, os.O_RDONLY)
+        store._journal = os.open(path, os.O_RDWR | os.O_APPEND)
+        store._read_journal()
+        expected = {}
+        for line in whole[:length].split(b'\n')[:-1]:
+            event = json.loads(line)
+            expected[event['job']] = event['event']
+        assert {name: job['state'] for name, job in store.jobs.items()} == expected
+        claim(store, 'later')           # what is written now is not glued to a torn line
+        again = ResultStore(folder)
+        again._journal = store._journal
+        os.lseek(again._journal, 0, os.SEEK_SET)
+        again._read_journal()
+        assert again.state('later')['state'] == 'claimed'
+        assert all(again.state(name)['state'] == state for name, state in expected.items())
+        os.close(store._lock)
+        os.close(store._journal)
+
+
+def test_a_journal_that_lies_is_refused_with_its_line(folder):
+    store = ResultStore(folder).open()
+    claim(store)
+    store.close()
+    with open(f'{folder}/.ssh_scheduler/journal', 'a') as file:
+        file.write('this is no JSON\n')
+    with pytest.raises(ResultsError, match='journal, line 2 cannot be read'):
+        ResultStore(folder).open()
+
+
+def test_what_an_interrupted_job_wrote_is_set_aside(store, folder):
+    claim(store)
+    store.grow('job', 'out', b'half')
+    store.set_aside('job')
+    assert not store.exists('job')
+    aside = os.listdir(f'{folder}/.ssh_scheduler/cancelled')
+    assert len(aside) == 1 and aside[0].startswith('job.') and aside[0].endswith('.out')
+
+
+def test_a_full_disk_under_the_journal_is_one_sentence(store):
+    os.close(store._journal)
+    store._journal = os.open('/dev/full', os.O_WRONLY)
+    with pytest.raises(ResultsError, match='cannot be written: No space left on device'):
+        claim(store)
+
+
+def test_an_incoming_folder_is_private_and_can_be_discarded(store):
+    incoming = store.incoming()
+    assert os.stat(incoming).st_mode & 0o777 == 0o700
+    os.mkdir(f'{incoming}/locked')
+    open(f'{incoming}/locked/file', 'w').close()
+    os.chmod(f'{incoming}/locked', 0o500)
+    store.discard(incoming)
+    assert not os.path.exists(incoming)
+
+
+def test_importing_made_nothing_here():
+    assert ssh_scheduler.ResultStore('x').jobs == {}
+    assert not os.path.exists('x')
