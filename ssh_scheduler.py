@@ -997,35 +997,49 @@ FILTER_FILE = '.rsync-filter'
 
 
 class Rule(NamedTuple):
-    """One exclude (or include) rule; `text` is matched against the path below `base`."""
+    """One exclude (or include) rule of rsync's; `base` is '' or 'folder/' whose file has it."""
     include: bool
     folders_only: bool
-    whole_path: bool                # else the last name alone
-    matches: object                 # a compiled pattern
-    base: str                       # '' or 'folder/' whose .rsync-filter has the rule
+    elements: int                   # how many of the path's last names it is about; 0: all
+    below_base: bool                # all are counted from the base, else from the current folder
+    slash_before: bool              # so that **/a is about a too
+    slash_behind: bool              # and a/*** about the folder a
+    matches: object                 # a compiled pattern, of bytes as characters
+    base: str
 
     def applies(self, path, is_folder):
-        """Tell whether the rule is about this path, relative to the current folder."""
+        """Tell whether the rule is about this path (bytes_as_text), from the current folder."""
         if self.folders_only and not is_folder or not path.startswith(self.base):
             return False
-        path = path[len(self.base):]
-        return bool(self.matches.fullmatch(path if self.whole_path else path.rpartition('/')[2]))
+        path = path[len(self.base):] if self.below_base else path
+        if self.elements:
+            names = path.rsplit('/', self.elements)[-self.elements:]
+            if len(names) < self.elements:
+                return False
+            path = '/'.join(names)
+        path = '/' * self.slash_before + path + '/' * (self.slash_behind and is_folder)
+        return bool(self.matches.fullmatch(path))
+
+
+def bytes_as_text(path):
+    """Return one character for each byte of the path, since rsync compares bytes."""
+    return os.fsencode(path).decode('latin-1')
 
 
 def compile_rule(pattern, include=False, base=''):
     """Return the Rule of an rsync pattern (rsync(1), PATTERN MATCHING RULES)."""
-    folders_only = pattern.endswith('/') and len(pattern) > 1
-    body = pattern[:-1] if folders_only else pattern
+    folders_only = pattern.endswith('/')
+    body = bytes_as_text(pattern[:-1] if folders_only else pattern)
     anchored = body.startswith('/')
-    body = body[1:] if anchored else body
-    below = ''
-    if body.endswith('/***'):       # the folder and all below it
-        body, below = body[:-4], '(?:/.*)?'
-    wild = bool(re.search(r'[*?[]', body))
-    whole = anchored or bool(below) or '/' in body or '**' in body
-    text = wildcards(body) if wild else re.escape(body)
-    prefix = '' if anchored or not whole else '(?:.*/)?'
-    return Rule(include, folders_only, whole, re.compile(prefix + text + below, re.DOTALL), base)
+    wild = bool(re.search(r'[*?[]', body))      # without any of these, a backslash is a backslash
+    text = wildcards(body[anchored:]) if wild else re.escape(body[anchored:])
+    stars = '**' in body
+    slash_before = body.startswith('**')
+    if stars and not anchored and not slash_before:
+        text = '(?:.*/)?' + text
+    elements = 0 if anchored or stars else body.count('/') + 1
+    return Rule(include, folders_only, elements, anchored, slash_before, body.endswith('***'),
+                re.compile(text, re.DOTALL), bytes_as_text(base))
 
 
 def wildcards(pattern):
@@ -1044,48 +1058,46 @@ def wildcards(pattern):
         elif char == '[':
             body, index = bracket(pattern, index)
             out.append(body)
-        elif char == '\\' and index < len(pattern):
-            out.append(re.escape(pattern[index]))
+        elif char == '\\':
+            out.append(re.escape(pattern[index]) if index < len(pattern) else NOTHING)
             index += 1
         else:
             out.append(re.escape(char))
     return ''.join(out)
 
 
+NOTHING = '(?!)'            # what is not a whole pattern matches nothing
 CLASSES = {'alpha': 'A-Za-z', 'digit': '0-9', 'alnum': 'A-Za-z0-9', 'upper': 'A-Z', 'lower': 'a-z',
-           'space': r'\s', 'xdigit': '0-9A-Fa-f', 'punct': r'!-/:-@\[-`{-~', 'blank': r' \t'}
+           'space': r' \t-\r', 'xdigit': '0-9A-Fa-f', 'punct': r'!-/:-@\[-`{-~', 'blank': r' \t',
+           'cntrl': r'\x00-\x1f\x7f', 'graph': '!-~', 'print': ' -~'}
 
 
 def bracket(pattern, index):
     """Return (regular expression, next index) of the [...] whose [ stands before `index`."""
-    start, negate = index, pattern[index:index + 1] in ('!', '^')
-    index += negate
-    out, first = [], True
-    while index < len(pattern) and (first or pattern[index] != ']'):
-        first = False
-        name = re.match(r'\[:(\w+):\]', pattern[index:])
-        if name and name[1] in CLASSES:
-            out.append(CLASSES[name[1]])
-            index += name.end()
+    negate = pattern[index:index + 1] in ('!', '^')
+    first = index = index + negate
+    out, low = [], ''           # low: what a - would make a range of
+    while index < len(pattern) and (pattern[index] != ']' or index == first):
+        char, index = pattern[index], index + 1
+        name = re.match(r':([^]]*):\]', pattern[index:]) if char == '[' else None
+        if name:
+            out.append(CLASSES.get(name[1]))
+            low, index = '', index + name.end()
             continue
-        if pattern[index] == '\\' and index + 1 < len(pattern):
-            index += 1
-        low, index = pattern[index], index + 1
-        high = pattern[index + 1:index + 2] if pattern[index:index + 1] == '-' else ''
-        if high and high != ']':
-            index += 2
-            if high == '\\':
-                high, index = pattern[index:index + 1], index + 1
-            if low <= high:
-                out.append(f'{re.escape(low)}-{re.escape(high)}')
+        is_range = char == '-' and low and pattern[index:index + 1] not in ('', ']')
+        if is_range:
+            char, index = pattern[index], index + 1
+        if char == '\\':
+            char, index = pattern[index:index + 1], index + 1
+        if is_range:
+            out.append(f'{re.escape(low)}-{re.escape(char)}' if low <= char else '')
+            low = ''
         else:
-            out.append(re.escape(low))
-    if index >= len(pattern):
-        return '(?!)', max(start, index)        # never closed: it matches nothing
-    body = ''.join(out)
-    if not body:
-        return ('[^/]' if negate else '(?!)'), index + 1
-    return f'(?!/)[{"^" if negate else ""}{body}]', index + 1
+            out.append(re.escape(char))
+            low = char
+    if index >= len(pattern) or None in out:
+        return NOTHING, len(pattern)
+    return f'(?!/)[{"^" if negate else ""}{"".join(out)}]', index + 1
 
 
 FILTER_WORDS = {'exclude': '-', 'include': '+', 'hide': 'H', 'show': 'S', 'protect': 'P',
@@ -1099,8 +1111,8 @@ def read_filter_file(folder, path):
     """
     name = os.path.join(folder, FILTER_FILE)
     try:
-        with open(name, encoding='utf-8', errors='surrogateescape') as file:
-            lines = file.read().splitlines()
+        with open(name, 'rb') as file:
+            lines = re.split('[\r\n]', os.fsdecode(file.read()))
     except FileNotFoundError:
         return [], False
     except OSError as error:
@@ -1111,7 +1123,7 @@ def read_filter_file(folder, path):
             continue
         word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
         kind = word and FILTER_WORDS.get(word[1], word[1])
-        if not word or kind not in '-+HSPR!' or kind != '!' and not word[3]:
+        if not word or kind not in '-+HSPR!' or bool(word[3]) == (kind == '!'):
             raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
                              'hide, show, protect, risk and clear rules are understood here.')
         if kind == '!':
@@ -1170,8 +1182,9 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
             if path != 'job_results':       # that one is ours, and always there
                 skipped[path.rpartition('/')[2]] += 1
             return False
+        text = bytes_as_text(path)
         for rule in [*fixed, *rules_of(os.path.dirname(path))]:
-            if rule.applies(path, is_folder):
+            if rule.applies(text, is_folder):
                 skipped['what the exclude rules say'] += not rule.include
                 return rule.include
         return True
