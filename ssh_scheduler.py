@@ -877,10 +877,10 @@ class MachineResources:
 
     def _cores_fit(self, allocation):
         have = self.available
-        if not self.jobs:
-            return allocation.cores <= max(have.total_cores, have.cores)
+        if allocation.cores > max(have.total_cores, have.cores):
+            return False
         limit = thousandths(have.cores * CORES_OVERLOAD)
-        return self._cores + thousandths(allocation.cores) <= limit
+        return not self.jobs or self._cores + thousandths(allocation.cores) <= limit
 
     def _gpus_for(self, allocation):
         """Return the indices of the GPUs for the allocation, roomiest first; too few if it must."""
@@ -916,6 +916,9 @@ def describe(allocation):
 
 # ---- Probe: what was said of a machine -> Capacity ----
 
+FEWEST_TICKS = 4            # of processor time that are a share and not a coin's side
+
+
 def parse_probe(facts, machine):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
 
@@ -929,7 +932,7 @@ def parse_probe(facts, machine):
         used, total = map(int, values['ticks'].split('/'))
         # Over so short a time the login itself shows, in the last minute's load a job that has
         # just ended does; who really uses the machine shows in both.
-        busy = min(load, used / total * cores) if total else load
+        busy = min(load, used / total * cores) if total >= FEWEST_TICKS else load
     busy = min(busy, cores) if math.isfinite(busy) else 0.0
     usable = float(cores)
     total_memory_mb = whole_number(values.get('MemTotal')) // 1024
@@ -1680,10 +1683,6 @@ probe() {                   # says what is here and free, then "ready"
   done
   load_environment
   read_ticks
-  if ((total - total_before < 2)); then # a share of processor time needs some time to be one
-    read -r -t 0.02 word <&"$signals"
-    read_ticks
-  fi
   tell probe ticks "$((busy - busy_before))/$((total - total_before))"
   count_cores
   tell probe cores "$REPLY"
@@ -2004,11 +2003,11 @@ main() {
 
   read_ticks
   busy_before=$busy total_before=$total
-  { capture; echo environment >&"$signals"; } </dev/null &
+  { capture; echo environment >&"$signals"; } </dev/null {events}>&- &
   disown "$!"
   waiting=1
   if [[ $want_gpus == 1 ]]; then
-    { probe_gpus; echo gpus >&"$signals"; } </dev/null &
+    { probe_gpus; echo gpus >&"$signals"; } </dev/null {events}>&- &
     disown "$!"
     waiting=2
   fi

@@ -320,7 +320,7 @@ any_text = st.text(st.characters(exclude_characters='\0\n', exclude_categories=[
 shell_text = st.text(' \t!"#$%&\'()*;<=>?[\\]^`{|}~ab\r\x1b\x7fé', max_size=30)
 
 
-@settings(max_examples=4, deadline=None,
+@settings(max_examples=4, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
                                  HealthCheck.data_too_large])
 @given(texts=st.lists(any_text | shell_text, min_size=1, max_size=60))
