@@ -186,6 +186,8 @@ def nearest(word, known):
 
 def printable(text):
     """Return the text on one line, fit for a terminal: no control characters, no escapes."""
+    if text.isprintable():
+        return text
     text = text.replace('\\\n', ' ')
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -1275,7 +1277,8 @@ def archive(placed):
     for name, entry in placed:
         info = tarfile.TarInfo(name)
         info.mode, info.mtime = entry.mode, entry.mtime_ns // 10**9
-        info.pax_headers = {'mtime': f'{entry.mtime_ns // 10**9}.{entry.mtime_ns % 10**9:09}'}
+        sign, ns = '-' * (entry.mtime_ns < 0), abs(entry.mtime_ns)
+        info.pax_headers = {'mtime': f'{sign}{ns // 10**9}.{ns % 10**9:09}'}
         content = ()
         if entry.kind == 'd':
             info.type = tarfile.DIRTYPE
@@ -1285,7 +1288,7 @@ def archive(placed):
             info.size = entry.size
             try:
                 content = padded_file(open(entry.path, 'rb'), entry.size)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
         yield info.tobuf(tarfile.PAX_FORMAT, 'utf-8', 'surrogateescape')
         yield from content
@@ -1305,36 +1308,52 @@ def padded_file(file, size):
 
 def mtime_ns(member):
     """Return the time of change of a member of an archive; tarfile itself has it as a float."""
-    match = re.fullmatch(r'(\d{1,11})(?:\.(\d{1,9})\d*)?', member.pax_headers.get('mtime', ''))
+    text = member.pax_headers.get('mtime', '')
+    match = re.fullmatch(r'(-?)([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?', text)
     if not match:
-        return int(member.mtime) * 10**9
-    return int(match[1]) * 10**9 + int((match[2] or '0').ljust(9, '0'))
+        return int(member.mtime) * 10**9 if 0 <= member.mtime < 10**11 else 0
+    ns = int(match[2]) * 10**9 + int((match[3] or '0').ljust(9, '0'))
+    return -ns if match[1] else ns
+
+
+def make_parents(folder, names):
+    """Return the folder with these names below `folder`, made as needed; None if one is no folder.
+
+    Each is looked at by itself: os.makedirs would go through a link, and out of the folder.
+    """
+    for name in names:
+        folder = os.path.join(folder, name)
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(folder).st_mode):
+                return None
+    return folder
 
 
 def unpack_archive(path, folder):
     """Extract the tar file at `path` into `folder`, which is empty; return what was refused.
 
-    Only files, folders and links that stay inside, and nothing through a link: tarfile's own
-    filter is no boundary (CVE-2025-4517 and its like).
+    Only files, folders and links, all inside, and nothing through a link: tarfile's own filter
+    is no boundary (CVE-2025-4517 and its like).
     """
     import tarfile
     refused, folders = [], []
     with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
         for member in tar:
             parts = [part for part in member.name.split('/') if part not in ('', '.')]
-            parent = os.path.join(folder, *parts[:-1])
             kinds = member.isreg() or member.isdir() or member.issym()
-            if not parts or '..' in parts or member.name.startswith('/') or not kinds:
-                refused.append(member.name)
-                continue
-            os.makedirs(parent, exist_ok=True)
-            if os.path.realpath(parent) != os.path.join(os.path.realpath(folder), *parts[:-1]):
+            bad = ('..' in parts or member.name.startswith('/') or not kinds
+                   or '\0' in member.name + member.linkname)
+            if not parts and not bad:
+                continue        # the folder itself
+            parent = None if bad else make_parents(folder, parts[:-1])
+            if parent is None or member.isdir() and make_parents(parent, parts[-1:]) is None:
                 refused.append(member.name)
                 continue
             target = os.path.join(parent, parts[-1])
             times = (mtime_ns(member),) * 2
             if member.isdir():
-                os.makedirs(target, exist_ok=True)
                 folders.append((target, member.mode & 0o777, times))
             elif os.path.lexists(target):
                 continue        # named twice
@@ -1539,20 +1558,28 @@ escape() {                  # REPLY: the text $1 without tab and newline
 }
 
 speak() {                   # the only writer to the channel; reads what was said from stdin
-  local line file size
+  local line file size ready=
   while IFS= read -r line; do
     case $line in
       bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
+        printf %s "$ready"
+        ready=
         line=${line#*$'\t'}
         file=${line%%$'\t'*}
         size=$(stat -c %s -- "$file") || continue
         printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}"
         cat -- "$file"
         rm -f -- "$file" ;;
-      bye) return ;;
-      *) printf '%s\n' "$line" ;;
+      bye) break ;;
+      *)                    # what was said in one go crosses the network in one go
+        ready+=$line$'\n'
+        if ((${#ready} > 8000)) || ! read -r -t 0; then
+          printf %s "$ready"
+          ready=
+        fi ;;
     esac
   done
+  printf %s "$ready"
 }
 
 identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
@@ -3060,15 +3087,14 @@ class Spool:
 
     def unpack(self, folder):
         """Extract what came into the folder and return the names that were refused."""
-        import tarfile
         if not self._file:
             self.trouble = self.trouble or 'nothing arrived'
             return []
         self._file.close()
         try:
             return unpack_archive(self._path, folder)
-        except (tarfile.TarError, OSError) as error:
-            self.trouble = self.trouble or str(error)
+        except Exception as error:      # what came may be anything, and so is what tarfile raises
+            self.trouble = self.trouble or printable(str(error)) or type(error).__name__
         finally:
             os.unlink(self._path)
         return []
