@@ -3033,14 +3033,15 @@ class Fetcher:
             self._leave(order, complaint)
             return
         work = os.path.join(folder, 'work')
-        for path in order.back:
-            if not os.path.lexists(os.path.join(work, path)):
-                self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be '
-                             f'brought back: {complaint}')
-        self._commit(order, streams, work)
+        missing = [path for path in order.back if not os.path.lexists(os.path.join(work, path))]
+        for path in missing:
+            self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
+                         f'back: {complaint}. It is kept on {self._name}, in '
+                         f'{self._channel.home}/jobs/{order.key}/work')
+        self._commit(order, streams, work, kept=missing)
 
-    def _commit(self, order, streams, work):
-        """Put the results in their final place; from now on their originals may go."""
+    def _commit(self, order, streams, work, kept=()):
+        """Put the results in their final place; then their originals may go, unless kept."""
         try:
             self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
                                          order.backwards != ())
@@ -3048,8 +3049,9 @@ class Fetcher:
             self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
             return
         del self.orders[order.key]
-        self._cleanable.append(order.key)
-        self.clean(CLEAN_JOBS)
+        if not kept:
+            self._cleanable.append(order.key)
+            self.clean(CLEAN_JOBS)
         self._signal('collected', order.job_name)
 
     def _leave(self, order, why):

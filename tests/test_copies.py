@@ -531,3 +531,15 @@ def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
     assert again.returncode == 0, again.stderr
     assert (RESULTS / 'batch.sh.1/made').read_text() == 'made\n'
     assert [result('batch.sh.1').decode()] == pid       # the same run of it
+
+
+def test_what_cannot_be_brought_back_is_kept_there(batches, lab):
+    machine = lab(uid=20001) if os.getuid() == 0 else lab()
+    job = 'echo y >fine; echo x >secret; chmod 000 secret'
+    done = batches.run([job], [machine], *NO_GPU, '--copy-forwards')
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith('WARNING: ')]
+    assert 'batch.sh.1: secret could not be brought back: ' in warning
+    kept = Path(warning.rpartition(', in ')[2])
+    assert (RESULTS / 'batch.sh.1' / 'fine').read_text() == 'y\n'
+    assert (kept / 'secret').stat().st_size == 2 and kept.is_relative_to(machine.home)
