@@ -2504,14 +2504,20 @@ class ResultStore:
 
     def grow(self, name, stream, data):
         """Add to a stream of a job that runs; return whether that could be done."""
-        first = (name, stream) not in self._grown
-        self._grown.add((name, stream))
+        grown = (name, stream) in self._grown
+        mode = 'ab' if grown else 'wb' if self._began(name) else 'xb'
         try:
-            with open(self._path(name, f'.{stream}'), 'wb' if first else 'ab') as file:
+            with open(self._path(name, f'.{stream}'), mode) as file:
+                self._grown.add((name, stream))
                 file.write(data)
         except OSError:
             return False        # all of it comes at the job's end, where a failure is told
         return True
+
+    def _began(self, name):
+        """Tell whether an earlier attempt or run of ours may have written the job's streams."""
+        record = self.jobs.get(name, {})
+        return record.get('attempt', 1) > 1 or bool(record.get('resumed'))
 
     def incoming(self):
         """Return a new empty folder for results that are on their way."""
@@ -2542,8 +2548,7 @@ class ResultStore:
     def _commit_stream(self, name, stream, content):
         """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
         target = self._path(name, f'.{stream}')
-        ours = (name, stream) in self._grown or self.jobs.get(name, {}).get('attempt', 1) > 1
-        ours = ours or self.jobs.get(name, {}).get('resumed', False)
+        ours = (name, stream) in self._grown or self._began(name)
         self._grown.discard((name, stream))
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
@@ -2551,11 +2556,8 @@ class ResultStore:
             os.replace(content, target)
             return
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
-        fd = os.open(target, flags, 0o666)
-        try:
-            os.write(fd, content)
-        finally:
-            os.close(fd)
+        with open(os.open(target, flags, 0o666), 'wb') as file:
+            file.write(content)
 
     def set_aside(self, name):
         """Move the streams of a job that was cancelled out of the way of its next run."""
@@ -2613,8 +2615,12 @@ class ResultStore:
     def _write(self, **event):
         self._apply(event)
         event['time'] = round(time.time(), 2)
+        line = json.dumps(event).encode() + b'\n'
         try:
-            os.write(self._journal, json.dumps(event).encode() + b'\n')
+            written = os.write(self._journal, line)
+            if written < len(line):     # the disk is full; what follows must not be glued to it
+                os.ftruncate(self._journal, os.fstat(self._journal).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs '
                                'that run go on; the same command collects them.') from None

@@ -1,6 +1,8 @@
 """The folder job_results: what is in it is never replaced, and its journal forgets nothing."""
+import contextlib
 import json
 import os
+import resource
 
 import pytest
 
@@ -57,6 +59,47 @@ def test_what_exists_is_seen_and_stays(store, folder, end, kind):
     after = os.lstat(path)
     assert (before.st_ino, before.st_size, before.st_mode) == (
         after.st_ino, after.st_size, after.st_mode)
+
+
+@pytest.mark.parametrize('content', [b'new', None])
+def test_a_stream_that_something_else_made_stays(store, folder, tmp_path, content):
+    claim(store)
+    with open(f'{folder}/job.out', 'w') as file:
+        file.write('mine')
+    assert not store.grow('job', 'out', b'half')
+    if content is None:
+        (tmp_path / 'came').write_bytes(b'new')
+        content = str(tmp_path / 'came')
+    with pytest.raises((ResultsError, FileExistsError)):
+        store.commit('job', {'out': content}, None, False)
+    store.set_aside('job')
+    assert open(f'{folder}/job.out').read() == 'mine'
+
+
+def test_a_dangling_link_in_the_place_of_a_folder_stays(store, folder, tmp_path):
+    claim(store)
+    os.symlink('nowhere', f'{folder}/job')
+    (tmp_path / 'came').mkdir()
+    with pytest.raises(ResultsError, match='job was made by something else while job ran'):
+        store.commit('job', {}, str(tmp_path / 'came'), True)
+    assert os.readlink(f'{folder}/job') == 'nowhere' and (tmp_path / 'came').exists()
+
+
+def test_what_an_earlier_run_began_is_no_result_and_is_replaced(folder):
+    first = ResultStore(folder).open()
+    claim(first)
+    first.grow('job', 'out', b'first half')
+    first.close()
+    second = ResultStore(folder).open()
+    assert second.state('job')['state'] == 'claimed' and not second.exists('job')
+    assert second.grow('job', 'out', b'whole')
+    assert open(f'{folder}/job.out').read() == 'whole'
+    second.commit('job', {'out': b'whole one', 'err': b''}, None, False)
+    assert open(f'{folder}/job.out').read() == 'whole one' and second.exists('job')
+    second.close()
+    third = ResultStore(folder).open()
+    assert third.exists('job') and third.state('job')['state'] == 'collected'
+    third.close()
 
 
 def test_a_stream_that_grew_is_replaced_by_the_whole_one(store, folder):
@@ -122,12 +165,16 @@ def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
         os.close(store._journal)
 
 
-def test_a_journal_that_lies_is_refused_with_its_line(folder):
+@pytest.mark.parametrize('line', [
+    'this is no JSON', '5', 'null', '[]', '"claimed"', '{}', '{"event": "ended"}',
+    '{"event": "ended", "job": "nobody"}', '{"event": "claimed", "job": "x"}', '', '\xff',
+    '{"event": "claimed", "job": ["x"], "command": "", "machine": "", "attempt": 1}'])
+def test_a_journal_that_lies_is_refused_with_its_line(folder, line):
     store = ResultStore(folder).open()
     claim(store)
     store.close()
-    with open(f'{folder}/.ssh_scheduler/journal', 'a') as file:
-        file.write('this is no JSON\n')
+    with open(f'{folder}/.ssh_scheduler/journal', 'a', encoding='latin-1') as file:
+        file.write(f'{line}\n' + '{"event": "lost", "job": "job"}\n')
     with pytest.raises(ResultsError, match='journal, line 2 cannot be read'):
         ResultStore(folder).open()
 
@@ -139,6 +186,47 @@ def test_what_an_interrupted_job_wrote_is_set_aside(store, folder):
     assert not store.exists('job')
     aside = os.listdir(f'{folder}/.ssh_scheduler/cancelled')
     assert len(aside) == 1 and aside[0].startswith('job.') and aside[0].endswith('.out')
+
+
+def test_a_cancelled_job_may_run_again_in_another_run(folder):
+    store = ResultStore(folder).open()
+    claim(store)
+    store.set_aside('job')
+    store.close()
+    again = ResultStore(folder).open()
+    assert again.state('job')['state'] == 'cancelled' and not again.exists('job')
+    again.close()
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """The system writes of a file only so much, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_line_of_which_only_a_part_was_written_is_taken_back(store, folder):
+    claim(store, 'a')
+    size = os.path.getsize(f'{folder}/.ssh_scheduler/journal')
+    with no_file_beyond(size + 7), pytest.raises(ResultsError, match='No space left on device'):
+        claim(store, 'b')
+    assert os.path.getsize(f'{folder}/.ssh_scheduler/journal') == size
+    claim(store, 'c')
+    store.close()
+    again = ResultStore(folder).open()
+    assert set(again.jobs) == {'a', 'c'}
+    again.close()
+
+
+def test_a_stream_of_which_only_a_part_was_written_is_an_error(store):
+    claim(store)
+    with no_file_beyond(4000), pytest.raises(OSError):
+        store.commit('job', {'out': b'x' * 5000}, None, False)
+    assert store.state('job')['state'] == 'claimed'
 
 
 def test_a_full_disk_under_the_journal_is_one_sentence(store):

@@ -50,6 +50,18 @@ def test_raw_bytes_are_given_whole_and_what_follows_is_read(raw, cuts):
     assert read == [[b'data', b'growth', b'job.1', raw], [b'note', b'after']]
 
 
+@pytest.mark.parametrize('raw', [b'', b'abc'])
+def test_raw_bytes_are_given_as_soon_as_they_are_there(raw):
+    read, _ = events_of([f'\n{TOKEN}\n'.encode() + b'data\t%d\tgrowth\n' % len(raw) + raw])
+    assert read == [[b'data', b'growth', raw]]
+
+
+def test_many_short_lines_at_once_are_no_line_without_an_end():
+    lines = b'note\tx\n' * ssh_scheduler.LONGEST_LINE
+    read, _ = events_of([f'\n{TOKEN}\n'.encode() + lines])
+    assert read == [[b'note', b'x']] * ssh_scheduler.LONGEST_LINE
+
+
 @given(st.binary(max_size=400))
 def test_no_bytes_break_the_reader(data):
     try:
