@@ -3351,6 +3351,8 @@ class MachineRunner:
     # Events of the remote runner, in the order in which they come
 
     def _on_event(self, word, fields):
+        if self.state in ('failed', 'closed'):
+            return          # what was said in the same breath does not bring it back
         handler = getattr(self, f'_on_{word}', None)
         if word not in EVENTS or not handler:
             raise WireError('it said something that no runner says')
