@@ -31,7 +31,7 @@ The life of a job, and who owns each step:
     cleaned   REMOTE_RUNNER  only now is its folder over there removed
 
 Only Processes starts and waits for processes, in one thread.  Only Reporter prints.  Text meant
-for a shell over there exists in one constant; all else crosses as data, between NULs.
+for a shell over there stands in constants; all else crosses as data, between NULs.
 
 Sections: Usage, Errors, Options, Records, Machine files, Batch files, Resources, Probe, Files to
 send, Archives, Connection, The remote runner, Processes, Wire, Results, Machine runner, Report,
@@ -2154,7 +2154,6 @@ class Process:
         self.unsent = bytearray()
         self.complaint = bytearray()
         self.reads = {}                     # open streams of the child that we read
-        self.timed_out = False
 
     def write(self, data):
         """Queue data for its stdin; it goes out in the next Processes.wait."""
@@ -2244,7 +2243,7 @@ class Processes:
             timer[1]()
         for process in list(self._children):
             if process.deadline is not None and process.deadline <= now:
-                process.timed_out, process.deadline = True, None
+                process.deadline = None
                 process.kill()
             self._reap(process)
 
@@ -3443,6 +3442,12 @@ EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed'
 
 # ---- Report: the only place that prints ----
 
+def pinned(command, gpus):
+    """Return the command as it is shown; gpus: the value of CUDA_VISIBLE_DEVICES, or None."""
+    prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
+    return prefix + printable(command)
+
+
 class Reporter:
     """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
 
@@ -3469,8 +3474,7 @@ class Reporter:
 
     def started(self, job, gpus):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
-        prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
-        self.line(f'started: {job.name};  {prefix}{printable(job.command)}')
+        self.line(f'started: {job.name};  {pinned(job.command, gpus)}')
 
     def ended(self, job, exit_code):
         """A job ended."""
@@ -3652,9 +3656,8 @@ class Batch:
     def dry_run(self):
         """Say what would start where, now."""
         for job, runner, gpus in self._choose():
-            prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
             self._report.line(f'would start: {job.name} on {runner.name};  '
-                              f'{prefix}{printable(job.command)}')
+                              f'{pinned(job.command, gpus)}')
         for queue in self._waiting.values():
             for job in queue:
                 self._report.line(f'would wait: {job.name};  {printable(job.command)}')
