@@ -174,7 +174,7 @@ class Gate:
     def __init__(self, path):
         self.path = path
         os.mkfifo(path)
-        self.wait = f'read -r _ <{path}'
+        self.wait = f'read -r _ <"{path}"'
 
     def open(self):
         with open(self.path, 'w') as fifo:      # blocks until somebody reads
@@ -469,18 +469,20 @@ def test_a_daemon_that_a_job_leaves_does_not_hold_up_its_end(runner, gate):
 
 # ---- Watching and ending them ----
 
-def test_watch_tells_what_was_added_to_streams(runner, gate):
-    runner.start('job', f'printf abc; printf de >&2; {gate.wait}; printf f; {gate.wait}')
+def test_watch_tells_what_was_added_to_streams(runner, gate, tmp_path):
+    # Two gates: at one, a job that has not yet left it would take what is meant for its return.
+    last = Gate(tmp_path / 'last gate')
+    runner.start('job', f'printf abc; printf de >&2; {gate.wait}; printf f; {last.wait}')
     runner.until('started', 'job.1')
-    with open(gate.path, 'w'):                  # so the job has written, and waits
+    with open(gate.path, 'w') as fifo:          # so the job has written, and waits
         runner.send('watch', 1, 'job.1', 0, 0)
         assert runner.until('data', 'growth', 'job.1', 'out') == ['0', 'abc']
         assert runner.until('data', 'growth', 'job.1', 'err') == ['0', 'de']
-    gate.open()
-    runner.send('watch', 1, 'job.1', 1, 2)
-    grown = runner.until('data', 'growth', 'job.1')
-    assert grown in (['out', '1', 'bcf'], ['out', '1', 'bc'])
-    gate.open()
+        fifo.write('go\n')
+    with open(last.path, 'w') as fifo:          # so it has written more
+        runner.send('watch', 1, 'job.1', 1, 2)
+        assert runner.until('data', 'growth', 'job.1') == ['out', '1', 'bcf']
+        fifo.write('go\n')
     assert runner.ended('job')[:3] == (0, '=abcf', '=de')
     runner.finish()
     assert not [event for event in runner.events if event[0] == 'data']
