@@ -43,9 +43,11 @@ change.  Importing has no effect: nothing is read, printed or started.
 import collections
 import errno
 import fcntl
+import heapq
 import json
 import math
 import os
+import random
 import re
 import selectors
 import signal
@@ -66,8 +68,9 @@ Hardware that each job needs:
   --memory-required=<mb>      Memory in MB [default: 2000].
   --reserve                   A machine to itself.
   --no-gpu-required           No GPU.
-  --gpu-memory-required=<mb>  Memory in MB on its GPU [default: 1000].
-  --gpu-utilization=<share>   Share of its GPU's time, up to 1 [default: 0.75].
+  --num-gpus=<number>         GPUs, all on one machine [default: 1].
+  --gpu-memory-required=<mb>  Memory in MB on each GPU [default: 1000].
+  --gpu-utilization=<share>   Share of each GPU's time, up to 1 [default: 0.75].
   --no-reserve-gpu            Other jobs may share its GPU, as far as memory and time go.
 """
 
@@ -101,6 +104,8 @@ Machines:
 {hardware}
 {files}
 Other:
+  --nice=<number>             Niceness of the jobs over there, 0 to 19 [default: 10].
+  --no-live                   Look once at what the machines have free, not again while jobs wait.
   --dry-run                   Ask the machines, show what would start where, start nothing.
   --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
@@ -141,8 +146,29 @@ Options:
 """
 EXECUTE_TO_USAGE = FUTURE_USAGE.format(
     name='execute_to', what='One command on many machines.')
-QUERY_MACHINES_USAGE = FUTURE_USAGE.format(
-    name='query_machines', what='What is free on machines.')
+QUERY_MACHINES_USAGE = """\
+Show what is free on machines, and who uses their GPUs.
+
+Usage:
+  query_machines [options] [--machines=<machine>]... [--watch=<seconds>]...
+  query_machines --help | --version
+
+Machines:
+  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
+                              name from ~/.ssh/config, user@host[:port], or localhost.
+
+{hardware}
+With one of these given: how many such jobs would fit now.
+
+Other:
+  --watch=<seconds>...        Look again every so many seconds, 5 if no number follows.
+  --json                      One JSON object for each machine, a line each.
+  --verbose                   Show every command run and every event, on stderr.
+  -h --help                   Show this.
+  --version                   Show the version.
+
+Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
+""".format(hardware=HARDWARE_OPTIONS)
 
 
 # ---- Errors: each a sentence, with what to do ----
@@ -313,6 +339,8 @@ def parse_options(usage, argv, may_help):
     if len(words) > len(positionals):
         raise UsageError(f'unexpected word {words[len(positionals)]!r}.')
     try:
+        if not positionals:
+            spelled.remove('--')        # docopt takes it for a word
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
         raise UsageError(str(error).partition('Usage:')[0].strip() or 'wrong options.') from None
@@ -357,10 +385,16 @@ class Gpu(NamedTuple):
     total_memory_mb: int = 0
     uuid: str = ''
     name: str = ''
+    others: int = 0                 # processes there that are none of this batch
+    users: tuple = ()               # whose they are
+    claimed: int = 0                # jobs of other batches that were placed there
+    reserved: bool = False          # one of them has it to itself
+    exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
+    unified: bool = False           # its memory is the machine's
 
 
 class Capacity(NamedTuple):
-    """What is free on a machine, and what it has in all."""
+    """What a machine would have free if no job of this batch ran there, and what it has in all."""
     cores: float
     memory_mb: int
     gpus: tuple = ()
@@ -368,6 +402,9 @@ class Capacity(NamedTuple):
     total_memory_mb: int = 0
     max_jobs: Optional[int] = None
     gpu_trouble: str = ''           # why no GPU is known: '' where they are
+    claimed: int = 0                # jobs of other batches there
+    reserved: bool = False          # one of them has the machine to itself
+    limits: tuple = ()              # of all batches together, as the request "limits" has them
 
 
 class Allocation(NamedTuple):
@@ -413,12 +450,15 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended."""
+    """How a job ended, and what it used: None is unknown.  Memory is what was seen at most."""
     name: str
     machine: str
     exit_code: int
     wall_s: float
     gpus: Optional[str] = None
+    cpu_s: Optional[float] = None
+    peak_memory_mb: Optional[int] = None
+    peak_gpu_memory_mb: Optional[int] = None
 
 
 # ---- Machine files ----
@@ -681,11 +721,16 @@ def read_allocation(options, base=None):
         return options.number(name, **bounds)
 
     start = base or Allocation()
+    if options['--no-gpu-required'] and '--num-gpus' in options.given:
+        raise UsageError('--no-gpu-required and --num-gpus: give one of them.')
+    gpus = number('--num-gpus', start.gpus, least=0)
+    if gpus != int(gpus):
+        raise UsageError(f'--num-gpus must be a whole number, not {options["--num-gpus"]!r}.')
     return Allocation(
         cores=number('--num-cpus', start.cores, above=0),
         memory_mb=math.ceil(number('--memory-required', start.memory_mb, least=0)),
         reserve=options['--reserve'] or start.reserve,
-        gpus=0 if options['--no-gpu-required'] else start.gpus,
+        gpus=0 if options['--no-gpu-required'] else int(gpus),
         gpu_memory_mb=math.ceil(number('--gpu-memory-required', start.gpu_memory_mb, least=0)),
         gpu_utilization=number('--gpu-utilization', start.gpu_utilization, above=0, most=1),
         reserve_gpu=start.reserve_gpu and not options['--no-reserve-gpu'])
@@ -786,6 +831,14 @@ def thousandths(value):
     return round(value * 1000)
 
 
+class GpuUse:
+    """What is promised of one GPU: a mutable tally of MachineResources."""
+    __slots__ = ('jobs', 'memory_mb', 'time', 'reserved')
+
+    def __init__(self):
+        self.jobs = self.memory_mb = self.time = self.reserved = 0     # time in thousandths
+
+
 class MachineResources:
     """What is free on one machine; the only owner of that.
 
@@ -793,6 +846,7 @@ class MachineResources:
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
     allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
     deallocate(placement)   gives back what allocate gave; each placement once
+    update(available_resources)     there is more or less of it now; what is taken stays taken
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
     may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
@@ -800,58 +854,58 @@ class MachineResources:
     """
 
     def __init__(self, available_resources):
-        self.available = available_resources
         self._placements = {}
         self._number = 0
         self._cores = 0                             # thousandths in use
         self._memory_mb = 0
         self._reserved = 0                          # placements that have the machine to themselves
-        # of each GPU: jobs, MB, thousandths of its time, jobs that have it to themselves
-        self._gpus = {gpu.index: [0, 0, 0, 0] for gpu in available_resources.gpus}
+        self._gpus = collections.defaultdict(GpuUse)        # by index
+        self.update(available_resources)
+
+    def update(self, available_resources):
+        """Take note of what is there now, apart from what is taken here."""
+        self.available = have = as_record(Capacity, available_resources)._replace(
+            gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
+        self._total_cores = max(have.total_cores, have.cores)
+        self._cores_limit = thousandths(have.cores * CORES_OVERLOAD)
+        self._unified = frozenset(gpu.index for gpu in have.gpus if gpu.unified)
 
     @property
     def jobs(self):
         """How many placements are out."""
         return len(self._placements)
 
-    def why_not(self, allocation):
-        """Return why the allocation does not fit now, as 'needs …, … free'; '' if it fits."""
-        have = self.available
-        if have.max_jobs is not None and self.jobs >= have.max_jobs:
-            return f'has its {have.max_jobs} jobs'
-        if self.jobs and (allocation.reserve or self._reserved):
-            return 'is in use, and was to be reserved'
-        free_mb = have.memory_mb - self._memory_mb
-        if allocation.memory_mb > free_mb:
-            return f'has {free_mb} MB of memory free'
-        if not self._cores_fit(allocation):
-            free = have.cores - self._cores / 1000
-            return f'has {max(free, 0):.1f} of {have.total_cores or have.cores:g} cores free'
-        if len(self._gpus_for(allocation)) < allocation.gpus:
-            return have.gpu_trouble or self._gpu_shortage(allocation)
-        return ''
-
     def score(self, allocation):
-        """Return the share that stays free of what gets scarcest; GPU machines last for others."""
-        if self.why_not(allocation):
+        """Return the share that stays free of what gets scarcest; GPU machines last for others.
+
+        A GPU that somebody else uses, too, is the last choice of all.
+        """
+        if self.short_of(allocation):
             return NO_ROOM
         have = self.available
-        shares = [1 - (self._memory_mb + allocation.memory_mb) / max(have.memory_mb, 1)]
-        limit = max(have.cores * CORES_OVERLOAD, have.total_cores, 0.001)
-        shares.append(1 - (self._cores / 1000 + allocation.cores) / limit)
+        score = min(
+            1 - (self._memory_mb + allocation.memory_mb) / max(have.memory_mb, 1),
+            1 - (self._cores + 1000 * allocation.cores) /
+            max(self._cores_limit, 1000 * self._total_cores, 1))
         if allocation.gpus:
-            used = sum(1 for jobs, *_ in self._gpus.values() if jobs)
-            shares.append(1 - (used + allocation.gpus) / len(self._gpus))
+            used = sum(1 for use in self._gpus.values() if use.jobs)
+            score = min(score, 1 - (used + allocation.gpus) / len(have.gpus))
+            if any(gpu.others for gpu in self._gpus_for(allocation)):
+                score -= 2
         elif have.gpus:
-            return min(shares) - 1
-        return min(shares)
+            score -= 1
+        return score
 
     def allocate(self, allocation):
         """Take what the allocation asks for and return the Placement."""
         why = self.why_not(allocation)
         if why:
             raise DoesNotFit(f'the machine {why}')
-        gpus = tuple(sorted(self._gpus_for(allocation)))
+        return self.adopt(allocation, tuple(sorted(
+            gpu.index for gpu in self._gpus_for(allocation))))
+
+    def adopt(self, allocation, gpus):
+        """Take it whether it fits or not, with these GPUs: for a job that runs there already."""
         self._number += 1
         placement = Placement(self._number, allocation, gpus)
         self._placements[self._number] = placement
@@ -872,37 +926,127 @@ class MachineResources:
         self._reserved += sign * wanted.reserve
         for index in placement.gpus:
             use = self._gpus[index]
-            use[0] += sign
-            use[1] += sign * wanted.gpu_memory_mb
-            use[2] += sign * thousandths(wanted.gpu_utilization)
-            use[3] += sign * wanted.reserve_gpu
+            use.jobs += sign
+            use.memory_mb += sign * wanted.gpu_memory_mb
+            use.time += sign * thousandths(wanted.gpu_utilization)
+            use.reserved += sign * wanted.reserve_gpu
 
-    def _cores_fit(self, allocation):
+    def short_of(self, allocation):
+        """Return what there is too little of: jobs, machine, memory, cores, gpu; '' if it fits."""
         have = self.available
-        if allocation.cores > max(have.total_cores, have.cores):
-            return False
-        limit = thousandths(have.cores * CORES_OVERLOAD)
-        return not self.jobs or self._cores + thousandths(allocation.cores) <= limit
+        if have.max_jobs is not None and self.jobs >= have.max_jobs:
+            return 'jobs'
+        if have.reserved or self._reserved or (
+                allocation.reserve and (self.jobs or have.claimed)):
+            return 'machine'
+        if allocation.memory_mb > have.memory_mb - self._taken_mb():
+            return 'memory'
+        if allocation.cores > self._total_cores or (
+                self.jobs and self._cores + thousandths(allocation.cores) > self._cores_limit):
+            return 'cores'
+        if allocation.gpus and not self._gpus_for(allocation):
+            return 'gpu'
+        return ''
+
+    def _taken_mb(self):
+        """Return how much of the machine's memory is promised, to GPUs that share it, too."""
+        return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
 
     def _gpus_for(self, allocation):
-        """Return the indices of the GPUs for the allocation, roomiest first; too few if it must."""
-        if not allocation.gpus:
-            return []
+        """Return the GPUs for the allocation, none if there are too few."""
         fitting = []
         for gpu in self.available.gpus:
-            jobs, memory_mb, busy, reserved = self._gpus[gpu.index]
-            time_left = thousandths((1 - gpu.utilization) * GPU_OVERLOAD) - busy
-            if (not reserved and not (jobs and allocation.reserve_gpu)
-                    and memory_mb + allocation.gpu_memory_mb <= gpu.memory_mb
-                    and thousandths(allocation.gpu_utilization) <= time_left):
-                fitting.append((jobs, -time_left, memory_mb - gpu.memory_mb, gpu.index))
-        return [index for *_, index in sorted(fitting)[:allocation.gpus]]
+            use = self._gpus[gpu.index]
+            alone = allocation.reserve_gpu or gpu.exclusive
+            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.claimed))
+                    or (gpu.exclusive and gpu.others)):
+                continue
+            left_mb = gpu.memory_mb - use.memory_mb
+            left = thousandths((1 - gpu.utilization) * GPU_OVERLOAD) - use.time
+            if left_mb >= allocation.gpu_memory_mb and (
+                    left >= thousandths(allocation.gpu_utilization)):
+                fitting.append((gpu.others > 0, use.jobs, -left, -left_mb, gpu.index, gpu))
+        if len(fitting) < allocation.gpus:
+            return []
+        chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
+        if self._unified:       # what those promise comes out of the machine's memory
+            shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
+            if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
+                return []
+        return chosen
+
+    # In words
+
+    def why_not(self, allocation):
+        """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
+        have, short = self.available, self.short_of(allocation)
+        if short == 'jobs':
+            return f'has its {have.max_jobs} jobs'
+        if short == 'machine':
+            return 'is in use, and was to be reserved'
+        if short == 'memory':
+            return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
+        if short == 'cores':
+            return (f'has {max(have.cores - self._cores / 1000, 0):.1f} of '
+                    f'{self._total_cores:g} cores free')
+        if short == 'gpu':
+            return have.gpu_trouble or self._gpu_shortage(allocation)
+        return ''
 
     def _gpu_shortage(self, allocation):
         gpus = self.available.gpus
-        states = [f'GPU {gpu.index} has {gpu.memory_mb - self._gpus[gpu.index][1]} MB and '
-                  f'{1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
-        return f'has too little GPU ({"; ".join(states)})' if gpus else 'has no GPU'
+        if len(gpus) < allocation.gpus:
+            return f'has {count_of(len(gpus), "GPU")}' if gpus else 'has no GPU'
+        states = [f'GPU {gpu.index} has {max(gpu.memory_mb - self._gpus[gpu.index].memory_mb, 0)} '
+                  f'MB and {1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
+        return f'has too little GPU ({"; ".join(states)})'
+
+    def holder(self, allocation):
+        """Return who has what the allocation lacks here: '2 in use by others, holds 1 of ours'."""
+        have, short = self.available, self.short_of(allocation)
+        ours = f'holds {self.jobs} of ours'
+        if short == 'gpu':
+            if len(have.gpus) < allocation.gpus:
+                return self.why_not(allocation)
+            held = sum(1 for gpu in have.gpus if self._gpus[gpu.index].jobs)
+            others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
+                gpu.others or gpu.claimed or gpu.utilization or gpu.memory_mb <
+                min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
+            parts = [f'has {others} in use by others'] if others else []
+            parts += [f'holds {held} of ours'] if held else []
+            return ', '.join(parts) or self.why_not(allocation)
+        if short == 'machine' and not self.jobs:
+            return 'is in use by another batch'
+        if short in ('jobs', 'machine'):
+            return ours
+        return self.why_not(allocation) + (f', {ours}' if short and self.jobs else '')
+
+
+def as_record(kind, value):
+    """Return the value as such a record, if it is only something with its fields."""
+    return value if isinstance(value, kind) else kind(**{
+        name: getattr(value, name) for name in kind._fields if hasattr(value, name)})
+
+
+def idle(capacity):
+    """Return the Capacity that the machine would have if nobody used it."""
+    gpus = tuple(gpu._replace(
+        memory_mb=max(gpu.total_memory_mb, gpu.memory_mb), utilization=0.0, others=0, claimed=0,
+        reserved=False) for gpu in capacity.gpus)
+    return capacity._replace(
+        cores=max(capacity.total_cores, capacity.cores),
+        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus, claimed=0,
+        reserved=False)
+
+
+def room_for(capacity, allocation):
+    """Return (how many such jobs fit at a time, the GPU or GPUs of each)."""
+    own, gpus, count = MachineResources(capacity), [], 0
+    while count < 10000 and not own.short_of(allocation):
+        indices = own.allocate(allocation).gpus
+        gpus += indices if allocation.gpus == 1 else [list(indices)] if indices else []
+        count += 1
+    return count, gpus
 
 
 def describe(allocation):
@@ -910,49 +1054,138 @@ def describe(allocation):
     cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
     text = f'{cores} and {allocation.memory_mb} MB of memory'
     if allocation.gpus:
-        own = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
-        text += (f' and {own} with {allocation.gpu_memory_mb} MB and '
-                 f'{allocation.gpu_utilization:.0%} of its time free')
+        text += (f' and {describe_gpu(allocation)} and {allocation.gpu_utilization:.0%} of its '
+                 'time free')
     return text + (' on a machine of its own' if allocation.reserve else '')
+
+
+def describe_gpu(allocation):
+    """Return what is asked for of GPUs in words, without their time: 'a GPU of its own with …'."""
+    if allocation.gpus == 1:
+        text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
+    else:
+        text = f'{allocation.gpus} GPUs' + (' of its own, each' if allocation.reserve_gpu else
+                                            ', a share of each,')
+    return f'{text} with {allocation.gpu_memory_mb} MB'
 
 
 # ---- Probe: what was said of a machine -> Capacity ----
 
 FEWEST_TICKS = 4            # of processor time that are a share and not a coin's side
+UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]', 'err!', '[err!]', '[unknown error]')
 
 
-def parse_probe(facts, machine):
+class Claim(NamedTuple):
+    """What one job of any batch claims on a machine, and what its processes were seen to use."""
+    key: str                        # job.attempt of this project's jobs, '' of others'
+    cores: float
+    memory_mb: int
+    reserve: bool
+    gpus: dict                      # index -> (MB, share of time, whether it is reserved)
+    used_mb: int
+    ticks: int                      # processor time, in 1/100 s
+
+
+class Sample(NamedTuple):
+    """What a probe found that the next one is compared with."""
+    busy: int                       # processor ticks since boot, of all processors
+    total: int
+    ticks: dict                     # key of a claim -> its ticks; of others' under ''
+    gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
+
+
+def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
+
+    ours: the keys (job.attempt) of this batch's jobs there, which is added to what is free
+    before: the Sample of the last probe; ended_ticks: what our jobs that ended since then used
 
     Never raises: what cannot be read is unknown, and unknown is not there.
     """
     values = dict(facts)
+    claims = read_claims(facts)
+    others = [claim for claim in claims if claim.key not in ours]
     cores = whole_number(values.get('cores'))
-    load = share(values.get('load'), math.inf)
-    busy = load
-    if re.fullmatch(r'\d{1,15}/\d{1,15}', values.get('ticks', '')):
-        used, total = map(int, values['ticks'].split('/'))
-        # Over so short a time the login itself shows, in the last minute's load a job that has
-        # just ended does; who really uses the machine shows in both.
-        busy = min(load, used / total * cores) if total >= FEWEST_TICKS else load
-    busy = min(busy, cores) if math.isfinite(busy) else 0.0
-    usable = float(cores)
     total_memory_mb = whole_number(values.get('MemTotal')) // 1024
     memory_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_memory_mb)
+    usable = float(cores)
     for key, text in facts:
-        quota, _, period = text.partition('/')
-        if key == 'cgroup_cores' and whole_number(period):
-            usable = min(usable, whole_number(quota) / whole_number(period))
+        first, _, second = text.partition('/')
+        if key == 'cgroup_cores' and whole_number(second):
+            usable = min(usable, whole_number(first) / whole_number(second))
         elif key == 'cgroup_memory':
-            memory_mb = min(memory_mb, whole_number(text) // 2**20)
-    gpus, trouble = parse_gpus(facts, values)
+            memory_mb = min(memory_mb, whole_number(first) // 2**20)
+            if whole_number(second):
+                total_memory_mb = min(total_memory_mb, whole_number(second) // 2**20)
+    # What is promised and not yet taken is not free; what is ours and taken is ours already.
+    all_mb = memory_mb + sum(min(claim.used_mb, claim.memory_mb) for claim in claims)
+    all_mb = min(all_mb, max(total_memory_mb, memory_mb))
+    free_mb = max(all_mb - sum(claim.memory_mb for claim in others), 0)
+    busy = busy_cores(values, claims, cores, before, ended_ticks)
+    all_cores = max(min(usable, cores - busy), 0.0)
+    free_cores = max(all_cores - sum(claim.cores for claim in others) / CORES_OVERLOAD, 0.0)
+    first_free = before.gpu_free_mb if before else {}
+    gpus, limits, trouble = parse_gpus(facts, values, machine, claims, ours, first_free, free_mb)
     if machine.gpus is not None:
         gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
         trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
     return Capacity(
-        cores=max(min(usable, cores - busy), 0.0), memory_mb=memory_mb, gpus=gpus,
-        total_cores=usable, total_memory_mb=total_memory_mb,
-        max_jobs=machine.max_jobs, gpu_trouble=trouble)
+        cores=free_cores, memory_mb=free_mb, gpus=gpus, total_cores=usable,
+        total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs, gpu_trouble=trouble,
+        claimed=len(others), reserved=any(claim.reserve for claim in others),
+        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+
+
+def busy_cores(values, claims, cores, before, ended_ticks):
+    """Return how many cores are in use by what no batch has claimed."""
+    load = share(values.get('load'), math.inf)
+    now = two_numbers(values.get('ticks'))
+    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
+    if before:
+        used, total = now[0] - before.busy, now[1] - before.total
+        if total >= FEWEST_TICKS:
+            known = ended_ticks + sum(max(claim.ticks - before.ticks.get(claim.key, 0), 0)
+                                      for claim in claims if claim.key)
+            known += max(sum(claim.ticks for claim in claims if not claim.key)
+                         - before.ticks.get('', 0), 0)
+            return min(max(used - known, 0) / total, 1) * cores
+    used, total = now[0] - begun[0], now[1] - begun[1]
+    # Over so short a time the login itself shows, in the last minute's load a job that has just
+    # ended does; who really uses the machine shows in both.
+    busy = min(load, used / total * cores) if total >= FEWEST_TICKS and used >= 0 else load
+    busy = min(busy, cores) if math.isfinite(busy) else 0.0
+    return max(busy - sum(claim.cores for claim in claims), 0.0)
+
+
+def read_sample(facts, first_free=None):
+    """Return the Sample that the facts give.  first_free: that of the first probe, if not this."""
+    values, ticks, free = dict(facts), collections.Counter(), {}
+    for claim in read_claims(facts):
+        ticks[claim.key] += claim.ticks
+    for key, line in facts:
+        fields = line.split(',')
+        if key == 'gpu' and len(fields) > 3:
+            free[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
+    return Sample(*two_numbers(values.get('ticks')), ticks, free if first_free is None else
+                  first_free)
+
+
+def read_claims(facts):
+    """Return the Claims among the facts; of each of our jobs the last."""
+    claims = []
+    for key, text in facts:
+        match = key == 'claim' and re.fullmatch(
+            r'(\d{1,15}) (\d{1,15}) (\S{1,400}) (\d{1,9}) (\d{1,9}) ([01])((?: [\d:]{7,40})*)',
+            text, re.ASCII)
+        if not match:
+            continue
+        words = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in match[7].split()]
+        gpus = {int(word[1]): (int(word[2]), int(word[3]) / 1000, word[4] == '1')
+                for word in words if word}
+        claims.append(Claim('' if match[3] == '-' else match[3], int(match[4]) / 1000,
+                            int(match[5]), match[6] == '1', gpus, int(match[1]) // 1024,
+                            int(match[2])))
+    return claims
 
 
 def whole_number(text):
@@ -960,39 +1193,117 @@ def whole_number(text):
     return int(text) if text and re.fullmatch(r'[0-9]{1,18}', text) else 0
 
 
+def two_numbers(text):
+    """Return the two numbers of 'n/m', zeros for anything else."""
+    first, _, second = (text or '').partition('/')
+    return whole_number(first), whole_number(second)
+
+
 def share(text, unknown):
     """Return the non-negative decimal number that the text is."""
     return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
 
 
-def parse_gpus(facts, values):
-    """Return (Gpus, why there are none) from the lines of nvidia-smi and how it ended."""
+def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
+    """Return (Gpus, their limits, why there are none) from what nvidia-smi said and how it ended.
+
+    memory_mb: the machine's, for GPUs that share it.
+    """
+    trouble = gpu_trouble(values)
+    if trouble:
+        return (), (), trouble
+    processes = collections.defaultdict(list)       # uuid -> [(MB or None, user, key)]
+    for key, line in facts:
+        fields = line.split(' ')
+        if key == 'gpu_process' and len(fields) >= 4:
+            used = fields[1] if fields[1].isascii() and fields[1].isdigit() else ''
+            processes[fields[0]].append((int(used[:12]) if used else None, fields[-2], fields[-1]))
+    gpus, limits, refused = {}, [], []
+    extended = values.get('nvidia_smi') != 'old'
+    for key, line in facts:
+        if key != 'gpu' or 'No devices were found' in line:
+            continue
+        gpu = parse_gpu(line, extended, memory_mb, machine.gpus or ())
+        if isinstance(gpu, str) or gpu.index in gpus:
+            refused.append(gpu if isinstance(gpu, str) else '')
+            continue
+        foreign = [user for _, user, owner in processes[gpu.uuid] if owner not in ours]
+        mine = [claim.gpus[gpu.index] for claim in claims
+                if claim.key in ours and gpu.index in claim.gpus]
+        theirs = [claim.gpus[gpu.index] for claim in claims
+                  if claim.key not in ours and gpu.index in claim.gpus]
+        used = {}                                   # key of a claim -> MB that its processes have
+        for mb, _, owner in processes[gpu.uuid]:
+            used[owner] = used.get(owner, 0) + (mb or 0)
+        if processes[gpu.uuid]:
+            taken = sum(min(used.get(claim.key or 'other', 0), claim.gpus[gpu.index][0])
+                        for claim in claims if gpu.index in claim.gpus)
+        else:           # in a container it names no process: then what went since we came is ours
+            taken = min(max(first_free.get(gpu.index, gpu.memory_mb) - gpu.memory_mb, 0),
+                        sum(mb for mb, *_ in mine))
+        all_mb = min(gpu.memory_mb + taken, max(gpu.total_memory_mb, gpu.memory_mb))
+        busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
+        limits.append(f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}')
+        gpus[gpu.index] = gpu._replace(
+            memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
+            utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
+            others=len(foreign), users=tuple(dict.fromkeys(foreign)), claimed=len(theirs),
+            reserved=any(alone for *_, alone in theirs))
+    trouble = '; '.join(dict.fromkeys(filter(None, refused))) or 'has an nvidia-smi, but no GPU'
+    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), '' if gpus else trouble
+
+
+def gpu_trouble(values):
+    """Return why nothing is known of GPUs; '' where nvidia-smi answered."""
     status = values.get('nvidia_smi')
     if status is None:
-        return (), 'was not asked for its GPUs'
+        return 'was not asked for its GPUs'
     if status == 'absent':
-        return (), 'has no nvidia-smi, so no GPU is known'
+        makers = [word for word in values.get('other_gpus', '').split() if word in ('AMD', 'Intel')]
+        what = ' and '.join(f'{count_of(makers.count(maker), "GPU")} of {maker}'
+                            for maker in dict.fromkeys(makers))
+        return ('has no nvidia-smi, so no GPU is known' if not makers else
+                f'has {what}, which cannot be scheduled yet, and no nvidia-smi')
     if status == 'timeout':
-        return (), 'has an nvidia-smi that does not answer'
-    if status != '0':
-        words = printable(values.get('gpu_error', ''))[:200]
-        return (), f'has an nvidia-smi that fails with status {printable(status)[:20]}: {words}'
-    gpus, unknown = {}, 0
-    for key, line in facts:
-        if key != 'gpu':
-            continue
-        fields = [field.strip() for field in line.split(',', 5)]
-        numbers = [field if field.isascii() and field.isdigit() else '' for field in fields[:5]]
-        if len(fields) < 6 or not all(numbers[i] for i in (0, 2, 3, 4)):
-            unknown += 1            # [N/A], [Not Supported], ERR!: not known, so nothing goes there
-            continue
-        index, total, free, used = (int(numbers[i][:12]) for i in (0, 2, 3, 4))
-        if index in gpus or free > total or used > 100:
-            unknown += 1
-            continue
-        gpus[index] = Gpu(index, free, used / 100, total, fields[1][:60], fields[5][:80])
-    trouble = 'has GPUs whose free memory or use nvidia-smi does not tell' if unknown else ''
-    return tuple(gpus[index] for index in sorted(gpus)), '' if gpus else trouble or 'has no GPU'
+        return 'has an nvidia-smi that does not answer'
+    if status in ('0', 'old', '14'):
+        return ''
+    words = printable(values.get('gpu_error', ''))[:200]
+    if 'No devices were found' in words:
+        return 'has an nvidia-smi, but no GPU'
+    return f'has an nvidia-smi that fails with status {printable(status)[:20]}: {words}'
+
+
+def parse_gpu(line, extended, memory_mb, listed):
+    """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
+
+    extended: the line has compute and MIG mode, too; listed: the indices that the machine's file
+    names, so that the user vouches for what nvidia-smi does not tell of them.
+    """
+    fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
+    if len(fields) != (8 if extended else 6) or not (
+            fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
+        return 'has GPUs of which nvidia-smi tells nothing that can be read'
+    index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
+    mode, mig = (fields[5:7] if extended else ('', ''))
+    if mig == 'Enabled':
+        return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
+    if mode == 'Prohibited':
+        return f'has GPU {index} in compute mode Prohibited'
+    total, free, used = (int(field) if field.isascii() and field.isdigit() and len(field) < 12
+                         else None for field in fields[2:5])
+    unified = (total is None and free is None
+               and all(field.lower() in UNKNOWN_WORDS for field in fields[2:4]))
+    if unified and (used is not None or index in listed):
+        total, free = memory_mb, memory_mb          # as on GB10 and Jetson
+    elif unified or total is None or free is None or (used is None and index not in listed):
+        return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
+                f'"gpus: [{index}]" in its file vouches for it')
+    used = 0 if used is None else used
+    if free > total or used > 100:
+        return f'has GPU {index}, of which nvidia-smi tells what cannot be'
+    return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
+               unified=unified)
 
 
 # ---- Files to send: a walk with rsync's rules ----
@@ -1253,8 +1564,8 @@ def check_named(path, option):
 
 
 def count_of(number, noun):
-    """Return '1 file', '2 files'."""
-    return f'{number:,} {noun}' + ('' if number == 1 else 's')
+    """Return '1 file', '2 files', '3 processes'."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
 
 
 def size_of(size):
@@ -1416,8 +1727,9 @@ Host *
 class Connection:
     """How one machine is reached: pure text and argument lists."""
 
-    def __init__(self, machine, run_folder, number):
+    def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
+        self._nice = ['nice', '-n', str(nice)] if nice else []
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
@@ -1459,9 +1771,9 @@ class Connection:
 
     def _reach(self, alias, *options):
         if not self.machine.host:
-            return ['bash', '-c', BOOTSTRAP]
+            return [*self._nice, 'bash', '-c', BOOTSTRAP]
         return ['ssh', '-F', self.config_path, *options, '--', alias,
-                f"exec bash -c '{BOOTSTRAP}'"]
+                ' '.join(['exec', *self._nice, f"bash -c '{BOOTSTRAP}'"])]
 
     def rsync(self, options, source, target, remote):
         """Return the argv of an rsync; its list of paths comes on stdin, NUL-terminated.
@@ -1471,6 +1783,7 @@ class Connection:
         argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-', *options]
         if self.machine.host:
             argv += ['-e', f'ssh -F {self.config_path}']
+            argv += ['--rsync-path', ' '.join([*self._nice, 'rsync'])] if self._nice else []
             source = f'{COPY_ALIAS}:{source}' if remote == 'source' else source
             target = f'{COPY_ALIAS}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
@@ -1536,6 +1849,9 @@ REMOTE_RUNNER = r'''
 #
 # shellcheck disable=SC2015     # A && B || break: each field must come, or the channel was cut
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
+
+JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
+GPU_LIMIT_S=20              # for nvidia-smi's answer
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -1679,38 +1995,143 @@ count_cores() {             # REPLY: the cores that this login may use
   [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 }
 
-probe_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
+query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
+  local core=index,uuid,memory.total,memory.free,utilization.gpu status
+  local form=--format=csv,noheader,nounits
   type -P nvidia-smi >/dev/null || { echo absent >"$run/gpus.status"; return; }
-  nvidia-smi --query-gpu=index,uuid,memory.total,memory.free,utilization.gpu,name \
-    --format=csv,noheader,nounits >"$run/gpus" 2>"$run/gpus.err"
-  echo $? >"$run/gpus.status"
+  # An old driver refuses the whole query for one field that it does not know.
+  nvidia-smi --query-gpu="$core,compute_mode,mig.mode.current,name" $form \
+    >"$run/gpus" 2>"$run/gpus.err"
+  status=$?
+  if ((status == 2)); then
+    nvidia-smi --query-gpu="$core,name" $form >"$run/gpus" 2>"$run/gpus.err"
+    status=$?
+    ((status)) || status=old
+  fi
+  nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory $form >"$run/gpus.apps" 2>/dev/null ||
+    : >"$run/gpus.apps"
+  echo "$status" >"$run/gpus.status"
 }
 
-probe_limits() {            # what the control group (version 2) leaves of cores and memory
-  local path quota period limit used
-  [[ $proc == /proc ]] && IFS= read -r path </proc/self/cgroup && path=${path#0::} || return
-  while :; do
-    if read -r quota period <"/sys/fs/cgroup$path/cpu.max" && [[ $quota != max ]]; then
-      tell probe cgroup_cores "$quota/$period"
-    fi
-    if read -r limit <"/sys/fs/cgroup$path/memory.max" && [[ $limit != max ]]; then
-      read -r used <"/sys/fs/cgroup$path/memory.current"
-      tell probe cgroup_memory "$((limit - used))"
-    fi
-    [[ $path == /?* ]] || return
-    path=${path%/*}
+tell_gpus() {               # says what query_gpus found; knows the processes of claims by now
+  local status line uuid pid used index pids=() names=() vendor cards=
+  { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
+  tell probe nvidia_smi "$status"
+  case $status in
+    absent)                 # others are at least named; those of bus 0 drive the screen
+      for line in "$sys"/class/drm/card*/device; do
+        [[ $line != */card*-*/* && $(readlink -f "$line") != */0000:00:* ]] || continue
+        { read -r vendor <"$line/vendor"; } 2>/dev/null || continue
+        case $vendor in 0x1002) cards+=' AMD' ;; 0x8086) cards+=' Intel' ;; esac
+      done
+      [[ ! $cards ]] || tell probe other_gpus "${cards# }" ;;
+    timeout) ;;
+    0 | old | 14)           # 14: a warning about its infoROM, with a valid answer
+      while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus"
+      while IFS=', ' read -r uuid pid used; do
+        [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
+      done <"$run/gpus.apps"
+      ((${#pids[@]} == 0)) || while read -r pid line; do
+        names[${pid#/proc/}]=$line
+      done < <(stat -c '%n %U' -- "${pids[@]}" 2>/dev/null)
+      while IFS=', ' read -r uuid pid used; do
+        [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
+        tell probe gpu_process "$uuid $used ${names[pid]:-?} ${claim_of[$pid]-}"
+      done <"$run/gpus.apps" ;;
+    *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus")
+       tell probe gpu_error "$line" ;;
+  esac
+}
+
+tell_limits() {             # what control groups, of version 1 or 2, leave of cores and memory
+  local number controllers path folder quota period limit used key value cache
+  while IFS=: read -r number controllers path; do
+    case ,$controllers, in
+      ,, | *,cpu,* | *,memory,*) folder=$sys/fs/cgroup${controllers:+/$controllers} ;;
+      *) continue ;;
+    esac
+    [[ $controllers || ! -d $folder/unified ]] || folder+=/unified
+    while :; do             # a container does not see the folders above its own
+      if { read -r quota period <"$folder$path/cpu.max"; } && [[ $quota != max ]]; then
+        tell probe cgroup_cores "$quota/$period"
+      elif { read -r quota <"$folder$path/cpu.cfs_quota_us"; } && ((quota > 0)); then
+        read -r period <"$folder$path/cpu.cfs_period_us"
+        tell probe cgroup_cores "$quota/$period"
+      fi
+      if ! { read -r limit <"$folder$path/memory.max" &&
+        read -r used <"$folder$path/memory.current"; }; then
+        read -r limit <"$folder$path/memory.limit_in_bytes" &&
+          read -r used <"$folder$path/memory.usage_in_bytes" || limit=max
+      fi
+      # "unlimited" is a very large number in version 1
+      if [[ $limit != max ]] && ((${#limit} < 17)); then
+        cache=0             # what was read from files counts as used, and gives way
+        while read -r key value; do
+          [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
+        done <"$folder$path/memory.stat"
+        tell probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
+      fi
+      [[ $path == /?* ]] || break
+      path=${path%/*}
+    done
+  done <"$proc/self/cgroup"
+} 2>/dev/null
+
+use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
+  local pid stat fields key value child file index
+  pids=("$1") rss=0 peak=0 ticks=0
+  for ((index = 0; index < ${#pids[@]} && index < 1000; index++)); do
+    pid=${pids[index]}
+    { IFS= read -r stat <"/proc/$pid/stat"; } || continue
+    # shellcheck disable=SC2206          # numbers, behind a name with any blanks and brackets
+    fields=(${stat##*) })
+    # its own time, and that of the children for which it has waited
+    ticks=$((ticks + fields[11] + fields[12] + fields[13] + fields[14]))
+    while read -r key value _; do
+      case $key in
+        VmHWM:) peak=$((peak + value)) ;;
+        VmRSS:) rss=$((rss + value)); break ;;
+      esac
+    done <"/proc/$pid/status"
+    for file in "/proc/$pid/task/"*/children; do
+      read -ra fields <"$file"
+      for child in "${fields[@]}"; do pids+=("$child"); done
+    done
   done
 } 2>/dev/null
 
-probe() {                   # says what is here and free, then "ready"
-  local key value line status busy total word deadline=$((SECONDS + 20)) missing=()
-  while ((waiting > 0 && SECONDS < deadline)) &&
-    read -r -t $((deadline - SECONDS)) word <&"$signals"; do
-    waiting=$((waiting - 1))
+read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
+  local pid start boot number error
+  { read -r pid start boot need <"$1"; } 2>/dev/null || return 1
+  # One of another user may say anything.
+  number='(0|[1-9][0-9]{0,8})'
+  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
+  [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
+  process=$pid key=
+  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
+  if identify "$pid"; then
+    [[ $REPLY == "$pid $start $boot" ]]
+  else                      # where /proc hides the processes of others, kill tells
+    error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
+    [[ $error == *permitted* && $boot == "$boot_id" ]]
+  fi
+}
+
+tell_claims() {             # says of each job of ours or of other batches what it claims, and uses
+  local file process need key pids rss peak ticks pid
+  for file in "$shared"/ssh_scheduler.*/*; do
+    read_claim "$file" || continue
+    use_of "$process"
+    for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
+    tell probe claim "$rss $ticks ${key:--} $need"
   done
-  load_environment
+}
+
+measure() {                 # says what is here and free; $1: seconds for nvidia-smi's answer
+  local key value line busy total
+  local -A claim_of=()
   read_ticks
-  tell probe ticks "$((busy - busy_before))/$((total - total_before))"
+  tell probe ticks "$busy/$total"
   count_cores
   tell probe cores "$REPLY"
   read -r value _ <"$proc/loadavg"
@@ -1718,17 +2139,42 @@ probe() {                   # says what is here and free, then "ready"
   while read -r key value _; do
     case $key in MemTotal: | MemAvailable:) tell probe "${key%:}" "$value" ;; esac
   done <"$proc/meminfo"
-  probe_limits
+  tell_limits
+  tell_claims
+  [[ $want_gpus != 1 ]] || tell_gpus
+}
+
+measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
+  local began line
+  centiseconds
   if [[ $want_gpus == 1 ]]; then
-    { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
-    tell probe nvidia_smi "$status"
-    case $status in
-      0) while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus" ;;
-      absent | timeout) ;;
-      *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus")
-         tell probe gpu_error "$line" ;;
-    esac
+    if mkdir -- "$run/asking" 2>/dev/null; then         # or the last one still hangs
+      rm -f -- "$run/gpus.status"
+      read -r -t "$GPU_LIMIT_S" line < <(
+        query_gpus
+        rmdir -- "$run/asking"
+        echo
+      ) || rm -f -- "$run/gpus.status"
+    else
+      rm -f -- "$run/gpus.status"
+    fi
+    centiseconds
   fi
+  began=$REPLY
+  measure
+  centiseconds
+  tell measured "$1" "$((REPLY - began))"
+} 2>/dev/null
+
+probe() {                   # says what is here and free, then "ready"
+  local value word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
+  while ((waiting > 0 && SECONDS < deadline)) &&
+    read -r -t $((deadline - SECONDS)) word <&"$signals"; do
+    waiting=$((waiting - 1))
+  done
+  load_environment
+  tell probe ticks_before "$busy_before/$total_before"
+  measure
   for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
   ((${#missing[@]} == 0)) || tell broken "this program is missing there: ${missing[*]}"
   type -P rsync >/dev/null && value=1 || value=0
@@ -1795,7 +2241,7 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
 # ---- Jobs ----
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
-  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started
+  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
@@ -1803,6 +2249,7 @@ run_job() {                 # in its own process and group; says how it went, an
   started=$REPLY
   identify "$BASHPID"
   record "$dir" "running $REPLY"
+  printf '%-80s' "$REPLY" 1<>"$claims/$project.$name"   # was announced; see start_pending
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
@@ -1813,14 +2260,21 @@ run_job() {                 # in its own process and group; says how it went, an
       export SSH_SCHEDULER_JOB="${name%.*}" PYTHONUNBUFFERED=1
       [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
       umask "$mask"
+      read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
+        echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
       cd -- "$dir/work" && exec "$BASH" ../cmd
     ) </dev/null >>"$dir/out" 2>>"$dir/err"
     status=$?
   fi
+  # The 16th and 17th field: the time of the children for which this has waited.
+  IFS= read -r used </proc/self/stat
+  # shellcheck disable=SC2206
+  used=(${used##*) })
   [[ $back == none ]] || list_back "$dir" "$id" "$@"
   record "$dir" "ended $status"         # who reads this relies on the list
+  : >"$claims/$project.$name"
   centiseconds
-  tell_ended "$name" "$status" "$((REPLY - started))"
+  tell_ended "$name" "$status" "$((REPLY - started))" "$((used[13] + used[14]))"
 } 2>/dev/null
 
 record() {                  # $1: job folder, $2: how the job stands, or how it ended
@@ -1849,9 +2303,9 @@ stream() {                  # REPLY: "=text" of the file $1 where it is short te
   fi
 }
 
-tell_ended() {              # $1: job.attempt, $2: exit status, $3: its time in 1/100 s
+tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and processor time (cs)
   local dir=$home/jobs/$1 event entry back=
-  event=ended$'\t'$1$'\t'$2$'\t'$3
+  event=ended$'\t'$1$'\t'$2$'\t'$3$'\t'$4
   stream "$dir/out"
   event+=$'\t'$REPLY
   stream "$dir/err"
@@ -1868,15 +2322,22 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3: its time in 
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() started='' name dir claimed=()
+  local index dirs=() started='' name dir claimed=() held=
   for index in "${!names[@]}"; do
     dirs+=("$home/jobs/${names[index]}")
     [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
   done
   ((${#dirs[@]} == 0)) || LC_ALL=C mkdir -p -- "${dirs[@]}"
+  announce || held=1
   for index in "${!names[@]}"; do
     name=${names[index]}
     dir=$home/jobs/$name
+    if [[ $held && ! -e $dir/cmd ]]; then
+      : >"$claims/$project.$name"
+      rmdir -- "$dir/work" "$dir"
+      say "held"$'\t'"$name"
+      continue
+    fi
     set -C                  # "cmd" is the claim: only one can create it, on NFS too
     if : >"$dir/cmd"; then
       set +C
@@ -1892,6 +2353,7 @@ start_pending() {           # starts what was read of "start" requests since the
       report "$name" </dev/null &
       continue
     fi
+    : >"$claims/$project.$name"
     tell refused "$name" "$(tail -n 1 "$run/log")"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
@@ -1900,7 +2362,55 @@ start_pending() {           # starts what was read of "start" requests since the
       "${paths[@]:offsets[index]:counts[index]}" </dev/null &
     disown "$!"
   done
-  names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
+  names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
+}
+
+# Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
+# and looks at the others' only then.  Of two that do so at a time, at least one sees the other and
+# steps back.  A file whose process is gone, or that is empty, claims nothing.
+announce() {                # claims what the pending jobs need; fails if others leave no room
+  local index file
+  for index in "${!names[@]}"; do
+    [[ ! -e $home/jobs/${names[index]}/cmd ]] || continue      # it was started before
+    file=$claims/$project.${names[index]}
+    umask 022
+    printf '%-80s%s\n' "$self" "${needs[index]}" >"$file" || {
+      mkdir -p -- "$claims"
+      printf '%-80s%s\n' "$self" "${needs[index]}" >"$file"
+    }
+    umask 077
+  done
+  [[ $limits ]] || return 0
+  for file in "$shared"/ssh_scheduler.*/*; do
+    [[ $file == "$claims/$project."* ]] || { room; return; }
+  done
+}
+
+room() {                    # tells whether all that is claimed here is within the limits
+  local file process need key word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
+  local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
+  for file in "$shared"/ssh_scheduler.*/*; do
+    read_claim "$file" || continue
+    # shellcheck disable=SC2086          # numbers and colons: read_claim saw to that
+    set -- $need
+    all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
+    [[ ! $key ]] || ours=$((ours + 1))
+    shift 3
+    for word; do
+      IFS=: read -r gpu mb time reserved <<<"$word"
+      [[ ! $key ]] || mine[gpu]=1
+      ((jobs[gpu] += 1, gpu_mb[gpu] += mb, gpu_time[gpu] += time, gpu_alone[gpu] += reserved))
+    done
+  done
+  ((alone == 0 || all == 1)) || return
+  # one job may start on a machine however busy its processors are
+  ((memory <= limits[1] && (cores <= limits[0] || ours == 1))) || return
+  for word in "${limits[@]:2}"; do
+    IFS=: read -r gpu mb time <<<"$word"
+    [[ ${mine[gpu]-} ]] || continue
+    ((jobs[gpu] == 1 || (gpu_alone[gpu] == 0 && gpu_time[gpu] <= time))) || return
+    ((gpu_mb[gpu] <= mb)) || return
+  done
 }
 
 report() {                  # what became of job.attempt $1, which was claimed before
@@ -1908,7 +2418,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
   while :; do
     read_record "$dir"
     if [[ $word == ended ]]; then
-      tell_ended "$name" "$value" 0
+      tell_ended "$name" "$value" 0 0
       return
     elif [[ $word == starting ]] && identify "${value%% *}" && [[ $REPLY == "$value" ]]; then
       tries=0               # another runner will, and has much to do
@@ -1946,17 +2456,20 @@ cancel() {                  # $1: job.attempt, $2: seconds between TERM and KILL
 bury() {                    # records the end of job.attempt $1 that was killed; $2: how
   printf 'ssh-scheduler: %s\n' "$2" >>"$home/jobs/$1/err"
   record "$home/jobs/$1" 'ended 137'
-  tell_ended "$1" 137 0
+  tell_ended "$1" 137 0 0
 }
 
 watch() {                   # triples job.attempt, bytes of out and of err that are known: the rest
-  local files=() size file chunk count=0 word value
+  local files=() size file chunk count=0 word value pids rss peak ticks
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
     if [[ $word == running ]] && ! lives "$word" "$value"; then
       read_record "$home/jobs/$1"       # what ends records that before it is gone
       [[ $word == ended ]] || bury "$1" 'it was killed with its whole process group'
+    elif [[ $word == running ]]; then
+      use_of "${value%% *}"
+      ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
     fi
     for file in "out $2" "err $3"; do
       files+=("$home/jobs/$1/${file% *}")
@@ -1977,8 +2490,8 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
 leave() {                   # where no job needs it, what came goes, though nobody said "finish"
   wait
   rmdir -- "$home/jobs" || return
-  remove "$run" "${arrived[@]}"
-  rmdir -- "$home/stage"
+  remove "$run" "${arrived[@]}" "$claims/$project."*
+  rmdir -- "$claims" "$home/stage" "$home"
 } 2>/dev/null
 
 remove() {                  # jobs whose results are safe over there
@@ -1991,8 +2504,10 @@ main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
   local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
   local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
-  local proc=${SSH_SCHEDULER_PROC:-/proc} # a container may have better numbers elsewhere
-  local names=() stages=() gpus=() backs=() paths=() offsets=() counts=() commands=()
+  # A container may have better numbers elsewhere; and so have the machines of the tests.
+  local proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
+  local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
+  local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
   local arrived=()
   local -A sent linked
 
@@ -2016,6 +2531,12 @@ main() {
     return
   fi
   : >"$run/log"
+  [[ -w $shared ]] || shared=/tmp
+  claims=$shared/ssh_scheduler.$UID
+  # Others may write where it lies; of what is not ours nothing is used.
+  if [[ -e $claims || -L $claims ]] && [[ -L $claims || ! -d $claims || ! -O $claims ]]; then
+    claims=$run/claims
+  fi
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
   identify "$$"
@@ -2034,7 +2555,7 @@ main() {
   disown "$!"
   waiting=1
   if [[ $want_gpus == 1 ]]; then
-    { probe_gpus; echo gpus >&"$signals"; } </dev/null {events}>&- &
+    { query_gpus; echo gpus >&"$signals"; } </dev/null {events}>&- &
     disown "$!"
     waiting=2
   fi
@@ -2044,6 +2565,13 @@ main() {
     IFS= read -rd '' verb || break
     case $verb in
       probe) probe </dev/null ;;
+      measure)              # NUMBER
+        IFS= read -rd '' field || break
+        measure_again "$field" </dev/null &
+        disown "$!" ;;
+      limits)               # COUNT, then: CORES (thousandths) MB GPU:MB:THOUSANDTHS...
+        IFS= read -rd '' count && read_fields "$count" || break
+        limits=("${fields[@]}") ;;
       unpack)               # ID BYTES, then that many bytes of tar
         IFS= read -rd '' field && IFS= read -rd '' bytes || break
         arrived+=("$home/stage/$field")
@@ -2058,10 +2586,11 @@ main() {
         IFS= read -rd '' field && IFS= read -rd '' count || break
         read_fields "$count" || break
         freeze "$field" "${fields[@]}" </dev/null ;;
-      start)                # JOB.ATTEMPT STAGE GPUS COMMAND none|changed|paths COUNT PATH...
+      start)                # JOB.ATTEMPT STAGE GPUS NEED COMMAND none|changed|paths COUNT PATH...
         IFS= read -rd '' field && names+=("$field") || break
         IFS= read -rd '' field && stages+=("$field") || break
         IFS= read -rd '' field && gpus+=("$field") || break
+        IFS= read -rd '' field && needs+=("$field") || break
         IFS= read -rd '' field && commands+=("$field") || break
         IFS= read -rd '' field && backs+=("$field") || break
         IFS= read -rd '' count && read_fields "$count" || break
@@ -2082,7 +2611,8 @@ main() {
         say "bulk"$'\t'"$run/back.$field"$'\t'"back"$'\t'"$field" ;;
       clean)                # COUNT JOB.ATTEMPT...
         IFS= read -rd '' count && read_fields "$count" || break
-        (cd -- "$home/jobs" && remove "${fields[@]}") </dev/null & ;;
+        (cd -- "$home/jobs" &&
+          remove "${fields[@]}" "${fields[@]/#/"$claims/$project."}") </dev/null & ;;
       finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
         wait
@@ -2090,8 +2620,8 @@ main() {
           mv -T -- "$home/cache" "$run/cache"
           mv -T -- "$home/stage/$field" "$home/cache"
         fi
-        (cd -- "$home/stage" && remove "$run" "${fields[@]}") </dev/null
-        rmdir -- "$home/stage" "$home/jobs"
+        (cd -- "$home/stage" && remove "$run" "${fields[@]}" "$claims/$project."*) </dev/null
+        rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
         say finished ;;
       *) tell broken "unknown request: $verb" ;;
     esac
@@ -2493,9 +3023,13 @@ class ResultStore:
         self._write(event='claimed', job=name, attempt=attempt, machine=machine, gpus=gpus,
                     command=command)
 
-    def ended(self, name, exit_code, wall_s):
-        """It ended over there."""
-        self._write(event='ended', job=name, exit_code=exit_code, wall_s=wall_s)
+    def ended(self, result):
+        """It ended over there; what it used is noted where it is known."""
+        used = {key: getattr(result, key) for key in ('cpu_s', 'peak_memory_mb',
+                                                      'peak_gpu_memory_mb')}
+        self._write(event='ended', job=result.name, exit_code=result.exit_code,
+                    wall_s=result.wall_s,
+                    **{key: value for key, value in used.items() if value is not None})
 
     def lost(self, name):
         """It is gone without a result, or was never started: it may be started again."""
@@ -2660,19 +3194,22 @@ GATHER_S = 1.0                      # results wait so long for others, to come w
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 KILL_GRACE_S = 5
+MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
+MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 FAREWELL_S = 30.0                   # for tidying up over there
 
 
 class Session:
     """What the machines of one run share; `close` ends all its processes and removes its files."""
 
-    def __init__(self, results, trace=None):
+    def __init__(self, results, trace=None, *, nice=0, live=True, project=None):
         self.results = results
+        self.nice, self.live = nice, live       # live: not only what was free at first counts
         self.trace = trace or (lambda text: None)
         self.processes = Processes(lambda argv: self.trace('+ ' + ' '.join(map(printable, argv))))
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
-        self.project = project_name()
+        self.project = project or project_name()
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
         self._trees, self._archives = {}, {}
@@ -2729,7 +3266,7 @@ class Channel:
     """
 
     def __init__(self, machine, session, number, on_event, on_end):
-        self.connection = Connection(machine, session.run_folder, number)
+        self.connection = Connection(machine, session.run_folder, number, session.nice)
         self.token = os.urandom(16).hex()
         self.home = ''                      # the project's folder over there, when it is known
         self.rsync_works = False            # at both ends, as far as we know
@@ -2909,8 +3446,10 @@ class Sender:
 class Order:
     """A job on its way on one machine."""
 
-    def __init__(self, job_name, attempt, command, stage, backwards, gpus):
+    def __init__(self, job_name, attempt, command, stage, backwards, gpus, need):
         self.job_name = job_name
+        self.need = need                    # what it claims over there, as text
+        self.peak_mb = self.peak_gpu_mb = None      # what was seen of its use
         self.attempt = attempt
         self.command = command
         self.stage = stage
@@ -3134,8 +3673,8 @@ class MachineRunner:
 
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
-    be, returned(job_name, reason) when it was not started, lost(job_name, reason), sent(stage),
-    warning(text).
+    be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
+    faster, lost(job_name, reason), sent(stage), measured() with a new `capacity`, warning(text).
 
     It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
     spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
@@ -3163,6 +3702,10 @@ class MachineRunner:
         self._fetcher = Fetcher(self.name, self._channel, self.session, self._signal,
                                 lambda: not self._running)
         self._facts = []                    # what the probe said
+        self._sample = None                 # what the next one is compared with
+        self._ended_ticks = 0               # what jobs used that ended since then
+        self._asked, self._measure_at, self._measured_s = 0, None, 0.0
+        self.expected = set()               # keys of jobs that an earlier run started there
         self._queue = collections.deque()   # Orders that wait for their stage
         self._running = {}                  # key -> Order
         self._spacing_s, self._next_start = spacing_s, 0.0
@@ -3215,6 +3758,29 @@ class MachineRunner:
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
         self._channel.send(request('probe'))
+
+    def measure(self, within_s=0.0):
+        """Ask again what is free, within so many seconds; the answer is the signal measured().
+
+        It costs the machine at most MEASURE_SHARE of a core.
+        """
+        earliest = max(MEASURE_LEAST_S, self._measured_s / MEASURE_SHARE)
+        due = time.monotonic() + max(within_s, earliest if self._sample else 0)
+        if self._measure_at is None or due < self._measure_at:
+            self._measure_at = due
+            self.session.processes.call_later(max(due - time.monotonic(), 0), self._measure_due)
+
+    @property
+    def asking(self):
+        """Tell whether it was asked what is free, or will be, and has not answered."""
+        return self.state == 'ready' and self._measure_at is not None
+
+    def _measure_due(self):
+        due, now = self._measure_at, time.monotonic()
+        if self.state == 'ready' and due is not None and due <= now + 0.001 and not self._facts:
+            self._asked += 1
+            self._facts = [('asked', str(self._asked))]
+            self._channel.send(request('measure', self._asked))
 
     def close(self):
         """Have the machine tidied up and the channel closed; jobs that run go on."""
@@ -3283,7 +3849,7 @@ class MachineRunner:
         return bool(self._queue or self._running or self._fetcher.orders)
 
     def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
-                 exclude=(), gpus=None, attempt=1):
+                 exclude=(), gpus=None, attempt=1, placement=None):
         """Start the bash command there as soon as its files are.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
@@ -3291,6 +3857,7 @@ class MachineRunner:
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         attempt                counts the starts of a job that had to be repeated
+        placement              what MachineResources gave it: other batches then count with it
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
         check_job_name(job_name, 'queue_up')
@@ -3298,7 +3865,8 @@ class MachineRunner:
             inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
             tuple(exclude)))
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
-        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus))
+        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus,
+                                 need_of(placement)))
         self._start_queued()
 
     def cancel(self):
@@ -3330,7 +3898,7 @@ class MachineRunner:
             paths = order.backwards or ()
             self._channel.send(request(
                 'start', order.key, order.stage.id, '-' if order.gpus is None else order.gpus,
-                order.command, how, len(paths), *paths))
+                order.need, order.command, how, len(paths), *paths))
             self._watch_later()
         self._queue = waiting
         if waiting and now < self._next_start:
@@ -3372,11 +3940,44 @@ class MachineRunner:
         channel.home = os.fsdecode(home)
         channel.rsync_works = (rsync == b'1' and self.session.has_rsync and channel.quiet
                                and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
-        self.capacity = parse_probe(self._facts, self.machine)
+        self._understand()
         self.state = 'ready'
         self._sender.begin()
         self._signal('ready')
         self._start_queued()
+
+    def _understand(self):
+        """Make of the facts what is free; from now on other batches cannot take more than that."""
+        ours = self._running.keys() | self.expected
+        self.capacity = parse_probe(self._facts, self.machine, ours, self._sample,
+                                    self._ended_ticks)
+        self._sample = read_sample(self._facts,
+                                   self._sample.gpu_free_mb if self._sample else None)
+        for key, mb in gpu_memory(self._facts).items():
+            if key in self._running:
+                order = self._running[key]
+                order.peak_gpu_mb = max(mb, order.peak_gpu_mb or 0)
+        self._facts, self._ended_ticks = [], 0
+        if self.session.live:
+            self._channel.send(request('limits', len(self.capacity.limits), *self.capacity.limits))
+
+    def _on_measured(self, number, cost_cs):
+        if int(number) == self._asked and self._facts:
+            self._measured_s = int(cost_cs) / 100
+            self._measure_at = None
+            self._understand()
+            self._signal('measured')
+
+    def _on_used(self, key, peak_kb):
+        order = self._running.get(os.fsdecode(key))
+        if order:
+            order.peak_mb = max(int(peak_kb) // 1024, order.peak_mb or 0)
+
+    def _on_held(self, key):
+        order = self._running.pop(os.fsdecode(key), None)
+        if order:
+            self.session.results.lost(order.job_name)
+            self._signal('held', order.job_name)
 
     def _on_staged(self, stage_id):
         self._sender.frozen(os.fsdecode(stage_id))
@@ -3403,19 +4004,23 @@ class MachineRunner:
             self.session.results.lost(order.job_name)
             self._signal(event, order.job_name, printable(os.fsdecode(why)))
 
-    def _on_ended(self, key, status, time_cs, out, err, *back):
+    def _on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
         order = self._running.pop(os.fsdecode(key), None)
         if not order:
             return      # it was reported already, or is none of ours
+        self.expected.discard(order.key)
+        self._ended_ticks += max(int(cpu_cs) - self._sample.ticks.get(order.key, 0), 0)
         if self._cancelled:
             self._fetcher.forget(order)
             return
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
                 order.streams[stream] = text[1:]
-        result = JobResult(order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus)
+        known = int(time_cs) > 0 or int(cpu_cs) > 0         # not where a record is all there is
+        result = JobResult(order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus,
+                           int(cpu_cs) / 100 if known else None, order.peak_mb, order.peak_gpu_mb)
         self.ended[order.job_name] = result
-        self.session.results.ended(order.job_name, result.exit_code, result.wall_s)
+        self.session.results.ended(result)
         # What came with the event is in place before anybody is told that the job ended.
         self._fetcher.add(order, list(back))
         self._signal('ended', order.job_name)
@@ -3437,7 +4042,28 @@ class MachineRunner:
 
 
 EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
-                    'refused', 'lost', 'ended', 'data', 'finished'))
+                    'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished'))
+
+
+def need_of(placement):
+    """Return what a placement claims as the remote runner reads it: cores, MB, reserve, GPUs."""
+    if placement is None:
+        return '0 0 0'
+    wanted = placement.allocation
+    gpus = [f'{index}:{wanted.gpu_memory_mb}:{thousandths(wanted.gpu_utilization)}:'
+            f'{int(wanted.reserve_gpu)}' for index in placement.gpus]
+    return ' '.join([str(thousandths(wanted.cores)), str(wanted.memory_mb),
+                     str(int(wanted.reserve)), *gpus])
+
+
+def gpu_memory(facts):
+    """Return {key of a job: MB that its processes have on GPUs} of the facts of a probe."""
+    found = collections.Counter()
+    for key, line in facts:
+        fields = line.split(' ')
+        if key == 'gpu_process' and len(fields) >= 4 and re.fullmatch('[0-9]{1,9}', fields[1]):
+            found[fields[-1]] += int(fields[1])
+    return found
 
 
 # ---- Report: the only place that prints ----
@@ -3452,8 +4078,9 @@ class Reporter:
     """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
 
     def __init__(self, verbose=False, out=None, err=None):
-        self._out, self._err, self._verbose = out or sys.stdout, err or sys.stderr, verbose
+        self._out, self._err, self.verbose = out or sys.stdout, err or sys.stderr, verbose
         self._bar = None
+        self.reader_left = False    # nobody reads any more what is printed
 
     def line(self, text):
         """Print one line on stdout, now."""
@@ -3465,7 +4092,7 @@ class Reporter:
 
     def trace(self, text):
         """Print one line on stderr, with --verbose."""
-        if self._verbose:
+        if self.verbose:
             self._print(self._err, text)
 
     def warning(self, text):
@@ -3479,6 +4106,19 @@ class Reporter:
     def ended(self, job, exit_code):
         """A job ended."""
         self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
+
+    def paint(self, text, share):
+        """Return the text in green, yellow or red by the share that is free, on a terminal."""
+        if not self._out.isatty() or os.environ.get('NO_COLOR'):
+            return text
+        return f'\x1b[{32 if share > 0.5 else 33 if share > 0.1 else 31}m{text}\x1b[m'
+
+    def show(self, lines, again):
+        """Print the lines; `again`: in the place of those before, on a terminal."""
+        if again and self._out.isatty():
+            self._out.write('\x1b[H\x1b[2J')
+        for line in lines:
+            self.line(line)
 
     def begin(self, total):
         """Show a bar for so many jobs, where there is a terminal."""
@@ -3509,6 +4149,7 @@ class Reporter:
             stream.write(text + '\n')
             stream.flush()
         except BrokenPipeError:     # as in `| head`: the jobs matter more
+            self.reader_left = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except UnicodeEncodeError:
             stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
@@ -3517,14 +4158,200 @@ class Reporter:
             self._bar.refresh()
 
 
+# ---- Scheduler: what waits, and where there is room; starts nothing ----
+
+PATIENCE = 20               # so many later jobs may start before a job that waits for its room
+
+
+class Hold(NamedTuple):
+    """A machine that is kept for a job: others start there only beside it."""
+    allocation: Allocation          # what the job needs
+    machine: object
+    after: MachineResources         # the machine with that job, once what runs there now has ended
+    beside: dict                    # number of a Placement -> its Placement in `after`
+
+
+class Scheduler:
+    """Owns what waits and what is free.  Machines are any hashable things.
+
+    Jobs start in the order of their lines, but a job that finds room passes those that do not: no
+    machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
+    on which it fits held: from then on only what fits beside it starts there.
+
+    Jobs that need the same wait in one queue.  For each such kind there is a heap of the machines
+    by score.  Its entries may be too good, as scores fall with each job that is placed, and are
+    looked at again when they come up; where a score may have risen, the entry is replaced by one
+    that is better than any.  So placing a job costs about log(machines), however many wait.
+    """
+
+    def __init__(self):
+        self.resources = {}         # machine -> MachineResources, in the user's order
+        self._places = {}           # machine -> its place in that order: ties break by it
+        self._versions = {}         # machine -> how often its scores may have risen
+        self._waiting = {}          # Allocation -> deque of jobs, in the order of their lines
+        self._heaps = {}            # Allocation -> heap of (-score, place, version, machine)
+        self._passed = collections.Counter()        # Allocation -> starts of later jobs
+        self._hold = None
+
+    # Machines
+
+    def add_machine(self, machine, place, capacity):
+        """Use this machine, too."""
+        self._places[machine], self._versions[machine] = place, 0
+        self.resources[machine] = MachineResources(capacity)
+        self.resources = {m: self.resources[m] for m in sorted(
+            self.resources, key=self._places.get)}
+        self._risen(machine)
+
+    def remove_machine(self, machine):
+        """Place nothing there from now on."""
+        self.resources.pop(machine, None)
+        self._versions.pop(machine, None)
+        if self._hold and self._hold.machine is machine:
+            self._hold = None
+
+    def update(self, machine, capacity):
+        """There is more or less free on the machine than there was."""
+        if machine not in self.resources:
+            return
+        self.resources[machine].update(capacity)
+        self._risen(machine)
+        if self._hold and self._hold.machine is machine:
+            self._hold.after.update(capacity)
+            if MachineResources(capacity).short_of(self._hold.allocation):
+                self._hold = None
+
+    def give_back(self, machine, placement):
+        """A job that was placed there has ended."""
+        if machine not in self.resources:
+            return
+        self.resources[machine].deallocate(placement)
+        self._risen(machine)
+        if self._hold and self._hold.machine is machine:
+            beside = self._hold.beside.pop(placement.number, None)
+            if beside:
+                self._hold.after.deallocate(beside)
+
+    def _risen(self, machine):
+        self._versions[machine] += 1
+        entry = (-math.inf, self._places[machine], self._versions[machine], machine)
+        for allocation, heap in self._heaps.items():
+            heapq.heappush(heap, entry)
+            if len(heap) > 4 * len(self.resources) + 100:       # most are out of date
+                self._heaps[allocation] = self._new_heap()
+
+    def _new_heap(self):
+        heap = [(-math.inf, self._places[machine], self._versions[machine], machine)
+                for machine in self.resources]
+        heapq.heapify(heap)
+        return heap
+
+    # Jobs
+
+    def add(self, job, first=False):
+        """Have the job wait, before all others of its kind if it was taken already."""
+        queue = self._waiting.setdefault(job.allocation, collections.deque())
+        (queue.appendleft if first else queue.append)(job)
+        if job.allocation not in self._heaps:
+            self._heaps[job.allocation] = self._new_heap()
+
+    @property
+    def waits(self):
+        """How many jobs wait."""
+        return sum(map(len, self._waiting.values()))
+
+    def kinds(self):
+        """Return {Allocation: the jobs that wait for it}, the first line first."""
+        return dict(sorted(((allocation, tuple(queue)) for allocation, queue
+                            in self._waiting.items()), key=lambda item: item[1][0].line))
+
+    def choose(self):
+        """Take and place each job for which there is room; yield (job, machine, Placement)."""
+        held, begun = self._hold, False
+        while not begun or (held and not self._hold):   # what was held back may start now
+            held, begun = self._hold, True
+            yield from self._choose()
+
+    def _choose(self):
+        kinds = [(queue[0].line, number, allocation) for number, (allocation, queue)
+                 in enumerate(self._waiting.items())]
+        heapq.heapify(kinds)
+        blocked = []
+        while kinds:
+            _, number, allocation = kinds[0]
+            queue = self._waiting[allocation]
+            machine = self._best(allocation)
+            if machine is None:
+                blocked.append(heapq.heappop(kinds)[2])
+                continue
+            job = queue.popleft()
+            placement = self.resources[machine].allocate(allocation)
+            self._passed.pop(allocation, None)
+            if self._hold and allocation == self._hold.allocation:
+                self._hold = None
+            elif self._hold and machine is self._hold.machine:
+                self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
+            if queue:
+                heapq.heapreplace(kinds, (queue[0].line, number, allocation))
+            else:
+                heapq.heappop(kinds)
+                del self._waiting[allocation], self._heaps[allocation]
+            for other in blocked:
+                self._pass(other)
+            yield job, machine, placement
+
+    def _best(self, allocation):
+        """Return the machine that has the best score, None where none has room."""
+        heap, aside, best = self._heaps[allocation], [], None
+        while heap:
+            bound, place, version, machine = heap[0]
+            if version != self._versions.get(machine):
+                heapq.heappop(heap)
+                continue
+            score = self.resources[machine].score(allocation)
+            if score == NO_ROOM:
+                heapq.heappop(heap)
+            elif -score > bound:
+                heapq.heapreplace(heap, (-score, place, version, machine))
+            elif self.keeps_from(machine, allocation):
+                aside.append(heapq.heappop(heap))
+            else:
+                best = machine
+                break
+        for entry in aside:
+            heapq.heappush(heap, entry)
+        return best
+
+    def keeps_from(self, machine, allocation):
+        """Tell whether the machine is held for a job that such another would delay."""
+        hold = self._hold
+        return bool(hold and machine is hold.machine and allocation != hold.allocation
+                    and hold.after.short_of(allocation))
+
+    def _pass(self, allocation):
+        """A later job starts while the first of this kind waits."""
+        self._passed[allocation] += 1
+        if self._passed[allocation] % PATIENCE or self._hold:
+            return
+        for machine, own in sorted(self.resources.items(), key=lambda item: item[1].jobs):
+            after = MachineResources(own.available)
+            if not after.short_of(allocation):
+                after.allocate(allocation)
+                self._hold = Hold(allocation, machine, after, {})
+                return
+
+
 # ---- Batch: the loop ----
 
 LATECOMER_S = 2.0           # so long the first machine that is there waits for the others
 INTERRUPT_S = 10.0
+LIVE_S = 5.0                # while jobs wait, machines are looked at again that often
+CALM_S = 30.0               # and while only GPU jobs run, for what they use
+EXPLAIN_S = 5.0             # nothing started for so long: it is said why
 
 
 class Batch:
-    """Places jobs on machines until none is left; owns what waits.
+    """Starts jobs on machines until none is left, and tells how they went.
 
     First, start every job for which a machine has room.  Second, wait until something happened.
     Both again, until nothing waits, runs or is on its way back.
@@ -3535,14 +4362,17 @@ class Batch:
         self._runners = runners
         self._session, self._results, self._report = session, session.results, reporter
         self._allocation = allocation           # the batch's own, which the limits are said for
-        self._resources = {}                    # runner -> MachineResources
-        self._waiting = {}                      # Allocation -> deque of jobs
-        self._pinned = collections.defaultdict(collections.deque)   # address -> jobs claimed there
+        self._scheduler = Scheduler()           # what waits, and what is free
+        self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
         self._placed = {}                       # job name -> (runner, Placement)
         self._failures, self._finished = [], 0
         self._unknown = {}                      # job name -> where it is or was, not collected
         self._skipped = self._left = 0
         self._announced, self._late = False, False
+        self._last_start, self._explained = time.monotonic(), ('', -math.inf)
+        self._freed = set()                     # runners on which a job ended, and none began since
+        self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
+        self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
         self._interrupts, self._began = 0, time.monotonic()
 
     # Before the first start
@@ -3569,12 +4399,11 @@ class Batch:
                         'was cut off; name that machine too, to collect it')
                     self._unknown[job.name] = known['machine']
             else:
-                self._wait_for_room(job)
+                self._scheduler.add(job)
+        for runner in self._runners:
+            runner.expected.update(f'{job.name}.{self._results.state(job.name)["attempt"]}'
+                                   for job in self._pinned[runner.machine.address])
         return warnings
-
-    def _wait_for_room(self, job, first=False):
-        queue = self._waiting.setdefault(job.allocation, collections.deque())
-        (queue.appendleft if first else queue.append)(job)
 
     @property
     def has_work(self):
@@ -3583,17 +4412,20 @@ class Batch:
 
     @property
     def _waits(self):
-        return sum(map(len, self._waiting.values())) + sum(map(len, self._pinned.values()))
+        return self._scheduler.waits + sum(map(len, self._pinned.values()))
 
     def connect(self, forwards):
         """Log in to all machines at once."""
-        want_gpus = any(allocation.gpus for allocation in (self._allocation, *self._waiting))
+        want_gpus = any(allocation.gpus for allocation in (
+            self._allocation, *self._scheduler.kinds()))
         for runner in self._runners:
             runner.register('ready', lambda runner=runner: self._on_ready(runner))
             runner.register('failed', lambda why, runner=runner: self._on_failed(runner, why))
             runner.register('sent', lambda stage, runner=runner: self._on_sent(runner, stage))
             runner.register('warning', self._report.warning)
             runner.register('returned', self._on_returned)
+            runner.register('held', self._on_held)
+            runner.register('measured', lambda runner=runner: self._on_measured(runner))
             runner.register('lost', self._on_lost)
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
                 {name: runner.name}))
@@ -3630,6 +4462,11 @@ class Batch:
         if not self._count('connecting'):
             self._refuse_impossible()
 
+    def adopt(self):
+        """Go on with the jobs that an earlier run started on the machines that are there."""
+        for runner in tuple(self._scheduler.resources):
+            self._adopt(runner)
+
     def _say_limits(self, runners):
         limits, choices = {}, []
         for runner in runners:
@@ -3640,25 +4477,31 @@ class Batch:
         self._report.line(f'machine gpu choices: {choices}')
 
     def _refuse_impossible(self):
-        idle = [(runner, MachineResources(runner.capacity)) for runner in self._runners
-                if runner.state == 'ready']
-        for allocation, queue in self._waiting.items():
-            if not queue or any(not own.why_not(allocation) for _, own in idle):
+        """Raise if jobs wait that would not even fit on a machine that nobody uses."""
+        empty = [(runner, MachineResources(self._at_best(runner.capacity)))
+                 for runner in self._runners if runner.state == 'ready']
+        for allocation, queue in self._scheduler.kinds().items():
+            if any(not own.short_of(allocation) for _, own in empty):
                 continue
             lines = f'line {queue[0].line}' + (
                 f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
-            why = '; '.join(f'{runner.name} {own.why_not(allocation)}' for runner, own in idle)
-            hint = ('' if not allocation.gpus or any(own.available.gpus for _, own in idle) else
+            why = '; '.join(f'{runner.name} {own.why_not(allocation)}' for runner, own in empty)
+            hint = ('' if not allocation.gpus or any(own.available.gpus for _, own in empty) else
                     ' For jobs that need no GPU: --no-gpu-required')
-            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that free: '
-                             f'{why}.{hint}')
+            when = 'even when nobody uses it' if self._session.live else 'free'
+            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
+                             f'{when}: {why}.{hint}')
+
+    def _at_best(self, capacity):
+        """Return what may become free of it: while jobs wait, machines are looked at again."""
+        return idle(capacity) if self._session.live else capacity
 
     def dry_run(self):
         """Say what would start where, now."""
-        for job, runner, gpus in self._choose():
+        for job, runner, placement in self._scheduler.choose():
             self._report.line(f'would start: {job.name} on {runner.name};  '
-                              f'{pinned(job.command, gpus)}')
-        for queue in self._waiting.values():
+                              f'{pinned(job.command, placement.visible_gpus)}')
+        for queue in self._scheduler.kinds().values():
             for job in queue:
                 self._report.line(f'would wait: {job.name};  {printable(job.command)}')
 
@@ -3667,11 +4510,13 @@ class Batch:
     def run(self):
         """Run all jobs; return the exit status."""
         self._report.begin(len(self._jobs) - self._skipped)
+        self._session.processes.call_later(EXPLAIN_S, self._explain)
         try:
             while self._unfinished() and not self._interrupts:
                 self._place()
                 if self._stuck():
                     break
+                self._look_again()
                 self._show_progress()
                 self._session.processes.wait()
             if self._interrupts:
@@ -3692,59 +4537,96 @@ class Batch:
             runner.busy for runner in self._runners if runner.state == 'ready')
 
     def _place(self):
-        for job, runner, gpus in self._choose():
-            attempt = self._results.state(job.name).get('attempt', 0)
-            if self._results.state(job.name).get('state') not in ('claimed', 'ended'):
-                attempt += 1
-            runner.queue_up(job.command, job.forwards.copy, job.backwards, job.name,
-                            link_loc=job.forwards.link, exclude=job.forwards.exclude, gpus=gpus,
-                            attempt=attempt)
+        for job, runner, placement in self._scheduler.choose():
+            if self._report.verbose:
+                scores = ', '.join(f'{other.name} {own.score(job.allocation):.2f}'
+                                   for other, own in self._scheduler.resources.items())
+                self._report.trace(f'{job.name}: to {runner.name}; scores for another such job: '
+                                   f'{scores}')
+            self._start(job, runner, placement, self._results.state(job.name).get('attempt', 0) + 1)
 
-    def _choose(self):
-        """Take from the queues, and allocate, each job for which there is room; yield where."""
-        for runner, own in self._resources.items():
-            pinned = self._pinned[runner.machine.address]
-            while pinned and not own.why_not(pinned[0].allocation):
-                yield self._take(pinned.popleft(), runner, own)
-        for allocation in sorted((a for a in self._waiting if self._waiting[a]),
-                                 key=lambda a: self._waiting[a][0].line):
-            queue = self._waiting[allocation]
-            while queue:
-                scores = [(own.score(allocation), -place, runner) for place, (runner, own)
-                          in enumerate(self._resources.items())]
-                best = max(scores, key=lambda score: score[:2], default=(NO_ROOM, 0, None))
-                if best[0] == NO_ROOM:
-                    break
-                yield self._take(queue.popleft(), best[2], self._resources[best[2]])
-
-    def _take(self, job, runner, own):
-        placement = own.allocate(job.allocation)
+    def _start(self, job, runner, placement, attempt):
+        self._last_start = time.monotonic()
+        self._freed.discard(runner)
         self._placed[job.name] = (runner, placement)
-        return job, runner, placement.visible_gpus
+        runner.queue_up(job.command, job.forwards.copy, job.backwards, job.name,
+                        link_loc=job.forwards.link, exclude=job.forwards.exclude,
+                        gpus=placement.visible_gpus, attempt=attempt, placement=placement)
+
+    def _adopt(self, runner):
+        """Go on with what an earlier run started there: it has its room already."""
+        for job in self._pinned.pop(runner.machine.address, ()):
+            known = self._results.state(job.name)
+            gpus = tuple(map(int, re.findall('[0-9]+', known.get('gpus') or '')))
+            placement = self._scheduler.resources[runner].adopt(job.allocation, gpus)
+            self._start(job, runner, placement, known['attempt'])
 
     def _stuck(self):
         """Tell, and say, whether jobs wait that no machine that is left could take."""
         if not self._waits or self._placed or self._count('connecting') or any(
                 runner.busy for runner in self._runners if runner.state == 'ready'):
             return False
-        self._left = self._waits
+        usable = [MachineResources(self._at_best(own.available))
+                  for own in self._scheduler.resources.values()]
+        if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
+            return False
+        self._left = self._scheduler.waits
         for address, queue in self._pinned.items():
             self._unknown.update((job.name, address) for job in queue)
-            self._left -= len(queue)
         if self._left:
             self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
                               'could run them. Run the same command again when there is one.')
         return True
 
+    def _look_again(self):
+        """While jobs wait, see to it that machines are looked at again."""
+        if not self._session.live:
+            return
+        if self._scheduler.waits:
+            for runner in self._scheduler.resources:
+                runner.measure(0 if runner in self._freed else self._interval_s)
+        else:
+            for runner in {runner for runner, placement in self._placed.values() if placement.gpus}:
+                runner.measure(CALM_S)
+        self._freed.clear()
+
+    def _explain(self):
+        """Say why nothing starts, when that is news."""
+        self._session.processes.call_later(EXPLAIN_S / 2, self._explain)
+        now = time.monotonic()
+        if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
+                or self._interrupts):
+            return
+        text = '\n'.join(self._waits_for(allocation, jobs)
+                         for allocation, jobs in self._scheduler.kinds().items())
+        if text != self._explained[0]:
+            self._explained = (text, now)
+            if text:
+                self._report.note(text)
+
+    def _waits_for(self, allocation, jobs):
+        """Return for what these jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by …'"""
+        reasons, shorts = collections.defaultdict(list), set()
+        for runner, own in self._scheduler.resources.items():
+            short = own.short_of(allocation)
+            shorts.add(short)
+            reasons[own.holder(allocation) if short else 'is kept for a job that waits longer'
+                    ].append(runner.name)
+        what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
+                'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
+                if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
+        machines = '; '.join(f'{names_of(names)} {reason}' for reason, names in reasons.items())
+        return (f'waiting: {count_of(len(jobs), "job")} for {what or describe(allocation)}: '
+                f'{machines or "no machine is there"}')
+
     def _give_back(self, name):
         runner, placement = self._placed.pop(name)
-        if runner in self._resources:
-            self._resources[runner].deallocate(placement)
+        self._scheduler.give_back(runner, placement)
         return runner
 
     def _check_books(self):
         """Every allocation was given back, or its machine is gone."""
-        for runner, own in self._resources.items():
+        for runner, own in self._scheduler.resources.items():
             if runner.state == 'ready':
                 out = sum(1 for where, _ in self._placed.values() if where is runner)
                 assert own.jobs == out, f'{runner.name}: allocations leaked [this is a bug]'
@@ -3752,19 +4634,21 @@ class Batch:
     # What the machines say
 
     def _on_ready(self, runner):
-        self._resources[runner] = MachineResources(runner.capacity)
-        # Ties break by the order in which the user named the machines.
-        self._resources = {r: self._resources[r] for r in self._runners if r in self._resources}
+        self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
         if self._announced:
             self._say_limits([runner])
-        elif len(self._resources) == 1:
+            self._adopt(runner)
+        elif self._count('ready') == 1:
             self._session.processes.call_later(LATECOMER_S, self._on_late)
 
     def _on_late(self):
         self._late = True
 
+    def _on_measured(self, runner):
+        self._scheduler.update(runner, runner.capacity)
+
     def _on_failed(self, runner, why):
-        self._resources.pop(runner, None)
+        self._scheduler.remove_machine(runner)
         names = runner.unfinished
         if names:
             self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
@@ -3774,7 +4658,7 @@ class Batch:
                 self._placed.pop(name, None)
         else:
             self._report.note(f'{runner.name}: cannot be used: {why}.')
-        if self._announced and not self._count('connecting') and self._resources:
+        if self._announced and not self._count('connecting') and self._scheduler.resources:
             self._fail_impossible()
 
     def _fail_impossible(self):
@@ -3803,15 +4687,26 @@ class Batch:
         else:
             self._finished += 1
         self._report.ended(self._jobs[name], result.exit_code)
+        seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
+        for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
+            peaks += [mb] if mb is not None else []
+        self._freed.add(runner)
 
     def _on_returned(self, name, why):
         runner = self._give_back(name)
         if self._interrupts:
             return
-        self._wait_for_room(self._jobs[name], first=True)
+        self._scheduler.add(self._jobs[name], first=True)
         if runner.state == 'ready':
-            self._resources.pop(runner)         # it refuses jobs: what runs there goes on
+            self._scheduler.remove_machine(runner)      # it refuses jobs: what runs there goes on
             self._report.note(f'{runner.name}: gets no more jobs: it cannot start {name}: {why}.')
+
+    def _on_held(self, name):
+        """Another batch took that room first; look again before the next start there."""
+        runner = self._give_back(name)
+        self._scheduler.add(self._jobs[name], first=True)
+        self._scheduler.update(runner, runner.capacity._replace(reserved=True))
+        runner.measure(random.uniform(0, 1))        # so that two do not step back for ever
 
     def _on_lost(self, name, why):
         runner = self._give_back(name)
@@ -3857,6 +4752,8 @@ class Batch:
                 err = os.path.join(self._results.folder, f'{result.name}.err')
                 self._report.line(f'{result.name}: exit code {result.exit_code} on '
                                   f'{result.machine}, see {err}')
+        for advice in self._advice():
+            self._report.note(advice)
         for name, machine in self._unknown.items():
             self._report.line(f'{name}: on {machine}, not known to have ended: run the same '
                               'command again to collect it')
@@ -3864,14 +4761,43 @@ class Batch:
             return 130
         return 1 if self._failures or self._unknown or self._left else 0
 
+    def _advice(self):
+        """Yield a line for each kind of job that asked for far more memory than it used."""
+        for allocation, (memory, gpu_memory) in self._peaks.items():
+            less = allocation._replace(
+                memory_mb=enough(allocation.memory_mb, memory),
+                gpu_memory_mb=allocation.gpu_memory_mb if allocation.reserve_gpu else
+                enough(allocation.gpu_memory_mb, gpu_memory))
+            options = [(option, used, asked, new) for option, used, asked, new in (
+                ('memory', memory, allocation.memory_mb, less.memory_mb),
+                ('gpu-memory', gpu_memory, allocation.gpu_memory_mb, less.gpu_memory_mb))
+                if new < asked]
+            count = sum(1 for job in self._jobs.values() if job.allocation == allocation)
+            for runner in self._scheduler.resources if options else ():
+                before, _ = room_for(runner.capacity, allocation)
+                after, _ = room_for(runner.capacity, less)
+                if after > before and count > before:
+                    used = '; '.join(f'asked {asked} MB{" of a GPU" if "gpu" in option else ""}, '
+                                     f'used at most {max(used)}'
+                                     for option, used, asked, _ in options)
+                    words = ' '.join(f'--{option}-required={new}' for option, *_, new in options)
+                    yield f'{used}: with {words} {runner.name} would run {after} at once'
+                    break
 
-def room_for(capacity, allocation):
-    """Return (how many such jobs fit at a time, the GPU of each) on an idle machine."""
-    own, gpus, count = MachineResources(capacity), [], 0
-    while count < 10000 and not own.why_not(allocation):
-        gpus += own.allocate(allocation).gpus
-        count += 1
-    return count, gpus
+
+def enough(asked_mb, seen_mb):
+    """Return what to ask for after such peaks: a good deal above them; asked_mb if not far off."""
+    if not seen_mb:
+        return asked_mb
+    wanted = max(seen_mb) * 1.2
+    step = 10 ** max(len(str(int(wanted))) - 1, 2) // (2 if wanted >= 1000 else 1)
+    rounded = math.ceil(max(wanted, 1) / step) * step
+    return rounded if rounded <= asked_mb / 2 else asked_mb
+
+
+def names_of(names):
+    """Return 'a', 'a, b' or 'a and 5 more': for a line on the screen."""
+    return ', '.join(names) if len(names) < 4 else f'{names[0]} and {len(names) - 1} more'
 
 
 # ---- Commands ----
@@ -3890,8 +4816,11 @@ def execute_batch(argv):
             check_named(path, '--copy-forwards')
         for path in forwards.link:
             check_named(path, '--link-forwards')
+    nice = options.number('--nice', least=0, most=19)
+    if nice != int(nice):
+        raise UsageError(f'--nice must be a whole number, not {options["--nice"]!r}.')
     results = ResultStore('job_results').open()
-    session = Session(results, reporter.trace)
+    session = Session(results, reporter.trace, nice=int(nice), live=not options['--no-live'])
     try:
         return run_batch(options, machines, jobs, session, reporter)
     finally:
@@ -3917,15 +4846,149 @@ def run_batch(options, machines, jobs, session, reporter):
         if dry:
             batch.dry_run()
             return 0
+        batch.adopt()
         return batch.run()
     finally:
-        for runner in runners:
-            runner.close()
-        until = time.monotonic() + 30
-        while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
-            session.processes.wait(1)
+        close_all(runners, session)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def query_machines(argv):
+    """Show what is free on machines; return the exit status."""
+    options = read_options(QUERY_MACHINES_USAGE, argv)
+    reporter = Reporter(options['--verbose'])
+    if not options['--machines']:
+        raise UsageError('--machines is missing: which machines? localhost is one.')
+    interval = None
+    if options['--watch'] is not None:
+        if len(options['--watch']) > 1:
+            raise UsageError('--watch takes one number of seconds.')
+        options['--watch'] = (options['--watch'] or ('5',))[0]
+        interval = options.number('--watch', least=MEASURE_LEAST_S)
+    hardware = set(option_kinds(HARDWARE_OPTIONS))
+    allocation = read_allocation(options) if options.given & hardware else None
+    machines = find_machines(options['--machines'])
+    session = Session(None, reporter.trace, live=False, project=f'query-{os.urandom(8).hex()}')
+    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
+    stopped = []
+
+    def stop(*_):
+        stopped.append(True)
+        session.processes.wake()
+
+    handlers = {number: signal.signal(number, stop)
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for runner in runners:
+            runner.register('warning', reporter.warning)
+            runner.connect()
+            runner.probe()
+        while not stopped:
+            while not stopped and any(
+                    runner.state == 'connecting' or runner.asking for runner in runners):
+                session.processes.wait()
+            if not stopped:
+                reporter.show(json_lines(runners, allocation) if options['--json'] else
+                              machine_table(runners, allocation, reporter.paint),
+                              interval and not options['--json'])
+            if interval is None or reporter.reader_left:
+                break
+            until = time.monotonic() + interval
+            while not stopped and time.monotonic() < until:
+                session.processes.wait(max(until - time.monotonic(), 0))
+            for runner in runners:
+                runner.measure()
+        if stopped and interval is None:
+            return 130
+        return 0 if all(runner.state == 'ready' for runner in runners) else 1
+    finally:
+        close_all(runners, session)
+        session.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def close_all(runners, session):
+    """Have all machines tidied up, and wait for that."""
+    for runner in runners:
+        runner.close()
+    until = time.monotonic() + FAREWELL_S
+    while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
+        session.processes.wait(1)
+
+
+def json_lines(runners, allocation):
+    """Yield one JSON object for each machine; memory in MB, times as shares."""
+    for runner in runners:
+        found = {'machine': runner.name}
+        if runner.state != 'ready':
+            yield json.dumps({**found, 'error': runner.reason})
+            continue
+        have = runner.capacity
+        found.update(
+            cores_free=round(have.cores, 3), cores_total=have.total_cores,
+            memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
+            batch_jobs=have.claimed, gpu_trouble=have.gpu_trouble or None,
+            gpus=[{'index': gpu.index, 'name': gpu.name, 'uuid': gpu.uuid,
+                   'memory_free_mb': gpu.memory_mb, 'memory_total_mb': gpu.total_memory_mb,
+                   'utilization': round(gpu.utilization, 3), 'users': list(gpu.users),
+                   'processes': gpu.others, 'batch_jobs': gpu.claimed} for gpu in have.gpus])
+        if allocation:
+            found['jobs_fit'] = room_for(have, allocation)[0]
+        yield json.dumps(found)
+
+
+def machine_table(runners, allocation, paint):
+    """Yield the lines of a table: what each machine and each of its GPUs has free of what it has.
+
+    paint(text, share) colours a text by the share that is free.
+    """
+    head = ['machine', 'cores', 'memory GB', 'GPU', 'memory GB', 'busy', 'used by']
+    head[1:1] = ['jobs fit'] if allocation else []
+    rows, said = [], {}
+    for runner in runners:
+        have = runner.capacity
+        if runner.state != 'ready':
+            rows.append([runner.name])
+            said[len(rows) - 1] = f'cannot be used: {runner.reason}'
+            continue
+        cells = [runner.name]
+        if allocation:
+            fit = room_for(have, allocation)[0]
+            cells.append(paint(str(fit), 1.0 if fit else 0.0))
+        cells.append(paint(f'{have.cores:.1f}/{have.total_cores:g}',
+                           have.cores / max(have.total_cores, 0.01)))
+        cells.append(free_of(have.memory_mb, have.total_memory_mb, paint))
+        for gpu in have.gpus or (None,):
+            if gpu is None:
+                rows.append(cells)
+                if have.gpu_trouble:
+                    said[len(rows) - 1] = have.gpu_trouble
+                break
+            users = ', '.join(map(printable, gpu.users)) + (
+                f' ({count_of(gpu.others, "process")})' if gpu.others else '')
+            users += f' {count_of(gpu.claimed, "batch job")}' if gpu.claimed else ''
+            rows.append([*cells, printable(f'{gpu.index} {gpu.name}'),
+                         free_of(gpu.memory_mb, gpu.total_memory_mb, paint),
+                         paint(f'{gpu.utilization:.0%}', 1 - gpu.utilization), users.strip()])
+            cells = [''] * len(cells)
+    widths = [max([len(title), *(len(bare(row[column])) for row in rows if len(row) > column)])
+              for column, title in enumerate(head)]
+    for number, row in enumerate([head, *rows]):
+        line = '  '.join(cell + ' ' * (width - len(bare(cell))) for cell, width
+                         in zip(row, widths))
+        yield f'{line}  {said.get(number - 1, "")}'.rstrip()
+
+
+def free_of(free_mb, total_mb, paint):
+    """Return 'free/total' in GB."""
+    return paint(f'{free_mb / 1024:.1f}/{total_mb / 1024:.1f}', free_mb / max(total_mb, 1))
+
+
+def bare(text):
+    """Return the text without its colours."""
+    return re.sub(r'\x1b\[\d*m', '', text)
 
 
 def future_command(usage):
@@ -3941,7 +5004,7 @@ COMMANDS = {
     'execute_batch': execute_batch,
     'execute_remote': future_command(EXECUTE_REMOTE_USAGE),
     'execute_to': future_command(EXECUTE_TO_USAGE),
-    'query_machines': future_command(QUERY_MACHINES_USAGE),
+    'query_machines': query_machines,
 }
 
 

@@ -171,7 +171,9 @@ def assert_clean(machine, cache=False):
     """
     for pid, command in machine.processes():
         assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
-    assert places(machine.home)[ssh_scheduler.project_name()] <= ({'cache'} if cache else set())
+    project = ssh_scheduler.project_name()
+    assert places(machine.home).get(project, set()) <= ({'cache'} if cache else set())
+    assert not [*machine.shared.glob(f'*/{project}.*')], 'a claim is left'
     ours = [path for path in machine.home.iterdir()
             if path.name not in ('.profile', '.ssh_scheduler', *(
                 name.split('/')[0] for name in machine.startup))]

@@ -106,7 +106,9 @@ def client_env(client_home):
     """The environment of the program under test: ours, without what the user set for ssh."""
     private = ('SSH_', 'XDG_', 'CUDA_')
     env = {name: value for name, value in os.environ.items() if not name.startswith(private)}
-    return {**env, 'HOME': str(client_home), 'TMPDIR': str(client_home / 'tmp')}
+    # SHARED: localhost is not the same machine for all tests
+    return {**env, 'HOME': str(client_home), 'TMPDIR': str(client_home / 'tmp'),
+            'SSH_SCHEDULER_SHARED': str(client_home / 'tmp')}
 
 
 @pytest.fixture

@@ -214,11 +214,13 @@ def remove_shared_farms():
 # ---- The fake nvidia-smi ----
 
 NVIDIA_SMI = r'''#!/bin/bash
-# Stands in for nvidia-smi: answers a query from ../gpus.table, or with a recorded ../gpus.txt.
+# Stands in for nvidia-smi: answers a query from ../gpus.table, or with a recorded ../gpus.txt;
+# the processes on the GPUs are those of ../gpus.apps that live, lines "uuid, pid, MB".
 folder=${0%/*}/..
 for word; do
     case $word in
         --query-gpu=*) query=${word#*=} ;;
+        --query-compute-apps=gpu_uuid,pid,used_memory) apps=yes ;;
         --format=*) format=${word#*=} ;;
         *) echo "the fake nvidia-smi does not know: $word"; exit 2 ;;
     esac
@@ -226,6 +228,12 @@ done
 if [ "$format" != csv,noheader,nounits ]; then
     echo 'the fake nvidia-smi knows --format=csv,noheader,nounits only'
     exit 2
+fi
+if [ "$apps" ]; then
+    while IFS=', ' read -r uuid pid used; do
+        [ -d "/proc/$pid" ] && echo "$uuid, $pid, $used"
+    done <"$folder/gpus.apps"
+    exit 0
 fi
 if [ -e "$folder/gpus.txt" ]; then
     exec cat "$folder/gpus.txt"
@@ -265,6 +273,14 @@ GPU_COLUMNS = ('index', 'uuid', 'pci.bus_id', 'name', 'memory.total', 'memory.us
 def fake_gpus(count, memory_mb=16000, **other):
     """`count` idle GPUs, as Machine(gpus=...) takes them."""
     return [{'index': i, 'memory_total_mb': memory_mb, **other} for i in range(count)]
+
+
+def put(path, text, mode=0o644):
+    """Write a file that may be read at this moment: it has the old text, or the new one."""
+    new = path.with_name(path.name + '.new')
+    new.write_text(text)
+    new.chmod(mode)
+    new.replace(path)
 
 
 def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, **columns):
@@ -343,13 +359,15 @@ class Machine:
     sshd_options    lines for sshd_config: they win, as sshd takes the first value that it reads
     env             more environment of every session
     cores, busy_cores, memory_mb    what its /proc and nproc claim; memory_mb is what is free
+    beside          another Machine that is the same computer: this is another account there
     """
 
     user = 'ben'
 
     def __init__(self, name='lab1', *, shell='/bin/bash', startup=None, gpus=None,
                  nvidia_smi=None, tools=None, leave_out=(), path_extra=(), uid=None,
-                 sshd_options='', env=None, cores=8, memory_mb=16000, busy_cores=0.0):
+                 sshd_options='', env=None, cores=8, memory_mb=16000, busy_cores=0.0,
+                 beside=None):
         if uid is not None and os.getuid() != 0:
             raise PermissionError('only root can start a machine for another uid')
         self.name = name
@@ -363,6 +381,7 @@ class Machine:
         self.uid = os.getuid() if uid is None else uid
         self.sshd_options = sshd_options
         self.env = env or {}
+        self.beside = beside
         self.load = {'cores': cores, 'memory_mb': memory_mb, 'busy_cores': busy_cores}
         self.sshd = None
 
@@ -370,7 +389,8 @@ class Machine:
         self.folder = temporary_folder(self.name, mode=0o755)
         self.home = self.folder / 'home'
         self.bin = self.folder / 'bin'
-        self.proc = self.folder / 'proc'
+        self.proc = self.beside.proc if self.beside else self.folder / 'proc'
+        self.shared = self.beside.shared if self.beside else self.folder / 'shared'
         self.log = self.folder / 'sshd.log'
         self.key = self.folder / 'client_key'
         self.known_hosts = self.folder / 'known_hosts'
@@ -396,8 +416,13 @@ class Machine:
     # -- what it consists of
 
     def _prepare(self):
-        for folder in (self.home, self.bin, self.proc / 'sys/kernel/random'):
-            folder.mkdir(parents=True)
+        for folder in (self.home, self.bin):
+            folder.mkdir()
+        if not self.beside:
+            self.shared.mkdir()
+            self.shared.chmod(0o1777)
+            (self.proc / 'sys/kernel/random').mkdir(parents=True)
+            self.set_boot_id()
         self.path = os.pathsep.join(map(str, (
             self.bin, *self.path_extra, *system_path(self.leave_out, self.tools))))
         for name, text in {'.profile': PROFILE.format(path=self.path), **self.startup}.items():
@@ -405,7 +430,6 @@ class Machine:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
         self.set_load(**self.load)
-        self.set_boot_id()
         self.set_gpus(self.gpus, self.nvidia_smi)
         for key in (self.folder / 'host_key', self.key):
             subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', self.name,
@@ -430,7 +454,8 @@ class Machine:
 
     def _write_sshd_config(self):
         environment = {'PATH': self.path, 'RIG_MACHINE': self.folder,
-                       'SSH_SCHEDULER_PROC': self.proc, **self.env}
+                       'SSH_SCHEDULER_PROC': self.proc, 'SSH_SCHEDULER_SHARED': self.shared,
+                       'SSH_SCHEDULER_SYS': self.folder / 'sys', **self.env}
         quoted = ' '.join('"{}={}"'.format(name, re.sub(r'(["\\])', r'\\\1', str(value)))
                           for name, value in environment.items())
         (self.folder / 'sshd_config').write_text(SSHD_CONFIG.format(
@@ -457,13 +482,13 @@ class Machine:
         """
         core = '4000 0 2000 900000 100 0 0 0 0 0'
         lines = [f'cpu  {core}', *(f'cpu{i} {core}' for i in range(cores)), 'procs_running 1']
-        (self.proc / 'stat').write_text('\n'.join(lines) + '\n')
+        put(self.proc / 'stat', '\n'.join(lines) + '\n')
         free_kb = memory_mb * 1024
-        (self.proc / 'meminfo').write_text(
+        put(self.proc / 'meminfo',
             f'MemTotal:       {2 * free_kb} kB\nMemFree:        {free_kb // 2} kB\n'
             f'MemAvailable:   {free_kb} kB\nSwapTotal:      0 kB\nSwapFree:       0 kB\n')
         busy = f'{busy_cores:.2f}'
-        (self.proc / 'loadavg').write_text(f'{busy} {busy} {busy} 1/100 12345\n')
+        put(self.proc / 'loadavg', f'{busy} {busy} {busy} 1/100 12345\n')
         self._script('nproc', f'#!/bin/bash\necho {cores}\n')
 
     def set_boot_id(self):
@@ -472,20 +497,22 @@ class Machine:
 
     def set_gpus(self, gpus, nvidia_smi=None):
         """Give it other GPUs, a recorded answer, a script of your own, or (None) no nvidia-smi."""
-        for name in ('bin/nvidia-smi', 'gpus.txt'):
-            if (self.folder / name).exists():
-                (self.folder / name).unlink()
         if isinstance(gpus, str):
-            (self.folder / 'gpus.txt').write_text(gpus)
-        else:
+            put(self.folder / 'gpus.txt', gpus)
+        elif (self.folder / 'gpus.txt').exists():
+            (self.folder / 'gpus.txt').unlink()
+        (self.folder / 'gpus.apps').touch()
+        (self.folder / 'gpus.apps').chmod(0o666)
+        if not isinstance(gpus, str):
             rows = [GPU_COLUMNS, *(gpu_row(**gpu) for gpu in gpus or ())]
-            (self.folder / 'gpus.table').write_text(''.join(';'.join(r) + '\n' for r in rows))
+            put(self.folder / 'gpus.table', ''.join(';'.join(row) + '\n' for row in rows))
         if nvidia_smi is not None or gpus is not None:
             self._script('nvidia-smi', nvidia_smi or NVIDIA_SMI)
+        elif (self.bin / 'nvidia-smi').exists():
+            (self.bin / 'nvidia-smi').unlink()
 
     def _script(self, name, text):
-        (self.bin / name).write_text(text)
-        (self.bin / name).chmod(0o755)
+        put(self.bin / name, text, 0o755)
 
     # -- its life
 

@@ -33,9 +33,10 @@ class Lab:
     It stands for the session and its processes, too.
     """
 
-    def __init__(self, results, machines, text, words=(), path='example/batch_script.sh'):
+    def __init__(self, results, machines, text, words=(), path='example/batch_script.sh',
+                 live=False):
         self.out, self.err = io.StringIO(), io.StringIO()
-        self.results, self.processes = results, self
+        self.results, self.processes, self.live = results, self, live
         self.reporter = s.Reporter(out=self.out, err=self.err)
         self.runners = [FakeRunner(name, capacity, results)
                         for name, capacity in machines.items()]
@@ -53,6 +54,7 @@ class Lab:
             runner.become_ready()
         self.batch.settle()
         self.batch.announce()
+        self.batch.adopt()
         for warning in warnings:
             self.reporter.line(warning)
         self.steps = iter(steps)
@@ -84,7 +86,7 @@ class Lab:
                              if order.name.endswith(name))
         del runner.orders[order.name]
         runner.ended[order.name] = s.JobResult(order.name, runner.name, exit_code, 0.1)
-        self.results.ended(order.name, exit_code, 0.1)
+        self.results.ended(runner.ended[order.name])
         self.results.commit(order.name, {'out': b'', 'err': b''}, None, False)
         runner.signal('ended', order.name)
         runner.signal('collected', order.name)
@@ -106,6 +108,8 @@ class FakeRunner:
         self.state, self.ended = 'new', {}
         self.orders = {}                    # name -> Order, those that run
         self.history = []                   # names in the order of queue_up
+        self.expected = set()
+        self.asked = 0                      # how often it was asked what is free
         self._callbacks = collections.defaultdict(list)
 
     def register(self, event, callback):
@@ -130,12 +134,15 @@ class FakeRunner:
     def probe(self):
         pass
 
+    def measure(self, within_s=0.0):
+        self.asked += 1
+
     def become_ready(self):
         self.state = 'ready'
         self.signal('ready')
 
     def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
-                 attempt):
+                 attempt, placement):
         self.results.claimed(job_name, attempt, self.machine.address, gpus, command)
         self.orders[job_name] = Order(command, job_name, gpus)
         self.history.append(job_name)

@@ -136,7 +136,7 @@ def test_where_nothing_was_claimed_nothing_is_left(folder):
 def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
     with_all = ResultStore(folder).open()
     claim(with_all, 'a', 1, 'echo "ä"')
-    with_all.ended('a', 3, 1.5)
+    with_all.ended(ssh_scheduler.JobResult('a', 'lab', 3, 1.5))
     claim(with_all, 'b', 2)
     with_all.lost('b')
     with_all.close()

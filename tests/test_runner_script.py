@@ -65,8 +65,8 @@ class Channel:
     def send(self, *fields):
         self.write(s.request(*fields))
 
-    def start(self, name, command, stage='', gpus='-', back='none', paths=()):
-        self.send('start', f'{name}.1', stage, gpus, command, back, len(paths), *paths)
+    def start(self, name, command, stage='', gpus='-', need='0 0 0', back='none', paths=()):
+        self.send('start', f'{name}.1', stage, gpus, need, command, back, len(paths), *paths)
 
     def stage(self, number, files, links=()):
         """Send files, {'copy/path': text}, and freeze them."""
@@ -92,7 +92,7 @@ class Channel:
 
     def ended(self, name):
         """Read on to the end of a job; return its exit status, streams, and what it brings back."""
-        status, _time, out, err, *back = self.until('ended', f'{name}.1')
+        status, _time, _cpu, out, err, *back = self.until('ended', f'{name}.1')
         return int(status), out, err, back
 
     def rest(self):
@@ -551,7 +551,7 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
         ended = [event for event in runner.events if event[:2] == ['ended', 'job.1']]
         if ended:
             break
-    assert ended[0][2] == '137' and 'killed with its whole process group' in ended[0][5]
+    assert ended[0][2] == '137' and 'killed with its whole process group' in ended[0][6]
 
 
 # ---- Cleaning up ----
@@ -574,7 +574,7 @@ def test_finish_leaves_nothing(runner):
     runner.send('finish', '', 1, 'one')
     runner.until('finished')
     runner.close()
-    assert os.listdir(runner.folder) == []
+    assert not os.path.exists(runner.folder)
 
 
 def test_finish_can_keep_a_stage_as_the_cache(channel):
