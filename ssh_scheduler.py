@@ -1995,22 +1995,34 @@ count_cores() {             # REPLY: the cores that this login may use
   [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 }
 
+nvidia() {                  # asks nvidia-smi $1; its answer and its words go to files
+  nvidia-smi "$1" --format=csv,noheader,nounits >"$run/gpus.$2" 2>"$run/gpus.err" &
+  echo "$!" >"$run/gpus.pid"
+  wait "$!"
+}
+
 query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
   local core=index,uuid,memory.total,memory.free,utilization.gpu status
-  local form=--format=csv,noheader,nounits
   type -P nvidia-smi >/dev/null || { echo absent >"$run/gpus.status"; return; }
-  # An old driver refuses the whole query for one field that it does not know.
-  nvidia-smi --query-gpu="$core,compute_mode,mig.mode.current,name" $form \
-    >"$run/gpus" 2>"$run/gpus.err"
+  nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
   status=$?
-  if ((status == 2)); then
-    nvidia-smi --query-gpu="$core,name" $form >"$run/gpus" 2>"$run/gpus.err"
+  if ((status == 2)); then  # an old driver refuses all for one field that it does not know
+    nvidia --query-gpu="$core,name" list
     status=$?
     ((status)) || status=old
   fi
-  nvidia-smi --query-compute-apps=gpu_uuid,pid,used_memory $form >"$run/gpus.apps" 2>/dev/null ||
-    : >"$run/gpus.apps"
+  : >"$run/gpus.apps"
+  case $status in
+    0 | old | 14)
+      nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || : >"$run/gpus.apps" ;;
+  esac
   echo "$status" >"$run/gpus.status"
+}
+
+give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
+  local pid
+  read -r pid <"$run/gpus.pid" && kill -KILL "$pid"
+  rm -f -- "$run/gpus.status"
 }
 
 tell_gpus() {               # says what query_gpus found; knows the processes of claims by now
@@ -2027,7 +2039,7 @@ tell_gpus() {               # says what query_gpus found; knows the processes of
       [[ ! $cards ]] || tell probe other_gpus "${cards# }" ;;
     timeout) ;;
     0 | old | 14)           # 14: a warning about its infoROM, with a valid answer
-      while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus"
+      while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus.list"
       while IFS=', ' read -r uuid pid used; do
         [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
       done <"$run/gpus.apps"
@@ -2038,7 +2050,7 @@ tell_gpus() {               # says what query_gpus found; knows the processes of
         [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
         tell probe gpu_process "$uuid $used ${names[pid]:-?} ${claim_of[$pid]-}"
       done <"$run/gpus.apps" ;;
-    *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus")
+    *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus.list")
        tell probe gpu_error "$line" ;;
   esac
 }
@@ -2145,21 +2157,13 @@ measure() {                 # says what is here and free; $1: seconds for nvidia
 }
 
 measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
-  local began line
-  centiseconds
+  local began line pid
   if [[ $want_gpus == 1 ]]; then
-    if mkdir -- "$run/asking" 2>/dev/null; then         # or the last one still hangs
-      rm -f -- "$run/gpus.status"
-      read -r -t "$GPU_LIMIT_S" line < <(
-        query_gpus
-        rmdir -- "$run/asking"
-        echo
-      ) || rm -f -- "$run/gpus.status"
-    else
-      rm -f -- "$run/gpus.status"
-    fi
-    centiseconds
+    # where the last one still hangs, not even a kill has helped
+    { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
+      read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
   fi
+  centiseconds
   began=$REPLY
   measure
   centiseconds
@@ -2172,6 +2176,7 @@ probe() {                   # says what is here and free, then "ready"
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
   done
+  ((waiting == 0)) || give_up_gpus
   load_environment
   tell probe ticks_before "$busy_before/$total_before"
   measure
@@ -3139,7 +3144,8 @@ class ResultStore:
     def _apply(self, event):
         if event['event'] == 'claimed':
             self.jobs[event['job']] = {'command': event['command'], 'machine': event['machine'],
-                                       'attempt': event['attempt'], 'state': 'claimed',
+                                       'attempt': event['attempt'], 'gpus': event.get('gpus'),
+                                       'state': 'claimed',
                                        # the streams that an earlier run began are ours
                                        'resumed': self.jobs.get(event['job'], {}).get('resumed')}
         else:
@@ -4369,6 +4375,7 @@ class Batch:
         self._unknown = {}                      # job name -> where it is or was, not collected
         self._skipped = self._left = 0
         self._announced, self._late = False, False
+        self._first = {}                        # runner -> Capacity, as it was when it came
         self._last_start, self._explained = time.monotonic(), ('', -math.inf)
         self._freed = set()                     # runners on which a job ended, and none began since
         self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
@@ -4478,7 +4485,7 @@ class Batch:
 
     def _refuse_impossible(self):
         """Raise if jobs wait that would not even fit on a machine that nobody uses."""
-        empty = [(runner, MachineResources(self._at_best(runner.capacity)))
+        empty = [(runner, MachineResources(self._at_best(runner)))
                  for runner in self._runners if runner.state == 'ready']
         for allocation, queue in self._scheduler.kinds().items():
             if any(not own.short_of(allocation) for _, own in empty):
@@ -4492,9 +4499,9 @@ class Batch:
             raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
                              f'{when}: {why}.{hint}')
 
-    def _at_best(self, capacity):
-        """Return what may become free of it: while jobs wait, machines are looked at again."""
-        return idle(capacity) if self._session.live else capacity
+    def _at_best(self, runner):
+        """Return what it may have free once: while jobs wait, machines are looked at again."""
+        return idle(self._first[runner]) if self._session.live else runner.capacity
 
     def dry_run(self):
         """Say what would start where, now."""
@@ -4566,8 +4573,7 @@ class Batch:
         if not self._waits or self._placed or self._count('connecting') or any(
                 runner.busy for runner in self._runners if runner.state == 'ready'):
             return False
-        usable = [MachineResources(self._at_best(own.available))
-                  for own in self._scheduler.resources.values()]
+        usable = [MachineResources(self._at_best(runner)) for runner in self._scheduler.resources]
         if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
             return False
         self._left = self._scheduler.waits
@@ -4634,6 +4640,7 @@ class Batch:
     # What the machines say
 
     def _on_ready(self, runner):
+        self._first[runner] = runner.capacity
         self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
         if self._announced:
             self._say_limits([runner])

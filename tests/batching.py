@@ -65,7 +65,7 @@ class Follower:
                 self.process.kill()
                 why = 'it ended' if ready else 'it was not said in time'
                 raise AssertionError(f'no line {start!r}: {why}: {self.lines}\n'
-                                     f'{self.process.stderr.read()}')
+                                     f'{self.process.stderr and self.process.stderr.read()}')
             self._rest += data
 
     def end(self, timeout_s=60):

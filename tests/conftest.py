@@ -125,12 +125,12 @@ def start_cli(scheduler, client_env):
     """
     started = []
 
-    def start(*argv, cwd=None, env=None):
+    def start(*argv, cwd=None, env=None, stderr=subprocess.PIPE):
         process = subprocess.Popen(
             [sys.executable, str(scheduler), *map(str, argv)], cwd=cwd,
             env={**client_env, **(env or {})}, start_new_session=True, text=True,
             errors='replace', stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
+            stderr=stderr)
         started.append(process)
         return process
 
@@ -139,7 +139,7 @@ def start_cli(scheduler, client_env):
         if process.poll() is None:      # not yet waited for, so its pid is still its own
             os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, AttributeError):
                 pipe.close()
         process.wait()
 
