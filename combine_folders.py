@@ -30,9 +30,9 @@ As usual, some things make this less simple:
   * No path is ever put together to be opened.  A cursor goes down by one name and up by `..`,
     because a path may be longer than PATH_MAX and a tree deeper than there are descriptors.
   * A kill leaves temporaries.  Their names are recognised, and the next run removes them.  So
-    that it does not remove those of a run that is still at work, runs lock the folder they write to.
+    that it does not remove those of a run that is at work, runs lock the folder they write to.
   * Small files cost more in Python than in the kernel, so where there are many and a second
-    processor, a Helper copies every other one.  It gets open folders through a socket.
+    processor, a Helper takes every other one.  It gets open folders through a socket.
   * Whether names that differ only in case can be together is asked of dest itself, by trying,
     and only when there are two such names.
 
@@ -436,9 +436,10 @@ SMALL = 256 * 1024          # bytes that are read in one go
 CHUNK = 8 * 1024 * 1024
 
 
-def look_of(name, status):
-    """Return 8 bytes that change with the file."""
-    return hash((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+def look_of(name, status, with_ctime=True):
+    """Return 8 bytes that change with the file.  Making a hard link changes the ctime."""
+    return hash((name, status.st_ino, status.st_size, status.st_mtime_ns,
+                 with_ctime and status.st_ctime_ns))
 
 
 def unchanged(before, after):
@@ -447,8 +448,8 @@ def unchanged(before, after):
 
 
 class Job(NamedTuple):
-    """A file to copy: from the open folder source, with the look it must have, to new."""
-    source: int
+    """A file to copy: the tree whose open folder has it, the look it must have, its new name."""
+    tree: int
     name: str
     look: int
     new: str
@@ -474,27 +475,27 @@ class Copier:
         self._no_clone = set()      # devices
         self._alive, self._copied = alive, copied
 
-    def copy_all(self, jobs, folder, straight):
-        """Do the jobs in the open folder; return (bytes, Failure or None)."""
-        total = index = 0
+    def copy_all(self, jobs, folders, straight):
+        """Do the jobs; folders: {tree: open folder}, dest's is 0.  Return (bytes, Failure or None).
+
+        straight: under their own names, since the folder itself has a temporary one.
+        """
+        total = done = 0
         try:
-            for index, job in enumerate(jobs):
+            for done, job in enumerate(jobs):       # noqa: B007
                 if not self._alive():
                     raise SystemExit(1)
-                total += self.copy(job, folder, straight)
+                total += self._copy(job, folders[job.tree], folders[0], straight)
         except LooksChanged:
-            return total, Failure(index, CHANGED)
+            return total, Failure(done, CHANGED)
         except OSError as error:
-            return total, Failure(index, error.errno)
+            return total, Failure(done, error.errno)
         return total, None
 
-    def copy(self, job, folder, straight):
-        """Make the job's file and return its size.
-
-        straight: under its own name, since the folder itself has a temporary one.
-        """
+    def _copy(self, job, source_folder, folder, straight):
+        """Make the job's file and return its size."""
         try:
-            source = os.open(job.name, READ, dir_fd=job.source)
+            source = os.open(job.name, READ, dir_fd=source_folder)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP):
                 raise LooksChanged from None
@@ -601,10 +602,61 @@ def dress(target, status):
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-# ---- Helper: a second process that copies ----
+# ---- Comparing: small files ----
 
-HELP_FROM = 1000            # files: fewer are copied before a helper has started
+def may(name, what, folder):
+    """Whether we may: os.R_OK ... of a name in an open folder, asked of the file system."""
+    return os.access(name, what, dir_fd=folder, effective_ids=True)
+
+
+def read_small(name, folder):
+    """Return (status, content) of a file; content is None if it is not small."""
+    descriptor = os.open(name, READ, dir_fd=folder)
+    try:
+        status = os.fstat(descriptor)
+        if status.st_size > SMALL:
+            return status, None
+        content = os.read(descriptor, status.st_size + 1)
+        if len(content) != status.st_size or not unchanged(status, os.fstat(descriptor)):
+            raise LooksChanged
+        return status, content
+    finally:
+        os.close(descriptor)
+
+
+def glance(versions, folders, with_ctime):
+    """Return (size, look) if all ((tree, name), ...) are one small file, or one that is alone.
+
+    None: whoever asked has to look closer.
+    """
+    (tree, name), *others = versions
+    try:
+        if others:
+            first, content = read_small(name, folders[tree])
+            for other_tree, other_name in others:
+                if content is None or content != read_small(other_name, folders[other_tree])[1]:
+                    return None
+        else:
+            first = os.lstat(name, dir_fd=folders[tree])
+            is_mine = first.st_uid == os.geteuid() and first.st_mode & stat.S_IRUSR
+            if not is_mine and not may(name, os.R_OK, folders[tree]):
+                return None
+    except (OSError, LooksChanged):
+        return None
+    if not stat.S_ISREG(first.st_mode):
+        return None
+    return first.st_size, look_of(name, first, with_ctime)
+
+
+def glance_all(items, folders, with_ctime):
+    return [glance(versions, folders, with_ctime) for versions in items]
+
+
+# ---- Helper: a second process for every other file ----
+
+HELP_FROM = 1000            # files: fewer are done before a helper has started
 BATCH = 512                 # files that are shared out at a time
+MOST_FOLDERS = 250          # that the kernel lets through a socket at a time
 
 
 class Helper:
@@ -632,10 +684,14 @@ class Helper:
             self._ours = theirs
             copier = Copier(alive=lambda: os.getppid() == parent)
             while True:
-                (jobs, straight), (folder, *sources) = self._receive()
-                jobs = [Job(sources[job[0]], *job[1:]) for job in jobs]
-                self._send(copier.copy_all(jobs, folder, straight))
-                for descriptor in (folder, *sources):
+                (trees, jobs, argument), descriptors = self._receive()
+                folders = dict(zip(trees, descriptors))
+                if isinstance(jobs[0][0], int):
+                    jobs = [Job(*job) for job in jobs]
+                    self._send(copier.copy_all(jobs, folders, argument))
+                else:
+                    self._send(glance_all(jobs, folders, argument))
+                for descriptor in descriptors:
                     os.close(descriptor)
         finally:
             os._exit(0)
@@ -647,19 +703,17 @@ class Helper:
         return (hasattr(os, 'sched_getaffinity') and len(os.sched_getaffinity(0)) > 1
                 and (threads is None or threads.active_count() == 1))
 
-    def start(self, jobs, folder, straight):
-        """Let it begin with the jobs.  They may come from up to 250 folders."""
-        sources = list(dict.fromkeys(job.source for job in jobs))
-        jobs = [(sources.index(job.source), *job[1:]) for job in jobs]
-        self._send((jobs, straight), [folder, *sources])
+    def start(self, jobs, folders, argument):
+        """Let it begin what copy_all does with Jobs, or glance_all with versions."""
+        self._send((list(folders), [tuple(job) for job in jobs], argument),
+                   list(folders.values()))
 
     def finish(self):
-        """Wait for what was started; return (bytes, Failure or None)."""
-        (total, failure), _ = self._receive()
-        return total, failure and Failure(*failure)
+        """Wait for what was started; return what the function returned."""
+        return self._receive()[0]
 
     def end(self):
-        """Kill it: between jobs it has nothing to lose, and after an error nothing to go on with."""
+        """Kill it: between jobs it has nothing to lose, and after an error nothing to finish."""
         if self._pid:
             self._ours.close()
             with contextlib.suppress(ProcessLookupError):
@@ -741,11 +795,6 @@ class Result(NamedTuple):
     renamed: tuple = ()     # (path in its source, path below dest) of each that was renamed
 
 
-def may(name, what, folder):
-    """Whether we may: os.R_OK ... of a name in an open folder, asked of the file system."""
-    return os.access(name, what, dir_fd=folder, effective_ids=True)
-
-
 def members_of(versions):
     """Return what a Folder takes."""
     return tuple((tree, name) for tree, name, _ in versions)
@@ -801,7 +850,7 @@ class Combination:
         self._pairs = {}                    # bits -> ((tree, kind), ...)
         self._tells_case = None
         self._copier = Copier(copied=lambda count: report.step(0, count))
-        self._helper = None
+        self._helper, self._shared = None, 0        # jobs so far
         self._way = [self.root(False)]      # where the walk is, for errors
         self._unsynced = {}                 # device -> a descriptor of what --move wrote to
         self._lock = None
@@ -882,10 +931,11 @@ class Combination:
         """Look at everything; afterwards troubles, conflicts, seen and plans are known."""
         self.report.begin('comparing')
         with self.failing(Refused):
-            for event, self._way in walk(self.trees, self.root(self.place.exists)):
+            for event, way in walk(self.trees, self.root(self.place.exists)):
+                self._way = way
                 if event is IN:
-                    self.refuse_loops(self._way)
-                    self.compare_folder(self._way)
+                    self.refuse_loops(way)
+                    self.compare_folder(way)
         if self.troubles:
             raise Refused('\n'.join(self.troubles))
 
@@ -916,9 +966,11 @@ class Combination:
         found = self.entries(way)
         kept, others, below = {}, [], {}
         count_before = self.files
-        for names in self.same_names(found):
-            if all(found[name] < 4 for name in names):
-                continue                    # only dest has it
+        for names, glanced in self.glances(found):
+            if glanced:                     # the usual case, and quick: nothing but one file
+                size, look = glanced
+                self.settle_file(size, look, self.versions(found, names[0]))
+                continue
             classes, is_plain = [], len(names) == 1
             for name in names:
                 versions = self.versions(found, name)
@@ -954,6 +1006,29 @@ class Combination:
             else:
                 folder.below.append(Folder(name, members_of(versions)))
 
+    def glances(self, found):
+        """Yield (names, what a glance showed or None) of all that a source has here."""
+        waiting = []
+        for names in self.same_names(found):
+            if any(found[name] > 3 for name in names):      # not only dest has it
+                waiting.append(names)
+            if len(waiting) == BATCH:
+                yield from self.glance_at(found, waiting)
+                waiting = []
+        yield from self.glance_at(found, waiting)
+
+    def glance_at(self, found, waiting):
+        jobs = []
+        for names in waiting:
+            versions = self.versions(found, names[0])
+            if len(names) == 1 and all(kind == FILE_KIND for _, _, kind in versions):
+                jobs.append(members_of(versions))
+        shown = {}
+        for part, glanced in self.share(jobs, glance_all, not self.links()) if jobs else ():
+            shown.update(zip((versions[0][1] for versions in part), glanced))
+        for names in waiting:
+            yield names, shown.get(names[0])
+
     def same_names(self, found):
         """Yield lists of names that can only be one name in dest."""
         names = sorted(found)
@@ -980,7 +1055,7 @@ class Combination:
         for version in versions:
             tree, name, kind = version
             try:
-                status, content = self.look(version, len(versions) == 1)
+                status, content = self.look(version)
                 if status and not stat.S_ISREG(status.st_mode) and content is None:
                     if tree:                # dest may have what it has
                         self.special(way, version, status)
@@ -1000,11 +1075,8 @@ class Combination:
                              f'{reason_of(error)}.')
         return classes
 
-    def look(self, version, alone=False):
-        """Return (status, content): a symlink's target, a small file's bytes, or None.
-
-        alone: there is nothing to compare it with, so only whether it could be read matters.
-        """
+    def look(self, version):
+        """Return (status, content): a symlink's target, a small file's bytes, or None."""
         tree, name, kind = version
         folder = self.trees[tree].fd
         if kind == FOLDER_KIND:
@@ -1013,23 +1085,7 @@ class Combination:
             status = os.lstat(name, dir_fd=folder)
             is_link = stat.S_ISLNK(status.st_mode)
             return status, os.readlink(name, dir_fd=folder) if is_link else None
-        if alone:
-            status = os.lstat(name, dir_fd=folder)
-            mine = status.st_uid == os.geteuid() and status.st_mode & stat.S_IRUSR
-            if not mine and not may(name, os.R_OK, folder):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            return status, None
-        descriptor = os.open(name, READ, dir_fd=folder)
-        try:
-            status = os.fstat(descriptor)
-            if status.st_size > SMALL:
-                return status, None
-            content = os.read(descriptor, status.st_size + 1)
-            if len(content) != status.st_size or not unchanged(status, os.fstat(descriptor)):
-                raise LooksChanged
-            return status, content
-        finally:
-            os.close(descriptor)
+        return read_small(name, folder)
 
     def equal(self, same, version, status, content):
         """Whether the version is what the others are."""
@@ -1085,19 +1141,21 @@ class Combination:
         if kind == FOLDER_KIND:
             below[name] = same.versions()
             return
-        self.duplicates += len(same.found) - 1
-        if tree:
+        self.settle_file(status.st_size, self.look_of(there, status, same.content),
+                         same.versions())
+
+    def settle_file(self, size, look, versions):
+        self.duplicates += len(versions) - 1
+        if versions[0][0]:                  # the first is not dest's own
             self.files += 1
-            self.bytes += status.st_size
-            self.seen.append(self.look_of(there, status, same.content))
-        self.report.step(len(same.found), 0)
+            self.bytes += size
+            self.seen.append(look)
+        self.report.step(len(versions), 0)
 
     def look_of(self, name, status, target):
         if stat.S_ISLNK(status.st_mode):
             return hash((name, target))
-        if self.links():                    # a link changes the ctime
-            return hash((name, status.st_ino, status.st_size, status.st_mtime_ns))
-        return look_of(name, status)
+        return look_of(name, status, not self.links())
 
     def links(self):
         return self.options.link or self.options.move
@@ -1178,31 +1236,27 @@ class Combination:
         """Make in dest what the first pass found missing."""
         self.report.begin('copying', self.bytes)
         seen = iter(self.seen)
-        if self.files >= HELP_FROM and not self.links() and Helper.can_help():
-            self._helper = Helper()
         root = self.root(self.place.exists)
         self._way = [root]
         try:
             with self.failing(Stopped):
                 if not self.place.exists:
                     self.begin_dest(root)
-                for event, self._way in walk(self.trees, root):
+                for event, way in walk(self.trees, root):
+                    self._way = way
                     if event is GOING_IN:
-                        self.begin_folder(self._way[-1])
+                        self.begin_folder(way[-1])
                     elif event is IN:
-                        self.write_folder(self._way, seen)
-                    elif event is OUT and self._way[-1].made:
-                        self.finish_folder(self._way)
+                        self.write_folder(way, seen)
+                    elif event is OUT and way[-1].made:
+                        self.finish_folder(way)
                     elif event is GONE_OUT:
-                        self.show_folder(self._way[-1])
+                        self.show_folder(way[-1])
                 if not self.place.exists:
                     self.show_folder(root)
         except BaseException:
             self.clean_up()
             raise
-        finally:
-            if self._helper:
-                self._helper.end()
 
     def begin_dest(self, root):
         """Make the folder that will be dest under a temporary name; it is ours alone."""
@@ -1280,7 +1334,7 @@ class Combination:
                 if kind == OTHER_KIND:
                     self.make_symlink(way, versions[0], name, look)
                 elif not self.links() or not self.make_link(way, versions[0], name, look):
-                    jobs.append(Job(self.trees[tree].fd, there, look, name))
+                    jobs.append(Job(tree, there, look, name))
             if len(jobs) == BATCH:
                 self.copy_files(way, jobs)
                 jobs = []
@@ -1324,27 +1378,30 @@ class Combination:
         return True
 
     def copy_files(self, way, jobs):
-        """Copy files into the present folder, every other one by the helper if there is one."""
-        folder, straight = self.trees[0].fd, self._building is not None
+        straight = self._building is not None
         if not straight:
             self._at_work += [temporary_name(job.new) for job in jobs]
-        mine, others = jobs, []
-        if self._helper and len(jobs) >= 8 and len(way[-1].members) <= 250:
-            mine, others = jobs[::2], jobs[1::2]
-            self._helper.start(others, folder, straight)
-        done = [(mine, self._copier.copy_all(mine, folder, straight))]
-        if others:
-            done.append((others, self._helper.finish()))
-        for part, (size, failure) in done:
+        for part, (size, failure) in self.share(jobs, self._copier.copy_all, straight):
             if failure:
-                self.fail(way, part[failure.index], failure.reason)
+                self.fail(way, part[failure[0]], failure[1])
             self.report.step(len(part), size)
         self._at_work.clear()
 
+    def share(self, jobs, function, argument):
+        """Return [(jobs, what function(jobs, ...) returned)]; the second half is the helper's."""
+        folders = {tree: self.trees[tree].fd for tree, _ in self._way[-1].members}
+        self._shared += len(jobs)
+        if self._helper is None and self._shared > HELP_FROM:
+            self._helper = Helper.can_help() and Helper()
+        if not self._helper or len(jobs) < 8 or len(folders) > MOST_FOLDERS:
+            return [(jobs, function(jobs, folders, argument))]
+        mine, others = jobs[::2], jobs[1::2]
+        self._helper.start(others, folders, argument)
+        return [(mine, function(mine, folders, argument)), (others, self._helper.finish())]
+
     def fail(self, way, job, reason):
         """Raise the error that a job ended with."""
-        tree = next(tree for tree, _ in way[-1].members if self.trees[tree].fd == job.source)
-        path = self.path_in(way, tree, job.name)
+        path = self.path_in(way, job.tree, job.name)
         if reason == CHANGED:
             raise Changed(path)
         raise Stopped(f'{printable(path)} -> {printable(self.path_in(way, 0, job.new))}: '
@@ -1358,11 +1415,12 @@ class Combination:
         with self.failing(Stopped):
             for descriptor in self._unsynced.values():
                 sync_file_system(descriptor)
-            for event, self._way in walk(self.trees, self.root(True)):
+            for event, way in walk(self.trees, self.root(True)):
+                self._way = way
                 if event is IN:
-                    self.empty_folder(self._way)
+                    self.empty_folder(way)
                 elif event is GONE_OUT:
-                    for tree, name in self._way[-1].members:
+                    for tree, name in way[-1].members:
                         if tree and not self.trees[tree].at_prefix():
                             with contextlib.suppress(OSError):      # what was left out is in it
                                 os.rmdir(name, dir_fd=self.trees[tree].fd)
@@ -1386,7 +1444,9 @@ class Combination:
             self.report.step(len(sources), 0)
 
     def close(self):
-        """Give the descriptors back that were opened on the way, the lock among them."""
+        """Give back what was taken on the way: the helper, descriptors, the lock among them."""
+        if self._helper:
+            self._helper.end()
         if not self.place.exists and self.trees[0]:
             self.trees[0].close()
         for descriptor in (*self._unsynced.values(), self._lock,
