@@ -123,8 +123,8 @@ class Changed(Stopped):
     """A source changed while it was read."""
 
     def __init__(self, path):
-        super().__init__(f'{printable(path)} changed while it was read. Run the same command again '
-                         'when nothing writes there.')
+        super().__init__(f'{printable(path)}, or something beside it, changed while it was read. '
+                         'Run the same command again when nothing writes there.')
 
 
 # ---- Names: how they are shown, and which are ours ----
@@ -176,32 +176,36 @@ def source_names(paths):
     return names
 
 
-def exclude_expression(patterns):
-    """Return a regular expression that finds excluded paths, where folders end with a slash.
+def exclusion(patterns):
+    """Return excluded(path below the source, is_folder), or None if there are no patterns.
 
     As in rsync: `*` and `?` stop at a slash and `**` does not; a pattern with a leading slash
     starts at the source's top, another one at any component; a trailing slash means folders only.
     """
-    special = {'**': '.*', '*': '[^/]*', '?': '[^/]'}
+    wild = {'**': '.*', '*': '[^/]*', '?': '[^/]'}
 
     def translate(token):
-        if token.startswith('['):
+        if len(token) > 1 and token.startswith('['):
             return re.sub(r'^\[!', '[^', token.replace('\\', '\\\\'))
-        return special.get(token) or re.escape(token[-1])
+        return wild.get(token) or re.escape(token[-1])
 
-    alternatives = []
-    for pattern in patterns:
-        body = pattern.lstrip('/').rstrip('/')
-        if not body:
-            raise UsageError(f'--exclude: {pattern!r} is not a pattern.')
-        tokens = re.findall(r'\*\*|\\.|\[!?\]?[^]]*\]|.', body, re.DOTALL)
-        start = '' if pattern.startswith('/') else '(?:.*/)?'
-        end = '/' if pattern.endswith('/') else '/?'
-        alternatives.append(start + ''.join(map(translate, tokens)) + end)
+    def expression(patterns):
+        for pattern in patterns:
+            tokens = re.findall(r'\*\*|\\.|\[!?\]?[^]]*\]|.', pattern.strip('/'), re.DOTALL)
+            start = '' if pattern.startswith('/') else '(?:.*/)?'
+            if not tokens:
+                raise UsageError(f'--exclude: {pattern!r} is not a pattern.')
+            yield start + ''.join(map(translate, tokens))
+
+    if not patterns:
+        return None
     try:
-        return re.compile('|'.join(alternatives), re.DOTALL).fullmatch if alternatives else None
+        for_folders = re.compile('|'.join(expression(patterns)), re.DOTALL)
+        for_all = re.compile('|'.join(expression(
+            pattern for pattern in patterns if not pattern.endswith('/'))) or r'(?!)', re.DOTALL)
     except re.error as error:
         raise UsageError(f'--exclude: not a pattern: {error}.') from None
+    return lambda path, is_folder: (for_folders if is_folder else for_all).fullmatch(path)
 
 
 # ---- System: what Python's os does not offer ----
@@ -436,10 +440,15 @@ SMALL = 256 * 1024          # bytes that are read in one go
 CHUNK = 8 * 1024 * 1024
 
 
-def look_of(name, status, with_ctime=True):
+def look_of(name, status, with_ctime):
     """Return 8 bytes that change with the file.  Making a hard link changes the ctime."""
     return hash((name, status.st_ino, status.st_size, status.st_mtime_ns,
                  with_ctime and status.st_ctime_ns))
+
+
+def mark(name, tree):
+    """Return the look of what is not copied: that there is something, and whether dest has it."""
+    return hash((name, tree > 0))
 
 
 def unchanged(before, after):
@@ -455,30 +464,25 @@ class Job(NamedTuple):
     new: str
 
 
-class Failure(NamedTuple):
-    """The job of a list that failed, and why: an errno, or CHANGED."""
-    index: int
-    reason: int
-
-
-CHANGED = 0
+CHANGED = 0                 # where otherwise an errno stands
 
 
 class LooksChanged(Exception):
-    """A file does not look as it did, or not after reading it; only inside this file."""
+    """A file does not look as it did, or not after reading it; its version, if that is known."""
 
 
 class Copier:
     """Copies files between open folders; knows by now which file systems share no blocks."""
 
-    def __init__(self, alive=lambda: True, copied=lambda count: None):
+    def __init__(self, with_ctime, alive=lambda: True, copied=lambda count: None):
         self._no_clone = set()      # devices
+        self._with_ctime = with_ctime
         self._alive, self._copied = alive, copied
 
     def copy_all(self, jobs, folders, straight):
-        """Do the jobs; folders: {tree: open folder}, dest's is 0.  Return (bytes, Failure or None).
+        """Do the jobs; folders: {tree: open folder}, dest's is 0.  Return (bytes, failure).
 
-        straight: under their own names, since the folder itself has a temporary one.
+        failure: None, or which of the jobs failed and its errno, or CHANGED.  straight: under their own names, since the folder itself has a temporary one.
         """
         total = done = 0
         try:
@@ -487,9 +491,9 @@ class Copier:
                     raise SystemExit(1)
                 total += self._copy(job, folders[job.tree], folders[0], straight)
         except LooksChanged:
-            return total, Failure(done, CHANGED)
+            return total, (done, CHANGED)
         except OSError as error:
-            return total, Failure(done, error.errno)
+            return total, (done, error.errno)
         return total, None
 
     def _copy(self, job, source_folder, folder, straight):
@@ -502,7 +506,7 @@ class Copier:
             raise
         try:
             status = os.fstat(source)
-            if look_of(job.name, status) != job.look:
+            if look_of(job.name, status, self._with_ctime) != job.look:
                 raise LooksChanged
             made = job.new if straight else temporary_name(job.new)
             target = os.open(made, CREATE, 0o600, dir_fd=folder)
@@ -666,7 +670,7 @@ class Helper:
     turns here, as each file costs more Python than system calls.
     """
 
-    def __init__(self):
+    def __init__(self, with_ctime):
         import marshal
         import signal
         import socket
@@ -682,7 +686,7 @@ class Helper:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._ours.close()
             self._ours = theirs
-            copier = Copier(alive=lambda: os.getppid() == parent)
+            copier = Copier(with_ctime, alive=lambda: os.getppid() == parent)
             while True:
                 (trees, jobs, argument), descriptors = self._receive()
                 folders = dict(zip(trees, descriptors))
@@ -693,7 +697,7 @@ class Helper:
                     self._send(glance_all(jobs, folders, argument))
                 for descriptor in descriptors:
                     os.close(descriptor)
-        finally:
+        finally:                    # also when the parent is gone
             os._exit(0)
 
     @staticmethod
@@ -730,7 +734,7 @@ class Helper:
     def _receive(self):
         size, descriptors, _, _ = self._socket.recv_fds(self._ours, 8, 252)
         if len(size) < 8:
-            raise EOFError
+            raise Stopped('the second process was killed. The same command goes on.')
         with self._ours.makefile('rb') as stream:
             data = stream.read(int.from_bytes(size, 'big'))
         return self._marshal.loads(data), descriptors
@@ -841,15 +845,16 @@ class Combination:
                 tree.prefix = name
         self._nearest = identity(place.nearest)
         self.roots = {identity(tree.fd): tree.path for tree in sources}
-        self.excluded = exclude_expression(options.exclude)
-        self.seen = array.array('q')        # looks of what is to be made, in the order of items
+        self.excluded = exclusion(options.exclude)
+        self.seen = array.array('q')        # looks of all items, in their order
         self.plans = {}                     # number of a folder -> Plan
         self.troubles, self.conflicts = [], []
         self.files = self.bytes = self.duplicates = self.skipped = self.conflict_count = 0
         self.renamed = []
         self._pairs = {}                    # bits -> ((tree, kind), ...)
         self._tells_case = None
-        self._copier = Copier(copied=lambda count: report.step(0, count))
+        self._copier = Copier(not self.links(),
+                              copied=lambda count: report.step(0, count))
         self._helper, self._shared = None, 0        # jobs so far
         self._way = [self.root(False)]      # where the walk is, for errors
         self._unsynced = {}                 # device -> a descriptor of what --move wrote to
@@ -898,7 +903,7 @@ class Combination:
                         self.trouble(f'{self.path_in(way, tree, name)} is what a killed '
                                      'combine_folders left. Run its command again, or remove it.')
                     continue
-                if top is not None and self.excluded(top + name + '/' * (kind == FOLDER_KIND)):
+                if top is not None and self.excluded(top + name, kind == FOLDER_KIND):
                     continue
                 found[name] = found.get(name, 0) | kind << 2 * tree
         return found
@@ -946,7 +951,6 @@ class Combination:
         """A folder that is reached twice, as through a bind mount, must not be both ends."""
         here = {tree: identity(self.trees[tree].fd) for tree, _ in way[-1].members}
         for tree, folder in here.items():
-            path = self.path_in(way, tree)
             if tree and folder == self._nearest:
                 raise Refused(f'{printable(self.place.path)} lies inside the source '
                               f'{printable(self.trees[tree].path)}.')
@@ -954,11 +958,12 @@ class Combination:
                 raise Refused(f'the source {printable(self.roots[folder])} lies inside '
                               f'{printable(self.place.path)}.')
             if tree and folder == here.get(0):
-                raise Refused(f'{printable(path)} and {printable(self.path_in(way, 0))} '
-                              'are one folder.')
+                raise Refused(f'{printable(self.path_in(way, tree))} and '
+                              f'{printable(self.path_in(way, 0))} are one folder.')
             if tree and self.options.move and not self.trees[tree].at_prefix() and not may(
                     '.', os.W_OK | os.X_OK, self.trees[tree].fd):
-                self.trouble(f'{path}: nothing can be moved out of it: Permission denied.')
+                self.trouble(f'{self.path_in(way, tree)}: nothing can be moved out of it: '
+                             'Permission denied.')
 
     def compare_folder(self, way):
         """Compare all that the trees have here, and put the folders to enter into way[-1].below."""
@@ -1068,7 +1073,8 @@ class Combination:
                     classes.append(Same(content, version, status))
             except FileNotFoundError:
                 raise Changed(self.path_in(way, tree, name)) from None
-            except LooksChanged:
+            except LooksChanged as change:
+                tree, name, _ = change.args[0] if change.args else version
                 raise Changed(self.path_in(way, tree, name)) from None
             except OSError as error:
                 self.trouble(f'{self.path_in(way, tree, name)}: cannot be read: '
@@ -1109,8 +1115,9 @@ class Combination:
                 opened.callback(os.close, descriptor)
                 pair.append((descriptor, before))
             is_equal = self.equal_bytes(*(descriptor for descriptor, _ in pair))
-            if not all(unchanged(before, os.fstat(descriptor)) for descriptor, before in pair):
-                raise LooksChanged
+            for read, (descriptor, before) in zip((first, version), pair):
+                if not unchanged(before, os.fstat(descriptor)):
+                    raise LooksChanged(read)
             return is_equal
 
     def equal_bytes(self, one, other):
@@ -1140,6 +1147,7 @@ class Combination:
         (tree, there, kind), status = same.found[0]
         if kind == FOLDER_KIND:
             below[name] = same.versions()
+            self.seen.append(mark(name, tree))
             return
         self.settle_file(status.st_size, self.look_of(there, status, same.content),
                          same.versions())
@@ -1149,7 +1157,7 @@ class Combination:
         if versions[0][0]:                  # the first is not dest's own
             self.files += 1
             self.bytes += size
-            self.seen.append(look)
+        self.seen.append(look if versions[0][0] else mark(versions[0][1], 0))
         self.report.step(len(versions), 0)
 
     def look_of(self, name, status, target):
@@ -1252,6 +1260,8 @@ class Combination:
                         self.finish_folder(way)
                     elif event is GONE_OUT:
                         self.show_folder(way[-1])
+                if next(seen, None) is not None:        # there is less than there was
+                    raise Changed(self.place.path)
                 if not self.place.exists:
                     self.show_folder(root)
         except BaseException:
@@ -1325,16 +1335,15 @@ class Combination:
         jobs = []
         for name, versions in self.items(way, found):
             tree, there, kind = versions[0]
+            look = next(seen, None)
+            if look is None or (kind == FOLDER_KIND or not tree) and look != mark(name, tree):
+                raise Changed(self.path_in(way, tree, there))
             if kind == FOLDER_KIND:
                 folder.below.append(Folder(name, members_of(versions)))
-            elif tree:
-                look = next(seen, None)
-                if look is None:            # there is more than there was
-                    raise Changed(self.path_in(way, tree, there))
-                if kind == OTHER_KIND:
-                    self.make_symlink(way, versions[0], name, look)
-                elif not self.links() or not self.make_link(way, versions[0], name, look):
-                    jobs.append(Job(tree, there, look, name))
+            elif tree and kind == OTHER_KIND:
+                self.make_symlink(way, versions[0], name, look)
+            elif tree and not (self.links() and self.make_link(way, versions[0], name, look)):
+                jobs.append(Job(tree, there, look, name))
             if len(jobs) == BATCH:
                 self.copy_files(way, jobs)
                 jobs = []
@@ -1392,7 +1401,7 @@ class Combination:
         folders = {tree: self.trees[tree].fd for tree, _ in self._way[-1].members}
         self._shared += len(jobs)
         if self._helper is None and self._shared > HELP_FROM:
-            self._helper = Helper.can_help() and Helper()
+            self._helper = Helper.can_help() and Helper(not self.links())
         if not self._helper or len(jobs) < 8 or len(folders) > MOST_FOLDERS:
             return [(jobs, function(jobs, folders, argument))]
         mine, others = jobs[::2], jobs[1::2]
@@ -1647,7 +1656,7 @@ class Terminal(Report):
 
     def begin(self, doing, total_bytes=0):
         self._doing, self._total = doing, total_bytes
-        self._files = self._bytes = 0
+        self._files = self._bytes = self._shown_at = 0
 
     def step(self, files, size):
         self._files += files
@@ -1733,6 +1742,9 @@ def run(argv, terminal):
         terminal.say(summary('not combined', found.result, dest, len(found.conflicts),
                              len(sources)))
         raise
+    except Refused as refused:
+        hint = ' Each --exclude takes ONE pattern.'
+        raise Refused(str(refused) + hint * ('--exclude' in options)) from None
     dry_run = '--dry-run' in options
     for source, path in result.renamed:
         terminal.say(f'{"would rename" if dry_run else "renamed"}: {printable(source)} -> '
