@@ -482,7 +482,8 @@ class Copier:
     def copy_all(self, jobs, folders, straight):
         """Do the jobs; folders: {tree: open folder}, dest's is 0.  Return (bytes, failure).
 
-        failure: None, or which of the jobs failed and its errno, or CHANGED.  straight: under their own names, since the folder itself has a temporary one.
+        failure: None, or which of the jobs failed and its errno, or CHANGED.  straight: under
+        their own names, since the folder itself has a temporary one.
         """
         total = done = 0
         try:
@@ -857,6 +858,7 @@ class Combination:
                               copied=lambda count: report.step(0, count))
         self._helper, self._shared = None, 0        # jobs so far
         self._way = [self.root(False)]      # where the walk is, for errors
+        self._is_above = False              # and the cursors are in front of its end
         self._unsynced = {}                 # device -> a descriptor of what --move wrote to
         self._lock = None
         self._building = None               # (Folder, descriptor above it, its temporary name)
@@ -937,7 +939,7 @@ class Combination:
         self.report.begin('comparing')
         with self.failing(Refused):
             for event, way in walk(self.trees, self.root(self.place.exists)):
-                self._way = way
+                self._way, self._is_above = way, event in (GOING_IN, GONE_OUT)
                 if event is IN:
                     self.refuse_loops(way)
                     self.compare_folder(way)
@@ -1210,7 +1212,11 @@ class Combination:
                 if self.equal(Same(content, taken[0], status), same.found[0][0],
                               *self.look(same.found[0][0])) and (apart or kind != FOLDER_KIND):
                     joined = taken + same.versions()
-                    (extra if final in extra else kept)[final] = joined
+                    if final in extra or final in kept or found[final] > 3:
+                        (extra if final in extra else kept)[final] = joined
+                    else:                   # only dest has it so far
+                        extra[final] = joined
+                        self.seen.append(mark(final, 0))
                     if kind == FOLDER_KIND:
                         below[final] = joined
                     else:
@@ -1230,8 +1236,10 @@ class Combination:
         try:
             yield
         except OSError as error:
-            name = [error.filename] if isinstance(error.filename, str) else []
-            path = printable(self.path_in(self._way, 0, *name))
+            name = error.filename if isinstance(error.filename, str) else ''
+            way = self._way[:-1] if self._is_above and len(self._way) > 1 else self._way
+            path = printable(self.path_in(way, 0, *[name] * (
+                bool(name) and not TEMPORARY.fullmatch(name))))
             rest = f' {self.what_is_left()}' if kind is Stopped else ''
             raise kind(f'{path}: {reason_of(error)}.{rest}') from None
 
@@ -1251,7 +1259,7 @@ class Combination:
                 if not self.place.exists:
                     self.begin_dest(root)
                 for event, way in walk(self.trees, root):
-                    self._way = way
+                    self._way, self._is_above = way, event in (GOING_IN, GONE_OUT)
                     if event is GOING_IN:
                         self.begin_folder(way[-1])
                     elif event is IN:
@@ -1263,7 +1271,11 @@ class Combination:
                 if next(seen, None) is not None:        # there is less than there was
                     raise Changed(self.place.path)
                 if not self.place.exists:
-                    self.show_folder(root)
+                    try:
+                        self.show_folder(root)
+                    except FileExistsError:
+                        raise Stopped(f'{printable(self.place.path)} has appeared meanwhile. '
+                                      'The same command adds to it.') from None
         except BaseException:
             self.clean_up()
             raise
@@ -1425,7 +1437,7 @@ class Combination:
             for descriptor in self._unsynced.values():
                 sync_file_system(descriptor)
             for event, way in walk(self.trees, self.root(True)):
-                self._way = way
+                self._way, self._is_above = way, event in (GOING_IN, GONE_OUT)
                 if event is IN:
                     self.empty_folder(way)
                 elif event is GONE_OUT:
