@@ -78,6 +78,14 @@ def temporaries(*roots):
     return [str(path) for root in roots for path in Path(root).rglob('.combine_folders.*')]
 
 
+@pytest.fixture(autouse=True)
+def back():
+    """Other tests begin where they always do."""
+    before = os.getcwd()
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A new current folder, in which no temporary stays."""
@@ -351,7 +359,6 @@ def test_all_conflicts_are_listed_with_sizes_and_times(here):
     make('src1', {'a': '1', 'd/b': '1', 'd/same': 's'})
     make('src2', {'a': '22', 'd/b': '1', 'd/same': 's', 'x\n\x1b[31m': ''})
     make('src3', {'a': '22', 'd/b': '3'})
-    os.environ['TZ'] = 'UTC'
     for number in (1, 2, 3):
         for name in ('a', 'd/b'):
             os.utime(f'src{number}/{name}', (0, 86400 * number))
@@ -680,10 +687,17 @@ KILL_SOURCES = (
 
 @pytest.mark.parametrize('how', ['killed', 'interrupted'])
 @pytest.mark.parametrize('dest', [None, {'d/old': b'o', 'a': b'1'}], ids=['new', 'existing'])
-@pytest.mark.parametrize('options', [{}, {'link': True}, {'move': True}],
-                         ids=['copy', 'link', 'move'])
-def test_after_a_kill_at_any_write_the_same_command_completes_it(tmp_path, how, dest, options):
+@pytest.mark.parametrize('options', [{}, {'link': True}, {'move': True}, {'move': None}],
+                         ids=['copy', 'link', 'move', 'move to another file system'])
+def test_after_a_kill_at_any_write_the_same_command_completes_it(tmp_path, monkeypatch, how, dest,
+                                                                 options):
     os.chdir(tmp_path)
+    if options == {'move': None}:
+        options = {'move': True}
+
+        def refuse(*_, **__):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        monkeypatch.setattr(os, 'link', refuse)
     merged, _ = model([{'d': None, **dest} if dest else {}, *(
         {**tree, 'd': None, 'd/e': None} for tree in KILL_SOURCES), {'more': None, 'more/x': None}])
     sources = ['src1', 'src2']
