@@ -22,8 +22,8 @@ its versions, one for each tree that has it; dest is tree 0, so it comes first, 
 VERSION WINS: it gives the mode and the time of identical files, and of folders.
 
 Nothing is planned in memory but those 8 bytes a file, since the second pass lists the folders
-again.  What it finds must look as it did in the first pass, and every file must look the same
-before and after it was read; a source that changes is noticed that way.
+again.  What it finds must look as it did in the first pass, item by item, and every file must look
+the same before and after it was read; a source that changes is noticed that way.
 
 As usual, some things make this less simple:
 
@@ -36,8 +36,8 @@ As usual, some things make this less simple:
   * Whether names that differ only in case can be together is asked of dest itself, by trying,
     and only when there are two such names.
 
-Sections: Usage, Errors, Names, System, Tree, Copying, Helper, Comparing, Combination, Function,
-Options, Report, Command.
+Sections: Usage, Errors, Names, System, Tree, Copying, Comparing, Helper, Report, Combination,
+Function, Options, Terminal, Command.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -1706,7 +1706,7 @@ def write_line(stream, line):
 
 
 def conflict_lines(conflict):
-    """Yield the lines about a conflict; versions with the same content have the same letter."""
+    """Yield the lines about a conflict; versions with the same content have the same number."""
     yield f'conflict: {printable(conflict.path)}'
     width = max(len(printable(version.source)) for version in conflict.versions)
     for version in conflict.versions:
