@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE.parent / 'tests'))
 import rig  # noqa: E402
 
 EXECUTE_BATCH = Path(sys.executable).with_name('execute_batch')    # installed, as users have it
+COMBINE_FOLDERS = Path(sys.executable).with_name('combine_folders')
 
 CORES = 8                       # what the machines claim; with the overload, 12 can be promised
 OUR_SLOTS = (4, 8, 16, 32)      # jobs at a time that are tried
@@ -303,8 +304,100 @@ def started(bench, folder, batch, *options):
             client.wait()
 
 
+def small_sources(folder, files):
+    """Three folders of so many small files, in folders of 100; half of the paths are in all."""
+    for number in (1, 2, 3):
+        for file in range(files):
+            into = folder / f'src{number}/{file // 100:05}'
+            if file % 100 == 0:
+                into.mkdir(parents=True)
+            owner = number if file % 2 else 'all'
+            (into / f'result-{file}-{owner}').write_text(f'{file} {owner}\n' * (50 + file % 100))
+    return [folder / f'src{number}' for number in (1, 2, 3)]
+
+
+def combine_small(bench):
+    """Three folders of 10,000 small files that share half of their paths: rsync, one dest."""
+    files, rounds = 10000, 3 if bench.quick else 9
+    folder = bench.folder()
+    sources = small_sources(folder, files)
+    ours, theirs = folder / 'ours', folder / 'theirs'
+
+    def combine():
+        shutil.rmtree(ours, ignore_errors=True)
+        return bench.run([COMBINE_FOLDERS, '--quiet', ours, *sources], folder)[0]
+
+    def rsync():
+        shutil.rmtree(theirs, ignore_errors=True)
+        return bench.run(['rsync', '-a', *(f'{source}/' for source in sources), f'{theirs}/'],
+                         folder)[0]
+
+    combine(), rsync()
+    our_s, their_s = medians(rounds, combine, rsync)
+    bench.run(['diff', '-r', ours, theirs], folder)
+    shutil.rmtree(folder)
+    bench.row(f'combine 3 x {files:,} small files : rsync -a', f'{our_s / their_s:.2f} x',
+              '<= 1.0 x', our_s <= their_s, f'{our_s:.2f} s; rsync {their_s:.2f} s, which compares '
+              'nothing')
+
+
+def combine_large(bench):
+    """One file of 4 GB against cp, which copies with the same system call."""
+    megabytes, rounds = (2000, 3) if bench.quick else (4000, 7)
+    folder = bench.folder()
+    (folder / 'src').mkdir()
+    with open(folder / 'src/large', 'wb') as file:
+        for _ in range(megabytes):
+            file.write(os.urandom(10**6))
+    ours, theirs = folder / 'ours', folder / 'theirs'
+
+    def copy(argv, made):
+        shutil.rmtree(made, ignore_errors=True)
+        took_s = bench.run([*argv], folder)[0]
+        if (made / 'large').stat().st_size != megabytes * 10**6:
+            raise Failed(f'{argv[0]} did not copy the file')
+        shutil.rmtree(made)
+        return took_s
+
+    # The best of each: what a copy of gigabytes takes in memory varies threefold on virtual
+    # machines, with the pages that the host has to find.
+    taken = [(copy([COMBINE_FOLDERS, '--quiet', ours, folder / 'src'], ours),
+              copy(['cp', '-a', folder / 'src', theirs], theirs)) for _ in range(rounds)]
+    our_s, their_s = map(min, zip(*taken))
+    shutil.rmtree(folder)
+    bench.row(f'combine one file of {megabytes / 1000} GB : cp', f'{our_s / their_s:.2f} x',
+              '<= 1.1 x', our_s <= 1.1 * their_s, f'best {our_s:.2f} s; cp {their_s:.2f} s; '
+              f'medians {statistics.median(ours for ours, _ in taken):.2f} and '
+              f'{statistics.median(theirs for _, theirs in taken):.2f}')
+
+
+def combine_memory(bench):
+    """Peak memory for each file of the sources, above that of an empty one; in one folder."""
+    files = 50000 if bench.quick else 1000000
+    folder = bench.folder()
+    for name in ('none', 'many'):
+        (folder / name).mkdir()
+    for number in range(files):
+        os.close(os.open(folder / f'many/result-{number:08}.txt', os.O_CREAT | os.O_WRONLY))
+    code = ('import resource, sys\n'
+            'sys.argv = ["combine_folders", "--quiet", *sys.argv[1:]]\n'
+            'from combine_folders import main\n'
+            'main()\n'
+            'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
+    peaks = []
+    for name in ('none', 'many'):
+        said = bench.run([sys.executable, '-c', code, folder / f'dest-{name}', folder / name],
+                         folder)[1]
+        peaks.append(int(said) * 1024)
+    each = (peaks[1] - peaks[0]) / files
+    shutil.rmtree(folder)
+    bench.row(f'memory of combine, {files:,} files in a folder', f'{each:.0f} bytes',
+              '<= 500', each <= 500, f'for each file; peak {peaks[1] / 1e6:.0f} MB')
+
+
 FIGURES = {'spec': spec_batch, 'jobs': many_jobs, 'files': many_files, 'memory': memory,
-           'cost': cost_per_job}
+           'cost': cost_per_job, 'combine': combine_small, 'large': combine_large,
+           'names': combine_memory}
 
 
 def main():

@@ -193,23 +193,25 @@ def test_combine_folders_needs_nothing_but_python(tmp_path):
     assert_helps(run(sys.executable, '-S', copied, '--help', cwd=tmp_path), 'combine_folders')
 
 
-def test_uv_runs_the_copied_file(copied_file):
+@pytest.mark.parametrize('words', [['ssh_scheduler.py', 'execute_batch'], ['combine_folders.py']])
+def test_uv_runs_the_copied_file(copied_file, words):
     folder = copied_file.parent
+    shutil.copy2(ROOT / 'combine_folders.py', folder)
     if not shutil.which('uv') or run('uv', '--version', cwd=folder).returncode != 0:
         pytest.skip('uv is not installed')
     # Neither this machine's cache nor a Python that uv would have to download.
     environment = {'UV_CACHE_DIR': str(folder / 'cache'), 'UV_PYTHON_DOWNLOADS': 'never'}
     done = run(
-        'uv', 'run', '--quiet', '--python', sys.executable, 'ssh_scheduler.py', 'execute_batch',
-        '--help', cwd=folder, environment=environment,
+        'uv', 'run', '--quiet', '--python', sys.executable, *words, '--help',
+        cwd=folder, environment=environment,
     )
-    assert_helps(done, 'execute_batch')
+    assert_helps(done, words[-1].replace('.py', ''))
 
 
 # --- Vendored ------------------------------------------------------------------------------------
 
 IMPORT_AND_WATCH = r'''
-import json, os, signal, sys, threading
+import importlib, json, os, signal, sys, threading
 
 def state():
     """What an import could change for the program around it."""
@@ -244,28 +246,29 @@ sys.modules.update(yaml=None, docopt=None, tqdm=None)
 os.umask(0o22)
 before = state()
 sys.addaudithook(watch)
-import vendored.ssh_scheduler as scheduler
+importlib.import_module('vendored.' + sys.argv[1])
 seen = list(acts)
 after = state()
 print(json.dumps({'before': before, 'after': after, 'acts': seen}))
 '''
 
 
-def test_importing_a_vendored_copy_has_no_effect(tmp_path):
+@pytest.mark.parametrize('name', ['ssh_scheduler', 'combine_folders'])
+def test_importing_a_vendored_copy_has_no_effect(tmp_path, name):
     (tmp_path / 'vendored').mkdir()
     (tmp_path / 'home').mkdir()
-    shutil.copy2(ROOT / 'ssh_scheduler.py', tmp_path / 'vendored')
+    shutil.copy2(ROOT / f'{name}.py', tmp_path / 'vendored')
     # -S: without site-packages, so what is not of the standard library cannot be imported.
     done = run(
-        sys.executable, '-S', '-c', IMPORT_AND_WATCH, cwd=tmp_path,
+        sys.executable, '-S', '-c', IMPORT_AND_WATCH, name, cwd=tmp_path,
         environment={'HOME': str(tmp_path / 'home')},
     )
     assert (done.returncode, done.stderr) == (0, '')
     report = json.loads(done.stdout)
     assert report['after'] == report['before']
-    assert report['acts'] == ['reads ssh_scheduler.py']
+    assert report['acts'] == [f'reads {name}.py']
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*'))
-    assert left == ['home', 'vendored', 'vendored/ssh_scheduler.py']
+    assert left == ['home', 'vendored', f'vendored/{name}.py']
 
 
 # --- The oldest Python, and the Makefile ---------------------------------------------------------
