@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import tarfile
+import time
+from pathlib import Path
 
 import pytest
 import rig
@@ -217,6 +219,277 @@ def test_a_probe_asks_for_the_gpus(channel, env, tmp_path, script, trouble, indi
     capacity = s.parse_probe([tuple(event[1:]) for event in runner.events], s.Machine('here'))
     assert capacity.gpu_trouble == trouble
     assert [gpu.index for gpu in capacity.gpus] == indices
+
+
+@pytest.fixture
+def computer(env, tmp_path):
+    """The environment of a computer whose /proc and /sys are the test's: computer(path, text)."""
+    root = tmp_path / 'computer'
+
+    def put(path, text):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    put('proc/stat', 'cpu  10 0 10 80 0 0 0 0 0 0\ncpu0 10 0 10 80 0 0 0 0 0 0\n')
+    put('proc/loadavg', '0.00 0.00 0.00 1/100 1\n')
+    put('proc/meminfo', 'MemTotal: 8192000 kB\nMemAvailable: 4096000 kB\n')
+    put('proc/sys/kernel/random/boot_id', 'boot\n')
+    put.env = {**env, 'SSH_SCHEDULER_PROC': str(root / 'proc'), 'SSH_SCHEDULER_SYS': f'{root}/sys'}
+    return put
+
+
+def facts_of(runner):
+    """Read to the end of the probe; return what it said, as parse_probe takes it."""
+    runner.ready()
+    return [tuple(event[1:]) for event in runner.events if event[0] == 'probe']
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize('layout, cores, memory_mb', [
+    ('version 2', 1.5, 300), ('version 2 in a container', 1.5, 300), ('version 1', 0.5, 200),
+    ('version 1 in a container', 0.5, 200), ('both', 0.5, 300), ('no limit', 4, 4000)])
+def test_a_probe_knows_the_limits_of_control_groups(channel, computer, layout, cores, memory_mb):
+    computer('proc/stat', ''.join(f'cpu{n} 1 0 1 1 0 0 0 0 0 0\n' for n in ('  ', *'0123')))
+    two, one = 'sys/fs/cgroup', 'sys/fs/cgroup'
+    path = '/user.slice/a b/job'
+    if layout == 'both':
+        two += '/unified'
+    where = '' if 'container' in layout else '/user.slice/a b'
+    if 'version 2' in layout or layout == 'both':
+        computer('proc/self/cgroup', f'0::{path}\n')
+        computer(f'{two}{where}/memory.max', f'{1000 * MB}\n')
+        computer(f'{two}{where}/memory.current', f'{900 * MB}\n')
+        computer(f'{two}{where}/memory.stat', f'anon 5\ninactive_file {200 * MB}\n')
+        computer(f'{two}{path}/memory.max', 'max\n')
+    if 'version 2' in layout:
+        computer(f'{two}{where}/cpu.max', '150000 100000\n')
+        computer(f'{two}{path}/cpu.max', 'max 100000\n')
+    if 'version 1' in layout or layout == 'both':
+        groups = f'5:memory:{path}\n4:cpu,cpuacct:{path}\n3:pids:{path}\n'
+        computer('proc/self/cgroup', groups + (f'0::{path}\n' if layout == 'both' else ''))
+        computer(f'{one}/cpu,cpuacct{where}/cpu.cfs_quota_us', '50000\n')
+        computer(f'{one}/cpu,cpuacct{where}/cpu.cfs_period_us', '100000\n')
+        computer(f'{one}/cpu,cpuacct{path}/cpu.cfs_quota_us', '-1\n')
+    if 'version 1' in layout:
+        computer(f'{one}/memory{where}/memory.limit_in_bytes', f'{500 * MB}\n')
+        computer(f'{one}/memory{where}/memory.usage_in_bytes', f'{400 * MB}\n')
+        computer(f'{one}/memory{where}/memory.stat',
+                 f'inactive_file 1\ntotal_inactive_file {100 * MB}\n')
+        computer(f'{one}/memory{path}/memory.limit_in_bytes', '9223372036854771712\n')
+        computer(f'{one}/memory{path}/memory.usage_in_bytes', '1000\n')
+    facts = facts_of(channel(env=computer.env))
+    capacity = s.parse_probe(facts, s.Machine('here'))
+    assert (capacity.total_cores, capacity.memory_mb) == (cores, memory_mb), facts
+
+
+@as_root
+def test_a_probe_knows_a_real_limit(channel, env):
+    group = f'/sys/fs/cgroup/memory/rig-{os.getpid()}'
+    if not os.path.exists('/sys/fs/cgroup/memory/memory.limit_in_bytes'):
+        pytest.skip('there are no control groups of version 1 here')
+    os.mkdir(group)
+    try:
+        with open(f'{group}/memory.limit_in_bytes', 'w') as file:
+            file.write(str(300 * MB))
+        runner = channel(env=env)
+        with open(f'{group}/cgroup.procs', 'w') as file:
+            file.write(str(runner.process.pid))
+        # what was forked before that is outside, but the probe is said by the runner itself
+        capacity = s.parse_probe(facts_of(runner), s.Machine('here'))
+        assert 200 < capacity.memory_mb <= 300
+        assert capacity.total_memory_mb == 300
+        runner.finish()
+    finally:
+        rig.ends(runner.process.pid)
+        for pid in open(f'{group}/cgroup.procs').read().split():
+            rig.ends(int(pid), timeout_s=5)
+        os.rmdir(group)
+
+
+def test_gpus_of_other_makers_are_said_to_be_there(channel, computer, tmp_path):
+    bus = 'sys/devices/pci0000:00'
+    cards = {'card0': ('0000:00:02.0', '0x8086'), 'card1': ('0000:03:00.0', '0x1002'),
+             'card2': ('0000:04:00.0', '0x1002'), 'card3': ('0000:05:00.0', '0x1a03')}
+    for card, (slot, vendor) in cards.items():
+        computer(f'{bus}/{slot}/vendor', vendor + '\n')
+        folder = tmp_path / f'computer/sys/class/drm/{card}'
+        folder.mkdir(parents=True)
+        (folder / 'device').symlink_to(tmp_path / f'computer/{bus}/{slot}')
+    path = rig.farm(tmp_path / 'links', leave_out=('nvidia-smi',))
+    facts = facts_of(channel(env={**computer.env, 'PATH': str(path)}, gpus=True))
+    assert s.parse_probe(facts, s.Machine('here')).gpu_trouble == (
+        'has 2 GPUs of AMD, which cannot be scheduled yet, and no nvidia-smi')
+
+
+# ---- Looking again, and claims ----
+
+def measured(runner, number=1):
+    """Have it look again; return what it said, as parse_probe takes it."""
+    runner.events.clear()
+    runner.send('measure', number)
+    cost = runner.until('measured', str(number))
+    assert int(cost[0]) >= 0
+    return [tuple(event[1:]) for event in runner.events if event[0] == 'probe']
+
+
+@pytest.fixture
+def shared(env):
+    return Path(env['SSH_SCHEDULER_SHARED'])
+
+
+def claims_in(shared):
+    return sorted(path for path in shared.glob('ssh_scheduler.*/*') if path.read_text())
+
+
+NEED = '1500 300 0 0:1000:750:1'
+
+
+def test_a_job_claims_what_it_needs_until_it_ends(runner, gate, shared):
+    runner.ready()
+    runner.start('job', f'{gate.wait}', need=NEED)
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        (claim,) = claims_in(shared)
+        assert claim.name == 'project.job.1' and claim.stat().st_mode & 0o777 == 0o644
+        assert claim.parent.stat().st_mode & 0o777 == 0o755
+        pid, _start, _boot, *need = claim.read_text().split()
+        assert (pid, ' '.join(need)) == (runner.record('job')[1], NEED)
+        found = s.read_claims(measured(runner))
+        assert [(c.key, c.cores, c.memory_mb, c.gpus) for c in found] == [
+            ('job.1', 1.5, 300, {0: (1000, 0.75, True)})]
+        fifo.write('go\n')
+    assert runner.ended('job')[0] == 0
+    assert claims_in(shared) == [] and s.read_claims(measured(runner, 2)) == []
+    runner.send('clean', 1, 'job.1')
+    runner.finish()
+    assert not [*shared.glob('ssh_scheduler.*')]
+
+
+def test_what_a_job_uses_is_measured_with_all_its_descendants(runner, gate):
+    runner.ready()
+    hold = 'python3 -c "b = bytearray(60_000_000); input()"'
+    spin = 'timeout 0.3 bash -c "while :; do :; done"'
+    runner.start('job', f'({spin}; echo spun; setsid {hold} <{gate.path}) | cat', need=NEED)
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        deadline = time.monotonic() + rig.SAFETY_NET_S
+        number = 0
+        while True:
+            number += 1
+            (claim,) = s.read_claims(measured(runner, number))
+            if claim.used_mb > 60 and claim.ticks >= 15:
+                break
+            assert time.monotonic() < deadline, claim
+        assert claim.used_mb < 200
+        runner.send('watch', 1, 'job.1', 0, 0)
+        assert int(runner.until('used', 'job.1')[0]) > 60_000
+        fifo.write('\n')
+    status, _wall, cpu, *_ = runner.until('ended', 'job.1')
+    assert int(status) == 0 and int(cpu) >= 15
+
+
+def test_a_start_beyond_the_limits_is_held_if_another_batch_is_there(channel, gate, tmp_path):
+    one, two = channel(project='one'), channel(project='two')
+    for runner in (one, two):
+        runner.ready()
+        runner.send('limits', 3, 12000, 500, '0:16000:1200')
+    one.start('job', gate.wait, need=NEED)
+    one.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        for name, need in (('memory', '1000 201 0'), ('gpu', '1000 10 0 0:10:10:0'),
+                           ('alone', '1000 10 1')):
+            two.start(name, 'true', need=need)
+            assert two.until('held', f'{name}.1') == []
+            assert not os.path.exists(two.path(name))
+        # busy processors alone do not keep a batch from a machine, but they limit it to one job
+        last = Gate(tmp_path / 'last')
+        two.start('first', last.wait, need='11000 200 0 1:10:10:1')
+        two.until('started', 'first.1')
+        with open(last.path, 'w') as other:
+            two.start('second', 'true', need='1000 0 0')
+            two.until('held', 'second.1')
+            other.write('go\n')
+        assert two.ended('first')[0] == 0
+        fifo.write('go\n')
+    assert one.ended('job')[0] == 0
+    two.start('second', 'true', need='1000 201 0 0:10:10:0')
+    assert two.ended('second')[0] == 0
+
+
+def test_without_limits_nothing_is_held(channel, gate):
+    one, two = channel(project='one'), channel(project='two')
+    one.start('job', gate.wait, need='1000 400 1')
+    one.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        two.start('job', 'true', need='1000 400 1')
+        assert two.ended('job')[0] == 0
+        fifo.write('go\n')
+    assert one.ended('job')[0] == 0
+
+
+def test_of_two_that_start_at_once_never_both_do(channel, gate, tmp_path):
+    """Each says what it claims before it looks, so at least one sees the other."""
+    runners = [channel(project='one'), channel(project='two')]
+    for runner in runners:
+        runner.ready()
+        runner.send('limits', 3, 12000, 500, '0:16000:1200')
+    held = 0
+    for turn in range(40):
+        for runner in runners:
+            runner.start(f'job{turn}', 'read -r -t 0.02 <> <(:)', need='1000 10 0 0:10:10:1')
+        said = []
+        for runner in runners:
+            while not [e for e in runner.events if e[:2] in (['held', f'job{turn}.1'],
+                                                             ['ended', f'job{turn}.1'])]:
+                assert runner._read()
+            said.append([e[0] for e in runner.events if f'job{turn}.1' in e])
+            runner.events.clear()
+        held += sum('held' in words for words in said)
+    assert held > 0         # or nothing was tried
+
+
+def garble(claim, text):
+    claim.write_text(text + '\n')
+    claim.chmod(0o644)
+
+
+@pytest.mark.parametrize('text', [
+    '', 'x', '1', '1 2', '-1 1 1 1000 100 0', '1 1 boot 1000 100 2', '$(touch x) 1 1 1 1 0',
+    '{me} 08 09 0', '{me} 1 1 0 0:1:1', '{me} 99999999999 1 0', '{gone} 1 boot 1000 400 1',
+    '{me} 1000 400 1 a[$(touch x)]:1:1:1', '\0' * 200, '{me} ' + '1' * 100000])
+def test_a_claim_that_makes_no_sense_claims_nothing(channel, env, shared, text):
+    (shared / 'ssh_scheduler.12345').mkdir()
+    stat = open('/proc/self/stat').read().rpartition(')')[2].split()
+    me = f'{os.getpid()} {stat[19]} {open("/proc/sys/kernel/random/boot_id").read().strip()}'
+    file = shared / 'ssh_scheduler.12345/other.job.1'
+    garble(file, text.format(me=me, gone='999999999') if '{' in text else text)
+    runner = channel()
+    runner.ready()
+    runner.send('limits', 2, 12000, 500)
+    runner.start('job', 'true', need='1000 400 1')
+    assert runner.ended('job')[0] == 0
+    assert s.read_claims(measured(runner)) == []
+    # the same with sense is heard
+    garble(file, f'{me} 1000 400 1')
+    runner.start('again', 'true', need='1000 400 1')
+    runner.until('held', 'again.1')
+    assert not os.path.exists(f'{env["HOME"]}/x')
+
+
+def test_a_folder_of_claims_that_somebody_else_made_is_not_used(channel, shared, tmp_path, gate):
+    (tmp_path / 'elsewhere').mkdir()
+    (shared / f'ssh_scheduler.{os.getuid()}').symlink_to(tmp_path / 'elsewhere')
+    runner = channel()
+    runner.start('job', gate.wait, need=NEED)
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        assert not [*(tmp_path / 'elsewhere').iterdir()]
+        fifo.write('go\n')
+    assert runner.ended('job')[0] == 0
+    runner.finish()
 
 
 def test_without_tar_or_find_it_says_so(channel, env, tmp_path):
