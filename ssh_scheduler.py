@@ -35,7 +35,7 @@ for a shell over there stands in constants; all else crosses as data, between NU
 
 Sections: Usage, Errors, Options, Records, Machine files, Batch files, Resources, Probe, Files to
 send, Archives, Connection, The remote runner, Processes, Wire, Results, Machine runner, Report,
-Batch, Commands.
+Scheduler, Batch, Commands.
 
 As a library: MachineResources and MachineRunner keep their documented methods; everything else may
 change.  Importing has no effect: nothing is read, printed or started.
@@ -869,6 +869,7 @@ class MachineResources:
         self._total_cores = max(have.total_cores, have.cores)
         self._cores_limit = thousandths(have.cores * CORES_OVERLOAD)
         self._unified = frozenset(gpu.index for gpu in have.gpus if gpu.unified)
+        self._others = any(gpu.others for gpu in have.gpus)
 
     @property
     def jobs(self):
@@ -890,7 +891,7 @@ class MachineResources:
         if allocation.gpus:
             used = sum(1 for use in self._gpus.values() if use.jobs)
             score = min(score, 1 - (used + allocation.gpus) / len(have.gpus))
-            if any(gpu.others for gpu in self._gpus_for(allocation)):
+            if self._others and any(gpu.others for gpu in self._gpus_for(allocation)):
                 score -= 2
         elif have.gpus:
             score -= 1
@@ -933,16 +934,15 @@ class MachineResources:
 
     def short_of(self, allocation):
         """Return what there is too little of: jobs, machine, memory, cores, gpu; '' if it fits."""
-        have = self.available
-        if have.max_jobs is not None and self.jobs >= have.max_jobs:
+        have, jobs = self.available, len(self._placements)
+        if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
-        if have.reserved or self._reserved or (
-                allocation.reserve and (self.jobs or have.claimed)):
+        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.claimed)):
             return 'machine'
         if allocation.memory_mb > have.memory_mb - self._taken_mb():
             return 'memory'
         if allocation.cores > self._total_cores or (
-                self.jobs and self._cores + thousandths(allocation.cores) > self._cores_limit):
+                jobs and self._cores + thousandths(allocation.cores) > self._cores_limit):
             return 'cores'
         if allocation.gpus and not self._gpus_for(allocation):
             return 'gpu'
@@ -950,6 +950,8 @@ class MachineResources:
 
     def _taken_mb(self):
         """Return how much of the machine's memory is promised, to GPUs that share it, too."""
+        if not self._unified:
+            return self._memory_mb
         return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
 
     def _gpus_for(self, allocation):
@@ -1072,7 +1074,7 @@ def describe_gpu(allocation):
 # ---- Probe: what was said of a machine -> Capacity ----
 
 FEWEST_TICKS = 4            # of processor time that are a share and not a coin's side
-UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]', 'err!', '[err!]', '[unknown error]')
+UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
 
 
 class Claim(NamedTuple):
@@ -1119,7 +1121,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
                 total_memory_mb = min(total_memory_mb, whole_number(second) // 2**20)
     # What is promised and not yet taken is not free; what is ours and taken is ours already.
     all_mb = memory_mb + sum(min(claim.used_mb, claim.memory_mb) for claim in claims)
-    all_mb = min(all_mb, max(total_memory_mb, memory_mb))
+    all_mb = min(all_mb, total_memory_mb)
     free_mb = max(all_mb - sum(claim.memory_mb for claim in others), 0)
     busy = busy_cores(values, claims, cores, before, ended_ticks)
     all_cores = max(min(usable, cores - busy), 0.0)
@@ -1236,8 +1238,10 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
         for mb, _, owner in processes[gpu.uuid]:
             used[owner] = used.get(owner, 0) + (mb or 0)
         if processes[gpu.uuid]:
-            taken = sum(min(used.get(claim.key or 'other', 0), claim.gpus[gpu.index][0])
-                        for claim in claims if gpu.index in claim.gpus)
+            asked = collections.Counter()           # the same, but what they ask for
+            for claim in claims:
+                asked[claim.key or 'other'] += claim.gpus.get(gpu.index, (0,))[0]
+            taken = sum(min(used.get(key, 0), mb) for key, mb in asked.items())
         else:           # in a container it names no process: then what went since we came is ours
             taken = min(max(first_free.get(gpu.index, gpu.memory_mb) - gpu.memory_mb, 0),
                         sum(mb for mb, *_ in mine))
@@ -1292,11 +1296,12 @@ def parse_gpu(line, extended, memory_mb, listed):
         return f'has GPU {index} in compute mode Prohibited'
     total, free, used = (int(field) if field.isascii() and field.isdigit() and len(field) < 12
                          else None for field in fields[2:5])
-    unified = (total is None and free is None
-               and all(field.lower() in UNKNOWN_WORDS for field in fields[2:4]))
-    if unified and (used is not None or index in listed):
+    unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
+    if unified:
         total, free = memory_mb, memory_mb          # as on GB10 and Jetson
-    elif unified or total is None or free is None or (used is None and index not in listed):
+    if total is None or free is None:
+        return f'has GPU {index}, of which nvidia-smi does not tell the free memory'
+    if used is None and index not in listed:
         return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
                 f'"gpus: [{index}]" in its file vouches for it')
     used = 0 if used is None else used
@@ -4274,18 +4279,17 @@ class Scheduler:
     def choose(self):
         """Take and place each job for which there is room; yield (job, machine, Placement)."""
         held, begun = self._hold, False
-        while not begun or (held and not self._hold):   # what was held back may start now
+        while not begun or (held and self._hold is not held):   # what was held back may start now
             held, begun = self._hold, True
             yield from self._choose()
 
     def _choose(self):
-        kinds = [(queue[0].line, number, allocation) for number, (allocation, queue)
+        kinds = [(queue[0].line, number, allocation, queue) for number, (allocation, queue)
                  in enumerate(self._waiting.items())]
         heapq.heapify(kinds)
         blocked = []
         while kinds:
-            _, number, allocation = kinds[0]
-            queue = self._waiting[allocation]
+            _, number, allocation, queue = kinds[0]
             machine = self._best(allocation)
             if machine is None:
                 blocked.append(heapq.heappop(kinds)[2])
@@ -4298,7 +4302,7 @@ class Scheduler:
             elif self._hold and machine is self._hold.machine:
                 self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
             if queue:
-                heapq.heapreplace(kinds, (queue[0].line, number, allocation))
+                heapq.heapreplace(kinds, (queue[0].line, number, allocation, queue))
             else:
                 heapq.heappop(kinds)
                 del self._waiting[allocation], self._heaps[allocation]
