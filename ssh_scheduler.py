@@ -22,7 +22,7 @@ it, but the jobs run on and leave their exit status in a file; the same command 
 
 The life of a job, and who owns each step:
 
-    waiting   Batch          which lines are left, and where each may go
+    waiting   Scheduler      which lines are left, and where there is room for the next
     placed    MachineResources  what a machine has left; score, allocate, deallocate
     claimed   ResultStore    the journal says where it goes BEFORE the request is sent
     running   REMOTE_RUNNER  creates jobs/NAME.ATTEMPT/cmd exclusively: at most one can start it
