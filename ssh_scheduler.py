@@ -1128,6 +1128,10 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     free_cores = max(all_cores - sum(claim.cores for claim in others) / CORES_OVERLOAD, 0.0)
     first_free = before.gpu_free_mb if before else {}
     gpus, limits, trouble = parse_gpus(facts, values, machine, claims, ours, first_free, free_mb)
+    for gpu in gpus:
+        if gpu.unified:             # what other batches claim of it is the machine's memory
+            free_mb -= sum(claim.gpus[gpu.index][0] for claim in others if gpu.index in claim.gpus)
+    free_mb = max(free_mb, 0)
     if machine.gpus is not None:
         gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
         trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
@@ -2095,7 +2099,7 @@ tell_limits() {             # what control groups, of version 1 or 2, leave of c
 } 2>/dev/null
 
 use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
-  local pid stat fields key value child file index
+  local pid stat fields lines line file index
   pids=("$1") rss=0 peak=0 ticks=0
   for ((index = 0; index < ${#pids[@]} && index < 1000; index++)); do
     pid=${pids[index]}
@@ -2104,15 +2108,16 @@ use_of() {                  # what process $1 and its descendants use: pids, rss
     fields=(${stat##*) })
     # its own time, and that of the children for which it has waited
     ticks=$((ticks + fields[11] + fields[12] + fields[13] + fields[14]))
-    while read -r key value _; do
-      case $key in
-        VmHWM:) peak=$((peak + value)) ;;
-        VmRSS:) rss=$((rss + value)); break ;;
+    mapfile -t lines <"/proc/$pid/status"
+    for line in "${lines[@]:10:25}"; do
+      case $line in
+        VmHWM:*) line=${line//[!0-9]/}; peak=$((peak + line)) ;;
+        VmRSS:*) line=${line//[!0-9]/}; rss=$((rss + line)); break ;;
       esac
-    done <"/proc/$pid/status"
+    done
     for file in "/proc/$pid/task/"*/children; do
       read -ra fields <"$file"
-      for child in "${fields[@]}"; do pids+=("$child"); done
+      pids+=("${fields[@]}")
     done
   done
 } 2>/dev/null
@@ -2149,8 +2154,8 @@ measure() {                 # says what is here and free; $1: seconds for nvidia
   local -A claim_of=()
   read_ticks
   tell probe ticks "$busy/$total"
-  count_cores
-  tell probe cores "$REPLY"
+  [[ $cores ]] || { count_cores; cores=$REPLY; }        # a process: once is enough
+  tell probe cores "$cores"
   read -r value _ <"$proc/loadavg"
   tell probe load "$value"
   while read -r key value _; do
@@ -2515,7 +2520,7 @@ main() {
   local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
   local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
   # A container may have better numbers elsewhere; and so have the machines of the tests.
-  local proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
+  local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
   local arrived=()
@@ -4260,9 +4265,12 @@ class Scheduler:
     # Jobs
 
     def add(self, job, first=False):
-        """Have the job wait, before all others of its kind if it was taken already."""
+        """Have the job wait, among the first of its kind, by its line, if it was taken already."""
         queue = self._waiting.setdefault(job.allocation, collections.deque())
-        (queue.appendleft if first else queue.append)(job)
+        place = 0 if first else len(queue)
+        while place < len(queue) and queue[place].line < job.line:
+            place += 1
+        queue.insert(place, job)
         if job.allocation not in self._heaps:
             self._heaps[job.allocation] = self._new_heap()
 

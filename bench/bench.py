@@ -11,7 +11,9 @@ machine that allows it more sessions than sshd would by default.
 """
 import argparse
 import contextlib
+import itertools
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -25,7 +27,10 @@ MEMORY_FOLDER = '/dev/shm'      # see README.md: a disk is not what is measured
 if os.access(MEMORY_FOLDER, os.W_OK):
     os.environ.setdefault('RIG_FOLDER', MEMORY_FOLDER)
 sys.path.insert(0, str(HERE.parent / 'tests'))
+sys.path.insert(0, str(HERE.parent))
 import rig  # noqa: E402
+
+import ssh_scheduler  # noqa: E402
 
 EXECUTE_BATCH = Path(sys.executable).with_name('execute_batch')    # installed, as users have it
 COMBINE_FOLDERS = Path(sys.executable).with_name('combine_folders')
@@ -395,9 +400,60 @@ def combine_memory(bench):
               '<= 500', each <= 500, f'for each file; peak {peaks[1] / 1e6:.0f} MB')
 
 
+def placing(bench):
+    """Placements among 1,000 machines in use, each end of a job followed by what starts then."""
+    few, many = 1000, 10_000 if bench.quick else 100_000
+    placements, rounds = (5000, 1) if bench.quick else (20_000, 3)
+    few_us, many_us = medians(rounds, *(lambda n=n: placement_us(1000, n, placements)
+                                        for n in (few, many)))
+    bench.row('placements a second, 1,000 machines', f'{1e6 / many_us:,.0f}', '>= 20,000',
+              1e6 / many_us >= 20_000, f'{many_us:.0f} us each while {many:,} jobs wait')
+    bench.row(f'one placement, {many:,} waiting : 1,000', f'{many_us / few_us:.2f} x', '<= 1.5 x',
+              many_us / few_us <= 1.5, f'{many_us:.0f} us and {few_us:.0f} us')
+
+
+def placement_us(machines, waiting, placements):
+    """Processor time of a placement while so many jobs of ten kinds wait."""
+    gpus = tuple(ssh_scheduler.Gpu(index, 24000) for index in range(4))
+    kinds = [ssh_scheduler.Allocation(1 + n % 3, 1000 + 500 * n, gpus=0) for n in range(6)]
+    kinds += [ssh_scheduler.Allocation(1, 2000, gpus=1 + n % 2, gpu_memory_mb=4000 + 1000 * n,
+                                       gpu_utilization=0.3, reserve_gpu=n > 1) for n in range(4)]
+    scheduler, chance, lines = ssh_scheduler.Scheduler(), random.Random(1), itertools.count()
+    for place in range(machines):
+        scheduler.add_machine(place, place, ssh_scheduler.Capacity(
+            32, 128_000 + place % 7 * 1000, gpus if place % 2 else (), 32))
+
+    def refill(allocations):
+        for allocation in allocations:
+            scheduler.add(ssh_scheduler.Job('job', 'true', next(lines), allocation,
+                                            ssh_scheduler.Forwards()))
+
+    refill(kinds * (waiting // len(kinds)))
+    running, taken = [], list(scheduler.choose())
+    while taken:                # until all machines are full, and as many jobs wait as before
+        running += taken
+        refill(job.allocation for job, *_ in taken)
+        taken = list(scheduler.choose())
+    placed = used_s = 0
+    while placed < placements:
+        number = chance.randrange(len(running))
+        running[number], running[-1] = running[-1], running[number]
+        _, machine, placement = running.pop()
+        began = time.process_time()
+        scheduler.give_back(machine, placement)
+        taken = list(scheduler.choose())
+        used_s += time.process_time() - began
+        running += taken
+        placed += len(taken)
+        refill(job.allocation for job, *_ in taken)
+    if scheduler.waits != waiting:
+        raise Failed(f'{waiting} jobs should wait, {scheduler.waits} do')
+    return used_s / placed * 1e6
+
+
 FIGURES = {'spec': spec_batch, 'jobs': many_jobs, 'files': many_files, 'memory': memory,
            'cost': cost_per_job, 'combine': combine_small, 'large': combine_large,
-           'names': combine_memory}
+           'names': combine_memory, 'place': placing}
 
 
 def main():

@@ -2,6 +2,8 @@
 import collections
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -108,7 +110,8 @@ def test_what_was_taken_is_given_back_to_the_last_bit(capacity, steps):
     assert resources.jobs == 0
     assert scores(resources) == scores(MachineResources(capacity))
     assert (resources._cores, resources._memory_mb, resources._reserved) == (0, 0, 0)
-    assert all(use == [0, 0, 0, 0] for use in resources._gpus.values())
+    assert all((use.jobs, use.memory_mb, use.time, use.reserved) == (0, 0, 0, 0)
+               for use in resources._gpus.values())
 
 
 @ANY
@@ -153,6 +156,116 @@ def test_the_order_of_gpus_in_the_capacity_does_not_matter(capacity, order, allo
     assert one.score(allocation) == two.score(allocation)
     if math.isfinite(one.score(allocation)):
         assert one.allocate(allocation) == two.allocate(allocation)
+
+
+# ---- MachineResources: any sequence, while what is there changes ----
+
+# What others do there, too.  No machine has cards with and cards without memory of their own.
+def machines_of(unified):
+    gpus = st.lists(st.builds(
+        Gpu, index=st.integers(0, 5), memory_mb=st.integers(0, 9000), others=st.sampled_from(
+            [0, 0, 0, 1]), utilization=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
+        claimed=st.sampled_from([0, 0, 0, 1]), reserved=st.integers(0, 5).map(
+            lambda number: number == 0), exclusive=st.integers(0, 3).map(
+            lambda number: number == 0), unified=st.just(unified)),
+        max_size=4, unique_by=lambda gpu: gpu.index).map(tuple)
+    return st.builds(
+        Capacity, cores=st.integers(0, 8000).map(lambda number: number / 1000),
+        memory_mb=st.integers(0, 12000), gpus=gpus, total_cores=st.sampled_from([2, 8]),
+        max_jobs=st.none() | st.integers(0, 5), claimed=st.sampled_from([0, 0, 1]),
+        reserved=st.integers(0, 7).map(lambda number: number == 0))
+
+
+SHORT = st.builds(
+    Allocation, cores=st.sampled_from([0.1, 0.5, 1, 2, 4]), memory_mb=st.integers(0, 3000),
+    reserve=st.integers(0, 9).map(lambda number: number == 0),
+    gpus=st.sampled_from([0, 1, 1, 2, 3]), gpu_memory_mb=st.integers(0, 3000),
+    gpu_utilization=st.sampled_from([0.1, 0.3, 0.75]), reserve_gpu=st.booleans())
+STORIES = st.booleans().flatmap(lambda unified: st.tuples(
+    machines_of(unified), st.lists(st.one_of(
+        SHORT, SHORT, SHORT, st.integers(0, 9), machines_of(unified),
+        st.tuples(SHORT, st.sets(st.integers(0, 5), max_size=2).map(sorted).map(tuple))),
+        max_size=14)))
+
+
+def fitting_gpus(capacity, out, wanted):
+    """Return {index: Gpu} of those that can take a part of the job: the rules, slowly."""
+    fitting = {}
+    for gpu in capacity.gpus:
+        there = [p.allocation for p in out if gpu.index in p.gpus]
+        left_mb = gpu.memory_mb - sum(a.gpu_memory_mb for a in there)
+        time = round((1 - gpu.utilization) * 1200) - sum(
+            round(1000 * a.gpu_utilization) for a in there)
+        company = len(there) + gpu.claimed
+        if not (gpu.reserved or any(a.reserve_gpu for a in there)
+                or company and wanted.reserve_gpu
+                or gpu.exclusive and (company or gpu.others)
+                or wanted.gpu_memory_mb > left_mb
+                or round(1000 * wanted.gpu_utilization) > time):
+            fitting[gpu.index] = gpu
+    return fitting
+
+
+def has_room(capacity, out, wanted):
+    """Tell whether the job fits beside those placements: the rules, slowly."""
+    shared = [gpu.index for gpu in capacity.gpus if gpu.unified]
+    taken_mb = sum(p.allocation.memory_mb + p.allocation.gpu_memory_mb * sum(
+        index in shared for index in p.gpus) for p in out)
+    wanted_mb = wanted.memory_mb + (wanted.gpus * wanted.gpu_memory_mb if shared else 0)
+    cores = sum(round(1000 * p.allocation.cores) for p in out) + round(1000 * wanted.cores)
+    return not (
+        (capacity.max_jobs is not None and len(out) >= capacity.max_jobs)
+        or capacity.reserved or any(p.allocation.reserve for p in out)
+        or wanted.reserve and (out or capacity.claimed)
+        or taken_mb + wanted_mb > capacity.memory_mb
+        or wanted.cores > max(capacity.total_cores, capacity.cores)
+        or out and cores > round(1500 * capacity.cores)
+        or len(fitting_gpus(capacity, out, wanted)) < wanted.gpus)
+
+
+@settings(ANY, max_examples=400)
+@given(story=STORIES)
+def test_a_job_is_taken_if_and_only_if_the_rules_allow_it(story):
+    """Whatever was taken, adopted and given back, and however often the machine changed."""
+    capacity, steps = story
+    resources, out = MachineResources(capacity), []
+    for step in steps:
+        if isinstance(step, int):
+            if out:
+                resources.deallocate(out.pop(step % len(out)))
+        elif isinstance(step, Capacity):
+            capacity = step
+            resources.update(capacity)
+        elif not isinstance(step, Allocation):
+            out.append(resources.adopt(*step))          # forced: it runs there already
+            assert out[-1].gpus == step[1]
+        else:
+            room = has_room(capacity, out, step)
+            fitting = fitting_gpus(capacity, out, step)
+            assert (resources.short_of(step) == '') is room
+            assert (resources.why_not(step) == '') is room
+            assert math.isfinite(resources.score(step)) is room
+            assert resources.holder(step) or room
+            if not room:
+                with pytest.raises(DoesNotFit):
+                    resources.allocate(step)
+                assert resources.jobs == len(out)
+                continue
+            placement = resources.allocate(step)
+            assert placement.allocation == step
+            assert list(placement.gpus) == sorted(set(placement.gpus) & set(fitting))
+            assert len(placement.gpus) == step.gpus
+            with_others = sum(fitting[index].others > 0 for index in placement.gpus)
+            free_ones = sum(not gpu.others for gpu in fitting.values())
+            assert with_others == max(step.gpus - free_ones, 0)     # only where no free one is left
+            out.append(placement)
+        assert resources.jobs == len(out) == len({p.number for p in out})
+    for placement in out:
+        resources.deallocate(placement)
+    assert (resources._cores, resources._memory_mb, resources._reserved, resources.jobs) == (0,) * 4
+    assert all((use.jobs, use.memory_mb, use.time, use.reserved) == (0, 0, 0, 0)
+               for use in resources._gpus.values())
+    assert scores(resources) == scores(MachineResources(capacity))
 
 
 # ---- MachineResources: single rules ----
@@ -264,6 +377,110 @@ def test_the_roomiest_gpu_comes_first():
     assert [resources.allocate(tiny).gpus for _ in range(3)] == [(1,), (0,), (1,)]
 
 
+def test_what_an_earlier_run_started_is_taken_whether_it_fits_or_not():
+    resources = free(gpus=[Gpu(0, 9000)])
+    first = resources.allocate(Allocation())
+    second = resources.adopt(Allocation(9, 9000), (0, 7))           # 7: not there any more
+    assert (second.gpus, second.allocation, resources.jobs) == ((0, 7), Allocation(9, 9000), 2)
+    assert not fits(resources)
+    resources.deallocate(first)
+    assert not fits(resources) and not fits(resources, gpus=1, reserve_gpu=False)
+    resources.deallocate(second)
+    assert fits(resources, gpus=1, cores=4, memory_mb=8000)
+
+
+def test_what_is_taken_stays_taken_when_the_machine_changes():
+    resources = free(gpus=[Gpu(0, 9000), Gpu(1, 9000)])
+    placement = resources.allocate(Allocation(4, 6000))
+    resources.update(Capacity(1.0, 1000, (Gpu(1, 500),), 4.0))
+    assert not fits(resources)
+    resources.update(Capacity(8.0, 8001, (Gpu(0, 9000), Gpu(1, 500)), 8.0))
+    assert not fits(resources, memory_mb=2002) and not fits(resources, gpus=1, gpu_memory_mb=501)
+    assert fits(resources, memory_mb=2001, gpus=1, gpu_memory_mb=500)
+    resources.deallocate(placement)
+    assert fits(resources, memory_mb=6000, gpus=1, gpu_memory_mb=9000)
+
+
+def test_an_exclusive_card_has_one_job_and_none_beside_others():
+    shared = {'gpus': 1, 'gpu_utilization': 0.1, 'reserve_gpu': False}
+    resources = free(gpus=[Gpu(0, 9000, exclusive=True)])
+    assert fits(resources, **shared) and not fits(resources, **shared)
+    assert not fits(free(gpus=[Gpu(0, 9000, exclusive=True, others=1)]), **shared)
+    assert not fits(free(gpus=[Gpu(0, 9000, exclusive=True, claimed=1)]), **shared)
+    assert fits(free(gpus=[Gpu(0, 9000, others=1)]), **shared)
+
+
+def test_the_memory_of_a_unified_card_is_the_machines():
+    def spark():
+        return free(memory_mb=8000, gpus=[Gpu(0, 8000, unified=True)])
+
+    gpu = {'gpus': 1, 'gpu_utilization': 0.1, 'reserve_gpu': False}
+    resources = spark()
+    assert not fits(resources, memory_mb=2000, gpu_memory_mb=6001, **gpu)
+    assert fits(resources, memory_mb=2000, gpu_memory_mb=5000, **gpu)
+    assert not fits(resources, memory_mb=1001)
+    assert resources.why_not(Allocation(0.1, 1001, gpus=0)) == 'has 1000 MB of memory free'
+    assert fits(resources, memory_mb=1000) and not fits(resources, memory_mb=1)
+    resources = spark()
+    assert fits(resources, memory_mb=7000)
+    assert not fits(resources, gpu_memory_mb=1001, **gpu)
+    assert fits(resources, gpu_memory_mb=1000, **gpu)
+
+
+def test_what_other_batches_claim_keeps_ours_away():
+    shared = {'gpus': 1, 'gpu_utilization': 0.1, 'reserve_gpu': False}
+    assert not fits(free(reserved=True, claimed=1))
+    assert not fits(free(claimed=1), reserve=True) and fits(free(claimed=1))
+    assert not fits(free(gpus=[Gpu(0, 9000, claimed=1, reserved=True)]), **shared)
+    assert fits(free(gpus=[Gpu(0, 9000, claimed=1)]), **shared)
+    assert not fits(free(gpus=[Gpu(0, 9000, claimed=1)]), gpus=1)
+
+
+def test_a_card_that_others_use_is_the_last_choice_of_all():
+    one = Allocation(0.1, 0, gpus=1, gpu_utilization=0.1, reserve_gpu=False)
+    resources = free(gpus=[Gpu(0, 90000, others=1), Gpu(1, 1000), Gpu(2, 900)])
+    assert resources.allocate(one._replace(gpu_memory_mb=800)).gpus == (1,)
+    assert resources.allocate(one._replace(gpu_memory_mb=800, gpus=2)).gpus == (0, 2)
+    crowded, bare = free(gpus=[Gpu(0, 9000, others=1)], cores=64.0, memory_mb=10**6), free()
+    full = free(gpus=[Gpu(0, 9000)], cores=0.1, memory_mb=2000)
+    assert full.score(Allocation(0.1)) > crowded.score(Allocation(0.1)) > -math.inf
+    assert bare.score(Allocation(0.1)) == -math.inf
+
+
+MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
+
+
+@pytest.mark.parametrize(('resources', 'ours', 'wanted', 'expected'), [
+    (free(gpus=[Gpu(0, 9000)]), [MINE], Allocation(), 'holds 1 of ours'),
+    (free(gpus=[Gpu(0, 9000), Gpu(1, 500, 0.0, 9000), Gpu(2, 9000, 0.9), Gpu(3, 9000, others=1),
+                Gpu(4, 9000, claimed=1)]), [MINE], Allocation(gpus=5),
+     'has 4 in use by others, holds 1 of ours'),
+    (free(gpus=[Gpu(0, 500, 0.0, 9000)]), [], Allocation(), 'has 1 in use by others'),
+    (free(gpus=[Gpu(0, 9000)]), [], Allocation(gpus=2), 'has 1 GPU'),
+    (free(), [], Allocation(), 'has no GPU'),
+    (free(gpu_trouble='has no nvidia-smi, so no GPU is known'), [NO_GPU], Allocation(),
+     'has no nvidia-smi, so no GPU is known'),
+    (free(gpus=[Gpu(0, 500, 0.0, 500)]), [], Allocation(),
+     'has too little GPU (GPU 0 has 500 MB and 100% of its time free)'),
+    (free(reserved=True), [], NO_GPU, 'is in use by another batch'),
+    (free(claimed=1), [], NO_GPU._replace(reserve=True), 'is in use by another batch'),
+    (free(), [NO_GPU, NO_GPU], NO_GPU._replace(reserve=True), 'holds 2 of ours'),
+    (free(max_jobs=1), [NO_GPU], NO_GPU, 'holds 1 of ours'),
+    (free(), [NO_GPU], NO_GPU._replace(memory_mb=7001),
+     'has 7000 MB of memory free, holds 1 of ours'),
+    (free(), [], NO_GPU._replace(memory_mb=8001), 'has 8000 MB of memory free'),
+    (free(), [NO_GPU], NO_GPU._replace(cores=5.5), 'has 3.0 of 4 cores free, holds 1 of ours'),
+    (free(), [], NO_GPU, ''),
+])
+def test_who_holds_what_a_job_waits_for_is_said(resources, ours, wanted, expected):
+    placements = [resources.allocate(allocation) for allocation in ours]
+    try:
+        assert resources.holder(wanted) == expected
+    finally:
+        for placement in placements:        # the table's own, for the next time
+            resources.deallocate(placement)
+
+
 def test_max_jobs_is_a_limit_of_its_own():
     resources = free(max_jobs=2)
     first = resources.allocate(NO_GPU)
@@ -285,6 +502,9 @@ def test_max_jobs_is_a_limit_of_its_own():
      'GPU 2 has 9000 MB and 20% of its time free)'),
     (Capacity(4, 8000, max_jobs=0, total_cores=4), Allocation(gpus=0),
      'the machine has its 0 jobs'),
+    (Capacity(4, 8000, total_cores=4, reserved=True), NO_GPU,
+     'the machine is in use, and was to be reserved'),
+    (Capacity(4, 8000, (Gpu(0, 9000),), 4), Allocation(gpus=2), 'the machine has 1 GPU'),
 ])
 def test_what_does_not_fit_is_said_with_the_numbers(capacity, allocation, expected):
     with pytest.raises(DoesNotFit) as caught:
@@ -347,29 +567,46 @@ def test_an_allocation_in_words(allocation, expected):
 # ---- parse_probe ----
 
 LAB = Machine('lab1', 'lab1')
-FACTS = [('ticks', '5/100'), ('cores', '8'), ('load', '0.40'), ('MemTotal', '16384000'),
-         ('MemAvailable', '8192000')]
+FACTS = [('ticks_before', '0/0'), ('ticks', '5/100'), ('cores', '8'), ('load', '0.40'),
+         ('MemTotal', '16384000'), ('MemAvailable', '8192000')]
 SMI = [('nvidia_smi', '0'),
-       ('gpu', '1, GPU-aa-bb, 24576, 20000, 7, NVIDIA GeForce RTX 3090, boxed'),
-       ('gpu', '0, GPU-cc-dd, 24576, 24000, 0, NVIDIA A100-SXM4-80GB')]
+       ('gpu', '1, GPU-aa-bb, 24576, 20000, 7, Default, [N/A], NVIDIA GeForce RTX 3090, boxed'),
+       ('gpu', '0, GPU-cc-dd, 24576, 24000, 0, Default, Disabled, NVIDIA A100-SXM4-80GB')]
+OLD_SMI = [('nvidia_smi', 'old'),
+           ('gpu', '0, GPU-cc-dd, 12196, 11000, 3, NVIDIA TITAN Xp, boxed')]
 
 
-def probe(*facts, machine=LAB, base=FACTS):
+def probe(*facts, machine=LAB, base=FACTS, **more):
     """Return the Capacity of these facts on top of an ordinary machine's."""
     names = {key for key, _ in facts}
-    return ssh_scheduler.parse_probe([f for f in base if f[0] not in names] + list(facts), machine)
+    return ssh_scheduler.parse_probe(
+        [f for f in base if f[0] not in names] + list(facts), machine, **more)
+
+
+def card(line, status='0', machine=LAB):
+    """Return (the only Gpu, '') of nvidia-smi's line, or (None, why there is none)."""
+    capacity = probe(('nvidia_smi', status), ('gpu', line), machine=machine)
+    return (*capacity.gpus, None)[0], capacity.gpu_trouble
 
 
 def test_an_ordinary_machine():
     assert probe(*SMI) == Capacity(
         cores=7.6, memory_mb=8000, total_cores=8.0, total_memory_mb=16000, gpus=(
             Gpu(0, 24000, 0.0, 24576, 'GPU-cc-dd', 'NVIDIA A100-SXM4-80GB'),
-            Gpu(1, 20000, 0.07, 24576, 'GPU-aa-bb', 'NVIDIA GeForce RTX 3090, boxed')))
+            Gpu(1, 20000, 0.07, 24576, 'GPU-aa-bb', 'NVIDIA GeForce RTX 3090, boxed')),
+        limits=(11400, 8000, '1:20000:1116', '0:24000:1200'))
+
+
+def test_the_end_of_a_line_may_be_that_of_another_system():
+    with_cr = [(key, line + '\r') if key == 'gpu' else (key, line) for key, line in SMI]
+    assert probe(*with_cr) == probe(*SMI)
 
 
 @pytest.mark.parametrize(('facts', 'cores'), [
     ([('load', '3.5'), ('ticks', '50/100')], 4.5),      # the lower of what the two say is used
     ([('load', '6.0'), ('ticks', '25/100')], 6.0),
+    ([('load', '6.0'), ('ticks_before', '100/1000'), ('ticks', '125/1100')], 6.0),
+    ([('load', '6.0'), ('ticks_before', '100/1000'), ('ticks', '103/1003')], 2.0),  # too few to say
     ([('load', '99'), ('ticks', '100/100')], 0.0),
     ([('load', 'x'), ('ticks', '25/100')], 6.0),
     ([('load', '9.0x'), ('ticks', '25/100')], 6.0),
@@ -377,6 +614,7 @@ def test_an_ordinary_machine():
     ([('load', '1.0'), ('ticks', '0/0')], 7.0),
     ([('load', '1.0'), ('ticks', 'x')], 7.0),
     ([('load', '1.0'), ('ticks', '200/100')], 7.0),
+    ([('load', '1.0'), ('ticks_before', '500/9000'), ('ticks', '100/2000')], 7.0),
     ([('load', '0'), ('cgroup_cores', '150000/100000')], 1.5),
     ([('load', '7.5'), ('ticks', '95/100'), ('cgroup_cores', '150000/100000')], 0.5),
     ([('load', '0'), ('cgroup_cores', '400000/100000'), ('cgroup_cores', '200000/100000'),
@@ -390,50 +628,139 @@ def test_the_free_cores(facts, cores):
     assert probe(*facts).cores == pytest.approx(cores)
 
 
-@pytest.mark.parametrize(('facts', 'memory_mb'), [
-    ([('MemAvailable', '1024')], 1),
-    ([('MemAvailable', '1023')], 0),
-    ([('MemAvailable', 'x')], 0),
-    ([('MemAvailable', '99999999')], 16000),
-    ([('cgroup_memory', str(2**30))], 1024),
-    ([('cgroup_memory', str(2**30)), ('cgroup_memory', str(2**40))], 1024),
-    ([('cgroup_memory', str(2**40))], 8000),
-    ([('cgroup_memory', '-5')], 0),
+@pytest.mark.parametrize(('facts', 'memory_mb', 'total_memory_mb'), [
+    ([('MemAvailable', '1024')], 1, 16000),
+    ([('MemAvailable', '1023')], 0, 16000),
+    ([('MemAvailable', 'x')], 0, 16000),
+    ([('MemAvailable', '99999999')], 16000, 16000),
+    ([('MemTotal', 'x')], 0, 0),
+    ([('cgroup_memory', str(2**30))], 1024, 16000),
+    ([('cgroup_memory', f'{2**30}/{2**32}')], 1024, 4096),
+    ([('cgroup_memory', f'{2**30}/{2**32}'), ('cgroup_memory', f'{2**29}/{2**33}')], 512, 4096),
+    ([('cgroup_memory', f'{2**40}/{2**42}')], 8000, 16000),
+    ([('cgroup_memory', f'0/{2**32}')], 0, 4096),
+    ([('cgroup_memory', f'{2**31}/{2**30}')], 1024, 1024),
+    ([('cgroup_memory', '-5')], 0, 16000),
 ])
-def test_the_free_memory(facts, memory_mb):
-    assert probe(*facts).memory_mb == memory_mb
+def test_the_free_memory(facts, memory_mb, total_memory_mb):
+    capacity = probe(*facts)
+    assert (capacity.memory_mb, capacity.total_memory_mb) == (memory_mb, total_memory_mb)
+    assert capacity.limits[1] == memory_mb
 
 
 @pytest.mark.parametrize(('facts', 'trouble'), [
     ([], 'was not asked for its GPUs'),
     ([('nvidia_smi', 'absent')], 'has no nvidia-smi, so no GPU is known'),
+    ([('nvidia_smi', 'absent'), ('other_gpus', 'AMD')],
+     'has 1 GPU of AMD, which cannot be scheduled yet, and no nvidia-smi'),
+    ([('nvidia_smi', 'absent'), ('other_gpus', 'AMD Intel AMD')],
+     'has 2 GPUs of AMD and 1 GPU of Intel, which cannot be scheduled yet, and no nvidia-smi'),
+    ([('nvidia_smi', 'absent'), ('other_gpus', '\x1b[31m AMDX')],
+     'has no nvidia-smi, so no GPU is known'),
     ([('nvidia_smi', 'timeout')], 'has an nvidia-smi that does not answer'),
     ([('nvidia_smi', '9'), ('gpu_error', 'NVIDIA-SMI has failed\x1b[m')],
      'has an nvidia-smi that fails with status 9: NVIDIA-SMI has failed\\x1b[m'),
     ([('nvidia_smi', '9'), ('gpu', SMI[1][1])], 'has an nvidia-smi that fails with status 9: '),
+    ([('nvidia_smi', '6'), ('gpu_error', 'No devices were found')],
+     'has an nvidia-smi, but no GPU'),
     ([('nvidia_smi', '\x1b[31m' + 'x' * 50)],
      'has an nvidia-smi that fails with status \\x1b[31m' + 'x' * 12 + ': '),
-    ([('nvidia_smi', '0')], 'has no GPU'),
-    ([('nvidia_smi', '0'), ('gpu', 'No devices were found')],
-     'has GPUs whose free memory or use nvidia-smi does not tell'),
+    ([('nvidia_smi', '0')], 'has an nvidia-smi, but no GPU'),
+    ([('nvidia_smi', '14')], 'has an nvidia-smi, but no GPU'),
+    ([('nvidia_smi', 'old')], 'has an nvidia-smi, but no GPU'),
+    ([('nvidia_smi', '0'), ('gpu', 'No devices were found')], 'has an nvidia-smi, but no GPU'),
+    ([('nvidia_smi', '0'), ('gpu', 'garbage')],
+     'has GPUs of which nvidia-smi tells nothing that can be read'),
+    ([OLD_SMI[0], SMI[1]], ''),             # two words more are part of its name
+    ([('nvidia_smi', '0'), OLD_SMI[1]],
+     'has GPUs of which nvidia-smi tells nothing that can be read'),
+    ([('nvidia_smi', '0'), ('gpu', '0, GPU-a, 9000, 8000, 0, Prohibited, Disabled, A'),
+      ('gpu', '1, GPU-b, 9000, 8000, [N/A], Default, Enabled, B')],
+     'has GPU 0 in compute mode Prohibited; has GPU 1 divided into parts (MIG), which cannot be '
+     'scheduled yet'),
 ])
 def test_why_there_is_no_gpu(facts, trouble):
     capacity = probe(*facts)
-    assert (capacity.gpus, capacity.gpu_trouble) == ((), trouble)
+    assert capacity.gpu_trouble == trouble
+    assert bool(capacity.gpus) == (not trouble)
 
 
 @pytest.mark.parametrize('line', [
-    '0, GPU-a, 24576, [N/A], 0, name', '0, GPU-a, 24576, 100, [N/A], name',
-    '0, GPU-a, [Not Supported], 100, 0, name', '0, GPU-a, 24576, 100, ERR!, name',
-    '0, GPU-a, 24576, 100, [Unknown Error], name', ', GPU-a, 24576, 100, 0, name',
-    '0, GPU-a, 24576, 100, 0', '0, GPU-a, 24576, -100, 0, name', '0, GPU-a, 24576, 100, 101, name',
-    '0, GPU-a, 24576, 24577, 0, name', '٠, GPU-a, 24576, 100, 0, name',
-    '0, GPU-a, 24576, 1e3, 0, name', '0, GPU-a, 24576 MiB, 100 MiB, 0 %, name', '',
-    '1, GPU-again, 24576, 24576, 0, name', f'0, GPU-a, 24576, 100, {"9" * 5000}, name'])
+    '0, GPU-a, 24576, [N/A], 0, {}, name', '0, GPU-a, 24576, 100, [N/A], {}, name',
+    '0, GPU-a, [Not Supported], 100, 0, {}, name', '0, GPU-a, 24576, 100, ERR!, {}, name',
+    '0, GPU-a, ERR!, ERR!, ERR!, {}, name', '0, GPU-a, ERR!, ERR!, 0, {}, name',
+    '0, GPU-a, [Unknown Error], [Unknown Error], 0, {}, name',
+    '0, GPU-a, [N/A], [N/A], [N/A], {}, name',
+    '0, GPU-a, 24576, 100, [Unknown Error], {}, name', ', GPU-a, 24576, 100, 0, {}, name',
+    '0, GPU-a, 24576, 100, 0', '0, GPU-a, 24576, -100, 0, {}, name',
+    '0, GPU-a, 24576, 100, 101, {}, name', '0, GPU-a, 24576, 24577, 0, {}, name',
+    '٠, GPU-a, 24576, 100, 0, {}, name', '0, GPU-a, 24576, 1e3, 0, {}, name',
+    '0, GPU-a, 24576 MiB, 100 MiB, 0 %, {}, name', '', '-1, GPU-a, 24576, 100, 0, {}, name',
+    '1, GPU-again, 24576, 24576, 0, {}, name', f'0, GPU-a, 24576, 100, {"9" * 5000}, {{}}, name',
+    '1000, GPU-a, 24576, 100, 0, {}, name'])
 def test_a_gpu_of_which_something_is_unknown_is_not_there(line):
-    assert [gpu.index for gpu in probe(*SMI[:2], ('gpu', line)).gpus] == [1]
+    line = line.format('Default, Disabled')
     known = probe(*SMI[:2], ('gpu', line))
+    assert [gpu.index for gpu in known.gpus] == [1]
     assert known.gpu_trouble == '' and known.gpus[0].uuid == 'GPU-aa-bb'
+    assert [limit.split(':')[0] for limit in known.limits[2:]] == ['1']
+
+
+@pytest.mark.parametrize('status', ['0', '14'])
+def test_a_warning_of_nvidia_smi_does_not_take_the_cards_away(status):
+    gpu, trouble = card('0, GPU-a, 9000, 8000, 5, Default, [N/A], A, B', status)
+    assert (gpu, trouble) == (Gpu(0, 8000, 0.05, 9000, 'GPU-a', 'A, B'), '')
+
+
+def test_an_old_nvidia_smi_tells_no_modes():
+    assert card(OLD_SMI[1][1], 'old') == (
+        Gpu(0, 11000, 0.03, 12196, 'GPU-cc-dd', 'NVIDIA TITAN Xp, boxed'), '')
+
+
+@pytest.mark.parametrize(('modes', 'exclusive', 'trouble'), [
+    ('Default, Disabled', False, ''), ('Default, [N/A]', False, ''), ('[N/A], [N/A]', False, ''),
+    ('Exclusive_Process, Disabled', True, ''),
+    ('Prohibited, Disabled', None, 'has GPU 0 in compute mode Prohibited'),
+    ('Default, Enabled', None,
+     'has GPU 0 divided into parts (MIG), which cannot be scheduled yet')])
+def test_the_modes_of_a_card(modes, exclusive, trouble):
+    gpu, why = card(f'0, GPU-a, 9000, 8000, 5, {modes}, A')
+    assert (gpu.exclusive if gpu else None, why) == (exclusive, trouble)
+
+
+NO_NUMBERS = '0, GPU-a, [N/A], [N/A], {}, Default, Disabled, NVIDIA GB10'
+VOUCH = ('has GPU 0, of which nvidia-smi does not tell the free memory or the use; '
+         '"gpus: [0]" in its file vouches for it')
+LISTED = LAB._replace(gpus=(0,))
+
+
+@pytest.mark.parametrize(('line', 'machine', 'expected'), [
+    (NO_NUMBERS.format(3), LAB, (8000, 0.03, True)),
+    (NO_NUMBERS.format('[N/A]'), LISTED, (8000, 0.0, True)),
+    (NO_NUMBERS.format('[Not Supported]').replace('[N/A]', '[Not Supported]'), LISTED,
+     (8000, 0.0, True)),
+    ('0, GPU-a, 9000, 7000, [N/A], Default, Disabled, A', LISTED, (7000, 0.0, False)),
+    (NO_NUMBERS.format('[N/A]'), LAB, VOUCH),
+    ('0, GPU-a, 9000, 7000, [N/A], Default, Disabled, A', LAB, VOUCH)])
+def test_what_nvidia_smi_does_not_tell_the_machines_file_may_vouch_for(line, machine, expected):
+    gpu, trouble = card(line, machine=machine)
+    found = (gpu.memory_mb, gpu.utilization, gpu.unified) if gpu else trouble
+    assert found == expected
+
+
+@pytest.mark.parametrize('memory', ['ERR!, ERR!', '[Unknown Error], [Unknown Error]', '9000, [N/A]',
+                                    '[N/A], 9000', 'ERR!, 9000'])
+def test_a_broken_card_is_not_vouched_for(memory):
+    """It is not one that shares the machine's memory, and no file makes it whole."""
+    gpu, trouble = card(f'0, GPU-a, {memory}, 0, Default, Disabled, A', machine=LISTED)
+    assert gpu is None and 'GPU 0' in trouble
+    assert 'vouches' not in trouble         # it is listed already
+
+
+def test_a_unified_card_has_what_the_machine_has_left():
+    capacity = probe(('nvidia_smi', '0'), ('gpu', NO_NUMBERS.format(0)),
+                     claim(memory_mb=3000, key='-'))
+    assert (capacity.memory_mb, capacity.gpus[0].memory_mb) == (5000, 5000)
 
 
 def test_the_file_of_a_machine_chooses_its_gpus():
@@ -452,26 +779,219 @@ def test_max_jobs_goes_along():
     assert probe(machine=LAB._replace(max_jobs=3)).max_jobs == 3
 
 
+# ---- Who uses it: claims and processes ----
+
+def claim(used_mb=0, ticks=0, key='job.1', cores=1000, memory_mb=1000, reserve=0, gpus=''):
+    """Return the fact of a claim; cores in thousandths, gpus as INDEX:MB:THOUSANDTHS:ALONE."""
+    return 'claim', f'{used_mb * 1024} {ticks} {key} {cores} {memory_mb} {reserve} {gpus}'.strip()
+
+
+OURS = {'job.1', 'two.1'}
+QUIET = [f for f in FACTS if f[0] not in ('load', 'ticks')] + [('load', '0'), ('ticks', '0/100')]
+
+
+def test_memory_that_our_jobs_took_is_ours_and_memory_promised_to_others_is_gone():
+    def free_mb(*claims):
+        return probe(*claims, ours=OURS).memory_mb
+
+    assert free_mb(claim(0), claim(0, key='two.1')) == 8000     # the books know of these already
+    assert free_mb(claim(600), claim(500, key='two.1')) == 9100
+    assert free_mb(claim(5000)) == 9000             # more than it asked for is gone
+    assert free_mb(claim(0, key='-')) == 7000       # promised, and not yet taken
+    assert free_mb(claim(400, key='-')) == 7400
+    assert free_mb(claim(1000, key='-')) == 8000    # all of it taken: it is counted once
+    assert free_mb(claim(3000, key='-')) == 8000
+    assert free_mb(claim(0, key='-', memory_mb=9000)) == 0
+    assert free_mb(claim(0, key='other.7')) == 7000             # another batch of this project
+
+
+def test_claims_of_others_are_told_and_ours_are_not():
+    def told(*claims):
+        capacity = probe(*claims, ours=OURS)
+        return capacity.claimed, capacity.reserved
+
+    assert told() == told(claim(), claim(key='two.1', reserve=1)) == (0, False)
+    assert told(claim(), claim(key='-'), claim(key='x.1')) == (2, False)
+    assert told(claim(), claim(key='-', reserve=1)) == (1, True)
+
+
+def test_cores_that_others_claim_leave_less_of_the_overload():
+    def capacity(*claims):
+        return probe(*claims, base=QUIET, ours=OURS)
+
+    assert capacity(claim()).cores == 8
+    one = capacity(claim(key='-', cores=3000))
+    assert one.cores == 6 and one.limits[0] == 12000    # all batches together have the same limit
+    resources = MachineResources(one)
+    assert [fits(resources) for _ in range(91)] == [True] * 90 + [False]    # 9 of 12
+    assert capacity(claim(key='-', cores=90000)).cores == 0
+
+
+def test_the_load_of_claimed_jobs_is_not_others_load():
+    def cores(load, busy, *claims):
+        return probe(('load', load), ('ticks', f'{busy}/100'), *claims, ours=OURS).cores
+
+    assert cores('4', 50) == 4
+    assert cores('4', 50, claim(cores=3000)) == 7
+    assert cores('4', 50, claim(cores=3000), claim(key='two.1', cores=3000)) == 8
+    assert cores('4', 50, claim(key='-', cores=3000)) == 5      # 7 left by load, 3 of 12 promised
+
+
+def test_between_two_probes_our_jobs_processor_time_is_not_others_load():
+    before = ssh_scheduler.read_sample(
+        [('ticks', '1000/10000'), claim(ticks=300), claim(ticks=40, key='-')])
+    assert (before.busy, before.total, before.ticks) == (1000, 10000, {'job.1': 300, '': 40})
+
+    def cores(busy, *claims, ended_ticks=0):
+        return probe(('load', '7.9'), ('ticks', f'{1000 + busy}/10800'), *claims, ours=OURS,
+                     before=before, ended_ticks=ended_ticks).cores
+
+    assert cores(0) == 8                                # whatever the load of the last minute was
+    assert cores(400) == 4
+    assert cores(400, claim(ticks=300)) == 4            # it slept
+    assert cores(400, claim(ticks=600)) == 7            # 300 of the 400 are its own
+    assert cores(400, claim(ticks=700)) == 8
+    assert cores(400, claim(ticks=600), ended_ticks=100) == 8
+    assert cores(400, claim(ticks=100, key='two.1'), ended_ticks=100) == 6      # a new one
+    assert cores(400, claim(ticks=9000)) == 8
+    assert cores(800) == 0 and cores(9000) == 0
+    assert cores(400, claim(ticks=240, key='-', cores=0)) == 6  # what another batch's jobs used
+    assert cores(-10) == 8                              # it was started anew
+
+
+def test_too_short_a_time_between_two_probes_is_not_believed():
+    before = ssh_scheduler.read_sample([('ticks', '1000/10000')])
+    quiet = [fact for fact in FACTS if fact[0] != 'ticks_before']       # as in any but the first
+    assert probe(('load', '2'), ('ticks', '1003/10003'), base=quiet, before=before).cores == 6
+    assert probe(('load', '2'), ('ticks', '1004/10004'), base=quiet, before=before).cores == 0
+
+
+TWO_CARDS = [('nvidia_smi', '0'), *(
+    ('gpu', f'{index}, GPU-{index}, 10000, {{{index}}}, {{{index + 2}}}, Default, Disabled, A')
+    for index in range(2))]
+
+
+def cards(free_0, free_1, use_0, use_1, *facts, before=None):
+    """Return the two cards of 10,000 MB with so much free and so many percent in use."""
+    smi = [(key, line.format(free_0, free_1, use_0, use_1)) for key, line in TWO_CARDS]
+    return probe(*smi, *facts, ours=OURS, before=before).gpus
+
+
+def process(index, used_mb, user='ann', key=''):
+    return 'gpu_process', f'GPU-{index} {used_mb} {user} {key}'
+
+
+def test_who_else_is_on_a_card_is_told():
+    one, two = cards(9000, 9000, 0, 0, process(0, 500, 'ann'), process(0, 300, 'bob'),
+                     process(0, '[N/A]', 'ann'), process(0, 200, 'me', 'job.1'))
+    assert (one.others, one.users, one.memory_mb) == (3, ('ann', 'bob'), 9000)
+    assert (two.others, two.users) == (0, ())
+    (one, _) = cards(9000, 9000, 0, 0, process(0, '[Not Supported]', '?'),
+                     process(0, 100, 'me', 'other'), process(0, 100, 'me', 'x.1'))
+    assert (one.others, one.users) == (3, ('?', 'me'))
+
+
+def test_memory_of_a_card_that_our_jobs_took_is_ours():
+    claims = [claim(gpus='0:3000:750:1'), claim(key='two.1', gpus='1:500:200:0')]
+    one, two = cards(8000, 9900, 60, 10, *claims, process(0, 2000, 'me', 'job.1'),
+                     process(1, 100, 'me', 'two.1'))
+    assert (one.memory_mb, two.memory_mb) == (10000, 10000)
+    assert (one.utilization, two.utilization) == (0, 0)
+    assert (one.reserved, one.claimed, one.others) == (False, 0, 0)
+    (one, _) = cards(4000, 9900, 90, 10, *claims, process(0, 5000, 'me', 'job.1'),
+                     process(0, 1000, 'ann'))
+    assert one.memory_mb == 7000                # it took more than it asked for
+    assert one.utilization == pytest.approx(0.15)
+    assert (one.others, one.users) == (1, ('ann',))
+
+
+def test_memory_of_a_card_that_others_claim_is_gone_and_counted_once():
+    theirs = claim(key='-', gpus='0:3000:300:0')
+    (one, two) = cards(10000, 10000, 0, 0, theirs)
+    assert (one.memory_mb, one.claimed, one.reserved) == (7000, 1, False)
+    assert one.utilization == pytest.approx(0.25)           # 0.3 of 1.2
+    assert (two.memory_mb, two.claimed, two.utilization) == (10000, 0, 0)
+    (one, _) = cards(8000, 10000, 30, 0, theirs, process(0, 2000, 'ann', 'other'))
+    assert (one.memory_mb, one.others) == (7000, 1)
+    assert one.utilization == pytest.approx(0.25)
+    (one, _) = cards(5000, 10000, 0, 0, theirs, process(0, 5000, 'ann', 'other'))
+    assert one.memory_mb == 5000
+    (one, _) = cards(10000, 10000, 0, 0, claim(key='-', gpus='0:3000:300:1'))
+    assert one.reserved
+
+
+def test_memory_is_not_given_twice_where_several_others_claim_a_card():
+    """Which of their processes belongs to which claim is not known."""
+    theirs = [claim(key='-', gpus='0:4000:100:0')] * 2
+    (one, _) = cards(3000, 10000, 0, 0, *theirs, process(0, 4000, 'ann', 'other'),
+                     process(0, 3000, 'bob'))
+    assert one.memory_mb == 0           # 4000 will still be taken, and 3000 are left
+    (one, _) = cards(2000, 10000, 0, 0, *theirs, process(0, 8000, 'ann', 'other'))
+    assert one.memory_mb == 2000
+
+
+def test_where_no_process_is_listed_what_went_since_we_came_is_ours():
+    """As in a container, which does not see the processes of its cards."""
+    first = [(key, line.format(9000, 6000, 0, 0)) for key, line in TWO_CARDS]
+    before = ssh_scheduler.read_sample(first)
+    assert before.gpu_free_mb == {0: 9000, 1: 6000}
+    mine = claim(gpus='0:3000:750:0')
+    (one, two) = cards(7000, 5000, 0, 0, mine, before=before)
+    assert (one.memory_mb, two.memory_mb) == (9000, 5000)
+    (one, _) = cards(4000, 6000, 0, 0, mine, before=before)
+    assert one.memory_mb == 7000                # but not more than it asked for
+    (one, _) = cards(9500, 6000, 0, 0, mine, before=before)
+    assert one.memory_mb == 9500
+    (one, _) = cards(7000, 6000, 0, 0, mine)    # we have only just come
+    assert one.memory_mb == 7000
+    later = ssh_scheduler.read_sample([], before.gpu_free_mb)
+    assert later.gpu_free_mb == {0: 9000, 1: 6000}
+
+
+@pytest.mark.parametrize('text', [
+    '', 'x', '1 2 job.1', '1 2 job.1 1000 100 2', '1 2 job.1 -1 100 0', '1 2  1000 100 0',
+    '1 2 job.1 1000 100 0 0:1', '1 2 job.1 1000 100 0 0:1:1:2x', '٣ 2 job.1 1000 100 0',
+    f'{"9" * 16} 2 job.1 1000 100 0', '1 2 job.1 1000 9999999999 0', '1 2 job.1 1000 100 0 ',
+    '1 2 job.1 1000 100 0\n'])
+def test_what_is_no_claim_claims_nothing(text):
+    assert ssh_scheduler.read_claims([('claim', text), ('other', '1 2 job.1 1000 100 0')]) == []
+
+
+def test_a_claim_is_read():
+    assert ssh_scheduler.read_claims([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
+                                      claim(key='-')]) == [
+        ssh_scheduler.Claim('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
+                            5, 70),
+        ssh_scheduler.Claim('', 1.0, 1000, False, {}, 0, 0)]
+
+
 # ---- Any facts ----
 
 NUMBERS = st.one_of(
     st.integers(0, 10**20).map(str), st.integers(0, 120).map(str), st.just('9' * 5000),
     st.floats().map(str), st.text('0123456789٣²Ⅷ.-+ e_', max_size=6), st.sampled_from(
         ['', '0', '-1', '[N/A]', '[Not Supported]', 'ERR!', 'N/A', '1e9', '0x10', '1_000', 'nan']))
-LINES = st.tuples(NUMBERS, st.text(max_size=5), NUMBERS, NUMBERS, NUMBERS,
+SMALL = st.integers(0, 20000).map(str)
+MODES = st.sampled_from(['Default', 'Exclusive_Process', 'Prohibited', '[N/A]', 'Enabled', '', 'x'])
+LINES = st.tuples(NUMBERS, st.text(max_size=5), NUMBERS, NUMBERS, NUMBERS, MODES, MODES,
                   st.text(max_size=5)).map(', '.join)
-ROWS = st.tuples(st.integers(0, 9), st.just('GPU-x'), st.integers(0, 90000), st.integers(0, 90000),
-                 st.integers(0, 110), st.just('A100')).map(lambda row: ', '.join(map(str, row)))
-MUTATED = st.tuples(ROWS, st.integers(0, 40), st.text(max_size=3)).map(
-    lambda parts: parts[0][:parts[1]] + parts[2] + parts[0][parts[1] + len(parts[2]):])
+ROWS = st.tuples(st.integers(0, 9).map(str), st.just('GPU-x'), SMALL, SMALL,
+                 st.integers(0, 110).map(str), MODES, MODES, st.just('A100')).map(', '.join)
 PAIRS = st.tuples(NUMBERS, NUMBERS).map('/'.join) | NUMBERS
+PARTS = st.lists(st.tuples(st.integers(0, 9).map(str), SMALL, st.integers(0, 2000).map(str),
+                           st.sampled_from('01')).map(':'.join), max_size=3)
+CLAIMS = st.tuples(SMALL, NUMBERS, st.sampled_from(['job.1', 'two.1', '-', 'x']), SMALL, SMALL,
+                   st.sampled_from('01'), PARTS.map(' '.join)).map(' '.join).map(str.strip)
+USERS = st.tuples(st.sampled_from(['GPU-x', 'GPU-aa-bb']), NUMBERS | SMALL, st.text(max_size=4),
+                  st.sampled_from(['', 'job.1', 'other'])).map(' '.join)
 FACT = st.one_of(
-    st.tuples(st.sampled_from(['cores', 'load', 'MemTotal', 'MemAvailable', 'cgroup_memory']),
-              NUMBERS),
-    st.tuples(st.sampled_from(['ticks', 'cgroup_cores']), PAIRS),
-    st.tuples(st.just('gpu'), LINES | ROWS | MUTATED),
-    st.tuples(st.just('nvidia_smi'), st.sampled_from(['0', '0', '0', '1', 'absent', 'timeout'])),
-    st.tuples(st.just('gpu_error'), st.text(max_size=8)),
+    st.tuples(st.sampled_from(['cores', 'load', 'MemTotal', 'MemAvailable']), NUMBERS),
+    st.tuples(st.sampled_from(['ticks', 'ticks_before', 'cgroup_cores', 'cgroup_memory']), PAIRS),
+    st.tuples(st.just('gpu'), LINES | ROWS), st.tuples(st.just('claim'), CLAIMS),
+    st.tuples(st.just('gpu_process'), USERS),
+    st.tuples(st.just('nvidia_smi'), st.sampled_from(
+        ['0', '0', '0', '14', 'old', '1', 'absent', 'timeout'])),
+    st.tuples(st.sampled_from(['gpu_error', 'other_gpus']), st.text(max_size=8)),
     st.tuples(st.text(max_size=8), st.text(max_size=8)))
 
 
@@ -480,27 +1000,111 @@ def number_in(text):
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
-@settings(ANY, max_examples=300)
-@given(facts=st.lists(FACT, max_size=14), ordinary=st.booleans(),
-       gpus=st.none() | st.lists(st.integers(0, 9)).map(tuple))
-def test_any_facts_are_a_capacity_and_never_more_than_there_is(facts, ordinary, gpus):
-    facts = [*FACTS, *SMI, *facts] if ordinary else facts
-    capacity = ssh_scheduler.parse_probe(facts, LAB._replace(gpus=gpus))
+def check_a_capacity(facts, machine, ours, before, ended_ticks):
+    """What they give is never more than there is, and never nonsense."""
+    capacity = ssh_scheduler.parse_probe(facts, machine, ours, before, ended_ticks)
     said = dict(facts)
-    assert 0 <= capacity.cores <= capacity.total_cores <= number_in(said.get('cores', ''))
+    assert 0 <= capacity.cores <= capacity.total_cores <= float(number_in(said.get('cores', '')))
     assert 0 <= capacity.memory_mb <= capacity.total_memory_mb
-    assert capacity.memory_mb * 1024 <= number_in(said.get('MemAvailable', ''))
     assert capacity.total_memory_mb * 1024 <= number_in(said.get('MemTotal', ''))
-    assert all(math.isfinite(number) for number in capacity[:2])
+    claims = ssh_scheduler.read_claims(facts)
+    mine = [one for one in claims if one.key in ours]
+    taken_kb = 1024 * sum(min(one.used_mb, one.memory_mb) for one in mine)
+    assert capacity.memory_mb * 1024 <= number_in(said.get('MemAvailable', '')) + taken_kb
+    assert capacity.claimed == len(claims) - len(mine)
     indices = [gpu.index for gpu in capacity.gpus]
-    assert indices == sorted(set(indices)) and (gpus is None or set(indices) <= set(gpus))
-    lines = [text for key, text in facts if key == 'gpu']
+    assert indices == sorted(set(indices))
+    assert machine.gpus is None or set(indices) <= set(machine.gpus)
     for gpu in capacity.gpus:
         assert 0 <= gpu.memory_mb <= gpu.total_memory_mb and 0 <= gpu.utilization <= 1
         assert isinstance(gpu.memory_mb, int) and len(gpu.name) <= 80 and len(gpu.uuid) <= 60
-        assert any(str(gpu.memory_mb) in line for line in lines)
+        assert gpu.others == 0 or gpu.users
+        assert not gpu.unified or gpu.memory_mb <= capacity.memory_mb
     assert bool(capacity.gpu_trouble) == (not capacity.gpus)
-    assert capacity.gpu_trouble.isprintable() and len(capacity.gpu_trouble) < 300
+    assert capacity.gpu_trouble.isprintable()
+    # What goes back there, into bash's arithmetic: COUNT, then CORES MB GPU:MB:THOUSANDTHS...
+    words = [str(word) for word in capacity.limits]
+    assert all(re.fullmatch(r'0|[1-9][0-9]*', word) for word in words[:2])
+    assert all(re.fullmatch(r'(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]*):(0|[1-9][0-9]*)', word)
+               for word in words[2:])
     resources = MachineResources(capacity)
-    assert resources.score(Allocation(gpus=0)) <= 1
-    assert resources.score(Allocation()) <= 1
+    assert resources.score(Allocation(gpus=0)) <= 1 and resources.score(Allocation()) <= 1
+    assert isinstance(resources.holder(Allocation()), str)
+
+
+SAMPLES = st.none() | st.lists(FACT, max_size=6).map(ssh_scheduler.read_sample)
+OWNERS = st.sampled_from([frozenset(), frozenset(['job.1']), frozenset(['job.1', 'two.1'])])
+MACHINES = st.builds(LAB._replace, gpus=st.none() | st.lists(st.integers(0, 9)).map(tuple),
+                     max_jobs=st.none() | st.integers(0, 3))
+
+
+@settings(ANY, max_examples=400)
+@given(facts=st.lists(FACT, max_size=14), base=st.sampled_from([[], [*FACTS, *SMI],
+                                                                [*FACTS, *OLD_SMI]]),
+       machine=MACHINES, ours=OWNERS, before=SAMPLES, ended_ticks=st.integers(0, 10**9))
+def test_any_facts_are_a_capacity_and_never_more_than_there_is(
+        facts, base, machine, ours, before, ended_ticks):
+    check_a_capacity([*base, *facts], machine, ours, before, ended_ticks)
+
+
+def recorded(path):
+    """Return the facts of a fixture: `KEY TEXT` lines, as a machine said them."""
+    return [tuple(line.split(' ', 1)) if ' ' in line else (line, '')
+            for line in path.read_text().splitlines() if line and line[0] != '#']
+
+
+PROBES = sorted(Path(__file__).with_name('fixtures').glob('*.probe'))
+CUTS = st.tuples(st.integers(0, 2000), st.integers(0, 20), st.binary(max_size=6))
+
+
+@settings(ANY, max_examples=400)
+@given(path=st.sampled_from(PROBES), cuts=st.lists(CUTS, max_size=5), end=st.integers(0, 4000),
+       order=st.none() | st.randoms(use_true_random=False), machine=MACHINES, ours=OWNERS,
+       again=st.booleans())
+def test_recorded_facts_with_bytes_cut_and_changed_are_a_capacity(
+        path, cuts, end, order, machine, ours, again):
+    whole = recorded(path)
+    data = b'\n'.join(b' '.join(word.encode() for word in fact) for fact in whole)
+    for place, length, instead in cuts:
+        place %= len(data) + 1
+        data = data[:place] + instead + data[place + length:]
+    lines = data[:end if end % 2 else None].decode('utf-8', 'replace').split('\n')
+    if order:
+        order.shuffle(lines)
+    facts = [line.partition(' ')[::2] for line in lines]
+    check_a_capacity(facts, machine, ours, ssh_scheduler.read_sample(whole) if again else None, 0)
+
+
+@settings(ANY, max_examples=100)
+@given(st.lists(st.tuples(st.sampled_from(
+    ['ticks', 'cores', 'load', 'MemTotal', 'MemAvailable', 'cgroup_memory', 'cgroup_cores', 'claim',
+     'nvidia_smi', 'gpu', 'gpu_process']), st.binary(max_size=60)), max_size=12))
+def test_any_bytes_are_a_capacity(facts):
+    check_a_capacity([(key, text.decode('utf-8', 'replace')) for key, text in facts], LAB, (), None,
+                     0)
+
+
+@pytest.mark.parametrize(('name', 'expected'), [
+    ('cpu_only', (31.5, 61000, [], 'has no nvidia-smi, so no GPU is known')),
+    ('amd', (15.8, 30000, [],
+             'has 1 GPU of AMD, which cannot be scheduled yet, and no nvidia-smi')),
+    ('four_cards', (170 / 3, 396000, [(0, 48000, 0, ()), (1, 3000, 1, ('ann',)),
+                                      (2, 25000, 1, ('ann',)), (3, 47500, 2, ('bob', '?'))], '')),
+    ('gb10', (19.0, 110000, [(0, 110000, 0, ())], '')),
+    ('mig', (120.0, 900000, [(1, 81000, 0, ())], '')),
+    ('old_driver', (7.0, 28000, [(0, 11000, 0, ())], '')),
+    ('container', (1.5, 6000, [(0, 40000, 0, ())], '')),
+    ('container_v1', (4.0, 7000, [], 'has an nvidia-smi that fails with status 9: NVIDIA-SMI has '
+                      "failed because it couldn't communicate with the NVIDIA driver.")),
+])
+def test_what_machines_said_is_understood(name, expected):
+    path = Path(__file__).with_name('fixtures') / f'{name}.probe'
+    capacity = ssh_scheduler.parse_probe(recorded(path), LAB, OURS)
+    gpus = [(gpu.index, gpu.memory_mb, gpu.others, gpu.users) for gpu in capacity.gpus]
+    assert (capacity.cores, capacity.memory_mb, gpus, capacity.gpu_trouble) == (
+        pytest.approx(expected[0]), *expected[1:])
+
+
+def test_each_recording_is_looked_at():
+    marks = test_what_machines_said_is_understood.pytestmark[0].args[1]
+    assert {path.stem for path in PROBES} == {name for name, _ in marks}

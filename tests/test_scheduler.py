@@ -1,0 +1,546 @@
+"""Which waiting job starts where, and when: the Scheduler against the rules in slow motion.
+
+Below that the whole Batch, against fake machines that say what the test makes them say.
+"""
+import collections
+import heapq
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from test_reporter import Lab
+
+import ssh_scheduler as s
+from ssh_scheduler import Allocation, Capacity, Gpu, MachineResources
+
+ANY = settings(deadline=None, derandomize=True, max_examples=60)
+WALKS = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=40)
+
+KINDS = (
+    Allocation(1, 1000, gpus=0), Allocation(0.5, 100, gpus=0), Allocation(8, 1000, gpus=0),
+    Allocation(1, 9000, gpus=0), Allocation(1, 100, reserve=True, gpus=0), Allocation(1, 100),
+    Allocation(1, 100, gpus=2), Allocation(0.2, 100, gpu_utilization=0.3, reserve_gpu=False))
+CARDS = (Gpu(0, 16000), Gpu(1, 16000, others=1))
+ROOMS = (
+    Capacity(8, 16000, total_cores=8), Capacity(16, 64000, total_cores=16),
+    Capacity(0.5, 16000, total_cores=8), Capacity(8, 900, total_cores=8),
+    Capacity(8, 16000, CARDS, 8), Capacity(8, 16000, CARDS[:1], 8),
+    Capacity(8, 16000, total_cores=8, max_jobs=2), Capacity(8, 16000, total_cores=8, reserved=True),
+    Capacity(8, 16000, (Gpu(0, 16000, claimed=1), Gpu(1, 16000)), 8, claimed=1))
+
+
+def job_of(line, allocation):
+    return s.Job(f'job{line}', 'true', line, allocation, s.Forwards())
+
+
+# ---- The Scheduler, whatever happens ----
+
+class AnyDay(RuleBasedStateMachine):
+    """Jobs come and end, machines come, change and go.
+
+    What is placed is kept here a second time: each machine's books, and who waits for what.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scheduler = s.Scheduler()
+        self.books = {}                     # machine -> MachineResources, as they must be
+        self.running = {}                   # job -> (machine, Placement, Placement in the books)
+        self.waiting = collections.defaultdict(list)        # Allocation -> jobs
+        self.begun, self.lines = set(), 0
+        self.hold, self.there_before = None, set()          # what ran when it was held
+
+    @initialize(rooms=st.lists(st.sampled_from(ROOMS), min_size=1, max_size=3),
+                jobs=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 40)), max_size=6))
+    def open(self, rooms, jobs):
+        for place, capacity in enumerate(rooms):
+            self.add_machine(place, capacity)
+        for kind, count in jobs:
+            self.submit(kind, count)
+        self.choose()
+
+    def add_machine(self, place, capacity):
+        machine = f'm{place}'
+        self.scheduler.add_machine(machine, place, capacity)
+        self.books[machine] = MachineResources(capacity)
+
+    @rule(kind=st.sampled_from(KINDS), count=st.integers(1, 30))
+    def submit(self, kind, count):
+        for _ in range(count):
+            self.lines += 1
+            job = job_of(self.lines, kind)
+            self.scheduler.add(job)
+            self.waiting[kind].append(job)
+
+    @rule(place=st.integers(0, 4), capacity=st.sampled_from(ROOMS))
+    def machine_comes(self, place, capacity):
+        if f'm{place}' not in self.books:
+            self.add_machine(place, capacity)
+
+    @precondition(lambda self: self.books)
+    @rule(data=st.data())
+    def machine_goes(self, data):
+        machine = data.draw(st.sampled_from(sorted(self.books)))
+        self.scheduler.remove_machine(machine)
+        del self.books[machine]
+        for job, (where, *_) in tuple(self.running.items()):
+            if where == machine:
+                del self.running[job]
+
+    @precondition(lambda self: self.books)
+    @rule(data=st.data(), capacity=st.sampled_from(ROOMS))
+    def machine_changes(self, data, capacity):
+        machine = data.draw(st.sampled_from(sorted(self.books)))
+        self.scheduler.update(machine, capacity)
+        self.books[machine].update(capacity)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), again=st.booleans())
+    def job_ends(self, data, again):
+        job = self.end(data.draw(st.integers(0, 99)))
+        if again:                           # the machine could not start it
+            self.scheduler.add(job, first=True)
+            self.waiting[job.allocation].insert(0, job)
+            self.begun.remove(job)
+
+    def end(self, number):
+        job = sorted(self.running, key=lambda job: job.line)[number % len(self.running)]
+        machine, placement, booked = self.running.pop(job)
+        self.scheduler.give_back(machine, placement)
+        self.books[machine].deallocate(booked)
+        return job
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), count=st.integers(2, 40))
+    def many_jobs_end(self, data, count):
+        for _ in range(min(count, len(self.running))):
+            self.end(data.draw(st.integers(0, 99)))
+            self.choose()
+
+    @rule()
+    def choose(self):
+        free = self.scheduler._hold is None         # then what comes is plainly the best
+        self.hold = self.scheduler._hold
+        for job, machine, placement in self.scheduler.choose():
+            kind = job.allocation
+            if free:
+                assert self.naively_next() == (job, machine)
+            assert self.waiting[kind].pop(0) is job
+            assert job not in self.begun
+            self.begun.add(job)
+            booked = self.books[machine].allocate(kind)     # raises where there is no room
+            assert booked.gpus == placement.gpus and placement.allocation == kind
+            self.running[job] = (machine, placement, booked)
+            if self.scheduler._hold is not self.hold:
+                self.hold, self.there_before = self.scheduler._hold, set(self.running.values())
+            free = free and self.hold is None
+        self.check_that_nothing_idles()
+
+    def naively_next(self):
+        """The first line that fits anywhere, and the machine with the best score, of all."""
+        for job in sorted((queue[0] for queue in self.waiting.values() if queue),
+                          key=lambda job: job.line):
+            scores = {machine: own.score(job.allocation) for machine, own in self.books.items()}
+            best = max(scores.values(), default=s.NO_ROOM)
+            if best > s.NO_ROOM:
+                return job, min(machine for machine, score in scores.items() if score == best)
+        return None
+
+    def check_that_nothing_idles(self):
+        hold = self.scheduler._hold
+        for kind, queue in self.waiting.items():
+            for machine, own in self.books.items() if queue else ():
+                if own.short_of(kind):
+                    continue
+                # It would be in the way of the job that this machine is kept for.
+                assert hold and machine == hold.machine and kind != hold.allocation
+                assert hold.after.short_of(kind)
+        if hold:
+            assert self.waiting[hold.allocation], 'held for nobody'
+            beside = [where for where in self.running.values()
+                      if where[0] == hold.machine and where not in self.there_before]
+            assert hold.after.jobs == 1 + len(beside)
+            assert hold.after.available == self.books[hold.machine].available
+
+    @invariant()
+    def nothing_is_lost(self):
+        assert self.scheduler.waits == sum(map(len, self.waiting.values()))
+        kinds = self.scheduler.kinds()
+        assert {kind: list(queue) for kind, queue in kinds.items()} == {
+            kind: queue for kind, queue in self.waiting.items() if queue}
+        firsts = [queue[0].line for queue in kinds.values()]
+        assert firsts == sorted(firsts)
+        assert {machine: own.jobs for machine, own in self.scheduler.resources.items()} == {
+            machine: sum(where == machine for where, *_ in self.running.values())
+            for machine in self.books}
+        assert list(self.scheduler.resources) == sorted(self.books)     # in the user's order
+
+
+TestAnyDay = AnyDay.TestCase
+TestAnyDay.settings = WALKS
+
+
+# ---- Fairness ----
+
+class Clock:
+    """Jobs of given lengths on machines of a Scheduler; a small job is always waiting."""
+
+    def __init__(self, rooms, small, lengths):
+        self.scheduler, self.now = s.Scheduler(), 0
+        for place, capacity in enumerate(rooms):
+            self.scheduler.add_machine(place, place, capacity)
+        self.small, self.lengths, self.lines = small, lengths, 0
+        self.ends, self.starts = [], []         # heap of what runs; (when, line) of each start
+
+    def add(self, allocation):
+        self.lines += 1
+        self.scheduler.add(job_of(self.lines, allocation))
+        return self.lines
+
+    def step(self):
+        """Start what can start, then go on to the next end."""
+        while self.scheduler.waits < 30:
+            self.add(self.small)
+        for job, machine, placement in self.scheduler.choose():
+            self.starts.append((self.now, job.line))
+            length = self.lengths[job.line % len(self.lengths)]
+            heapq.heappush(self.ends, (self.now + length, job.line, machine, placement))
+        self.now = self.ends[0][0]
+        while self.ends and self.ends[0][0] == self.now:
+            _, _, machine, placement = heapq.heappop(self.ends)
+            self.scheduler.give_back(machine, placement)
+
+
+BIG = (Allocation(8, 1000, gpus=0), Allocation(1, 14000, gpus=0), Allocation(1, 1, True, gpus=0),
+       Allocation(1, 1, gpus=2))
+FULL = Capacity(8, 16000, (Gpu(0, 9000), Gpu(1, 9000)), 8)
+SMALL = (Allocation(1, 4000, gpus=0), Allocation(4, 500, gpus=0),
+         Allocation(1, 4000, gpus=1, gpu_utilization=0.5, reserve_gpu=False), Allocation(0.3, 4000))
+
+
+@ANY
+@given(rooms=st.lists(st.just(FULL), min_size=1, max_size=3), big=st.sampled_from(BIG),
+       small=st.sampled_from(SMALL), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9))
+def test_an_endless_stream_of_small_jobs_does_not_hold_up_a_big_one(rooms, big, small, lengths):
+    """Passed PATIENCE times, it waits no longer than what runs on one machine then."""
+    clock = Clock(rooms, small, lengths)
+    for _ in range(5):
+        clock.step()
+    line, came = clock.add(big), clock.now
+    passed_at = None
+    while line not in {started for _, started in clock.starts}:
+        clock.step()
+        passed = [when for when, started in clock.starts if started > line]
+        if len(passed) >= s.PATIENCE:
+            passed_at = passed[s.PATIENCE - 1]
+            assert clock.now <= passed_at + 2 * max(lengths), 'passed for ever'
+    began = next(when for when, started in clock.starts if started == line)
+    assert came <= began <= (came if passed_at is None else passed_at) + max(lengths) or (
+        passed_at is None)
+
+
+@ANY
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9))
+def test_a_job_that_needs_all_of_the_only_machine_is_passed_patience_times(lengths):
+    clock = Clock([FULL], Allocation(1, 100, gpus=0), lengths)
+    clock.step()
+    line = clock.add(Allocation(1, 100, True, gpus=0))
+    while line not in {started for _, started in clock.starts}:
+        clock.step()
+    assert sum(started > line for _, started in clock.starts[:[
+        started for _, started in clock.starts].index(line)]) <= s.PATIENCE
+
+
+def test_beside_a_job_that_is_waited_for_only_what_does_not_delay_it_starts():
+    scheduler = s.Scheduler()
+    scheduler.add_machine('m', 0, Capacity(8, 16000, total_cores=8))
+    tiny, half, big = (Allocation(cores, 10, gpus=0) for cores in (0.5, 6, 8))
+    scheduler.add(job_of(1, half))
+    [(_, _, first)] = scheduler.choose()
+    scheduler.add(job_of(2, big))
+    for line in range(3, 103):              # they pass, one after the other
+        scheduler.add(job_of(line, half._replace(cores=5)))
+    running, passed = collections.deque(), 0
+    while passed < s.PATIENCE:
+        for _, _, placement in scheduler.choose():
+            running.append(placement)
+            passed += 1
+        if passed < s.PATIENCE:
+            scheduler.give_back('m', running.popleft())
+    scheduler.give_back('m', first)
+    assert list(scheduler.choose()) == []                   # 5 cores would fit, not beside it
+    for line in range(200, 220):
+        scheduler.add(job_of(line, tiny))
+    beside = list(scheduler.choose())
+    assert [job.line for job, *_ in beside] == list(range(200, 208))    # 4 of 12: 8 are its own
+    for placement in running:
+        scheduler.give_back('m', placement)
+    assert [job.line for job, *_ in scheduler.choose()] == [2]
+
+
+def test_what_was_kept_back_starts_as_soon_as_it_is_in_nobodys_way():
+    """Of two jobs that wait for machines, the first gets its own elsewhere."""
+    scheduler = s.Scheduler()
+    big, small = Allocation(8, 10, True, gpus=0), Allocation(1, 20, gpus=0)
+    scheduler.add_machine('m', 0, Capacity(8, 16000, total_cores=8))
+    scheduler.add(job_of(1, small))
+    [(again, _, first)] = scheduler.choose()
+    scheduler.add(job_of(2, big))
+    for line in range(3, 100):
+        scheduler.add(job_of(line, small))
+    placements = []
+    while len(placements) < s.PATIENCE:
+        for _, _, placement in scheduler.choose():
+            placements.append(placement)
+            break                                           # one at a time
+        if len(placements) < s.PATIENCE:
+            scheduler.give_back('m', placements[-1])
+    scheduler.give_back('m', first)
+    scheduler.add(again, first=True)
+    assert list(scheduler.choose()) == []
+    scheduler.add_machine('n', 1, Capacity(8, 15, total_cores=8))       # too small for the others
+    started = [(job.line, machine) for job, machine, _ in scheduler.choose()]
+    assert started == [(2, 'n'), *((line, 'm') for line in (1, *range(23, 33)))]
+
+
+# ---- What a placement costs ----
+
+def calls_of_score(machines, waiting, rounds):
+    """Return how often score() was called: in the first filling, and per placement after that."""
+    scheduler, calls, room = s.Scheduler(), collections.Counter(), Capacity(8, 16000, CARDS, 8)
+
+    def counted(own):
+        score = own.score
+
+        def count(allocation):
+            calls['score'] += 1
+            return score(allocation)
+        return count
+
+    for place in range(machines):
+        scheduler.add_machine(place, place, room._replace(memory_mb=16000 + place))
+        own = scheduler.resources[place]
+        own.score = counted(own)
+    kinds = [Allocation(1, 1000 + number, gpus=number % 2) for number in range(10)]
+    for line in range(waiting):
+        scheduler.add(job_of(line, kinds[line % 10]))
+    running = collections.deque((machine, placement) for _, machine, placement
+                                in scheduler.choose())
+    filling, calls['score'], placed = calls['score'] / len(running), 0, 0
+    for _ in range(rounds):
+        scheduler.give_back(*running.popleft())
+        for _, machine, placement in scheduler.choose():
+            running.append((machine, placement))
+            placed += 1
+    assert placed > rounds / 2
+    return filling, calls['score'] / placed
+
+
+def test_a_placement_costs_the_same_however_many_jobs_wait():
+    _, few = calls_of_score(10, 500, 200)
+    _, many = calls_of_score(10, 5000, 200)
+    assert many <= few * 1.1
+
+
+def test_a_placement_costs_hardly_more_among_many_machines():
+    """Each kind of job looks once at each machine, and then at those whose scores have changed."""
+    few_at_first, few = calls_of_score(10, 2000, 200)
+    many_at_first, many = calls_of_score(160, 4000, 200)
+    assert many <= few + 10 and many_at_first <= few_at_first + 10
+    assert many <= 25                       # ten kinds, each of which looks at what has changed
+
+
+# ---- The Batch, whatever its machines say ----
+
+WORDS = ('--num-cpus=4', '--num-cpus=0.5', '--memory-required=3000', '--memory-required=500',
+         '--reserve')
+WHOLE = Capacity(8, 4000, total_cores=8, total_memory_mb=4000)
+LEFT = (WHOLE, WHOLE._replace(cores=0.5), WHOLE._replace(memory_mb=600), WHOLE._replace(
+    reserved=True, claimed=1), WHOLE._replace(max_jobs=1))
+
+
+class AnyBatch(RuleBasedStateMachine):
+    """The Batch runs in a thread of its own and only while this one waits for it to wait."""
+
+    @initialize(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
+                machines=st.integers(1, 3))
+    def begin(self, words, machines):
+        self.folder = tempfile.mkdtemp()
+        self.results = s.ResultStore(str(Path(self.folder) / 'job_results')).open()
+        text = ''.join(f'execute_remote --job-name job{number:02} --no-gpu-required {word} true\n'
+                       for number, word in enumerate(words))
+        self.lab = Lab(self.results, dict.fromkeys([f'm{n}' for n in range(machines)], WHOLE), text,
+                       ['--no-gpu-required', '--memory-required=10'], live=True)
+        self.outcomes = {}                          # name -> exit code, 'lost' or 'not collected'
+        self.sent_back = collections.Counter()      # name -> how often it did not start after all
+        self.status = self.error = None
+        self.batchs_turn, self.ours = threading.Semaphore(0), threading.Semaphore(0)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+        self.await_our_turn()
+
+    def run(self):
+        try:
+            self.status = self.lab.run(self.turns())
+        except BaseException as error:          # such as pytest.fail's: the other thread tells it
+            self.error = error
+        self.ours.release()
+
+    def turns(self):
+        while True:
+            self.ours.release()
+            self.batchs_turn.acquire()
+            yield
+
+    def await_our_turn(self):
+        assert self.ours.acquire(timeout=30), 'the batch neither waits nor ends'
+        if self.error:
+            raise self.error
+
+    def go_on(self):
+        self.batchs_turn.release()
+        self.await_our_turn()
+        if not self.over:
+            self.check_while_it_waits()
+
+    @property
+    def over(self):
+        return self.status is not None
+
+    def check_while_it_waits(self):
+        running = [order.name for _, order in self.lab.running]
+        assert len(running) == len(set(running)) and not set(running) & self.outcomes.keys()
+        scheduler = self.lab.batch._scheduler
+        for runner, own in scheduler.resources.items():
+            assert own.jobs == len(runner.orders)
+            for kind in scheduler.kinds():
+                assert own.short_of(kind) or scheduler.keeps_from(runner, kind)
+
+    def some(self, number):
+        """Return (runner, name) of a job that runs, taken from where it runs."""
+        runner, order = self.lab.running[number % len(self.lab.running)]
+        return runner, order.name
+
+    def take_away(self, number):
+        runner, name = self.some(number)
+        del runner.orders[name]
+        self.results.lost(name)
+        return runner, name
+
+    runs = precondition(lambda self: not self.over and self.lab.running)
+    numbers = st.integers(0, 99)
+
+    @runs
+    @rule(number=numbers, exit_code=st.sampled_from([0, 0, 0, 1, 255]), started=st.booleans())
+    def a_job_ends(self, number, exit_code, started):
+        if started:
+            self.lab.started()
+        _, name = self.some(number)
+        self.lab.end(name, exit_code)
+        self.outcomes[name] = exit_code
+        self.go_on()
+
+    @runs
+    @rule(number=numbers)
+    def another_batch_was_first(self, number):
+        runner, name = self.take_away(number)
+        self.sent_back[name] += 1
+        runner.signal('held', name)
+        begun = len(runner.history)
+        self.go_on()
+        assert len(runner.history) == begun     # the machine has not been looked at again
+
+    @runs
+    @rule(number=numbers, often=st.integers(0, 3))
+    def a_machine_cannot_start_it(self, number, often):
+        if often:
+            return                                  # rarely, since it gets no more jobs then
+        runner, name = self.take_away(number)
+        self.sent_back[name] += 1
+        runner.signal('returned', name, 'its disk is full')
+        begun = len(runner.history)
+        self.go_on()
+        assert len(runner.history) == begun
+
+    @runs
+    @rule(number=numbers)
+    def a_job_is_lost(self, number):
+        runner, name = self.take_away(number)
+        self.outcomes[name] = 'lost'
+        runner.signal('lost', name, 'the machine was started anew')
+        self.go_on()
+
+    @precondition(lambda self: not self.over)
+    @rule(number=numbers, capacity=st.sampled_from(LEFT))
+    def a_machine_has_more_or_less(self, number, capacity):
+        runner = self.lab.runners[number % len(self.lab.runners)]
+        if runner.state == 'ready':
+            runner.capacity = capacity
+            runner.signal('measured')
+            self.go_on()
+
+    @precondition(lambda self: not self.over)
+    @rule(number=numbers, often=st.integers(0, 4))
+    def a_machine_fails(self, number, often):
+        runner = self.lab.runners[number % len(self.lab.runners)]
+        if not often and runner.state == 'ready':
+            self.outcomes.update(dict.fromkeys(runner.orders, 'not collected'))
+            runner.fail('the connection broke')
+            self.go_on()
+
+    @precondition(lambda self: self.over)
+    @rule()
+    def nothing_more_happens(self):
+        assert not self.thread.is_alive() or self.thread.join(30) is None
+
+    def teardown(self):
+        if not hasattr(self, 'thread'):
+            return
+        try:
+            idle = 0
+            while not self.over:                    # others go, and what runs ends well
+                assert idle < 3, f'it waits for nothing: {self.lab.out.getvalue()}'
+                for runner in self.lab.runners:
+                    if runner.state == 'ready':
+                        runner.capacity = WHOLE
+                        runner.signal('measured')
+                idle = 0 if self.lab.running else idle + 1
+                if self.lab.running:
+                    self.a_job_ends(0, 0, True)
+                else:
+                    self.go_on()
+            self.check_the_end()
+        finally:
+            self.results.close()
+            shutil.rmtree(self.folder)
+
+    def check_the_end(self):
+        lab = self.lab
+        begun = collections.Counter(name for runner in lab.runners for name in runner.history)
+        names = [job.name for job in lab.jobs]
+        assert lab.batch._placed == {} and lab.running == []
+        assert all(own.jobs == 0 for own in lab.batch._scheduler.resources.values())
+        for name in names:                          # each ran once, or is reported
+            assert begun[name] == (name in self.outcomes) + self.sent_back[name]
+        ends = collections.Counter(
+            'finished' if end == 0 else 'not collected' if end == 'not collected' else 'failed'
+            for end in self.outcomes.values())
+        counts = [f'{ends["finished"]} finished', f'{ends["failed"]} failed']
+        left = len(names) - len(self.outcomes)
+        counts += [f'{left} not started'] if left else []
+        counts += [f'{ends["not collected"]} not collected'] if ends['not collected'] else []
+        assert f'done: {s.count_of(len(names), "job")}: {", ".join(counts)}, ' in lab.out.getvalue()
+        assert left == 0 or not lab.batch._scheduler.resources
+        assert self.status == (0 if ends['finished'] == len(names) else 1)
+        for name, end in self.outcomes.items():
+            if isinstance(end, int):
+                word = 'failed' if end else 'finished'
+                assert lab.out.getvalue().count(f'{word}: {name}; ') == 1
+
+
+TestAnyBatch = AnyBatch.TestCase
+TestAnyBatch.settings = settings(WALKS, max_examples=100, stateful_step_count=30)
