@@ -104,7 +104,8 @@ class AnyDay(RuleBasedStateMachine):
         job = self.end(data.draw(st.integers(0, 99)))
         if again:                           # the machine could not start it
             self.scheduler.add(job, first=True)
-            self.waiting[job.allocation].insert(0, job)
+            self.waiting[job.allocation].append(job)
+            self.waiting[job.allocation].sort(key=lambda job: job.line)
             self.begun.remove(job)
 
     def end(self, number):
