@@ -2011,7 +2011,7 @@ nvidia() {                  # asks nvidia-smi $1; its answer and its words go to
 }
 
 query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
-  local core=index,uuid,memory.total,memory.free,utilization.gpu status
+  local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
   type -P nvidia-smi >/dev/null || { echo absent >"$run/gpus.status"; return; }
   nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
   status=$?
@@ -2022,8 +2022,12 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
   fi
   : >"$run/gpus.apps"
   case $status in
-    0 | old | 14)
-      nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || : >"$run/gpus.apps" ;;
+    0 | old | 14)           # where nothing is taken, nobody is there to be asked for
+      while IFS=', ' read -r _ _ total free busy _; do
+        [[ $free != "$total" || $busy != 0 ]] || continue
+        nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || : >"$run/gpus.apps"
+        break
+      done <"$run/gpus.list" ;;
   esac
   echo "$status" >"$run/gpus.status"
 }

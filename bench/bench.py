@@ -65,6 +65,9 @@ class Bench:
         self.env = {name: value for name, value in os.environ.items()
                     if not name.startswith(('SSH_', 'XDG_', 'CUDA_'))}
         self.env.update(HOME=str(self.home), TMPDIR=str(self.home / 'tmp'), SHELL='/bin/bash')
+        # What is installed is compiled once, and not each time, as these settings may have it here.
+        self.env.pop('PYTHONDONTWRITEBYTECODE', None)
+        self.env['PYTHONPYCACHEPREFIX'] = str(self.home / 'tmp/compiled')
         self.rows = []
         self._folders = 0
 

@@ -284,7 +284,7 @@ def test_an_nvidia_smi_that_fails_later_holds_back_gpu_jobs_only(watched, lab, g
 
 
 def test_a_gpu_that_others_use_is_the_last_choice(batches, lab, stranger):
-    machine = lab(gpus=rig.fake_gpus(2))
+    machine = lab(gpus=[{'index': 0, 'memory_free_mb': 15900}, {'index': 1}])
     (machine.folder / 'gpus.apps').write_text(f'{rig.gpu_row(0)[1]}, {stranger}, 100\n')
     done = batches.run(['echo $CUDA_VISIBLE_DEVICES'], [machine])
     assert f'machine gpu choices: {[[1, 0]]}' in done.stdout
