@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import rig
@@ -137,6 +138,11 @@ def result(job, stream='out', folder=RESULTS):
 def events(text, *words):
     """The lines of stdout that begin with one of the words, such as 'started:'."""
     return [line for line in text.splitlines() if line.split(' ')[0] in words]
+
+
+def wrote(ledger, *lines):
+    """Wait until the ledger has these lines."""
+    wait_until(lambda: not Counter(lines) - Counter(ledger.read_text().splitlines()), lines)
 
 
 def tree_of(folder):

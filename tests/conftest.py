@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import rig
+from batching import Batches, Gate
 
 # ---- The session ----
 
@@ -161,3 +162,34 @@ def run_cli(start_cli, client_home):
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
+
+
+# ---- Batches, and what orders their jobs ----
+
+@pytest.fixture
+def batches(run_cli, start_cli, project):
+    """Run batches in the current folder, which is empty."""
+    return Batches(run_cli, start_cli)
+
+
+@pytest.fixture
+def outside():
+    """A folder that is the same for all machines and accounts: for a ledger and gates."""
+    folder = rig.temporary_folder('outside', mode=0o777)
+    yield folder
+    rig.remove(folder)
+
+
+@pytest.fixture
+def gate(outside):
+    """FIFOs that hold jobs up."""
+    return Gate(outside / 'gate')
+
+
+@pytest.fixture
+def ledger(outside):
+    """A file to which the jobs of any machine and account add lines: small, so never mixed."""
+    file = outside / 'ledger'
+    file.touch()
+    file.chmod(0o666)
+    return file

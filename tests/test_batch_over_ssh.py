@@ -7,35 +7,11 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, Gate, assert_clean, events, places, result
+from batching import NO_GPU, RESULTS, assert_clean, events, places, result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 EXAMPLE = Path(__file__).resolve().parent.parent / 'example'
-
-
-@pytest.fixture
-def batches(run_cli, start_cli, project):
-    return Batches(run_cli, start_cli)
-
-
-@pytest.fixture
-def gate(tmp_path_factory):
-    """Where every account can go."""
-    folder = rig.temporary_folder('gate', mode=0o755)
-    yield Gate(folder / 'gate')
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def ledger():
-    """A file to which the jobs of any machine and account add lines: small, so never mixed."""
-    folder = rig.temporary_folder('ledger', mode=0o755)
-    file = folder / 'ledger'
-    file.touch()
-    file.chmod(0o666)
-    yield file
-    shutil.rmtree(folder)
 
 
 # ---- What is printed ----

@@ -11,8 +11,6 @@ import rig
 from batching import (
     NO_GPU,
     RESULTS,
-    Batches,
-    Gate,
     assert_clean,
     events,
     places,
@@ -22,18 +20,6 @@ from batching import (
 )
 
 BIG = 300_000           # more than goes through the channel
-
-
-@pytest.fixture
-def batches(run_cli, start_cli, project):
-    return Batches(run_cli, start_cli)
-
-
-@pytest.fixture
-def gate():
-    folder = rig.temporary_folder('gate', mode=0o755)
-    yield Gate(folder / 'gate')
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=['channel', 'rsync', 'tar', 'localhost', 'localhost rsync',

@@ -1,6 +1,5 @@
 """The program is interrupted or killed: no job is left behind, none is run twice or forgotten."""
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -12,12 +11,12 @@ from batching import (
     NO_GPU,
     RESULTS,
     Batches,
-    Gate,
     assert_clean,
     places,
     result,
     tree_of,
     wait_until,
+    wrote,
 )
 
 
@@ -27,34 +26,9 @@ def batches(run_cli, start_cli, project, lab1):
     return Batches(run_cli, start_cli, env={'SSH_SCHEDULER_PROC': str(lab1.proc)})
 
 
-@pytest.fixture
-def outside():
-    """A folder that is the same for all machines and accounts: for a ledger and gates."""
-    folder = rig.temporary_folder('outside', mode=0o777)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def gate(outside):
-    return Gate(outside / 'gate')
-
-
-@pytest.fixture
-def ledger(outside):
-    file = outside / 'ledger'
-    file.touch()
-    return file
-
-
 @pytest.fixture(params=['ssh', 'localhost'])
 def machine(request, lab):
     return lab() if request.param == 'ssh' else 'localhost'
-
-
-def wrote(ledger, *lines):
-    """Wait until the ledger has these lines."""
-    wait_until(lambda: not Counter(lines) - Counter(ledger.read_text().splitlines()), lines)
 
 
 def jobs_left(machine, client_home):

@@ -12,40 +12,10 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, Follower, Gate, result, wait_until
+from batching import NO_GPU, RESULTS, Follower, result, wait_until, wrote
 
 SHARED_GPU = ('--memory-required=100', '--no-reserve-gpu', '--gpu-utilization=0.1')
 as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root has machines of other accounts')
-
-
-@pytest.fixture
-def batches(run_cli, start_cli, project):
-    return Batches(run_cli, start_cli)
-
-
-@pytest.fixture
-def outside():
-    """A folder that is the same for all machines and accounts: for a ledger and gates."""
-    folder = rig.temporary_folder('outside', mode=0o777)
-    yield folder
-    rig.remove(folder)
-
-
-@pytest.fixture
-def gate(outside):
-    return Gate(outside / 'gate')
-
-
-@pytest.fixture
-def ledger(outside):
-    file = outside / 'ledger'
-    file.touch()
-    file.chmod(0o666)
-    return file
-
-
-def wrote(ledger, *lines):
-    wait_until(lambda: not Counter(lines) - Counter(ledger.read_text().splitlines()), lines)
 
 
 class Notes:
