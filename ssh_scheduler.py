@@ -1031,10 +1031,14 @@ def as_record(kind, value):
 
 
 def idle(capacity):
-    """Return the Capacity that the machine would have if nobody used it."""
+    """Return the Capacity that the machine would have if nobody used it.
+
+    The driver keeps a part of a GPU's memory, so where next to nothing is taken, that is all.
+    """
     gpus = tuple(gpu._replace(
-        memory_mb=max(gpu.total_memory_mb, gpu.memory_mb), utilization=0.0, others=0, claimed=0,
-        reserved=False) for gpu in capacity.gpus)
+        memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
+        gpu.total_memory_mb, utilization=0.0, others=0, claimed=0, reserved=False)
+        for gpu in capacity.gpus)
     return capacity._replace(
         cores=max(capacity.total_cores, capacity.cores),
         memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus, claimed=0,
@@ -2008,6 +2012,9 @@ nvidia() {                  # asks nvidia-smi $1; its answer and its words go to
   nvidia-smi "$1" --format=csv,noheader,nounits >"$run/gpus.$2" 2>"$run/gpus.err" &
   echo "$!" >"$run/gpus.pid"
   wait "$!"
+  local status=$?
+  : >"$run/gpus.pid"
+  return "$status"
 }
 
 query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
@@ -2020,11 +2027,12 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
     status=$?
     ((status)) || status=old
   fi
+  [[ $status != 137 ]] || return        # it was given up
   : >"$run/gpus.apps"
   case $status in
     0 | old | 14)           # where nothing is taken, nobody is there to be asked for
       while IFS=', ' read -r _ _ total free busy _; do
-        [[ $free != "$total" || $busy != 0 ]] || continue
+        [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
         nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || : >"$run/gpus.apps"
         break
       done <"$run/gpus.list" ;;
@@ -2035,8 +2043,8 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
 give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
   local pid
   read -r pid <"$run/gpus.pid" && kill -KILL "$pid"
-  rm -f -- "$run/gpus.status"
-}
+  [[ ! -e $run/gpus.status ]] || rm -f -- "$run/gpus.status"
+} 2>/dev/null
 
 tell_gpus() {               # says what query_gpus found; knows the processes of claims by now
   local status line uuid pid used index pids=() names=() vendor cards=
@@ -2102,6 +2110,8 @@ tell_limits() {             # what control groups, of version 1 or 2, leave of c
   done <"$proc/self/cgroup"
 } 2>/dev/null
 
+# Forks share memory: of what they have taken the largest alone is certain, what they may need is at
+# most the sum.  Too little taken only holds back other jobs; too much would promise it twice.
 use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
   local pid stat fields lines line file index
   pids=("$1") rss=0 peak=0 ticks=0
@@ -2116,7 +2126,7 @@ use_of() {                  # what process $1 and its descendants use: pids, rss
     for line in "${lines[@]:10:25}"; do
       case $line in
         VmHWM:*) line=${line//[!0-9]/}; peak=$((peak + line)) ;;
-        VmRSS:*) line=${line//[!0-9]/}; rss=$((rss + line)); break ;;
+        VmRSS:*) line=${line//[!0-9]/}; rss=$((line > rss ? line : rss)); break ;;
       esac
     done
     for file in "/proc/$pid/task/"*/children; do
@@ -2128,7 +2138,8 @@ use_of() {                  # what process $1 and its descendants use: pids, rss
 
 read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
   local pid start boot number error
-  { read -r pid start boot need <"$1"; } 2>/dev/null || return 1
+  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
+  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
   # One of another user may say anything.
   number='(0|[1-9][0-9]{0,8})'
   [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
@@ -2190,7 +2201,7 @@ probe() {                   # says what is here and free, then "ready"
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
   done
-  ((waiting == 0)) || give_up_gpus
+  [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
   tell probe ticks_before "$busy_before/$total_before"
   measure
@@ -2387,18 +2398,22 @@ start_pending() {           # starts what was read of "start" requests since the
 # Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
 # and looks at the others' only then.  Of two that do so at a time, at least one sees the other and
 # steps back.  A file whose process is gone, or that is empty, claims nothing.
+claims_are_ours() {         # others may write where their folder lies: what is not ours is not used
+  [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
+  [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
+} 2>/dev/null
+
 announce() {                # claims what the pending jobs need; fails if others leave no room
   local index file
+  ((${#names[@]})) || return 0
+  claims_are_ours           # another batch that ended may have taken the folder away
+  umask 022
   for index in "${!names[@]}"; do
-    [[ ! -e $home/jobs/${names[index]}/cmd ]] || continue      # it was started before
     file=$claims/$project.${names[index]}
-    umask 022
-    printf '%-80s%s\n' "$self" "${needs[index]}" >"$file" || {
-      mkdir -p -- "$claims"
+    [[ -e $home/jobs/${names[index]}/cmd ]] ||                 # it was started before
       printf '%-80s%s\n' "$self" "${needs[index]}" >"$file"
-    }
-    umask 077
   done
+  umask 077
   [[ $limits ]] || return 0
   for file in "$shared"/ssh_scheduler.*/*; do
     [[ $file == "$claims/$project."* ]] || { room; return; }
@@ -2508,6 +2523,7 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
 
 leave() {                   # where no job needs it, what came goes, though nobody said "finish"
   wait
+  give_up_gpus
   rmdir -- "$home/jobs" || return
   remove "$run" "${arrived[@]}" "$claims/$project."*
   rmdir -- "$claims" "$home/stage" "$home"
@@ -2552,10 +2568,7 @@ main() {
   : >"$run/log"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$UID
-  # Others may write where it lies; of what is not ours nothing is used.
-  if [[ -e $claims || -L $claims ]] && [[ -L $claims || ! -d $claims || ! -O $claims ]]; then
-    claims=$run/claims
-  fi
+  claims_are_ours
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
   identify "$$"
@@ -2630,10 +2643,12 @@ main() {
         say "bulk"$'\t'"$run/back.$field"$'\t'"back"$'\t'"$field" ;;
       clean)                # COUNT JOB.ATTEMPT...
         IFS= read -rd '' count && read_fields "$count" || break
-        (cd -- "$home/jobs" &&
-          remove "${fields[@]}" "${fields[@]/#/"$claims/$project."}") </dev/null & ;;
+        local gone=("${fields[@]}")
+        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"); done
+        (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null & ;;
       finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
+        give_up_gpus
         wait
         if [[ $field ]]; then
           mv -T -- "$home/cache" "$run/cache"
@@ -3216,6 +3231,7 @@ CLEAN_JOBS = 50
 KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
+MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
 FAREWELL_S = 30.0                   # for tidying up over there
 
 
@@ -3713,7 +3729,7 @@ class MachineRunner:
         self.reason = ''                    # why it failed
         self.capacity = None
         self.ended = {}                     # job name -> JobResult
-        self.session = session or Session(ResultStore('job_results').open())
+        self.session = session or Session(ResultStore('job_results').open(), live=False)
         self._owns_session = session is None
         self._callbacks = collections.defaultdict(list)
         self._channel = Channel(machine_info, self.session, number, self._on_event, self._fail)
@@ -3724,7 +3740,8 @@ class MachineRunner:
         self._facts = []                    # what the probe said
         self._sample = None                 # what the next one is compared with
         self._ended_ticks = 0               # what jobs used that ended since then
-        self._asked, self._measure_at, self._measured_s = 0, None, 0.0
+        self._asked, self._asked_at, self._measure_at, self._measured_s = 0, 0.0, None, 0.0
+        self._ended_keys = set()            # of jobs that ended since it was asked
         self.expected = set()               # keys of jobs that an earlier run started there
         self._queue = collections.deque()   # Orders that wait for their stage
         self._running = {}                  # key -> Order
@@ -3784,7 +3801,9 @@ class MachineRunner:
 
         It costs the machine at most MEASURE_SHARE of a core.
         """
-        earliest = max(MEASURE_LEAST_S, self._measured_s / MEASURE_SHARE)
+        if self._facts and self._sample and time.monotonic() > self._asked_at + MEASURE_LIMIT_S:
+            self._facts, self._measure_at = [], None        # it will not answer any more
+        earliest = min(max(MEASURE_LEAST_S, self._measured_s / MEASURE_SHARE), MEASURE_LIMIT_S)
         due = time.monotonic() + max(within_s, earliest if self._sample else 0)
         if self._measure_at is None or due < self._measure_at:
             self._measure_at = due
@@ -3793,12 +3812,13 @@ class MachineRunner:
     @property
     def asking(self):
         """Tell whether it was asked what is free, or will be, and has not answered."""
-        return self.state == 'ready' and self._measure_at is not None
+        return (self.state == 'ready' and self._measure_at is not None
+                and not (self._facts and time.monotonic() > self._asked_at + MEASURE_LIMIT_S))
 
     def _measure_due(self):
         due, now = self._measure_at, time.monotonic()
         if self.state == 'ready' and due is not None and due <= now + 0.001 and not self._facts:
-            self._asked += 1
+            self._asked, self._asked_at = self._asked + 1, time.monotonic()
             self._facts = [('asked', str(self._asked))]
             self._channel.send(request('measure', self._asked))
 
@@ -3968,7 +3988,8 @@ class MachineRunner:
 
     def _understand(self):
         """Make of the facts what is free; from now on other batches cannot take more than that."""
-        ours = self._running.keys() | self.expected
+        ours = self._running.keys() | self.expected | self._ended_keys
+        self._ended_keys = set()
         self.capacity = parse_probe(self._facts, self.machine, ours, self._sample,
                                     self._ended_ticks)
         self._sample = read_sample(self._facts,
@@ -4029,6 +4050,7 @@ class MachineRunner:
         if not order:
             return      # it was reported already, or is none of ours
         self.expected.discard(order.key)
+        self._ended_keys.add(order.key)
         self._ended_ticks += max(int(cpu_cs) - self._sample.ticks.get(order.key, 0), 0)
         if self._cancelled:
             self._fetcher.forget(order)
@@ -4711,8 +4733,9 @@ class Batch:
             self._finished += 1
         self._report.ended(self._jobs[name], result.exit_code)
         seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
-        for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
-            peaks += [mb] if mb is not None else []
+        if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
+            for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
+                peaks += [mb] if mb is not None else []
         self._freed.add(runner)
 
     def _on_returned(self, name, why):
@@ -4729,7 +4752,7 @@ class Batch:
         runner = self._give_back(name)
         self._scheduler.add(self._jobs[name], first=True)
         self._scheduler.update(runner, runner.capacity._replace(reserved=True))
-        runner.measure(random.uniform(0, 1))        # so that two do not step back for ever
+        runner.measure(random.uniform(1, 3))        # so that two do not step back for ever
 
     def _on_lost(self, name, why):
         runner = self._give_back(name)
@@ -4756,7 +4779,8 @@ class Batch:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
             else:
                 self._results.set_aside(name)
-            self._give_back(name)
+            if name in self._placed:        # not of a machine that was lost before
+                self._give_back(name)
 
     def _show_progress(self):
         self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
@@ -4910,7 +4934,7 @@ def query_machines(argv):
         while not stopped:
             while not stopped and any(
                     runner.state == 'connecting' or runner.asking for runner in runners):
-                session.processes.wait()
+                session.processes.wait(1)
             if not stopped:
                 reporter.show(json_lines(runners, allocation) if options['--json'] else
                               machine_table(runners, allocation, reporter.paint),

@@ -492,6 +492,71 @@ def test_a_folder_of_claims_that_somebody_else_made_is_not_used(channel, shared,
     runner.finish()
 
 
+def test_a_folder_of_claims_that_changes_hands_is_not_used_any_more(runner, shared, tmp_path):
+    runner.ready()
+    folder = shared / f'ssh_scheduler.{os.getuid()}'
+    folder.rmdir()                          # as another batch of this account does at its end
+    precious = tmp_path / 'precious'
+    precious.write_text('mine')
+    (tmp_path / 'trap').mkdir()
+    (tmp_path / 'trap/project.job.1').symlink_to(precious)
+    folder.symlink_to(tmp_path / 'trap')
+    runner.start('job', 'true', need=NEED)
+    assert runner.ended('job')[0] == 0
+    runner.finish()
+    assert precious.read_text() == 'mine'
+
+
+def test_a_fifo_among_the_claims_holds_nobody_up(runner, shared):
+    (shared / 'ssh_scheduler.12345').mkdir()
+    os.mkfifo(shared / 'ssh_scheduler.12345/other.job.1')
+    (shared / 'ssh_scheduler.12345/other.job.2').symlink_to('/dev/zero')
+    runner.ready()
+    runner.send('limits', 2, 12000, 500)
+    runner.start('job', 'true', need=NEED)
+    assert runner.ended('job')[0] == 0
+    assert s.read_claims(measured(runner)) == []
+    runner.finish()
+
+
+def smi(tmp_path, text):
+    """A PATH with such an nvidia-smi."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/nvidia-smi').write_text(text)
+    (tmp_path / 'bin/nvidia-smi').chmod(0o755)
+    return f'{tmp_path}/bin:{rig.farm(tmp_path / "links")}'
+
+
+def test_an_nvidia_smi_that_hangs_is_ended_with_the_batch(channel, env, tmp_path):
+    path = smi(tmp_path, f'#!/bin/bash\n[ -e {tmp_path}/hang ] || exit 9\n'
+                         f'echo $$ >{tmp_path}/hang; exec sleep 1000\n')
+    runner = channel(env={**env, 'PATH': path}, gpus=True)
+    runner.ready()
+    (tmp_path / 'hang').touch()
+    runner.send('measure', 1)
+    deadline = time.monotonic() + rig.SAFETY_NET_S
+    while not (tmp_path / 'hang').read_text().endswith('\n'):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    runner.finish()
+    assert rig.ends(int((tmp_path / 'hang').read_text()))
+
+
+def test_a_login_that_is_slow_does_not_take_the_gpus_away(channel, env, tmp_path):
+    path = smi(tmp_path, rig.NVIDIA_SMI)
+    rows = [rig.GPU_COLUMNS, rig.gpu_row(0)]
+    (tmp_path / 'gpus.table').write_text(''.join(';'.join(row) + '\n' for row in rows))
+    shell = tmp_path / 'bin/slow'
+    shell.write_text('#!/bin/bash\nexec sleep 1000\n')
+    shell.chmod(0o755)
+    runner = channel(env={**env, 'PATH': path, 'SHELL': str(shell)}, gpus=True)
+    assert len(s.parse_probe(facts_of(runner), s.Machine('here')).gpus) == 1
+    for pid in rig.knowing(env['HOME']):
+        if rig.cmdline(pid) == 'sleep 1000':
+            rig.kill(pid, lambda pid: True)
+    runner.finish()
+
+
 def test_without_tar_or_find_it_says_so(channel, env, tmp_path):
     programs = rig.farm(tmp_path / 'bin', leave_out=('tar', 'find', 'rsync'))
     runner = channel(env={**env, 'PATH': str(programs)})
