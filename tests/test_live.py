@@ -333,3 +333,16 @@ def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(batches, lab):
 def test_there_is_no_advice_where_it_would_not_help(batches, lab1):
     done = batches.run(['sleep 2.5'], [lab1], '--no-gpu-required', '--memory-required=7000')
     assert done.returncode == 0 and 'asked' not in done.stderr
+
+
+def test_an_interrupt_after_a_machine_was_lost(watched, lab, gate):
+    one, two = lab(), lab()
+    batch, notes = watched([gate.wait('a'), gate.wait('b')], [one, two], *NO_GPU, '--reserve')
+    batch.until('started: ')
+    batch.until('started: ')
+    one.stop()
+    notes.until('lost contact')
+    os.kill(batch.process.pid, signal.SIGINT)
+    batch.until('interrupted: 2 jobs: 0 finished, 0 failed')
+    assert batch.process.wait(rig.SAFETY_NET_S) == 130
+    assert 'Traceback' not in notes.path.read_text()
