@@ -44,6 +44,7 @@ import collections
 import errno
 import fcntl
 import heapq
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,12 @@ __version__ = '0.1.0'
 
 
 # ---- Usage: these texts are what docopt parses, and where every default stands ----
+
+MACHINE_OPTIONS = """\
+Machines:
+  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
+                              name from ~/.ssh/config, user@host[:port], or localhost.
+"""
 
 HARDWARE_OPTIONS = """\
 Hardware that each job needs:
@@ -97,10 +104,7 @@ Usage:
   <batch> has one bash command a line; - is the standard input. Results go to ./job_results.
   A list takes all words up to the next option; -- ends it.
 
-Machines:
-  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
-                              name from ~/.ssh/config, user@host[:port], or localhost.
-
+{machines}
 {hardware}
 {files}
 Other:
@@ -112,7 +116,7 @@ Other:
   --version                   Show the version.
 
 Exit status: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration, 130 interrupted.
-""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
 One command for one machine. In this version: as a line of a batch file, where it gives this job
@@ -153,10 +157,7 @@ Usage:
   query_machines [options] [--machines=<machine>]... [--watch=<seconds>]...
   query_machines --help | --version
 
-Machines:
-  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
-                              name from ~/.ssh/config, user@host[:port], or localhost.
-
+{machines}
 {hardware}
 With one of these given: how many such jobs would fit now.
 
@@ -168,7 +169,7 @@ Other:
   --version                   Show the version.
 
 Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
-""".format(hardware=HARDWARE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS)
 
 
 # ---- Errors: each a sentence, with what to do ----
@@ -245,6 +246,13 @@ class Options(dict):
             bounds += [f'at most {most}'] if most is not None else []
             raise UsageError(f'{name} must be a number {" and ".join(bounds)}, not {self[name]!r}.')
         return value
+
+    def whole_number(self, name, **bounds):
+        """Return option `name` as an int within the bounds."""
+        value = self.number(name, **bounds)
+        if value != int(value):
+            raise UsageError(f'{name} must be a whole number, not {self[name]!r}.')
+        return int(value)
 
 
 def option_kinds(usage):
@@ -715,22 +723,20 @@ def check_job_name(name, where):
 
 def read_allocation(options, base=None):
     """Return the Allocation that the options ask for; those given change `base`, if any."""
-    def number(name, fallback, **bounds):
+    def number(name, fallback, read=options.number, **bounds):
         if base and name not in options.given:
             return fallback
-        return options.number(name, **bounds)
+        return read(name, **bounds)
 
     start = base or Allocation()
     if options['--no-gpu-required'] and '--num-gpus' in options.given:
         raise UsageError('--no-gpu-required and --num-gpus: give one of them.')
-    gpus = number('--num-gpus', start.gpus, least=0)
-    if gpus != int(gpus):
-        raise UsageError(f'--num-gpus must be a whole number, not {options["--num-gpus"]!r}.')
+    gpus = number('--num-gpus', start.gpus, options.whole_number, least=0)
     return Allocation(
         cores=number('--num-cpus', start.cores, above=0),
         memory_mb=math.ceil(number('--memory-required', start.memory_mb, least=0)),
         reserve=options['--reserve'] or start.reserve,
-        gpus=0 if options['--no-gpu-required'] else int(gpus),
+        gpus=0 if options['--no-gpu-required'] else gpus,
         gpu_memory_mb=math.ceil(number('--gpu-memory-required', start.gpu_memory_mb, least=0)),
         gpu_utilization=number('--gpu-utilization', start.gpu_utilization, above=0, most=1),
         reserve_gpu=start.reserve_gpu and not options['--no-reserve-gpu'])
@@ -1181,7 +1187,7 @@ def read_sample(facts, first_free=None):
 
 
 def read_claims(facts):
-    """Return the Claims among the facts; of each of our jobs the last."""
+    """Return the Claims among the facts."""
     claims = []
     for key, text in facts:
         match = key == 'claim' and re.fullmatch(
@@ -1222,12 +1228,7 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
     trouble = gpu_trouble(values)
     if trouble:
         return (), (), trouble
-    processes = collections.defaultdict(list)       # uuid -> [(MB or None, user, key)]
-    for key, line in facts:
-        fields = line.split(' ')
-        if key == 'gpu_process' and len(fields) >= 4:
-            used = fields[1] if fields[1].isascii() and fields[1].isdigit() else ''
-            processes[fields[0]].append((int(used[:12]) if used else None, fields[-2], fields[-1]))
+    processes = gpu_processes(facts)
     gpus, limits, refused = {}, [], []
     extended = values.get('nvidia_smi') != 'old'
     for key, line in facts:
@@ -1244,7 +1245,7 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
                   if claim.key not in ours and gpu.index in claim.gpus]
         used = {}                                   # key of a claim -> MB that its processes have
         for mb, _, owner in processes[gpu.uuid]:
-            used[owner] = used.get(owner, 0) + (mb or 0)
+            used[owner] = used.get(owner, 0) + mb
         if processes[gpu.uuid]:
             asked = collections.Counter()           # the same, but what they ask for
             for claim in claims:
@@ -1263,6 +1264,20 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
             reserved=any(alone for *_, alone in theirs))
     trouble = '; '.join(dict.fromkeys(filter(None, refused))) or 'has an nvidia-smi, but no GPU'
     return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), '' if gpus else trouble
+
+
+def gpu_processes(facts):
+    """Return {GPU's uuid: [(MB, whose it is, key of its job or other)]} of the facts of a probe.
+
+    MB is 0 where nvidia-smi does not tell.  The key is '' where no batch claims the process.
+    """
+    found = collections.defaultdict(list)
+    for key, line in facts:
+        fields = line.split(' ')
+        if key == 'gpu_process' and len(fields) >= 4:
+            used = fields[1] if fields[1].isascii() and fields[1].isdigit() else ''
+            found[fields[0]].append((int(used[:12] or 0), fields[-2], fields[-1]))
+    return found
 
 
 def gpu_trouble(values):
@@ -4101,10 +4116,9 @@ def need_of(placement):
 def gpu_memory(facts):
     """Return {key of a job: MB that its processes have on GPUs} of the facts of a probe."""
     found = collections.Counter()
-    for key, line in facts:
-        fields = line.split(' ')
-        if key == 'gpu_process' and len(fields) >= 4 and re.fullmatch('[0-9]{1,9}', fields[1]):
-            found[fields[-1]] += int(fields[1])
+    for mb, _, key in itertools.chain.from_iterable(gpu_processes(facts).values()):
+        if mb:
+            found[key] += mb
     return found
 
 
@@ -4863,11 +4877,9 @@ def execute_batch(argv):
             check_named(path, '--copy-forwards')
         for path in forwards.link:
             check_named(path, '--link-forwards')
-    nice = options.number('--nice', least=0, most=19)
-    if nice != int(nice):
-        raise UsageError(f'--nice must be a whole number, not {options["--nice"]!r}.')
+    nice = options.whole_number('--nice', least=0, most=19)
     results = ResultStore('job_results').open()
-    session = Session(results, reporter.trace, nice=int(nice), live=not options['--no-live'])
+    session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'])
     try:
         return run_batch(options, machines, jobs, session, reporter)
     finally:
