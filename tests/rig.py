@@ -12,7 +12,8 @@ Three tricks make one computer look like several:
   its processes can be found, whoever started them and however often they forked.
 * PidFile is a FIFO: sshd opens it once it listens, so that we are told and need not look again.
 
-`python3 rig.py --missing` lists the Debian packages that are needed and not there.
+`python3 rig.py --missing` lists the Debian packages that are needed and not there; for root, those
+of hosts.py as well, where a machine is a network of its own, too.
 """
 import atexit
 import functools
@@ -40,6 +41,9 @@ DEBIAN_PACKAGES = {
     'shellcheck': 'shellcheck', 'libnss-wrapper': 'libnss_wrapper.so',
 }
 SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin')
+# What hosts.py needs besides, of use to root only: without them its tests are skipped.
+HOST_PACKAGES = {'iproute2': 'ip', 'nftables': 'nft', 'util-linux': 'unshare', 'mount': 'mount',
+                 'faketime': 'faketime'}
 LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')
 
 
@@ -56,9 +60,9 @@ def nss_wrapper():
     return str(found[0]) if found else None
 
 
-def missing_tools():
+def missing_tools(packages=DEBIAN_PACKAGES):
     """The Debian packages that have to be installed before a Machine can start."""
-    return [package for package, file in DEBIAN_PACKAGES.items()
+    return [package for package, file in packages.items()
             if not (nss_wrapper() if file.endswith('.so') else program(file))]
 
 
@@ -301,7 +305,7 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
 # KexAlgorithms: OpenSSH's default, sntrup761, costs 60 ms more of processor time in every login.
 SSHD_CONFIG = '''\
 {options}
-ListenAddress 127.0.0.1
+ListenAddress {address}
 Port {port}
 HostKey {folder}/host_key
 PidFile {folder}/listening
@@ -363,6 +367,7 @@ class Machine:
     """
 
     user = 'ben'
+    address = '127.0.0.1'
 
     def __init__(self, name='lab1', *, shell='/bin/bash', startup=None, gpus=None,
                  nvidia_smi=None, tools=None, leave_out=(), path_extra=(), uid=None,
@@ -392,6 +397,7 @@ class Machine:
         self.proc = self.beside.proc if self.beside else self.folder / 'proc'
         self.shared = self.beside.shared if self.beside else self.folder / 'shared'
         self.log = self.folder / 'sshd.log'
+        self.ledger = self.folder / 'ledger'    # see ledgers.py; outlives a power cut
         self.key = self.folder / 'client_key'
         self.known_hosts = self.folder / 'known_hosts'
         self.port = free_port()
@@ -418,6 +424,8 @@ class Machine:
     def _prepare(self):
         for folder in (self.home, self.bin):
             folder.mkdir()
+        self.ledger.touch()
+        self.ledger.chmod(0o666)
         if not self.beside:
             self.shared.mkdir()
             self.shared.chmod(0o1777)
@@ -435,7 +443,7 @@ class Machine:
             subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-C', self.name,
                             '-f', key], check=True)
         host_key = (self.folder / 'host_key.pub').read_text()
-        self.known_hosts.write_text(f'[127.0.0.1]:{self.port} {host_key}')
+        self.known_hosts.write_text(f'[{self.address}]:{self.port} {host_key}')
         self._write_accounts()
         self._write_sshd_config()
 
@@ -452,14 +460,18 @@ class Machine:
         (self.folder / 'passwd').write_text('\n'.join(users) + '\n')
         (self.folder / 'group').write_text(f'{self.user}:x:{gid}:\n')
 
+    def _environment(self):
+        """What every session has, besides `env`."""
+        return {'PATH': self.path, 'RIG_MACHINE': self.folder, 'RIG_LEDGER': self.ledger,
+                'SSH_SCHEDULER_PROC': self.proc, 'SSH_SCHEDULER_SHARED': self.shared,
+                'SSH_SCHEDULER_SYS': self.folder / 'sys'}
+
     def _write_sshd_config(self):
-        environment = {'PATH': self.path, 'RIG_MACHINE': self.folder,
-                       'SSH_SCHEDULER_PROC': self.proc, 'SSH_SCHEDULER_SHARED': self.shared,
-                       'SSH_SCHEDULER_SYS': self.folder / 'sys', **self.env}
         quoted = ' '.join('"{}={}"'.format(name, re.sub(r'(["\\])', r'\\\1', str(value)))
-                          for name, value in environment.items())
+                          for name, value in {**self._environment(), **self.env}.items())
         (self.folder / 'sshd_config').write_text(SSHD_CONFIG.format(
-            options=self.sshd_options, port=self.port, folder=self.folder, environment=quoted))
+            options=self.sshd_options, address=self.address, port=self.port, folder=self.folder,
+            environment=quoted))
         check = subprocess.run([*self._sshd_argv(), '-t'], env=self._sshd_env(),
                                capture_output=True, text=True)
         if check.returncode:
@@ -472,6 +484,11 @@ class Machine:
         return {**os.environ, 'LD_PRELOAD': nss_wrapper(),
                 'NSS_WRAPPER_PASSWD': str(self.folder / 'passwd'),
                 'NSS_WRAPPER_GROUP': str(self.folder / 'group')}
+
+    @property
+    def account(self):
+        """What the program calls it in its journal."""
+        return f'{self.user}@{self.address}:{self.port}'
 
     # -- what it claims to have
 
@@ -522,9 +539,7 @@ class Machine:
         os.mkfifo(fifo)
         listening = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         with open(self.log, 'ab') as log:
-            self.sshd = subprocess.Popen([*self._sshd_argv(), '-D', '-e'], env=self._sshd_env(),
-                                         stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                         start_new_session=True)
+            self.sshd = self._launch(log)
         ended = os.pidfd_open(self.sshd.pid)
         try:
             if listening not in wait_readable(listening, ended):
@@ -533,6 +548,11 @@ class Machine:
             os.close(listening)
             os.close(ended)
             fifo.unlink()
+
+    def _launch(self, log):
+        return subprocess.Popen([*self._sshd_argv(), '-D', '-e'], env=self._sshd_env(),
+                                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                start_new_session=True)
 
     def stop(self):
         """Cut it off: sshd and its connections end, whatever else runs on it runs on."""
@@ -583,7 +603,7 @@ class Machine:
 
     def yaml(self, **extra):
         """Write the machine's file as a user would, and return its path.  None takes a key out."""
-        fields = {'username': self.user, 'ip': '127.0.0.1', 'port': self.port,
+        fields = {'username': self.user, 'ip': self.address, 'port': self.port,
                   'ssh_key_path': str(self.key),
                   'ssh_options': {'UserKnownHostsFile': str(self.known_hosts)}, **extra}
         path = self.folder / f'{self.name}.yaml'
@@ -596,7 +616,7 @@ class Machine:
         return ['ssh', '-F', 'none', '-p', str(self.port), '-i', str(self.key),
                 '-o', 'BatchMode=yes', '-o', 'IdentitiesOnly=yes', '-o', 'LogLevel=ERROR',
                 '-o', f'UserKnownHostsFile={self.known_hosts}',
-                '-o', 'StrictHostKeyChecking=yes', *options, f'{self.user}@127.0.0.1']
+                '-o', 'StrictHostKeyChecking=yes', *options, f'{self.user}@{self.address}']
 
     def run(self, text, stdin='', timeout_s=SAFETY_NET_S):
         """Run text in the login shell over a login of its own (which logins() counts, too)."""
@@ -619,5 +639,6 @@ class Machine:
 if __name__ == '__main__':
     if sys.argv[1:] != ['--missing']:
         sys.exit(__doc__)
-    print(*missing_tools(), sep='\n', end='\n' if missing_tools() else '')
-    sys.exit(bool(missing_tools()))
+    missing = missing_tools() + (missing_tools(HOST_PACKAGES) if os.getuid() == 0 else [])
+    print(*missing, sep='\n', end='\n' if missing else '')
+    sys.exit(bool(missing))
