@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hosts as host_rig
 import pytest
 import rig
 from batching import Batches, Gate
@@ -21,7 +22,7 @@ def nothing_left():
                     f'sudo apt-get install {" ".join(missing)}', returncode=3)
     yield
     rig.remove_shared_farms()
-    left = rig.leftovers()
+    left = rig.leftovers() + host_rig.leftovers()
     assert not left, 'the tests left behind:\n' + '\n'.join(left)
 
 
@@ -64,6 +65,38 @@ def lab2():
     """Another one like lab1."""
     with rig.Machine('lab2', gpus=rig.fake_gpus(2)) as machine:
         yield machine
+
+
+@pytest.fixture
+def host():
+    """Make computers of their own (see hosts.py): host(disk={'size': 1 << 20}, ...)."""
+    if host_rig.why_not():
+        pytest.skip(host_rig.why_not())
+    with contextlib.ExitStack() as made:
+        count = 0
+
+        def start(**settings):
+            nonlocal count
+            count += 1
+            settings.setdefault('name', f'host{count}')
+            return made.enter_context(host_rig.Host(**settings))
+
+        yield start
+
+
+@pytest.fixture
+def hosts(host):
+    """Two of them."""
+    return host(), host()
+
+
+@pytest.fixture
+def disk():
+    """Make small file systems on this side: disk(size=..., inodes=..., at=folder)."""
+    if host_rig.why_not():
+        pytest.skip(host_rig.why_not())
+    with contextlib.ExitStack() as made:
+        yield lambda **settings: made.enter_context(host_rig.Disk(**settings))
 
 
 # ---- The client ----

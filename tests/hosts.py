@@ -1,0 +1,596 @@
+"""Machines that are computers of their own, as far as the kernel can make them: to break them.
+
+A Host is a rig.Machine with a network, processes, mounts, /tmp, /dev/shm, name, boot id and uptime
+of its own.  What only happens to whole computers can happen to it: its cable is cut, it answers no
+more, its power fails and it boots anew, its disk is full.  It needs root, and Linux.
+
+    this computer:  rigN 198.18.x.y/30 <--veth--> eth0 :the host's network, held open by one fd
+                    unshare -> pid 1 (INIT, a bash that starts what we tell it) -> sshd -> jobs
+
+Everything hangs on this process: the network on its descriptor, pid 1 on the pipe that it reads.
+So even when the tests are killed, nothing stays but folders.  Nothing is ever routed elsewhere: a
+host has no route but to us, and the addresses are those that RFC 2544 keeps for such benches.
+"""
+import contextlib
+import functools
+import ipaddress
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import rig
+from rig import (
+    SAFETY_NET_S,
+    Machine,
+    cmdline,
+    ends,
+    is_sshd,
+    parent_and_state,
+    pids,
+    program,
+    read_proc,
+    wait_readable,
+)
+
+ADDRESSES = ipaddress.ip_network('198.18.0.0/15')
+PORT = 2222             # no other sshd is in the host's network
+YOUNG_S = 10            # its uptime when it has booted
+NAMESPACES = ('--mount', '--pid', '--uts', '--ipc', '--time')
+
+INTERFACES = []         # (name, index) of every one that was made, for leftovers()
+MOUNTS = []             # where tmpfs was mounted
+
+
+# ---- What hosts need ----
+
+@functools.cache
+def why_not():
+    """Why there can be no Host here, or None."""
+    if os.getuid() != 0:
+        return 'hosts with a network of their own need root'
+    missing = rig.missing_tools(rig.HOST_PACKAGES)
+    if missing:
+        return f'hosts need more Debian packages: apt-get install {" ".join(missing)}'
+    script = f'{program("mount")} -t tmpfs tmpfs /tmp && {program("nft")} list ruleset'
+    tried = subprocess.run(['unshare', '--net', *NAMESPACES, '--fork', '--mount-proc', 'sh', '-c',
+                            script], capture_output=True, text=True)
+    return f'no namespaces for hosts here: {tried.stderr.strip()}' if tried.returncode else None
+
+
+def faketime():
+    """Path of the library that shifts the clock of those that preload it."""
+    return str(next(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')))
+
+
+def leftovers():
+    """Sentences that name what should be gone, besides what rig.leftovers() knows."""
+    def index(name):
+        with contextlib.suppress(OSError):
+            return Path(f'/sys/class/net/{name}/ifindex').read_text().strip()
+
+    mounted = Path('/proc/self/mounts').read_text()
+    return [*(f'interface {name} is still there' for name, number in INTERFACES
+              if index(name) == number),
+            *(f'{path} is still mounted' for path in MOUNTS if f' {path} ' in mounted)]
+
+
+def command(*argv, text=None):
+    """Run a system program that has to succeed; return what it said."""
+    done = subprocess.run([program(argv[0]), *map(str, argv[1:])], input=text,
+                          capture_output=True, text=True, timeout=SAFETY_NET_S)
+    if done.returncode:
+        raise OSError(f'{" ".join(map(str, argv))}: {done.stderr.strip()}\n{text or ""}')
+    return done.stdout
+
+
+# ---- Link: a network and the cable to it ----
+
+class Link:
+    """A network namespace and a veth pair from it to here, with what goes wrong on the way."""
+
+    def __init__(self):
+        self._network = new_network()
+        try:
+            self._connect()
+        except BaseException:
+            os.close(self._network)
+            raise
+        self.mend()
+
+    def _connect(self):
+        path = f'/proc/{os.getpid()}/fd/{self._network}'
+        while True:             # the kernel tells, for all workers, whether a name is taken
+            number = random.randrange(ADDRESSES.num_addresses // 4)
+            self.name = f'rig{number}'
+            try:
+                command('ip', 'link', 'add', self.name, 'type', 'veth', 'peer', 'name', 'eth0',
+                        'netns', path)
+                break
+            except OSError as error:
+                if 'File exists' not in str(error):
+                    raise
+        INTERFACES.append((self.name, Path(f'/sys/class/net/{self.name}/ifindex').read_text()
+                           .strip()))
+        here, self.address = (str(ADDRESSES[4 * number + n]) for n in (1, 2))
+        up = 'link set {0} addrgenmode none\naddr add {1}/30 dev {0}\nlink set {0} up\n'
+        command('ip', '-batch', '-', text=up.format(self.name, here))
+        self.command('ip', '-batch', '-', text='link set lo up\n' + up.format('eth0', self.address))
+
+    def close(self):
+        """Take it away at once; by itself, the kernel would take its time."""
+        command('ip', 'link', 'del', self.name)
+        os.close(self._network)
+
+    def entered(self):
+        """Words before a command that shall run in the network, and only in that."""
+        return [program('nsenter'), f'--net=/proc/{os.getpid()}/fd/{self._network}', '--']
+
+    def command(self, name, *argv, text=None):
+        return command(*self.entered(), program(name), *argv, text=text)
+
+    def filter(self, incoming='', outgoing=''):
+        """Have these nft rules over there, and no others."""
+        def chain(hook, rules):
+            return (f'chain {hook} {{ type filter hook {hook} priority 0;\n'
+                    f'meta oifname lo accept\nmeta iifname lo accept\n{rules}\n}}\n')
+
+        self.command('nft', '-f', '-', text=(
+            'table inet faults\ndelete table inet faults\n'     # there is none at first
+            f'table inet faults {{\n{chain("input", incoming)}{chain("output", outgoing)}}}\n'))
+
+    def shape(self, bytes_per_s):
+        """Let no more through, in each direction."""
+        tbf = (f'root tbf rate {8 * bytes_per_s}bit burst 4000 limit 60000').split()
+        command('tc', 'qdisc', 'replace', 'dev', self.name, *tbf)
+        self.command('tc', 'qdisc', 'replace', 'dev', 'eth0', *tbf)
+        self._shaped = True
+
+    def plug(self, state):
+        """'down' pulls the plug over there: here is still a route, so nothing goes elsewhere."""
+        self.command('ip', 'link', 'set', 'eth0', state)
+
+    def mend(self):
+        """No fault any more."""
+        self.filter()
+        if getattr(self, '_shaped', False):
+            command('tc', 'qdisc', 'del', 'dev', self.name, 'root')
+            self.command('tc', 'qdisc', 'del', 'dev', 'eth0', 'root')
+            self._shaped = False
+        self.plug('up')
+
+    def forget_connections(self):
+        """Destroy the sockets over there; each says so to the other side, if it can."""
+        self.command('ss', '--kill', '--tcp')
+
+
+def new_network():
+    """A descriptor that holds a new network namespace open."""
+    with subprocess.Popen(['unshare', '--net', 'sh', '-c', 'echo; read -r _'],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        return os.open(f'/proc/{holder.pid}/ns/net', os.O_RDONLY)
+
+
+# ---- Disk: a small file system ----
+
+class Disk:
+    """A small tmpfs, that can be filled; a context manager.
+
+    `root` is where it is mounted: `at`, which exists, or a folder of its own; `folder` is for use.
+    """
+
+    def __init__(self, size=1 << 20, inodes=1000, at=None):
+        self.size, self.inodes, self._at = size, inodes, at
+
+    def __enter__(self):
+        self.root = Path(self._at or rig.temporary_folder('disk', mode=0o755))
+        MOUNTS.append(self.root)
+        command('mount', '-t', 'tmpfs', '-o',
+                f'size={self.size},nr_inodes={self.inodes},mode=0755', 'tmpfs', self.root)
+        self.folder = self.root if self._at else self.root / 'here'
+        self.folder.mkdir(exist_ok=True)
+        self._ballast, self._files = self.root / '.ballast', self.root / '.files'
+        return self
+
+    def __exit__(self, *_exception):
+        command('umount', '--lazy', self.root)      # one may still stand in it
+        if not self._at:
+            rig.remove(self.root)
+
+    def fill(self, leave=0):
+        """Leave at most so many bytes free, in whole pages."""
+        self.free()
+        room = os.statvfs(self.root)
+        pages = room.f_bavail - leave // room.f_frsize
+        with open(self._ballast, 'wb') as file:
+            os.posix_fallocate(file.fileno(), 0, pages * room.f_frsize)
+
+    def fill_inodes(self, leave=0):
+        """Leave so many names free."""
+        self.free()
+        self._files.mkdir()
+        for number in range(os.statvfs(self.root).f_favail - leave):
+            (self._files / str(number)).touch()
+
+    def free(self):
+        """Take away what fill and fill_inodes made."""
+        with contextlib.suppress(FileNotFoundError):
+            self._ballast.unlink()
+        shutil.rmtree(self._files, ignore_errors=True)
+
+    def read_only(self, yes=True):
+        """Refused while someone has a file open to write."""
+        command('mount', '-o', f'remount,{"ro" if yes else "rw"}', self.root)
+
+
+# ---- Host ----
+
+INIT = r'''
+# Pid 1 of a host; runs there.  $1: its folder, $2: its name, $3: its home, $4: "ro" or "rw" for
+# /tmp; the rest: folders that are seen although they lie where it has folders of its own.
+set -e
+folder=$1 name=$2 home=$3 tmp=$4
+shift 4
+hostname "$name"
+mount --bind "$folder/proc/sys/kernel/random/boot_id" /proc/sys/kernel/random/boot_id
+places=()
+for place; do
+    exec {fd}<"$place"
+    places+=("$fd")
+done
+mount --bind "$folder/shared" /dev/shm
+mount --bind "$folder/tmp" /tmp             # after it, our folder cannot be seen
+for place; do
+    fd=${places[0]}
+    places=("${places[@]:1}")
+    mkdir -p "$place"
+    mount --no-canonicalize --rbind "/proc/self/fd/$fd" "$place"    # by its path, it is gone
+    exec {fd}<&-
+done
+mount --bind "$home" "$home"
+mount -o "remount,bind,$tmp" /tmp
+cd /
+echo up
+# Each request is two lines: the pid that it shall get, or nothing, and a command; the answer is the
+# pid.  Meanwhile this bash waits for all that lost its parent, as an init must.
+set +e
+while read -r pid && IFS= read -r line; do
+    [ -z "$pid" ] || echo "$((pid - 1))" >/proc/sys/kernel/ns_last_pid
+    eval "exec $line" &
+    echo "$!"
+done
+'''
+
+
+class Daemon:
+    """A process that pid 1 over there started, with as much of Popen as Machine uses."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        self._handle = os.pidfd_open(pid)
+
+    def send_signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s=SAFETY_NET_S):
+        if not wait_readable(self._handle, timeout_s=timeout_s):
+            raise TimeoutError(f'process {self.pid} does not end: {cmdline(self.pid)}')
+        os.close(self._handle)
+
+
+class Host(Machine):
+    """A computer of its own, with what Machine takes, and
+
+    disk        {'size': bytes, 'inodes': number}: its home is on a file system that small
+    tmp         'ro': nobody can write to /tmp
+    sees        folders of this computer that it shares (with gates, say), though they lie in /tmp
+    clock       '+1d': by so much is the clock of its sessions wrong
+
+    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.
+    """
+
+    def __init__(self, name='host1', *, disk=None, tmp='rw', sees=(), clock=None, **settings):
+        super().__init__(name, **settings)
+        if self.beside:
+            raise ValueError('a Host is a computer, not an account on one')
+        if clock:
+            self.env = {'LD_PRELOAD': faketime(), 'FAKETIME': clock,
+                        'FAKETIME_DONT_FAKE_MONOTONIC': '1', **self.env}
+        self.tmp, self.sees, self._disk_settings = tmp, sees, disk
+        self.link = self.disk = self._init = self._pid1 = None
+        self._belongings = contextlib.ExitStack()
+
+    def __exit__(self, *exception):
+        with self._belongings:
+            super().__exit__(*exception)
+
+    # -- what it consists of
+
+    def _prepare(self):
+        self.link = Link()
+        self._belongings.callback(self.link.close)
+        self.address, self.port = self.link.address, PORT
+        if self._disk_settings:
+            self.disk = self._belongings.enter_context(Disk(**self._disk_settings))
+            self.home = self.disk.root / 'home'
+        self.own_tmp = self.folder / 'tmp'
+        self.own_tmp.mkdir()
+        self.own_tmp.chmod(0o1777)
+        super()._prepare()
+
+    def _environment(self):
+        known = super()._environment()
+        del known['SSH_SCHEDULER_SHARED']       # its /dev/shm is really its own
+        return known
+
+    def _boot(self):
+        """Start pid 1, with all that a computer has for itself."""
+        self.set_boot_id()
+        with open('/proc/uptime') as file:
+            age_s = int(float(file.read().split()[0]))
+        programs = [folder for folder in self.path.split(os.pathsep)
+                    if folder.startswith(('/tmp/', '/dev/shm/'))]
+        seen = [self.folder, *(folder for folder in (self.home, *self.sees, *programs)
+                               if self.folder not in Path(folder).parents)]
+        argv = [*self.link.entered(), program('unshare'), *NAMESPACES,
+                f'--boottime=-{max(age_s - YOUNG_S, 0)}', '--fork', '--kill-child', '--mount-proc',
+                program('bash'), self.folder / 'init', self.folder, self.name, self.home, self.tmp,
+                *seen]
+        (self.folder / 'init').write_text(INIT)
+        with open(self.log, 'ab') as log:
+            self._init = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                          stderr=log, start_new_session=True)
+        if self._answer() != 'up':
+            raise RuntimeError(f'{self.name} does not boot:\n{self.log.read_text()}')
+        self._pid1, = children(self._init.pid)
+        self._namespace = os.readlink(f'/proc/{self._pid1}/ns/pid')
+
+    def _answer(self):
+        pipe = self._init.stdout
+        return pipe.readline().decode().strip() if wait_readable(pipe.fileno()) else None
+
+    def spawn(self, line, pid=None):
+        """Let pid 1 start a shell command in the background; return its pid, as it is there.
+
+        `pid` is the one that it shall have: the kernel gives it if nobody has it.
+        """
+        self._init.stdin.write(f'{pid or ""}\n{line}\n'.encode())
+        self._init.stdin.flush()
+        return int(self._answer())
+
+    def enter(self, *argv):
+        """Run a command there as root, without its sshd and its network; return what it says."""
+        return command('nsenter', f'--target={self._pid1}', '--mount', '--pid', '--uts', '--ipc',
+                       '--', *argv)
+
+    def _launch(self, _log):
+        env = {name: value for name, value in self._sshd_env().items()
+               if name == 'LD_PRELOAD' or name.startswith('NSS_WRAPPER_')}
+        words = ['setsid', 'env', *(f'{name}={value}' for name, value in env.items()),
+                 *self._sshd_argv(), '-D', '-e']
+        line = ' '.join(shlex.quote(str(word)) for word in words)
+        log = shlex.quote(str(self.log))
+        try:
+            return Daemon(self.pid_here(self.spawn(f'{line} </dev/null >>{log} 2>&1')))
+        except (LookupError, ProcessLookupError):
+            raise RuntimeError(f'sshd of {self.name} ended:\n{self.log.read_text()}') from None
+
+    # -- its life
+
+    def start(self):
+        """Power on, if it is off; start sshd, and return when it listens."""
+        if self._init is None:
+            self._boot()
+            self.link.plug('up')
+        if self.sshd is None:
+            super().start()
+
+    power_on = start
+
+    def power_off(self):
+        """As when the power fails: nothing says goodbye; /tmp and /dev/shm are empty then."""
+        if self._init is None:
+            return
+        self.link.plug('down')
+        self.link.forget_connections()      # they are the network's, which we keep
+        handle = os.pidfd_open(self._pid1) if self._pid1 else None
+        self._init.kill()
+        if handle is not None:
+            if not wait_readable(handle):   # pid 1 is the last to end
+                raise TimeoutError(f'{self.name} runs on without power')
+            os.close(handle)
+        self._init.stdin.close()
+        self._init.stdout.close()
+        self._init.wait()
+        if self.sshd:
+            self.sshd.wait()
+        self._init = self._pid1 = self.sshd = None
+        for folder in (self.own_tmp, self.shared):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    rig.remove(path)
+                else:
+                    path.unlink()
+
+    def reboot(self):
+        """A power cut and a boot: with another boot id."""
+        self.power_off()
+        self.power_on()
+
+    # -- its network
+
+    def cut(self):
+        """Silence in both directions, as if a router had died."""
+        self.link.filter('drop', 'drop')
+
+    def drop_requests(self):
+        """What we send does not arrive."""
+        self.link.filter('drop', '')
+
+    def drop_replies(self):
+        """What we send arrives, but there is no answer, not even that it arrived."""
+        self.link.filter('', 'drop')
+
+    def reject(self):
+        """Each packet to sshd is answered with a reset: connections break, and none begins."""
+        self.link.filter('meta l4proto tcp reject with tcp reset', '')
+
+    def lossy(self, percent=20):
+        """So many packets are lost, in each direction."""
+        rule = f'numgen random mod 100 < {percent} drop'
+        self.link.filter(rule, rule)
+
+    def slow(self, bytes_per_s=20_000):
+        """No more comes through, in each direction; may be lossy, too."""
+        self.link.shape(bytes_per_s)
+
+    def unplug(self):
+        """The cable is out: after some seconds, there is 'No route to host'."""
+        self.link.plug('down')
+
+    def restore(self):
+        """The network is as it was."""
+        self.link.mend()
+
+    def reset_connections(self):
+        """Break all connections, once, with a reset."""
+        self.link.forget_connections()
+
+    # -- its sshd: freeze(), thaw() and stop() are Machine's
+
+    def freeze_listener(self):
+        """Nobody can log in, who is logged in notices nothing."""
+        self.sshd.send_signal(signal.SIGSTOP)
+
+    def freeze_sessions(self):
+        """Who is logged in hears nothing any more, others can log in."""
+        for pid in self._connections():
+            os.kill(pid, signal.SIGSTOP)
+
+    def kill_sessions(self):
+        """Kill the sshds of all connections; return how many."""
+        connections = self._connections()
+        for pid in connections:
+            rig.kill(pid, is_sshd)
+        return len(connections)
+
+    def stop_listener(self):
+        """As `systemctl stop ssh`: connections go on, and start() lets others in again."""
+        self.sshd.terminate()
+        self.sshd.send_signal(signal.SIGCONT)
+        self.sshd.wait()
+        self.sshd = None
+
+    def _connections(self):
+        """All live sshds but the one that listens, whose children they need not be any more."""
+        return [pid for pid in self._pids() if is_sshd(pid) and parent_and_state(pid)[1] not in 'ZX'
+                and not (self.sshd and pid == self.sshd.pid)]
+
+    # -- its processes.  Pids are this computer's, unless it is said that they are "there"
+
+    def _runs_here(self, pid):
+        """All but pid 1 and sshd: also what wiped its environment."""
+        return self._is_of_it(pid) and pid != self._pid1 and not is_sshd(pid)
+
+    def _is_of_it(self, pid):
+        with contextlib.suppress(OSError):
+            return (self._init is not None and                              # not of a zombie
+                    os.readlink(f'/proc/{pid}/ns/pid') == self._namespace)
+        return False
+
+    def _pids(self):
+        return [pid for pid in pids() if self._is_of_it(pid)]
+
+    def pid_here(self, there):
+        """This computer's pid of a process."""
+        for pid in self._pids():
+            if pid_there(pid) == there:
+                return pid
+        raise LookupError(f'{self.name} has no process {there}')
+
+    def pid_there(self, pid):
+        return pid_there(pid)
+
+    def reuse_pid(self, there, line='sleep 1000'):
+        """Start a command that has this pid there, which must be free."""
+        got = self.spawn(f'{line} </dev/null >/dev/null 2>&1', pid=there)
+        if got != there:
+            raise OSError(f'{self.name} has given pid {got} instead of {there}')
+
+    def runner(self):
+        """The program's bash that reads the channel, or None.
+
+        Its children have the same words; it alone has the name of its folder, run.NAME.PID.
+        """
+        for pid, _words in self.processes():
+            mine = f'/run.{self.name}.{pid_there(pid)}/events'
+            if any(path.endswith(mine) for path in open_files(pid)):
+                return pid
+
+    def kill_runner(self):
+        """SIGKILL it alone."""
+        self._kill_one(self.runner(), 'runner')
+
+    def job_processes(self, job):
+        """What runs of the job's own commands."""
+        mark = os.fsencode(f'SSH_SCHEDULER_JOB={job}')
+        return [pid for pid, _words in self.processes()
+                if mark in read_proc(pid, 'environ').split(b'\0')]
+
+    def wrapper(self, job):
+        """The program's bash that waits for the job's commands and records their end, or None."""
+        ours = self.job_processes(job)
+        above = {parent_and_state(pid)[0] for pid in ours} - {*ours, self._pid1}
+        return next((pid for pid in above if self._runs_here(pid)), None)
+
+    def kill_wrapper(self, job):
+        """SIGKILL it alone: the job goes on."""
+        self._kill_one(self.wrapper(job), f'wrapper of {job}')
+
+    def _kill_one(self, pid, what):
+        if pid is None:
+            raise LookupError(f'{self.name} has no {what}')
+        rig.kill(pid, self._runs_here)
+        assert ends(pid)
+
+    # -- its disk
+
+    def fill_disk(self, leave=0):
+        """Leave so many bytes where its home is (see `disk`)."""
+        self.disk.fill(leave)
+
+    def fill_inodes(self, leave=0):
+        self.disk.fill_inodes(leave)
+
+    def free_disk(self):
+        self.disk.free()
+
+    def read_only_home(self, yes=True):
+        """Its home, for those over there; refused while one has a file open to write."""
+        self.enter('mount', '-o', f'remount,bind,{"ro" if yes else "rw"}', self.home)
+
+
+def children(pid):
+    return list(map(int, read_proc(pid, f'task/{pid}/children').split()))
+
+
+def pid_there(pid):
+    """The pid in the process's own namespace."""
+    for line in read_proc(pid, 'status').splitlines():
+        if line.startswith(b'NSpid:'):
+            return int(line.split()[-1])
+
+
+def open_files(pid):
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f'/proc/{pid}/fd'):
+            with contextlib.suppress(OSError):
+                yield os.readlink(f'/proc/{pid}/fd/{name}')
