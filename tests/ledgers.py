@@ -1,0 +1,189 @@
+"""Did each job run exactly once?  Asks the jobs themselves, and compares all that was said of them.
+
+A line of a batch that is made with ledger_line() notes its start and its end in three places: the
+ledger of its machine, which no fault of the network or of the disk touches, its stdout, and a file
+`ran` in its folder.  check_exactly_once() compares these with the journal and with the report.
+"""
+import json
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+RAN = 'ran'         # what each job makes in its folder
+
+# One write each, so that lines of jobs that run at a time are never mixed; a disk that is full may
+# lose what lies on it, but not the ledger.  The command may be killed, but not who notes its end.
+LINE = ('job="$SSH_SCHEDULER_JOB"; try=${{PWD%/work}}; try=${{try##*.}}; '
+        'note() {{ echo "$job $try $1" >>"$RIG_LEDGER"; echo "$job $try $1"; '
+        'echo "$job $try $1" >>{ran}; }}; '
+        'note start; (eval {command}); status=$?; note end; exit $status')
+
+
+def ledger_line(job_command):
+    """Return a line for a batch that runs the command and notes its start and its end."""
+    return LINE.format(ran=RAN, command=shlex.quote(job_command))
+
+
+def ledgers_of(machines):
+    """{what the journal calls a machine: its ledger}, as check_exactly_once takes it."""
+    return {machine.account: machine.ledger for machine in machines}
+
+
+def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, jobs=(),
+                       backwards=True):
+    """Raise an AssertionError that says what is wrong, if a job did not run exactly once.
+
+    ledgers     {account: file}, or machines
+    stdout      what the program said; of several runs, a list
+    journal     the file; by default, where it is in `results`
+    jobs        names of those that must have run and be reported; others may have been left out
+    backwards   whether the jobs brought their folders back
+    """
+    if not isinstance(ledgers, dict):
+        ledgers = ledgers_of(ledgers)
+    results = Path(results)
+    runs = read_ledgers(ledgers)
+    reported = read_report([stdout] if isinstance(stdout, str) else stdout)
+    journal = read_journal(journal or results / '.ssh_scheduler/journal')
+    wrong = []
+    for job in sorted({*runs, *reported, *journal, *jobs}):
+        said = reported.get(job)
+        wrong += check_runs(job, runs[job], journal.get(job, []))
+        wrong += check_journal(job, runs[job], journal.get(job, []), said)
+        if said in ('finished', 'failed'):
+            wrong += check_reported(job, runs[job], said)
+        if said == 'finished':
+            wrong += check_result(job, runs[job], results, backwards)
+        elif job in jobs and said is None:
+            wrong.append(f'{job} is missing in the report.')
+    assert not wrong, '\n'.join(wrong)
+
+
+# ---- What is read ----
+
+def read_ledgers(ledgers):
+    """{job: {(attempt, account): [words]}}"""
+    runs = defaultdict(lambda: defaultdict(list))
+    for account, file in ledgers.items():
+        for line in Path(file).read_text().splitlines():
+            job, attempt, word = line.rsplit(' ', 2)
+            runs[job][int(attempt), account].append(word)
+    return runs
+
+
+def read_report(texts):
+    """{job: 'started', 'finished' or 'failed'}, as it was said last; a run ends a job only once."""
+    reported = {}
+    for text in texts:
+        ended = {}
+        for line in text.splitlines():
+            word, _, rest = line.partition(': ')
+            job = rest.partition(';')[0]
+            if word in ('finished', 'failed') and ';' in rest:
+                assert job not in ended, (f'{job} is reported {ended[job]} and then {word}, by one '
+                                          'run.')
+                ended[job] = word
+            if word in ('finished', 'failed', 'started') and ';' in rest:
+                reported[job] = word
+    return reported
+
+
+def read_journal(path):
+    """{job: [event]}; what follows the last end of a line was never said."""
+    events = defaultdict(list)
+    *lines, _torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            events[event['job']].append(event)
+        except (ValueError, KeyError, TypeError):
+            raise AssertionError(f'The journal has no event in line {number}: {line!r}') from None
+    return events
+
+
+# ---- What is wrong.  Each yields sentences ----
+
+def check_runs(job, runs, events):
+    """A start is one too many, unless the journal knows what became of the one before."""
+    for (attempt, account), words in runs.items():
+        if words.count('start') > 1:
+            yield (f'{job} ran twice: attempt {attempt} was started {words.count("start")} times '
+                   f'on {account}.')
+        if 'start' not in words or words.count('end') > 1:
+            yield f'{job}: the ledger of {account} makes no sense: {words} of attempt {attempt}.'
+    starts, whole = sorted(runs), sorted(key for key, words in runs.items() if 'end' in words)
+    excused = sum(event['event'] in ('lost', 'cancelled') for event in events)
+    if len(starts) > 1 + excused:
+        yield f'{job} ran twice: {these(starts)}; the journal gave up {excused}.'
+    if len(whole) > 1:
+        yield f'{job} ran twice from its start to its end: {these(whole)}.'
+
+
+def these(keys):
+    return ', '.join(f'attempt {attempt} on {account}' for attempt, account in keys)
+
+
+def check_journal(job, runs, events, said):
+    state, claim, code = None, {}, None
+    for event in events:
+        word = event['event']
+        if word == 'claimed':
+            again = claim and event['attempt'] == claim['attempt']
+            if again and event['machine'] != claim['machine']:
+                yield (f'The journal contradicts itself: attempt {claim["attempt"]} of {job} is '
+                       f'claimed on {claim["machine"]} and on {event["machine"]}.')
+            if not again and state not in (None, 'lost', 'cancelled'):
+                yield (f'The journal contradicts itself: {job} is claimed anew (attempt '
+                       f'{event["attempt"]}), but was {state}.')
+            if again and state == 'collected' or event['attempt'] < claim.get('attempt', 1):
+                yield (f'The journal contradicts itself: attempt {event["attempt"]} of {job} is '
+                       f'claimed again, but was {state}.')
+            claim = event
+        elif not claim or word == 'collected' and state != 'ended':
+            yield f'The journal contradicts itself: {job} is {word}, but was {state}.'
+        if word == 'ended':
+            code = event['exit_code']
+        state = word
+
+    claims = {(event['attempt'], event['machine']) for event in events
+              if event['event'] == 'claimed'}
+    for key in runs:
+        if key not in claims:
+            yield f'The journal contradicts: {job} ran as {these([key])}, which was not claimed.'
+    if said == 'finished' and (state != 'collected' or code):
+        yield (f'The journal contradicts: {job} is reported finished, but there it is {state}, '
+               f'with exit code {code}.')
+    if said == 'failed' and state == 'collected' and code == 0:
+        yield f'The journal contradicts: {job} is reported failed, but there its exit code is 0.'
+    if said not in ('finished', 'failed') and state in ('ended', 'collected'):
+        yield f'The journal contradicts: {job} is {state} there, but is not reported as ended.'
+
+
+def check_reported(job, runs, said):
+    if said == 'finished' and not any('end' in words for words in runs.values()):
+        how = 'began and did not end' if runs else 'never ran'
+        yield f'{job} is reported finished, but it {how}.'
+
+
+def check_result(job, runs, results, backwards):
+    """The result is that of the attempt that ended, all of it, and of no other."""
+    whole = [attempt for (attempt, _account), words in runs.items() if 'end' in words]
+    if not whole:
+        return              # who says that it finished is told elsewhere
+    start, end = (f'{job} {whole[0]} {word}' for word in ('start', 'end'))
+    out, err, folder = results / f'{job}.out', results / f'{job}.err', results / job
+    files = [out, folder / RAN] if backwards else [out]
+    for path in (err, *files):
+        if not path.is_file():
+            yield f'{job} is reported finished, but its result is missing: {path}'
+            continue
+        text = path.read_text(errors='replace')
+        lines = text.splitlines()
+        if path == err or [text.count(start), text.count(end)] == [1, 1] and (
+                lines[0] == start and text.endswith(end + '\n')):
+            continue
+        if not text or lines[0] == start and end not in text:
+            yield f'The result of {job} is partial: {path} ends with {lines[-1:]}.'
+        else:
+            yield (f'The result of {job} was overwritten: {path} goes from {lines[0]!r} to '
+                   f'{lines[-1]!r}, and its attempt {whole[0]} was run.')
