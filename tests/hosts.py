@@ -16,6 +16,7 @@ import functools
 import ipaddress
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -39,6 +40,7 @@ from rig import (
 ADDRESSES = ipaddress.ip_network('198.18.0.0/15')
 PORT = 2222             # no other sshd is in the host's network
 YOUNG_S = 10            # its uptime when it has booted
+DROP = 'counter drop'
 NAMESPACES = ('--mount', '--pid', '--uts', '--ipc', '--time')
 
 INTERFACES = []         # (name, index) of every one that was made, for leftovers()
@@ -141,6 +143,11 @@ class Link:
         self.command('nft', '-f', '-', text=(
             'table inet faults\ndelete table inet faults\n'     # there is none at first
             f'table inet faults {{\n{chain("input", incoming)}{chain("output", outgoing)}}}\n'))
+
+    def filtered(self):
+        """How many packets the rules have hit, since they were set."""
+        rules = self.command('nft', 'list', 'table', 'inet', 'faults')
+        return sum(map(int, re.findall(r'counter packets (\d+)', rules)))
 
     def shape(self, bytes_per_s):
         """Let no more through, in each direction."""
@@ -294,7 +301,8 @@ class Host(Machine):
     sees        folders of this computer that it shares (with gates, say), though they lie in /tmp
     clock       '+1d': by so much is the clock of its sessions wrong
 
-    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.
+    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.  `init` is its pid 1, as
+    we see it; `link` and `disk` have more knobs.
     """
 
     def __init__(self, name='host1', *, disk=None, tmp='rw', sees=(), clock=None, **settings):
@@ -305,7 +313,7 @@ class Host(Machine):
             self.env = {'LD_PRELOAD': faketime(), 'FAKETIME': clock,
                         'FAKETIME_DONT_FAKE_MONOTONIC': '1', **self.env}
         self.tmp, self.sees, self._disk_settings = tmp, sees, disk
-        self.link = self.disk = self._init = self._pid1 = None
+        self.link = self.disk = self._power = self.init = None
         self._belongings = contextlib.ExitStack()
 
     def __exit__(self, *exception):
@@ -318,7 +326,7 @@ class Host(Machine):
         self.link = Link()
         self._belongings.callback(self.link.close)
         self.address, self.port = self.link.address, PORT
-        if self._disk_settings:
+        if self._disk_settings is not None:
             self.disk = self._belongings.enter_context(Disk(**self._disk_settings))
             self.home = self.disk.root / 'home'
         self.own_tmp = self.folder / 'tmp'
@@ -346,15 +354,15 @@ class Host(Machine):
                 *seen]
         (self.folder / 'init').write_text(INIT)
         with open(self.log, 'ab') as log:
-            self._init = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            self._power = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                           stderr=log, start_new_session=True)
         if self._answer() != 'up':
             raise RuntimeError(f'{self.name} does not boot:\n{self.log.read_text()}')
-        self._pid1, = children(self._init.pid)
-        self._namespace = os.readlink(f'/proc/{self._pid1}/ns/pid')
+        self.init, = children(self._power.pid)
+        self._namespace = os.readlink(f'/proc/{self.init}/ns/pid')
 
     def _answer(self):
-        pipe = self._init.stdout
+        pipe = self._power.stdout
         return pipe.readline().decode().strip() if wait_readable(pipe.fileno()) else None
 
     def spawn(self, line, pid=None):
@@ -362,13 +370,13 @@ class Host(Machine):
 
         `pid` is the one that it shall have: the kernel gives it if nobody has it.
         """
-        self._init.stdin.write(f'{pid or ""}\n{line}\n'.encode())
-        self._init.stdin.flush()
+        self._power.stdin.write(f'{pid or ""}\n{line}\n'.encode())
+        self._power.stdin.flush()
         return int(self._answer())
 
     def enter(self, *argv):
         """Run a command there as root, without its sshd and its network; return what it says."""
-        return command('nsenter', f'--target={self._pid1}', '--mount', '--pid', '--uts', '--ipc',
+        return command('nsenter', f'--target={self.init}', '--mount', '--pid', '--uts', '--ipc',
                        '--', *argv)
 
     def _launch(self, _log):
@@ -387,7 +395,7 @@ class Host(Machine):
 
     def start(self):
         """Power on, if it is off; start sshd, and return when it listens."""
-        if self._init is None:
+        if self._power is None:
             self._boot()
             self.link.plug('up')
         if self.sshd is None:
@@ -397,22 +405,22 @@ class Host(Machine):
 
     def power_off(self):
         """As when the power fails: nothing says goodbye; /tmp and /dev/shm are empty then."""
-        if self._init is None:
+        if self._power is None:
             return
         self.link.plug('down')
         self.link.forget_connections()      # they are the network's, which we keep
-        handle = os.pidfd_open(self._pid1) if self._pid1 else None
-        self._init.kill()
+        handle = os.pidfd_open(self.init) if self.init else None
+        self._power.kill()
         if handle is not None:
             if not wait_readable(handle):   # pid 1 is the last to end
                 raise TimeoutError(f'{self.name} runs on without power')
             os.close(handle)
-        self._init.stdin.close()
-        self._init.stdout.close()
-        self._init.wait()
+        self._power.stdin.close()
+        self._power.stdout.close()
+        self._power.wait()
         if self.sshd:
             self.sshd.wait()
-        self._init = self._pid1 = self.sshd = None
+        self._power = self.init = self.sshd = None
         for folder in (self.own_tmp, self.shared):
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -429,23 +437,23 @@ class Host(Machine):
 
     def cut(self):
         """Silence in both directions, as if a router had died."""
-        self.link.filter('drop', 'drop')
+        self.link.filter(DROP, DROP)
 
     def drop_requests(self):
         """What we send does not arrive."""
-        self.link.filter('drop', '')
+        self.link.filter(DROP, '')
 
     def drop_replies(self):
         """What we send arrives, but there is no answer, not even that it arrived."""
-        self.link.filter('', 'drop')
+        self.link.filter('', DROP)
 
     def reject(self):
         """Each packet to sshd is answered with a reset: connections break, and none begins."""
-        self.link.filter('meta l4proto tcp reject with tcp reset', '')
+        self.link.filter('meta l4proto tcp counter reject with tcp reset', '')
 
     def lossy(self, percent=20):
         """So many packets are lost, in each direction."""
-        rule = f'numgen random mod 100 < {percent} drop'
+        rule = f'numgen random mod 100 < {percent} {DROP}'
         self.link.filter(rule, rule)
 
     def slow(self, bytes_per_s=20_000):
@@ -498,11 +506,11 @@ class Host(Machine):
 
     def _runs_here(self, pid):
         """All but pid 1 and sshd: also what wiped its environment."""
-        return self._is_of_it(pid) and pid != self._pid1 and not is_sshd(pid)
+        return self._is_of_it(pid) and pid != self.init and not is_sshd(pid)
 
     def _is_of_it(self, pid):
         with contextlib.suppress(OSError):
-            return (self._init is not None and                              # not of a zombie
+            return (self.init is not None and       # a zombie is in no namespace
                     os.readlink(f'/proc/{pid}/ns/pid') == self._namespace)
         return False
 
@@ -548,7 +556,7 @@ class Host(Machine):
     def wrapper(self, job):
         """The program's bash that waits for the job's commands and records their end, or None."""
         ours = self.job_processes(job)
-        above = {parent_and_state(pid)[0] for pid in ours} - {*ours, self._pid1}
+        above = {parent_and_state(pid)[0] for pid in ours} - {*ours, self.init}
         return next((pid for pid in above if self._runs_here(pid)), None)
 
     def kill_wrapper(self, job):
