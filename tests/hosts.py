@@ -237,8 +237,8 @@ class Disk:
 # ---- Host ----
 
 INIT = r'''
-# Pid 1 of a host; runs there.  $1: its folder, $2: its name, $3: its home, $4: "ro" or "rw" for
-# /tmp; the rest: folders that are seen although they lie where it has folders of its own.
+# Pid 1 of a host; runs there.  $1: its folder, $2: its name, $3: its home, $4: how /tmp is
+# mounted; the rest: folders that are seen although they lie where it has folders of its own.
 set -e
 folder=$1 name=$2 home=$3 tmp=$4
 shift 4
@@ -297,7 +297,7 @@ class Host(Machine):
     """A computer of its own, with what Machine takes, and
 
     disk        {'size': bytes, 'inodes': number}: its home is on a file system that small
-    tmp         'ro': nobody can write to /tmp
+    tmp         how its /tmp is mounted: 'ro', 'noexec'
     sees        folders of this computer that it shares (with gates, say), though they lie in /tmp
     clock       '+1d': by so much is the clock of its sessions wrong
 
@@ -465,7 +465,7 @@ class Host(Machine):
         self.link.plug('down')
 
     def restore(self):
-        """The network is as it was."""
+        """The network is as it was.  Of the faults above, only slow() adds to another."""
         self.link.mend()
 
     def reset_connections(self):

@@ -300,6 +300,26 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
     return [str(row[column]) for column in GPU_COLUMNS]
 
 
+# ---- The witness of a job ----
+
+# Each note is one write to each file, so that those of jobs that run at a time are never mixed.
+NOTED = r'''#!/bin/bash
+# Runs a command for a job, and notes its start and its end: see ledgers.py.
+try=${PWD%/work}
+note() {
+    local text="$SSH_SCHEDULER_JOB ${try##*.} $1"
+    echo "$text" >>"$RIG_LEDGER"
+    echo "$text"
+    echo "$text" >>ran
+}
+note start
+(eval "$1")
+status=$?
+note end
+exit "$status"
+'''
+
+
 # ---- Machine ----
 
 # KexAlgorithms: OpenSSH's default, sntrup761, costs 60 ms more of processor time in every login.
@@ -437,6 +457,7 @@ class Machine:
             file = self.home / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
+        self._script('noted', NOTED)
         self.set_load(**self.load)
         self.set_gpus(self.gpus, self.nvidia_smi)
         for key in (self.folder / 'host_key', self.key):

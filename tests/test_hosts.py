@@ -320,6 +320,8 @@ def test_a_home_and_tmp_that_are_read_only(host):
     assert said.stderr.count('Read-only file system') == 2 and said.stdout == 'shm\n'
     machine.read_only_home(False)
     assert machine.run('echo x >a').returncode == 0
+    strict = host(tmp='noexec').run('cp /bin/true /tmp && /tmp/true')
+    assert (strict.returncode, 'Permission denied' in strict.stderr) == (126, True)
 
 
 def test_small_disks_on_this_side(disk, tmp_path):
