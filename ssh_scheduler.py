@@ -41,8 +41,10 @@ As a library: MachineResources and MachineRunner keep their documented methods; 
 change.  Importing has no effect: nothing is read, printed or started.
 """
 import collections
+import contextlib
 import errno
 import fcntl
+import functools
 import heapq
 import itertools
 import json
@@ -66,7 +68,8 @@ __version__ = '0.1.0'
 MACHINE_OPTIONS = """\
 Machines:
   --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
-                              name from ~/.ssh/config, user@host[:port], or localhost.
+                              name from ~/.ssh/config, user@host[:port], localhost, or @file: a file
+                              with one of these a line.
 """
 
 HARDWARE_OPTIONS = """\
@@ -119,37 +122,82 @@ Exit status: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
-One command for one machine. In this version: as a line of a batch file, where it gives this job
-other files, another name or other hardware than the batch.
+Run one command on one machine: what it says comes at once, its exit status is ours.
 
 Usage:
   execute_remote [options] [--copy-forwards=<path>]... [--link-forwards=<path>]...
                  [--exclude=<pattern>]... [--copy-backwards=<path>]... [--] <command>
+  execute_remote [options] (--attach=<name> | --cancel=<name>)
   execute_remote --help | --version
 
-Options:
-  --machine=<machine>         The machine; ignored in a batch file.
-  --job-name=<name>           The name of the job and of its results.
+  <command> is bash, in quotes. Its results go to ./job_results, under the name of the job.
+  A line of a batch file may be such a command, too, for a job with other files, another name or
+  other hardware than the rest of the batch.
+  A list takes all words up to the next option; -- ends it.
+
+The job:
+  --machine=<machine>         A machine file (as given, with .yaml, or in ~/.local/var/), a name
+                              from ~/.ssh/config, user@host[:port], or localhost. Ignored in a batch
+                              file.
+  --job-name=<name>           Its name, and that of its results. While it runs, the same command
+                              with the same name attaches to it; later it shows what there is.
+  --stdin                     The command reads our standard input; else its input is empty.
+  --tty                       The command has our terminal.
+  --detach                    Start it, print its name, and leave it.
+  --attach=<name>             Go on with a job that runs: show what it says, from the beginning.
+  --cancel=<name>             End a job that runs, and all that it started.
 
 {hardware}
+With one of these given it waits until there is room, and has GPUs of its own; else it starts at
+once, and CUDA_VISIBLE_DEVICES is not set.
+
 {files}
 Other:
+  --nice=<number>             Niceness over there, 0 to 19 [default: 0].
+  --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
   --version                   Show the version.
+
+Exit status: the command's own; 125 if the machine could not be reached, or contact was lost; 2
+wrong usage or configuration, 130 interrupted.
 """.format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
-FUTURE_USAGE = """\
-{what} It is not in this version.
+EXECUTE_TO_USAGE = """\
+Run one command on many machines, on all at the same time.
 
 Usage:
-  {name} --help | --version
+  execute_to [options] [--machines=<machine>]... [--copy-forwards=<path>]...
+             [--link-forwards=<path>]... [--exclude=<pattern>]...
+             [--copy-backwards=<path>]... [--] <command>
+  execute_to --help | --version
 
-Options:
+  <command> is bash, in quotes. It ends when we do.
+  A list takes all words up to the next option; -- ends it.
+
+{machines}
+Output:
+  --gather                    When all have ended: equal outputs once, below the machines' names.
+  --diff                      The same, and of other outputs how they differ from the first.
+
+Files, by default none:
+  --copy-forwards=<path>...   Files and folders that go along.
+  --link-forwards=<path>...   The same for data that is only read: never sent twice.
+  --exclude=<pattern>...      What to leave out, as in rsync. So are .rsync-filter files.
+  --copy-backwards=<path>...  What comes back, to ./job_results/<name>_<machine>.
+  --job-name=<name>           The name of the results.
+
+Other:
+  --fanout=<number>           At most so many machines at a time [default: 64].
+  --timeout=<seconds>         So long each machine may take, from login to end.
+  --nice=<number>             Niceness over there, 0 to 19 [default: 0].
+  --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
   --version                   Show the version.
-"""
-EXECUTE_TO_USAGE = FUTURE_USAGE.format(
-    name='execute_to', what='One command on many machines.')
+
+Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage or configuration,
+130 interrupted.
+""".format(machines=MACHINE_OPTIONS)
+
 QUERY_MACHINES_USAGE = """\
 Show what is free on machines, and who uses their GPUs.
 
@@ -334,6 +382,9 @@ def parse_options(usage, argv, may_help):
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
     positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
+    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))     # (--this | --that)
+    if spell_out(argv, kinds, 0)[1] & instead:
+        positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if may_help and given & {'-h', '--help'}:
         print(usage, end='')
@@ -651,9 +702,29 @@ def find_machine(word):
     return Machine(name=word, host=host, username=user or None, port=int(port) if port else None)
 
 
+def machine_words(words):
+    """Yield the words; for each @file those that stand in it, one a line."""
+    for word in words:
+        if not word.startswith('@'):
+            yield word
+            continue
+        try:
+            with open(word[1:], encoding='utf-8') as file:
+                lines = [line.strip() for line in file]
+        except OSError as error:
+            raise MachineFileError(f'the list of machines {word[1:]} cannot be read: '
+                                   f'{reason_of(error)}.') from None
+        except UnicodeDecodeError:
+            raise MachineFileError(f'the list of machines {word[1:]} is not UTF-8 text.') from None
+        lines = [line for line in lines if line and not line.startswith('#')]
+        if not lines:
+            raise MachineFileError(f'the list of machines {word[1:]} names none.')
+        yield from lines
+
+
 def find_machines(words):
     """Return the Machines; each may be named once."""
-    machines = [find_machine(word) for word in words]
+    machines = [find_machine(word) for word in machine_words(words)]
     for number, machine in enumerate(machines):
         for other in machines[:number]:
             if machine.name == other.name:
@@ -808,6 +879,9 @@ def read_partial(job, where, warn):
         options = read_options(EXECUTE_REMOTE_USAGE, words[1:], may_help=False)
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
+        for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
+                                     '--nice', '--verbose'}:
+            raise UsageError(f'{name} has no meaning in a batch file.')
         backwards = options['--copy-backwards']
         return job._replace(
             name=options['--job-name'] or job.name, command=options['<command>'],
@@ -1797,6 +1871,13 @@ class Connection:
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
         return self._reach(COPY_ALIAS, '-T')
 
+    def terminal(self, path):
+        """Return the argv of a bash script there that has our terminal.  path: it is plain."""
+        if not self.machine.host:
+            return [*self._nice, 'bash', path]
+        return ['ssh', '-F', self.config_path, '-tt', '-o', 'EscapeChar ~', '--', COPY_ALIAS,
+                ' '.join(['exec', *self._nice, 'bash', path])]
+
     def _reach(self, alias, *options):
         if not self.machine.host:
             return [*self._nice, 'bash', '-c', BOOTSTRAP]
@@ -2210,7 +2291,7 @@ measure_again() {           # $1: its number; beside the loop, since nvidia-smi 
   tell measured "$1" "$((REPLY - began))"
 } 2>/dev/null
 
-probe() {                   # says what is here and free, then "ready"
+probe() {                   # says what is here and free, if $1 is not empty, then "ready"
   local value word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
@@ -2218,8 +2299,10 @@ probe() {                   # says what is here and free, then "ready"
   done
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
-  tell probe ticks_before "$busy_before/$total_before"
-  measure
+  if [[ $1 ]]; then
+    tell probe ticks_before "$busy_before/$total_before"
+    measure
+  fi
   for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
   ((${#missing[@]} == 0)) || tell broken "this program is missing there: ${missing[*]}"
   type -P rsync >/dev/null && value=1 || value=0
@@ -2287,9 +2370,11 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
+  local alive input=/dev/null keeper='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
+  exec {alive}<>"$dir/alive"            # what the job starts has it open: so it can be found
   centiseconds
   started=$REPLY
   identify "$BASHPID"
@@ -2298,18 +2383,22 @@ run_job() {                 # in its own process and group; says how it went, an
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
+    [[ ${modes[$name]-} != stdin ]] || keep_input
+    [[ ${modes[$name]-} != tty ]] || program=../wait
     (
+      exec {held}>"$dir/alive" {alive}<&-
       unset -v CUDA_VISIBLE_DEVICES SSH_CLIENT SSH_CONNECTION
       ((${#environment[@]} == 0)) || export "${environment[@]}"
       [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
-      export SSH_SCHEDULER_JOB="${name%.*}" PYTHONUNBUFFERED=1
+      export SSH_SCHEDULER_JOB="${name%.*}" SSH_SCHEDULER_ID="$project.$name" PYTHONUNBUFFERED=1
       [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
       umask "$mask"
       read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
         echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
-      cd -- "$dir/work" && exec "$BASH" ../cmd
-    ) </dev/null >>"$dir/out" 2>>"$dir/err"
+      cd -- "$dir/work" && exec "$BASH" "$program"
+    ) <"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
+    [[ ! $keeper ]] || kill -KILL "$keeper"
   fi
   # The 16th and 17th field: the time of the children for which this has waited.
   IFS= read -r used </proc/self/stat
@@ -2319,7 +2408,54 @@ run_job() {                 # in its own process and group; says how it went, an
   record "$dir" "ended $status"         # who reads this relies on the list
   : >"$claims/$project.$name"
   centiseconds
-  tell_ended "$name" "$status" "$((REPLY - started))" "$((used[13] + used[14]))"
+  started=$((REPLY - started))
+  tell_left
+  tell_ended "$name" "$status" "$started" "$((used[13] + used[14]))"
+} 2>/dev/null
+
+keep_input() {              # for run_job: its input ends when "eof" says so, not with a connection
+  local eof
+  mkfifo -- "$dir/eof"
+  exec {eof}<>"$dir/eof"
+  mkfifo -- "$dir/in"                   # now what feeds it may come
+  exec {input}<>"$dir/in"
+  { exec {alive}<&-; read -r <&"$eof"; } &
+  keeper=$!
+  disown "$keeper"
+  exec {eof}<&- {input}<&-
+  input=$dir/in
+}
+
+tell_left() {               # for run_job: says what the job started and did not wait for
+  local left pid comm text='' count=0
+  exec {left}<"$dir/alive" {alive}<&-
+  # Nobody else has it open: that is known at once.  What is about to end is given a moment.
+  read -r -t 0.1 <&"$left"
+  (($? > 128)) || return
+  while read -r pid; do
+    [[ $pid != "$BASHPID" ]] && { read -r comm <"/proc/$pid/comm"; } || continue
+    count=$((count + 1))
+    escape "$comm"
+    ((count > 5)) || text+="${text:+, }$REPLY ($pid)"
+  done < <(exec {left}<&-; holders "$name")
+  ((count < 6)) || text+=" and $((count - 5)) more"
+  ((count == 0)) || printf 'left\t%s\t%s\n' "$name" "$text" 1<>"$run/events"
+}
+
+holders() {                 # prints the pids of what the jobs job.attempt $@ started
+  local name pattern tests=() marks=()
+  for name; do
+    pattern=$home/jobs/$name/alive
+    pattern=${pattern//\\/\\\\}
+    pattern=${pattern//\[/\\[}
+    pattern=${pattern//\*/\\*}
+    tests+=(-o -lname "${pattern//\?/\\?}" -print)
+    marks+=(-e "SSH_SCHEDULER_ID=$project.$name")
+  done
+  {
+    find /proc/[1-9]*/fd "${tests[@]:1}"
+    grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
+  } | while IFS=/ read -r _ _ name _; do printf '%s\n' "$name"; done | sort -u
 } 2>/dev/null
 
 record() {                  # $1: job folder, $2: how the job stands, or how it ended
@@ -2336,12 +2472,12 @@ read_record() {             # $1: job folder; sets word and value from its recor
   done
 }
 
-stream() {                  # REPLY: "=text" of the file $1 where it is short text, "@" otherwise
+stream() {                  # REPLY: "=text" of the file $1 where it is short text, else "@bytes"
   local text=
   if [[ ! -s $1 ]]; then
     REPLY='='
   elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
-    REPLY=@                 # longer than that, or with a NUL
+    REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
   else
     escape "$text"
     REPLY="=$REPLY"
@@ -2367,18 +2503,23 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() started='' name dir claimed=() held=
+  local index dirs=() pipes=() started='' name dir claimed=() held=
   for index in "${!names[@]}"; do
     dirs+=("$home/jobs/${names[index]}")
     [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
+    pipes+=("$home/jobs/${names[index]}/alive")
   done
-  ((${#dirs[@]} == 0)) || LC_ALL=C mkdir -p -- "${dirs[@]}"
+  if ((${#dirs[@]})); then
+    LC_ALL=C mkdir -p -- "${dirs[@]}"
+    mkfifo -- "${pipes[@]}" 2>/dev/null         # some are there, where it was started before
+  fi
   announce || held=1
   for index in "${!names[@]}"; do
     name=${names[index]}
     dir=$home/jobs/$name
     if [[ $held && ! -e $dir/cmd ]]; then
       : >"$claims/$project.$name"
+      rm -f -- "$dir/alive"
       rmdir -- "$dir/work" "$dir"
       say "held"$'\t'"$name"
       continue
@@ -2386,11 +2527,12 @@ start_pending() {           # starts what was read of "start" requests since the
     set -C                  # "cmd" is the claim: only one can create it, on NFS too
     if : >"$dir/cmd"; then
       set +C
-      if printf '%-95s\n' "starting $self" >"$dir/status" &&
+      if printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
         printf '%s\n' "${commands[index]}" >"$dir/cmd"; then
         ((${#started} < 3000)) || { say "started$started"; started=; }
         started+=$'\t'$name
         claimed+=("$index")
+        begun+=("$name")
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
@@ -2408,6 +2550,27 @@ start_pending() {           # starts what was read of "start" requests since the
     disown "$!"
   done
   names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
+}
+
+# A job that wants a terminal has it from a session of its own, which runs "tty".  What waits in its
+# place hands over its environment and is told its exit status, or that the session was cut off.
+prepare_tty() {             # for start_pending: where the job $name wants that
+  [[ ${modes[$name]-} == tty ]] || return 0
+  cat >"$dir/wait" <<'EOF' && cat >"$dir/tty" <<'EOF'
+export -p >../exports
+mkfifo ../code
+read -r code <../code || code=129
+exit "$code"
+EOF
+cd -- "${0%/*}/work" || exit
+until [[ -p ../code ]]; do sleep 0.02; done
+exec {code}>../code {held}>../alive
+term=$TERM
+. ../exports
+export TERM=$term
+"$BASH" ../cmd {code}>&-
+echo "$?" >&"$code"
+EOF
 }
 
 # Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
@@ -2469,7 +2632,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
     if [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
       return
-    elif [[ $word == starting ]] && identify "${value%% *}" && [[ $REPLY == "$value" ]]; then
+    elif [[ $word == starting ]] && is_runner "$value"; then
       tries=0               # another runner will, and has much to do
     elif lives "$word" "$value"; then
       ((tries < 0)) || say "started"$'\t'"$name"
@@ -2484,23 +2647,85 @@ report() {                  # what became of job.attempt $1, which was claimed b
   done
 } 2>/dev/null
 
+is_runner() {               # tells whether the process that identify once named $1 is still there
+  identify "${1%% *}" && [[ $REPLY == "$1" ]]
+}
+
 lives() {                   # tells whether the job with the record $1 $2 has a process left
   local pid=${2%% *}
   [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
   if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
 } 2>/dev/null
 
-cancel() {                  # $1: job.attempt, $2: seconds between TERM and KILL
-  local dir=$home/jobs/$1 word value until=$((SECONDS + $2))
-  read_record "$dir"
-  lives "$word" "$value" || return
-  kill -TERM -- "-${value%% *}"
-  while ((SECONDS < until)) && lives "$word" "$value"; do sleep 0.05; done
-  if lives "$word" "$value"; then
-    kill -KILL -- "-${value%% *}"       # and with it who would have recorded the end
-    bury "$1" 'it did not end when it was told to, and was killed'
-  fi
+cancel() {                  # $1: seconds between TERM and KILL, the rest: job.attempt
+  local until=$((SECONDS + $1)) name word value signal=TERM tries=0 clear=0 pause=5
+  local -A wrappers=()                  # pid of what records the end -> job.attempt
+  local living=()
+  shift
+  for name; do
+    while read_record "$home/jobs/$name"; [[ $word == starting ]] && is_runner "$value"; do
+      sleep 0.02            # it is about to run
+    done
+    lives "$word" "$value" && wrappers[${value%% *}]=$name
+  done
+  # What a job started while it was looked for is found the next time.
+  while ((clear < 2 && tries < 40)); do
+    living=()
+    find_living "$@"
+    if ((${#living[@]} == 0)); then
+      clear=$((clear + 1))
+      continue
+    fi
+    clear=0
+    if ((tries && SECONDS >= until)) && [[ $signal == TERM ]]; then
+      signal=KILL
+      for name in "${wrappers[@]}"; do  # before it can end
+        echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
+          >>"$home/jobs/$name/err"
+      done
+    fi
+    if [[ $signal == KILL || $tries == 0 ]]; then
+      kill "-$signal" "${living[@]}"
+      tries=$((tries + 1))
+    fi
+    printf -v word '0.%02d' "$pause"
+    sleep "$word"
+    pause=$((pause < 30 ? pause + 5 : pause))
+  done
+  for name; do
+    read_record "$home/jobs/$name"
+    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    read_record "$home/jobs/$name"      # what ends records that before it is gone
+    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
+  done
+  say "cancelled"$'\t'"${living[*]}"
 } 2>/dev/null
+
+find_living() {             # living: the pids of jobs job.attempt $@; not what records their end
+  local pid stat fields index
+  local -A parent=() mine=()
+  for pid in "${!wrappers[@]}"; do mine[$pid]=1; done
+  for pid in $(holders "$@"); do mine[$pid]=1; done
+  for stat in /proc/[1-9]*/stat; do
+    { IFS= read -r fields <"$stat"; } || continue
+    pid=${fields%% *}
+    # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
+    fields=(${fields##*) })
+    [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
+    parent[$pid]=${fields[1]}
+    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1  # of its process group
+  done
+  for ((index = 1; index;)); do
+    index=0
+    for pid in "${!parent[@]}"; do
+      [[ ! ${mine[$pid]-} && ${mine[${parent[$pid]}]-} ]] || continue
+      mine[$pid]=1 index=1
+    done
+  done
+  for pid in "${!mine[@]}"; do
+    [[ ${wrappers[$pid]-} || ! ${parent[$pid]-} ]] || living+=("$pid")
+  done
+}
 
 bury() {                    # records the end of job.attempt $1 that was killed; $2: how
   printf 'ssh-scheduler: %s\n' "$2" >>"$home/jobs/$1/err"
@@ -2539,8 +2764,27 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
 leave() {                   # where no job needs it, what came goes, though nobody said "finish"
   wait
   give_up_gpus
-  rmdir -- "$home/jobs" || return
-  remove "$run" "${arrived[@]}" "$claims/$project."*
+  if [[ $tied ]] && ((${#begun[@]})); then
+    cancel 5 "${begun[@]}"
+    (cd -- "$home/jobs" && remove "${begun[@]}")
+  fi
+  rmdir -- "$home/jobs"
+  [[ ! -e $home/jobs ]] || return
+  remove "${arrived[@]}"
+  tidy
+}
+
+tidy() {                    # removes what is of use to nobody any more
+  local dir value others=
+  remove "$run" "${begun[@]/#/$claims/$project.}"
+  rmdir -- "$home/jobs"
+  if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
+    for dir in "$home"/run.*; do
+      { read -r value <"$dir/self"; } && ! is_runner "$value" &&
+        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && remove "$dir" || others=1
+    done
+    [[ $others ]] || remove "$home/stage" "$claims/$project."*
+  fi
   rmdir -- "$claims" "$home/stage" "$home"
 } 2>/dev/null
 
@@ -2558,8 +2802,8 @@ main() {
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=()
-  local -A sent linked
+  local arrived=() begun=() tied=
+  local -A sent linked modes
 
   for field in token workdir project setup want_gpus count; do
     IFS= read -rd '' "$field" || return
@@ -2588,6 +2832,7 @@ main() {
   IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
   identify "$$"
   self=$REPLY
+  printf '%s\n' "$self" >"$run/self"
   set -m                    # every background process in a process group of its own
   printf '\n%s\n' "$token"
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
@@ -2611,7 +2856,11 @@ main() {
     if ((${#names[@]})) && ! read -r -t 0; then start_pending; fi
     IFS= read -rd '' verb || break
     case $verb in
-      probe) probe </dev/null ;;
+      probe) probe measure </dev/null ;;
+      enter) probe '' </dev/null ;;
+      tie) tied=1 ;;        # the jobs end with the channel
+      mode)                 # JOB.ATTEMPT stdin|tty, before its "start"
+        IFS= read -rd '' field && IFS= read -rd '' "modes[$field]" || break ;;
       measure)              # NUMBER
         IFS= read -rd '' field || break
         measure_again "$field" </dev/null &
@@ -2644,10 +2893,21 @@ main() {
         offsets+=("${#paths[@]}")
         counts+=("$count")
         paths+=("${fields[@]}") ;;
-      cancel)               # JOB.ATTEMPT SECONDS
-        IFS= read -rd '' field && IFS= read -rd '' count || break
-        cancel "$field" "$count" </dev/null &
+      cancel)               # SECONDS COUNT JOB.ATTEMPT...
+        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
+        start_pending
+        cancel "$field" "${fields[@]}" </dev/null &
         disown "$!" ;;
+      adopt)                # JOB.ATTEMPT, which an earlier run may have started
+        IFS= read -rd '' field || break
+        if [[ -e $home/jobs/$field/cmd ]]; then
+          report "$field" </dev/null &
+        else
+          say "absent"$'\t'"$field"
+        fi ;;
+      eof)                  # JOB.ATTEMPT, whose input is complete
+        IFS= read -rd '' field || break
+        [[ ! -p $home/jobs/$field/eof ]] || echo 1<>"$home/jobs/$field/eof" ;;
       watch)                # COUNT, then triples: JOB.ATTEMPT OUT ERR
         IFS= read -rd '' count && read_fields "$((3 * count))" || break
         watch "${fields[@]}" </dev/null &
@@ -2669,8 +2929,8 @@ main() {
           mv -T -- "$home/cache" "$run/cache"
           mv -T -- "$home/stage/$field" "$home/cache"
         fi
-        (cd -- "$home/stage" && remove "$run" "${fields[@]}" "$claims/$project."*) </dev/null
-        rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
+        (cd -- "$home/stage" && remove "${fields[@]}") </dev/null
+        tidy </dev/null
         say finished ;;
       *) tell broken "unknown request: $verb" ;;
     esac
@@ -2689,6 +2949,40 @@ read_fields() {             # fields: the next $1 fields of the channel
   done
 }
 
+main
+'''
+
+# Runs there, beside a job: the rest of its streams, and what they grow by, until nobody listens.
+REMOTE_FOLLOW = r'''
+main() {                    # stdin: token, folder of the job, known bytes of out and of err
+  local token dir out err
+  IFS= read -rd '' token && IFS= read -rd '' dir && IFS= read -rd '' out && IFS= read -rd '' err ||
+    return
+  printf '\n%s\n' "$token"
+  printf '\n%s\n' "$token" >&2
+  tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
+  tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
+  read -r
+  kill %1 %2
+}
+set -m
+main
+'''
+
+# Runs there, beside a job: takes what comes for its standard input.
+REMOTE_FEED = r'''
+main() {                    # stdin: folder of the job, then its input
+  local dir
+  IFS= read -rd '' dir || return
+  until [[ -p $dir/in ]]; do
+    [[ -e $dir ]] || return
+    sleep 0.02
+  done
+  # Opened for both it does not block; then this side is closed, so that it is told when none reads.
+  exec {both}<>"$dir/in"
+  exec 1>"/dev/fd/$both" {both}<&-
+  exec cat
+}
 main
 '''
 
@@ -2723,11 +3017,13 @@ KEPT_STDERR = 64 * 1024
 class Process:
     """A child: passive.  Processes reads and writes its streams; done is: ended, and all read."""
 
-    def __init__(self, popen, on_output, on_exit, feed, keep_stdin, deadline):
+    def __init__(self, popen, on_output, on_error, on_exit, feed, keep_stdin, deadline):
         self.popen = popen
         self.on_output = on_output          # called with bytes
+        self.on_error = on_error            # the same for stderr, or None: it is kept
         self.on_exit = on_exit              # called with (exit status, stderr as bytes)
         self.feed = feed                    # iterator of bytes for its stdin, or None
+        self.source = None                  # a file descriptor, from which more of it comes
         self.keep_stdin = keep_stdin        # else closed when all is written
         self.deadline = deadline
         self.unsent = bytearray()
@@ -2762,36 +3058,80 @@ class Processes:
         self._timers = []                   # [due, function], few
         self._clock = clock
         self._on_start = on_start           # called with each argv
+        self._outlets = {}                  # stream of ours -> (descriptor to write to, at once)
         self._wakeup = os.pipe()
         for end in self._wakeup:
             os.set_blocking(end, False)
         self._selector.register(self._wakeup[0], selectors.EVENT_READ)
 
-    def start(self, argv, on_output, on_exit, *, feed=None, keep_stdin=False, deadline_s=None,
-              env=None, cwd=None):
-        """Start argv in a session of its own and return its Process."""
+    def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
+              deadline_s=None, env=None, cwd=None, terminal=False):
+        """Start argv in a session of its own and return its Process.
+
+        terminal: it has our streams, and with them the terminal, instead of pipes to us
+        """
         if self._on_start:
             self._on_start(argv)
+        pipe = None if terminal else subprocess.PIPE
         try:
-            popen = subprocess.Popen(
-                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                bufsize=0, start_new_session=True, env=env, cwd=cwd)
+            popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
+                                     start_new_session=not terminal, env=env, cwd=cwd)
         except FileNotFoundError:
             raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
                                  f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
         due = None if deadline_s is None else self._clock() + deadline_s
-        process = Process(popen, on_output, on_exit, feed, keep_stdin, due)
+        process = Process(popen, on_output, on_error, on_exit, feed, keep_stdin, due)
         for stream in (popen.stdin, popen.stdout, popen.stderr):
-            os.set_blocking(stream.fileno(), False)
-        for stream in (popen.stdout, popen.stderr):
+            if stream:
+                os.set_blocking(stream.fileno(), False)
+        for stream in filter(None, (popen.stdout, popen.stderr)):
             process.reads[stream.fileno()] = stream
             self._selector.register(stream, selectors.EVENT_READ, process)
         self._children.add(process)
         return process
 
+    def pass_on(self, fd, process):
+        """Feed to the process, once, what comes from a file descriptor of ours, to its end."""
+        try:
+            self._selector.register(fd, selectors.EVENT_READ, process)
+            process.source = fd
+        except PermissionError:             # a file: that never has to be waited for
+            process.feed = iter(lambda: os.read(fd, 2**16), b'')
+
     def call_later(self, delay_s, function):
         """Call the function from wait(), once, after so long."""
         self._timers.append([self._clock() + delay_s, function])
+
+    def write_out(self, fd, data):
+        """Write to a stream of ours and wait until it is read, or for wake(); return what is left.
+
+        Raises OSError where it cannot be written.
+        """
+        import select
+        if fd not in self._outlets:
+            kind = os.fstat(fd).st_mode
+            free = fd
+            if stat.S_ISFIFO(kind):         # another description of it, since others have ours
+                try:
+                    free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
+                except OSError:
+                    pass
+            # A pipe that is ready takes PIPE_BUF bytes at least; others than these take all of it.
+            slow = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(fd)
+            piece = select.PIPE_BUF if slow and free == fd else 2**20
+            self._outlets[fd] = (free, piece)
+        free, piece = self._outlets[fd]
+        poll = select.poll()
+        poll.register(free, select.POLLOUT)
+        poll.register(self._wakeup[0], select.POLLIN)
+        data = memoryview(data)
+        while data:
+            ready = [key for key, _ in poll.poll()]
+            if free in ready:
+                data = data[os.write(free, data[:piece]):]
+            else:
+                return bytes(data)          # woken, and nobody reads
+        return b''
 
     def wake(self):
         """End a wait() that is under way; may be called from a signal handler."""
@@ -2812,6 +3152,8 @@ class Processes:
         for key, events in self._selector.select(max(min(dues) - now, 0) if dues else None):
             if key.fd == self._wakeup[0]:
                 os.read(key.fd, 4096)
+            elif key.fd == key.data.source:
+                self._take(key.data)
             elif events & selectors.EVENT_WRITE:
                 self._write(key.data)
             else:
@@ -2833,22 +3175,41 @@ class Processes:
             process.popen.wait()
             self._forget(process)
         self._selector.close()
-        for end in self._wakeup:
-            os.close(end)
+        for fd in (*self._wakeup, *(free for fd, (free, _) in self._outlets.items() if free != fd)):
+            os.close(fd)
 
     def _offer(self, process):
         """See to it that what there is for the child's stdin is written when the pipe has room."""
         stdin = process.popen.stdin
-        if stdin.closed:
+        if not stdin or stdin.closed:
             process.unsent.clear()
             return
         if process.unsent or process.feed:
             if stdin.fileno() not in self._selector.get_map():
                 self._selector.register(stdin, selectors.EVENT_WRITE, process)
+        elif process.source is not None:
+            if process.source not in self._selector.get_map():
+                self._selector.register(process.source, selectors.EVENT_READ, process)
         elif not process.keep_stdin:
             self._close_stdin(process)
 
+    def _take(self, process):
+        """Read from its source; not again before that is written."""
+        try:
+            data = os.read(process.source, 2**16)
+        except BlockingIOError:
+            return
+        except OSError:                     # as of a terminal that is gone
+            data = b''
+        process.unsent += data
+        self._selector.unregister(process.source)
+        process.source = process.source if data else None
+        self._offer(process)
+
     def _close_stdin(self, process):
+        if process.source is not None and process.source in self._selector.get_map():
+            self._selector.unregister(process.source)
+        process.source = None
         stdin = process.popen.stdin
         if stdin.fileno() in self._selector.get_map():
             self._selector.unregister(stdin)
@@ -2886,6 +3247,8 @@ class Processes:
             stream.close()
         elif process.reads[fd] is process.popen.stdout:     # which may be closed before stderr is
             process.on_output(data)
+        elif process.on_error:
+            process.on_error(data)
         else:
             process.complaint += data
             del process.complaint[:-KEPT_STDERR]
@@ -2893,7 +3256,7 @@ class Processes:
     def _reap(self, process):
         """Finish with the child if it ended and all was read, or nobody of ours can write more."""
         if process.popen.poll() is None:
-            if process.reads:
+            if process.reads or not process.popen.stdout:
                 return
             try:
                 process.popen.wait(TICK_S)  # it closed its streams, so it is about to end
@@ -2919,7 +3282,7 @@ class Processes:
             self._selector.unregister(stream)
             stream.close()
         process.reads.clear()
-        if not process.popen.stdin.closed:
+        if process.popen.stdin and not process.popen.stdin.closed:
             self._close_stdin(process)
 
 
@@ -3017,14 +3380,17 @@ class ResultStore:
     job_results/NAME.out, NAME.err    the streams; they grow while the job runs
     job_results/NAME/                 what it brought back; appears by one rename
     job_results/.ssh_scheduler/       journal (a JSON object a line), lock, incoming results
+
+    part: a folder below that for the same, so that commands can run there beside a batch.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, part=''):
         self.folder = folder
-        self.own = os.path.join(folder, '.ssh_scheduler')
+        self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
         self._grown = set()             # (name, stream) that we have begun to write
+        self._growing = {}              # of these the one that grew last -> its open file
 
     def open(self):
         """Make, lock and read the folder; return self."""
@@ -3046,10 +3412,13 @@ class ResultStore:
             try:
                 for name in ('journal', 'lock'):
                     os.unlink(os.path.join(self.own, name))
-                os.rmdir(self.own)
-                os.rmdir(self.folder)
+                folder = self.own
+                while folder != os.path.dirname(self.folder):
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
             except OSError:
                 pass            # there is something else in it
+        self._let_go()
         for fd in (self._journal, self._lock):
             if fd is not None:
                 os.close(fd)
@@ -3067,10 +3436,10 @@ class ResultStore:
 
     # What happens to a job, each written before its consequence
 
-    def claimed(self, name, attempt, machine, gpus, command):
-        """It is about to be started there."""
+    def claimed(self, name, attempt, machine, gpus, command, **more):
+        """It is about to be started there.  more: what else has to be known to go on with it."""
         self._write(event='claimed', job=name, attempt=attempt, machine=machine, gpus=gpus,
-                    command=command)
+                    command=command, **more)
 
     def ended(self, result):
         """It ended over there; what it used is noted where it is known."""
@@ -3086,15 +3455,25 @@ class ResultStore:
 
     def grow(self, name, stream, data):
         """Add to a stream of a job that runs; return whether that could be done."""
-        grown = (name, stream) in self._grown
-        mode = 'ab' if grown else 'wb' if self._began(name) else 'xb'
+        key = (name, stream)
+        mode = 'ab' if key in self._grown else 'wb' if self._began(name) else 'xb'
         try:
-            with open(self._path(name, f'.{stream}'), mode) as file:
-                self._grown.add((name, stream))
-                file.write(data)
+            if key not in self._growing:
+                self._let_go()
+                self._growing[key] = open(self._path(name, f'.{stream}'), mode, buffering=0)
+                self._grown.add(key)
+            file, data = self._growing[key], memoryview(data)
+            while data:
+                data = data[file.write(data):]
         except OSError:
+            self._let_go()
             return False        # all of it comes at the job's end, where a failure is told
         return True
+
+    def _let_go(self):
+        for file in self._growing.values():
+            file.close()
+        self._growing = {}
 
     def _began(self, name):
         """Tell whether an earlier attempt or run of ours may have written the job's streams."""
@@ -3111,7 +3490,11 @@ class ResultStore:
         shutil.rmtree(folder, onerror=make_removable)
 
     def commit(self, name, streams, folder, wants_folder):
-        """Put a job's results in place: streams are bytes or the path of a file to move."""
+        """Put a job's results in place.
+
+        streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
+        """
+        self._let_go()
         for stream, content in streams.items():
             self._commit_stream(name, stream, content)
         if wants_folder:
@@ -3132,6 +3515,8 @@ class ResultStore:
         target = self._path(name, f'.{stream}')
         ours = (name, stream) in self._grown or self._began(name)
         self._grown.discard((name, stream))
+        if content is None:
+            return              # it grew there, to its end
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
                 raise ResultsError(f'{target} was made by something else while {name} ran.')
@@ -3150,6 +3535,20 @@ class ResultStore:
                 aside = os.path.join(self.own, 'cancelled')
                 os.makedirs(aside, exist_ok=True)
                 os.replace(path, os.path.join(aside, f'{name}.{time.time_ns()}.{stream}'))
+
+    def has(self, name, stream, size):
+        """Tell whether all of a stream, so many bytes, grew where it belongs."""
+        try:
+            return (name, stream) in self._grown and os.path.getsize(
+                self._path(name, f'.{stream}')) == size
+        except OSError:
+            return False
+
+    def read(self, name, stream, offset=0):
+        """Yield the stream of a job, from so many bytes on, in pieces."""
+        with open(self._path(name, f'.{stream}'), 'rb') as file:
+            file.seek(offset)
+            yield from iter(lambda: file.read(2**16), b'')
 
     def _path(self, name, end=''):
         return os.path.join(self.folder, name + end)
@@ -3187,13 +3586,14 @@ class ResultStore:
 
     def _apply(self, event):
         if event['event'] == 'claimed':
-            self.jobs[event['job']] = {'command': event['command'], 'machine': event['machine'],
-                                       'attempt': event['attempt'], 'gpus': event.get('gpus'),
-                                       'state': 'claimed',
-                                       # the streams that an earlier run began are ours
-                                       'resumed': self.jobs.get(event['job'], {}).get('resumed')}
+            known = {key: event[key] for key in ('command', 'machine', 'attempt')}
+            # the streams that an earlier run began are ours
+            resumed = self.jobs.get(event['job'], {}).get('resumed')
+            self.jobs[event['job']] = {**event, **known, 'state': 'claimed', 'resumed': resumed}
         else:
             self.jobs[event['job']]['state'] = event['event']
+            if event['event'] == 'ended':
+                self.jobs[event['job']]['exit_code'] = event['exit_code']
 
     def _write(self, **event):
         self._apply(event)
@@ -3240,6 +3640,8 @@ SMALL_TREE_ENTRIES = 2000
 CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
 COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
 REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
+FOLLOW_AFTER_S = 0.08               # what ends sooner needs no session to show what it says
+BEYOND = 2**62                      # more than any stream has
 GATHER_S = 1.0                      # results wait so long for others, to come with one rsync
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
@@ -3503,13 +3905,54 @@ class Order:
         self.peak_mb = self.peak_gpu_mb = None      # what was seen of its use
         self.attempt = attempt
         self.command = command
-        self.stage = stage
+        self.stage = stage                  # None: it was started before, or it was not
         self.backwards = backwards          # None: what changed; (): nothing; else paths
         self.gpus = gpus                    # CUDA_VISIBLE_DEVICES, or None
         self.key = f'{job_name}.{attempt}'  # its folder over there
         self.offsets = {'out': 0, 'err': 0}     # how much of the streams is here
+        self.sizes = {}                     # how much there is, where that is known
+        self.keep = True                    # what it writes is kept here, too
+        self.grown = {'out': True, 'err': True}     # what is here lies in job_results
         self.streams = {}                   # 'out', 'err': bytes, where they came with the end
         self.back = []                      # paths in its folder to fetch
+        self.mode = ''                      # stdin: it has the input that is fed; tty: a terminal
+        self.sink = None                    # called with ('out' or 'err', bytes) as they come
+        self.source = None                  # file descriptor of its input
+        self.noted = {}                     # what the journal says of it besides
+        self.follower = None
+        self.entries = None                 # what it left, once it ended
+
+
+class Follower:
+    """A session of its own beside a job that runs, for what it writes, byte for byte.
+
+    on_bytes('out' or 'err', bytes); on_end() when nothing more comes.
+    """
+
+    def __init__(self, order, channel, session, on_bytes, on_end):
+        self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
+        self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
+        self._process = session.processes.start(
+            channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
+            on_error=lambda data: self._take('err', data), keep_stdin=True)
+        self._process.write(request(
+            REMOTE_FOLLOW, channel.token, f'{channel.home}/jobs/{order.key}',
+            order.offsets['out'], order.offsets['err']))
+
+    def end(self):
+        """Nothing more is wanted."""
+        self._on_bytes = lambda stream, data: None
+        self._process.close_stdin()
+
+    def _take(self, stream, data):
+        data = self._heads[stream].take(data)
+        if data:
+            self._on_bytes(stream, data)
+
+    def _on_exit(self, status, _):
+        noise = self._heads['err'].head.decode('utf-8', 'replace')
+        self._trace(f'a follower ended with {status}: {last_line(noise)}')
+        self._on_end()
 
 
 class Fetcher:
@@ -3658,23 +4101,39 @@ class Fetcher:
         self._signal('uncollected', order.job_name)
 
 
+class Behind:
+    """What comes behind a line that is the token; before it, a login may say anything."""
+
+    def __init__(self, token):
+        self.found = False
+        self.head = b''
+        self._mark = f'\n{token}\n'.encode()
+
+    def take(self, data):
+        """Return the bytes of these that count."""
+        if self.found:
+            return data
+        self.head += data
+        self.head, mark, data = self.head.partition(self._mark)
+        self.found = bool(mark)
+        if len(self.head) > LONGEST_NOISE:
+            self.head = self.head[-len(self._mark):]
+        return data
+
+
 class Spool:
     """A tar stream behind a line that is the token -> a file, since a pipe cannot be unpacked."""
 
     def __init__(self, path, token):
         self.trouble = ''                   # why it is not whole
-        self._path, self._mark, self._head = path, f'\n{token}\n'.encode(), b''
+        self._path, self._behind = path, Behind(token)
         self._file = None
 
     def take(self, data):
         """Add bytes that came."""
-        if not self._file:
-            self._head += data
-            _, found, data = self._head.partition(self._mark)
-            if not found:
-                if len(self._head) > LONGEST_NOISE:
-                    self._head = self._head[-len(self._mark):]
-                return
+        data = self._behind.take(data)
+        if not self._behind.found:
+            return
         try:
             self._file = self._file or open(self._path, 'xb', buffering=0)
             while data:
@@ -3725,7 +4184,9 @@ class MachineRunner:
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
     be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
-    faster, lost(job_name, reason), sent(stage), measured() with a new `capacity`, warning(text).
+    faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
+    left(job_name, text) when what it started did not end with it, survivors(text) of what could
+    not be ended, sent(stage), measured() with a new `capacity`, warning(text).
 
     It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
     spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
@@ -3760,9 +4221,13 @@ class MachineRunner:
         self.expected = set()               # keys of jobs that an earlier run started there
         self._queue = collections.deque()   # Orders that wait for their stage
         self._running = {}                  # key -> Order
+        self._draining = {}                 # key -> Order that ended, and not all it wrote is here
+        self._followed = {}                 # job name -> Order that has a sink
         self._spacing_s, self._next_start = spacing_s, 0.0
         self._due = set()                   # what is to be called later
         self._cancelled = False
+        self.cancelling = False             # and it was not said yet what became of that
+        self.register('collected', self._show_rest)
 
     def __enter__(self):
         self.connect()
@@ -3810,6 +4275,14 @@ class MachineRunner:
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
         self._channel.send(request('probe'))
+
+    def enter(self):
+        """The same without the asking: there is no `capacity` then."""
+        self._channel.send(request('enter'))
+
+    def tie(self):
+        """Have the jobs ended over there when the connection ends."""
+        self._channel.send(request('tie'))
 
     def measure(self, within_s=0.0):
         """Ask again what is free, within so many seconds; the answer is the signal measured().
@@ -3896,15 +4369,17 @@ class MachineRunner:
     @property
     def unfinished(self):
         """The names of the jobs that run there or ran there and are not collected."""
-        return self.running + [order.job_name for order in self._fetcher.orders.values()]
+        return self.running + [order.job_name for order in (
+            *self._draining.values(), *self._fetcher.orders.values())]
 
     @property
     def busy(self):
         """Tell whether a job is not yet started, running, or not yet collected."""
-        return bool(self._queue or self._running or self._fetcher.orders)
+        return bool(self._queue or self._running or self._draining or self._fetcher.orders)
 
     def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
-                 exclude=(), gpus=None, attempt=1, placement=None):
+                 exclude=(), gpus=None, attempt=1, placement=None, sink=None, keep=True, mode='',
+                 source=None, adopt=False, noted=None):
         """Start the bash command there as soon as its files are.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
@@ -3913,27 +4388,47 @@ class MachineRunner:
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         attempt                counts the starts of a job that had to be repeated
         placement              what MachineResources gave it: other batches then count with it
+        sink                   called with 'out' or 'err' and bytes, as they come, from the first on
+        keep                   its streams are put into job_results, even though they have a sink
+        mode                   'stdin': its input is what comes from the file descriptor `source`,
+                               else it is empty; 'tty': it waits for a terminal, see `terminal`
+        adopt                  an earlier run may have started it; absent(job_name) if not
+        noted                  {key: value} for the journal
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
         check_job_name(job_name, 'queue_up')
-        stage = self._sender.prepare(Forwards(
+        stage = None if adopt else self._sender.prepare(Forwards(
             inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
             tuple(exclude)))
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
-        self._queue.append(Order(job_name, attempt, command, stage, backwards, gpus,
-                                 need_of(placement)))
+        order = Order(job_name, attempt, command, stage, backwards, gpus, need_of(placement))
+        order.mode, order.source, order.noted = mode, source, noted or {}
+        order.sink, order.keep = sink, keep
+        if sink:
+            self._followed[job_name] = order
+        self._queue.append(order)
         self._start_queued()
 
     def cancel(self):
-        """End all jobs there, with their process groups; give back those not started.
+        """End all jobs there, with all that they started; give back those not started.
 
-        What they leave is not collected, and their end is no signal.
+        What they leave is not collected, and their end is no signal.  survivors(text) is, if
+        something could not be ended.
         """
         self._cancelled = True
         while self._queue:
             self._signal('returned', self._queue.popleft().job_name, 'interrupted')
-        for key in self._running:
-            self._channel.send(request('cancel', key, KILL_GRACE_S))
+        if self._running:
+            self.cancelling = True
+            self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
+
+    def terminal(self, job_name, on_exit):
+        """Give a job of mode tty our terminal, until it ends; on_exit(status, b'') is called then.
+        """
+        (order,) = [order for order in self._running.values() if order.job_name == job_name]
+        path = f'{self._channel.home}/jobs/{order.key}/tty'
+        self.session.processes.start(self._channel.connection.terminal(path), None, on_exit,
+                                     terminal=True)
 
     def _start_queued(self):
         """Send the starts that are possible; what the journal says goes first."""
@@ -3942,13 +4437,20 @@ class MachineRunner:
         waiting, now = collections.deque(), time.monotonic()
         while self._queue:
             order = self._queue.popleft()
+            if order.stage is None:
+                self._running[order.key] = order
+                self._channel.send(request('adopt', order.key))
+                self._watch_later()
+                continue
             if not order.stage.ready or now < self._next_start:
                 waiting.append(order)
                 continue
             self._next_start = now + self._spacing_s
             self.session.results.claimed(order.job_name, order.attempt, self.machine.address,
-                                         order.gpus, order.command)
+                                         order.gpus, order.command, **order.noted)
             self._running[order.key] = order
+            if order.mode:
+                self._channel.send(request('mode', order.key, order.mode))
             how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
             paths = order.backwards or ()
             self._channel.send(request(
@@ -3965,8 +4467,10 @@ class MachineRunner:
     def _watch(self):
         """Ask for what the running jobs have written since the last time, and whether they live."""
         if self._running:
-            triples = [field for order in self._running.values()
-                       for field in (order.key, order.offsets['out'], order.offsets['err'])]
+            triples = []
+            for order in self._running.values():        # what is followed comes by itself
+                known = (BEYOND, BEYOND) if order.follower else order.offsets.values()
+                triples += [order.key, *known]
             self._channel.send(request('watch', len(self._running), *triples))
             self._watch_later()
 
@@ -3995,7 +4499,8 @@ class MachineRunner:
         channel.home = os.fsdecode(home)
         channel.rsync_works = (rsync == b'1' and self.session.has_rsync and channel.quiet
                                and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
-        self._understand()
+        if self._facts:
+            self._understand()
         self.state = 'ready'
         self._sender.begin()
         self._signal('ready')
@@ -4044,8 +4549,56 @@ class MachineRunner:
 
     def _on_started(self, *keys):
         for key in map(os.fsdecode, keys):
-            if key in self._running:
-                self._signal('started', self._running[key].job_name)
+            order = self._running.get(key)
+            if not order:
+                continue
+            if order.source is not None:
+                self._feed(order)
+            if order.sink:
+                self._later(f'follow {key}', FOLLOW_AFTER_S, functools.partial(self._follow, order))
+            self._signal('started', order.job_name)
+
+    def _follow(self, order):
+        """Have what the job writes brought as it comes; what ends sooner brings it with its end."""
+        if order.key in self._running and not order.follower:
+            order.follower = Follower(
+                order, self._channel, self.session,
+                functools.partial(self._take, order), functools.partial(self._unfollowed, order))
+
+    def _unfollowed(self, order):
+        """Nothing more comes from its follower: what is missing comes otherwise."""
+        order.follower = None
+        if order.key in self._draining:
+            self._drained(order)
+
+    def _take(self, order, stream, data):
+        """The next bytes of a stream have come."""
+        if order.grown[stream] and order.keep:
+            order.grown[stream] = self.session.results.grow(order.job_name, stream, data)
+        if order.grown[stream] or order.sink:
+            order.offsets[stream] += len(data)
+        if order.sink:
+            order.sink(stream, data)
+        else:
+            order.grown[stream] = True      # it can be tried again
+        if order.key in self._draining and order.offsets == order.sizes:
+            self._drained(order)
+
+    def _feed(self, order):
+        """Pass on what comes for its input, and then that there is no more."""
+        source, order.source = order.source, None
+
+        def done(status, complaint):
+            if order.key in self._running and self.state == 'ready':
+                if status and process.source is not None:
+                    self._signal('warning', f'{order.job_name}: its input could not be passed on: '
+                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}')
+                self._channel.send(request('eof', order.key))
+
+        process = self.session.processes.start(
+            self._channel.connection.copy(), lambda data: None, done)
+        process.write(request(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
+        self.session.processes.pass_on(source, process)
 
     def _on_refused(self, key, why):
         self._on_gone('returned', key, why)
@@ -4066,21 +4619,73 @@ class MachineRunner:
             return      # it was reported already, or is none of ours
         self.expected.discard(order.key)
         self._ended_keys.add(order.key)
-        self._ended_ticks += max(int(cpu_cs) - self._sample.ticks.get(order.key, 0), 0)
-        if self._cancelled:
+        known_ticks = self._sample.ticks.get(order.key, 0) if self._sample else 0
+        self._ended_ticks += max(int(cpu_cs) - known_ticks, 0)
+        if self._cancelled and not order.sink:
             self._fetcher.forget(order)
             return
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
                 order.streams[stream] = text[1:]
+            order.sizes[stream] = len(text) - 1 if text[:1] == b'=' else int(text[1:])
         known = int(time_cs) > 0 or int(cpu_cs) > 0         # not where a record is all there is
-        result = JobResult(order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus,
-                           int(cpu_cs) / 100 if known else None, order.peak_mb, order.peak_gpu_mb)
-        self.ended[order.job_name] = result
-        self.session.results.ended(result)
+        self.ended[order.job_name] = JobResult(
+            order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus,
+            int(cpu_cs) / 100 if known else None, order.peak_mb, order.peak_gpu_mb)
+        order.entries = list(back)
+        self._draining[order.key] = order
+        whole = all(stream in order.streams or order.offsets[stream] == size
+                    for stream, size in order.sizes.items())
+        if whole or not order.follower:
+            self._drained(order)
+
+    def _drained(self, order):
+        """All that comes of what an ended job wrote, before its results are fetched, is here."""
+        del self._draining[order.key]
+        if order.follower:
+            order.follower.end()
+        for stream, size in order.sizes.items():
+            if stream in order.streams:
+                self._show(order, stream, [order.streams[stream][order.offsets[stream]:]])
+            elif order.offsets[stream] == size and (not order.keep or (
+                    order.grown[stream] and self.session.results.has(
+                        order.job_name, stream, size))):
+                order.streams[stream] = None
+        if self._cancelled:
+            self._fetcher.forget(order)
+            return
+        self.session.results.ended(self.ended[order.job_name])
         # What came with the event is in place before anybody is told that the job ended.
-        self._fetcher.add(order, list(back))
+        self._fetcher.add(order, order.entries)
         self._signal('ended', order.job_name)
+
+    def _show(self, order, stream, pieces):
+        for data in pieces if order.sink else ():
+            order.offsets[stream] += len(data)
+            order.sink(stream, data)
+
+    def _show_rest(self, job_name):
+        """The results of a job are in place: pass on what did not come before."""
+        order = self._followed.pop(job_name, None)
+        for stream, size in order.sizes.items() if order else ():
+            if order.offsets[stream] < size:
+                self._show(order, stream, self.session.results.read(
+                    job_name, stream, order.offsets[stream]))
+
+    def _on_left(self, key, text):
+        order = self._running.get(os.fsdecode(key))
+        if order:
+            self._signal('left', order.job_name, printable(os.fsdecode(text)))
+
+    def _on_absent(self, key):
+        order = self._running.pop(os.fsdecode(key), None)
+        if order:
+            self._signal('absent', order.job_name)
+
+    def _on_cancelled(self, pids):
+        self.cancelling = False
+        if pids:
+            self._signal('survivors', printable(os.fsdecode(pids)))
 
     def _on_data(self, what, key, *rest):
         key = os.fsdecode(key)
@@ -4089,9 +4694,8 @@ class MachineRunner:
         elif what == b'growth' and key in self._running:
             stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
             order = self._running[key]
-            if offset == order.offsets[stream]:
-                if self.session.results.grow(order.job_name, stream, data):
-                    order.offsets[stream] += len(data)
+            if offset == order.offsets[stream] and not order.follower:
+                self._take(order, stream, data)
 
     def _on_finished(self):
         self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
@@ -4099,7 +4703,8 @@ class MachineRunner:
 
 
 EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
-                    'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished'))
+                    'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished',
+                    'left', 'absent', 'cancelled'))
 
 
 def need_of(placement):
@@ -4155,6 +4760,29 @@ class Reporter:
         """Print one line on stderr that begins with WARNING."""
         self._print(self._err, f'WARNING: {text}')
 
+    def raw(self, stream, data):
+        """Print bytes on stdout or stderr, 'out' or 'err'."""
+        stream = self._out if stream == 'out' else self._err
+        try:
+            stream.flush()
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        except BrokenPipeError:
+            self._silence(stream)
+
+    def tint(self, text, number):
+        """Return the text in one of some colours, on a terminal."""
+        if not self._out.isatty() or os.environ.get('NO_COLOR'):
+            return text
+        return f'\x1b[{31 + number % 6}m{text}\x1b[m'
+
+    def sent(self, machine, stage):
+        """The files of a Stage are on the machine."""
+        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
+        left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
+        note = f' (left out: {", ".join(left_out)})' if left_out else ''
+        self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{note}')
+
     def started(self, job, gpus):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
         self.line(f'started: {job.name};  {pinned(job.command, gpus)}')
@@ -4205,13 +4833,18 @@ class Reporter:
             stream.write(text + '\n')
             stream.flush()
         except BrokenPipeError:     # as in `| head`: the jobs matter more
-            self.reader_left = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            self._silence(stream)
         except UnicodeEncodeError:
             stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
             stream.flush()
         if self._bar is not None:
             self._bar.refresh()
+
+    def _silence(self, stream):
+        self.reader_left = True
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 # ---- Scheduler: what waits, and where there is room; starts nothing ----
@@ -4480,7 +5113,7 @@ class Batch:
         for runner in self._runners:
             runner.register('ready', lambda runner=runner: self._on_ready(runner))
             runner.register('failed', lambda why, runner=runner: self._on_failed(runner, why))
-            runner.register('sent', lambda stage, runner=runner: self._on_sent(runner, stage))
+            runner.register('sent', functools.partial(self._report.sent, runner.name))
             runner.register('warning', self._report.warning)
             runner.register('returned', self._on_returned)
             runner.register('held', self._on_held)
@@ -4726,12 +5359,6 @@ class Batch:
         except DoesNotFit as error:
             self._report.note(f'{error}')
 
-    def _on_sent(self, runner, stage):
-        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
-        left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
-        note = f' (left out: {", ".join(left_out)})' if left_out else ''
-        self._report.note(f'{runner.name}: sent {count_of(files, "file")}, {size_of(size)}{note}')
-
     def _on_started(self, name):
         _, placement = self._placed[name]
         self._report.started(self._jobs[name], placement.visible_gpus)
@@ -4861,6 +5488,225 @@ def names_of(names):
     return ', '.join(names) if len(names) < 4 else f'{names[0]} and {len(names) - 1} more'
 
 
+# ---- Fan-out: one command on its machines, at once, and what it says ----
+
+class Outlet:
+    """Our standard streams, for what a command says over there: it is passed on unchanged."""
+
+    def __init__(self, processes):
+        self.reader_left = False        # nobody reads any more what is said
+        self._processes = processes
+
+    def take(self, stream, data):
+        """Write it all, however slowly it is read; when we are interrupted, what is read at once.
+        """
+        try:
+            if not self.reader_left:
+                self._processes.write_out(1 if stream == 'out' else 2, data)
+        except OSError:
+            self.reader_left = True
+            self._processes.wake()
+
+    def end(self):
+        """Nothing more comes."""
+
+
+class Prefixer:
+    """What a command says on one machine, in whole lines that begin with the machine's name."""
+
+    def __init__(self, reporter, head):
+        self._reporter, self._head = reporter, head.encode() + b' '
+        self._rest = {'out': b'', 'err': b''}
+
+    def take(self, stream, data):
+        """Print the lines that are complete with these bytes; very long ones come in parts."""
+        *lines, rest = (self._rest[stream] + data).split(b'\n')
+        if len(rest) > LONGEST_LINE:
+            lines, rest = [*lines, rest], b''
+        self._rest[stream] = rest
+        self._print(stream, lines)
+
+    def end(self):
+        """Print what is left without an end of line."""
+        for stream, rest in self._rest.items():
+            self._print(stream, [rest] if rest else [])
+        self._rest = {'out': b'', 'err': b''}
+
+    def _print(self, stream, lines):
+        # Of what a progress bar has drawn over and over, the last is left.
+        shown = [line.rstrip(b'\r').rpartition(b'\r')[2] for line in lines]
+        if shown:
+            self._reporter.raw(stream, b''.join(self._head + line + b'\n' for line in shown))
+
+
+class Fanout:
+    """Runs one job on each of some machines, on all at once, and knows how it went there.
+
+    jobs       {MachineRunner: Job}
+    sinks      {MachineRunner: an object that has take(stream, bytes) and end()}, or nothing
+    outcomes   {MachineRunner: (word, exit code or reason)}; the word is ended, failed (it could not
+               be started, or its results not be fetched), impossible (it fits there never),
+               unreachable, lost, timed out, or absent
+    how        further arguments of queue_up for every job
+
+    First it begins with as many machines as may be busy at a time.  Then it waits until something
+    happens.  Both again, until each machine has an outcome and all results are here.
+    """
+
+    def __init__(self, jobs, session, reporter, sinks, *, allocation=None, at_once=1,
+                 timeout_s=None, attempt=None, tied=False, **how):
+        self._jobs, self._sinks, self._how = jobs, sinks, how
+        self._tied = tied                   # the jobs end when we do
+        self._session, self._report = session, reporter
+        self._allocation = allocation       # what has to be free there first, or None
+        self._at_once, self._timeout_s = at_once, timeout_s
+        self._attempt = attempt             # of jobs that an earlier run has started, or None
+        self._waiting = collections.deque(jobs)
+        self._begun = []
+        self._explained = False
+        self.outcomes = {}
+        self.started = set()                # MachineRunners
+        self.interrupts = 0
+
+    def interrupt(self, *_):
+        """Stop, in good order; a second time: now.  A signal handler."""
+        self.interrupts += 1
+        self._session.processes.wake()
+
+    def run(self, enough=lambda: False):
+        """Run all of it, at most until enough()."""
+        while not self.interrupts and not enough() and (
+                len(self.outcomes) < len(self._jobs) or any(map(self._works, self._begun))):
+            while self._waiting and sum(map(self._works, self._begun)) < self._at_once:
+                self._begun.append(self._waiting[0])
+                self._begin(self._waiting.popleft())
+            self._session.processes.wait()
+            for runner in self._begun:
+                if runner in self.outcomes and not runner.busy and not runner.cancelling:
+                    if runner in self._sinks:
+                        self._sinks[runner].end()
+                    runner.close()
+
+    def cancel(self):
+        """End what runs, everywhere, within a time; say what could not be ended."""
+        runners = [runner for runner in self._begun if runner.state == 'ready']
+        for runner in runners:
+            runner.cancel()
+        until = time.monotonic() + INTERRUPT_S
+        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
+                   for runner in runners)
+               and self.interrupts < 2 and time.monotonic() < until):
+            self._session.processes.wait(0.2)
+        for runner in self._begun:
+            for name in runner.running:
+                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+
+    def _works(self, runner):
+        """Tell whether it is still of use to wait for this machine."""
+        return (runner.state in ('connecting', 'closing') or runner not in self.outcomes
+                or runner.state == 'ready' and (runner.busy or runner.cancelling))
+
+    def _begin(self, runner):
+        job = self._jobs[runner]
+
+        def say(text):
+            self._report.note(f'{runner.name}: {text}')
+
+        runner.register('ready', lambda: self._on_ready(runner))
+        runner.register('measured', lambda: self._place(runner))
+        runner.register('failed', lambda why: self._on_failed(runner, why))
+        runner.register('sent', functools.partial(self._report.sent, runner.name))
+        runner.register('warning', self._report.warning)
+        runner.register('returned', lambda name, why: runner.state == 'failed' or self._end(
+            runner, 'failed', why))
+        runner.register('lost', lambda name, why: self._end(runner, 'failed', f'it is gone: {why}'))
+        runner.register('held', lambda name: runner.measure(random.uniform(1, 3)))
+        runner.register('absent', lambda name: self._on_absent(runner))
+        runner.register('uncollected', lambda name: self._end(
+            runner, 'failed', 'its results could not be fetched'))
+        runner.register('left', lambda name, text: say(
+            f'{name} ended, but what it started goes on there: {text}'))
+        runner.register('survivors', lambda pids: say(f'could not be ended: process {pids}'))
+        runner.register_started(lambda name: self.started.add(runner))
+        runner.register_ended(lambda name: self._end(
+            runner, 'ended', runner.ended[name].exit_code))
+        runner.connect(bool(self._allocation and self._allocation.gpus))
+        if self._timeout_s is not None:
+            self._session.processes.call_later(self._timeout_s, lambda: self._on_late(runner))
+        if self._tied:
+            runner.tie()
+        if self._attempt is not None:
+            self._queue_up(runner, adopt=True, attempt=self._attempt)
+        else:
+            runner.prepare(job.forwards)
+            if not self._allocation:
+                self._queue_up(runner)
+        if self._allocation:
+            runner.probe()
+        else:
+            runner.enter()
+
+    def _queue_up(self, runner, placement=None, adopt=False, attempt=None):
+        job = self._jobs[runner]
+        known = self._session.results.state(job.name).get('attempt', 0)
+        forwards = job.forwards or Forwards((), ())
+        runner.queue_up(
+            job.command, forwards.copy, job.backwards, job.name, link_loc=forwards.link,
+            exclude=forwards.exclude, gpus=placement and placement.visible_gpus,
+            attempt=attempt or known + 1, placement=placement, adopt=adopt,
+            sink=self._sinks[runner].take if self._sinks else None, **self._how)
+
+    def _place(self, runner):
+        """Start the job there if there is room, else look again later."""
+        own = MachineResources(runner.capacity)
+        if not own.short_of(self._allocation):
+            self._queue_up(runner, own.allocate(self._allocation), attempt=self._attempt)
+            return
+        best = MachineResources(idle(runner.capacity))
+        if best.short_of(self._allocation):
+            self._end(runner, 'impossible', f'the job needs {describe(self._allocation)}, and '
+                      f'{runner.name} {best.why_not(self._allocation)}')
+            return
+        if not self._explained:
+            self._explained = True
+            self._report.note(f'waiting for {describe(self._allocation)}: {runner.name} '
+                              f'{own.holder(self._allocation)}')
+        runner.measure(LIVE_S)
+
+    def _on_ready(self, runner):
+        if self._allocation and self._attempt is None:
+            self._place(runner)
+
+    def _on_absent(self, runner):
+        """What was to be adopted never began: start it now, as the same attempt."""
+        job = self._jobs[runner]
+        if job.forwards is None:
+            self._end(runner, 'absent', 'it was never started there')
+        elif self._allocation:
+            runner.prepare(job.forwards)
+            self._place(runner)
+        else:
+            self._queue_up(runner, attempt=self._attempt)
+
+    def _on_failed(self, runner, why):
+        if runner.unfinished:
+            self.outcomes[runner] = ('lost', why)
+        else:
+            self._end(runner, 'unreachable', why)
+
+    def _on_late(self, runner):
+        if runner not in self.outcomes:
+            self._end(runner, 'timed out', f'after {self._timeout_s:g} s')
+            if runner.state == 'ready':
+                runner.cancel()
+            else:
+                runner.close()
+
+    def _end(self, runner, word, what):
+        if word == 'failed' or runner not in self.outcomes:
+            self.outcomes[runner] = (word, what)
+
+
 # ---- Commands ----
 
 def execute_batch(argv):
@@ -4891,26 +5737,363 @@ def run_batch(options, machines, jobs, session, reporter):
     """Connect, place, run, collect, clean up; return the exit status."""
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
     batch = Batch(jobs, runners, session, reporter, read_allocation(options))
-    handlers = {number: signal.signal(number, batch.interrupt)
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    with interruptible(batch.interrupt):
+        try:
+            warnings = batch.plan()
+            dry = options['--dry-run']
+            if batch.has_work:
+                batch.connect(None if dry else read_forwards(options))
+                batch.settle()
+                batch.announce()
+            for warning in warnings:
+                reporter.line(warning)
+            if dry:
+                batch.dry_run()
+                return 0
+            batch.adopt()
+            return batch.run()
+        finally:
+            close_all(runners, session)
+
+
+@contextlib.contextmanager
+def interruptible(handler):
+    """Have SIGINT and SIGTERM call the handler."""
+    before = {number: signal.signal(number, handler)
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        warnings = batch.plan()
-        dry = options['--dry-run']
-        if batch.has_work:
-            batch.connect(None if dry else read_forwards(options))
-            batch.settle()
-            batch.announce()
-        for warning in warnings:
-            reporter.line(warning)
-        if dry:
-            batch.dry_run()
-            return 0
-        batch.adopt()
-        return batch.run()
+        yield
     finally:
-        close_all(runners, session)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+TRANSPORT_FAILED = 125      # what docker, timeout and env return where they themselves failed
+
+
+def execute_remote(argv):
+    """Run one command on one machine; return its exit status, or one of ours."""
+    options = read_options(EXECUTE_REMOTE_USAGE, argv)
+    reporter = Reporter(options['--verbose'], out=sys.stderr)
+    named = {name for name in ('--job-name', '--attach', '--cancel') if options[name] is not None}
+    if len(named) > 1:
+        raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
+    by_name = named & {'--attach', '--cancel'}
+    if not by_name and options['--machine'] is None:
+        raise UsageError('--machine is missing: on which machine? localhost is one.')
+    for one, other in (('--tty', '--detach'), ('--tty', '--stdin'), ('--detach', '--stdin'),
+                       ('--detach', '--attach'), ('--tty', '--attach'), ('--stdin', '--attach')):
+        if options[one] and options[other]:
+            raise UsageError(f'{one} and {other}: give one of them.')
+    name = options[next(iter(named))] if named else new_name(options['<command>'])
+    check_job_name(name, next(iter(named), '--job-name'))
+    results = ResultStore('job_results', f'commands/{name}').open()
+    try:
+        return Errand(name, options, results, reporter).run()
+    finally:
+        results.close()
+
+
+def new_name(command):
+    """Return a name for a job that nobody named: readable, and not used before."""
+    words = re.sub(r'[^A-Za-z0-9_.]+', '-', command.strip())[:30].strip('-.') or 'command'
+    return f'{words}-{time.strftime("%m%d-%H%M%S")}-{os.urandom(2).hex()}'
+
+
+class Errand:
+    """What execute_remote does: starts, attaches to, shows again or cancels one job."""
+
+    def __init__(self, name, options, results, reporter):
+        self._name, self._options = name, options
+        self._results, self._report = results, reporter
+        self._known = results.state(name)
+        self._state = self._known.get('state')
+
+    def run(self):
+        """Do it; return the exit status."""
+        options, name, known = self._options, self._name, self._known
+        by_name = options['--attach'] or options['--cancel']
+        if by_name and not known:
+            raise ResultsError(f'no job {name} was started from this folder: job_results knows '
+                               'nothing of it.')
+        if not by_name and known and known['command'] != options['<command>']:
+            raise ResultsError(f'the job {name} is there, with another command: '
+                               f'{printable(known["command"])}. Choose another --job-name, or '
+                               'delete its results and job_results/.ssh_scheduler/commands/'
+                               f'{name}.')
+        if self._state == 'collected':
+            return self._show_again()
+        if self._results.exists(name):
+            raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
+                               'another --job-name, or delete them.')
+        if by_name and self._state not in ('claimed', 'ended'):
+            raise ResultsError(f'the job {name} does not run: it was {self._state}.')
+        machine = find_machine(options['--machine'] or known['where'])
+        running = self._state in ('claimed', 'ended')
+        if running and known['machine'] != machine.address:
+            raise ResultsError(f'the job {name} was started on {known["machine"]}, not on '
+                               f'{machine.address}: name that machine, or choose another '
+                               '--job-name.')
+        hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
+        session = Session(self._results, self._report.trace, live=bool(hardware),
+                          nice=options.whole_number('--nice', least=0, most=19))
+        try:
+            return self._run_on(machine, session, running,
+                                read_allocation(options) if hardware else None)
+        finally:
+            session.close()
+
+    def _show_again(self):
+        """The job ended in an earlier run: pass on what it said, and its exit status."""
+        if self._options['--cancel']:
+            self._report.note(f'{self._name}: it has ended already')
+            return 0
+        self._report.warning(f'job results already exists for {self._name}, showing them: delete '
+                             'if you wish to rerun')
+        processes = Processes()
+        outlet = Outlet(processes)
+        try:
+            for stream in ('out', 'err'):
+                for data in self._results.read(self._name, stream):
+                    outlet.take(stream, data)
+        except OSError as error:
+            raise ResultsError(f'{error.filename}: {reason_of(error)}.') from None
+        finally:
+            processes.close()
+        return self._known.get('exit_code', TRANSPORT_FAILED)
+
+    def _run_on(self, machine, session, running, allocation):
+        options, name, known = self._options, self._name, self._known
+        by_name = options['--attach'] or options['--cancel']
+        mode = ('tty' if options['--tty'] else 'stdin' if options['--stdin'] else '')
+        backwards = read_backwards(options)
+        if by_name:
+            job = Job(name, known['command'], 0, None, None, known['backwards'] and tuple(
+                known['backwards']))
+        else:
+            job = Job(name, options['<command>'], 0, None, read_forwards(options), backwards)
+            for forwards_option, paths in (('--copy-forwards', job.forwards.copy),
+                                           ('--link-forwards', job.forwards.link)):
+                for path in paths:
+                    check_named(path, forwards_option)
+        runner = MachineRunner(machine, session)
+        outlet = Outlet(session.processes)
+        silent = options['--detach'] or options['--cancel'] or mode == 'tty'
+        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards}
+        fanout = Fanout({runner: job}, session, self._report, {} if silent else {runner: outlet},
+                        allocation=allocation, attempt=known['attempt'] if running else None,
+                        mode=mode, source=0 if mode == 'stdin' else None, noted=noted)
+        if not options['--job-name'] and not by_name and not options['--detach']:
+            self._report.note(f'job {name} on {machine.name}')
+        if mode == 'tty':
+            runner.register_started(lambda name: self._give_terminal(runner, session))
+        begun = {'--detach', '--cancel'} & options.given
+
+        def enough():
+            return outlet.reader_left or begun and runner in fanout.started
+
+        # An interrupt that is typed is for the program that has the terminal.
+        handler = fanout.interrupt if mode != 'tty' else (
+            lambda number, _: number == signal.SIGINT or fanout.interrupt())
+        with interruptible(handler):
+            try:
+                fanout.run(enough)
+                if fanout.interrupts or outlet.reader_left or options['--cancel']:
+                    self._cancel(fanout, runner)
+            finally:
+                close_all([runner], session)
+        if fanout.interrupts:
+            return 130
+        if outlet.reader_left:
+            return 128 + signal.SIGPIPE
+        return self._outcome(runner, *fanout.outcomes.get(runner, ('started', 0)))
+
+    def _give_terminal(self, runner, session):
+        def done(status, _):
+            session.processes.call_later(2, still_there)
+
+        def still_there():
+            if self._name in runner.running:
+                self._report.note(f'{self._name}: no terminal could be had on {runner.name}')
+                runner.cancel()
+
+        runner.terminal(self._name, done)
+
+    def _cancel(self, fanout, runner):
+        name = self._name
+        if not runner.busy:
+            return
+        fanout.cancel()
+        if name not in runner.running and self._results.state(name).get('state') == 'claimed':
+            self._results.set_aside(name)
+            if self._options['--cancel']:
+                self._report.note(f'{name}: ended on {runner.name}')
+
+    def _outcome(self, runner, word, what):
+        """Return the exit status, and say what is not as it should be."""
+        name, options = self._name, self._options
+        if options['--cancel']:
+            if word in ('ended', 'absent'):
+                self._report.note(f'{name}: it has ended already' if word == 'ended' else
+                                  f'{name}: {what}')
+            elif word != 'started':
+                self._report.note(f'{name}: {what}')
+            return int(name in runner.running or word not in ('started', 'ended', 'absent'))
+        if word == 'started' or options['--detach'] and word == 'ended':
+            sys.stdout.write(name + '\n')
+            return 0
+        if word == 'ended':
+            return what
+        if word == 'lost':
+            what = (f'lost contact with {runner.name} ({what}). The job goes on there; '
+                    f'execute_remote --attach={name} shows it')
+        elif word == 'unreachable':
+            what = f'{runner.name} cannot be used: {what}'
+        self._report.note(f'{name}: {what}.')
+        if word == 'impossible':
+            return DoesNotFit.exit_code
+        ended = runner.ended.get(name)
+        return ended.exit_code if ended and ended.exit_code else TRANSPORT_FAILED
+
+
+def execute_to(argv):
+    """Run one command on many machines; return the exit status."""
+    options = read_options(EXECUTE_TO_USAGE, argv)
+    reporter = Reporter(options['--verbose'])
+    if not options['--machines']:
+        raise UsageError('--machines is missing: on which machines? localhost is one.')
+    timeout_s = None if options['--timeout'] is None else options.number('--timeout', above=0)
+    at_once = options.whole_number('--fanout', least=1)
+    nice = options.whole_number('--nice', least=0, most=19)
+    machines = find_machines(options['--machines'])
+    name = options['--job-name'] or new_name('to')
+    check_job_name(name, '--job-name')
+    backwards = read_backwards(options) or ()
+    forwards = Forwards(inside_paths(options['--copy-forwards'] or (), '--copy-forwards'),
+                        inside_paths(options['--link-forwards'] or (), '--link-forwards'),
+                        options['--exclude'] or ())
+    for path in forwards.copy:
+        check_named(path, '--copy-forwards')
+    for path in forwards.link:
+        check_named(path, '--link-forwards')
+    kept = bool(backwards or options['--job-name'])
+    session = Session(None, reporter.trace, nice=nice, live=False)
+    session.results = results = ResultStore(
+        *(['job_results', f'commands/{name}'] if kept else [f'{session.run_folder}/results']))
+    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
+    try:
+        results.open()
+        jobs = {runner: Job(f'{name}_{plain_name(runner.name)}', options['<command>'], 0, None,
+                            forwards, backwards) for runner in runners}
+        check_new(jobs.values(), results)
+        gathered = options['--gather'] or options['--diff']
+        width = max(len(printable(runner.name)) for runner in runners)
+        sinks = {} if gathered else {runner: Prefixer(reporter, reporter.tint(
+            f'{printable(runner.name)}:'.ljust(width + 1), number))
+            for number, runner in enumerate(runners)}
+        fanout = Fanout(jobs, session, reporter, sinks, at_once=at_once, timeout_s=timeout_s,
+                        tied=True, keep=kept or gathered)
+        with interruptible(fanout.interrupt):
+            try:
+                fanout.run(lambda: reporter.reader_left)
+                if fanout.interrupts or reporter.reader_left:
+                    fanout.cancel()
+                for prefixer in sinks.values():
+                    prefixer.end()
+            finally:
+                close_all(runners, session)
+        if gathered:
+            gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
+        failed = summary_of(fanout.outcomes, reporter)
+        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
+    finally:
+        session.close()
+        results.close()
+
+
+def plain_name(name):
+    """Return a machine's name as a part of a job's."""
+    return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name)[-100:]
+
+
+def check_new(jobs, results):
+    """Raise unless each job has a name and a place for its results of its own."""
+    names = collections.Counter(job.name for job in jobs)
+    for name, count in names.items():
+        check_job_name(name, '--job-name')
+        if count > 1:
+            raise MachineFileError(f'two machines have results of the same name {name}.')
+        if results.exists(name) or results.state(name):
+            raise ResultsError(f'there are results of {name} already. Choose another --job-name, '
+                               'or delete them.')
+
+
+def gather(jobs, outcomes, results, reporter, differences):
+    """Print equal outputs once; with differences, of the others how they differ from the first."""
+    groups = collections.defaultdict(list)          # digests of out and err -> runners
+    for runner, (word, _) in outcomes.items():
+        if word == 'ended':
+            groups[tuple(digest_of(results.read(jobs[runner].name, stream))
+                         for stream in ('out', 'err'))].append(runner)
+    order = list(jobs)
+    first = None
+    for runners in sorted(groups.values(), key=lambda runners: order.index(runners[0])):
+        runners.sort(key=order.index)
+        names = ', '.join(printable(runner.name) for runner in runners)
+        name = jobs[runners[0]].name
+        for stream in ('out', 'err'):
+            pieces = results.read(name, stream)
+            if first and differences:
+                pieces = difference(results, jobs[first], jobs[runners[0]], stream,
+                                    printable(first.name), names)
+            printed = b'\n'
+            for number, piece in enumerate(pieces):
+                if not number:
+                    count = f' ({len(runners)} machines)' if len(runners) > 1 else ''
+                    reporter.raw(stream, f'---- {names}{count}\n'.encode())
+                reporter.raw(stream, piece)
+                printed = piece
+            reporter.raw(stream, b'' if printed.endswith(b'\n') else b'\n')
+        first = first or runners[0]
+
+
+def digest_of(pieces):
+    """Return what stands for the bytes."""
+    import hashlib
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+LONGEST_DIFFERENCE = 2**20      # bytes; comparing takes the square of that time, at worst
+
+
+def difference(results, first, other, stream, first_name, names):
+    """Yield how the stream of another job differs from that of the first, as diff -u shows it."""
+    import difflib
+    texts = []
+    for job in (first, other):
+        data = b''.join(itertools.islice(results.read(job.name, stream),
+                                         LONGEST_DIFFERENCE // 2**16 + 1))
+        texts.append(data.decode('utf-8', 'surrogateescape').splitlines(True))
+    if any(sum(map(len, lines)) > LONGEST_DIFFERENCE for lines in texts):
+        yield b'too long to be compared\n'
+        return
+    for line in difflib.unified_diff(*texts, first_name, names):
+        yield (line if line.endswith('\n') else line + '\n').encode('utf-8', 'surrogateescape')
+
+
+def summary_of(outcomes, reporter):
+    """Print a line for each kind of failure, with the machines' names; return how many failed."""
+    kinds = collections.defaultdict(list)
+    for runner, (word, what) in outcomes.items():
+        if (word, what) != ('ended', 0):
+            kinds[('failed', f'exit code {what}') if word == 'ended' else (word, what)
+                  ].append(printable(runner.name))
+    for (word, what), names in kinds.items():
+        reporter.note(f'{word}: {", ".join(names)} ({what})')
+    return sum(map(len, kinds.values()))
 
 
 def query_machines(argv):
@@ -4936,36 +6119,33 @@ def query_machines(argv):
         stopped.append(True)
         session.processes.wake()
 
-    handlers = {number: signal.signal(number, stop)
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for runner in runners:
-            runner.register('warning', reporter.warning)
-            runner.connect()
-            runner.probe()
-        while not stopped:
-            while not stopped and any(
-                    runner.state == 'connecting' or runner.asking for runner in runners):
-                session.processes.wait(1)
-            if not stopped:
-                reporter.show(json_lines(runners, allocation) if options['--json'] else
-                              machine_table(runners, allocation, reporter.paint),
-                              interval and not options['--json'])
-            if interval is None or reporter.reader_left:
-                break
-            until = time.monotonic() + interval
-            while not stopped and time.monotonic() < until:
-                session.processes.wait(max(until - time.monotonic(), 0))
+    with interruptible(stop):
+        try:
             for runner in runners:
-                runner.measure()
-        if stopped and interval is None:
-            return 130
-        return 0 if all(runner.state == 'ready' for runner in runners) else 1
-    finally:
-        close_all(runners, session)
-        session.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+                runner.register('warning', reporter.warning)
+                runner.connect()
+                runner.probe()
+            while not stopped:
+                while not stopped and any(
+                        runner.state == 'connecting' or runner.asking for runner in runners):
+                    session.processes.wait(1)
+                if not stopped:
+                    reporter.show(json_lines(runners, allocation) if options['--json'] else
+                                  machine_table(runners, allocation, reporter.paint),
+                                  interval and not options['--json'])
+                if interval is None or reporter.reader_left:
+                    break
+                until = time.monotonic() + interval
+                while not stopped and time.monotonic() < until:
+                    session.processes.wait(max(until - time.monotonic(), 0))
+                for runner in runners:
+                    runner.measure()
+            if stopped and interval is None:
+                return 130
+            return 0 if all(runner.state == 'ready' for runner in runners) else 1
+        finally:
+            close_all(runners, session)
+            session.close()
 
 
 def close_all(runners, session):
@@ -5050,19 +6230,10 @@ def bare(text):
     return re.sub(r'\x1b\[\d*m', '', text)
 
 
-def future_command(usage):
-    """Return the command that shows its help, and for the rest says that it is yet to come."""
-    def command(argv):
-        if set(argv) & {'-h', '--help', '--version'}:
-            read_options(usage, argv)
-        raise UsageError('this command is not in this version. execute_batch is.')
-    return command
-
-
 COMMANDS = {
     'execute_batch': execute_batch,
-    'execute_remote': future_command(EXECUTE_REMOTE_USAGE),
-    'execute_to': future_command(EXECUTE_TO_USAGE),
+    'execute_remote': execute_remote,
+    'execute_to': execute_to,
     'query_machines': query_machines,
 }
 

@@ -692,8 +692,8 @@ def test_the_exit_status_is_told_and_recorded(runner, command, status):
     (r"printf 'a\tb\n\\n \\\\'", '=a\tb\n\\n \\\\'),
     (r"printf '\001\033[31m\377'", '=\x01\x1b[31m\udcff'),
     ('printf %600s', '=' + 600 * ' '),
-    ('printf %601s', '@'),
-    (r"printf 'a\0b'", '@')])
+    ('printf %601s', '@601'),
+    (r"printf 'a\0b'", '@3')])
 def test_short_streams_come_with_the_end(runner, command, out):
     runner.start('job', f'{command}; {command} >&2')
     assert runner.ended('job') == (0, *((out, out) if len(command) > 1 else ()), [])
@@ -779,8 +779,9 @@ def test_nothing_of_the_channel_is_open_in_a_job(runner, gate):
     status, out, _err, _back = runner.ended('job')
     files = [line.partition(' -> ')[2] for line in out.splitlines() if ' -> ' in line]
     assert (status, holders) == (0, [])
-    assert sorted(files[:3]) == ['/dev/null', runner.path('job', 'err'), runner.path('job', 'out')]
-    assert len(files) == 4      # and the folder that ls itself has open
+    assert sorted(files[:4]) == ['/dev/null', *(runner.path('job', name) for name in (
+        'alive', 'err', 'out'))]
+    assert len(files) == 5      # and the folder that ls itself has open
 
 
 def group_members(group):
@@ -832,7 +833,7 @@ def test_cancel_ends_the_whole_group(runner, gate):
     with open(gate.path, 'w'):
         group = runner.record('job')[1]
         members = group_members(group)
-        runner.send('cancel', 'job.1', 20)
+        runner.send('cancel', 20, 1, 'job.1')
         assert runner.ended('job')[0] == 143
     assert len(members) >= 3 and all(map(rig.ends, members))
 
@@ -842,7 +843,7 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     runner.until('started', 'job.1')
     with open(gate.path, 'w'):
         members = group_members(runner.record('job')[1])
-    runner.send('cancel', 'job.1', 0)
+    runner.send('cancel', 0, 1, 'job.1')
     status, _out, err, _back = runner.ended('job')
     assert (status, runner.record('job')) == (137, ['ended', '137'])
     assert 'it did not end when it was told to, and was killed' in err
@@ -852,8 +853,8 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
 def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
     runner.start('job', 'true')
     runner.ended('job')
-    runner.send('cancel', 'job.1', 5)
-    runner.send('cancel', 'unknown.1', 5)
+    runner.send('cancel', 5, 1, 'job.1')
+    runner.send('cancel', 5, 1, 'unknown.1')
     runner.finish()
     assert {event[0] for event in runner.events} == {'started'}
 
@@ -867,7 +868,7 @@ def test_cancel_kills_only_what_the_record_proves(runner, gate, record):
         runner.ended('job')
         with open(runner.path('job', 'status'), 'w') as file:
             file.write(record.format(pid=bystander.pid) + '\n')
-        runner.send('cancel', 'job.1', 0)
+        runner.send('cancel', 0, 1, 'job.1')
         runner.start('next', 'true')
         runner.ended('next')
         runner.finish()
