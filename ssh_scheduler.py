@@ -2405,8 +2405,8 @@ run_job() {                 # in its own process and group; says how it went, an
   # shellcheck disable=SC2206
   used=(${used##*) })
   [[ $back == none ]] || list_back "$dir" "$id" "$@"
-  record "$dir" "ended $status"         # who reads this relies on the list
-  : >"$claims/$project.$name"
+  : >"$claims/$project.$name"           # first: who reads the record may remove that
+  record "$dir" "ended $status"
   centiseconds
   started=$((REPLY - started))
   tell_left
@@ -3389,6 +3389,7 @@ class ResultStore:
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
+        self._remains = {}              # machine -> {job.attempt: None} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
 
@@ -3453,6 +3454,15 @@ class ResultStore:
         """It is gone without a result, or was never started: it may be started again."""
         self._write(event='lost', job=name)
 
+    def remains(self, machine):
+        """Return the keys, job.attempt, of what may still lie there and is of no use any more."""
+        return list(self._remains.get(machine, ()))
+
+    def tidied(self, machine):
+        """Nothing of that lies there any more."""
+        if self._remains.get(machine):
+            self._write(event='tidied', machine=machine)
+
     def grow(self, name, stream, data):
         """Add to a stream of a job that runs; return whether that could be done."""
         key = (name, stream)
@@ -3489,10 +3499,11 @@ class ResultStore:
         import shutil
         shutil.rmtree(folder, onerror=make_removable)
 
-    def commit(self, name, streams, folder, wants_folder):
+    def commit(self, name, streams, folder, wants_folder, kept=False):
         """Put a job's results in place.
 
         streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
+        kept: some of it could not be fetched, so it stays where it is
         """
         self._let_go()
         for stream, content in streams.items():
@@ -3508,7 +3519,7 @@ class ResultStore:
                 os.rename(folder, target)
             else:
                 os.mkdir(target)
-        self._write(event='collected', job=name)
+        self._write(event='collected', job=name, **({'kept': True} if kept else {}))
 
     def _commit_stream(self, name, stream, content):
         """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
@@ -3590,10 +3601,16 @@ class ResultStore:
             # the streams that an earlier run began are ours
             resumed = self.jobs.get(event['job'], {}).get('resumed')
             self.jobs[event['job']] = {**event, **known, 'state': 'claimed', 'resumed': resumed}
+        elif event['event'] == 'tidied':
+            self._remains.pop(event['machine'], None)
         else:
-            self.jobs[event['job']]['state'] = event['event']
+            record = self.jobs[event['job']]
+            record['state'] = event['event']
             if event['event'] == 'ended':
-                self.jobs[event['job']]['exit_code'] = event['exit_code']
+                record['exit_code'] = event['exit_code']
+            elif not event.get('kept'):
+                key = f'{event["job"]}.{record["attempt"]}'
+                self._remains.setdefault(record['machine'], {})[key] = None
 
     def _write(self, **event):
         self._apply(event)
@@ -3991,9 +4008,9 @@ class Fetcher:
             self._session.processes.call_later(GATHER_S, self.fetch_if_due)
         self.fetch_if_due()
 
-    def forget(self, order):
-        """Nobody wants the results of this order: only have it removed."""
-        self._cleanable.append(order.key)
+    def forget(self, *keys):
+        """Nobody wants the results of these jobs: only have them removed."""
+        self._cleanable += keys
 
     def clean(self, least=0):
         """Have the folders of collected jobs removed, many at a time."""
@@ -4082,7 +4099,7 @@ class Fetcher:
         """Put the results in their final place; then their originals may go, unless kept."""
         try:
             self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
-                                         order.backwards != ())
+                                         order.backwards != (), bool(kept))
         except (ResultsError, OSError) as error:
             self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
             return
@@ -4502,6 +4519,8 @@ class MachineRunner:
         if self._facts:
             self._understand()
         self.state = 'ready'
+        if self.session.results:        # of runs that were killed before they could tidy up
+            self._fetcher.forget(*self.session.results.remains(self.machine.address))
         self._sender.begin()
         self._signal('ready')
         self._start_queued()
@@ -4622,7 +4641,7 @@ class MachineRunner:
         known_ticks = self._sample.ticks.get(order.key, 0) if self._sample else 0
         self._ended_ticks += max(int(cpu_cs) - known_ticks, 0)
         if self._cancelled and not order.sink:
-            self._fetcher.forget(order)
+            self._fetcher.forget(order.key)
             return
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
@@ -4652,7 +4671,7 @@ class MachineRunner:
                         order.job_name, stream, size))):
                 order.streams[stream] = None
         if self._cancelled:
-            self._fetcher.forget(order)
+            self._fetcher.forget(order.key)
             return
         self.session.results.ended(self.ended[order.job_name])
         # What came with the event is in place before anybody is told that the job ended.
@@ -4700,6 +4719,9 @@ class MachineRunner:
     def _on_finished(self):
         self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
         self._channel.end()
+        if self.session.results:
+            with contextlib.suppress(ResultsError):     # then it is tidied once more
+                self.session.results.tidied(self.machine.address)
 
 
 EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
