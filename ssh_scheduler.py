@@ -112,6 +112,15 @@ Usage:
 {files}
 Other:
   --nice=<number>             Niceness of the jobs over there, 0 to 19 [default: 10].
+  --timeout=<seconds>         So long a job may run; then it is ended, and has failed.
+  --halt-after=<number>       Start no more jobs after so many have failed.
+  --retries=<number>          Start a job so often again that its machine has failed: was restarted,
+                              or lost it [default: 1].
+  --lost-after=<seconds>      Start the jobs of a machine elsewhere that was out of contact for so
+                              long. When it is back, they are ended there. Otherwise they are
+                              waited for.
+  --away-limit=<seconds>      So long contact with a machine is looked for; then it is left, and its
+                              jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
   --dry-run                   Ask the machines, show what would start where, start nothing.
   --verbose                   Show every command run and every event, on stderr.
@@ -154,6 +163,7 @@ once, and CUDA_VISIBLE_DEVICES is not set.
 {files}
 Other:
   --nice=<number>             Niceness over there, 0 to 19 [default: 0].
+  --away-limit=<seconds>      So long contact with the machine is looked for [default: 600].
   --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
   --version                   Show the version.
@@ -880,7 +890,7 @@ def read_partial(job, where, warn):
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
         for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
-                                     '--nice', '--verbose'}:
+                                     '--nice', '--away-limit', '--verbose'}:
             raise UsageError(f'{name} has no meaning in a batch file.')
         backwards = options['--copy-backwards']
         return job._replace(
@@ -1898,51 +1908,57 @@ class Connection:
         return [*argv, '--', source, target]
 
 
-# Someone else's words -> ours.  Matched for the message only, never for a decision.
+# Someone else's words -> ours, and when to try again: 'again' at once, since it was only too busy,
+# 'later', or 'never', since a second try is no better and may be taken for an attack.  Nothing else
+# is decided by them.
 SSH_COMPLAINTS = (
-    (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed',
+    (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed', 'never',
      'its host key is not the one that is known, so this may be another machine. If it was '
      'reinstalled: ssh-keygen -R {host}'),
-    (r'Host key verification failed', 'its host key could not be verified'),
-    (r'Could not resolve hostname|Name or service not known', 'there is no host of that name'),
-    (r'Connection refused', 'nothing listens at port {port} there'),
-    (r'Permission denied \((.*?)\)',
+    (r'Host key verification failed', 'never', 'its host key could not be verified'),
+    (r'Could not resolve hostname|Name or service not known', 'never',
+     'there is no host of that name'),
+    (r'Connection refused', 'later', 'nothing listens at port {port} there'),
+    (r'Permission denied \((.*?)\)', 'never',
      'the login as {user} was refused ({0} was tried): is the user name right, and is the key in '
      'its ~/.ssh/authorized_keys?'),
-    (r'Too many authentication failures', 'too many keys were offered: set ssh_key_path'),
-    (r'No route to host|Network is unreachable', 'there is no way to it: is it on, and the VPN?'),
-    (r'timed out', 'it did not answer in time: is it on, and the VPN?'),
-    (r'Bad owner or permissions on (\S+)', 'ssh refuses {0}: others may write it'),
-    (r'[Bb]ad configuration option: (\S+)', 'ssh does not know the option {0}'),
-    (r'kex_exchange_identification|Connection closed by|Connection reset',
+    (r'Too many authentication failures', 'never',
+     'too many keys were offered: set ssh_key_path'),
+    (r'No route to host|Network is unreachable', 'later',
+     'there is no way to it: is it on, and the VPN?'),
+    (r'timed out', 'later', 'it did not answer in time: is it on, and the VPN?'),
+    (r'Bad owner or permissions on (\S+)', 'never', 'ssh refuses {0}: others may write it'),
+    (r'[Bb]ad configuration option: (\S+)', 'never', 'ssh does not know the option {0}'),
+    (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
      'it closed the connection before the login'),
 )
 LOGIN_COMPLAINTS = (
-    (r'sftp connections only', 'this account allows sftp only, no commands'),
-    (r'account is currently not available|nologin', 'this account allows no login'),
-    (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'there is no bash over there'),
-    (r'restricted', 'its login shell is a restricted one'),
+    (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
+    (r'account is currently not available|nologin', 'never', 'this account allows no login'),
+    (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
+     'there is no bash over there'),
+    (r'restricted', 'never', 'its login shell is a restricted one'),
 )
 
 
 def explain_login(machine, status, noise, complaint):
-    """Return why no channel came up, in one sentence without a full stop.
+    """Return why no channel came up, in one sentence without a full stop, and when to try again.
 
     status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
     """
     words = {'host': machine.host, 'port': machine.port or 22,
              'user': machine.username or 'you'}
     for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
-        for pattern, sentence in table:
+        for pattern, again, sentence in table:
             match = re.search(pattern, text)
             if match:
-                return sentence.format(*match.groups(''), **words)
+                return sentence.format(*match.groups(''), **words), again
     last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300]
     if status == 255:
-        return last or 'the connection broke'
+        return last or 'the connection broke', 'later'
     said = f', after saying: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
-            f'files, such as ~/.bashrc?){said}')
+            f'files, such as ~/.bashrc?){said}', 'never')
 
 
 # ---- The remote runner: runs there ----
@@ -2370,7 +2386,7 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
-  local alive input=/dev/null keeper='' program=../cmd
+  local alive input=/dev/null keeper='' watchdog='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
@@ -2384,6 +2400,7 @@ run_job() {                 # in its own process and group; says how it went, an
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
     [[ ${modes[$name]-} != stdin ]] || keep_input
+    [[ ! ${limits_s[$name]-} ]] || keep_time
     [[ ${modes[$name]-} != tty ]] || program=../wait
     (
       exec {held}>"$dir/alive" {alive}<&-
@@ -2399,6 +2416,12 @@ run_job() {                 # in its own process and group; says how it went, an
     ) <"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
     [[ ! $keeper ]] || kill -KILL "$keeper"
+    if [[ -e $dir/late ]]; then
+      wait "$watchdog"
+      status=124            # as timeout(1) has it
+    elif [[ $watchdog ]]; then
+      kill -KILL "$watchdog"
+    fi
   fi
   # The 16th and 17th field: the time of the children for which this has waited.
   IFS= read -r used </proc/self/stat
@@ -2412,6 +2435,17 @@ run_job() {                 # in its own process and group; says how it went, an
   tell_left
   tell_ended "$name" "$status" "$started" "$((used[13] + used[14]))"
 } 2>/dev/null
+
+keep_time() {               # for run_job: ends it, as a cancel does, when its time is over
+  {
+    trap '' TERM
+    read -r -t "${limits_s[$name]}" <&"$alive"          # nothing ever comes
+    printf 'ssh-scheduler: ended after %s s, its time limit\n' "${limits_s[$name]}" >>"$dir/err"
+    : >"$dir/late"
+    cancel 5 "$name"
+  } &
+  watchdog=$!
+}
 
 keep_input() {              # for run_job: its input ends when "eof" says so, not with a connection
   local eof
@@ -2626,10 +2660,12 @@ room() {                    # tells whether all that is claimed here is within t
 }
 
 report() {                  # what became of job.attempt $1, which was claimed before
-  local name=$1 dir=$home/jobs/$1 word value tries=0
+  local name=$1 dir=$home/jobs/$1 word value tries=0 why='it ended without a record of how'
   while :; do
     read_record "$dir"
-    if [[ $word == ended ]]; then
+    if [[ $word == revoked ]]; then
+      return
+    elif [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
       return
     elif [[ $word == starting ]] && is_runner "$value"; then
@@ -2637,14 +2673,38 @@ report() {                  # what became of job.attempt $1, which was claimed b
     elif lives "$word" "$value"; then
       ((tries < 0)) || say "started"$'\t'"$name"
       tries=-1              # it runs, and its end will be recorded
+    elif [[ $word && $value != *" $boot_id" ]]; then
+      tries=99 why='the machine was restarted'
     elif ((tries < 0)); then
       tries=15              # it is gone, and its record may have come at this moment
-    elif ((++tries > 20)); then
-      tell lost "$name" 'it ended without a record of how (killed, or the machine was restarted)'
+    fi
+    if ((tries >= 0 && ++tries > 20)); then
+      cancel 5 "$name"      # what it started elsewhere may live, and it may be started again
+      tell lost "$name" "$why"
       return
     fi
     sleep 0.1
   done
+} 2>/dev/null
+
+# Who holds the lock of its results over there is the only one; a runner that another run of it had,
+# or its own before contact was lost, must not act any more: what it would start is placed again.
+oust() {                    # ends such runners; the jobs that they started run on
+  local dir runner who tries
+  for dir in "$home/run.${HOSTNAME:-here}."*; do
+    { read -r runner && IFS= read -r who; } <"$dir/self" && [[ $who == "$owner" ]] || continue
+    for ((tries = 0; tries < 100; tries++)); do
+      is_runner "$runner" || break
+      kill -KILL "${runner%% *}"
+      sleep 0.02
+    done
+  done
+} 2>/dev/null
+
+revoke() {                  # claims job.attempt $1, so that it never starts; fails if it did
+  local dir=$home/jobs/$1
+  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
+    printf '%-95s\n' revoked >"$dir/status"
 } 2>/dev/null
 
 is_runner() {               # tells whether the process that identify once named $1 is still there
@@ -2657,7 +2717,7 @@ lives() {                   # tells whether the job with the record $1 $2 has a 
   if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
 } 2>/dev/null
 
-cancel() {                  # $1: seconds between TERM and KILL, the rest: job.attempt
+cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attempt; sets survivors
   local until=$((SECONDS + $1)) name word value signal=TERM tries=0 clear=0 pause=5
   local -A wrappers=()                  # pid of what records the end -> job.attempt
   local living=()
@@ -2698,12 +2758,12 @@ cancel() {                  # $1: seconds between TERM and KILL, the rest: job.a
     read_record "$home/jobs/$name"      # what ends records that before it is gone
     [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
   done
-  say "cancelled"$'\t'"${living[*]}"
+  survivors=${living[*]}
 } 2>/dev/null
 
 find_living() {             # living: the pids of jobs job.attempt $@; not what records their end
   local pid stat fields index
-  local -A parent=() mine=()
+  local -A parent=() mine=() spared=([$BASHPID]=1)
   for pid in "${!wrappers[@]}"; do mine[$pid]=1; done
   for pid in $(holders "$@"); do mine[$pid]=1; done
   for stat in /proc/[1-9]*/stat; do
@@ -2712,6 +2772,7 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
     # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
     fields=(${fields##*) })
     [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
+    [[ ! ${spared[$pid]-} ]] || continue
     parent[$pid]=${fields[1]}
     [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1  # of its process group
   done
@@ -2796,16 +2857,16 @@ remove() {                  # jobs whose results are safe over there
 
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
-  local token workdir project setup want_gpus machine_environment=() environment=() bash_env=
+  local token workdir project owner setup want_gpus machine_environment=() environment=() bash_env=
   local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=() begun=() tied=
-  local -A sent linked modes
+  local arrived=() begun=() tied='' survivors
+  local -A sent linked modes limits_s
 
-  for field in token workdir project setup want_gpus count; do
+  for field in token workdir project owner setup want_gpus count; do
     IFS= read -rd '' "$field" || return
   done
   while ((count-- > 0)); do
@@ -2816,9 +2877,13 @@ main() {
   # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
-  run=$home/run.${HOSTNAME:-here}.$$
+  run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
   mask=$(umask)
   umask 077
+  IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
+  identify "$$"
+  self=$REPLY
+  oust
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo writable >"$run/log"; } 2>&1); then
     printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
@@ -2829,10 +2894,7 @@ main() {
   claims=$shared/ssh_scheduler.$UID
   claims_are_ours
   exec {events}<>"$run/events" {signals}<>"$run/signals"
-  IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
-  identify "$$"
-  self=$REPLY
-  printf '%s\n' "$self" >"$run/self"
+  printf '%s\n%s\n' "$self" "$owner" >"$run/self"
   set -m                    # every background process in a process group of its own
   printf '\n%s\n' "$token"
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
@@ -2859,6 +2921,8 @@ main() {
       probe) probe measure </dev/null ;;
       enter) probe '' </dev/null ;;
       tie) tied=1 ;;        # the jobs end with the channel
+      limit)                # JOB.ATTEMPT SECONDS, before its "start"
+        IFS= read -rd '' field && IFS= read -rd '' "limits_s[$field]" || break ;;
       mode)                 # JOB.ATTEMPT stdin|tty, before its "start"
         IFS= read -rd '' field && IFS= read -rd '' "modes[$field]" || break ;;
       measure)              # NUMBER
@@ -2896,15 +2960,23 @@ main() {
       cancel)               # SECONDS COUNT JOB.ATTEMPT...
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
         start_pending
-        cancel "$field" "${fields[@]}" </dev/null &
+        { cancel "$field" "${fields[@]}"; say "cancelled"$'\t'"$survivors"; } </dev/null &
         disown "$!" ;;
-      adopt)                # JOB.ATTEMPT, which an earlier run may have started
+      adopt)                # COUNT JOB.ATTEMPT..., which may have been started
+        IFS= read -rd '' count && read_fields "$count" || break
+        for field in "${fields[@]}"; do
+          revoke "$field" </dev/null && say "absent"$'\t'"$field" || report "$field" </dev/null &
+        done ;;
+      revoke)               # COUNT JOB.ATTEMPT..., of which nothing may run or be left
+        IFS= read -rd '' count && read_fields "$count" || break
+        {
+          for field in "${fields[@]}"; do revoke "$field"; done
+          cancel 5 "${fields[@]}"
+          (cd -- "$home/jobs" && remove "${fields[@]}")
+        } </dev/null & ;;
+      ping)                 # NUMBER
         IFS= read -rd '' field || break
-        if [[ -e $home/jobs/$field/cmd ]]; then
-          report "$field" </dev/null &
-        else
-          say "absent"$'\t'"$field"
-        fi ;;
+        say "pong"$'\t'"$field" ;;
       eof)                  # JOB.ATTEMPT, whose input is complete
         IFS= read -rd '' field || break
         [[ ! -p $home/jobs/$field/eof ]] || echo 1<>"$home/jobs/$field/eof" ;;
@@ -3385,11 +3457,11 @@ class ResultStore:
     """
 
     def __init__(self, folder, part=''):
-        self.folder = folder
+        self.folder, self.part = folder, part
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
-        self._remains = {}              # machine -> {job.attempt: None} of which folders are there
+        self._remains = {}              # machine -> {job.attempt: state} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
 
@@ -3455,8 +3527,13 @@ class ResultStore:
         self._write(event='lost', job=name)
 
     def remains(self, machine):
-        """Return the keys, job.attempt, of what may still lie there and is of no use any more."""
-        return list(self._remains.get(machine, ()))
+        """Return the keys, job.attempt, of what may still lie there and is of no use any more:
+
+        of jobs that are collected, and of those that may even run (lost, cancelled).
+        """
+        found = self._remains.get(machine, {})
+        return ([key for key, state in found.items() if state == 'collected'],
+                [key for key, state in found.items() if state != 'collected'])
 
     def tidied(self, machine):
         """Nothing of that lies there any more."""
@@ -3610,7 +3687,7 @@ class ResultStore:
                 record['exit_code'] = event['exit_code']
             elif not event.get('kept'):
                 key = f'{event["job"]}.{record["attempt"]}'
-                self._remains.setdefault(record['machine'], {})[key] = None
+                self._remains.setdefault(record['machine'], {})[key] = event['event']
 
     def _write(self, **event):
         self._apply(event)
@@ -3667,19 +3744,24 @@ MEASURE_LEAST_S = 1.0               # between two looks at what a machine has fr
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
 FAREWELL_S = 30.0                   # for tidying up over there
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
+BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
 
 
 class Session:
     """What the machines of one run share; `close` ends all its processes and removes its files."""
 
-    def __init__(self, results, trace=None, *, nice=0, live=True, project=None):
+    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0):
         self.results = results
+        self.away_limit_s = away_limit_s        # so long contact that was lost is looked for
         self.nice, self.live = nice, live       # live: not only what was free at first counts
         self.trace = trace or (lambda text: None)
         self.processes = Processes(lambda argv: self.trace('+ ' + ' '.join(map(printable, argv))))
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
+        # Over there a runner of the same owner is one of ours, of which we have lost sight.
+        self.owner = results.part or 'batch' if results else self.batch_id
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
         self._trees, self._archives = {}, {}
@@ -3732,13 +3814,15 @@ def project_name():
 class Channel:
     """The standard streams of the remote runner of one machine: requests down, events up.
 
-    on_event(word, fields) is called for each event, on_end(reason) once when nothing more comes.
+    on_event(word, fields) is called for each event, on_end(reason, again) once when nothing more
+    comes; again is 'again', 'later' or 'never', see SSH_COMPLAINTS.
     """
 
     def __init__(self, machine, session, number, on_event, on_end):
         self.connection = Connection(machine, session.run_folder, number, session.nice)
         self.token = os.urandom(16).hex()
         self.home = ''                      # the project's folder over there, when it is known
+        self.heard = time.monotonic()       # when something came
         self.rsync_works = False            # at both ends, as far as we know
         self._machine, self._session = machine, session
         self._on_event, self._on_end = on_event, on_end
@@ -3763,8 +3847,8 @@ class Channel:
         runner = REMOTE_RUNNER.encode()
         env = [f'{name}={value}' for name, value in machine.env]
         self.send(request(REMOTE_LOADER, len(runner)), runner,
-                  request(self.token, machine.workdir, self._session.project, machine.setup,
-                          int(want_gpus), len(env), *env))
+                  request(self.token, machine.workdir, self._session.project, self._session.owner,
+                          machine.setup, int(want_gpus), len(env), *env))
 
     def send(self, *pieces):
         """Queue bytes for the remote runner."""
@@ -3780,7 +3864,13 @@ class Channel:
         if self._process and self._process.popen.poll() is None:
             self._process.kill()
 
+    @property
+    def gone(self):
+        """Tell whether it has ended, though nobody may have been told so yet."""
+        return self._process.popen.poll() is not None
+
     def _on_output(self, data):
+        self.heard = time.monotonic()
         try:
             for event in self._reader.feed(data):
                 word = event[0].decode('ascii', 'replace')
@@ -3793,16 +3883,16 @@ class Channel:
                     raise WireError('it said something that cannot be understood '
                                     f'({word}: {error!r})') from error
         except WireError as error:
-            self._on_end(str(error))
+            self._on_end(str(error), 'never')
 
     def _on_exit(self, status, complaint):
         text = complaint.decode('utf-8', 'replace')
         if not self._reader.greeted:
-            self._on_end(explain_login(self._machine, status,
-                                       self._reader.noise.decode('utf-8', 'replace'), text))
+            self._on_end(*explain_login(self._machine, status,
+                                        self._reader.noise.decode('utf-8', 'replace'), text))
         else:
             last = last_line(text, -1)
-            self._on_end('the connection broke' + (f' ({last})' if last else ''))
+            self._on_end('the connection broke' + (f' ({last})' if last else ''), 'later')
 
 
 class Stage:
@@ -3830,9 +3920,16 @@ class Sender:
 
     def __init__(self, name, channel, session, id_stem, signal, fail):
         self.stages = {}                    # Forwards -> Stage
+        self.before = []                    # Stages of former connections
         self._name, self._channel, self._session = name, channel, session
         self._id_stem, self._signal, self._fail = id_stem, signal, fail
         self._may_copy = False              # the machine has said where and how
+
+    def renew(self, channel, id_stem):
+        """Contact was lost: all is sent again, as far as it is needed, with what came as basis."""
+        self.before += self.stages.values()
+        self.stages, self._may_copy = {}, False
+        self._channel, self._id_stem = channel, id_stem
 
     def prepare(self, forwards):
         """Return the Stage of these Forwards, and see to it that it is sent."""
@@ -3881,7 +3978,11 @@ class Sender:
         tree, part = parts[0]
         answer = bytearray()
 
+        channel = self._channel
+
         def done(status, complaint):
+            if channel is not self._channel or channel.gone:
+                return                      # with it, what is sent over it has ended
             text = complaint.decode('utf-8', 'replace')
             # The exit status of a login shell proves nothing, so what takes tar confirms it.
             confirmed = answer.rpartition(f'\n{self._channel.token} '.encode())[2] == b'0\n'
@@ -3902,7 +4003,9 @@ class Sender:
         if stage.by_rsync:
             self._channel.send(request('folder', folder))
             paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
-            argv = connection.rsync(['-@-1', f'--link-dest=../../../cache/{part}'],
+            bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
+                                                 self.before[-3:] if other.by_rsync)]
+            argv = connection.rsync(['-@-1', *(f'--link-dest={base}' for base in bases)],
                                     '.', f'{target}/', 'target')
             feed = iter([paths])
         else:
@@ -3935,8 +4038,10 @@ class Order:
         self.mode = ''                      # stdin: it has the input that is fed; tty: a terminal
         self.sink = None                    # called with ('out' or 'err', bytes) as they come
         self.source = None                  # file descriptor of its input
+        self.timeout_s = None               # so long it may run
         self.noted = {}                     # what the journal says of it besides
         self.follower = None
+        self.started = False                # it was said that it was
         self.entries = None                 # what it left, once it ended
 
 
@@ -3987,6 +4092,14 @@ class Fetcher:
         self._under_way = False
         self._cleanable = []
 
+    def renew(self, channel):
+        """Contact was lost, and is there again."""
+        self._channel = channel
+        for order in self.orders.values():
+            if order.entries == [b'@']:
+                self._channel.send(request('list', order.key))
+        self.fetch_if_due()
+
     def add(self, order, entries):
         """Collect an order that ended; entries: what it left, as the remote runner lists it."""
         self.orders[order.key] = order
@@ -3998,6 +4111,7 @@ class Fetcher:
     def add_list(self, key, entries):
         """The same for an order that is known, with the whole list."""
         order = self.orders[key]
+        order.entries = None
         self._sort_out(order, entries)
         if not order.back and len(order.streams) == 2:      # all of it came with the event
             self._commit(order, {}, None)
@@ -4020,7 +4134,7 @@ class Fetcher:
 
     def fetch_if_due(self):
         """Fetch what waits if it waited long enough, is much, or nothing else can come soon."""
-        if self._waiting and not self._under_way and (
+        if self._waiting and not self._under_way and not self._channel.gone and (
                 self._idle() or len(self._waiting) >= GATHER_JOBS or time.monotonic() >= self._due):
             orders, self._waiting, self._due = self._waiting, [], None
             self._under_way = True
@@ -4047,9 +4161,16 @@ class Fetcher:
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
         connection, source = self._channel.connection, f'{self._channel.home}/jobs'
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
+        channel = self._channel
 
         def done(status, complaint):
             text = complaint.decode('utf-8', 'replace')
+            if status and (channel is not self._channel or channel.gone):
+                self._session.results.discard(incoming)         # again, when contact is there again
+                self._waiting, self._due = orders + self._waiting, time.monotonic()
+                self._under_way = False
+                self.fetch_if_due()
+                return
             if by_rsync and status not in (0, 23, 24):
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
@@ -4203,7 +4324,8 @@ class MachineRunner:
     be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
     faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
     left(job_name, text) when what it started did not end with it, survivors(text) of what could
-    not be ended, sent(stage), measured() with a new `capacity`, warning(text).
+    not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
+    contact was lost: it is looked for, and then there is ready() again, or failed(reason).
 
     It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
     spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
@@ -4218,16 +4340,17 @@ class MachineRunner:
     def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
         self.machine = machine_info
         self.name = machine_info.name
-        self.state = 'new'                  # connecting, ready, closing, closed, failed
+        self.state = 'new'                  # connecting, ready, away, closing, closed, failed
         self.reason = ''                    # why it failed
         self.capacity = None
         self.ended = {}                     # job name -> JobResult
         self.session = session or Session(ResultStore('job_results').open(), live=False)
         self._owns_session = session is None
         self._callbacks = collections.defaultdict(list)
-        self._channel = Channel(machine_info, self.session, number, self._on_event, self._fail)
-        self._sender = Sender(self.name, self._channel, self.session,
-                              f'{self.session.batch_id}.{number}', self._signal, self._fail)
+        self._number, self._connections = number, 0
+        self._channel = self._new_channel()
+        self._sender = Sender(self.name, self._channel, self.session, self._id_stem, self._signal,
+                              self._fail)
         self._fetcher = Fetcher(self.name, self._channel, self.session, self._signal,
                                 lambda: not self._running)
         self._facts = []                    # what the probe said
@@ -4241,6 +4364,10 @@ class MachineRunner:
         self._draining = {}                 # key -> Order that ended, and not all it wrote is here
         self._followed = {}                 # job name -> Order that has a sink
         self._spacing_s, self._next_start = spacing_s, 0.0
+        self._want_gpus, self._entry, self._tied = True, 'probe', False
+        self.again = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
+        self._was_ready, self._lost_channel = False, None
+        self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
         self._due = set()                   # what is to be called later
         self._cancelled = False
         self.cancelling = False             # and it was not said yet what became of that
@@ -4281,9 +4408,41 @@ class MachineRunner:
 
     def connect(self, want_gpus=True):
         """Begin to log in."""
+        self.state, self._want_gpus = 'connecting', want_gpus
+        self._open()
+
+    @property
+    def _id_stem(self):
+        return f'{self.session.batch_id}.{self._number}.{self._connections}'
+
+    def _new_channel(self):
+        """Return a channel that nobody uses yet; what an older one still says is not heard."""
+        self._connections += 1
+        channel = Channel(
+            self.machine, self.session, f'{self._number}.{self._connections}',
+            lambda word, fields: channel is self._channel and self._on_event(word, fields),
+            lambda why, again: channel is self._channel and self._fail(why, again))
+        return channel
+
+    def _open(self):
+        self._channel.open(self._want_gpus)
+        channel = self._channel
+        self.session.processes.call_later(
+            CONNECT_LIMIT_S, lambda: self.state == 'connecting' and channel is self._channel
+            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds', 'later'))
+
+    def reconnect(self):
+        """Log in once more, after it failed or contact was lost."""
+        if self.state in ('closing', 'closed', 'ready'):
+            return
         self.state = 'connecting'
-        self._channel.open(want_gpus)
-        self.session.processes.call_later(CONNECT_LIMIT_S, self._give_up_connecting)
+        self._channel = self._new_channel()
+        self._sender.renew(self._channel, self._id_stem)
+        self._facts, self._measure_at, self.cancelling = [], None, False
+        self._open()
+        if self._tied:
+            self.tie()
+        self._channel.send(request(self._entry))
 
     def prepare(self, forwards):
         """Send the files of these Forwards, if that was not done."""
@@ -4291,14 +4450,17 @@ class MachineRunner:
 
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
+        self._entry = 'probe'
         self._channel.send(request('probe'))
 
     def enter(self):
         """The same without the asking: there is no `capacity` then."""
+        self._entry = 'enter'
         self._channel.send(request('enter'))
 
     def tie(self):
         """Have the jobs ended over there when the connection ends."""
+        self._tied = True
         self._channel.send(request('tie'))
 
     def measure(self, within_s=0.0):
@@ -4331,7 +4493,8 @@ class MachineRunner:
         """Have the machine tidied up and the channel closed; jobs that run go on."""
         if self.state == 'ready':
             self.state = 'closing'
-            stages = [stage for stage in self._sender.stages.values() if stage.id]
+            stages = [stage for stage in (*self._sender.stages.values(), *self._sender.before)
+                      if stage.id]
             kept = [stage.id for stage in stages if stage.by_rsync and stage.ready]
             self._fetcher.clean()
             if not self.busy:
@@ -4340,6 +4503,7 @@ class MachineRunner:
             self._channel.close()
             self.session.processes.call_later(FAREWELL_S, self._channel.end)
         elif self.state != 'closing':
+            self.state = 'closed' if self.state == 'away' else self.state
             self._channel.end()
 
     def wait(self):
@@ -4349,22 +4513,64 @@ class MachineRunner:
         if self.state == 'failed':
             raise SchedulerError(f'{self.name}: {self.reason}')
 
-    def _give_up_connecting(self):
-        if self.state == 'connecting':
-            self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds')
+    def _fail(self, reason, again='never'):
+        """There is no contact: what did not start goes back, what runs goes on, unknown to us.
 
-    def _fail(self, reason):
-        """The machine is out of this batch: what did not start goes back, what runs is unknown."""
+        Once there was contact, it is looked for again, for the session's away_limit_s.
+        """
         if self.state == 'closing':
             self.state = 'closed'
-        if self.state in ('failed', 'closed'):
+        if self.state in ('failed', 'closed', 'away') or self._channel is self._lost_channel:
             return
-        self.state, self.reason = 'failed', reason
+        self._lost_channel = self._channel
+        self.reason, self.again = reason, again
         self._channel.end()
+        now = time.monotonic()
+        news = self._away_since is None
+        self._away_since = now if news else self._away_since
+        self._tries += 1
+        busy = again == 'again' and self._tries < 5
+        if not self._tied and (busy or (self._was_ready and again != 'never'
+                                        and now < self._away_since + self.session.away_limit_s)):
+            self.state = 'away' if self._was_ready else 'connecting'
+            delay_s = min(RETRY_S * 2 ** (self._tries - 1), LONGEST_RETRY_S)
+            channel = self._channel
+            self.session.processes.call_later(
+                delay_s * random.uniform(0.7, 1.3),
+                lambda: channel is self._channel and self.reconnect())
+        else:
+            self.state = 'failed'
+        if self.state == 'connecting':
+            return
         queue, self._queue = self._queue, collections.deque()
         for order in queue:
             self._signal('returned', order.job_name, reason)
-        self._signal('failed', reason)
+        if self.state == 'failed':
+            self._signal('failed', reason)
+        elif news:
+            self._signal('away', reason)
+
+    def abandon(self):
+        """Return the names of the jobs that run there, unseen, and do not go on with them: if it is
+        in contact again, they are ended."""
+        names = self.running
+        for name in names:
+            self.session.results.lost(name)
+        self._running = {}
+        return names
+
+    def _beat(self):
+        """See to it that we notice when nothing comes any more."""
+        silent_s = time.monotonic() - self._channel.heard
+        if silent_s > SILENCE_LIMIT_S:
+            self._fail('it does not answer any more', 'later')
+            return
+        if silent_s > BEAT_S / 2:
+            self._channel.send(request('ping', 0))
+        self._later('beat', BEAT_S, self._beat)
+
+    def _on_pong(self, _):
+        pass
 
     def _later(self, what, delay_s, function):
         """Call the function later, unless such a call is due already."""
@@ -4396,7 +4602,7 @@ class MachineRunner:
 
     def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
                  exclude=(), gpus=None, attempt=1, placement=None, sink=None, keep=True, mode='',
-                 source=None, adopt=False, noted=None):
+                 source=None, adopt=False, noted=None, timeout_s=None):
         """Start the bash command there as soon as its files are.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
@@ -4409,7 +4615,9 @@ class MachineRunner:
         keep                   its streams are put into job_results, even though they have a sink
         mode                   'stdin': its input is what comes from the file descriptor `source`,
                                else it is empty; 'tty': it waits for a terminal, see `terminal`
-        adopt                  an earlier run may have started it; absent(job_name) if not
+        adopt                  an earlier run may have started it; if not, it never will be, and
+                               that is absent(job_name)
+        timeout_s              so long it may run; then it is ended, with exit status 124
         noted                  {key: value} for the journal
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
@@ -4420,6 +4628,7 @@ class MachineRunner:
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
         order = Order(job_name, attempt, command, stage, backwards, gpus, need_of(placement))
         order.mode, order.source, order.noted = mode, source, noted or {}
+        order.timeout_s = timeout_s
         order.sink, order.keep = sink, keep
         if sink:
             self._followed[job_name] = order
@@ -4456,7 +4665,7 @@ class MachineRunner:
             order = self._queue.popleft()
             if order.stage is None:
                 self._running[order.key] = order
-                self._channel.send(request('adopt', order.key))
+                self._channel.send(request('adopt', 1, order.key))
                 self._watch_later()
                 continue
             if not order.stage.ready or now < self._next_start:
@@ -4468,6 +4677,8 @@ class MachineRunner:
             self._running[order.key] = order
             if order.mode:
                 self._channel.send(request('mode', order.key, order.mode))
+            if order.timeout_s is not None:
+                self._channel.send(request('limit', order.key, f'{order.timeout_s:.3f}'))
             how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
             paths = order.backwards or ()
             self._channel.send(request(
@@ -4518,10 +4729,19 @@ class MachineRunner:
                                and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
         if self._facts:
             self._understand()
-        self.state = 'ready'
+        self.state, self._was_ready = 'ready', True
+        self._tries, self._away_since = 0, None
         if self.session.results:        # of runs that were killed before they could tidy up
-            self._fetcher.forget(*self.session.results.remains(self.machine.address))
+            useless, stray = self.session.results.remains(self.machine.address)
+            self._fetcher.forget(*useless)
+            if stray:
+                channel.send(request('revoke', len(stray), *stray))
         self._sender.begin()
+        if self._running:               # their starts may not have arrived
+            channel.send(request('adopt', len(self._running), *self._running))
+            self._watch_later()
+        self._fetcher.renew(channel)
+        self._later('beat', BEAT_S, self._beat)
         self._signal('ready')
         self._start_queued()
 
@@ -4575,7 +4795,9 @@ class MachineRunner:
                 self._feed(order)
             if order.sink:
                 self._later(f'follow {key}', FOLLOW_AFTER_S, functools.partial(self._follow, order))
-            self._signal('started', order.job_name)
+            if not order.started:
+                order.started = True
+                self._signal('started', order.job_name)
 
     def _follow(self, order):
         """Have what the job writes brought as it comes; what ends sooner brings it with its end."""
@@ -4699,6 +4921,7 @@ class MachineRunner:
     def _on_absent(self, key):
         order = self._running.pop(os.fsdecode(key), None)
         if order:
+            self.session.results.lost(order.job_name)
             self._signal('absent', order.job_name)
 
     def _on_cancelled(self, pids):
@@ -4726,7 +4949,7 @@ class MachineRunner:
 
 EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
                     'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished',
-                    'left', 'absent', 'cancelled'))
+                    'left', 'absent', 'cancelled', 'pong'))
 
 
 def need_of(placement):
@@ -5060,6 +5283,8 @@ LATECOMER_S = 2.0           # so long the first machine that is there waits for 
 INTERRUPT_S = 10.0
 LIVE_S = 5.0                # while jobs wait, machines are looked at again that often
 CALM_S = 30.0               # and while only GPU jobs run, for what they use
+ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that fails is done without for so long
+TROUBLES = 3                # so many failures in a row
 EXPLAIN_S = 5.0             # nothing started for so long: it is said why
 
 
@@ -5070,7 +5295,13 @@ class Batch:
     Both again, until nothing waits, runs or is on its way back.
     """
 
-    def __init__(self, jobs, runners, session, reporter, allocation):
+    def __init__(self, jobs, runners, session, reporter, allocation, *, retries=1,
+                 lost_after_s=None, timeout_s=None, halt_after=None):
+        self._retries, self._lost_after_s = retries, lost_after_s
+        self._timeout_s, self._halt_after = timeout_s, halt_after
+        self._retried = collections.Counter()           # job name -> machines that failed it
+        self._troubles = collections.Counter()          # runner -> failures of it in a row
+        self._halted = False
         self._jobs = {job.name: job for job in jobs}
         self._runners = runners
         self._session, self._results, self._report = session, session.results, reporter
@@ -5084,6 +5315,7 @@ class Batch:
         self._announced, self._late = False, False
         self._first = {}                        # runner -> Capacity, as it was when it came
         self._last_start, self._explained = time.monotonic(), ('', -math.inf)
+        self._away = {}                         # runner -> which loss of contact is waited for
         self._freed = set()                     # runners on which a job ended, and none began since
         self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
         self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
@@ -5139,6 +5371,12 @@ class Batch:
             runner.register('warning', self._report.warning)
             runner.register('returned', self._on_returned)
             runner.register('held', self._on_held)
+            runner.register('absent', self._on_absent)
+            runner.register('away', lambda why, runner=runner: self._on_away(runner, why))
+            runner.register('left', lambda name, text, runner=runner: self._report.note(
+                f'{name}: it ended, but what it started goes on on {runner.name}: {text}'))
+            runner.register('survivors', lambda pids, runner=runner: self._report.note(
+                f'{runner.name}: could not be ended: process {pids}'))
             runner.register('measured', lambda runner=runner: self._on_measured(runner))
             runner.register('lost', self._on_lost)
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
@@ -5227,7 +5465,11 @@ class Batch:
         self._session.processes.call_later(EXPLAIN_S, self._explain)
         try:
             while self._unfinished() and not self._interrupts:
-                self._place()
+                if not self._halted:
+                    self._place()
+                elif not self._placed and not self._busy:
+                    self._left = self._scheduler.waits
+                    break
                 if self._stuck():
                     break
                 self._look_again()
@@ -5247,8 +5489,12 @@ class Batch:
         self._session.processes.wake()
 
     def _unfinished(self):
-        return self._waits or any(
-            runner.busy for runner in self._runners if runner.state == 'ready')
+        return self._waits or self._busy
+
+    @property
+    def _busy(self):
+        return any(runner.busy for runner in self._runners
+                   if runner.state in ('ready', 'away', 'connecting'))
 
     def _place(self):
         for job, runner, placement in self._scheduler.choose():
@@ -5259,13 +5505,14 @@ class Batch:
                                    f'{scores}')
             self._start(job, runner, placement, self._results.state(job.name).get('attempt', 0) + 1)
 
-    def _start(self, job, runner, placement, attempt):
+    def _start(self, job, runner, placement, attempt, adopt=False):
         self._last_start = time.monotonic()
         self._freed.discard(runner)
         self._placed[job.name] = (runner, placement)
         runner.queue_up(job.command, job.forwards.copy, job.backwards, job.name,
                         link_loc=job.forwards.link, exclude=job.forwards.exclude,
-                        gpus=placement.visible_gpus, attempt=attempt, placement=placement)
+                        gpus=placement.visible_gpus, attempt=attempt, placement=placement,
+                        adopt=adopt, timeout_s=self._timeout_s)
 
     def _adopt(self, runner):
         """Go on with what an earlier run started there: it has its room already."""
@@ -5273,12 +5520,12 @@ class Batch:
             known = self._results.state(job.name)
             gpus = tuple(map(int, re.findall('[0-9]+', known.get('gpus') or '')))
             placement = self._scheduler.resources[runner].adopt(job.allocation, gpus)
-            self._start(job, runner, placement, known['attempt'])
+            self._start(job, runner, placement, known['attempt'], adopt=True)
 
     def _stuck(self):
         """Tell, and say, whether jobs wait that no machine that is left could take."""
-        if not self._waits or self._placed or self._count('connecting') or any(
-                runner.busy for runner in self._runners if runner.state == 'ready'):
+        if not self._waits or self._placed or self._count('connecting') or self._count(
+                'away') or self._busy:
             return False
         usable = [MachineResources(self._at_best(runner)) for runner in self._scheduler.resources]
         if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
@@ -5347,13 +5594,55 @@ class Batch:
     # What the machines say
 
     def _on_ready(self, runner):
+        again = runner in self._first
         self._first[runner] = runner.capacity
         self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
-        if self._announced:
+        if again:
+            self._take_back(runner)
+        elif self._announced:
             self._say_limits([runner])
             self._adopt(runner)
         elif self._count('ready') == 1:
             self._session.processes.call_later(LATECOMER_S, self._on_late)
+
+    def _take_back(self, runner):
+        """There is contact again: its jobs have their room there."""
+        names = runner.running
+        self._report.note(f'{runner.name}: in contact again ({count_of(len(names), "job")} there)')
+        for name in names:
+            _, before = self._placed[name]
+            placement = self._scheduler.resources[runner].adopt(before.allocation, before.gpus)
+            self._placed[name] = (runner, placement)
+
+    def _on_away(self, runner, why):
+        self._scheduler.remove_machine(runner)
+        names = runner.unfinished
+        self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
+                          f'{"goes" if len(names) == 1 else "go"} on there): {why}. Trying again.')
+        if self._lost_after_s is not None:
+            began = object()
+            self._away[runner] = began
+            self._session.processes.call_later(
+                self._lost_after_s, lambda: self._away.get(runner) is began
+                and self._give_up(runner))
+
+    def _give_up(self, runner):
+        """So long there was no contact that its jobs are started elsewhere (--lost-after)."""
+        if runner.state == 'ready':
+            return
+        names = runner.abandon()
+        if names:
+            self._report.note(f'{runner.name}: no contact for {self._lost_after_s:g} s: '
+                              f'{count_of(len(names), "job")} will be started elsewhere, and ended '
+                              'there when it is back')
+        for name in names:
+            self._placed.pop(name, None)
+            self._scheduler.add(self._jobs[name], first=True)
+
+    def _on_absent(self, name):
+        """It never began: contact was lost, or we were killed, right before."""
+        self._give_back(name)
+        self._scheduler.add(self._jobs[name], first=True)
 
     def _on_late(self):
         self._late = True
@@ -5372,8 +5661,16 @@ class Batch:
                 self._placed.pop(name, None)
         else:
             self._report.note(f'{runner.name}: cannot be used: {why}.')
+        if runner.again == 'later' and runner not in self._first:
+            self._set_aside(runner, runner.reconnect)
         if self._announced and not self._count('connecting') and self._scheduler.resources:
             self._fail_impossible()
+
+    def _set_aside(self, runner, try_again):
+        """Do without the machine for a while, the longer the more often it failed in a row."""
+        self._troubles[runner] += 1
+        delay_s = min(ASIDE_S * 2 ** (self._troubles[runner] - 1), LONGEST_ASIDE_S)
+        self._session.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
 
     def _fail_impossible(self):
         try:
@@ -5392,8 +5689,10 @@ class Batch:
             return
         if result.exit_code:
             self._failures.append(result)
+            self._halt()
         else:
             self._finished += 1
+        self._troubles.pop(runner, None)
         self._report.ended(self._jobs[name], result.exit_code)
         seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
         if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
@@ -5406,9 +5705,26 @@ class Batch:
         if self._interrupts:
             return
         self._scheduler.add(self._jobs[name], first=True)
-        if runner.state == 'ready':
+        if runner.state == 'ready' and runner in self._scheduler.resources:
             self._scheduler.remove_machine(runner)      # it refuses jobs: what runs there goes on
-            self._report.note(f'{runner.name}: gets no more jobs: it cannot start {name}: {why}.')
+            self._report.note(f'{runner.name}: gets no more jobs for a while: it cannot start '
+                              f'{name}: {why}.')
+            self._set_aside(runner, lambda: self._bring_back(runner))
+
+    def _bring_back(self, runner):
+        """Use a machine again that was set aside."""
+        if runner.state == 'ready' and runner not in self._scheduler.resources:
+            self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
+            for name, (where, before) in list(self._placed.items()):
+                if where is runner:
+                    self._placed[name] = (runner, self._scheduler.resources[runner].adopt(
+                        before.allocation, before.gpus))
+
+    def _halt(self):
+        if self._halt_after and len(self._failures) >= self._halt_after and not self._halted:
+            self._halted = True
+            self._report.note(f'{count_of(len(self._failures), "job")} failed: no more are started '
+                              '(--halt-after)')
 
     def _on_held(self, name):
         """Another batch took that room first; look again before the next start there."""
@@ -5418,11 +5734,26 @@ class Batch:
         runner.measure(random.uniform(1, 3))        # so that two do not step back for ever
 
     def _on_lost(self, name, why):
+        """Its machine failed it: it is gone there, for certain, without a result."""
         runner = self._give_back(name)
-        self._failures.append(JobResult(name, runner.name, -1, 0.0))
-        self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
-        self._report.note(f'{name}: lost on {runner.name}: {why}. The same command starts it '
-                          'again.')
+        if self._interrupts:
+            return
+        self._retried[name] += 1
+        if self._retried[name] <= self._retries:
+            self._report.note(f'{name}: lost on {runner.name}: {why}. It will be started again.')
+            self._scheduler.add(self._jobs[name], first=True)
+        else:
+            self._failures.append(JobResult(name, runner.name, -1, 0.0))
+            self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
+            self._report.note(f'{name}: lost on {runner.name}: {why}. The same command starts it '
+                              'again.')
+            self._halt()
+        self._troubles[runner] += 1
+        if self._troubles[runner] >= TROUBLES and runner in self._scheduler.resources:
+            self._scheduler.remove_machine(runner)
+            self._report.note(f'{runner.name}: gets no more jobs for a while: it lost '
+                              f'{self._troubles[runner]} in a row.')
+            self._set_aside(runner, lambda: self._bring_back(runner))
 
     # The end
 
@@ -5588,6 +5919,7 @@ class Fanout:
         self._explained = False
         self.outcomes = {}
         self.started = set()                # MachineRunners
+        self._met = set()                   # those that were in contact
         self.interrupts = 0
 
     def interrupt(self, *_):
@@ -5644,6 +5976,8 @@ class Fanout:
         runner.register('lost', lambda name, why: self._end(runner, 'failed', f'it is gone: {why}'))
         runner.register('held', lambda name: runner.measure(random.uniform(1, 3)))
         runner.register('absent', lambda name: self._on_absent(runner))
+        runner.register('away', lambda why: say(
+            f'lost contact ({why}). The job goes on there; trying again'))
         runner.register('uncollected', lambda name: self._end(
             runner, 'failed', 'its results could not be fetched'))
         runner.register('left', lambda name, text: say(
@@ -5682,7 +6016,7 @@ class Fanout:
         """Start the job there if there is room, else look again later."""
         own = MachineResources(runner.capacity)
         if not own.short_of(self._allocation):
-            self._queue_up(runner, own.allocate(self._allocation), attempt=self._attempt)
+            self._queue_up(runner, own.allocate(self._allocation))
             return
         best = MachineResources(idle(runner.capacity))
         if best.short_of(self._allocation):
@@ -5696,11 +6030,14 @@ class Fanout:
         runner.measure(LIVE_S)
 
     def _on_ready(self, runner):
-        if self._allocation and self._attempt is None:
+        if runner in self._met:
+            self._report.note(f'{runner.name}: in contact again')
+        elif self._allocation and self._attempt is None:
             self._place(runner)
+        self._met.add(runner)
 
     def _on_absent(self, runner):
-        """What was to be adopted never began: start it now, as the same attempt."""
+        """What was to be adopted never began, and never will: start it now."""
         job = self._jobs[runner]
         if job.forwards is None:
             self._end(runner, 'absent', 'it was never started there')
@@ -5708,7 +6045,7 @@ class Fanout:
             runner.prepare(job.forwards)
             self._place(runner)
         else:
-            self._queue_up(runner, attempt=self._attempt)
+            self._queue_up(runner)
 
     def _on_failed(self, runner, why):
         if runner.unfinished:
@@ -5746,19 +6083,32 @@ def execute_batch(argv):
         for path in forwards.link:
             check_named(path, '--link-forwards')
     nice = options.whole_number('--nice', least=0, most=19)
+    faults = read_faults(options)
     results = ResultStore('job_results').open()
-    session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'])
+    session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
+                      away_limit_s=options.number('--away-limit', least=0))
     try:
-        return run_batch(options, machines, jobs, session, reporter)
+        return run_batch(options, machines, jobs, session, reporter, faults)
     finally:
         session.close()
         results.close()
 
 
-def run_batch(options, machines, jobs, session, reporter):
+def read_faults(options):
+    """Return what the options say of failures, as arguments of Batch."""
+    def given(name, read, **bounds):
+        return None if options[name] is None else read(name, **bounds)
+
+    return {'retries': options.whole_number('--retries', least=0),
+            'lost_after_s': given('--lost-after', options.number, least=0),
+            'timeout_s': given('--timeout', options.number, above=0),
+            'halt_after': given('--halt-after', options.whole_number, least=1)}
+
+
+def run_batch(options, machines, jobs, session, reporter, faults):
     """Connect, place, run, collect, clean up; return the exit status."""
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
-    batch = Batch(jobs, runners, session, reporter, read_allocation(options))
+    batch = Batch(jobs, runners, session, reporter, read_allocation(options), **faults)
     with interruptible(batch.interrupt):
         try:
             warnings = batch.plan()
@@ -5858,7 +6208,8 @@ class Errand:
                                '--job-name.')
         hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
         session = Session(self._results, self._report.trace, live=bool(hardware),
-                          nice=options.whole_number('--nice', least=0, most=19))
+                          nice=options.whole_number('--nice', least=0, most=19),
+                          away_limit_s=options.number('--away-limit', least=0))
         try:
             return self._run_on(machine, session, running,
                                 read_allocation(options) if hardware else None)
@@ -5999,7 +6350,7 @@ def execute_to(argv):
     for path in forwards.link:
         check_named(path, '--link-forwards')
     kept = bool(backwards or options['--job-name'])
-    session = Session(None, reporter.trace, nice=nice, live=False)
+    session = Session(None, reporter.trace, nice=nice, live=False)      # an owner of its own
     session.results = results = ResultStore(
         *(['job_results', f'commands/{name}'] if kept else [f'{session.run_folder}/results']))
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]

@@ -223,7 +223,7 @@ def test_a_connection_that_is_cut(batches, lab, lab1, ledger, gate):
     machine = lab()
     lines = [f'echo 1 >>{ledger}; {gate.wait("a")}; echo end >>{ledger}; echo made >made',
              f'echo 2 >>{ledger}; {gate.wait("b")}']
-    batch = batches.start(lines, [machine, lab1], '--reserve', *NO_GPU)
+    batch = batches.start(lines, [machine, lab1], '--reserve', '--away-limit=0', *NO_GPU)
     wrote(ledger, '1', '2')
     machine.stop()
     for name in 'ab':

@@ -48,8 +48,8 @@ def test_it_can_cross_the_channel(name):
 class Channel:
     """A remote runner under a local bash, its requests and its events."""
 
-    def __init__(self, env, *, bash='bash', project='project', workdir='', setup='', gpus=False,
-                 variables=()):
+    def __init__(self, env, *, bash='bash', project='project', owner='', workdir='', setup='',
+                 gpus=False, variables=()):
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
         self.events = []                    # all so far, as lists of text
         self._reader = s.EventReader(TOKEN)
@@ -58,7 +58,8 @@ class Channel:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         script = s.REMOTE_RUNNER.encode()
         self.write(s.request(s.REMOTE_LOADER, len(script)) + script)
-        self.send(TOKEN, workdir, project, setup, int(gpus), len(variables), *variables)
+        self.send(TOKEN, workdir, project, owner or f'owner-{id(self)}', setup, int(gpus),
+                  len(variables), *variables)
 
     def write(self, data):
         self.process.stdin.write(data)
