@@ -2048,7 +2048,7 @@ capture() {                 # leaves the environment of an interactive login in 
   case ${shell##*/} in                  # csh takes -l alone, and with -c it has no $prompt
     csh | tcsh) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -l <<<"$dump" ;;
     *) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -ilc "$dump" ;;
-  esac
+  esac 2>"$run/login.err"
   [[ -s $run/login ]] || env -0 >"$run/login"
   if [[ $setup ]]; then
     local entry
@@ -2673,7 +2673,8 @@ report() {                  # what became of job.attempt $1, which was claimed b
     elif lives "$word" "$value"; then
       ((tries < 0)) || say "started"$'\t'"$name"
       tries=-1              # it runs, and its end will be recorded
-    elif [[ $word && $value != *" $boot_id" ]]; then
+    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
+      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
       tries=99 why='the machine was restarted'
     elif ((tries < 0)); then
       tries=15              # it is gone, and its record may have come at this moment
@@ -2885,11 +2886,10 @@ main() {
   self=$REPLY
   oust
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
-    mkfifo -- "$run/events" "$run/signals" && echo writable >"$run/log"; } 2>&1); then
+    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log"; } 2>&1); then
     printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
     return
   fi
-  : >"$run/log"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$UID
   claims_are_ours

@@ -109,6 +109,7 @@ class FakeRunner:
         self.orders = {}                    # name -> Order, those that run
         self.history = []                   # names in the order of queue_up
         self.expected = set()
+        self.again = 'never'
         self.asked = 0                      # how often it was asked what is free
         self._callbacks = collections.defaultdict(list)
 
@@ -142,7 +143,7 @@ class FakeRunner:
         self.signal('ready')
 
     def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
-                 attempt, placement):
+                 attempt, placement, adopt, timeout_s):
         self.results.claimed(job_name, attempt, self.machine.address, gpus, command)
         self.orders[job_name] = Order(command, job_name, gpus)
         self.history.append(job_name)

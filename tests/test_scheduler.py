@@ -378,6 +378,7 @@ class AnyBatch(RuleBasedStateMachine):
                        ['--no-gpu-required', '--memory-required=10'], live=True)
         self.outcomes = {}                          # name -> exit code, 'lost' or 'not collected'
         self.sent_back = collections.Counter()      # name -> how often it did not start after all
+        self.lost = collections.Counter()           # name -> how often its machine lost it
         self.status = self.error = None
         self.batchs_turn, self.ours = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -471,7 +472,9 @@ class AnyBatch(RuleBasedStateMachine):
     @rule(number=numbers)
     def a_job_is_lost(self, number):
         runner, name = self.take_away(number)
-        self.outcomes[name] = 'lost'
+        self.lost[name] += 1
+        if self.lost[name] > 1:                     # once more is what --retries has by default
+            self.outcomes[name] = 'lost'
         runner.signal('lost', name, 'the machine was started anew')
         self.go_on()
 
@@ -526,7 +529,8 @@ class AnyBatch(RuleBasedStateMachine):
         assert lab.batch._placed == {} and lab.running == []
         assert all(own.jobs == 0 for own in lab.batch._scheduler.resources.values())
         for name in names:                          # each ran once, or is reported
-            assert begun[name] == (name in self.outcomes) + self.sent_back[name]
+            assert begun[name] == ((name in self.outcomes) + self.sent_back[name]
+                                   + min(self.lost[name], 1))
         ends = collections.Counter(
             'finished' if end == 0 else 'not collected' if end == 'not collected' else 'failed'
             for end in self.outcomes.values())
