@@ -3461,6 +3461,7 @@ class ResultStore:
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
+        self._unsynced = False
         self._remains = {}              # machine -> {job.attempt: state} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
@@ -3540,6 +3541,20 @@ class ResultStore:
         if self._remains.get(machine):
             self._write(event='tidied', machine=machine)
 
+    def sync(self, results=False):
+        """Have what was written last even if the power fails; with results: these, too.
+
+        What follows cannot be taken back: a start, or the removal of the originals.
+        """
+        try:
+            if results:
+                sync_file_system(self._journal)
+            elif self._unsynced:
+                os.fsync(self._journal)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._unsynced = False
+
     def grow(self, name, stream, data):
         """Add to a stream of a job that runs; return whether that could be done."""
         key = (name, stream)
@@ -3614,15 +3629,31 @@ class ResultStore:
         with open(os.open(target, flags, 0o666), 'wb') as file:
             file.write(content)
 
-    def set_aside(self, name):
-        """Move the streams of a job that was cancelled out of the way of its next run."""
+    def set_aside(self, name, streams=None, folder=None):
+        """Move what there is of a job that was cancelled out of the way of its next run.
+
+        streams, folder: what came of it from over there, as for commit
+        """
+        self._let_go()
         self._write(event='cancelled', job=name)
+        aside = os.path.join(self.own, 'cancelled', f'{name}.{time.time_ns()}')
+        os.makedirs(os.path.dirname(aside), exist_ok=True)
         for stream in ('out', 'err'):
-            path = self._path(name, f'.{stream}')
+            path, content = self._path(name, f'.{stream}'), (streams or {}).get(stream)
+            if isinstance(content, bytes):
+                with open(f'{aside}.{stream}', 'xb') as file:
+                    file.write(content)
+            elif content is not None:
+                os.replace(content, f'{aside}.{stream}')
             if (name, stream) in self._grown and os.path.lexists(path):
-                aside = os.path.join(self.own, 'cancelled')
-                os.makedirs(aside, exist_ok=True)
-                os.replace(path, os.path.join(aside, f'{name}.{time.time_ns()}.{stream}'))
+                if content is None:
+                    os.replace(path, f'{aside}.{stream}')
+                else:
+                    os.unlink(path)
+            self._grown.discard((name, stream))
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            os.chmod(folder, new_folder_mode())
+            os.rename(folder, aside)
 
     def has(self, name, stream, size):
         """Tell whether all of a stream, so many bytes, grew where it belongs."""
@@ -3691,6 +3722,7 @@ class ResultStore:
 
     def _write(self, **event):
         self._apply(event)
+        self._unsynced = True
         event['time'] = round(time.time(), 2)
         line = json.dumps(event).encode() + b'\n'
         try:
@@ -3699,8 +3731,21 @@ class ResultStore:
                 os.ftruncate(self._journal, os.fstat(self._journal).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs '
-                               'that run go on; the same command collects them.') from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error):
+        return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
+                            'run go on; the same command collects them.')
+
+
+def sync_file_system(fd):
+    """Write to the disk what lies in the file system of this file: one call for many files."""
+    import ctypes
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except AttributeError:          # another C library
+        os.sync()
 
 
 def private_folder(stem):
@@ -4042,6 +4087,7 @@ class Order:
         self.noted = {}                     # what the journal says of it besides
         self.follower = None
         self.started = False                # it was said that it was
+        self.aside = False                  # it was cancelled: what there is of it is set aside
         self.entries = None                 # what it left, once it ended
 
 
@@ -4129,6 +4175,7 @@ class Fetcher:
     def clean(self, least=0):
         """Have the folders of collected jobs removed, many at a time."""
         if len(self._cleanable) > least:
+            self._session.results.sync(results=True)
             self._channel.send(request('clean', len(self._cleanable), *self._cleanable))
             self._cleanable = []
 
@@ -4219,8 +4266,11 @@ class Fetcher:
     def _commit(self, order, streams, work, kept=()):
         """Put the results in their final place; then their originals may go, unless kept."""
         try:
-            self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
-                                         order.backwards != (), bool(kept))
+            if order.aside:
+                self._session.results.set_aside(order.job_name, {**order.streams, **streams}, work)
+            else:
+                self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
+                                             order.backwards != (), bool(kept))
         except (ResultsError, OSError) as error:
             self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
             return
@@ -4228,7 +4278,8 @@ class Fetcher:
         if not kept:
             self._cleanable.append(order.key)
             self.clean(CLEAN_JOBS)
-        self._signal('collected', order.job_name)
+        if not order.aside:
+            self._signal('collected', order.job_name)
 
     def _leave(self, order, why):
         """The results of this order stay where they are."""
@@ -4638,7 +4689,7 @@ class MachineRunner:
     def cancel(self):
         """End all jobs there, with all that they started; give back those not started.
 
-        What they leave is not collected, and their end is no signal.  survivors(text) is, if
+        What they leave is set aside, and their end is no signal.  survivors(text) is, if
         something could not be ended.
         """
         self._cancelled = True
@@ -4661,6 +4712,7 @@ class MachineRunner:
         if self.state != 'ready':
             return
         waiting, now = collections.deque(), time.monotonic()
+        starts = bytearray()                # sent once the journal is safe
         while self._queue:
             order = self._queue.popleft()
             if order.stage is None:
@@ -4676,15 +4728,18 @@ class MachineRunner:
                                          order.gpus, order.command, **order.noted)
             self._running[order.key] = order
             if order.mode:
-                self._channel.send(request('mode', order.key, order.mode))
+                starts += request('mode', order.key, order.mode)
             if order.timeout_s is not None:
-                self._channel.send(request('limit', order.key, f'{order.timeout_s:.3f}'))
+                starts += request('limit', order.key, f'{order.timeout_s:.3f}')
             how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
             paths = order.backwards or ()
-            self._channel.send(request(
+            starts += request(
                 'start', order.key, order.stage.id, '-' if order.gpus is None else order.gpus,
-                order.need, order.command, how, len(paths), *paths))
+                order.need, order.command, how, len(paths), *paths)
             self._watch_later()
+        if starts:
+            self.session.results.sync()
+            self._channel.send(starts)
         self._queue = waiting
         if waiting and now < self._next_start:
             self._later('start', self._next_start - now, self._start_queued)
@@ -4862,9 +4917,6 @@ class MachineRunner:
         self._ended_keys.add(order.key)
         known_ticks = self._sample.ticks.get(order.key, 0) if self._sample else 0
         self._ended_ticks += max(int(cpu_cs) - known_ticks, 0)
-        if self._cancelled and not order.sink:
-            self._fetcher.forget(order.key)
-            return
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
                 order.streams[stream] = text[1:]
@@ -4893,7 +4945,8 @@ class MachineRunner:
                         order.job_name, stream, size))):
                 order.streams[stream] = None
         if self._cancelled:
-            self._fetcher.forget(order.key)
+            order.aside = True
+            self._fetcher.add(order, order.entries)
             return
         self.session.results.ended(self.ended[order.job_name])
         # What came with the event is in place before anybody is told that the job ended.
@@ -5771,7 +5824,7 @@ class Batch:
         for name, runner in running:
             if name in runner.running:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
-            else:
+            elif self._results.state(name).get('state') != 'cancelled':
                 self._results.set_aside(name)
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
@@ -6077,6 +6130,7 @@ def execute_batch(argv):
     machines = find_machines(options['--machines'])
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         for path in forwards.copy:
             check_named(path, '--copy-forwards')
@@ -6130,9 +6184,10 @@ def run_batch(options, machines, jobs, session, reporter, faults):
 
 @contextlib.contextmanager
 def interruptible(handler):
-    """Have SIGINT and SIGTERM call the handler."""
+    """Have SIGINT and SIGTERM call the handler, unless we were started with them ignored."""
     before = {number: signal.signal(number, handler)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -6297,10 +6352,12 @@ class Errand:
         if not runner.busy:
             return
         fanout.cancel()
-        if name not in runner.running and self._results.state(name).get('state') == 'claimed':
+        if name in runner.running:
+            return
+        if self._results.state(name).get('state') in ('claimed', 'ended'):
             self._results.set_aside(name)
-            if self._options['--cancel']:
-                self._report.note(f'{name}: ended on {runner.name}')
+        if self._options['--cancel']:
+            self._report.note(f'{name}: ended on {runner.name}')
 
     def _outcome(self, runner, word, what):
         """Return the exit status, and say what is not as it should be."""
@@ -6339,6 +6396,7 @@ def execute_to(argv):
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
     machines = find_machines(options['--machines'])
+    allow_files(min(len(machines), at_once))
     name = options['--job-name'] or new_name('to')
     check_job_name(name, '--job-name')
     backwards = read_backwards(options) or ()
@@ -6603,6 +6661,32 @@ def bare(text):
     return re.sub(r'\x1b\[\d*m', '', text)
 
 
+def open_streams():
+    """Open what was closed of the standard streams, or the next file would be taken for them."""
+    for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
+
+
+def allow_files(machines):
+    """Raise the limit of open files as far as it goes; raise an error if that is too few."""
+    import resource
+    least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            soft = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < least:
+        raise SchedulerError(f'only {soft} files may be open at a time here, and '
+                             f'{count_of(machines, "machine")} may need {least}. '
+                             f'Try: ulimit -n {least}, or name fewer machines.')
+
+
 COMMANDS = {
     'execute_batch': execute_batch,
     'execute_remote': execute_remote,
@@ -6617,6 +6701,7 @@ def main(argv=None):
     An installed executable or a link is named like the command; otherwise the next word is it:
     python3 ssh_scheduler.py execute_batch …
     """
+    open_streams()
     argv = list(sys.argv if argv is None else argv)
     name = os.path.basename(argv[0])
     words = argv[1:]

@@ -1,12 +1,7 @@
 """Faults of machines and networks, each named by its number in the matrix of the notes."""
-import os
-import signal
 from collections import Counter
 
-import pytest
-import rig
 from batching import NO_GPU, assert_clean, result, wrote
-from ledgers import check_exactly_once, ledger_line
 
 SOON = 'ssh_options: {ServerAliveInterval: 1, ServerAliveCountMax: 2}'
 
