@@ -122,6 +122,8 @@ Other:
   --away-limit=<seconds>      So long contact with a machine is looked for; then it is left, and its
                               jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
+  --status                    Say how far the batch is, and what is where; ask nobody.
+  --cancel                    End what runs of the batch, though its client was killed.
   --dry-run                   Ask the machines, show what would start where, start nothing.
   --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
@@ -438,6 +440,7 @@ class Machine(NamedTuple):
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
+    word: str = ''                  # what find_machine was given, by which it is found again
 
     @property
     def address(self):
@@ -734,7 +737,7 @@ def machine_words(words):
 
 def find_machines(words):
     """Return the Machines; each may be named once."""
-    machines = [find_machine(word) for word in machine_words(words)]
+    machines = [find_machine(word)._replace(word=word) for word in machine_words(words)]
     for number, machine in enumerate(machines):
         for other in machines[:number]:
             if machine.name == other.name:
@@ -3480,6 +3483,21 @@ class ResultStore:
                                f'{reason_of(error)}.') from None
         return self
 
+    def peek(self):
+        """Only read what earlier runs did, beside one that goes on; return self."""
+        try:
+            self._journal = os.open(os.path.join(self.own, 'journal'), os.O_RDONLY)
+        except FileNotFoundError:
+            return self
+        except OSError as error:
+            raise ResultsError(f'{self.own}/journal cannot be read: {reason_of(error)}.') from None
+        try:
+            self._read_journal(cut=False)
+        finally:
+            os.close(self._journal)
+            self._journal = None
+        return self
+
     def close(self):
         """Let go of the lock; where nothing was started, leave nothing behind."""
         if self._journal is not None and not os.fstat(self._journal).st_size:
@@ -3685,7 +3703,7 @@ class ResultStore:
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
 
-    def _read_journal(self):
+    def _read_journal(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
         with open(self._journal, 'rb', closefd=False) as file:
             whole = 0
@@ -3699,7 +3717,8 @@ class ResultStore:
                         f'{self.own}/journal, line {number} cannot be read. It says what runs '
                         'where: look at it, or move job_results away to start afresh.') from None
                 whole += len(line)
-        os.ftruncate(self._journal, whole)
+        if cut:
+            os.ftruncate(self._journal, whole)
         for record in self.jobs.values():
             record['resumed'] = record['state'] != 'collected'
 
@@ -4641,6 +4660,11 @@ class MachineRunner:
         return [order.job_name for order in self._running.values()]
 
     @property
+    def unsettled(self):
+        """Tell whether it is not known yet of some job whether it runs."""
+        return bool(self._queue) or any(not order.started for order in self._running.values())
+
+    @property
     def unfinished(self):
         """The names of the jobs that run there or ran there and are not collected."""
         return self.running + [order.job_name for order in (
@@ -4678,7 +4702,8 @@ class MachineRunner:
             tuple(exclude)))
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
         order = Order(job_name, attempt, command, stage, backwards, gpus, need_of(placement))
-        order.mode, order.source, order.noted = mode, source, noted or {}
+        order.mode, order.source = mode, source
+        order.noted = noted or {'where': self.machine.word}
         order.timeout_s = timeout_s
         order.sink, order.keep = sink, keep
         if sink:
@@ -5810,6 +5835,45 @@ class Batch:
 
     # The end
 
+    def end_all(self, claimed):
+        """End what an earlier run has started; say what became of each; return the exit status.
+
+        claimed: {job name: what the journal knows of it}
+        """
+        self._interrupts = 1            # nothing that happens from now on starts anything
+        for runner in self._runners:
+            runner.register('warning', self._report.warning)
+            runner.register('failed', lambda why, runner=runner: self._report.note(
+                f'{runner.name}: cannot be used: {why}.'))
+            runner.register('survivors', lambda pids, runner=runner: self._report.note(
+                f'{runner.name}: could not be ended: process {pids}'))
+            runner.connect(False)
+            runner.enter()
+            for name, known in claimed.items():
+                if known['machine'] == runner.machine.address:
+                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
+                                    attempt=known['attempt'], adopt=True)
+        until = time.monotonic() + CONNECT_LIMIT_S
+        while (any(runner.state == 'connecting' or runner.state == 'ready' and (
+                runner.unsettled or runner.busy and not runner.running)
+                for runner in self._runners)
+               and self._interrupts < 2 and time.monotonic() < until):
+            self._session.processes.wait(1)
+        running = {name: runner for runner in self._runners for name in runner.running}
+        if running:
+            self._cancel()
+        left = 0
+        for name, known in claimed.items():
+            state = self._results.state(name)['state']
+            what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
+                    'lost': 'did not run'}.get(state)
+            left += what is None
+            self._report.line(f'{name}: {what or "not known to have ended"}, on '
+                              f'{known["machine"]}')
+        self._report.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have '
+                          'ended')
+        return 1 if left else 0
+
     def _cancel(self):
         """End all jobs everywhere, within a time; say what could not be ended."""
         self._report.note('interrupted: ending all jobs (once more: leave them)')
@@ -6125,11 +6189,18 @@ def execute_batch(argv):
     """Run a batch file; return the exit status."""
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
-    if not options['--machines']:
+    asked = [name for name in ('--status', '--cancel', '--dry-run') if options[name]]
+    if len(asked) > 1:
+        raise UsageError(f'{" and ".join(asked)}: give one of them.')
+    if not options['--machines'] and not (options['--status'] or options['--cancel']):
         raise UsageError('--machines is missing: on which machines? localhost is one.')
-    machines = find_machines(options['--machines'])
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    if options['--status']:
+        return show_status(jobs, ResultStore('job_results').peek(), reporter)
+    if options['--cancel']:
+        return cancel_batch(options, jobs, reporter)
+    machines = find_machines(options['--machines'])
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         for path in forwards.copy:
@@ -6145,6 +6216,57 @@ def execute_batch(argv):
         return run_batch(options, machines, jobs, session, reporter, faults)
     finally:
         session.close()
+        results.close()
+
+
+def show_status(jobs, results, reporter):
+    """Say what the journal knows of the jobs; return the exit status: 0 where all is collected."""
+    counts, lines = collections.Counter(), []
+    for job in jobs:
+        known = results.state(job.name)
+        state, machine = known.get('state'), known.get('machine')
+        if results.exists(job.name):
+            code = known.get('exit_code', 0)
+            word = 'failed' if code else 'finished'
+            lines += [f'failed: {job.name}: exit code {code} on {machine}'] if code else []
+        elif state in ('claimed', 'ended'):
+            word = 'on a machine'
+            lines.append(f'{"ended" if state == "ended" else "started"}: {job.name}: on {machine}, '
+                         'not collected yet')
+        else:
+            word = 'waiting'
+            if state:
+                lines.append(f'{state}: {job.name}: on {machine}; it will be started again')
+        counts[word] += 1
+    for line in lines:
+        reporter.line(line)
+    reporter.line(f'{count_of(len(jobs), "job")}: ' + ', '.join(
+        f'{counts[word]} {word}' for word in ('finished', 'failed', 'on a machine', 'waiting')))
+    return 0 if counts['finished'] + counts['failed'] == len(jobs) else 1
+
+
+def cancel_batch(options, jobs, reporter):
+    """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
+    results = ResultStore('job_results').open()
+    session = None
+    try:
+        claimed = {job.name: results.state(job.name) for job in jobs
+                   if results.state(job.name).get('state') in ('claimed', 'ended')}
+        words = options['--machines'] or dict.fromkeys(
+            known['where'] for known in claimed.values() if known.get('where'))
+        machines = find_machines(words)
+        session = Session(results, reporter.trace, live=False)
+        runners = [MachineRunner(machine, session, number)
+                   for number, machine in enumerate(machines)]
+        batch = Batch(jobs, runners, session, reporter, None)
+        with interruptible(batch.interrupt):
+            try:
+                return batch.end_all(claimed)
+            finally:
+                close_all(runners, session)
+    finally:
+        if session:
+            session.close()
         results.close()
 
 
