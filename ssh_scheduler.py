@@ -119,6 +119,8 @@ Other:
   --lost-after=<seconds>      Start the jobs of a machine elsewhere that was out of contact for so
                               long. When it is back, they are ended there. Otherwise they are
                               waited for.
+  --max-result-size=<mb>      Bring back no more than that of what a job made; what is larger stays
+                              over there. Without it: what has room here.
   --away-limit=<seconds>      So long contact with a machine is looked for; then it is left, and its
                               jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
@@ -2353,17 +2355,15 @@ listing() {                 # what lies below $1 in the current folder, as rsync
 }
 
 list_back() {               # $1: job folder, $2: stage, the rest: paths, or nothing: what changed
-  local dir=$1 id=$2 entry path kind
+  local dir=$1 id=$2 entry path kind size=0
   shift 2
   cd -- "$dir/work" || return
   if (($#)); then
     for path; do
       if [[ $path == . ]]; then
         listing . >>"$dir/listing"
-      elif [[ -d $path && ! -L $path ]]; then
-        listing "./$path" 0 >>"$dir/listing"
       elif [[ -e $path || -L $path ]]; then
-        printf 'f 0 0 %s\0' "./$path" >>"$dir/listing"
+        listing "./$path" 0 >>"$dir/listing"
       else
         printf '!%s\0' "$path" >>"$dir/back"
       fi
@@ -2379,10 +2379,12 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
     path=./${entry#*./}
     [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
     case $kind in
+      f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
       [fdl]) printf '+%s\0' "$path" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
     esac
   done <"$dir/listing" >>"$dir/back"
+  ((size < 1000000)) || printf 's%s\0' "$size" >>"$dir/back"
 }
 
 # ---- Jobs ----
@@ -3140,20 +3142,25 @@ class Processes:
         self._selector.register(self._wakeup[0], selectors.EVENT_READ)
 
     def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
-              deadline_s=None, env=None, cwd=None, terminal=False):
+              deadline_s=None, env=None, cwd=None, terminal=False, confined=None):
         """Start argv in a session of its own and return its Process.
 
         terminal: it has our streams, and with them the terminal, instead of pipes to us
+        confined: what it calls first, from confine()
         """
         if self._on_start:
             self._on_start(argv)
         pipe = None if terminal else subprocess.PIPE
         try:
             popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
-                                     start_new_session=not terminal, env=env, cwd=cwd)
+                                     start_new_session=not terminal, env=env, cwd=cwd,
+                                     preexec_fn=confined)
         except FileNotFoundError:
             raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
                                  f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
+        finally:
+            if confined:
+                confined.close()
         due = None if deadline_s is None else self._clock() + deadline_s
         process = Process(popen, on_output, on_error, on_exit, feed, keep_stdin, due)
         for stream in (popen.stdin, popen.stdout, popen.stderr):
@@ -3807,6 +3814,7 @@ KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
+GUARD_S = 0.5                       # how often the disk is looked at while results come
 FAREWELL_S = 30.0                   # for tidying up over there
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
 BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
@@ -3815,8 +3823,10 @@ BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, a
 class Session:
     """What the machines of one run share; `close` ends all its processes and removes its files."""
 
-    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0):
+    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0,
+                 max_result_bytes=None):
         self.results = results
+        self.max_result_bytes = max_result_bytes        # of what a job brings back
         self.away_limit_s = away_limit_s        # so long contact that was lost is looked for
         self.nice, self.live = nice, live       # live: not only what was free at first counts
         self.trace = trace or (lambda text: None)
@@ -3847,6 +3857,11 @@ class Session:
             placed += [(f'link/{entry.path}', entry) for entry in link.entries]
             self._archives[forwards] = b''.join(archive(placed))
         return self._archives[forwards]
+
+    def rsync_env(self):
+        """Return the environment for rsync: nothing that changes what it does, nor a ~/.popt."""
+        return {**{name: value for name, value in os.environ.items()
+                   if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
 
     def close(self):
         """End what still runs here and remove the run folder."""
@@ -4077,7 +4092,7 @@ class Sender:
             feed = chain_bytes(bytes(request(REMOTE_UNPACK, self._channel.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
         self._session.processes.start(argv, answer.extend, done, feed=feed,
-                                      deadline_s=COPY_LIMIT_S)
+                                      deadline_s=COPY_LIMIT_S, env=self._session.rsync_env())
 
 
 class Order:
@@ -4106,6 +4121,7 @@ class Order:
         self.noted = {}                     # what the journal says of it besides
         self.follower = None
         self.started = False                # it was said that it was
+        self.too_large = ''                 # why what it made stays over there
         self.aside = False                  # it was cancelled: what there is of it is set aside
         self.entries = None                 # what it left, once it ended
 
@@ -4178,6 +4194,11 @@ class Fetcher:
         order = self.orders[key]
         order.entries = None
         self._sort_out(order, entries)
+        if order.too_large:
+            self._signal('warning', f'{order.job_name}: what it made is not brought back: '
+                         f'{order.too_large}. It is kept on {self._name}, in '
+                         f'{self._channel.home}/jobs/{order.key}/work')
+            order.back = []
         if not order.back and len(order.streams) == 2:      # all of it came with the event
             self._commit(order, {}, None)
             return
@@ -4206,11 +4227,22 @@ class Fetcher:
             self._under_way = True
             self._fetch(orders, self._channel.rsync_works)
 
+    def _too_large(self, size):
+        """Return why results of so many bytes cannot be fetched, or ''."""
+        limit = self._session.max_result_bytes
+        if limit is not None and size > limit:
+            return f'it is {size_of(size)}, and --max-result-size allows {size_of(limit)}'
+        free = free_bytes(self._session.results.folder)
+        return f'it is {size_of(size)}, and {size_of(free)} are free here' if size > free else ''
+
     def _sort_out(self, order, entries):
         for entry in entries:
             mark, path = entry[:1], os.fsdecode(entry[1:])
             if mark == b'+':
                 order.back.append(path)
+                continue
+            if mark == b's':
+                order.too_large = self._too_large(int(path))
                 continue
             why = ('it did not make {}' if mark == b'!' else
                    '{} is no file, folder or link').format(printable(path))
@@ -4227,17 +4259,17 @@ class Fetcher:
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
         connection, source = self._channel.connection, f'{self._channel.home}/jobs'
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
-        channel = self._channel
+        channel, full = self._channel, False
 
         def done(status, complaint):
             text = complaint.decode('utf-8', 'replace')
-            if status and (channel is not self._channel or channel.gone):
+            if status and not full and (channel is not self._channel or channel.gone):
                 self._session.results.discard(incoming)         # again, when contact is there again
                 self._waiting, self._due = orders + self._waiting, time.monotonic()
                 self._under_way = False
                 self.fetch_if_due()
                 return
-            if by_rsync and status not in (0, 23, 24):
+            if by_rsync and status not in (0, 23, 24) and not full:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
                 self._session.results.discard(incoming)
@@ -4248,6 +4280,8 @@ class Fetcher:
             trouble = spool.trouble if spool else ''
             if spool and status not in (0, 1, 2):       # tar's own, which name single files
                 trouble = last_line(text) or trouble or f'tar ended with {status}'
+            if full:
+                trouble = 'the disk here is full'
             for order in orders:
                 if trouble:         # what is there of it may be cut off, and the rest is missing
                     self._leave(order, trouble)
@@ -4257,14 +4291,28 @@ class Fetcher:
             self._under_way = False
             self.fetch_if_due()
 
+        confined = None
         if by_rsync:
-            argv = connection.rsync([], f'{source}/', f'{incoming}/', 'source')
-            feed = iter([listed])
+            limit = self._session.max_result_bytes
+            argv = connection.rsync([] if limit is None else [f'--max-size={limit}'],
+                                    f'{source}/', f'{incoming}/', 'source')
+            feed, confined = iter([listed]), confine(incoming)
         else:
             argv = connection.copy()
             feed = iter([bytes(request(REMOTE_PACK, self._channel.token, source)), listed])
-        self._session.processes.start(argv, spool.take if spool else (lambda data: None), done,
-                                      feed=feed, deadline_s=COPY_LIMIT_S)
+        process = self._session.processes.start(
+            argv, spool.take if spool else (lambda data: None), done, feed=feed,
+            deadline_s=COPY_LIMIT_S, env=self._session.rsync_env(), confined=confined)
+
+        def guard():            # what a machine says of sizes is only what it says
+            nonlocal full
+            if self._under_way and process.popen.poll() is None:
+                if free_bytes(incoming) <= 0:
+                    full = True
+                    process.kill()
+                self._session.processes.call_later(GUARD_S, guard)
+
+        self._session.processes.call_later(GUARD_S, guard)
 
     def _collect(self, order, folder, complaint):
         """Put in place what came for one order into `folder`."""
@@ -4275,12 +4323,20 @@ class Fetcher:
             self._leave(order, complaint)
             return
         work = os.path.join(folder, 'work')
-        missing = [path for path in order.back if not os.path.lexists(os.path.join(work, path))]
+        refused = collections.defaultdict(list)
+        for path, why in vet(work, order.back):
+            refused[why].append(printable(path))
+        for why, paths in refused.items():
+            self._signal('warning', f'{order.job_name}: {names_of(paths)} from {self._name} '
+                         f'{why}, and was left out')
+        gone = {f'./{path}' for paths in refused.values() for path in paths}
+        missing = [path for path in order.back if printable(path) not in gone
+                   and not os.path.lexists(os.path.join(work, path))]
         for path in missing:
             self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
                          f'back: {complaint}. It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
-        self._commit(order, streams, work, kept=missing)
+        self._commit(order, streams, work, kept=missing or order.too_large)
 
     def _commit(self, order, streams, work, kept=()):
         """Put the results in their final place; then their originals may go, unless kept."""
@@ -4327,6 +4383,79 @@ class Behind:
         if len(self.head) > LONGEST_NOISE:
             self.head = self.head[-len(self._mark):]
         return data
+
+
+def vet(folder, wanted):
+    """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
+
+    wanted: the paths './a' that were asked for.  Nothing here is opened or followed.
+    """
+    allowed = set()
+    for path in map(os.path.normpath, wanted):
+        while path and path not in allowed:
+            allowed.add(path)
+            path = os.path.dirname(path)
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            inner = os.path.relpath(path, folder)
+            info, why = os.lstat(path), ''
+            if inner not in allowed:
+                why = 'was not asked for'
+            elif stat.S_ISLNK(info.st_mode):
+                target = os.path.normpath(os.path.join(os.path.dirname(inner), os.readlink(path)))
+                if os.path.isabs(target) or target.split('/')[0] == '..':
+                    why = f'leads out of its folder, to {printable(os.readlink(path))}'
+            elif not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+                why = 'is no file, folder or link'
+            elif info.st_mode & (stat.S_ISUID | stat.S_ISGID):
+                os.chmod(path, stat.S_IMODE(info.st_mode) & 0o777)
+            if why:
+                yield inner, why
+                if stat.S_ISDIR(info.st_mode):
+                    import shutil
+                    shutil.rmtree(path, onerror=make_removable)
+                    folders.remove(name)
+                else:
+                    os.unlink(path)
+
+
+def free_bytes(folder):
+    """Return how many bytes may be written there: some are left for others."""
+    info = os.statvfs(folder)
+    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
+
+
+# Landlock (landlock(7)): the numbers are the same on all architectures.
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+LANDLOCK_WRITES = {1: 0b1111111110010, 2: 1 << 13, 3: 1 << 14}     # what each version adds
+PR_SET_NO_NEW_PRIVS = 38
+
+
+def confine(folder):
+    """Return what a new process calls so that it can write in this folder only; None where the
+    kernel cannot do that."""
+    import ctypes
+    import struct
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
+    if version < 1:
+        return None
+    rights = sum(bits for least, bits in LANDLOCK_WRITES.items() if version >= least)
+    rules = libc.syscall(LANDLOCK_CREATE, struct.pack('Q', rights), 8, 0)
+    if rules < 0:
+        return None
+    for path, allowed in ((folder, rights), (os.devnull, 0b10)):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack('=Qi', allowed, fd), 0)
+        os.close(fd)
+
+    def restrict():
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.syscall(LANDLOCK_RESTRICT, rules, 0)
+
+    restrict.close = lambda: os.close(rules)
+    return restrict
 
 
 class Spool:
@@ -5869,7 +5998,7 @@ class Batch:
                     'lost': 'did not run'}.get(state)
             left += what is None
             self._report.line(f'{name}: {what or "not known to have ended"}, on '
-                              f'{known["machine"]}')
+                              f'{known.get("where") or known["machine"]}')
         self._report.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have '
                           'ended')
         return 1 if left else 0
@@ -6209,9 +6338,12 @@ def execute_batch(argv):
             check_named(path, '--link-forwards')
     nice = options.whole_number('--nice', least=0, most=19)
     faults = read_faults(options)
+    max_result = None if options['--max-result-size'] is None else int(
+        options.number('--max-result-size', least=0) * 1e6)
     results = ResultStore('job_results').open()
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
-                      away_limit_s=options.number('--away-limit', least=0))
+                      away_limit_s=options.number('--away-limit', least=0),
+                      max_result_bytes=max_result)
     try:
         return run_batch(options, machines, jobs, session, reporter, faults)
     finally:
@@ -6224,7 +6356,7 @@ def show_status(jobs, results, reporter):
     counts, lines = collections.Counter(), []
     for job in jobs:
         known = results.state(job.name)
-        state, machine = known.get('state'), known.get('machine')
+        state, machine = known.get('state'), known.get('where') or known.get('machine')
         if results.exists(job.name):
             code = known.get('exit_code', 0)
             word = 'failed' if code else 'finished'
