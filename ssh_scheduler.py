@@ -2572,6 +2572,7 @@ export TERM=$term
 echo "$?" >&"$code"
 EOF
 }
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
 
 # Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
 # and looks at the others' only then.  Of two that do so at a time, at least one sees the other and
@@ -2821,6 +2822,7 @@ main() {
   umask 077
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo writable >"$run/log"; } 2>&1); then
+  [[ ! -e $run ]] || run+=.$RANDOM      # of one that was killed, and had our pid
     printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
     return
   fi
