@@ -4611,7 +4611,7 @@ class MachineRunner:
 
         def done(status, complaint):
             if order.key in self._running and self.state == 'ready':
-                if status and process.source is not None:
+                if status == 255:       # ssh's own; with others it was read to where it was wanted
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
                                  f'{last_line(complaint.decode("utf-8", "replace")) or status}')
                 self._channel.send(request('eof', order.key))
