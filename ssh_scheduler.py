@@ -4450,6 +4450,11 @@ class MachineRunner:
                                      terminal=True)
 
     def _start_queued(self):
+    def leave_rest(self):
+        """Do without what jobs that were cancelled had said, and that has not come."""
+        for order in list(self._draining.values()) if self._cancelled else ():
+            self._drained(order)
+
         """Send the starts that are possible; what the journal says goes first."""
         if self.state != 'ready':
             return
