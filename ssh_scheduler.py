@@ -3393,6 +3393,7 @@ class ResultStore:
         self._lock = self._journal = None
         self._remains = {}              # machine -> {job.attempt: None} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
+        self._part = part
         self._growing = {}              # of these the one that grew last -> its open file
 
     def open(self):
@@ -3575,6 +3576,10 @@ class ResultStore:
                                'Wait for it, or start from another folder.') from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
+            if self._part:
+                raise ResultsError(f'{os.path.basename(self._part)} is in the hands of another '
+                                   f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
+                                   'with which the job goes on, or wait for it.') from None
                 raise
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
