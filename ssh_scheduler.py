@@ -4801,7 +4801,7 @@ class Reporter:
             stream.flush()
             stream.buffer.write(data)
             stream.buffer.flush()
-        except BrokenPipeError:
+        except OSError:             # it is closed, or its disk is full
             self._silence(stream)
 
     def tint(self, text, number):
