@@ -402,6 +402,10 @@ def parse_options(usage, argv, may_help):
             spelled.remove('--')        # docopt takes it for a word
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
+        unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
+        if unmatched:
+            raise UsageError(f'{" and ".join(sorted({*unmatched}))} cannot be given with '
+                             f'{" and ".join(sorted(given & instead - {*unmatched}))}.') from None
         raise UsageError(str(error).partition('Usage:')[0].strip() or 'wrong options.') from None
     options = Options(parsed)
     for name, kind in kinds.items():
