@@ -2572,11 +2572,11 @@ exec {code}>../code {held}>../alive
 term=$TERM
 . ../exports
 export TERM=$term
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
 "$BASH" ../cmd {code}>&-
 echo "$?" >&"$code"
 EOF
 }
-trap : INT QUIT                         # what is typed is for the job; this tells how that ended
 
 # Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
 # and looks at the others' only then.  Of two that do so at a time, at least one sees the other and
@@ -2822,11 +2822,11 @@ main() {
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
   run=$home/run.${HOSTNAME:-here}.$$
+  [[ ! -e $run ]] || run+=.$RANDOM      # of one that was killed, and had our pid
   mask=$(umask)
   umask 077
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo writable >"$run/log"; } 2>&1); then
-  [[ ! -e $run ]] || run+=.$RANDOM      # of one that was killed, and had our pid
     printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
     return
   fi
@@ -3393,11 +3393,11 @@ class ResultStore:
     def __init__(self, folder, part=''):
         self.folder = folder
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
+        self._part = part
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
         self._remains = {}              # machine -> {job.attempt: None} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
-        self._part = part
         self._growing = {}              # of these the one that grew last -> its open file
 
     def open(self):
@@ -3576,14 +3576,14 @@ class ResultStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
-            raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
-                               'Wait for it, or start from another folder.') from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
             if self._part:
                 raise ResultsError(f'{os.path.basename(self._part)} is in the hands of another '
                                    f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
                                    'with which the job goes on, or wait for it.') from None
+            raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
+                               'Wait for it, or start from another folder.') from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
                 raise
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
@@ -4450,6 +4450,11 @@ class MachineRunner:
             self.cancelling = True
             self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
 
+    def leave_rest(self):
+        """Do without what jobs that were cancelled had said, and that has not come."""
+        for order in list(self._draining.values()) if self._cancelled else ():
+            self._drained(order)
+
     def terminal(self, job_name, on_exit):
         """Give a job of mode tty our terminal, until it ends; on_exit(status, b'') is called then.
         """
@@ -4459,11 +4464,6 @@ class MachineRunner:
                                      terminal=True)
 
     def _start_queued(self):
-    def leave_rest(self):
-        """Do without what jobs that were cancelled had said, and that has not come."""
-        for order in list(self._draining.values()) if self._cancelled else ():
-            self._drained(order)
-
         """Send the starts that are possible; what the journal says goes first."""
         if self.state != 'ready':
             return
@@ -5528,11 +5528,15 @@ def names_of(names):
 
 # ---- Fan-out: one command on its machines, at once, and what it says ----
 
+LAST_WORDS_S = 1.0          # what a job that was ended has said comes for so long
+
+
 class Outlet:
     """Our standard streams, for what a command says over there: it is passed on unchanged."""
 
     def __init__(self, processes):
         self.reader_left = False        # nobody reads any more what is said
+        self.trouble = ''               # or why it cannot be written
         self._processes = processes
 
     def take(self, stream, data):
@@ -5541,8 +5545,10 @@ class Outlet:
         try:
             if not self.reader_left:
                 self._processes.write_out(1 if stream == 'out' else 2, data)
-        except OSError:
+        except OSError as error:
             self.reader_left = True
+            if error.errno != errno.EPIPE:
+                self.trouble = f'its std{stream} cannot be written here: {reason_of(error)}'
             self._processes.wake()
 
     def end(self):
@@ -5631,10 +5637,17 @@ class Fanout:
         for runner in runners:
             runner.cancel()
         until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
-                   for runner in runners)
-               and self.interrupts < 2 and time.monotonic() < until):
-            self._session.processes.wait(0.2)
+
+        def wait(until, unfinished):
+            while (any(runner.state == 'ready' and unfinished(runner) for runner in runners)
+                   and self.interrupts < 2 and time.monotonic() < until):
+                self._session.processes.wait(0.2)
+
+        wait(until, lambda runner: runner.running or runner.cancelling)
+        wait(time.monotonic() + LAST_WORDS_S, lambda runner: runner.busy)
+        for runner in runners:
+            runner.leave_rest()
+        wait(until, lambda runner: runner.busy)
         for runner in self._begun:
             for name in runner.running:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
@@ -5737,8 +5750,17 @@ class Fanout:
             self._end(runner, 'timed out', f'after {self._timeout_s:g} s')
             if runner.state == 'ready':
                 runner.cancel()
+                self._session.processes.call_later(INTERRUPT_S, lambda: self._give_up(runner))
             else:
                 runner.close()
+
+    def _give_up(self, runner):
+        """Wait no longer for the end of what took too long."""
+        if runner.state == 'ready':
+            for name in runner.running:
+                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+            runner.leave_rest()
+            runner.close()
 
     def _end(self, runner, word, what):
         if word == 'failed' or runner not in self.outcomes:
@@ -5845,6 +5867,7 @@ class Errand:
         self._name, self._options = name, options
         self._results, self._report = results, reporter
         self._known = results.state(name)
+        self._lacks_terminal = False
         self._state = self._known.get('state')
 
     def run(self):
@@ -5859,9 +5882,10 @@ class Errand:
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
-        if self._state == 'collected':
+        there = self._results.exists(name)
+        if self._state == 'collected' and there:
             return self._show_again()
-        if self._results.exists(name):
+        if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
         if by_name and self._state not in ('claimed', 'ended'):
@@ -5928,22 +5952,32 @@ class Errand:
         begun = {'--detach', '--cancel'} & options.given
 
         def enough():
-            return outlet.reader_left or begun and runner in fanout.started
+            return (outlet.reader_left or self._lacks_terminal
+                    or begun and runner in fanout.started)
 
-        # An interrupt that is typed is for the program that has the terminal.
-        handler = fanout.interrupt if mode != 'tty' else (
-            lambda number, _: number == signal.SIGINT or fanout.interrupt())
-        with interruptible(handler):
+        def interrupt(number, _):
+            # What is typed is for the program that has the terminal, once that was started.
+            if mode != 'tty' or number != signal.SIGINT or runner not in fanout.started:
+                fanout.interrupt()
+
+        with interruptible(interrupt):
             try:
                 fanout.run(enough)
-                if fanout.interrupts or outlet.reader_left or options['--cancel']:
+                if (fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                        or options['--cancel']):
                     self._cancel(fanout, runner)
             finally:
-                close_all([runner], session)
+                close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
+        if outlet.trouble:
+            self._report.note(f'{name}: {outlet.trouble}. It was ended.')
+            return TRANSPORT_FAILED
         if outlet.reader_left:
             return 128 + signal.SIGPIPE
+        if self._lacks_terminal:
+            self._report.note(f'{name}: no terminal could be had on {runner.name}.')
+            return TRANSPORT_FAILED
         return self._outcome(runner, *fanout.outcomes.get(runner, ('started', 0)))
 
     def _give_terminal(self, runner, session):
@@ -5951,9 +5985,7 @@ class Errand:
             session.processes.call_later(2, still_there)
 
         def still_there():
-            if self._name in runner.running:
-                self._report.note(f'{self._name}: no terminal could be had on {runner.name}')
-                runner.cancel()
+            self._lacks_terminal = self._name in runner.running
 
         runner.terminal(self._name, done)
 
@@ -6039,10 +6071,11 @@ def execute_to(argv):
                 for prefixer in sinks.values():
                     prefixer.end()
             finally:
-                close_all(runners, session)
+                close_all(runners, session, lambda: fanout.interrupts > 1)
         if gathered:
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
-        failed = summary_of(fanout.outcomes, reporter)
+        failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
+                             if runner in fanout.outcomes}, reporter)
         return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
     finally:
         session.close()
@@ -6186,12 +6219,13 @@ def query_machines(argv):
             session.close()
 
 
-def close_all(runners, session):
-    """Have all machines tidied up, and wait for that."""
+def close_all(runners, session, hurried=lambda: False):
+    """Have all machines tidied up, and wait for that, or until hurried()."""
     for runner in runners:
         runner.close()
     until = time.monotonic() + FAREWELL_S
-    while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
+    while (any(runner.state == 'closing' for runner in runners) and not hurried()
+           and time.monotonic() < until):
         session.processes.wait(1)
 
 
