@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import RESULTS, assert_clean, places, wait_until, wrote
+from batching import RESULTS, assert_clean, places, wait_until
 from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree, peak_mb, word
 
 
@@ -70,8 +70,9 @@ def test_no_more_than_fanout_at_a_time(start, named, ledger, gate, fanout, most)
     machines, files = named(*(f'm{n}' for n in range(6)))
     for machine in machines:
         gate.path(machine.name)
-    running = start(files, f'name=${{SSH_SCHEDULER_JOB##*_}}; echo start $name >>{ledger}; '
-                    f'read -r <{gate.folder}/$name; echo end $name >>{ledger}', f'--fanout={fanout}')
+    command = (f'name=${{SSH_SCHEDULER_JOB##*_}}; echo start $name >>{ledger}; '
+               f'read -r <{gate.folder}/$name; echo end $name >>{ledger}')
+    running = start(files, command, f'--fanout={fanout}')
     for count in range(6):
         wait_until(lambda count=count: ledger.read_text().count('start') == min(most + count, 6),
                    'the next start')
@@ -264,7 +265,6 @@ def test_a_machine_that_is_lost_on_the_way(start, host, lab1, gate):
     done = running.end()
     assert done.status == 1
     assert [line for line in done.notes if line.startswith('lost: host1 (')], done.notes
-    print(done)
     machine.restore()
     wait_until(lambda: not machine.processes(), 'the end of what was tied to the connection')
     assert_clean(machine)
@@ -314,8 +314,9 @@ def test_equal_outputs_are_folded(run, alike):
 def test_differences_from_the_first(run, alike):
     done = run(alike, 'cat $RIG_MACHINE/text', '--diff')
     assert bytes(done.out).decode() == (
-        '---- n1, n2 (2 machines)\nx\ny\n---- n3\n--- n1, n2\n+++ n3\n@@ -1,2 +1,2 @@\n x\n-y\n+z\n'
-        '---- n4\n--- n1, n2\n+++ n4\n@@ -1,2 +0,0 @@\n-x\n-y\n').replace('--- n1, n2\n', '--- n1\n')
+        '---- n1, n2 (2 machines)\nx\ny\n'
+        '---- n3\n--- n1\n+++ n3\n@@ -1,2 +1,2 @@\n x\n-y\n+z\n'
+        '---- n4\n--- n1\n+++ n4\n@@ -1,2 +0,0 @@\n-x\n-y\n')
 
 
 def test_gathered_failures_are_shown_with_what_they_said(run, named):
