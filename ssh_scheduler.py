@@ -2966,6 +2966,10 @@ main() {                    # stdin: token, folder of the job, known bytes of ou
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
+  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
+    read -r -t 0.02
+    (($? > 128)) || return
+  done
   tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
   tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
   read -r
