@@ -64,7 +64,7 @@ def clean(machine, client_home):
     """Assert that nothing is left over there."""
     def check():
         if machine == 'localhost':
-            assert set().union(*places(client_home).values()) == set()
+            wait_until(lambda: not any(places(client_home).values()), 'the end of what was killed')
         else:
             assert_clean(machine)
 
@@ -156,6 +156,21 @@ def test_nobody_notices_a_delay(start, machine, gate):
         taken.append(time.monotonic() - began)
     assert running.end().status == 0
     assert statistics.median(taken) < 0.2, taken
+
+
+def test_what_is_said_arrives_where_copying_its_files_took_long(start, lab, project, gate):
+    """The streams are not there yet when somebody comes to follow them."""
+    machine = lab()
+    (project / 'data').write_text('data')
+    (machine.bin / 'cp').write_text(
+        f'#!/bin/bash\n[[ ${{!#}} != */work ]] || {gate.wait("copy")}\nexec /bin/cp "$@"\n')
+    (machine.bin / 'cp').chmod(0o755)
+    running = start(machine, f'cat data; {gate.wait("a")}; head -c 3000 /dev/zero')
+    wait_until(lambda: machine.log.read_text().count('Starting session: ') == 2, 'a follower')
+    gate.open('copy')
+    running.until(b'data')
+    gate.open('a')
+    assert (running.end().status, running.out) == (0, b'data' + bytes(3000))
 
 
 def test_megabytes_come_whole_while_and_after_it_runs(start, machine, gate, clean):
@@ -706,7 +721,8 @@ def test_a_login_that_fails(run, lab):
     ('--machine', 'nowhere.yaml', 'true'), ('true',), ('--machine', 'localhost'),
     ('--machine', 'localhost', '--job-name', '../x', 'true'),
     ('--machine', 'localhost', '--tty', '--stdin', 'true'), ('--attach', 'a', '--cancel', 'b'),
-    ('--attach', 'a', '--job-name', 'b'), ('--attach', 'a', '--copy-forwards', 'b'), ('--machine', 'localhost', '--nice=x', 'true'),
+    ('--attach', 'a', '--job-name', 'b'), ('--attach', 'a', '--copy-forwards', 'b'),
+    ('--machine', 'localhost', '--nice=x', 'true'),
     ('--machine', 'localhost', '--detach', '--stdin', 'true'),
     ('--machine', 'localhost', '--num-cpus=x', 'true'), ('--machine', 'localhost', 'a', 'b')])
 def test_a_wrong_command_line_is_named_and_nothing_is_made(start_cli, project, words):
