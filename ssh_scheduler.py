@@ -416,6 +416,10 @@ def parse_options(usage, argv, may_help):
             spelled.remove('--')        # docopt takes it for a word
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
+        unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
+        if unmatched:
+            raise UsageError(f'{" and ".join(sorted({*unmatched}))} cannot be given with '
+                             f'{" and ".join(sorted(given & instead - {*unmatched}))}.') from None
         raise UsageError(str(error).partition('Usage:')[0].strip() or 'wrong options.') from None
     options = Options(parsed)
     for name, kind in kinds.items():
@@ -2607,6 +2611,7 @@ exec {code}>../code {held}>../alive
 term=$TERM
 . ../exports
 export TERM=$term
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
 "$BASH" ../cmd {code}>&-
 echo "$?" >&"$code"
 EOF
@@ -3037,6 +3042,10 @@ main() {                    # stdin: token, folder of the job, known bytes of ou
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
+  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
+    read -r -t 0.02
+    (($? > 128)) || return
+  done
   tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
   tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
   read -r
@@ -3702,6 +3711,10 @@ class ResultStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
+            if self.part:
+                raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
+                                   f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
+                                   'with which the job goes on, or wait for it.') from None
             raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
                                'Wait for it, or start from another folder.') from None
         except OSError as error:
@@ -4853,6 +4866,11 @@ class MachineRunner:
             self.cancelling = True
             self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
 
+    def leave_rest(self):
+        """Do without what jobs that were cancelled had said, and that has not come."""
+        for order in list(self._draining.values()) if self._cancelled else ():
+            self._drained(order)
+
     def terminal(self, job_name, on_exit):
         """Give a job of mode tty our terminal, until it ends; on_exit(status, b'') is called then.
         """
@@ -5040,7 +5058,7 @@ class MachineRunner:
 
         def done(status, complaint):
             if order.key in self._running and self.state == 'ready':
-                if status and process.source is not None:
+                if status == 255:       # ssh's own; with others it was read to where it was wanted
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
                                  f'{last_line(complaint.decode("utf-8", "replace")) or status}')
                 self._channel.send(request('eof', order.key))
@@ -5219,7 +5237,7 @@ class Reporter:
             stream.flush()
             stream.buffer.write(data)
             stream.buffer.flush()
-        except BrokenPipeError:
+        except OSError:             # it is closed, or its disk is full
             self._silence(stream)
 
     def tint(self, text, number):
@@ -6089,11 +6107,15 @@ def names_of(names):
 
 # ---- Fan-out: one command on its machines, at once, and what it says ----
 
+LAST_WORDS_S = 1.0          # what a job that was ended has said comes for so long
+
+
 class Outlet:
     """Our standard streams, for what a command says over there: it is passed on unchanged."""
 
     def __init__(self, processes):
         self.reader_left = False        # nobody reads any more what is said
+        self.trouble = ''               # or why it cannot be written
         self._processes = processes
 
     def take(self, stream, data):
@@ -6102,8 +6124,10 @@ class Outlet:
         try:
             if not self.reader_left:
                 self._processes.write_out(1 if stream == 'out' else 2, data)
-        except OSError:
+        except OSError as error:
             self.reader_left = True
+            if error.errno != errno.EPIPE:
+                self.trouble = f'its std{stream} cannot be written here: {reason_of(error)}'
             self._processes.wake()
 
     def end(self):
@@ -6193,10 +6217,17 @@ class Fanout:
         for runner in runners:
             runner.cancel()
         until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
-                   for runner in runners)
-               and self.interrupts < 2 and time.monotonic() < until):
-            self._session.processes.wait(0.2)
+
+        def wait(until, unfinished):
+            while (any(runner.state == 'ready' and unfinished(runner) for runner in runners)
+                   and self.interrupts < 2 and time.monotonic() < until):
+                self._session.processes.wait(0.2)
+
+        wait(until, lambda runner: runner.running or runner.cancelling)
+        wait(time.monotonic() + LAST_WORDS_S, lambda runner: runner.busy)
+        for runner in runners:
+            runner.leave_rest()
+        wait(until, lambda runner: runner.busy)
         for runner in self._begun:
             for name in runner.running:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
@@ -6304,8 +6335,17 @@ class Fanout:
             self._end(runner, 'timed out', f'after {self._timeout_s:g} s')
             if runner.state == 'ready':
                 runner.cancel()
+                self._session.processes.call_later(INTERRUPT_S, lambda: self._give_up(runner))
             else:
                 runner.close()
+
+    def _give_up(self, runner):
+        """Wait no longer for the end of what took too long."""
+        if runner.state == 'ready':
+            for name in runner.running:
+                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+            runner.leave_rest()
+            runner.close()
 
     def _end(self, runner, word, what):
         if word == 'failed' or runner not in self.outcomes:
@@ -6488,6 +6528,7 @@ class Errand:
         self._name, self._options = name, options
         self._results, self._report = results, reporter
         self._known = results.state(name)
+        self._lacks_terminal = False
         self._state = self._known.get('state')
 
     def run(self):
@@ -6502,9 +6543,10 @@ class Errand:
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
-        if self._state == 'collected':
+        there = self._results.exists(name)
+        if self._state == 'collected' and there:
             return self._show_again()
-        if self._results.exists(name):
+        if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
         if by_name and self._state not in ('claimed', 'ended'):
@@ -6572,22 +6614,32 @@ class Errand:
         begun = {'--detach', '--cancel'} & options.given
 
         def enough():
-            return outlet.reader_left or begun and runner in fanout.started
+            return (outlet.reader_left or self._lacks_terminal
+                    or begun and runner in fanout.started)
 
-        # An interrupt that is typed is for the program that has the terminal.
-        handler = fanout.interrupt if mode != 'tty' else (
-            lambda number, _: number == signal.SIGINT or fanout.interrupt())
-        with interruptible(handler):
+        def interrupt(number, _):
+            # What is typed is for the program that has the terminal, once that was started.
+            if mode != 'tty' or number != signal.SIGINT or runner not in fanout.started:
+                fanout.interrupt()
+
+        with interruptible(interrupt):
             try:
                 fanout.run(enough)
-                if fanout.interrupts or outlet.reader_left or options['--cancel']:
+                if (fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                        or options['--cancel']):
                     self._cancel(fanout, runner)
             finally:
-                close_all([runner], session)
+                close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
+        if outlet.trouble:
+            self._report.note(f'{name}: {outlet.trouble}. It was ended.')
+            return TRANSPORT_FAILED
         if outlet.reader_left:
             return 128 + signal.SIGPIPE
+        if self._lacks_terminal:
+            self._report.note(f'{name}: no terminal could be had on {runner.name}.')
+            return TRANSPORT_FAILED
         return self._outcome(runner, *fanout.outcomes.get(runner, ('started', 0)))
 
     def _give_terminal(self, runner, session):
@@ -6595,9 +6647,7 @@ class Errand:
             session.processes.call_later(2, still_there)
 
         def still_there():
-            if self._name in runner.running:
-                self._report.note(f'{self._name}: no terminal could be had on {runner.name}')
-                runner.cancel()
+            self._lacks_terminal = self._name in runner.running
 
         runner.terminal(self._name, done)
 
@@ -6686,10 +6736,11 @@ def execute_to(argv):
                 for prefixer in sinks.values():
                     prefixer.end()
             finally:
-                close_all(runners, session)
+                close_all(runners, session, lambda: fanout.interrupts > 1)
         if gathered:
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
-        failed = summary_of(fanout.outcomes, reporter)
+        failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
+                             if runner in fanout.outcomes}, reporter)
         return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
     finally:
         session.close()
@@ -6833,12 +6884,13 @@ def query_machines(argv):
             session.close()
 
 
-def close_all(runners, session):
-    """Have all machines tidied up, and wait for that."""
+def close_all(runners, session, hurried=lambda: False):
+    """Have all machines tidied up, and wait for that, or until hurried()."""
     for runner in runners:
         runner.close()
     until = time.monotonic() + FAREWELL_S
-    while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
+    while (any(runner.state == 'closing' for runner in runners) and not hurried()
+           and time.monotonic() < until):
         session.processes.wait(1)
 
 
