@@ -2810,7 +2810,9 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
-    if [[ $word == running ]] && ! lives "$word" "$value"; then
+    if [[ $word == running && $value != *" $boot_id" ]]; then
+      :                     # from before a restart: that is lost, and report says so
+    elif [[ $word == running ]] && ! lives "$word" "$value"; then
       read_record "$home/jobs/$1"       # what ends records that before it is gone
       [[ $word == ended ]] || bury "$1" 'it was killed with its whole process group'
     elif [[ $word == running ]]; then

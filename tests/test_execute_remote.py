@@ -738,7 +738,7 @@ def test_a_link_that_breaks_is_said_and_the_job_goes_on(start, run, host, gate, 
     file = str(machine.yaml(name='lab', ssh_options={
         'UserKnownHostsFile': str(machine.known_hosts), **PATIENT}))
     command = f'echo one; {gate.wait("a")}; echo two; exit 4'
-    running = start(file, command, '--job-name', 'cut')
+    running = start(file, command, '--job-name', 'cut', '--away-limit=0')
     running.until(b'one\n')
     getattr(machine, fault)()
     done = running.end()
@@ -749,8 +749,8 @@ def test_a_link_that_breaks_is_said_and_the_job_goes_on(start, run, host, gate, 
         machine.power_on()
         machine.run('true')
         done = run(file, command, '--job-name', 'cut')
-        assert (done.status, done.out) == (137, b'one\n')
-        assert 'ssh-scheduler: it was killed' in done.notes[-1]
+        assert (done.status, done.out) == (125, b'')
+        assert 'cut: it is gone: the machine was restarted.' in done.notes[-1]
         return
     machine.restore()
     gate.open('a')
@@ -764,7 +764,7 @@ def test_a_link_that_breaks_while_megabytes_come(start, run, host, gate):
     file = str(machine.yaml(ssh_options={'UserKnownHostsFile': str(machine.known_hosts),
                                          **PATIENT}))
     command = f"python3 -c '{NUMBERED % 300_000}'; {gate.wait('a')}; python3 -c '{NUMBERED % 9}'"
-    running = start(file, command, '--job-name', 'cut')
+    running = start(file, command, '--job-name', 'cut', '--away-limit=0')
     running.size(100_000)
     machine.reset_connections()
     assert running.end().status == 125
@@ -774,6 +774,22 @@ def test_a_link_that_breaks_while_megabytes_come(start, run, host, gate):
     gate.open('a')
     done = again.end()
     assert (done.status, done.out) == (0, numbered(300_000) + numbered(9))
+
+
+def test_a_link_that_comes_back_is_used_again(start, host, gate):
+    """The client lives through it, and shows each byte once."""
+    machine = host(sees=(gate.folder,))
+    file = str(machine.yaml(ssh_options={'UserKnownHostsFile': str(machine.known_hosts),
+                                         **PATIENT}))
+    running = start(file, f"python3 -c '{NUMBERED % 300_000}'; {gate.wait('a')}; "
+                    f"python3 -c '{NUMBERED % 9}'; exit 4")
+    running.size(100_000)
+    machine.reset_connections()
+    running.size(2_400_000)
+    gate.open('a')
+    done = running.end()
+    assert (done.status, done.out) == (4, numbered(300_000) + numbered(9))
+    assert_clean(machine)
 
 
 def test_a_machine_that_allows_one_session(run, start, lab, gate):

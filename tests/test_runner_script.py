@@ -1035,23 +1035,50 @@ def test_a_terminal_that_is_cut_off_ends_its_job(runner, env):
 
 def test_adopt_tells_what_became_of_a_job(channel, gate):
     first = channel()
-    first.send('adopt', 'job.1')
-    first.until('absent', 'job.1')
     first.start('job', f'{gate.wait}; echo out; exit 4')
     first.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
         first.close()
         second = channel()
-        second.send('adopt', 'job.1')
+        second.send('adopt', 1, 'job.1')
         second.until('started', 'job.1')
         fifo.write('go\n')
     assert second.ended('job')[:2] == (4, '=out\n')
     third = channel()
-    third.send('adopt', 'job.1')
+    third.send('adopt', 1, 'job.1')
     assert third.ended('job')[:2] == (4, '=out\n')
     assert third.events == []
-    third.send('adopt', 'job.2')            # another attempt
+    third.send('adopt', 1, 'job.2')            # another attempt
     third.until('absent', 'job.2')
+
+
+def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path):
+    first = channel()
+    first.send('adopt', 2, 'job.1', 'other.1')
+    assert sorted(first.until('absent')[0] for _ in range(2)) == ['job.1', 'other.1']
+    first.start('job', f'touch {tmp_path}/ran')
+    first.start('after', 'true')
+    assert first.ended('after')[0] == 0
+    assert not (tmp_path / 'ran').exists() and first.events == [['started', 'after.1']]
+    first.send('revoke', 2, 'job.1', 'other.1')
+    first.send('clean', 1, 'after.1')
+    first.finish()
+    assert not os.path.exists(first.folder)
+
+
+def test_a_runner_ends_the_one_before_of_the_same_owner(channel, gate):
+    first, other = channel(owner='batch'), channel(owner='another')
+    first.start('job', f'{gate.wait}; echo out')
+    first.until('started', 'job.1')
+    second = channel(owner='batch')
+    second.send('adopt', 1, 'job.1')
+    second.until('started', 'job.1')
+    assert first.process.wait(rig.SAFETY_NET_S) == -9
+    gate.open()
+    assert second.ended('job')[:2] == (0, '=out\n')
+    second.send('clean', 1, 'job.1')
+    second.finish()
+    other.finish()
 
 
 def test_what_outlives_its_job_is_told_with_its_name(runner):
