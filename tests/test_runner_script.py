@@ -986,6 +986,23 @@ def test_input_comes_from_what_is_fed_and_ends_when_it_is_said(runner, env):
     runner.finish()
 
 
+def test_input_that_is_there_before_its_job_is_not_lost(runner, env):
+    """All of it was fed, and its end said, before the job reads; and what feeds may come at once.
+    """
+    for number in range(20):
+        name = f'job{number}'
+        runner.send('mode', f'{name}.1', 'stdin')
+        os.makedirs(runner.path(name), exist_ok=True)       # so it looks for the FIFO all the time
+        with script(s.REMOTE_FEED, env, runner.path(name)) as feeder:
+            feeder.stdin.write(b'x' * 60000)
+            feeder.stdin.close()
+            runner.start(name, 'wc -c')
+            runner.until('started', f'{name}.1')
+            assert feeder.wait(rig.SAFETY_NET_S) == 0
+            runner.send('eof', f'{name}.1')
+        assert runner.ended(name)[:2] == (0, '=60000\n')
+
+
 def test_what_feeds_a_job_that_ended_ends_too(runner, env, gate):
     runner.send('mode', 'job.1', 'stdin')
     runner.start('job', 'head -c 1')
