@@ -2395,7 +2395,7 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
-  local alive input=/dev/null keeper='' watchdog='' program=../cmd
+  local alive input keeper='' watchdog='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
@@ -2408,11 +2408,12 @@ run_job() {                 # in its own process and group; says how it went, an
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
+    exec {input}</dev/null
     [[ ${modes[$name]-} != stdin ]] || keep_input
     [[ ! ${limits_s[$name]-} ]] || keep_time
     [[ ${modes[$name]-} != tty ]] || program=../wait
     (
-      exec {held}>"$dir/alive" {alive}<&-
+      exec {held}>"$dir/alive" {alive}<&- {input}<&-
       unset -v CUDA_VISIBLE_DEVICES SSH_CLIENT SSH_CONNECTION
       ((${#environment[@]} == 0)) || export "${environment[@]}"
       [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
@@ -2422,8 +2423,9 @@ run_job() {                 # in its own process and group; says how it went, an
       read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
         echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
       cd -- "$dir/work" && exec "$BASH" "$program"
-    ) <"$input" >>"$dir/out" 2>>"$dir/err"
+    ) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
+    exec {input}<&-
     [[ ! $keeper ]] || kill -KILL "$keeper"
     if [[ -e $dir/late ]]; then
       wait "$watchdog"
@@ -2448,6 +2450,7 @@ run_job() {                 # in its own process and group; says how it went, an
 keep_time() {               # for run_job: ends it, as a cancel does, when its time is over
   {
     trap '' TERM
+    exec {input}<&-
     read -r -t "${limits_s[$name]}" <&"$alive"          # nothing ever comes
     printf 'ssh-scheduler: ended after %s s, its time limit\n' "${limits_s[$name]}" >>"$dir/err"
     : >"$dir/late"
@@ -2457,16 +2460,16 @@ keep_time() {               # for run_job: ends it, as a cancel does, when its t
 }
 
 keep_input() {              # for run_job: its input ends when "eof" says so, not with a connection
-  local eof
-  mkfifo -- "$dir/eof"
-  exec {eof}<>"$dir/eof"
-  mkfifo -- "$dir/in"                   # now what feeds it may come
-  exec {input}<>"$dir/in"
-  { exec {alive}<&-; read -r <&"$eof"; } &
+  local eof both
+  mkfifo -- "$dir/eof" "$dir/in.new"
+  # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
+  exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
+  exec {input}<"$dir/in.new"
+  mv -- "$dir/in.new" "$dir/in"
+  { exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
-  exec {eof}<&- {input}<&-
-  input=$dir/in
+  exec {eof}<&- {both}<&-
 }
 
 tell_left() {               # for run_job: says what the job started and did not wait for

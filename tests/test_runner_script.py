@@ -987,6 +987,24 @@ def test_input_comes_from_what_is_fed_and_ends_when_it_is_said(runner, env):
     runner.finish()
 
 
+def test_input_that_comes_while_its_fifo_is_made_is_not_lost(channel, env, tmp_path):
+    """What feeds it finds the FIFO at the worst of times, and all is fed before the job reads."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/mkfifo').write_text(f'#!/bin/bash\n{rig.program("mkfifo")} "$@"\n'
+                                         '[[ ${!#} != */in* ]] || sleep 0.3\n')
+    (tmp_path / 'bin/mkfifo').chmod(0o755)
+    runner = channel(env={**env, 'PATH': f'{tmp_path}/bin:{env["PATH"]}'})
+    runner.send('mode', 'job.1', 'stdin')
+    runner.start('job', 'wc -c')
+    runner.until('started', 'job.1')
+    with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
+        feeder.stdin.write(b'x' * 60000)
+        feeder.stdin.close()
+        assert feeder.wait(rig.SAFETY_NET_S) == 0
+        runner.send('eof', 'job.1')
+    assert runner.ended('job')[:2] == (0, '=60000\n')
+
+
 def test_what_feeds_a_job_that_ended_ends_too(runner, env, gate):
     runner.send('mode', 'job.1', 'stdin')
     runner.start('job', 'head -c 1')
