@@ -2693,7 +2693,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
       tries=15              # it is gone, and its record may have come at this moment
     fi
     if ((tries >= 0 && ++tries > 20)); then
-      cancel 5 "$name"      # what it started elsewhere may live, and it may be started again
+      end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
       tell lost "$name" "$why"
       return
     fi
@@ -2732,6 +2732,18 @@ lives() {                   # tells whether the job with the record $1 $2 has a 
 } 2>/dev/null
 
 cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attempt; sets survivors
+  local name word value
+  end_living "$@"
+  shift
+  for name; do
+    read_record "$home/jobs/$name"
+    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    read_record "$home/jobs/$name"      # what ends records that before it is gone
+    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
+  done
+} 2>/dev/null
+
+end_living() {              # the same, but nothing is recorded
   local until=$((SECONDS + $1)) name word value signal=TERM tries=0 clear=0 pause=5
   local -A wrappers=()                  # pid of what records the end -> job.attempt
   local living=()
@@ -2765,12 +2777,6 @@ cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attem
     printf -v word '0.%02d' "$pause"
     sleep "$word"
     pause=$((pause < 30 ? pause + 5 : pause))
-  done
-  for name; do
-    read_record "$home/jobs/$name"
-    [[ $word == running ]] && ! lives "$word" "$value" || continue
-    read_record "$home/jobs/$name"      # what ends records that before it is gone
-    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
   done
   survivors=${living[*]}
 } 2>/dev/null
@@ -2986,7 +2992,7 @@ main() {
         IFS= read -rd '' count && read_fields "$count" || break
         {
           for field in "${fields[@]}"; do revoke "$field"; done
-          cancel 5 "${fields[@]}"
+          end_living 5 "${fields[@]}"
           (cd -- "$home/jobs" && remove "${fields[@]}")
         } </dev/null & ;;
       ping)                 # NUMBER
