@@ -3007,6 +3007,7 @@ main() {
       *) tell broken "unknown request: $verb" ;;
     esac
   done
+  names=("${names[@]:0:${#counts[@]}}") # the last request may have been cut off
   start_pending
   leave </dev/null
   say bye

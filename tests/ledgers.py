@@ -45,7 +45,7 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
         said = reported.get(job)
         wrong += check_runs(job, runs[job], journal.get(job, []))
         wrong += check_journal(job, runs[job], journal.get(job, []), said)
-        if said in ('finished', 'failed'):
+        if said in ('finished', 'skipped', 'failed'):
             wrong += check_reported(job, runs[job], said)
         if said in ('finished', 'skipped'):
             wrong += check_result(job, runs[job], results, backwards)
@@ -68,7 +68,7 @@ def read_ledgers(ledgers):
 
 def read_report(texts):
     """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last; a run ends a job only
-    once.  Skipped are those of which a run that was killed could not say that it had their results.
+    once.  Skipped are those whose results are there: a run that was killed need not have noted that.
     """
     reported = {}
     for text in texts:
@@ -83,7 +83,7 @@ def read_report(texts):
             if word in ('finished', 'failed', 'started') and ';' in rest:
                 reported[job] = word
             there = THERE_ALREADY.match(line)
-            if there and reported.get(f'batch.sh.{there[1]}', 'started') == 'started':
+            if there and reported.get(f'batch.sh.{there[1]}') != 'failed':
                 reported[f'batch.sh.{there[1]}'] = 'skipped'
     return reported
 
@@ -154,6 +154,9 @@ def check_journal(job, runs, events, said):
     if said == 'finished' and (state != 'collected' or code):
         yield (f'The journal contradicts: {job} is reported finished, but there it is {state}, '
                f'with exit code {code}.')
+    if said == 'skipped' and (state not in ('ended', 'collected') or code):
+        yield (f'The journal contradicts: {job} has results, but there it is {state}, with exit '
+               f'code {code}.')
     if said == 'failed' and state == 'collected' and code == 0:
         yield f'The journal contradicts: {job} is reported failed, but there its exit code is 0.'
     if said not in ('finished', 'failed', 'skipped') and state in ('ended', 'collected'):
