@@ -3475,6 +3475,10 @@ class ResultStore:
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
+            for name in os.listdir(self.own):
+                if name.startswith('incoming-'):        # of a run that was killed
+                    (os.unlink if name.endswith('.tar') else self.discard)(
+                        os.path.join(self.own, name))
         except OSError as error:
             raise ResultsError(f'{self.folder}, where results go, cannot be used: '
                                f'{reason_of(error)}.') from None
