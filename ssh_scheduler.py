@@ -4857,6 +4857,7 @@ class MachineRunner:
         order = self._running.pop(os.fsdecode(key), None)
         if order:
             self.session.results.lost(order.job_name)
+            self._fetcher.forget(order.key)
             self._signal(event, order.job_name, printable(os.fsdecode(why)))
 
     def _on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
@@ -4927,6 +4928,7 @@ class MachineRunner:
         order = self._running.pop(os.fsdecode(key), None)
         if order:
             self.session.results.lost(order.job_name)
+            self._fetcher.forget(order.key)
             self._signal('absent', order.job_name)
 
     def _on_cancelled(self, pids):
