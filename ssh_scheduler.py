@@ -3028,6 +3028,7 @@ main() {
       *) tell broken "unknown request: $verb" ;;
     esac
   done
+  names=("${names[@]:0:${#counts[@]}}") # the last request may have been cut off
   start_pending
   leave </dev/null
   say bye
@@ -3505,6 +3506,10 @@ class ResultStore:
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
+            for name in os.listdir(self.own):
+                if name.startswith('incoming-'):        # of a run that was killed
+                    (os.unlink if name.endswith('.tar') else self.discard)(
+                        os.path.join(self.own, name))
         except OSError as error:
             raise ResultsError(f'{self.folder}, where results go, cannot be used: '
                                f'{reason_of(error)}.') from None
@@ -5090,6 +5095,7 @@ class MachineRunner:
         order = self._running.pop(os.fsdecode(key), None)
         if order:
             self.session.results.lost(order.job_name)
+            self._fetcher.forget(order.key)
             self._signal(event, order.job_name, printable(os.fsdecode(why)))
 
     def _on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
@@ -5158,6 +5164,7 @@ class MachineRunner:
         order = self._running.pop(os.fsdecode(key), None)
         if order:
             self.session.results.lost(order.job_name)
+            self._fetcher.forget(order.key)
             self._signal('absent', order.job_name)
 
     def _on_cancelled(self, pids):

@@ -178,7 +178,8 @@ def assert_clean(machine, cache=False):
     for pid, command in machine.processes():
         assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
     project = ssh_scheduler.project_name()
-    assert places(machine.home).get(project, set()) <= ({'cache'} if cache else set())
+    left = places(machine.home).get(project, set()) - ({'cache'} if cache else set())
+    assert not left, [*machine.home.glob('.ssh_scheduler/*/*/*')]
     assert not [*machine.shared.glob(f'*/{project}.*')], 'a claim is left'
     ours = [path for path in machine.home.iterdir()
             if path.name not in ('.profile', '.ssh_scheduler', *(

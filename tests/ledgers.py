@@ -5,11 +5,13 @@ ledger of its machine, which no fault of the network or of the disk touches, its
 `ran` in its folder.  check_exactly_once() compares these with the journal and with the report.
 """
 import json
+import re
 import shlex
 from collections import defaultdict
 from pathlib import Path
 
 RAN = 'ran'         # what each such job makes in its folder
+THERE_ALREADY = re.compile(r'WARNING: job results already exists for line (\d+),')
 
 
 def ledger_line(job_command):
@@ -43,9 +45,9 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
         said = reported.get(job)
         wrong += check_runs(job, runs[job], journal.get(job, []))
         wrong += check_journal(job, runs[job], journal.get(job, []), said)
-        if said in ('finished', 'failed'):
+        if said in ('finished', 'skipped', 'failed'):
             wrong += check_reported(job, runs[job], said)
-        if said == 'finished':
+        if said in ('finished', 'skipped'):
             wrong += check_result(job, runs[job], results, backwards)
         elif job in jobs and said is None:
             wrong.append(f'{job} is missing in the report.')
@@ -65,7 +67,9 @@ def read_ledgers(ledgers):
 
 
 def read_report(texts):
-    """{job: 'started', 'finished' or 'failed'}, as it was said last; a run ends a job only once."""
+    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last; a run ends a job only
+    once.  Skipped are those whose results are there: a run that was killed need not have noted that.
+    """
     reported = {}
     for text in texts:
         ended = {}
@@ -78,6 +82,9 @@ def read_report(texts):
                 ended[job] = word
             if word in ('finished', 'failed', 'started') and ';' in rest:
                 reported[job] = word
+            there = THERE_ALREADY.match(line)
+            if there and reported.get(f'batch.sh.{there[1]}') != 'failed':
+                reported[f'batch.sh.{there[1]}'] = 'skipped'
     return reported
 
 
@@ -88,7 +95,8 @@ def read_journal(path):
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            events[event['job']].append(event)
+            if event['event'] != 'tidied':      # which tells of a machine
+                events[event['job']].append(event)
         except (ValueError, KeyError, TypeError):
             raise AssertionError(f'The journal has no event in line {number}: {line!r}') from None
     return events
@@ -146,9 +154,12 @@ def check_journal(job, runs, events, said):
     if said == 'finished' and (state != 'collected' or code):
         yield (f'The journal contradicts: {job} is reported finished, but there it is {state}, '
                f'with exit code {code}.')
+    if said == 'skipped' and (state not in ('ended', 'collected') or code):
+        yield (f'The journal contradicts: {job} has results, but there it is {state}, with exit '
+               f'code {code}.')
     if said == 'failed' and state == 'collected' and code == 0:
         yield f'The journal contradicts: {job} is reported failed, but there its exit code is 0.'
-    if said not in ('finished', 'failed') and state in ('ended', 'collected'):
+    if said not in ('finished', 'failed', 'skipped') and state in ('ended', 'collected'):
         yield f'The journal contradicts: {job} is {state} there, but is not reported as ended.'
 
 

@@ -246,6 +246,15 @@ def test_an_incoming_folder_is_private_and_can_be_discarded(store):
     assert not os.path.exists(incoming)
 
 
+def test_what_was_on_its_way_when_a_run_was_killed_is_removed(store, folder):
+    os.mkdir(f'{store.incoming()}/half')
+    open(f'{store.incoming()}.tar', 'w').close()
+    claim(store)
+    store.close()
+    ResultStore(folder).open().close()
+    assert sorted(os.listdir(f'{folder}/.ssh_scheduler')) == ['journal', 'lock']
+
+
 def test_importing_made_nothing_here():
     assert ssh_scheduler.ResultStore('x').jobs == {}
     assert not os.path.exists('x')

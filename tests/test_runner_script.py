@@ -719,6 +719,17 @@ def test_a_job_has_an_empty_stdin(runner):
     assert runner.ended('job')[1] == '=/dev/null\n'
 
 
+def test_of_a_request_that_is_cut_off_nothing_is_started(channel):
+    whole = s.request('start', 'b.1', '', '-', '0 0 0', 'echo b', 'paths', 1, 'b')
+    for length in range(0, len(whole), 2):
+        runner = channel(project=f'cut{length}')
+        runner.start('a', 'echo a')
+        runner.write(whole[:length])
+        rest = runner.close()
+        assert [event for event in rest if 'b.1' in event] == []
+        assert os.listdir(os.path.join(runner.folder, 'jobs')) == ['a.1']
+
+
 def test_started_comes_before_ended_for_the_quickest(runner):
     names = [f'job{number}' for number in range(200)]
     for name in names:

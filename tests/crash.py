@@ -1,0 +1,76 @@
+"""Runs the program and kills it at a point of its life: python3 crash.py execute_batch …
+
+Points are the moments before and after each write to the journal or to a child, each start of a
+child, each rename and each new folder; of a write, also when a half of it is done.
+
+CRASH_AT        the number of the point, or
+CRASH_WHEN      a regular expression that describes it; without both it lives
+CRASH_AFTER     a file that must not be empty before it ends there
+CRASH_SIGNAL    what it sends itself there: SIGKILL
+CRASH_LOG       a file to which those that it came to are added
+CRASH_SETTINGS  JSON: constants of the module that are others
+"""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ssh_scheduler  # noqa: E402
+
+LAST = int(os.environ.get('CRASH_AT', 0))
+WHEN = os.environ.get('CRASH_WHEN')
+AFTER = os.environ.get('CRASH_AFTER')
+SIGNAL = getattr(signal, os.environ.get('CRASH_SIGNAL', 'SIGKILL'))
+LOG = os.environ.get('CRASH_LOG', os.devnull)
+passed, stopped = 0, False
+
+
+def point(what):
+    """Count this moment, and end here if it is the one."""
+    global passed, stopped
+    passed += 1
+    with open(LOG, 'a') as log:
+        log.write(f'{passed} {what}\n')
+    if passed == LAST or WHEN and not stopped and re.search(WHEN, what):
+        stopped = True
+        while AFTER and not os.path.getsize(AFTER):
+            time.sleep(0.01)
+        os.kill(os.getpid(), SIGNAL)
+
+
+def counted(function, word):
+    def call(*args, **settings):
+        what = f'{word} {args[0]}'
+        point(f'before {what}')
+        result = function(*args, **settings)
+        point(f'after {what}')
+        return result
+    return call
+
+
+def write(fd, data):
+    """os.write; only what goes to the journal or to a child is counted."""
+    path = os.readlink(f'/proc/self/fd/{fd}')
+    if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
+        return real_write(fd, data)
+    what = f'write to {os.path.basename(path).partition(":")[0]}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
+    point(f'before {what}')
+    half = passed + 1 == LAST
+    done = real_write(fd, data[:len(data) // 2] if half else data)
+    point(f'amid {what}')
+    point(f'after {what}')
+    return done
+
+
+real_write, os.write = os.write, write
+for name in ('rename', 'replace', 'mkdir'):
+    setattr(os, name, counted(getattr(os, name), name))
+subprocess.Popen = counted(subprocess.Popen, 'start')
+for name, value in json.loads(os.environ.get('CRASH_SETTINGS', '{}')).items():
+    setattr(ssh_scheduler, name, value)
+ssh_scheduler.main()

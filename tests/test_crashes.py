@@ -1,0 +1,74 @@
+"""The program is killed at each point of its life at which it changes something: see crash.py."""
+import concurrent.futures
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from batching import NO_GPU
+from ledgers import check_exactly_once, ledger_line
+
+PROGRAM = Path(__file__).with_name('crash.py')
+COMMANDS = ('echo one', 'echo two >made; mkdir deep; wc -c <big >deep/size',
+            'head -c 100000 /dev/zero | tr "\\0" x; echo')
+JOBS = [f'batch.sh.{n}' for n in range(1, 4)]
+AT_A_TIME = 3
+
+
+class Life:
+    """One batch in a folder of its own, with a ledger of its own."""
+
+    def __init__(self, folder, machine, word, env):
+        self.folder, self.project, self.ledger = folder, folder / 'project', folder / 'ledger'
+        self.env = {**env, 'CRASH_LOG': str(folder / 'points')}
+        self.argv = [sys.executable, PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU,
+                     '--machines', word]
+        self.project.mkdir(parents=True)
+        self.ledger.touch()
+        (self.project / 'big').write_bytes(bytes(300_000))
+        (self.project / 'batch.sh').write_text(''.join(
+            f'RIG_LEDGER={self.ledger} {machine.bin}/{ledger_line(command)}\n'
+            for command in COMMANDS))
+
+    def run(self, point=0):
+        """Run the batch to that point, or to its end."""
+        return subprocess.run(self.argv, cwd=self.project, stdin=subprocess.DEVNULL,
+                              env={**self.env, 'CRASH_AT': str(point)}, capture_output=True,
+                              text=True, timeout=60)
+
+    def points(self):
+        """Those to which all runs came, as 'NUMBER WHAT'."""
+        return (self.folder / 'points').read_text().splitlines()
+
+
+@pytest.mark.parametrize('where', ['localhost', 'ssh'])
+def test_each_job_runs_once_wherever_the_program_is_killed(lab, client_env, tmp_path, where):
+    machine = lab()
+    word, account, env = str(machine.yaml()), machine.account, client_env
+    if where == 'localhost':
+        word = account = 'localhost'
+        env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # there is room
+
+    def live(point):
+        """Return a sentence for what is wrong with a life that is cut off at this point."""
+        life = Life(tmp_path / str(point), machine, word, env)
+        first, last = life.run(point), life.run()
+        said = f'{first.stderr}{last.stdout}{last.stderr}'
+        try:
+            assert first.returncode in (0, -signal.SIGKILL) and last.returncode == 0
+            assert 'Traceback' not in said
+            check_exactly_once({account: life.ledger}, life.project / 'job_results',
+                               [first.stdout, last.stdout], jobs=JOBS)
+            assert (life.project / 'job_results/batch.sh.2/deep/size').read_text() == '300000\n'
+            assert (life.project / 'job_results/batch.sh.3.out').stat().st_size > 100_000
+            assert not [*(life.project / 'job_results/.ssh_scheduler').glob('incoming*')]
+        except AssertionError as error:
+            return f'{life.points()[point - 1]}: {error}\n{said}'
+        return ''
+
+    whole = Life(tmp_path / 'whole', machine, word, env)
+    assert whole.run().returncode == 0
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as lives:
+        wrong = [text for text in lives.map(live, range(1, len(whole.points()) + 1)) if text]
+    assert not wrong, '\n'.join(wrong)
