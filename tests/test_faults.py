@@ -20,14 +20,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, assert_clean, result, wait_until, wrote
+from batching import NO_GPU, RESULTS, Batches, assert_clean, wait_until, wrote
 from ledgers import check_exactly_once, ledger_line
 
 PROGRAM = Path(__file__).with_name('crash.py')
@@ -312,7 +309,7 @@ def test_14_a_master_that_is_killed_with_copies_on_their_way(host, watch, gate, 
     machine = host(sees=(outside,))
     lines = [waiting(gate, name, 'cp data made') for name in 'abcde']
     batch = watch(lines, [quick(machine, max_jobs=5)])
-    for number, name in enumerate('abcde', 1):
+    for number in range(1, 6):
         has_begun(machine, f'batch.sh.{number}')
     machine.slow(500_000)
     for name in 'abcde':
