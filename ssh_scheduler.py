@@ -1853,6 +1853,7 @@ class Connection:
         self._nice = ['nice', '-n', str(nice)] if nice else []
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.socket_path = os.path.join(run_folder, f'{number}')
+        self.own_logins = False         # it takes no second session (MaxSessions 1)
 
     def config(self):
         """Return the text of the ssh_config.  Of each option ssh takes the first value."""
@@ -1888,7 +1889,16 @@ class Connection:
 
     def copy(self):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
+        if self.own_logins:
+            return self._reach(self.machine.host, '-T', '-o', 'ControlMaster=no',
+                               '-o', 'ControlPath=none')
         return self._reach(COPY_ALIAS, '-T')
+
+    def refused(self, complaint):
+        """Tell whether a copy failed as no second session is allowed; the next logs in itself."""
+        refused = NO_MASTER in complaint and not self.own_logins
+        self.own_logins = self.own_logins or refused
+        return refused
 
     def terminal(self, path):
         """Return the argv of a bash script there that has our terminal.  path: it is plain."""
@@ -3843,6 +3853,7 @@ KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
+DRAIN_S = 10.0                      # nothing came of a job that ended, and more must come
 GUARD_S = 0.5                       # how often the disk is looked at while results come
 FAREWELL_S = 30.0                   # for tidying up over there
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
@@ -4103,6 +4114,8 @@ class Sender:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 stage.by_rsync = self._channel.rsync_works = False
                 self._copy_parts(stage, parts)
+            elif connection.refused(text):
+                self._copy_parts(stage, parts)
             else:
                 self._fail(f'the files could not be sent: {last_line(text) or status}')
 
@@ -4164,6 +4177,7 @@ class Follower:
     def __init__(self, order, channel, session, on_bytes, on_end):
         self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
         self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
+        self._connection = channel.connection
         self._process = session.processes.start(
             channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
             on_error=lambda data: self._take('err', data), keep_stdin=True)
@@ -4184,7 +4198,7 @@ class Follower:
     def _on_exit(self, status, _):
         noise = self._heads['err'].head.decode('utf-8', 'replace')
         self._trace(f'a follower ended with {status}: {last_line(noise)}')
-        self._on_end()
+        self._on_end(self._connection.refused(noise))
 
 
 class Fetcher:
@@ -4301,6 +4315,10 @@ class Fetcher:
             if by_rsync and status not in (0, 23, 24) and not full:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
+                self._session.results.discard(incoming)
+                self._fetch(orders, False)
+                return
+            if not by_rsync and connection.refused(text):
                 self._session.results.discard(incoming)
                 self._fetch(orders, False)
                 return
@@ -5049,11 +5067,24 @@ class MachineRunner:
                 order, self._channel, self.session,
                 functools.partial(self._take, order), functools.partial(self._unfollowed, order))
 
-    def _unfollowed(self, order):
+    def _unfollowed(self, order, again=False):
         """Nothing more comes from its follower: what is missing comes otherwise."""
         order.follower = None
+        if again and self.state == 'ready':
+            self._follow(order)
         if order.key in self._draining:
             self._drained(order)
+
+    def _drain_on(self, order, before):
+        """See to it that a follower which has died over there holds nothing up."""
+        if order.key not in self._draining:
+            return
+        now = dict(order.offsets)
+        if now == before:
+            order.follower.end()
+            self._drained(order)
+        else:
+            self._later(f'drain {order.key}', DRAIN_S, lambda: self._drain_on(order, now))
 
     def _take(self, order, stream, data):
         """The next bytes of a stream have come."""
@@ -5076,8 +5107,11 @@ class MachineRunner:
             if order.key in self._running and self.state == 'ready':
                 if status == 255:       # ssh's own; with others it was read to where it was wanted
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
-                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}')
-                self._channel.send(request('eof', order.key))
+                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}. '
+                                 'It is ended')
+                    self._channel.send(request('cancel', KILL_GRACE_S, 1, order.key))
+                else:
+                    self._channel.send(request('eof', order.key))
 
         process = self.session.processes.start(
             self._channel.connection.copy(), lambda data: None, done)
@@ -5120,6 +5154,9 @@ class MachineRunner:
                     for stream, size in order.sizes.items())
         if whole or not order.follower:
             self._drained(order)
+        else:
+            self._later(f'drain {order.key}', DRAIN_S,
+                        functools.partial(self._drain_on, order, dict(order.offsets)))
 
     def _drained(self, order):
         """All that comes of what an ended job wrote, before its results are fetched, is here."""
