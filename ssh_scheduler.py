@@ -2680,6 +2680,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
       tries=15              # it is gone, and its record may have come at this moment
     fi
     if ((tries >= 0 && ++tries > 20)); then
+      record "$dir" lost    # so that it is not taken for one that was killed
       cancel 5 "$name"      # what it started elsewhere may live, and it may be started again
       tell lost "$name" "$why"
       return
