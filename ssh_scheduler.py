@@ -2497,13 +2497,15 @@ record() {                  # $1: job folder, $2: how the job stands, or how it 
   printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
 }
 
-read_record() {             # $1: job folder; sets word and value from its record; see record
+read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
   local file
   word='' value=''
   for file in "$1/status" "$1/status ended "*; do
     [[ $file == */status ]] || { word=ended value=${file##* }; return; }
     read -r word value <"$file"
   done
+  file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
+  [[ "$word $value" =~ $file ]] || word=damaged value=''
 }
 
 stream() {                  # REPLY: "=text" of the file $1 where it is short text, else "@bytes"
