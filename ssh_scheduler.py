@@ -6627,6 +6627,9 @@ def main(argv=None):
     An installed executable or a link is named like the command; otherwise the next word is it:
     python3 ssh_scheduler.py execute_batch …
     """
+    for fd, stream in enumerate(('stdin', 'stdout', 'stderr')):
+        if getattr(sys, stream) is None:    # we were started without it
+            setattr(sys, stream, open(os.open(os.devnull, os.O_RDWR), 'w' if fd else 'r'))
     argv = list(sys.argv if argv is None else argv)
     name = os.path.basename(argv[0])
     words = argv[1:]
