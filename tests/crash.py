@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ssh_scheduler  # noqa: E402
+import ssh_scheduler
 
 LAST = int(os.environ.get('CRASH_AT', 0))
 WHEN = os.environ.get('CRASH_WHEN')
@@ -58,7 +58,8 @@ def write(fd, data):
     path = os.readlink(f'/proc/self/fd/{fd}')
     if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
         return real_write(fd, data)
-    what = f'write to {os.path.basename(path).partition(":")[0]}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
+    where = os.path.basename(path).partition(':')[0]
+    what = f'write to {where}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
     point(f'before {what}')
     half = passed + 1 == LAST
     done = real_write(fd, data[:len(data) // 2] if half else data)

@@ -67,8 +67,9 @@ def read_ledgers(ledgers):
 
 
 def read_report(texts):
-    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last; a run ends a job only
-    once.  Skipped are those whose results are there: a run that was killed need not have noted that.
+    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last, by a run only once.
+
+    Skipped are those whose results are there: a run that was killed need not have noted that.
     """
     reported = {}
     for text in texts:
