@@ -1,4 +1,4 @@
-"""Random faults on three hosts, for so long: python3 tests/soak.py [SECONDS [SEED]]; see `make soak`.
+"""Random faults on three hosts for a while: python3 tests/soak.py [SECONDS [SEED]]; or make soak.
 
 A round is one batch of 200 short jobs in a folder of its own, with files to bring back.  While it
 runs, hosts are cut off, reset, frozen, rebooted, their disks filled, their runners and the program
@@ -19,9 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import hosts as host_rig  # noqa: E402
-from batching import NO_GPU  # noqa: E402
-from ledgers import check_exactly_once, ledger_line  # noqa: E402
+import hosts as host_rig
+from batching import NO_GPU
+from ledgers import check_exactly_once, ledger_line
 
 PROGRAM = Path(__file__).with_name('crash.py')
 IMPATIENT = json.dumps({'RETRY_S': 0.3, 'LONGEST_RETRY_S': 2.0, 'ASIDE_S': 1.0, 'BEAT_S': 1.0,
@@ -137,11 +137,12 @@ def main(limit_s=600, seed=None):
             try:
                 runs += round_of(dice, machines, folder / str(rounds), happened)
             except BaseException:
-                print(f'soak: seed {seed}, round {rounds} failed; see {folder}/{rounds}', flush=True)
+                print(f'soak: seed {seed}: round {rounds} failed: {folder}/{rounds}', flush=True)
                 raise
             shutil.rmtree(folder / str(rounds))
             rounds += 1
-            print(f'soak: round {rounds}, {runs} runs, {time.monotonic() - began:.0f} s', flush=True)
+            print(f'soak: round {rounds}, {runs} runs, {time.monotonic() - began:.0f} s',
+                  flush=True)
     shutil.rmtree(folder)
     print(f'soak: seed {seed}: {rounds} rounds of {JOBS} jobs in {runs} runs, '
           f'{time.monotonic() - began:.0f} s, each job exactly once; '

@@ -494,6 +494,23 @@ def test_26_a_disk_over_there_that_a_job_fills(host, run):
     once([machine], done, jobs=1)
 
 
+@pytest.mark.parametrize('files', [1, 200])
+def test_26_a_disk_over_there_that_is_full_when_a_job_ends(host, watch, gate, outside, files):
+    """What it made is brought back, though the list of that cannot be written there."""
+    machine = host(disk={'size': 4 << 20, 'inodes': 1000}, sees=(outside,))
+    line = ledger_line(f'for n in {{1..{files}}}; do echo $n >file.$n; done; echo >{outside}/made; '
+                       f'{gate.wait("a")}')
+    batch = watch([line], [quick(machine)])
+    wait_until((outside / 'made').exists, 'its files')
+    machine.fill_disk()
+    gate.open('a')
+    done = batch.end()
+    assert done.returncode == 0, done.stdout + done.stderr
+    once([machine], done, jobs=1)
+    assert len([*(RESULTS / 'batch.sh.1').glob('file.*')]) == files
+    machine.free_disk()
+
+
 @pytest.mark.parametrize('fault', ['inodes', 'read-only home', 'read-only /tmp', 'noexec /tmp'])
 def test_27_a_home_that_cannot_be_written(host, run, fault):
     bad = host(disk={'size': 1 << 20, 'inodes': 100},
