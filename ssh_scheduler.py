@@ -2349,27 +2349,13 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
 }
 
-list_back() {               # $1: job folder, $2: stage, the rest: paths, or nothing: what changed
-  local dir=$1 id=$2 entry path kind
-  shift 2
-  cd -- "$dir/work" || return
-  if (($#)); then
-    for path; do
-      if [[ $path == . ]]; then
-        listing . >>"$dir/listing"
-      elif [[ -d $path && ! -L $path ]]; then
-        listing "./$path" 0 >>"$dir/listing"
-      elif [[ -e $path || -L $path ]]; then
-        printf 'f 0 0 %s\0' "./$path" >>"$dir/listing"
-      else
-        printf '!%s\0' "$path" >>"$dir/back"
-      fi
-    done
-  else
-    local found=(*)
-    ((${#found[@]} == 0)) || listing . >"$dir/listing"
-  fi
-  [[ -e $dir/listing ]] || return 0
+list_back() {               # $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or
+  local dir=$1 id=$2 to=$3 entry path kind failed='' found  # nothing: what changed; fails if it
+  shift 3                                                   # cannot be written
+  cd -- "$dir/work" || return 0
+  found=(*)
+  (($# || ${#found[@]})) || return 0
+  : >"$to/back" || return
   while IFS= read -rd '' entry; do
     (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
     kind=${entry%% *}
@@ -2377,15 +2363,38 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
     [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
     case $kind in
       [fdl]) printf '+%s\0' "$path" ;;
+      '!'*) printf '%s\0' "$entry" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
-    esac
-  done <"$dir/listing" >>"$dir/back"
+    esac || failed=1
+  done < <(entries_of "$@") >>"$to/back"
+  [[ ! $failed ]]
+}
+
+entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
+  local path
+  (($#)) || listing .
+  for path; do
+    if [[ $path == . ]]; then
+      listing .
+    elif [[ -d $path && ! -L $path ]]; then
+      listing "./$path" 0
+    elif [[ -e $path || -L $path ]]; then
+      printf 'f 0 0 %s\0' "./$path"
+    else
+      printf '!%s\0' "$path"
+    fi
+  done
+}
+
+find_list() {               # REPLY: the file with what the job job.attempt $1 left
+  REPLY=$home/jobs/$1/back
+  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
 }
 
 # ---- Jobs ----
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
-  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
+  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used left
   local alive input=/dev/null keeper='' watchdog='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
@@ -2427,7 +2436,10 @@ run_job() {                 # in its own process and group; says how it went, an
   IFS= read -r used </proc/self/stat
   # shellcheck disable=SC2206
   used=(${used##*) })
-  [[ $back == none ]] || list_back "$dir" "$id" "$@"
+  if [[ $back != none ]] && ! list_back "$dir" "$id" "$dir" "$@"; then
+    left=$claims/$project.$name.back    # the disk is full; this lies in memory
+    mkdir -p -- "$left" && list_back "$dir" "$id" "$left" "$@" || ((status)) || status=125
+  fi
   : >"$claims/$project.$name"           # first: who reads the record may remove that
   record "$dir" "ended $status"
   centiseconds
@@ -2527,11 +2539,12 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
   event+=$'\t'$REPLY
   stream "$dir/err"
   event+=$'\t'$REPLY
-  if [[ -s $dir/back ]]; then
+  find_list "$1"
+  if [[ -s $REPLY ]]; then
     while ((${#back} < 1000)) && IFS= read -rd '' entry; do
       escape "$entry"
       back+=$'\t'$REPLY
-    done <"$dir/back"
+    done <"$REPLY"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
   # By name, since a job does not hold the pipe open; when the runner is gone, nobody listens.
@@ -2989,12 +3002,14 @@ main() {
         disown "$!" ;;
       list)                 # JOB.ATTEMPT
         IFS= read -rd '' field || break
-        cp -- "$home/jobs/$field/back" "$run/back.$field"
-        say "bulk"$'\t'"$run/back.$field"$'\t'"back"$'\t'"$field" ;;
+        find_list "$field"
+        bytes=$run/back.$field
+        cp -- "$REPLY" "$bytes" || { bytes=$REPLY.sent; cp -- "$REPLY" "$bytes"; }
+        say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$field" ;;
       clean)                # COUNT JOB.ATTEMPT...
         IFS= read -rd '' count && read_fields "$count" || break
         local gone=("${fields[@]}")
-        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"); done
+        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"{,.back}); done
         (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null & ;;
       finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
