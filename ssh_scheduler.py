@@ -1802,6 +1802,7 @@ def unpack_archive(path, folder):
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
+ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login of its own
 
 # What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
 # stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
@@ -1842,6 +1843,7 @@ class Connection:
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
         self._nice = ['nice', '-n', str(nice)] if nice else []
+        self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
@@ -1879,7 +1881,16 @@ class Connection:
 
     def copy(self):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
+        if not self._shares:
+            return self._reach(self.machine.host, '-T', *ALONE)
         return self._reach(COPY_ALIAS, '-T')
+
+    def refused(self, complaint):
+        """Tell whether sshd refused a session beside the channel (MaxSessions); from now on a copy
+        has a login of its own."""
+        news = self._shares and 'open refused by peer' in complaint
+        self._shares = self._shares and not news
+        return news
 
     def terminal(self, path):
         """Return the argv of a bash script there that has our terminal.  path: it is plain."""
@@ -1901,10 +1912,13 @@ class Connection:
         """
         argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-', *options]
         if self.machine.host:
-            argv += ['-e', f'ssh -F {self.config_path}']
+            alone = [] if self._shares else ALONE
+            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *alone])]
             argv += ['--rsync-path', ' '.join([*self._nice, 'rsync'])] if self._nice else []
-            source = f'{COPY_ALIAS}:{source}' if remote == 'source' else source
-            target = f'{COPY_ALIAS}:{target}' if remote == 'target' else target
+            host = COPY_ALIAS if self._shares else self.machine.host
+            host = f'[{host}]' if ':' in host else host
+            source = f'{host}:{source}' if remote == 'source' else source
+            target = f'{host}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
 
 
@@ -4014,6 +4028,8 @@ class Sender:
                              f'{last_line(text)}')
             if status in (0, 24) and (stage.by_rsync or confirmed):
                 self._copy_parts(stage, parts[1:])
+            elif self._channel.connection.refused(text):
+                self._copy_parts(stage, parts)
             elif stage.by_rsync and status != 23:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 stage.by_rsync = self._channel.rsync_works = False
@@ -4193,6 +4209,10 @@ class Fetcher:
                 self._waiting, self._due = orders + self._waiting, time.monotonic()
                 self._under_way = False
                 self.fetch_if_due()
+                return
+            if status and channel.connection.refused(text):
+                self._session.results.discard(incoming)
+                self._fetch(orders, by_rsync)
                 return
             if by_rsync and status not in (0, 23, 24):
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
