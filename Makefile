@@ -2,6 +2,7 @@
 #   make test PYTEST_ARGS='-k packaging'      make venv PYTHON=python3.12
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
+SECONDS ?= 600
 
 BIN = .venv/bin
 
@@ -24,6 +25,9 @@ check: .venv/made  ## lint, and compile on the oldest and the newest Python here
 	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py
 	bash .ci/compile ssh_scheduler.py combine_folders.py
 
+soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
+	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
+
 bench: .venv/made  ## measure
 	$(BIN)/python bench/bench.py
 
@@ -41,4 +45,4 @@ clean:  ## delete what make made; results of batches stay
 packages: .venv/made
 	@missing=$$($(PYTHON) tests/rig.py --missing) || bash .ci/install $$missing
 
-.PHONY: help build venv demo test check bench clean packages
+.PHONY: help build venv demo test soak check bench clean packages

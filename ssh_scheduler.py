@@ -1811,6 +1811,7 @@ def unpack_archive(path, folder):
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
+ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login of its own
 
 # What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
 # stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
@@ -1851,9 +1852,9 @@ class Connection:
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
         self._nice = ['nice', '-n', str(nice)] if nice else []
+        self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.socket_path = os.path.join(run_folder, f'{number}')
-        self.own_logins = False         # it takes no second session (MaxSessions 1)
 
     def config(self):
         """Return the text of the ssh_config.  Of each option ssh takes the first value."""
@@ -1889,16 +1890,16 @@ class Connection:
 
     def copy(self):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
-        if self.own_logins:
-            return self._reach(self.machine.host, '-T', '-o', 'ControlMaster=no',
-                               '-o', 'ControlPath=none')
+        if not self._shares:
+            return self._reach(self.machine.host, '-T', *ALONE)
         return self._reach(COPY_ALIAS, '-T')
 
     def refused(self, complaint):
-        """Tell whether a copy failed as no second session is allowed; the next logs in itself."""
-        refused = NO_MASTER in complaint and not self.own_logins
-        self.own_logins = self.own_logins or refused
-        return refused
+        """Tell whether sshd refused a session beside the channel (MaxSessions); from now on a copy
+        has a login of its own."""
+        news = self._shares and 'open refused by peer' in complaint
+        self._shares = self._shares and not news
+        return news
 
     def terminal(self, path):
         """Return the argv of a bash script there that has our terminal.  path: it is plain."""
@@ -1920,10 +1921,13 @@ class Connection:
         """
         argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-', *options]
         if self.machine.host:
-            argv += ['-e', f'ssh -F {self.config_path}']
+            alone = [] if self._shares else ALONE
+            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *alone])]
             argv += ['--rsync-path', ' '.join([*self._nice, 'rsync'])] if self._nice else []
-            source = f'{COPY_ALIAS}:{source}' if remote == 'source' else source
-            target = f'{COPY_ALIAS}:{target}' if remote == 'target' else target
+            host = COPY_ALIAS if self._shares else self.machine.host
+            host = f'[{host}]' if ':' in host else host
+            source = f'{host}:{source}' if remote == 'source' else source
+            target = f'{host}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
 
 
@@ -2368,25 +2372,14 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
 }
 
-list_back() {               # $1: job folder, $2: stage, the rest: paths, or nothing: what changed
-  local dir=$1 id=$2 entry path kind size=0
-  shift 2
-  cd -- "$dir/work" || return
-  if (($#)); then
-    for path; do
-      if [[ $path == . ]]; then
-        listing . >>"$dir/listing"
-      elif [[ -e $path || -L $path ]]; then
-        listing "./$path" 0 >>"$dir/listing"
-      else
-        printf '!%s\0' "$path" >>"$dir/back"
-      fi
-    done
-  else
-    local found=(*)
-    ((${#found[@]} == 0)) || listing . >"$dir/listing"
-  fi
-  [[ -e $dir/listing ]] || return 0
+# $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
+list_back() {               # fails if the list cannot be written
+  local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
+  shift 3
+  cd -- "$dir/work" || return 0
+  found=(*)
+  (($# || ${#found[@]})) || return 0
+  : >"$to/back" || return
   while IFS= read -rd '' entry; do
     (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
     kind=${entry%% *}
@@ -2395,16 +2388,37 @@ list_back() {               # $1: job folder, $2: stage, the rest: paths, or not
     case $kind in
       f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
       [fdl]) printf '+%s\0' "$path" ;;
+      '!'*) printf '%s\0' "$entry" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
-    esac
-  done <"$dir/listing" >>"$dir/back"
-  ((size < 1000000)) || printf 's%s\0' "$size" >>"$dir/back"
+    esac || failed=1
+  done < <(entries_of "$@") >>"$to/back"
+  ((size < 1000000)) || printf 's%s\0' "$size" >>"$to/back" || failed=1
+  [[ ! $failed ]]
+}
+
+entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
+  local path
+  (($#)) || listing .
+  for path; do
+    if [[ $path == . ]]; then
+      listing .
+    elif [[ -e $path || -L $path ]]; then
+      listing "./$path" 0
+    else
+      printf '!%s\0' "$path"
+    fi
+  done
+}
+
+find_list() {               # REPLY: the file with what the job job.attempt $1 left
+  REPLY=$home/jobs/$1/back
+  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
 }
 
 # ---- Jobs ----
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
-  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used
+  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used left
   local alive input keeper='' watchdog='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
@@ -2448,7 +2462,10 @@ run_job() {                 # in its own process and group; says how it went, an
   IFS= read -r used </proc/self/stat
   # shellcheck disable=SC2206
   used=(${used##*) })
-  [[ $back == none ]] || list_back "$dir" "$id" "$@"
+  if [[ $back != none ]] && ! list_back "$dir" "$id" "$dir" "$@"; then
+    left=$claims/$project.$name.back    # the disk is full; this lies in memory
+    mkdir -p -- "$left" && list_back "$dir" "$id" "$left" "$@" || ((status)) || status=125
+  fi
   : >"$claims/$project.$name"           # first: who reads the record may remove that
   record "$dir" "ended $status"
   centiseconds
@@ -2519,13 +2536,15 @@ record() {                  # $1: job folder, $2: how the job stands, or how it 
   printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
 }
 
-read_record() {             # $1: job folder; sets word and value from its record; see record
+read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
   local file
   word='' value=''
   for file in "$1/status" "$1/status ended "*; do
     [[ $file == */status ]] || { word=ended value=${file##* }; return; }
     read -r word value <"$file"
   done
+  file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
+  [[ "$word $value" =~ $file ]] || word=damaged value=''
 }
 
 stream() {                  # REPLY: "=text" of the file $1 where it is short text, else "@bytes"
@@ -2547,11 +2566,12 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
   event+=$'\t'$REPLY
   stream "$dir/err"
   event+=$'\t'$REPLY
-  if [[ -s $dir/back ]]; then
+  find_list "$1"
+  if [[ -s $REPLY ]]; then
     while ((${#back} < 1000)) && IFS= read -rd '' entry; do
       escape "$entry"
       back+=$'\t'$REPLY
-    done <"$dir/back"
+    done <"$REPLY"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
   # By name, since a job does not hold the pipe open; when the runner is gone, nobody listens.
@@ -2703,6 +2723,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
       tries=15              # it is gone, and its record may have come at this moment
     fi
     if ((tries >= 0 && ++tries > 20)); then
+      record "$dir" lost    # so that it is not taken for one that was killed
       end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
       tell lost "$name" "$why"
       return
@@ -3017,12 +3038,14 @@ main() {
         disown "$!" ;;
       list)                 # JOB.ATTEMPT
         IFS= read -rd '' field || break
-        cp -- "$home/jobs/$field/back" "$run/back.$field"
-        say "bulk"$'\t'"$run/back.$field"$'\t'"back"$'\t'"$field" ;;
+        find_list "$field"
+        bytes=$run/back.$field
+        cp -- "$REPLY" "$bytes" || { bytes=$REPLY.sent; cp -- "$REPLY" "$bytes"; }
+        say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$field" ;;
       clean)                # COUNT JOB.ATTEMPT...
         IFS= read -rd '' count && read_fields "$count" || break
         local gone=("${fields[@]}")
-        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"); done
+        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"{,.back}); done
         (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null & ;;
       finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
@@ -4110,11 +4133,11 @@ class Sender:
                              f'{last_line(text)}')
             if status in (0, 24) and (stage.by_rsync or confirmed):
                 self._copy_parts(stage, parts[1:])
+            elif self._channel.connection.refused(text):
+                self._copy_parts(stage, parts)
             elif stage.by_rsync and status != 23:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 stage.by_rsync = self._channel.rsync_works = False
-                self._copy_parts(stage, parts)
-            elif connection.refused(text):
                 self._copy_parts(stage, parts)
             else:
                 self._fail(f'the files could not be sent: {last_line(text) or status}')
@@ -4312,13 +4335,13 @@ class Fetcher:
                 self._under_way = False
                 self.fetch_if_due()
                 return
+            if status and not full and channel.connection.refused(text):
+                self._session.results.discard(incoming)
+                self._fetch(orders, by_rsync)
+                return
             if by_rsync and status not in (0, 23, 24) and not full:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
-                self._session.results.discard(incoming)
-                self._fetch(orders, False)
-                return
-            if not by_rsync and connection.refused(text):
                 self._session.results.discard(incoming)
                 self._fetch(orders, False)
                 return

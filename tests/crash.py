@@ -58,8 +58,8 @@ def write(fd, data):
     path = os.readlink(f'/proc/self/fd/{fd}')
     if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
         return real_write(fd, data)
-    name = os.path.basename(path).partition(':')[0]
-    what = f'write to {name}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
+    where = os.path.basename(path).partition(':')[0]
+    what = f'write to {where}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
     point(f'before {what}')
     half = passed + 1 == LAST
     done = real_write(fd, data[:len(data) // 2] if half else data)

@@ -25,7 +25,7 @@ def ledgers_of(machines):
 
 
 def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, jobs=(),
-                       backwards=True):
+                       backwards=True, again=False):
     """Raise an AssertionError that says what is wrong, if a job did not run exactly once.
 
     ledgers     {account: file}, or machines
@@ -33,6 +33,8 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
     journal     the file; by default, where it is in `results`
     jobs        names of those that must have run and be reported; others may have been left out
     backwards   whether the jobs brought their folders back
+    again       whether a job that came to its end may run again, once the journal gave it up: as
+                when it was interrupted, or its machine lost its power, at that very moment
     """
     if not isinstance(ledgers, dict):
         ledgers = ledgers_of(ledgers)
@@ -43,7 +45,7 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
     wrong = []
     for job in sorted({*runs, *reported, *journal, *jobs}):
         said = reported.get(job)
-        wrong += check_runs(job, runs[job], journal.get(job, []))
+        wrong += check_runs(job, runs[job], journal.get(job, []), again)
         wrong += check_journal(job, runs[job], journal.get(job, []), said)
         if said in ('finished', 'skipped', 'failed'):
             wrong += check_reported(job, runs[job], said)
@@ -67,9 +69,9 @@ def read_ledgers(ledgers):
 
 
 def read_report(texts):
-    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last; a run ends a job
-    only once.  Skipped are those whose results are there: a run that was killed need not have noted
-    that.
+    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last, by a run only once.
+
+    Skipped are those whose results are there: a run that was killed need not have noted that.
     """
     reported = {}
     for text in texts:
@@ -105,7 +107,7 @@ def read_journal(path):
 
 # ---- What is wrong.  Each yields sentences ----
 
-def check_runs(job, runs, events):
+def check_runs(job, runs, events, again):
     """A start is one too many, unless the journal knows what became of the one before."""
     for (attempt, account), words in runs.items():
         if words.count('start') > 1:
@@ -117,7 +119,7 @@ def check_runs(job, runs, events):
     excused = sum(event['event'] in ('lost', 'cancelled') for event in events)
     if len(starts) > 1 + excused:
         yield f'{job} ran twice: {these(starts)}; the journal gave up {excused}.'
-    if len(whole) > 1:
+    if len(whole) > (1 + excused if again else 1):
         yield f'{job} ran twice from its start to its end: {these(whole)}.'
 
 
@@ -172,10 +174,10 @@ def check_reported(job, runs, said):
 
 def check_result(job, runs, results, backwards):
     """The result is that of the attempt that ended, all of it, and of no other."""
-    whole = [attempt for (attempt, _account), words in runs.items() if 'end' in words]
+    whole = sorted(attempt for (attempt, _account), words in runs.items() if 'end' in words)
     if not whole:
         return              # who says that it finished is told elsewhere
-    start, end = (f'{job} {whole[0]} {word}' for word in ('start', 'end'))
+    start, end = (f'{job} {whole[-1]} {word}' for word in ('start', 'end'))
     out, err, folder = results / f'{job}.out', results / f'{job}.err', results / job
     files = [out, folder / RAN] if backwards else [out]
     for path in (err, *files):
@@ -191,4 +193,4 @@ def check_result(job, runs, results, backwards):
             yield f'The result of {job} is partial: {path} ends with {lines[-1:]}.'
         else:
             yield (f'The result of {job} was overwritten: {path} goes from {lines[0]!r} to '
-                   f'{lines[-1]!r}, and its attempt {whole[0]} was run.')
+                   f'{lines[-1]!r}, and its attempt {whole[-1]} was run.')

@@ -20,11 +20,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, assert_clean, wait_until, wrote
+from batching import NO_GPU, RESULTS, Batches, assert_clean, result, wait_until, wrote
 from ledgers import check_exactly_once, ledger_line
 
 PROGRAM = Path(__file__).with_name('crash.py')
@@ -370,4 +373,394 @@ def test_19_sshd_is_stopped_and_started(lab, watch, gate):
     assert done.returncode == 0, done.stderr
     assert 'in contact again' in done.stderr
     once([machine], done, jobs=2)
+    assert_clean(machine)
+
+
+# ---- What happens over there ----
+
+@pytest.mark.parametrize('retries', [0, 1])
+def test_20_a_reboot(host, watch, gate, outside, retries):
+    machine = host(sees=(outside,))
+    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), ledger_line('echo 2')],
+                  [quick(machine)], f'--retries={retries}')
+    batch.until('finished: batch.sh.2')
+    has_begun(machine)
+    (outside / 'go').touch()
+    machine.reboot()
+    done = batch.end()
+    assert 'batch.sh.1: lost on' in done.stderr and 'the machine was restarted' in done.stderr
+    assert ('failed: batch.sh.1;' in done.stdout, done.returncode) == (
+        (False, 0) if retries else (True, 1))
+    once([machine], done, jobs=2)
+    assert machine.ledger.read_text().count('batch.sh.1 1 start') == 1
+    assert_clean(machine)
+
+
+def test_21_a_wrapper_that_is_killed(host, watch, gate, outside):
+    machine = host(sees=(outside,))
+    batch = watch([waiting(gate), waiting(gate, 'b')], [quick(machine)])
+    for number in (1, 2):
+        has_begun(machine, f'batch.sh.{number}')
+        machine.kill_wrapper(f'batch.sh.{number}')
+    gate.open('a')
+    assert 'batch.sh.1' in batch.until('failed: ')          # once all of it has ended
+    assert machine.job_processes('batch.sh.2')
+    batch.process.send_signal(signal.SIGINT)
+    done = batch.end()
+    assert done.returncode == 130 and 'could not be' not in done.stderr
+    assert machine.job_processes('batch.sh.2') == []
+    once([machine], done, jobs=0)
+
+
+@pytest.mark.parametrize('command, code', [('exit 255', 255), ('kill -9 $$', 137),
+                                           ('exec false', 1), ('kill -9 0', 137)])
+def test_22_23_ends_that_look_like_a_lost_connection(lab1, run, command, code):
+    done = run([command, 'true'], [lab1])
+    assert done.returncode == 1
+    assert f'batch.sh.1: exit code {code} on' in done.stdout and 'contact' not in done.stderr
+    again = run(None, [lab1])
+    assert again.returncode == 0 and again.stdout.count('already exists') == 2
+
+
+def test_24_a_pid_that_is_used_again(host, watch, gate, outside):
+    machine = host(sees=(outside,))
+    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], [quick(machine)])
+    has_begun(machine)
+    first = batch.kill()
+    wrapper = machine.wrapper('batch.sh.1')
+    there = machine.pid_there(wrapper)
+    jobs = machine.job_processes('batch.sh.1')
+    for pid in (wrapper, *jobs):
+        rig.kill(pid, lambda pid: True)
+    wait_until(lambda: machine.run(f'kill -0 {there}').returncode, 'pid 1 has waited for it')
+    machine.reuse_pid(there, 'setsid sleep 1000')
+    (outside / 'go').touch()
+    last = watch(None, [quick(machine)]).end()
+    assert last.returncode == 0 or 'batch.sh.1: exit code 137 on' in last.stdout, last.stderr
+    assert 'sleep 1000' in rig.cmdline(machine.pid_here(there))
+    once([machine], first, last, jobs=1)
+
+
+@pytest.mark.parametrize('record', [b'running -1 1 x\n', b'running 1 1 x\n', b'', b'\n', b'ended\n',
+                                    b'ended x\n', b'ended -1\n', b'ended 99999999999999999999\n',
+                                    bytes(range(256)) * 40000, b'running 2 ', b'claimed 5 5 5\n'])
+def test_25_a_damaged_record(host, watch, gate, outside, record):
+    """Nothing foreign is ended, nothing is taken for a success."""
+    machine = host(sees=(outside,))
+    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], [quick(machine)])
+    has_begun(machine)
+    first = batch.kill()
+    status, = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1/status')
+    machine.kill_wrapper('batch.sh.1')
+    status.write_bytes(record)
+    foreign = machine.spawn('sleep 1000 </dev/null >/dev/null 2>&1')
+    (outside / 'go').touch()
+    last = watch(None, [quick(machine)]).end()
+    assert 'sleep 1000' in rig.cmdline(machine.pid_here(foreign))
+    once([machine], first, last, jobs=1)
+    assert not machine.job_processes('batch.sh.1')
+    assert 'batch.sh.1: lost on' in last.stderr and last.returncode == 0
+
+
+def test_26_a_full_disk_over_there_before_it_begins(host, run):
+    full, works = host(disk={'size': 1 << 20}), host()
+    full.fill_disk()
+    done = run([ledger_line('echo')] * 3, [quick(full), quick(works)])
+    assert done.returncode == 0, done.stderr
+    assert 'cannot write there' in done.stderr and 'No space left on device' in done.stderr
+    once([full, works], done, jobs=3)
+
+
+def test_26_a_disk_over_there_that_is_full_when_jobs_begin(host, watch, gate, outside):
+    full, works = host(disk={'size': 2 << 20}, sees=(outside,)), host()
+    lines = [waiting(gate)] + [ledger_line('echo')] * 3
+    batch = watch(lines[:1], [quick(full)], '--reserve')
+    has_begun(full)
+    full.fill_disk()
+    first = batch.kill()
+    second = watch(lines, [quick(full), quick(works)]).end()
+    assert second.returncode == 1 and 'cannot write there' in second.stderr
+    full.free_disk()
+    gate.open('a')
+    last = watch(lines, [quick(full), quick(works)]).end()
+    assert last.returncode == 0, last.stderr
+    once([full, works], first, second, last, jobs=4)
+
+
+def test_26_a_disk_over_there_that_a_job_fills(host, run):
+    machine = host(disk={'size': 3 << 20})
+    done = run([ledger_line('head -c 9000000 /dev/zero >big; exit 3')], [quick(machine)])
+    assert done.returncode == 1 and 'batch.sh.1: exit code 3 on' in done.stdout, done.stderr
+    once([machine], done, jobs=1)
+
+
+@pytest.mark.parametrize('files', [1, 200])
+def test_26_a_disk_over_there_that_is_full_when_a_job_ends(host, watch, gate, outside, files):
+    """What it made is brought back, though the list of that cannot be written there."""
+    machine = host(disk={'size': 4 << 20, 'inodes': 1000}, sees=(outside,))
+    line = ledger_line(f'for n in {{1..{files}}}; do echo $n >file.$n; done; echo >{outside}/made; '
+                       f'{gate.wait("a")}')
+    batch = watch([line], [quick(machine)])
+    wait_until((outside / 'made').exists, 'its files')
+    machine.fill_disk()
+    gate.open('a')
+    done = batch.end()
+    assert done.returncode == 0, done.stdout + done.stderr
+    once([machine], done, jobs=1)
+    assert len([*(RESULTS / 'batch.sh.1').glob('file.*')]) == files
+    machine.free_disk()
+
+
+@pytest.mark.parametrize('fault', ['inodes', 'read-only home', 'read-only /tmp', 'noexec /tmp'])
+def test_27_a_home_that_cannot_be_written(host, run, fault):
+    bad = host(disk={'size': 1 << 20, 'inodes': 100},
+               tmp={'read-only /tmp': 'ro', 'noexec /tmp': 'noexec'}.get(fault, 'rw'))
+    good = host()
+    if fault == 'inodes':
+        bad.fill_inodes()
+    elif fault == 'read-only home':
+        bad.read_only_home()
+    done = run([ledger_line('echo')] * 3, [quick(bad), quick(good)])
+    assert done.returncode == 0, done.stderr
+    assert ('cannot write there' in done.stderr) == ('tmp' not in fault)
+    once([bad, good], done, jobs=3)
+
+
+# ---- What happens here ----
+
+@pytest.mark.parametrize('tools', ['rsync', 'tar'])
+def test_28_a_full_disk_here(lab, run, disk, project, tools):
+    (project / 'job_results').mkdir()
+    here = disk(at=project / 'job_results', size=6 << 20)
+    machine = lab(leave_out=() if tools == 'rsync' else ('rsync',))
+    here.fill(leave=2 << 20)
+    lines = [ledger_line('head -c 2500000 /dev/urandom >big'), ledger_line('echo 2')]
+    first = run(lines, [machine])
+    assert first.returncode == 1
+    assert 'batch.sh.1: its results could not be fetched' in first.stderr, first.stderr
+    assert not (RESULTS / 'batch.sh.1').exists()
+    assert not [*RESULTS.glob('.ssh_scheduler/incoming*')]
+    here.free()
+    last = run(lines, [machine])
+    assert last.returncode == 0, last.stderr
+    assert (RESULTS / 'batch.sh.1/big').stat().st_size == 2_500_000
+    once([machine], first, last, jobs=2)
+    assert_clean(machine)
+
+
+TREE = '''\
+sleep 1001 &
+setsid sleep 1002 &
+(setsid sleep 1003 &)
+env -i setsid sleep 1004 &
+nohup sleep 1005 &
+(trap "" TERM; sleep 1006; sleep 1006) &
+bash -c "set -m; sleep 1007 & wait" &
+wait
+'''
+
+
+def test_29_an_interrupt_ends_whole_trees(hosts, watch):
+    Path('tree.sh').write_text(TREE)
+    batch = watch([ledger_line('bash tree.sh')] * 2, [quick(host) for host in hosts], '--reserve')
+    for host in hosts:
+        wait_until(lambda host=host: {line for _, line in host.processes()} >= {
+            f'sleep {n}' for n in range(1001, 1008)}, f'all of the tree on {host.name}')
+    batch.process.send_signal(signal.SIGINT)
+    done = batch.end()
+    assert done.returncode == 130 and 'could not be' not in done.stderr, done.stderr
+    for host in hosts:
+        assert_clean(host, cache=True)
+    once(hosts, done, jobs=0)
+
+
+def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
+    away, there = host(sees=(outside,)), host(sees=(outside,))
+    line = ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')
+    batch = watch([line] * 2, [quick(away), quick(there)], '--reserve')
+    wait_until(lambda: away.ledger.read_text() and there.ledger.read_text(), 'both')
+    away.cut()
+    batch.complains('lost contact')
+    batch.process.send_signal(signal.SIGINT)
+    first = batch.end()
+    assert first.returncode == 130
+    assert first.stderr.count('could not be confirmed to have ended on') == 1
+    assert not [line for _, line in there.processes() if 'noted' in line]
+    (outside / 'go').touch()
+    away.restore()
+    batch = watch(None, [quick(away), quick(there)], '--reserve')
+    gate.open('a')
+    last = batch.end()
+    assert last.returncode == 0, last.stderr
+    once([away, there], first, last, jobs=2)
+
+
+@pytest.mark.parametrize('numbers', [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,),
+                                     (signal.SIGHUP,), (signal.SIGINT, signal.SIGTERM)])
+def test_31_signals(host, watch, outside, numbers):
+    machine = host(sees=(outside,))
+    line = ledger_line(f'trap "" TERM; while [ ! -e {outside}/go ]; do sleep 0.1; done')
+    batch = watch([line] * 2, [quick(machine)])
+    has_begun(machine)
+    has_begun(machine, 'batch.sh.2')
+    batch.process.send_signal(numbers[0])
+    if len(numbers) > 1:
+        batch.complains('ending all jobs (once more: leave them)')
+        batch.process.send_signal(numbers[1])
+    first = batch.end()
+    assert first.returncode == (-signal.SIGHUP if numbers[0] == signal.SIGHUP else 130)
+    (outside / 'go').touch()
+    last = watch(None, [quick(machine)]).end()
+    # one that was being ended when it was left is found killed
+    assert last.returncode == 0 or len(numbers) > 1 and re.search(
+        'exit code (137|143) on', last.stdout), last.stderr
+    once([machine], first, last, jobs=2)
+
+
+def test_32_two_of_the_same(lab, watch, gate):
+    machine = lab()
+    batch = watch([waiting(gate)], [machine])
+    has_begun(machine)
+    second = watch(None, [machine]).end()
+    assert second.returncode == 2
+    assert re.search(rf'in use by another run \(process {batch.process.pid} on ', second.stderr)
+    gate.open('a')
+    done = batch.end()
+    assert done.returncode == 0
+    once([machine], done, jobs=1)
+
+
+def test_38_an_input_that_changes_twice_in_a_second(lab, run, project):
+    machine, said = lab(), []
+    for version in 'abc':
+        (project / 'data').write_text(version * 300_000)
+        (project / 'small').write_text(version)
+        os.utime(project / 'data', ns=(time.time_ns(), 10**18 + ord(version)))
+        lines = [*['true'] * len(said), ledger_line('head -c 1 data; cat small; echo')]
+        said.append(run(lines, [machine]))
+        assert f'{version}{version}\n' in result(f'batch.sh.{len(said)}').decode()
+
+
+@pytest.mark.parametrize('kind', ['file', 'empty folder', 'dangling link'])
+def test_39_results_that_are_there(lab1, run, kind):
+    RESULTS.mkdir()
+    if kind == 'file':
+        (RESULTS / 'batch.sh.1').write_text('mine')
+    elif kind == 'empty folder':
+        (RESULTS / 'batch.sh.1').mkdir()
+    else:
+        (RESULTS / 'batch.sh.1').symlink_to('nowhere')
+    before = os.lstat(RESULTS / 'batch.sh.1')
+    done = run([ledger_line('echo 1'), ledger_line('echo 2')], [lab1])
+    assert done.returncode == 0 and 'WARNING: job results already exists for line 1' in done.stdout
+    assert os.lstat(RESULTS / 'batch.sh.1') == before and not (RESULTS / 'batch.sh.1.out').exists()
+
+
+@pytest.mark.parametrize('fault', ['SIGCHLD', 'few files', 'no stdin', 'no stdin, stdout, stderr',
+                                   'TMPDIR'])
+def test_41_a_strange_environment(lab, client_env, client_home, project, fault):
+    machine = lab()
+    (project / 'batch.sh').write_text(f'{ledger_line("echo 1")}\n{ledger_line("exit 5")}\n')
+    env = {**client_env, **IMPATIENT}
+    if fault == 'TMPDIR':
+        env['TMPDIR'] = str(client_home / 'tmp' / ('a % b ' * 20))
+        os.mkdir(env['TMPDIR'])
+    close = {'no stdin': '<&-', 'no stdin, stdout, stderr': '<&- >&- 2>&-'}.get(fault, '')
+    few = 'ulimit -n 64;' if fault == 'few files' else ''
+    done = subprocess.run(
+        ['bash', '-c', f'{few} exec "$@" {close}', 'bash', sys.executable, PROGRAM,
+         'execute_batch', 'batch.sh', *NO_GPU, '--machines', str(machine.yaml())],
+        env=env, capture_output=True, text=True, timeout=60, preexec_fn=None if
+        fault != 'SIGCHLD' else lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert 'Traceback' not in done.stderr, done.stderr
+    assert done.returncode == 1
+    assert machine.ledger.read_text().count('end') == 2
+    if 'stdout' not in fault:
+        once([machine], done, jobs=2)
+
+
+def test_42_a_clock_that_is_wrong(host, run):
+    machines = host(clock='+1d'), host(clock='-1d'), host()
+    done = run([ledger_line('echo; sleep 0.1')] * 9, [quick(host, max_jobs=2) for host in machines])
+    assert done.returncode == 0, done.stderr
+    assert all('start' in host.ledger.read_text() for host in machines)
+    assert float(re.search(r'([0-9.]+) s$', done.stdout.splitlines()[-1])[1]) < 60
+    once(machines, done, jobs=9)
+
+
+def test_43_a_full_disk_under_the_journal(lab, run, disk, project):
+    (project / 'job_results').mkdir()
+    here = disk(at=project / 'job_results', size=1 << 20)
+    machine = lab()
+    lines = [ledger_line(f'true {"x" * 600} {n}') for n in range(20)]
+    here.fill(leave=64 << 10)
+    first = run(lines, [machine])
+    assert first.returncode in (1, 2) and 'No space left on device' in first.stderr, first.stderr
+    here.free()
+    last = run(lines, [machine])
+    assert last.returncode == 0, last.stderr
+    once([machine], first, last, jobs=20)
+
+
+def test_44_a_slow_line_that_loses_packets(host, run):
+    machine = host()
+    machine.lossy(20)
+    machine.slow(20_000)
+    done = run([ledger_line(f'echo {n}') for n in range(6)],
+               [quick(machine, {'ServerAliveInterval': 5, 'ConnectTimeout': 15})])
+    assert done.returncode == 0 and 'contact' not in done.stderr, done.stderr
+    once([machine], done, jobs=6)
+
+
+# ---- What may be asked for ----
+
+def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, gate, outside):
+    machines = host(sees=(outside,)), host(sees=(outside,))
+    lines = [ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), waiting(gate, 'b')]
+    batch = watch(lines, [quick(machine) for machine in machines], '--lost-after=1')
+    wait_until(lambda: any(has(machine.ledger, 'batch.sh.1 1 start') for machine in machines), 'it')
+    wait_until(lambda: any(has(machine.ledger, 'batch.sh.2 1 start') for machine in machines), 'it')
+    gone, there = sorted(machines, key=lambda machine: not machine.job_processes('batch.sh.1'))
+    (outside / 'go').touch()
+    gone.cut()
+    batch.complains('will be started elsewhere, and ended there when it is back')
+    assert 'batch.sh.1' in batch.until('finished: ')
+    assert gone.job_processes('batch.sh.1')
+    gone.restore()
+    batch.complains('in contact again')
+    wait_until(lambda: not gone.job_processes('batch.sh.1'), 'the old attempt is ended')
+    wait_until(lambda: not gone.job_processes('batch.sh.2'), 'of all')
+    gate.open('b')
+    done = batch.end()
+    assert done.returncode == 0, done.stderr
+    once(machines, done, jobs=2)
+    for machine in machines:
+        assert_clean(machine)
+
+
+def has(ledger, line):
+    return line in ledger.read_text().splitlines()
+
+
+def test_a_job_that_takes_too_long(lab, run):
+    machine = lab()
+    done = run([ledger_line('echo said; echo made >made; sleep 1000'), ledger_line('echo')],
+               [machine], '--timeout=1')
+    assert done.returncode == 1 and 'batch.sh.1: exit code 124 on' in done.stdout
+    assert b'said\n' in result('batch.sh.1')
+    assert (RESULTS / 'batch.sh.1/made').read_text() == 'made\n'
+    assert 'its time limit' in result('batch.sh.1', 'err').decode()
+    once([machine], done, jobs=2)
+    assert_clean(machine)
+
+
+def test_no_more_jobs_after_so_many_failed(lab, run):
+    machine = lab()
+    lines = [ledger_line('exit 3')] * 2 + [ledger_line('echo')] * 6
+    first = run(lines, [machine.yaml(max_jobs=1)], '--halt-after=2')
+    assert first.returncode == 1
+    assert '2 failed' in first.stdout and '6 not started' in first.stdout, first.stdout
+    last = run(lines, [machine])
+    assert last.returncode == 0, last.stderr
+    once([machine], first, last, jobs=8)
     assert_clean(machine)

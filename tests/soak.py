@@ -1,0 +1,154 @@
+"""Random faults on three hosts for a while: python3 tests/soak.py [SECONDS [SEED]]; or make soak.
+
+A round is one batch of 200 short jobs in a folder of its own, with files to bring back.  While it
+runs, hosts are cut off, reset, frozen, rebooted, their disks filled, their runners and the program
+itself killed or interrupted.  Then the faults end, the same command is run until all is done, and
+each job must have run exactly once.  Not collected by pytest; needs what hosts.py needs.
+"""
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import hosts as host_rig
+from batching import NO_GPU
+from ledgers import check_exactly_once, ledger_line
+
+PROGRAM = Path(__file__).with_name('crash.py')
+IMPATIENT = json.dumps({'RETRY_S': 0.3, 'LONGEST_RETRY_S': 2.0, 'ASIDE_S': 1.0, 'BEAT_S': 1.0,
+                        'SILENCE_LIMIT_S': 8.0})
+JOBS, RUNS = 200, 30
+COMMANDS = ('true', 'sleep 0.1', 'sleep 0.5', 'head -c 30000 /dev/zero | tr "\\0" x; echo',
+            'head -c 200000 /dev/urandom >big', 'mkdir -p a/b; echo made >a/b/c', 'wc -c <data')
+LIMIT_S = 120               # for one run without faults
+
+
+def faults_of(host):
+    """{name: function}; each is a moment of trouble for the host, after which it is well again."""
+    def for_a_while(begin, end):
+        def fault(dice):
+            begin()
+            time.sleep(dice.choice((0.2, 1, 5)))
+            end()
+        return fault
+
+    def if_there(function):
+        def fault(_dice):
+            with contextlib.suppress(LookupError, ProcessLookupError):
+                function()
+        return fault
+
+    return {'cut': for_a_while(host.cut, host.restore),
+            'drop replies': for_a_while(host.drop_replies, host.restore),
+            'drop requests': for_a_while(host.drop_requests, host.restore),
+            'reject': for_a_while(host.reject, host.restore),
+            'loss': for_a_while(host.lossy, host.restore),
+            'freeze sessions': for_a_while(host.freeze_sessions, host.thaw),
+            'freeze': for_a_while(host.freeze, host.thaw),
+            'stop sshd': for_a_while(host.stop, host.start),
+            'fill disk': for_a_while(host.fill_disk, host.free_disk),
+            'reset': if_there(host.reset_connections),
+            'kill sessions': if_there(host.kill_sessions),
+            'kill runner': if_there(host.kill_runner),
+            'reboot': if_there(host.reboot)}
+
+
+def round_of(dice, machines, folder, happened):
+    """Run one batch under faults, and check it."""
+    project = folder / 'project'
+    project.mkdir(parents=True)
+    (project / 'data').write_bytes(os.urandom(400_000))
+    lines = [ledger_line(f'{dice.choice(COMMANDS)}; : {n}') for n in range(JOBS)]
+    (project / 'batch.sh').write_text('\n'.join(lines) + '\n')
+    quick = {'ServerAliveInterval': 1, 'ServerAliveCountMax': 3, 'ConnectTimeout': 3}
+    files = [machine.yaml(max_jobs=4, ssh_options={
+        'UserKnownHostsFile': str(machine.known_hosts), **quick}) for machine in machines]
+    argv = [sys.executable, PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU, '--retries=50',
+            '--machines', *map(str, files)]
+    (folder / 'tmp').mkdir()
+    env = {**os.environ, 'HOME': str(folder), 'TMPDIR': str(folder / 'tmp'),
+           'CRASH_SETTINGS': IMPATIENT}
+    said, complaints, troubled = [], [], dice.randrange(1, 6)
+    for number in range(RUNS):
+        calm = number >= troubled
+        out, err = folder / f'out.{number}', folder / f'err.{number}'
+        with open(out, 'w') as stdout, open(err, 'w') as stderr:
+            process = subprocess.Popen(argv, cwd=project, env=env, stdin=subprocess.DEVNULL,
+                                       stdout=stdout, stderr=stderr, start_new_session=True)
+            try:
+                began = time.monotonic()
+                while process.poll() is None and not calm and time.monotonic() < began + 20:
+                    time.sleep(dice.uniform(0, 1.5))
+                    trouble(dice, machines, process, happened)
+                if not calm:        # now and then, it is left alone to its end
+                    process.send_signal(dice.choice((signal.SIGKILL, signal.SIGINT)))
+                process.wait(LIMIT_S)
+            finally:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        said.append(out.read_text())
+        complaints.append(err.read_text())
+        assert 'Traceback' not in complaints[-1], complaints[-1]
+        if calm and process.returncode == 0:
+            break
+    else:
+        raise AssertionError(f'not done after {RUNS} runs:\n{said[-1]}\n{complaints[-1]}')
+    check_exactly_once(machines, project / 'job_results', said,
+                       jobs=[f'batch.sh.{n}' for n in range(1, JOBS + 1)], again=True)
+    for machine in machines:
+        machine.ledger.write_text('')
+    return number + 1
+
+
+def trouble(dice, machines, process, happened):
+    if dice.random() < 0.1:
+        what = dice.choice((signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        happened[f'{what.name} here'] += 1
+        process.send_signal(what)
+        return
+    machine = dice.choice(machines)
+    name, fault = dice.choice(sorted(faults_of(machine).items()))
+    happened[name] += 1
+    fault(dice)
+
+
+def main(limit_s=600, seed=None):
+    if host_rig.why_not():
+        sys.exit(host_rig.why_not())
+    seed = random.randrange(10**6) if seed is None else seed
+    print(f'soak: seed {seed}, {limit_s} s', flush=True)
+    dice, happened, began = random.Random(seed), Counter(), time.monotonic()
+    rounds = runs = 0
+    folder = Path(tempfile.mkdtemp(prefix='soak-'))
+    with contextlib.ExitStack() as stack:
+        machines = [stack.enter_context(host_rig.Host(f'host{n}', disk={
+            'size': 60 << 20, 'inodes': 50000})) for n in range(3)]
+        while time.monotonic() < began + limit_s:
+            try:
+                runs += round_of(dice, machines, folder / str(rounds), happened)
+            except BaseException:
+                print(f'soak: seed {seed}: round {rounds} failed: {folder}/{rounds}', flush=True)
+                raise
+            shutil.rmtree(folder / str(rounds))
+            rounds += 1
+            print(f'soak: round {rounds}, {runs} runs, {time.monotonic() - began:.0f} s',
+                  flush=True)
+    shutil.rmtree(folder)
+    print(f'soak: seed {seed}: {rounds} rounds of {JOBS} jobs in {runs} runs, '
+          f'{time.monotonic() - began:.0f} s, each job exactly once; '
+          f'{sum(happened.values())} faults: '
+          + ', '.join(f'{count} {name}' for name, count in sorted(happened.items())))
+
+
+if __name__ == '__main__':
+    main(*map(int, sys.argv[1:]))
