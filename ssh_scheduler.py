@@ -2363,9 +2363,9 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
 }
 
-list_back() {               # $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or
-  local dir=$1 id=$2 to=$3 entry path kind failed='' found  # nothing: what changed; fails if it
-  shift 3                                                   # cannot be written
+list_back() {               # $1: job folder, $2: stage, $3: where to, rest: paths, or nothing: what
+  local dir=$1 id=$2 to=$3 entry path kind failed='' found      # changed; fails on a full disk
+  shift 3
   cd -- "$dir/work" || return 0
   found=(*)
   (($# || ${#found[@]})) || return 0
