@@ -119,9 +119,13 @@ Other:
   --lost-after=<seconds>      Start the jobs of a machine elsewhere that was out of contact for so
                               long. When it is back, they are ended there. Otherwise they are
                               waited for.
+  --max-result-size=<mb>      Bring back no more than that of what a job made; what is larger stays
+                              over there. Without it: what has room here.
   --away-limit=<seconds>      So long contact with a machine is looked for; then it is left, and its
                               jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
+  --status                    Say how far the batch is, and what is where; ask nobody.
+  --cancel                    End what runs of the batch, though its client was killed.
   --dry-run                   Ask the machines, show what would start where, start nothing.
   --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
@@ -412,6 +416,10 @@ def parse_options(usage, argv, may_help):
             spelled.remove('--')        # docopt takes it for a word
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
+        unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
+        if unmatched:
+            raise UsageError(f'{" and ".join(sorted({*unmatched}))} cannot be given with '
+                             f'{" and ".join(sorted(given & instead - {*unmatched}))}.') from None
         raise UsageError(str(error).partition('Usage:')[0].strip() or 'wrong options.') from None
     options = Options(parsed)
     for name, kind in kinds.items():
@@ -438,6 +446,7 @@ class Machine(NamedTuple):
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
+    word: str = ''                  # what find_machine was given, by which it is found again
 
     @property
     def address(self):
@@ -734,7 +743,7 @@ def machine_words(words):
 
 def find_machines(words):
     """Return the Machines; each may be named once."""
-    machines = [find_machine(word) for word in machine_words(words)]
+    machines = [find_machine(word)._replace(word=word) for word in machine_words(words)]
     for number, machine in enumerate(machines):
         for other in machines[:number]:
             if machine.name == other.name:
@@ -2363,8 +2372,9 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
 }
 
-list_back() {               # $1: job folder, $2: stage, $3: where to, rest: paths, or nothing: what
-  local dir=$1 id=$2 to=$3 entry path kind failed='' found      # changed; fails on a full disk
+# $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
+list_back() {               # fails if the list cannot be written
+  local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
   shift 3
   cd -- "$dir/work" || return 0
   found=(*)
@@ -2376,11 +2386,13 @@ list_back() {               # $1: job folder, $2: stage, $3: where to, rest: pat
     path=./${entry#*./}
     [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
     case $kind in
+      f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
       [fdl]) printf '+%s\0' "$path" ;;
       '!'*) printf '%s\0' "$entry" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
     esac || failed=1
   done < <(entries_of "$@") >>"$to/back"
+  ((size < 1000000)) || printf 's%s\0' "$size" >>"$to/back" || failed=1
   [[ ! $failed ]]
 }
 
@@ -2390,10 +2402,8 @@ entries_of() {              # lists the paths $@ as rsync sees changes, or all; 
   for path; do
     if [[ $path == . ]]; then
       listing .
-    elif [[ -d $path && ! -L $path ]]; then
-      listing "./$path" 0
     elif [[ -e $path || -L $path ]]; then
-      printf 'f 0 0 %s\0' "./$path"
+      listing "./$path" 0
     else
       printf '!%s\0' "$path"
     fi
@@ -2409,7 +2419,7 @@ find_list() {               # REPLY: the file with what the job job.attempt $1 l
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used left
-  local alive input=/dev/null keeper='' watchdog='' program=../cmd
+  local alive input keeper='' watchdog='' program=../cmd
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
@@ -2422,11 +2432,12 @@ run_job() {                 # in its own process and group; says how it went, an
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
+    exec {input}</dev/null
     [[ ${modes[$name]-} != stdin ]] || keep_input
     [[ ! ${limits_s[$name]-} ]] || keep_time
     [[ ${modes[$name]-} != tty ]] || program=../wait
     (
-      exec {held}>"$dir/alive" {alive}<&-
+      exec {held}>"$dir/alive" {alive}<&- {input}<&-
       unset -v CUDA_VISIBLE_DEVICES SSH_CLIENT SSH_CONNECTION
       ((${#environment[@]} == 0)) || export "${environment[@]}"
       [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
@@ -2436,8 +2447,9 @@ run_job() {                 # in its own process and group; says how it went, an
       read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
         echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
       cd -- "$dir/work" && exec "$BASH" "$program"
-    ) <"$input" >>"$dir/out" 2>>"$dir/err"
+    ) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
+    exec {input}<&-
     [[ ! $keeper ]] || kill -KILL "$keeper"
     if [[ -e $dir/late ]]; then
       wait "$watchdog"
@@ -2465,6 +2477,7 @@ run_job() {                 # in its own process and group; says how it went, an
 keep_time() {               # for run_job: ends it, as a cancel does, when its time is over
   {
     trap '' TERM
+    exec {input}<&-
     read -r -t "${limits_s[$name]}" <&"$alive"          # nothing ever comes
     printf 'ssh-scheduler: ended after %s s, its time limit\n' "${limits_s[$name]}" >>"$dir/err"
     : >"$dir/late"
@@ -2474,16 +2487,16 @@ keep_time() {               # for run_job: ends it, as a cancel does, when its t
 }
 
 keep_input() {              # for run_job: its input ends when "eof" says so, not with a connection
-  local eof
-  mkfifo -- "$dir/eof"
-  exec {eof}<>"$dir/eof"
-  mkfifo -- "$dir/in"                   # now what feeds it may come
-  exec {input}<>"$dir/in"
-  { exec {alive}<&-; read -r <&"$eof"; } &
+  local eof both
+  mkfifo -- "$dir/eof" "$dir/in.new"
+  # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
+  exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
+  exec {input}<"$dir/in.new"
+  mv -- "$dir/in.new" "$dir/in"
+  { exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
-  exec {eof}<&- {input}<&-
-  input=$dir/in
+  exec {eof}<&- {both}<&-
 }
 
 tell_left() {               # for run_job: says what the job started and did not wait for
@@ -2631,6 +2644,7 @@ exec {code}>../code {held}>../alive
 term=$TERM
 . ../exports
 export TERM=$term
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
 "$BASH" ../cmd {code}>&-
 echo "$?" >&"$code"
 EOF
@@ -2710,7 +2724,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
     fi
     if ((tries >= 0 && ++tries > 20)); then
       record "$dir" lost    # so that it is not taken for one that was killed
-      cancel 5 "$name"      # what it started elsewhere may live, and it may be started again
+      end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
       tell lost "$name" "$why"
       return
     fi
@@ -2749,6 +2763,18 @@ lives() {                   # tells whether the job with the record $1 $2 has a 
 } 2>/dev/null
 
 cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attempt; sets survivors
+  local name word value
+  end_living "$@"
+  shift
+  for name; do
+    read_record "$home/jobs/$name"
+    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    read_record "$home/jobs/$name"      # what ends records that before it is gone
+    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
+  done
+} 2>/dev/null
+
+end_living() {              # the same, but nothing is recorded
   local until=$((SECONDS + $1)) name word value signal=TERM tries=0 clear=0 pause=5
   local -A wrappers=()                  # pid of what records the end -> job.attempt
   local living=()
@@ -2782,12 +2808,6 @@ cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attem
     printf -v word '0.%02d' "$pause"
     sleep "$word"
     pause=$((pause < 30 ? pause + 5 : pause))
-  done
-  for name; do
-    read_record "$home/jobs/$name"
-    [[ $word == running ]] && ! lives "$word" "$value" || continue
-    read_record "$home/jobs/$name"      # what ends records that before it is gone
-    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
   done
   survivors=${living[*]}
 } 2>/dev/null
@@ -2830,7 +2850,9 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
-    if [[ $word == running ]] && ! lives "$word" "$value"; then
+    if [[ $word == running && $value != *" $boot_id" ]]; then
+      :                     # from before a restart: that is lost, and report says so
+    elif [[ $word == running ]] && ! lives "$word" "$value"; then
       read_record "$home/jobs/$1"       # what ends records that before it is gone
       [[ $word == ended ]] || bury "$1" 'it was killed with its whole process group'
     elif [[ $word == running ]]; then
@@ -3001,7 +3023,7 @@ main() {
         IFS= read -rd '' count && read_fields "$count" || break
         {
           for field in "${fields[@]}"; do revoke "$field"; done
-          cancel 5 "${fields[@]}"
+          end_living 5 "${fields[@]}"
           (cd -- "$home/jobs" && remove "${fields[@]}")
         } </dev/null & ;;
       ping)                 # NUMBER
@@ -3065,6 +3087,10 @@ main() {                    # stdin: token, folder of the job, known bytes of ou
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
+  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
+    read -r -t 0.02
+    (($? > 128)) || return
+  done
   tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
   tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
   read -r
@@ -3170,20 +3196,25 @@ class Processes:
         self._selector.register(self._wakeup[0], selectors.EVENT_READ)
 
     def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
-              deadline_s=None, env=None, cwd=None, terminal=False):
+              deadline_s=None, env=None, cwd=None, terminal=False, confined=None):
         """Start argv in a session of its own and return its Process.
 
         terminal: it has our streams, and with them the terminal, instead of pipes to us
+        confined: what it calls first, from confine()
         """
         if self._on_start:
             self._on_start(argv)
         pipe = None if terminal else subprocess.PIPE
         try:
             popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
-                                     start_new_session=not terminal, env=env, cwd=cwd)
+                                     start_new_session=not terminal, env=env, cwd=cwd,
+                                     preexec_fn=confined)
         except FileNotFoundError:
             raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
                                  f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
+        finally:
+            if confined:
+                confined.close()
         due = None if deadline_s is None else self._clock() + deadline_s
         process = Process(popen, on_output, on_error, on_exit, feed, keep_stdin, due)
         for stream in (popen.stdin, popen.stdout, popen.stderr):
@@ -3494,6 +3525,7 @@ class ResultStore:
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.jobs = {}                  # name -> dict: command, machine, attempt, state
         self._lock = self._journal = None
+        self._unsynced = False
         self._remains = {}              # machine -> {job.attempt: state} of which folders are there
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
@@ -3514,6 +3546,21 @@ class ResultStore:
         except OSError as error:
             raise ResultsError(f'{self.folder}, where results go, cannot be used: '
                                f'{reason_of(error)}.') from None
+        return self
+
+    def peek(self):
+        """Only read what earlier runs did, beside one that goes on; return self."""
+        try:
+            self._journal = os.open(os.path.join(self.own, 'journal'), os.O_RDONLY)
+        except FileNotFoundError:
+            return self
+        except OSError as error:
+            raise ResultsError(f'{self.own}/journal cannot be read: {reason_of(error)}.') from None
+        try:
+            self._read_journal(cut=False)
+        finally:
+            os.close(self._journal)
+            self._journal = None
         return self
 
     def close(self):
@@ -3576,6 +3623,20 @@ class ResultStore:
         """Nothing of that lies there any more."""
         if self._remains.get(machine):
             self._write(event='tidied', machine=machine)
+
+    def sync(self, results=False):
+        """Have what was written last even if the power fails; with results: these, too.
+
+        What follows cannot be taken back: a start, or the removal of the originals.
+        """
+        try:
+            if results:
+                sync_file_system(self._journal)
+            elif self._unsynced:
+                os.fsync(self._journal)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._unsynced = False
 
     def grow(self, name, stream, data):
         """Add to a stream of a job that runs; return whether that could be done."""
@@ -3651,15 +3712,31 @@ class ResultStore:
         with open(os.open(target, flags, 0o666), 'wb') as file:
             file.write(content)
 
-    def set_aside(self, name):
-        """Move the streams of a job that was cancelled out of the way of its next run."""
+    def set_aside(self, name, streams=None, folder=None):
+        """Move what there is of a job that was cancelled out of the way of its next run.
+
+        streams, folder: what came of it from over there, as for commit
+        """
+        self._let_go()
         self._write(event='cancelled', job=name)
+        aside = os.path.join(self.own, 'cancelled', f'{name}.{time.time_ns()}')
+        os.makedirs(os.path.dirname(aside), exist_ok=True)
         for stream in ('out', 'err'):
-            path = self._path(name, f'.{stream}')
+            path, content = self._path(name, f'.{stream}'), (streams or {}).get(stream)
+            if isinstance(content, bytes):
+                with open(f'{aside}.{stream}', 'xb') as file:
+                    file.write(content)
+            elif content is not None:
+                os.replace(content, f'{aside}.{stream}')
             if (name, stream) in self._grown and os.path.lexists(path):
-                aside = os.path.join(self.own, 'cancelled')
-                os.makedirs(aside, exist_ok=True)
-                os.replace(path, os.path.join(aside, f'{name}.{time.time_ns()}.{stream}'))
+                if content is None:
+                    os.replace(path, f'{aside}.{stream}')
+                else:
+                    os.unlink(path)
+            self._grown.discard((name, stream))
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            os.chmod(folder, new_folder_mode())
+            os.rename(folder, aside)
 
     def has(self, name, stream, size):
         """Tell whether all of a stream, so many bytes, grew where it belongs."""
@@ -3683,6 +3760,10 @@ class ResultStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
+            if self.part:
+                raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
+                                   f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
+                                   'with which the job goes on, or wait for it.') from None
             raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
                                'Wait for it, or start from another folder.') from None
         except OSError as error:
@@ -3691,7 +3772,7 @@ class ResultStore:
         os.ftruncate(self._lock, 0)
         os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
 
-    def _read_journal(self):
+    def _read_journal(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
         with open(self._journal, 'rb', closefd=False) as file:
             whole = 0
@@ -3705,7 +3786,8 @@ class ResultStore:
                         f'{self.own}/journal, line {number} cannot be read. It says what runs '
                         'where: look at it, or move job_results away to start afresh.') from None
                 whole += len(line)
-        os.ftruncate(self._journal, whole)
+        if cut:
+            os.ftruncate(self._journal, whole)
         for record in self.jobs.values():
             record['resumed'] = record['state'] != 'collected'
 
@@ -3728,6 +3810,7 @@ class ResultStore:
 
     def _write(self, **event):
         self._apply(event)
+        self._unsynced = True
         event['time'] = round(time.time(), 2)
         line = json.dumps(event).encode() + b'\n'
         try:
@@ -3736,8 +3819,21 @@ class ResultStore:
                 os.ftruncate(self._journal, os.fstat(self._journal).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs '
-                               'that run go on; the same command collects them.') from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error):
+        return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
+                            'run go on; the same command collects them.')
+
+
+def sync_file_system(fd):
+    """Write to the disk what lies in the file system of this file: one call for many files."""
+    import ctypes
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except AttributeError:          # another C library
+        os.sync()
 
 
 def private_folder(stem):
@@ -3780,6 +3876,8 @@ KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
+DRAIN_S = 10.0                      # nothing came of a job that ended, and more must come
+GUARD_S = 0.5                       # how often the disk is looked at while results come
 FAREWELL_S = 30.0                   # for tidying up over there
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
 BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
@@ -3788,8 +3886,10 @@ BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, a
 class Session:
     """What the machines of one run share; `close` ends all its processes and removes its files."""
 
-    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0):
+    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0,
+                 max_result_bytes=None):
         self.results = results
+        self.max_result_bytes = max_result_bytes        # of what a job brings back
         self.away_limit_s = away_limit_s        # so long contact that was lost is looked for
         self.nice, self.live = nice, live       # live: not only what was free at first counts
         self.trace = trace or (lambda text: None)
@@ -3820,6 +3920,11 @@ class Session:
             placed += [(f'link/{entry.path}', entry) for entry in link.entries]
             self._archives[forwards] = b''.join(archive(placed))
         return self._archives[forwards]
+
+    def rsync_env(self):
+        """Return the environment for rsync: nothing that changes what it does, nor a ~/.popt."""
+        return {**{name: value for name, value in os.environ.items()
+                   if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
 
     def close(self):
         """End what still runs here and remove the run folder."""
@@ -4052,7 +4157,7 @@ class Sender:
             feed = chain_bytes(bytes(request(REMOTE_UNPACK, self._channel.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
         self._session.processes.start(argv, answer.extend, done, feed=feed,
-                                      deadline_s=COPY_LIMIT_S)
+                                      deadline_s=COPY_LIMIT_S, env=self._session.rsync_env())
 
 
 class Order:
@@ -4081,6 +4186,8 @@ class Order:
         self.noted = {}                     # what the journal says of it besides
         self.follower = None
         self.started = False                # it was said that it was
+        self.too_large = ''                 # why what it made stays over there
+        self.aside = False                  # it was cancelled: what there is of it is set aside
         self.entries = None                 # what it left, once it ended
 
 
@@ -4093,6 +4200,7 @@ class Follower:
     def __init__(self, order, channel, session, on_bytes, on_end):
         self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
         self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
+        self._connection = channel.connection
         self._process = session.processes.start(
             channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
             on_error=lambda data: self._take('err', data), keep_stdin=True)
@@ -4113,7 +4221,7 @@ class Follower:
     def _on_exit(self, status, _):
         noise = self._heads['err'].head.decode('utf-8', 'replace')
         self._trace(f'a follower ended with {status}: {last_line(noise)}')
-        self._on_end()
+        self._on_end(self._connection.refused(noise))
 
 
 class Fetcher:
@@ -4152,6 +4260,11 @@ class Fetcher:
         order = self.orders[key]
         order.entries = None
         self._sort_out(order, entries)
+        if order.too_large:
+            self._signal('warning', f'{order.job_name}: what it made is not brought back: '
+                         f'{order.too_large}. It is kept on {self._name}, in '
+                         f'{self._channel.home}/jobs/{order.key}/work')
+            order.back = []
         if not order.back and len(order.streams) == 2:      # all of it came with the event
             self._commit(order, {}, None)
             return
@@ -4168,6 +4281,7 @@ class Fetcher:
     def clean(self, least=0):
         """Have the folders of collected jobs removed, many at a time."""
         if len(self._cleanable) > least:
+            self._session.results.sync(results=True)
             self._channel.send(request('clean', len(self._cleanable), *self._cleanable))
             self._cleanable = []
 
@@ -4179,11 +4293,22 @@ class Fetcher:
             self._under_way = True
             self._fetch(orders, self._channel.rsync_works)
 
+    def _too_large(self, size):
+        """Return why results of so many bytes cannot be fetched, or ''."""
+        limit = self._session.max_result_bytes
+        if limit is not None and size > limit:
+            return f'it is {size_of(size)}, and --max-result-size allows {size_of(limit)}'
+        free = free_bytes(self._session.results.folder)
+        return f'it is {size_of(size)}, and {size_of(free)} are free here' if size > free else ''
+
     def _sort_out(self, order, entries):
         for entry in entries:
             mark, path = entry[:1], os.fsdecode(entry[1:])
             if mark == b'+':
                 order.back.append(path)
+                continue
+            if mark == b's':
+                order.too_large = self._too_large(int(path))
                 continue
             why = ('it did not make {}' if mark == b'!' else
                    '{} is no file, folder or link').format(printable(path))
@@ -4200,21 +4325,21 @@ class Fetcher:
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
         connection, source = self._channel.connection, f'{self._channel.home}/jobs'
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
-        channel = self._channel
+        channel, full = self._channel, False
 
         def done(status, complaint):
             text = complaint.decode('utf-8', 'replace')
-            if status and (channel is not self._channel or channel.gone):
+            if status and not full and (channel is not self._channel or channel.gone):
                 self._session.results.discard(incoming)         # again, when contact is there again
                 self._waiting, self._due = orders + self._waiting, time.monotonic()
                 self._under_way = False
                 self.fetch_if_due()
                 return
-            if status and channel.connection.refused(text):
+            if status and not full and channel.connection.refused(text):
                 self._session.results.discard(incoming)
                 self._fetch(orders, by_rsync)
                 return
-            if by_rsync and status not in (0, 23, 24):
+            if by_rsync and status not in (0, 23, 24) and not full:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
                 self._session.results.discard(incoming)
@@ -4225,6 +4350,8 @@ class Fetcher:
             trouble = spool.trouble if spool else ''
             if spool and status not in (0, 1, 2):       # tar's own, which name single files
                 trouble = last_line(text) or trouble or f'tar ended with {status}'
+            if full:
+                trouble = 'the disk here is full'
             for order in orders:
                 if trouble:         # what is there of it may be cut off, and the rest is missing
                     self._leave(order, trouble)
@@ -4234,14 +4361,28 @@ class Fetcher:
             self._under_way = False
             self.fetch_if_due()
 
+        confined = None
         if by_rsync:
-            argv = connection.rsync([], f'{source}/', f'{incoming}/', 'source')
-            feed = iter([listed])
+            limit = self._session.max_result_bytes
+            argv = connection.rsync([] if limit is None else [f'--max-size={limit}'],
+                                    f'{source}/', f'{incoming}/', 'source')
+            feed, confined = iter([listed]), confine(incoming)
         else:
             argv = connection.copy()
             feed = iter([bytes(request(REMOTE_PACK, self._channel.token, source)), listed])
-        self._session.processes.start(argv, spool.take if spool else (lambda data: None), done,
-                                      feed=feed, deadline_s=COPY_LIMIT_S)
+        process = self._session.processes.start(
+            argv, spool.take if spool else (lambda data: None), done, feed=feed,
+            deadline_s=COPY_LIMIT_S, env=self._session.rsync_env(), confined=confined)
+
+        def guard():            # what a machine says of sizes is only what it says
+            nonlocal full
+            if self._under_way and process.popen.poll() is None:
+                if free_bytes(incoming) <= 0:
+                    full = True
+                    process.kill()
+                self._session.processes.call_later(GUARD_S, guard)
+
+        self._session.processes.call_later(GUARD_S, guard)
 
     def _collect(self, order, folder, complaint):
         """Put in place what came for one order into `folder`."""
@@ -4252,18 +4393,29 @@ class Fetcher:
             self._leave(order, complaint)
             return
         work = os.path.join(folder, 'work')
-        missing = [path for path in order.back if not os.path.lexists(os.path.join(work, path))]
+        refused = collections.defaultdict(list)
+        for path, why in vet(work, order.back):
+            refused[why].append(printable(path))
+        for why, paths in refused.items():
+            self._signal('warning', f'{order.job_name}: {names_of(paths)} from {self._name} '
+                         f'{why}, and was left out')
+        gone = {f'./{path}' for paths in refused.values() for path in paths}
+        missing = [path for path in order.back if printable(path) not in gone
+                   and not os.path.lexists(os.path.join(work, path))]
         for path in missing:
             self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
                          f'back: {complaint}. It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
-        self._commit(order, streams, work, kept=missing)
+        self._commit(order, streams, work, kept=missing or order.too_large)
 
     def _commit(self, order, streams, work, kept=()):
         """Put the results in their final place; then their originals may go, unless kept."""
         try:
-            self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
-                                         order.backwards != (), bool(kept))
+            if order.aside:
+                self._session.results.set_aside(order.job_name, {**order.streams, **streams}, work)
+            else:
+                self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
+                                             order.backwards != (), bool(kept))
         except (ResultsError, OSError) as error:
             self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
             return
@@ -4271,7 +4423,8 @@ class Fetcher:
         if not kept:
             self._cleanable.append(order.key)
             self.clean(CLEAN_JOBS)
-        self._signal('collected', order.job_name)
+        if not order.aside:
+            self._signal('collected', order.job_name)
 
     def _leave(self, order, why):
         """The results of this order stay where they are."""
@@ -4300,6 +4453,79 @@ class Behind:
         if len(self.head) > LONGEST_NOISE:
             self.head = self.head[-len(self._mark):]
         return data
+
+
+def vet(folder, wanted):
+    """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
+
+    wanted: the paths './a' that were asked for.  Nothing here is opened or followed.
+    """
+    allowed = set()
+    for path in map(os.path.normpath, wanted):
+        while path and path not in allowed:
+            allowed.add(path)
+            path = os.path.dirname(path)
+    for parent, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = os.path.join(parent, name)
+            inner = os.path.relpath(path, folder)
+            info, why = os.lstat(path), ''
+            if inner not in allowed:
+                why = 'was not asked for'
+            elif stat.S_ISLNK(info.st_mode):
+                target = os.path.normpath(os.path.join(os.path.dirname(inner), os.readlink(path)))
+                if os.path.isabs(target) or target.split('/')[0] == '..':
+                    why = f'leads out of its folder, to {printable(os.readlink(path))}'
+            elif not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+                why = 'is no file, folder or link'
+            elif info.st_mode & (stat.S_ISUID | stat.S_ISGID):
+                os.chmod(path, stat.S_IMODE(info.st_mode) & 0o777)
+            if why:
+                yield inner, why
+                if stat.S_ISDIR(info.st_mode):
+                    import shutil
+                    shutil.rmtree(path, onerror=make_removable)
+                    folders.remove(name)
+                else:
+                    os.unlink(path)
+
+
+def free_bytes(folder):
+    """Return how many bytes may be written there: some are left for others."""
+    info = os.statvfs(folder)
+    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
+
+
+# Landlock (landlock(7)): the numbers are the same on all architectures.
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
+LANDLOCK_WRITES = {1: 0b1111111110010, 2: 1 << 13, 3: 1 << 14}     # what each version adds
+PR_SET_NO_NEW_PRIVS = 38
+
+
+def confine(folder):
+    """Return what a new process calls so that it can write in this folder only; None where the
+    kernel cannot do that."""
+    import ctypes
+    import struct
+    libc = ctypes.CDLL(None, use_errno=True)
+    version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
+    if version < 1:
+        return None
+    rights = sum(bits for least, bits in LANDLOCK_WRITES.items() if version >= least)
+    rules = libc.syscall(LANDLOCK_CREATE, struct.pack('Q', rights), 8, 0)
+    if rules < 0:
+        return None
+    for path, allowed in ((folder, rights), (os.devnull, 0b10)):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack('=Qi', allowed, fd), 0)
+        os.close(fd)
+
+    def restrict():
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        libc.syscall(LANDLOCK_RESTRICT, rules, 0)
+
+    restrict.close = lambda: os.close(rules)
+    return restrict
 
 
 class Spool:
@@ -4633,6 +4859,11 @@ class MachineRunner:
         return [order.job_name for order in self._running.values()]
 
     @property
+    def unsettled(self):
+        """Tell whether it is not known yet of some job whether it runs."""
+        return bool(self._queue) or any(not order.started for order in self._running.values())
+
+    @property
     def unfinished(self):
         """The names of the jobs that run there or ran there and are not collected."""
         return self.running + [order.job_name for order in (
@@ -4670,7 +4901,8 @@ class MachineRunner:
             tuple(exclude)))
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
         order = Order(job_name, attempt, command, stage, backwards, gpus, need_of(placement))
-        order.mode, order.source, order.noted = mode, source, noted or {}
+        order.mode, order.source = mode, source
+        order.noted = noted or {'where': self.machine.word}
         order.timeout_s = timeout_s
         order.sink, order.keep = sink, keep
         if sink:
@@ -4681,7 +4913,7 @@ class MachineRunner:
     def cancel(self):
         """End all jobs there, with all that they started; give back those not started.
 
-        What they leave is not collected, and their end is no signal.  survivors(text) is, if
+        What they leave is set aside, and their end is no signal.  survivors(text) is, if
         something could not be ended.
         """
         self._cancelled = True
@@ -4690,6 +4922,11 @@ class MachineRunner:
         if self._running:
             self.cancelling = True
             self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
+
+    def leave_rest(self):
+        """Do without what jobs that were cancelled had said, and that has not come."""
+        for order in list(self._draining.values()) if self._cancelled else ():
+            self._drained(order)
 
     def terminal(self, job_name, on_exit):
         """Give a job of mode tty our terminal, until it ends; on_exit(status, b'') is called then.
@@ -4704,6 +4941,7 @@ class MachineRunner:
         if self.state != 'ready':
             return
         waiting, now = collections.deque(), time.monotonic()
+        starts = bytearray()                # sent once the journal is safe
         while self._queue:
             order = self._queue.popleft()
             if order.stage is None:
@@ -4719,15 +4957,18 @@ class MachineRunner:
                                          order.gpus, order.command, **order.noted)
             self._running[order.key] = order
             if order.mode:
-                self._channel.send(request('mode', order.key, order.mode))
+                starts += request('mode', order.key, order.mode)
             if order.timeout_s is not None:
-                self._channel.send(request('limit', order.key, f'{order.timeout_s:.3f}'))
+                starts += request('limit', order.key, f'{order.timeout_s:.3f}')
             how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
             paths = order.backwards or ()
-            self._channel.send(request(
+            starts += request(
                 'start', order.key, order.stage.id, '-' if order.gpus is None else order.gpus,
-                order.need, order.command, how, len(paths), *paths))
+                order.need, order.command, how, len(paths), *paths)
             self._watch_later()
+        if starts:
+            self.session.results.sync()
+            self._channel.send(starts)
         self._queue = waiting
         if waiting and now < self._next_start:
             self._later('start', self._next_start - now, self._start_queued)
@@ -4849,11 +5090,24 @@ class MachineRunner:
                 order, self._channel, self.session,
                 functools.partial(self._take, order), functools.partial(self._unfollowed, order))
 
-    def _unfollowed(self, order):
+    def _unfollowed(self, order, again=False):
         """Nothing more comes from its follower: what is missing comes otherwise."""
         order.follower = None
+        if again and self.state == 'ready':
+            self._follow(order)
         if order.key in self._draining:
             self._drained(order)
+
+    def _drain_on(self, order, before):
+        """See to it that a follower which has died over there holds nothing up."""
+        if order.key not in self._draining:
+            return
+        now = dict(order.offsets)
+        if now == before:
+            order.follower.end()
+            self._drained(order)
+        else:
+            self._later(f'drain {order.key}', DRAIN_S, lambda: self._drain_on(order, now))
 
     def _take(self, order, stream, data):
         """The next bytes of a stream have come."""
@@ -4874,10 +5128,13 @@ class MachineRunner:
 
         def done(status, complaint):
             if order.key in self._running and self.state == 'ready':
-                if status and process.source is not None:
+                if status == 255:       # ssh's own; with others it was read to where it was wanted
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
-                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}')
-                self._channel.send(request('eof', order.key))
+                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}. '
+                                 'It is ended')
+                    self._channel.send(request('cancel', KILL_GRACE_S, 1, order.key))
+                else:
+                    self._channel.send(request('eof', order.key))
 
         process = self.session.processes.start(
             self._channel.connection.copy(), lambda data: None, done)
@@ -4906,9 +5163,6 @@ class MachineRunner:
         self._ended_keys.add(order.key)
         known_ticks = self._sample.ticks.get(order.key, 0) if self._sample else 0
         self._ended_ticks += max(int(cpu_cs) - known_ticks, 0)
-        if self._cancelled and not order.sink:
-            self._fetcher.forget(order.key)
-            return
         for stream, text in (('out', out), ('err', err)):
             if text[:1] == b'=':
                 order.streams[stream] = text[1:]
@@ -4923,6 +5177,9 @@ class MachineRunner:
                     for stream, size in order.sizes.items())
         if whole or not order.follower:
             self._drained(order)
+        else:
+            self._later(f'drain {order.key}', DRAIN_S,
+                        functools.partial(self._drain_on, order, dict(order.offsets)))
 
     def _drained(self, order):
         """All that comes of what an ended job wrote, before its results are fetched, is here."""
@@ -4937,7 +5194,8 @@ class MachineRunner:
                         order.job_name, stream, size))):
                 order.streams[stream] = None
         if self._cancelled:
-            self._fetcher.forget(order.key)
+            order.aside = True
+            self._fetcher.add(order, order.entries)
             return
         self.session.results.ended(self.ended[order.job_name])
         # What came with the event is in place before anybody is told that the job ended.
@@ -5057,7 +5315,7 @@ class Reporter:
             stream.flush()
             stream.buffer.write(data)
             stream.buffer.flush()
-        except BrokenPipeError:
+        except OSError:             # it is closed, or its disk is full
             self._silence(stream)
 
     def tint(self, text, number):
@@ -5802,6 +6060,45 @@ class Batch:
 
     # The end
 
+    def end_all(self, claimed):
+        """End what an earlier run has started; say what became of each; return the exit status.
+
+        claimed: {job name: what the journal knows of it}
+        """
+        self._interrupts = 1            # nothing that happens from now on starts anything
+        for runner in self._runners:
+            runner.register('warning', self._report.warning)
+            runner.register('failed', lambda why, runner=runner: self._report.note(
+                f'{runner.name}: cannot be used: {why}.'))
+            runner.register('survivors', lambda pids, runner=runner: self._report.note(
+                f'{runner.name}: could not be ended: process {pids}'))
+            runner.connect(False)
+            runner.enter()
+            for name, known in claimed.items():
+                if known['machine'] == runner.machine.address:
+                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
+                                    attempt=known['attempt'], adopt=True)
+        until = time.monotonic() + CONNECT_LIMIT_S
+        while (any(runner.state == 'connecting' or runner.state == 'ready' and (
+                runner.unsettled or runner.busy and not runner.running)
+                for runner in self._runners)
+               and self._interrupts < 2 and time.monotonic() < until):
+            self._session.processes.wait(1)
+        running = {name: runner for runner in self._runners for name in runner.running}
+        if running:
+            self._cancel()
+        left = 0
+        for name, known in claimed.items():
+            state = self._results.state(name)['state']
+            what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
+                    'lost': 'did not run'}.get(state)
+            left += what is None
+            self._report.line(f'{name}: {what or "not known to have ended"}, on '
+                              f'{known.get("where") or known["machine"]}')
+        self._report.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have '
+                          'ended')
+        return 1 if left else 0
+
     def _cancel(self):
         """End all jobs everywhere, within a time; say what could not be ended."""
         self._report.note('interrupted: ending all jobs (once more: leave them)')
@@ -5816,7 +6113,7 @@ class Batch:
         for name, runner in running:
             if name in runner.running:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
-            else:
+            elif self._results.state(name).get('state') != 'cancelled':
                 self._results.set_aside(name)
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
@@ -5888,11 +6185,15 @@ def names_of(names):
 
 # ---- Fan-out: one command on its machines, at once, and what it says ----
 
+LAST_WORDS_S = 1.0          # what a job that was ended has said comes for so long
+
+
 class Outlet:
     """Our standard streams, for what a command says over there: it is passed on unchanged."""
 
     def __init__(self, processes):
         self.reader_left = False        # nobody reads any more what is said
+        self.trouble = ''               # or why it cannot be written
         self._processes = processes
 
     def take(self, stream, data):
@@ -5901,8 +6202,10 @@ class Outlet:
         try:
             if not self.reader_left:
                 self._processes.write_out(1 if stream == 'out' else 2, data)
-        except OSError:
+        except OSError as error:
             self.reader_left = True
+            if error.errno != errno.EPIPE:
+                self.trouble = f'its std{stream} cannot be written here: {reason_of(error)}'
             self._processes.wake()
 
     def end(self):
@@ -5992,10 +6295,17 @@ class Fanout:
         for runner in runners:
             runner.cancel()
         until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
-                   for runner in runners)
-               and self.interrupts < 2 and time.monotonic() < until):
-            self._session.processes.wait(0.2)
+
+        def wait(until, unfinished):
+            while (any(runner.state == 'ready' and unfinished(runner) for runner in runners)
+                   and self.interrupts < 2 and time.monotonic() < until):
+                self._session.processes.wait(0.2)
+
+        wait(until, lambda runner: runner.running or runner.cancelling)
+        wait(time.monotonic() + LAST_WORDS_S, lambda runner: runner.busy)
+        for runner in runners:
+            runner.leave_rest()
+        wait(until, lambda runner: runner.busy)
         for runner in self._begun:
             for name in runner.running:
                 self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
@@ -6103,8 +6413,17 @@ class Fanout:
             self._end(runner, 'timed out', f'after {self._timeout_s:g} s')
             if runner.state == 'ready':
                 runner.cancel()
+                self._session.processes.call_later(INTERRUPT_S, lambda: self._give_up(runner))
             else:
                 runner.close()
+
+    def _give_up(self, runner):
+        """Wait no longer for the end of what took too long."""
+        if runner.state == 'ready':
+            for name in runner.running:
+                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+            runner.leave_rest()
+            runner.close()
 
     def _end(self, runner, word, what):
         if word == 'failed' or runner not in self.outcomes:
@@ -6117,11 +6436,19 @@ def execute_batch(argv):
     """Run a batch file; return the exit status."""
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
-    if not options['--machines']:
+    asked = [name for name in ('--status', '--cancel', '--dry-run') if options[name]]
+    if len(asked) > 1:
+        raise UsageError(f'{" and ".join(asked)}: give one of them.')
+    if not options['--machines'] and not (options['--status'] or options['--cancel']):
         raise UsageError('--machines is missing: on which machines? localhost is one.')
-    machines = find_machines(options['--machines'])
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    if options['--status']:
+        return show_status(jobs, ResultStore('job_results').peek(), reporter)
+    if options['--cancel']:
+        return cancel_batch(options, jobs, reporter)
+    machines = find_machines(options['--machines'])
+    allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         for path in forwards.copy:
             check_named(path, '--copy-forwards')
@@ -6129,13 +6456,67 @@ def execute_batch(argv):
             check_named(path, '--link-forwards')
     nice = options.whole_number('--nice', least=0, most=19)
     faults = read_faults(options)
+    max_result = None if options['--max-result-size'] is None else int(
+        options.number('--max-result-size', least=0) * 1e6)
     results = ResultStore('job_results').open()
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
-                      away_limit_s=options.number('--away-limit', least=0))
+                      away_limit_s=options.number('--away-limit', least=0),
+                      max_result_bytes=max_result)
     try:
         return run_batch(options, machines, jobs, session, reporter, faults)
     finally:
         session.close()
+        results.close()
+
+
+def show_status(jobs, results, reporter):
+    """Say what the journal knows of the jobs; return the exit status: 0 where all is collected."""
+    counts, lines = collections.Counter(), []
+    for job in jobs:
+        known = results.state(job.name)
+        state, machine = known.get('state'), known.get('where') or known.get('machine')
+        if results.exists(job.name):
+            code = known.get('exit_code', 0)
+            word = 'failed' if code else 'finished'
+            lines += [f'failed: {job.name}: exit code {code} on {machine}'] if code else []
+        elif state in ('claimed', 'ended'):
+            word = 'on a machine'
+            lines.append(f'{"ended" if state == "ended" else "started"}: {job.name}: on {machine}, '
+                         'not collected yet')
+        else:
+            word = 'waiting'
+            if state:
+                lines.append(f'{state}: {job.name}: on {machine}; it will be started again')
+        counts[word] += 1
+    for line in lines:
+        reporter.line(line)
+    reporter.line(f'{count_of(len(jobs), "job")}: ' + ', '.join(
+        f'{counts[word]} {word}' for word in ('finished', 'failed', 'on a machine', 'waiting')))
+    return 0 if counts['finished'] + counts['failed'] == len(jobs) else 1
+
+
+def cancel_batch(options, jobs, reporter):
+    """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
+    results = ResultStore('job_results').open()
+    session = None
+    try:
+        claimed = {job.name: results.state(job.name) for job in jobs
+                   if results.state(job.name).get('state') in ('claimed', 'ended')}
+        words = options['--machines'] or dict.fromkeys(
+            known['where'] for known in claimed.values() if known.get('where'))
+        machines = find_machines(words)
+        session = Session(results, reporter.trace, live=False)
+        runners = [MachineRunner(machine, session, number)
+                   for number, machine in enumerate(machines)]
+        batch = Batch(jobs, runners, session, reporter, None)
+        with interruptible(batch.interrupt):
+            try:
+                return batch.end_all(claimed)
+            finally:
+                close_all(runners, session)
+    finally:
+        if session:
+            session.close()
         results.close()
 
 
@@ -6175,9 +6556,10 @@ def run_batch(options, machines, jobs, session, reporter, faults):
 
 @contextlib.contextmanager
 def interruptible(handler):
-    """Have SIGINT and SIGTERM call the handler."""
+    """Have SIGINT and SIGTERM call the handler, unless we were started with them ignored."""
     before = {number: signal.signal(number, handler)
-              for number in (signal.SIGINT, signal.SIGTERM)}
+              for number in (signal.SIGINT, signal.SIGTERM)
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:
@@ -6224,6 +6606,7 @@ class Errand:
         self._name, self._options = name, options
         self._results, self._report = results, reporter
         self._known = results.state(name)
+        self._lacks_terminal = False
         self._state = self._known.get('state')
 
     def run(self):
@@ -6238,9 +6621,10 @@ class Errand:
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
-        if self._state == 'collected':
+        there = self._results.exists(name)
+        if self._state == 'collected' and there:
             return self._show_again()
-        if self._results.exists(name):
+        if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
         if by_name and self._state not in ('claimed', 'ended'):
@@ -6308,22 +6692,32 @@ class Errand:
         begun = {'--detach', '--cancel'} & options.given
 
         def enough():
-            return outlet.reader_left or begun and runner in fanout.started
+            return (outlet.reader_left or self._lacks_terminal
+                    or begun and runner in fanout.started)
 
-        # An interrupt that is typed is for the program that has the terminal.
-        handler = fanout.interrupt if mode != 'tty' else (
-            lambda number, _: number == signal.SIGINT or fanout.interrupt())
-        with interruptible(handler):
+        def interrupt(number, _):
+            # What is typed is for the program that has the terminal, once that was started.
+            if mode != 'tty' or number != signal.SIGINT or runner not in fanout.started:
+                fanout.interrupt()
+
+        with interruptible(interrupt):
             try:
                 fanout.run(enough)
-                if fanout.interrupts or outlet.reader_left or options['--cancel']:
+                if (fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                        or options['--cancel']):
                     self._cancel(fanout, runner)
             finally:
-                close_all([runner], session)
+                close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
+        if outlet.trouble:
+            self._report.note(f'{name}: {outlet.trouble}. It was ended.')
+            return TRANSPORT_FAILED
         if outlet.reader_left:
             return 128 + signal.SIGPIPE
+        if self._lacks_terminal:
+            self._report.note(f'{name}: no terminal could be had on {runner.name}.')
+            return TRANSPORT_FAILED
         return self._outcome(runner, *fanout.outcomes.get(runner, ('started', 0)))
 
     def _give_terminal(self, runner, session):
@@ -6331,9 +6725,7 @@ class Errand:
             session.processes.call_later(2, still_there)
 
         def still_there():
-            if self._name in runner.running:
-                self._report.note(f'{self._name}: no terminal could be had on {runner.name}')
-                runner.cancel()
+            self._lacks_terminal = self._name in runner.running
 
         runner.terminal(self._name, done)
 
@@ -6342,10 +6734,12 @@ class Errand:
         if not runner.busy:
             return
         fanout.cancel()
-        if name not in runner.running and self._results.state(name).get('state') == 'claimed':
+        if name in runner.running:
+            return
+        if self._results.state(name).get('state') in ('claimed', 'ended'):
             self._results.set_aside(name)
-            if self._options['--cancel']:
-                self._report.note(f'{name}: ended on {runner.name}')
+        if self._options['--cancel']:
+            self._report.note(f'{name}: ended on {runner.name}')
 
     def _outcome(self, runner, word, what):
         """Return the exit status, and say what is not as it should be."""
@@ -6384,6 +6778,7 @@ def execute_to(argv):
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
     machines = find_machines(options['--machines'])
+    allow_files(min(len(machines), at_once))
     name = options['--job-name'] or new_name('to')
     check_job_name(name, '--job-name')
     backwards = read_backwards(options) or ()
@@ -6419,10 +6814,11 @@ def execute_to(argv):
                 for prefixer in sinks.values():
                     prefixer.end()
             finally:
-                close_all(runners, session)
+                close_all(runners, session, lambda: fanout.interrupts > 1)
         if gathered:
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
-        failed = summary_of(fanout.outcomes, reporter)
+        failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
+                             if runner in fanout.outcomes}, reporter)
         return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
     finally:
         session.close()
@@ -6566,12 +6962,13 @@ def query_machines(argv):
             session.close()
 
 
-def close_all(runners, session):
-    """Have all machines tidied up, and wait for that."""
+def close_all(runners, session, hurried=lambda: False):
+    """Have all machines tidied up, and wait for that, or until hurried()."""
     for runner in runners:
         runner.close()
     until = time.monotonic() + FAREWELL_S
-    while any(runner.state == 'closing' for runner in runners) and time.monotonic() < until:
+    while (any(runner.state == 'closing' for runner in runners) and not hurried()
+           and time.monotonic() < until):
         session.processes.wait(1)
 
 
@@ -6648,6 +7045,32 @@ def bare(text):
     return re.sub(r'\x1b\[\d*m', '', text)
 
 
+def open_streams():
+    """Open what was closed of the standard streams, or the next file would be taken for them."""
+    for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)      # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
+
+
+def allow_files(machines):
+    """Raise the limit of open files as far as it goes; raise an error if that is too few."""
+    import resource
+    least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            soft = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < least:
+        raise SchedulerError(f'only {soft} files may be open at a time here, and '
+                             f'{count_of(machines, "machine")} may need {least}. '
+                             f'Try: ulimit -n {least}, or name fewer machines.')
+
+
 COMMANDS = {
     'execute_batch': execute_batch,
     'execute_remote': execute_remote,
@@ -6662,9 +7085,7 @@ def main(argv=None):
     An installed executable or a link is named like the command; otherwise the next word is it:
     python3 ssh_scheduler.py execute_batch …
     """
-    for fd, stream in enumerate(('stdin', 'stdout', 'stderr')):
-        if getattr(sys, stream) is None:    # we were started without it
-            setattr(sys, stream, open(os.open(os.devnull, os.O_RDWR), 'w' if fd else 'r'))
+    open_streams()
     argv = list(sys.argv if argv is None else argv)
     name = os.path.basename(argv[0])
     words = argv[1:]

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import random
+import shlex
 import shutil
 import signal
 import statistics
@@ -33,6 +34,8 @@ import rig  # noqa: E402
 import ssh_scheduler  # noqa: E402
 
 EXECUTE_BATCH = Path(sys.executable).with_name('execute_batch')    # installed, as users have it
+EXECUTE_REMOTE = EXECUTE_BATCH.with_name('execute_remote')
+EXECUTE_TO = EXECUTE_BATCH.with_name('execute_to')
 COMBINE_FOLDERS = Path(sys.executable).with_name('combine_folders')
 
 CORES = 8                       # what the machines claim; with the overload, 12 can be promised
@@ -454,9 +457,112 @@ def placement_us(machines, waiting, placements):
     return used_s / placed * 1e6
 
 
+def remote(bench):
+    """The commands that run one thing: execute_remote : ssh, execute_to : clush and pdsh, 1 GB."""
+    with bench_machine('lab1') as machine:
+        start_up(bench, machine)
+        streaming(bench, machine)
+    with contextlib.ExitStack() as stack:
+        fan_out(bench, [stack.enter_context(bench_machine(f'node{n}')) for n in range(10)])
+
+
+def start_up(bench, machine):
+    """A command that does nothing, without files, against a bare login for the same."""
+    file, folder = machine.yaml(), bench.folder()
+
+    def ours():
+        return bench.run([EXECUTE_REMOTE, '--machine', file, '--copy-forwards',
+                          '--copy-backwards', '--', 'true'], folder)[0]
+
+    def theirs():
+        return bench.run([*machine.ssh_argv(), 'true'], folder)[0]
+
+    ours(), theirs()
+    our_s, their_s = medians(5 if bench.quick else 15, ours, theirs)
+    bench.row('execute_remote M true : ssh M true', f'{our_s / their_s:.2f} x', '<= 1.5 x',
+              our_s <= 1.5 * their_s, f'{our_s:.3f} s; ssh {their_s:.3f} s')
+
+
+def streaming(bench, machine):
+    """A large file through execute_remote, which keeps it on both sides, against ssh."""
+    megabytes = 200 if bench.quick else 1000
+    with open(machine.home / 'big', 'wb') as file:
+        for _ in range(megabytes):
+            file.write(os.urandom(10**6))
+    path, folder = machine.yaml(), bench.folder()
+    count, names = ' | wc -c', itertools.count()
+
+    def shell(line):
+        took_s, said = bench.run(['bash', '-c', line], folder)
+        if said.strip() not in ('', str(megabytes * 10**6)):
+            raise Failed(f'of {megabytes} MB came {said}')
+        return took_s
+
+    ssh = shlex.join([*map(str, machine.ssh_argv()), 'cat big'])
+
+    def ours():
+        name = f'big{next(names)}'
+        took_s = shell(shlex.join([str(EXECUTE_REMOTE), '--machine', str(path), '--copy-forwards',
+                                   '--copy-backwards', '--job-name', name, '--',
+                                   'cat ~/big']) + count)
+        (folder / f'job_results/{name}.out').unlink()
+        return took_s
+
+    def kept():
+        took_s = shell(f'{ssh} >kept')
+        (folder / 'kept').unlink()
+        return took_s
+
+    our_s, their_s, kept_s = medians(3, ours, lambda: shell(ssh + count), kept)
+    bench.row(f'rate of {megabytes} MB : ssh M cat', f'{their_s / our_s:.2f} x', '>= 0.7 x',
+              their_s >= 0.7 * our_s, f'{megabytes / our_s:.0f} MB/s; ssh '
+              f'{megabytes / their_s:.0f} MB/s, into a file {megabytes / kept_s:.0f} MB/s '
+              f'({kept_s / our_s:.2f} x)')
+
+
+def fan_out(bench, machines):
+    """A command on ten machines at once."""
+    folder = bench.folder()
+    files = [machine.yaml(name=machine.name) for machine in machines]
+    config = folder / 'ssh_config'
+    config.write_text(''.join(
+        f'Host {machine.name}\n  HostName {machine.address}\n  Port {machine.port}\n'
+        f'  User {machine.user}\n  IdentityFile {machine.key}\n  IdentitiesOnly yes\n'
+        f'  BatchMode yes\n  UserKnownHostsFile {machine.known_hosts}\n  LogLevel ERROR\n'
+        for machine in machines))
+    names = ','.join(machine.name for machine in machines)
+    expected = sorted(machine.name for machine in machines)
+
+    def check(took_s, said):
+        if sorted(line.partition(':')[0] for line in said.splitlines()) != expected:
+            raise Failed(f'not all of them answered: {said[-300:]}')
+        return took_s
+
+    def ours():
+        return check(*bench.run([EXECUTE_TO, '--machines', *files, '--', 'echo x'], folder))
+
+    def clush():
+        return check(*bench.run(['clush', '-w', names, '-o', f'-F {config}', 'echo x'], folder))
+
+    def pdsh():
+        env = {**bench.env, 'PDSH_SSH_ARGS_APPEND': f'-F {config}'}
+        return check(*bench.run(['pdsh', '-R', 'ssh', '-w', names, 'echo x'], folder, env=env))
+
+    peers = {name: measure for name, measure in (('clush', clush), ('pdsh', pdsh))
+             if shutil.which(name)}
+    if not peers:
+        raise Failed('the peers are missing: apt install clustershell pdsh')
+    for measure in (ours, *peers.values()):
+        measure()
+    our_s, *their_s = medians(5 if bench.quick else 15, ours, *peers.values())
+    for name, peer_s in zip(peers, their_s):
+        bench.row(f'execute_to, ten machines : {name}', f'{our_s / peer_s:.2f} x', '<= 1.2 x',
+                  our_s <= 1.2 * peer_s, f'{our_s:.2f} s; {name} {peer_s:.2f} s')
+
+
 FIGURES = {'spec': spec_batch, 'jobs': many_jobs, 'files': many_files, 'memory': memory,
            'cost': cost_per_job, 'combine': combine_small, 'large': combine_large,
-           'names': combine_memory, 'place': placing}
+           'names': combine_memory, 'place': placing, 'remote': remote}
 
 
 def main():

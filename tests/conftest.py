@@ -155,16 +155,17 @@ def scheduler():
 def start_cli(scheduler, client_env):
     """Start the program: a Popen, leader of a group, which is killed if the test leaves it alive.
 
-    `env` adds to the environment.
+    `env` adds to the environment; with `binary` its streams are bytes, without any buffer.
     """
     started = []
 
-    def start(*argv, cwd=None, env=None, stderr=subprocess.PIPE):
+    def start(*argv, cwd=None, env=None, binary=False, stdin=subprocess.PIPE,
+              stdout=subprocess.PIPE, stderr=subprocess.PIPE):
+        how = {'bufsize': 0} if binary else {'text': True, 'errors': 'replace'}
         process = subprocess.Popen(
             [sys.executable, str(scheduler), *map(str, argv)], cwd=cwd,
-            env={**client_env, **(env or {})}, start_new_session=True, text=True,
-            errors='replace', stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=stderr)
+            env={**client_env, **(env or {})}, start_new_session=True, stdin=stdin,
+            stdout=stdout, stderr=stderr, **how)
         started.append(process)
         return process
 

@@ -536,11 +536,11 @@ class Host(Machine):
     def runner(self):
         """The program's bash that reads the channel, or None.
 
-        Its children have the same words; it alone has the name of its folder, run.NAME.PID.
+        Its children have the same words; it alone has the name of its folder, run.NAME.PID.RANDOM.
         """
         for pid, _words in self.processes():
-            mine = f'/run.{self.name}.{pid_there(pid)}/events'
-            if any(path.endswith(mine) for path in open_files(pid)):
+            mine = f'/run.{self.name}.{pid_there(pid)}.'
+            if any(mine in path and path.endswith('/events') for path in open_files(pid)):
                 return pid
 
     def kill_runner(self):

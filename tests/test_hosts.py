@@ -380,7 +380,7 @@ def test_runner_and_wrapper_are_found_and_killed_alone(batches, host, outside, g
     machine = host(sees=(outside,))
     assert machine.runner() is None and machine.wrapper('batch.sh.1') is None
     lines = [ledger_line(gate.wait('a')), ledger_line(gate.wait('b'))]
-    batch = batches.start(lines, [machine], *NO_GPU)
+    batch = batches.start(lines, [machine], '--away-limit=0', *NO_GPU)
     batch.until('started: batch.sh.2')
     wait_until(lambda: machine.wrapper('batch.sh.1') and machine.wrapper('batch.sh.2'), 'both')
     wrapper, runner = machine.wrapper('batch.sh.1'), machine.runner()

@@ -19,7 +19,8 @@ import rig
 import ssh_scheduler as s
 
 SCRIPTS = {'loader': s.REMOTE_LOADER, 'runner': s.REMOTE_RUNNER, 'unpack': s.REMOTE_UNPACK,
-           'pack': s.REMOTE_PACK, 'bootstrap': s.BOOTSTRAP}
+           'pack': s.REMOTE_PACK, 'bootstrap': s.BOOTSTRAP, 'follow': s.REMOTE_FOLLOW,
+           'feed': s.REMOTE_FEED}
 TOKEN = 'a-token'
 as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root can mount a small file system')
 
@@ -48,8 +49,9 @@ def test_it_can_cross_the_channel(name):
 class Channel:
     """A remote runner under a local bash, its requests and its events."""
 
-    def __init__(self, env, *, bash='bash', project='project', owner='', workdir='', setup='',
+    def __init__(self, env, *, bash='bash', project=None, owner='', workdir='', setup='',
                  gpus=False, variables=()):
+        project = project or os.path.basename(env['HOME'])      # another test's may run beside it
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
         self.events = []                    # all so far, as lists of text
         self._reader = s.EventReader(TOKEN)
@@ -354,7 +356,8 @@ def test_a_job_claims_what_it_needs_until_it_ends(runner, gate, shared):
     runner.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
         (claim,) = claims_in(shared)
-        assert claim.name == 'project.job.1' and claim.stat().st_mode & 0o777 == 0o644
+        assert claim.name == f'{os.path.basename(runner.folder)}.job.1'
+        assert claim.stat().st_mode & 0o777 == 0o644
         assert claim.parent.stat().st_mode & 0o777 == 0o755
         pid, _start, _boot, *need = claim.read_text().split()
         assert (pid, ' '.join(need)) == (runner.record('job')[1], NEED)
@@ -500,7 +503,7 @@ def test_a_folder_of_claims_that_changes_hands_is_not_used_any_more(runner, shar
     precious = tmp_path / 'precious'
     precious.write_text('mine')
     (tmp_path / 'trap').mkdir()
-    (tmp_path / 'trap/project.job.1').symlink_to(precious)
+    (tmp_path / f'trap/{os.path.basename(runner.folder)}.job.1').symlink_to(precious)
     folder.symlink_to(tmp_path / 'trap')
     runner.start('job', 'true', need=NEED)
     assert runner.ended('job')[0] == 0
@@ -868,7 +871,7 @@ def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
     runner.send('cancel', 5, 1, 'job.1')
     runner.send('cancel', 5, 1, 'unknown.1')
     runner.finish()
-    assert {event[0] for event in runner.events} == {'started'}
+    assert {event[0] for event in runner.events} <= {'started', 'cancelled'}
 
 
 @pytest.mark.parametrize('record', ['running 1 1 x', 'running -1 1 x', 'running 0 0 x', '',
@@ -903,6 +906,266 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
         if ended:
             break
     assert ended[0][2] == '137' and 'killed with its whole process group' in ended[0][6]
+
+
+# ---- One command: its input, its terminal, its end ----
+
+@contextlib.contextmanager
+def script(text, env, *fields):
+    """A script of ours beside the runner, as over a session of its own."""
+    with subprocess.Popen(['bash', '-c', s.BOOTSTRAP], env=env, stdin=subprocess.PIPE, bufsize=0,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(bytes(s.request(text, *fields)))
+        try:
+            yield process
+        finally:
+            process.stdin.close()
+            process.wait(rig.SAFETY_NET_S)
+
+
+def read_until(pipe, end):
+    said = b''
+    while not said.endswith(end):
+        assert rig.wait_readable(pipe), said
+        data = os.read(pipe.fileno(), 2**16)
+        assert data, said
+        said += data
+    return said
+
+
+def test_enter_makes_it_ready_without_looking(runner):
+    runner.send('enter')
+    home, rsync = runner.until('ready')
+    assert home == runner.folder
+    assert not [event for event in runner.events if event[0] == 'probe'
+                and event[1] in ('MemTotal', 'cores', 'load', 'gpu')]
+    runner.start('job', 'exit 3')
+    assert runner.ended('job')[0] == 3
+    runner.finish()
+
+
+def test_follow_shows_streams_as_they_grow_and_from_any_byte(runner, env, gate):
+    runner.start('job', rf'printf "a\0b"; printf err >&2; {gate.wait}; printf c')
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        with script(s.REMOTE_FOLLOW, env, TOKEN, runner.path('job'), 1, 2) as follower:
+            head = f'\n{TOKEN}\n'.encode()
+            assert read_until(follower.stdout, b'b') == head + b'\0b'
+            assert read_until(follower.stderr, b'r') == head + b'r'
+            fifo.write('go\n')
+            fifo.flush()
+            assert read_until(follower.stdout, b'c') == b'c'
+            runner.ended('job')
+            follower.stdin.close()
+            assert not follower.wait(rig.SAFETY_NET_S) and follower.stdout.read() == b''
+
+
+def test_a_follower_waits_for_the_streams_of_a_job_whose_files_are_copied(env, tmp_path):
+    with script(s.REMOTE_FOLLOW, env, TOKEN, tmp_path, 0, 0) as follower:
+        read_until(follower.stdout, f'\n{TOKEN}\n'.encode())
+        (tmp_path / 'err').write_text('')
+        (tmp_path / 'out').write_text('x')
+        assert read_until(follower.stdout, b'x') == b'x'
+    with script(s.REMOTE_FOLLOW, env, TOKEN, tmp_path / 'none', 0, 0) as follower:
+        read_until(follower.stdout, f'\n{TOKEN}\n'.encode())
+        follower.stdin.close()
+        follower.wait(rig.SAFETY_NET_S)
+
+
+def test_a_follower_ends_with_its_session(runner, env, gate):
+    runner.start('job', f'echo one; {gate.wait}')
+    runner.until('started', 'job.1')
+    with script(s.REMOTE_FOLLOW, env, TOKEN, runner.path('job'), 0, 0) as follower:
+        read_until(follower.stdout, b'one\n')
+        tails = [pid for pid in rig.knowing(env['HOME']) if rig.cmdline(pid).startswith('tail ')]
+        follower.stdin.close()
+        assert len(tails) == 2 and all(map(rig.ends, tails))
+    gate.open()
+    runner.ended('job')
+
+
+def test_input_comes_from_what_is_fed_and_ends_when_it_is_said(runner, env):
+    runner.send('mode', 'job.1', 'stdin')
+    runner.start('job', 'while read -r line; do echo "<$line>"; done; echo end')
+    runner.until('started', 'job.1')
+    for line in (b'one\n', b'two\n'):       # each fed by another session: no end is between them
+        with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
+            feeder.stdin.write(line)
+    runner.send('eof', 'job.1')
+    assert runner.ended('job')[:2] == (0, '=<one>\n<two>\nend\n')
+    runner.send('eof', 'job.1')             # too late, and of what never was
+    runner.send('eof', 'other.1')
+    runner.finish()
+
+
+def test_input_that_comes_while_its_fifo_is_made_is_not_lost(channel, env, tmp_path):
+    """What feeds it finds the FIFO at the worst of times, and all is fed before the job reads."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/mkfifo').write_text(f'#!/bin/bash\n{rig.program("mkfifo")} "$@"\n'
+                                         '[[ ${!#} != */in* ]] || sleep 0.3\n')
+    (tmp_path / 'bin/mkfifo').chmod(0o755)
+    runner = channel(env={**env, 'PATH': f'{tmp_path}/bin:{env["PATH"]}'})
+    runner.send('mode', 'job.1', 'stdin')
+    runner.start('job', 'wc -c')
+    runner.until('started', 'job.1')
+    with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
+        feeder.stdin.write(b'x' * 60000)
+        feeder.stdin.close()
+        assert feeder.wait(rig.SAFETY_NET_S) == 0
+        runner.send('eof', 'job.1')
+    assert runner.ended('job')[:2] == (0, '=60000\n')
+
+
+def test_what_feeds_a_job_that_ended_ends_too(runner, env, gate):
+    runner.send('mode', 'job.1', 'stdin')
+    runner.start('job', 'head -c 1')
+    runner.until('started', 'job.1')
+    with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
+        feeder.stdin.write(b'xyz')
+        assert runner.ended('job')[:2] == (0, '=x')
+        with contextlib.suppress(BrokenPipeError):
+            for _ in range(100):
+                feeder.stdin.write(bytes(65536))
+        assert feeder.wait(rig.SAFETY_NET_S)
+    with script(s.REMOTE_FEED, env, runner.path('never')) as feeder:
+        assert feeder.wait(rig.SAFETY_NET_S) == 1
+
+
+@pytest.mark.parametrize('command, status', [
+    ('[ -t 0 ] && [ -t 1 ] && exit 5', 5), ('exit 0', 0), ('kill -INT $$', 130)])
+def test_a_job_with_a_terminal_records_its_end(runner, env, command, status):
+    runner.send('mode', 'job.1', 'tty')
+    runner.start('job', command + '; echo "$SSH_SCHEDULER_JOB" >ran')
+    runner.until('started', 'job.1')
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(['bash', runner.path('job', 'tty')], stdin=theirs, stdout=theirs,
+                              stderr=theirs, env=env, timeout=rig.SAFETY_NET_S,
+                              start_new_session=True)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode in (0, status)
+    assert runner.ended('job')[0] == status
+
+
+def test_a_terminal_that_is_cut_off_ends_its_job(runner, env):
+    runner.send('mode', 'job.1', 'tty')
+    runner.start('job', 'trap "" HUP; sleep 1000')
+    runner.until('started', 'job.1')
+    with subprocess.Popen(['bash', runner.path('job', 'tty')], env=env, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL, start_new_session=True) as session:
+        while not os.path.exists(runner.path('job', 'code')):
+            assert session.poll() is None
+        time.sleep(0.1)                     # what comes before that is another test's
+        os.killpg(session.pid, 9)
+    assert runner.ended('job')[0] == 129
+
+
+def test_adopt_tells_what_became_of_a_job(channel, gate):
+    first = channel()
+    first.start('job', f'{gate.wait}; echo out; exit 4')
+    first.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        first.close()
+        second = channel()
+        second.send('adopt', 1, 'job.1')
+        second.until('started', 'job.1')
+        fifo.write('go\n')
+    assert second.ended('job')[:2] == (4, '=out\n')
+    third = channel()
+    third.send('adopt', 1, 'job.1')
+    assert third.ended('job')[:2] == (4, '=out\n')
+    assert third.events == []
+    third.send('adopt', 1, 'job.2')            # another attempt
+    third.until('absent', 'job.2')
+
+
+def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path):
+    first = channel()
+    first.send('adopt', 2, 'job.1', 'other.1')
+    assert sorted(first.until('absent')[0] for _ in range(2)) == ['job.1', 'other.1']
+    first.start('job', f'touch {tmp_path}/ran')
+    first.start('after', 'true')
+    assert first.ended('after')[0] == 0
+    assert not (tmp_path / 'ran').exists() and first.events == [['started', 'after.1']]
+    first.send('revoke', 2, 'job.1', 'other.1')
+    first.send('clean', 1, 'after.1')
+    first.finish()
+    assert not os.path.exists(first.folder)
+
+
+def test_a_runner_ends_the_one_before_of_the_same_owner(channel, gate):
+    first, other = channel(owner='batch'), channel(owner='another')
+    first.start('job', f'{gate.wait}; echo out')
+    first.until('started', 'job.1')
+    second = channel(owner='batch')
+    second.send('adopt', 1, 'job.1')
+    second.until('started', 'job.1')
+    assert first.process.wait(rig.SAFETY_NET_S) == -9
+    gate.open()
+    assert second.ended('job')[:2] == (0, '=out\n')
+    second.send('clean', 1, 'job.1')
+    second.finish()
+    other.finish()
+
+
+def test_what_outlives_its_job_is_told_with_its_name(runner):
+    runner.start('job', 'setsid sleep 1000 >/dev/null 2>&1 & echo $!')
+    (text,) = runner.until('left', 'job.1')
+    status, out, _, _ = runner.ended('job')
+    pid = int(out[1:])
+    try:
+        assert (status, text) == (0, f'sleep ({pid})')
+    finally:
+        rig.kill(pid, lambda pid: rig.cmdline(pid) == 'sleep 1000')
+    runner.start('none', '(true) & wait')
+    runner.ended('none')
+    assert not [event for event in runner.events if event[0] == 'left']
+
+
+def test_many_that_outlive_their_job_are_counted(runner):
+    runner.start('job', 'for n in {1..8}; do setsid sleep 1000 & done')
+    (text,) = runner.until('left', 'job.1')
+    runner.ended('job')
+    assert text.count('sleep (') == 5 and text.endswith(' and 3 more')
+    runner.send('cancel', 5, 1, 'job.1')    # they are its, though it has ended
+    runner.until('cancelled')
+    assert not [pid for pid in rig.pids() if b'SSH_SCHEDULER_JOB=job\0' in
+                rig.read_proc(pid, 'environ') and rig.cmdline(pid) == 'sleep 1000']
+
+
+def test_cancel_of_many_ends_all_they_started(runner, tmp_path):
+    ledger = tmp_path / 'ledger'
+    ledger.touch()
+    commands = [f'echo $BASHPID >>{ledger}; sleep 1000',
+                f'setsid bash -c "echo \\$\\$ >>{ledger}; sleep 1000; :" & wait',
+                f'env -i setsid /bin/bash -c "echo \\$\\$ >>{ledger}; sleep 1000; :" & wait',
+                f'(setsid bash -c "(echo \\$BASHPID >>{ledger}; exec sleep 1000) &" &); sleep 1000']
+    for number, command in enumerate(commands):
+        runner.start(f'job{number}', command)
+    runner.start('other', 'read -r _ <../hold; exit 6')
+    limit = time.monotonic() + rig.SAFETY_NET_S
+    while len(ledger.read_text().split()) < 4:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    runner.send('cancel', 5, 4, *(f'job{number}.1' for number in range(4)))
+    runner.until('cancelled', '')
+    assert all(rig.ends(int(pid), timeout_s=1) for pid in ledger.read_text().split())
+    assert all(runner.record(f'job{number}')[0] == 'ended' for number in range(4))
+
+
+def test_what_is_tied_ends_with_the_channel(channel, gate, tmp_path):
+    runner = channel()
+    runner.send('tie')
+    runner.start('job', f'echo $$ >{tmp_path}/pid; setsid sleep 1000 & echo $! >{tmp_path}/other; '
+                 f'{gate.wait}')
+    runner.until('started', 'job.1')
+    with open(gate.path, 'w'):              # it waits there
+        runner.close()
+    for name in ('pid', 'other'):
+        assert rig.ends(int((tmp_path / name).read_text()))
+    assert not os.path.exists(runner.folder)
 
 
 # ---- Cleaning up ----
@@ -1078,7 +1341,7 @@ def test_the_exit_status_survives_a_full_disk(channel, small_disk, status):
     runner = channel(workdir=str(small_disk))
     runner.start('job', f'cat /dev/zero >full; exit {status}')
     assert runner.ended('job')[0] == status
-    (small_disk / 'project/jobs/job.1/work/full').unlink()
+    next(small_disk.glob('*/jobs/job.1/work/full')).unlink()
     runner.close()
     again = channel(workdir=str(small_disk))
     again.start('job', 'true')

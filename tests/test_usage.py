@@ -18,7 +18,11 @@ USAGES = {
     'execute_batch': ssh_scheduler.EXECUTE_BATCH_USAGE,
     'execute_remote': ssh_scheduler.EXECUTE_REMOTE_USAGE,
 }
-POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>'}
+OTHER_USAGES = {
+    'execute_to': ssh_scheduler.EXECUTE_TO_USAGE,
+    'query_machines': ssh_scheduler.QUERY_MACHINES_USAGE,
+}
+POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execute_to': '<command>'}
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
 
 
@@ -29,7 +33,7 @@ def split(line):
 def read(line):
     """Return the Options of a command line, split as a shell does."""
     command, *words = line if isinstance(line, list) else split(line)
-    return ssh_scheduler.read_options(USAGES[command], words)
+    return ssh_scheduler.read_options({**USAGES, **OTHER_USAGES}[command], words)
 
 
 def said(line):
@@ -127,6 +131,23 @@ OTHERS = [
     ('execute_remote --job-name --help x', {'<command>': 'x', '--job-name': '--help'}),
     ('execute_remote --machine=a=b x', {'<command>': 'x', '--machine': 'a=b'}),
     ('execute_batch --num-cpus 3 b', {'<batch>': 'b', '--num-cpus': '3'}),
+    # of the commands that run one thing
+    ("execute_remote --machine lab1 --stdin -- 'cat'",
+     {'<command>': 'cat', '--machine': 'lab1', '--stdin': True}),
+    ('execute_remote --attach name', {'<command>': None, '--attach': 'name'}),
+    ('execute_remote --cancel=name --verbose',
+     {'<command>': None, '--cancel': 'name', '--verbose': True}),
+    ("execute_remote --machine a --detach --job-name n --copy-forwards -- 'x y'",
+     {'<command>': 'x y', '--machine': 'a', '--detach': True, '--job-name': 'n',
+      '--copy-forwards': ()}),
+    ("execute_to --machines a b @c -- 'uname -r'",
+     {'<command>': 'uname -r', '--machines': ('a', 'b', '@c')}),
+    ("execute_to --machines a --gather --fanout=3 --timeout 5 'x'",
+     {'<command>': 'x', '--machines': ('a',), '--gather': True, '--fanout': '3',
+      '--timeout': '5'}),
+    ("execute_to --copy-backwards made --machines a --diff --job-name n -- 'x'",
+     {'<command>': 'x', '--copy-backwards': ('made',), '--machines': ('a',), '--diff': True,
+      '--job-name': 'n'}),
     # flags take no word
     ('execute_batch --reserve b --dry-run --verbose',
      {'<batch>': 'b', '--reserve': True, '--dry-run': True, '--verbose': True}),
@@ -179,7 +200,8 @@ def readme_lines():
     lines = [line.strip() for block in blocks
              for line in block.replace('\\\n', ' ').splitlines()]
     lines = [line[2:] if line.startswith('$ ') else line for line in lines]
-    return [line for line in lines if line.split()[:1] and line.split()[0] in USAGES]
+    known = {**USAGES, **OTHER_USAGES}
+    return [line for line in lines if line.split()[:1] and line.split()[0] in known]
 
 
 @pytest.mark.parametrize('line', readme_lines())
@@ -190,9 +212,13 @@ def test_a_command_line_of_the_readme_is_understood(line):
         assert shown.code == 0
         return
     command = line.split()[0]
-    assert options[POSITIONALS[command]]
-    assert command == 'execute_remote' or options['--machines']
-    ssh_scheduler.read_allocation(options)
+    if command == 'execute_remote':     # in a batch file, it names no machine
+        assert options['<command>'] or options['--attach']
+    else:
+        assert options['--machines'] and (command not in POSITIONALS
+                                          or options[POSITIONALS[command]])
+    if command != 'execute_to':
+        ssh_scheduler.read_allocation(options)
 
 
 # ---- What is wrong is named ----
@@ -356,8 +382,15 @@ def test_the_help_of_execute_remote_is_its_usage_text():
     assert call_main('execute_remote', '--help') == (ssh_scheduler.EXECUTE_REMOTE_USAGE, '', 0)
 
 
+@pytest.mark.parametrize('words', [
+    ['--attach', 'a', '--cancel', 'b'], ['--attach', 'a', '--copy-forwards', 'b']])
+def test_what_cannot_be_given_together_is_named(words):
+    assert complaint(*words, command='execute_remote') == (
+        f'{words[2]} cannot be given with --attach.')
+
+
 def test_help_fits_a_terminal_of_100_columns():
-    for usage in USAGES.values():
+    for usage in (*USAGES.values(), *OTHER_USAGES.values()):
         assert all(len(line) <= 100 for line in usage.splitlines())
 
 

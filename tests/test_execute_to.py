@@ -1,0 +1,471 @@
+"""execute_to: one command on many machines at once, with real sshds and real processes."""
+import os
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import rig
+from batching import RESULTS, assert_clean, places, wait_until
+from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree, peak_mb, word
+
+
+@pytest.fixture
+def start(start_cli, project):
+    """Start it: start(machines, command, *options) -> Running."""
+    def begin(machines, command, *options, **settings):
+        return Running(start_cli('execute_to', *options, '--machines', *map(word, machines), '--',
+                                 command, binary=True, **settings))
+
+    return begin
+
+
+@pytest.fixture
+def run(start):
+    """Run it to its end, with nothing on its standard input."""
+    return lambda *words, **settings: start(*words, stdin=subprocess.DEVNULL, **settings).end()
+
+
+@pytest.fixture
+def named(lab):
+    """Make machines of these names: named('a', 'bc', …) -> (Machines, their files)."""
+    def make(*names, **settings):
+        machines = [lab(name=name, **settings) for name in names]
+        return machines, [file_of(machine) for machine in machines]
+
+    return make
+
+
+def file_of(machine, **more):
+    return str(machine.yaml(name=machine.name, **more))
+
+
+def assert_all_clean(machines):
+    for machine in machines:
+        assert_clean(machine)
+
+
+# ---- All at once ----
+
+def test_ten_machines_at_once(run, named, gate):
+    """Each command waits for the next machine's, so they all run at a time."""
+    machines, files = named(*(f'node{n}' for n in range(1, 11)))
+    for machine, command in zip(machines, gate.meeting(10)):
+        (machine.folder / 'meet').write_text(command)
+    done = run(files, '. $RIG_MACHINE/meet; echo here; echo there >&2')
+    assert done.status == 0
+    assert sorted(done.out.decode().splitlines()) == sorted(
+        f'{f"node{n}:":<8}here' for n in range(1, 11))
+    assert sorted(done.notes) == sorted(f'{f"node{n}:":<8}there' for n in range(1, 11))
+    assert [machine.logins() for machine in machines] == [1] * 10
+    assert_all_clean(machines)
+    assert not os.listdir('.')          # nothing is left here, either
+
+
+@pytest.mark.parametrize('fanout, most', [(1, 1), (3, 3), (64, 6)])
+def test_no_more_than_fanout_at_a_time(start, named, ledger, gate, fanout, most):
+    machines, files = named(*(f'm{n}' for n in range(6)))
+    for machine in machines:
+        gate.path(machine.name)
+    command = (f'name=${{SSH_SCHEDULER_JOB##*_}}; echo start $name >>{ledger}; '
+               f'read -r <{gate.folder}/$name; echo end $name >>{ledger}')
+    running = start(files, command, f'--fanout={fanout}')
+    for count in range(6):
+        wait_until(lambda count=count: ledger.read_text().count('start') == min(most + count, 6),
+                   'the next start')
+        begun, ended = ({line.split()[1] for line in ledger.read_text().splitlines()
+                         if line.startswith(word)} for word in ('start', 'end'))
+        gate.open(min(begun - ended))
+        wait_until(lambda count=count: ledger.read_text().count('end') == count + 1, 'an end')
+    assert running.end().status == 0
+    at_once = peak = 0
+    for line in ledger.read_text().splitlines():
+        at_once += 1 if line.startswith('start') else -1
+        peak = max(peak, at_once)
+    assert peak == most
+    assert (at_once, len(ledger.read_text().splitlines())) == (0, 12)
+
+
+def test_localhost_too(run, named, client_home):
+    machines, files = named('far')
+    done = run([*files, 'localhost'], 'echo ${RIG_MACHINE-here}')
+    assert sorted(done.out.splitlines()) == [
+        f'far:       {machines[0].folder}'.encode(), b'localhost: here']
+    assert done.status == 0
+    assert set().union(*places(client_home).values()) == set()
+
+
+# ---- Lines ----
+
+def test_lines_come_while_the_command_runs(start, named, gate):
+    _, files = named('a', 'bb')
+    mine = f'read -r <{gate.path("a").parent}/${{SSH_SCHEDULER_JOB##*_}}'
+    gate.path('bb')
+    running = start(files, f'echo one; printf half; {mine}; echo " two"')
+    running.until(b'a:  one\n')
+    running.until(b'bb: one\n')
+    assert b'half' not in running.out
+    gate.open('a')
+    gate.open('bb')
+    assert sorted(running.end().out.splitlines()) == [
+        b'a:  half two', b'a:  one', b'bb: half two', b'bb: one']
+
+
+def test_whole_lines_are_never_mixed(run, named):
+    machines, files = named('left', 'right')
+    done = run(files, 'x=$(printf %3000s); for n in {1..3000}; do echo "$n$x$n"; '
+               'echo "$n${x:0:100}$n" >&2; done')
+    assert done.status == 0
+    for said in (done.out, done.err):
+        seen = Counter()
+        for line in bytes(said).splitlines():
+            name, first, last = line.split()
+            assert first == last
+            seen[name] += 1
+            assert int(first) == seen[name]
+        assert seen == {b'left:': 3000, b'right:': 3000}
+
+
+@pytest.mark.parametrize('text, lines', [
+    (r'1\r2\r3\n', [b'3']), (r'a\r\nb\r\n', [b'a', b'b']), (r'10%%\r20%%\r', [b'20%']),
+    (r'no end', [b'no end']), (r'\n\n', [b'', b'']), (r'\0\377\n', [b'\0\xff']),
+    (r'a\n\rb\r\n', [b'a', b'b']), ('', [])])
+def test_what_a_line_is(run, lab1, text, lines):
+    done = run([file_of(lab1)], f"printf '{text}'; printf '{text}' >&2")
+    assert done.status == 0
+    assert bytes(done.out).split(b'\n') == [b'lab1: ' + line for line in lines] + [b'']
+    assert done.err == done.out
+
+
+def test_a_progress_bar_shows_its_last_state(run, lab1):
+    done = run([file_of(lab1)], r'for n in {1..50}; do printf "\r%d%%" $n >&2; done; '
+               r'printf "\r\n" >&2')
+    assert done.notes == ['lab1: 50%']
+
+
+def test_memory_is_bounded_however_much_comes(start, named, gate):
+    machines, files = named('a')
+    running = start(files, f'yes | head -c 100000000; {gate.wait("a")}')
+    count, expected = 0, 50_000_000 * len(b'a: y\n')
+    while count < expected:
+        running.size(1)
+        count += len(running.out)
+        running.out.clear()
+    assert peak_mb(running.process.pid) < 100
+    gate.open('a')
+    assert (running.end().status, count) == (0, expected)
+    assert_all_clean(machines)
+
+
+def test_a_line_without_end_is_bounded_too(start, lab1, gate):
+    running = start([file_of(lab1)], f'head -c 100000000 /dev/zero; {gate.wait("a")}')
+    count = 0
+    while count < 99_000_000:
+        running.size(1)
+        count += running.out.count(b'\0')
+        running.out.clear()
+    assert peak_mb(running.process.pid) < 100
+    gate.open('a')
+    count += running.end().out.count(b'\0')
+    assert count == 100_000_000
+
+
+def test_on_a_terminal_names_have_colours(scheduler, client_env, named, project):
+    _, files = named('a', 'bb')
+    with at_terminal(scheduler, client_env, 'execute_to', '--machines', *files, '--',
+                     '[ -t 1 ] || echo x') as at:
+        assert at.end() == 0
+    assert sorted(bytes(at.said).split(b'\r\n')) == [
+        b'', b'\x1b[31ma: \x1b[m x', b'\x1b[32mbb:\x1b[m x']
+
+
+def test_its_input_is_empty(start, lab1):
+    assert start([lab1], 'cat; echo end').end().status == 0
+
+
+# ---- What goes wrong ----
+
+def test_one_line_for_each_kind_of_failure(run, named):
+    machines, files = named('good', 'bad1', 'bad2', 'worse', 'off', 'hangs')
+    (noisy,), noisy_file = named('noisy', startup={'.bashrc': 'echo noise; echo more >&2\n'})
+    files += noisy_file
+    good, bad1, bad2, worse, off, hangs = machines
+    for machine, command in ((bad1, 'exit 3'), (bad2, 'exit 3'), (worse, 'exit 255'),
+                             (noisy, 'exit 0'), (good, 'exit 0')):
+        (machine.folder / 'it').write_text(command)
+    off.stop()
+    hangs.freeze()
+    done = run(files, 'echo said; . $RIG_MACHINE/it', '--timeout=5')
+    hangs.thaw()
+    assert done.status == 1
+    assert sorted(done.out.decode().split('\n')) == [
+        '', *(f'{name:<6} said' for name in ('bad1:', 'bad2:', 'good:', 'noisy:', 'worse:'))]
+    assert sorted(done.notes) == [
+        'failed: bad1, bad2 (exit code 3)', 'failed: worse (exit code 255)',
+        'timed out: hangs (after 5 s)',
+        f'unreachable: off (nothing listens at port {off.port} there)']
+    assert_all_clean([good, bad1, bad2, worse, noisy])
+
+
+def test_what_says_too_much_is_ended_in_time(run, start, named):
+    """What it had said over there, gigabytes perhaps, does not all come first."""
+    machines, files = named('a')
+    began = time.monotonic()
+    running = start(files, 'yes', '--timeout=2', stdout=subprocess.DEVNULL)
+    assert running.end().status == 1
+    assert time.monotonic() - began < 20
+    assert_all_clean(machines)
+
+
+def test_a_machine_that_hangs_while_it_runs(start, named):
+    machines, files = named('a')
+    running = start(files, 'echo one; sleep 1000', '--timeout=3')
+    running.until(b'a: one')
+    machines[0].freeze()
+    began = time.monotonic()
+    done = running.end()
+    assert (done.status, time.monotonic() - began < 50) == (1, True)
+    assert 'timed out: a (after 3 s)' in done.notes
+    assert any('could not be confirmed to have ended on a' in line for line in done.notes)
+    machines[0].thaw()
+
+
+def test_all_that_fail_are_not_success(run, named):
+    """clush would exit with 0."""
+    _, files = named('a', 'b')
+    done = run(files, 'exit 9')
+    assert (done.status, done.out, done.notes) == (1, b'', ['failed: a, b (exit code 9)'])
+
+
+def test_a_command_that_takes_too_long_is_ended(run, named, ledger):
+    machines, files = named('slow', 'quick')
+    (machines[0].folder / 'it').write_text(nasty_tree(ledger))
+    (machines[1].folder / 'it').write_text('echo quick')
+    done = run(files, '. $RIG_MACHINE/it', '--timeout=4')
+    assert done.status == 1
+    assert 'timed out: slow (after 4 s)' in done.notes
+    assert b'quick: quick\n' in done.out
+    assert_ended(nasty_pids(ledger))
+    assert_all_clean(machines)
+
+
+def test_a_machine_that_is_lost_on_the_way(start, host, lab1, gate):
+    machine = host(sees=(gate.folder,))
+    patient = {'UserKnownHostsFile': str(machine.known_hosts), 'ServerAliveInterval': '1',
+               'ServerAliveCountMax': '2'}
+    running = start([file_of(machine, ssh_options=patient), file_of(lab1)],
+                    'echo here; [ -d ~/.lab ] || ' + gate.wait('a'))
+    running.until(b'host1: here\n')
+    running.until(b'lab1:  here\n')
+    machine.cut()
+    gate.open('a')
+    done = running.end()
+    assert done.status == 1
+    assert [line for line in done.notes if line.startswith('lost: host1 (')], done.notes
+    machine.restore()
+    wait_until(lambda: not machine.processes(), 'the end of what was tied to the connection')
+    assert_clean(machine)
+
+
+def test_a_daemon_is_named_with_its_machine(run, lab1, ledger):
+    done = run([file_of(lab1)], f'setsid sleep 1000 >/dev/null 2>&1 & echo $! >>{ledger}')
+    pid = int(ledger.read_text())
+    rig.kill(pid, lambda pid: rig.read_proc(pid, 'comm') == b'sleep\n')
+    assert done.status == 0
+    assert re.fullmatch(rf'lab1: to-\S+ ended, but what it started goes on there: sleep \({pid}\)',
+                        done.notes[0])
+
+
+@pytest.mark.parametrize('words', [
+    ('true',), ('--machines', 'nowhere', '--', 'true', 'x'), ('--machines', 'no.yaml', '--', 'x'),
+    ('--machines', 'localhost', '--fanout=0', '--', 'x'),
+    ('--machines', 'localhost', '--timeout=-1', '--', 'x'), ('--machines', 'localhost', '--'),
+    ('--machines', '@nowhere', '--', 'x'), ('--machines', 'localhost', '--nice=99', '--', 'x'),
+    ('--machines', 'localhost', '--copy-forwards', 'missing', '--', 'x')])
+def test_a_wrong_command_line_is_named_and_nothing_is_made(start_cli, project, words):
+    done = Running(start_cli('execute_to', *words, binary=True)).end()
+    assert (done.status, done.out) == (2, b'')
+    assert done.notes[0].startswith('execute_to: ') and done.notes[0].endswith(('.', '?'))
+    assert not [*project.iterdir()]
+
+
+# ---- Gathered ----
+
+@pytest.fixture
+def alike(named):
+    """Four machines, of which the third says something else, and the fourth nothing at all."""
+    machines, files = named('n1', 'n2', 'n3', 'n4')
+    for machine, text in zip(machines, ('x\ny\n', 'x\ny\n', 'x\nz', '')):
+        (machine.folder / 'text').write_text(text)
+    return files
+
+
+def test_equal_outputs_are_folded(run, alike):
+    done = run(alike, 'cat $RIG_MACHINE/text; echo err >&2', '--gather')
+    assert (done.status, bytes(done.out).decode()) == (
+        0, '---- n1, n2 (2 machines)\nx\ny\n---- n3\nx\nz\n')
+    assert done.notes == ['---- n1, n2 (2 machines)', 'err', '---- n3', 'err', '---- n4', 'err']
+    assert not os.listdir('.')
+
+
+def test_differences_from_the_first(run, alike):
+    done = run(alike, 'cat $RIG_MACHINE/text', '--diff')
+    assert bytes(done.out).decode() == (
+        '---- n1, n2 (2 machines)\nx\ny\n'
+        '---- n3\n--- n1\n+++ n3\n@@ -1,2 +1,2 @@\n x\n-y\n+z\n'
+        '---- n4\n--- n1\n+++ n4\n@@ -1,2 +0,0 @@\n-x\n-y\n')
+
+
+def test_gathered_failures_are_shown_with_what_they_said(run, named):
+    machines, files = named('a', 'b', 'off')
+    machines[2].stop()
+    done = run(files, 'echo said; exit 3', '--gather')
+    assert (done.status, done.out) == (1, b'---- a, b (2 machines)\nsaid\n')
+    assert done.notes == ['failed: a, b (exit code 3)', 'unreachable: off (nothing listens at port '
+                          f'{machines[2].port} there)']
+
+
+def test_much_can_be_gathered(start, named):
+    machines, files = named('a', 'b')
+    running = start(files, 'yes | head -c 30000000', '--gather')
+    done = running.end()
+    assert done.out == b'---- a, b (2 machines)\n' + b'y\n' * 15_000_000
+
+
+# ---- Results ----
+
+def test_results_come_back_to_a_folder_for_each_machine(run, named, project):
+    machines, files = named('a', 'b')
+    (project / 'data').write_text('data')
+    (project / 'big').write_bytes(bytes(300_000))
+    done = run(files, 'cat data; wc -c <big; hostname >name; echo $SSH_SCHEDULER_JOB >made/job',
+               '--copy-forwards', 'data', '--copy-backwards', 'made', '--job-name', 'r')
+    assert done.status == 1             # there is no folder made
+    for path in RESULTS.glob('r_*'):
+        path.unlink() if path.is_file() else path.rmdir()
+    done = run(files, 'cat data; ls; mkdir made; echo $SSH_SCHEDULER_JOB >made/job',
+               '--copy-forwards', 'data', '--copy-backwards', 'made', '--job-name', 's')
+    assert done.status == 0, done
+    assert sorted(bytes(done.out).split(b'\n')) == [b'', b'a: datadata', b'b: datadata']
+    for name in 'ab':
+        assert (RESULTS / f's_{name}/made/job').read_text() == f's_{name}\n'
+        assert (RESULTS / f's_{name}.out').read_text() == 'datadata\n'
+    assert_all_clean(machines)
+
+
+def test_nothing_goes_and_nothing_comes_by_default(run, lab1, project):
+    (project / 'data').write_text('data')
+    done = run([file_of(lab1)], 'ls; echo made >made')
+    assert (done.status, done.out, done.err) == (0, b'', b'')
+    assert os.listdir(project) == ['data']
+
+
+def test_results_that_are_there_are_not_replaced(run, lab1, project):
+    assert run([file_of(lab1)], 'echo 1', '--job-name', 'x').status == 0
+    done = run([file_of(lab1)], 'echo 2', '--job-name', 'x')
+    assert (done.status, done.out) == (2, b'')
+    assert 'there are results of x_lab1 already' in done.notes[0]
+    assert (RESULTS / 'x_lab1.out').read_text() == '1\n'
+
+
+def test_machines_of_one_name_are_told_apart(run, lab1, lab2):
+    done = run([str(lab1.yaml(name='same')), str(lab2.yaml(name='same'))], 'true')
+    assert (done.status, done.out) == (2, b'')
+    assert 'same' in done.notes[0]
+
+
+# ---- Machines from a file ----
+
+def test_machines_from_a_file(run, run_cli, named, project):
+    _, files = named('a', 'b')
+    Path('all').write_text(f'# the machines\n{files[0]}\n\n  {files[1]}\n')
+    done = run(['@all'], 'echo x')
+    assert (done.status, sorted(done.out.splitlines())) == (0, [b'a: x', b'b: x'])
+    Path('one').write_text(f'{files[0]}\n')
+    assert sorted(run(['@one', files[1]], 'echo x').out.splitlines()) == [b'a: x', b'b: x']
+    asked = run_cli('query_machines', '--machines', '@all')
+    assert (asked.returncode, asked.stdout.count('\n')) == (0, 3)
+    Path('batch.sh').write_text('echo batch\n')
+    batch = run_cli('execute_batch', 'batch.sh', '--no-gpu-required', '--machines', '@all')
+    assert batch.returncode == 0, batch.stderr
+    assert batch.stdout.startswith("machine limits:  {'a': ")
+    assert (RESULTS / 'batch.sh.1.out').read_text() == 'batch\n'
+
+
+# ---- It is ended ----
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_its_end_is_that_of_what_it_started(start, named, tmp_path, number):
+    """Killing clush leaves the remote processes running."""
+    machines, files = named('a', 'b')
+    ledgers = []
+    for machine in machines:
+        ledgers.append(tmp_path / f'ledger.{machine.name}')
+        ledgers[-1].touch()
+        (machine.folder / 'it').write_text(nasty_tree(ledgers[-1]))
+    running = start(files, '. $RIG_MACHINE/it')
+    pids = [nasty_pids(ledger) for ledger in ledgers]
+    if number == signal.SIGKILL:
+        running.process.kill()
+    else:
+        running.signal(number)
+    done = running.end()
+    assert done.status == (130 if number != signal.SIGKILL else -9)
+    for found in pids:
+        for kind, pid in found.items():
+            assert rig.ends(pid, timeout_s=15), kind
+    for machine in machines:
+        wait_until(lambda machine=machine: not machine.processes(), 'the end of all')
+    assert_all_clean(machines)
+
+
+def test_a_second_interrupt_stops_waiting(start, named, gate):
+    machines, files = named('a', 'b')
+    running = start(files, f'echo one; {gate.wait("a")}')
+    running.until(b'a: one')
+    running.until(b'b: one')
+    machines[0].freeze()
+    began = time.monotonic()
+    running.signal()
+    time.sleep(0.3)             # two signals at once are one
+    running.signal()
+    done = running.end()
+    assert (done.status, time.monotonic() - began < 8) == (130, True)
+    assert any('could not be confirmed to have ended on a' in line for line in done.notes)
+    machines[0].thaw()
+
+
+def test_a_reader_that_leaves_ends_it_all(start, named):
+    machines, files = named('a', 'b')
+    began = time.monotonic()
+    running = start(files, 'yes')
+    running.size(1)
+    del running._open[running.process.stdout.fileno()]
+    running.process.stdout.close()
+    assert running.end().status == 1
+    assert time.monotonic() - began < 15
+    assert_all_clean(machines)
+
+
+def test_an_interrupt_while_it_connects(start, named, client_home):
+    machines, files = named('a')
+    machines[0].freeze()
+    running = start(files, 'true')
+    wait_until(lambda: any('ssh -F' in rig.cmdline(pid) for pid in rig.knowing(client_home)),
+               'an ssh that waits')
+    running.signal()
+    assert running.end().status == 130
+    machines[0].thaw()
+
+
+def test_what_has_no_reader_at_all(start_cli, lab1, project):
+    """Both streams are closed files, as where a terminal has gone."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    process = start_cli('execute_to', '--machines', lab1.yaml(), '--', 'echo x', stdout=null,
+                        binary=True)
+    os.close(null)
+    _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (1, b'')
