@@ -47,6 +47,12 @@ def faults_of(host):
                 function()
         return fault
 
+    def if_room(function):
+        def begin():
+            with contextlib.suppress(OSError):          # a job took it at this moment
+                function()
+        return begin
+
     return {'cut': for_a_while(host.cut, host.restore),
             'drop replies': for_a_while(host.drop_replies, host.restore),
             'drop requests': for_a_while(host.drop_requests, host.restore),
@@ -55,7 +61,7 @@ def faults_of(host):
             'freeze sessions': for_a_while(host.freeze_sessions, host.thaw),
             'freeze': for_a_while(host.freeze, host.thaw),
             'stop sshd': for_a_while(host.stop, host.start),
-            'fill disk': for_a_while(host.fill_disk, host.free_disk),
+            'fill disk': for_a_while(if_room(host.fill_disk), host.free_disk),
             'reset': if_there(host.reset_connections),
             'kill sessions': if_there(host.kill_sessions),
             'kill runner': if_there(host.kill_runner),
