@@ -2000,6 +2000,7 @@ REMOTE_RUNNER = r'''
 
 JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
 GPU_LIMIT_S=20              # for nvidia-smi's answer
+OLD_DAYS=14                 # after which what was sent is forgotten
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -2884,22 +2885,39 @@ leave() {                   # where no job needs it, what came goes, though nobo
   fi
   rmdir -- "$home/jobs"
   [[ ! -e $home/jobs ]] || return
-  remove "${arrived[@]}"
-  tidy
+  tidy "${arrived[@]}"
 }
 
-tidy() {                    # removes what is of use to nobody any more
-  local dir value others=
-  remove "$run" "${begun[@]/#/$claims/$project.}"
+tidy() {                    # removes what is of use to nobody any more; $@: and this
+  local dir value others='' gone=("$@" "$run" "${begun[@]/#/$claims/$project.}")
   rmdir -- "$home/jobs"
   if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
     for dir in "$home"/run.*; do
+      [[ $dir != "$run" ]] || continue
       { read -r value <"$dir/self"; } && ! is_runner "$value" &&
-        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && remove "$dir" || others=1
+        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
     done
-    [[ $others ]] || remove "$home/stage" "$claims/$project."*
+    [[ $others ]] || gone+=("$home/stage" "$claims/$project."*)
   fi
+  remove "${gone[@]}"
   rmdir -- "$claims" "$home/stage" "$home"
+} 2>/dev/null
+
+# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay.
+forget_old() {              # removes what other folders' batches left, where that is two weeks old
+  local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
+  while IFS= read -rd '' dir; do
+    # Each run changes the time of its folder.  What has anything that is not ours is not ours.
+    [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
+    for entry in "$dir"/* "$dir"/cache/*; do
+      case ${entry#"$dir/"} in
+        cache | cache/copy | cache/link | stage | run.*) ;;
+        *) continue 2 ;;
+      esac
+    done
+    remove "$dir"
+  done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
+    -mtime "+$OLD_DAYS" -print0)
 } 2>/dev/null
 
 remove() {                  # jobs whose results are safe over there
@@ -3055,9 +3073,9 @@ main() {
           mv -T -- "$home/cache" "$run/cache"
           mv -T -- "$home/stage/$field" "$home/cache"
         fi
-        (cd -- "$home/stage" && remove "${fields[@]}") </dev/null
-        tidy </dev/null
-        say finished ;;
+        tidy "${fields[@]/#/$home/stage/}" </dev/null
+        say finished
+        forget_old </dev/null ;;
       *) tell broken "unknown request: $verb" ;;
     esac
   done

@@ -1408,3 +1408,22 @@ def test_older_bashes_run_jobs(channel, bash):
     runner.send('finish', '', 1, 'one')
     runner.until('finished')
     assert os.listdir(runner.folder) == []
+
+
+def test_what_was_sent_is_forgotten_after_two_weeks(channel, env):
+    root = Path(env['HOME'], '.ssh_scheduler')
+    for name, days, inner in [
+            ('old-0123456789ab', 15, 'cache/copy'), ('new-0123456789ab', 13, 'cache/copy'),
+            ('with-0123456789ab', 99, 'jobs/job.1'), ('theirs-0123456789ab', 99, 'results'),
+            ('theirs-202611221234', 99, 'cache/data'), ('named-so', 99, 'cache/copy')]:
+        (root / name / 'cache').mkdir(parents=True)
+        (root / name / inner).mkdir(parents=True, exist_ok=True)
+        then = time.time() - days * 86400
+        os.utime(root / name, (then, then))
+    runner = channel()
+    runner.ready()
+    runner.finish()
+    runner.process.wait(rig.SAFETY_NET_S)
+    assert sorted(path.name for path in root.iterdir()) == [
+        'named-so', 'new-0123456789ab', 'theirs-0123456789ab', 'theirs-202611221234',
+        'with-0123456789ab']
