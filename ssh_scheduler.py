@@ -19,6 +19,10 @@ So the number of ssh processes does not grow with the number of jobs, and a mach
 a batch.  Jobs are started over there, in process groups of their own, with their streams in files;
 they do not depend on the channel.  When this program dies, the channel ends, and the runner with
 it, but the jobs run on and leave their exit status in a file; the same command again asks for it.
+When contact is lost, a new channel is opened and asks in the same way.  A runner over there that
+was left behind is ended by the next one of the same owner, which also claims each start that may
+not have arrived, so that no job can ever begin twice.  A command for one machine or for many is a
+job, too: then Fanout, which places nothing, stands where Batch does.
 
 The life of a job, and who owns each step:
 
@@ -35,7 +39,7 @@ for a shell over there stands in constants; all else crosses as data, between NU
 
 Sections: Usage, Errors, Options, Records, Machine files, Batch files, Resources, Probe, Files to
 send, Archives, Connection, The remote runner, Processes, Wire, Results, Machine runner, Report,
-Scheduler, Batch, Commands.
+Scheduler, Batch, Fan-out, Commands.
 
 As a library: MachineResources and MachineRunner keep their documented methods; everything else may
 change.  Importing has no effect: nothing is read, printed or started.
