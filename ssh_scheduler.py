@@ -4186,6 +4186,7 @@ class Order:
         self.noted = {}                     # what the journal says of it besides
         self.follower = None
         self.started = False                # it was said that it was
+        self.back_bytes = 0                 # of what it made, where that is much
         self.too_large = ''                 # why what it made stays over there
         self.aside = False                  # it was cancelled: what there is of it is set aside
         self.entries = None                 # what it left, once it ended
@@ -4260,7 +4261,13 @@ class Fetcher:
         order = self.orders[key]
         order.entries = None
         self._sort_out(order, entries)
-        if order.too_large:
+        size = order.back_bytes
+        if size > free_bytes(self._session.results.folder):
+            self._leave(order, f'they are {size_of(size)}, and the disk here is too full')
+            return
+        limit = self._session.max_result_bytes
+        if limit is not None and size > limit:
+            order.too_large = f'it is {size_of(size)}, and --max-result-size is {size_of(limit)}'
             self._signal('warning', f'{order.job_name}: what it made is not brought back: '
                          f'{order.too_large}. It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
@@ -4293,14 +4300,6 @@ class Fetcher:
             self._under_way = True
             self._fetch(orders, self._channel.rsync_works)
 
-    def _too_large(self, size):
-        """Return why results of so many bytes cannot be fetched, or ''."""
-        limit = self._session.max_result_bytes
-        if limit is not None and size > limit:
-            return f'it is {size_of(size)}, and --max-result-size allows {size_of(limit)}'
-        free = free_bytes(self._session.results.folder)
-        return f'it is {size_of(size)}, and {size_of(free)} are free here' if size > free else ''
-
     def _sort_out(self, order, entries):
         for entry in entries:
             mark, path = entry[:1], os.fsdecode(entry[1:])
@@ -4308,7 +4307,7 @@ class Fetcher:
                 order.back.append(path)
                 continue
             if mark == b's':
-                order.too_large = self._too_large(int(path))
+                order.back_bytes = int(path)
                 continue
             why = ('it did not make {}' if mark == b'!' else
                    '{} is no file, folder or link').format(printable(path))
@@ -6107,7 +6106,8 @@ class Batch:
             if runner.state == 'ready':
                 runner.cancel()
         until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and runner.busy for runner in self._runners)
+        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
+                   for runner in self._runners)
                and self._interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(0.2)
         for name, runner in running:

@@ -396,7 +396,7 @@ def test_a_spool_that_heard_nothing_says_so(tmp_path):
     assert spool.unpack(str(tmp_path)) == [] and spool.trouble == 'nothing arrived'
     for _ in range(300):
         spool.take(b'noise' * 1000)
-    assert len(spool._head) <= ssh_scheduler.LONGEST_NOISE + 5000
+    assert len(spool._behind.head) <= ssh_scheduler.LONGEST_NOISE + 5000
     spool.take(b'x' * ssh_scheduler.LONGEST_NOISE + b'\ntok')
     spool.take(b'en\n' + WHOLE)
     os.mkdir(tmp_path / 'in')
