@@ -536,7 +536,7 @@ def test_28_a_full_disk_here(lab, run, disk, project, tools):
     here.fill(leave=2 << 20)
     lines = [ledger_line('head -c 2500000 /dev/urandom >big'), ledger_line('echo 2')]
     first = run(lines, [machine])
-    assert first.returncode == 1
+    assert first.returncode == 1, first.stderr
     assert 'batch.sh.1: its results could not be fetched' in first.stderr, first.stderr
     assert not (RESULTS / 'batch.sh.1').exists()
     assert not [*RESULTS.glob('.ssh_scheduler/incoming*')]
