@@ -2068,16 +2068,18 @@ centiseconds() {            # REPLY: hundredths of a second since boot
 # ---- What the machine is and has ----
 
 capture() {                 # leaves the environment of an interactive login in $run/environment
-  local shell=${SHELL:-$BASH} dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+  local shell=${SHELL:-$BASH} to=$run/environment dump
+  dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+  [[ ! $setup ]] || to=$run/login       # setup has the last word
   if [[ $shell == */bash ]]; then
     dump='/usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"
           declare -f >"$SSH_SCHEDULER_CAPTURE.functions"'
   fi
   case ${shell##*/} in                  # csh takes -l alone, and with -c it has no $prompt
-    csh | tcsh) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -l <<<"$dump" ;;
-    *) SSH_SCHEDULER_CAPTURE=$run/login "$shell" -ilc "$dump" ;;
+    csh | tcsh) SSH_SCHEDULER_CAPTURE=$to "$shell" -l <<<"$dump" ;;
+    *) SSH_SCHEDULER_CAPTURE=$to "$shell" -ilc "$dump" ;;
   esac 2>"$run/login.err"
-  [[ -s $run/login ]] || env -0 >"$run/login"
+  [[ -s $to ]] || env -0 >"$to"
   if [[ $setup ]]; then
     local entry
     # shellcheck disable=SC2163          # what it says is NAME=VALUE
@@ -2091,9 +2093,6 @@ capture() {                 # leaves the environment of an interactive login in 
       mv "$SSH_SCHEDULER_CAPTURE.new" "$SSH_SCHEDULER_CAPTURE"
     ' setup "$setup" >"$run/setup.err" 2>&1
     echo $? >"$run/setup.status"
-  else
-    [[ ! -e $run/login.functions ]] || mv "$run/login.functions" "$run/environment.functions"
-    mv "$run/login" "$run/environment"
   fi
 }
 
@@ -2959,7 +2958,7 @@ main() {
   identify "$$"
   self=$REPLY
   oust
-  if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" && mkdir -- "$run" &&
+  if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log"; } 2>&1); then
     printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
     return
@@ -3961,9 +3960,26 @@ def make_run_folder():
     A socket's path may have about 90 bytes, and neither rsync -e nor ssh_config likes blanks.
     """
     for base in (os.environ.get('XDG_RUNTIME_DIR'), os.environ.get('TMPDIR'), '/tmp'):
-        if base and re.fullmatch(r'/[\w./-]{1,50}', base) and os.access(base, os.W_OK | os.X_OK):
-            return private_folder(os.path.join(base, 'sshs'))
+        if base and re.fullmatch(r'/[\w./-]{1,45}', base) and os.access(base, os.W_OK | os.X_OK):
+            remove_dead_folders(base)
+            return private_folder(os.path.join(base, f'sshs.{os.getpid()}'))
     raise SchedulerError('there is no folder for temporary files: /tmp cannot be written.')
+
+
+def remove_dead_folders(base):
+    """Remove the run folders there of runs of ours that were killed."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(base)):
+            match = re.fullmatch(r'sshs\.([1-9][0-9]{0,8})-[0-9a-f]{12}', entry.name)
+            if match and entry.is_dir(follow_symlinks=False) and (
+                    entry.stat(follow_symlinks=False).st_uid == os.getuid()):
+                try:
+                    os.kill(int(match[1]), 0)
+                except ProcessLookupError:
+                    import shutil
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                except PermissionError:
+                    pass        # its number is another's by now: next time
 
 
 def project_name():
@@ -7108,6 +7124,7 @@ def main(argv=None):
     python3 ssh_scheduler.py execute_batch …
     """
     open_streams()
+    called = argv is not None           # by another program, which goes on
     argv = list(sys.argv if argv is None else argv)
     name = os.path.basename(argv[0])
     words = argv[1:]
@@ -7125,7 +7142,13 @@ def main(argv=None):
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130
-    sys.exit(status)
+    if called:
+        sys.exit(status)
+    # Taking the interpreter apart would take as long as a tenth of a login.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == '__main__':
