@@ -4311,7 +4311,7 @@ class Fetcher:
                          f'{self._channel.home}/jobs/{order.key}/work')
             order.back = []
         if not order.back and len(order.streams) == 2:      # all of it came with the event
-            self._commit(order, {}, None)
+            self._commit(order, {}, None, kept=order.too_large)
             return
         self._waiting.append(order)
         if self._due is None:

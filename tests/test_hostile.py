@@ -1,0 +1,148 @@
+"""What comes from a machine that is broken or means harm: nothing outside, nothing too large."""
+import os
+import stat
+import time
+
+import pytest
+from batching import NO_GPU, RESULTS, assert_clean, result, tree_of
+
+import ssh_scheduler as s
+
+
+@pytest.fixture
+def came(tmp_path):
+    """A folder that came from a machine, beside a canary that must stay as it is."""
+    (tmp_path / 'canary').mkdir()
+    (tmp_path / 'canary/file').write_text('alive')
+    folder = tmp_path / 'came'
+    folder.mkdir()
+    before = tree_of(tmp_path / 'canary')
+    yield folder
+    assert tree_of(tmp_path / 'canary') == before
+
+
+def test_only_what_was_asked_for_stays(came):
+    (came / 'a/b').mkdir(parents=True)
+    (came / 'a/b/asked').write_text('x')
+    (came / 'a/b/not').write_text('x')
+    (came / 'more/below').mkdir(parents=True)
+    (came / 'more/below/file').write_text('x')
+    found = sorted(s.vet(str(came), ['./a/b/asked']))
+    assert found == [('a/b/not', 'was not asked for'), ('more', 'was not asked for')]
+    assert sorted(tree_of(came)) == [b'a', b'a/b', b'a/b/asked']
+
+
+@pytest.mark.parametrize('target', ['../canary', '/etc/passwd', 'a/../../canary/file', '..', '/'])
+def test_links_that_lead_out_go(came, target):
+    (came / 'link').symlink_to(target)
+    assert list(s.vet(str(came), ['./link'])) == [
+        ('link', f'leads out of its folder, to {target}')]
+    assert os.listdir(came) == []
+
+
+@pytest.mark.parametrize('target', ['file', './file', 'a/../file', 'nothing', '.'])
+def test_links_that_stay_inside_stay(came, target):
+    (came / 'link').symlink_to(target)
+    assert list(s.vet(str(came), ['./link'])) == []
+    assert os.readlink(came / 'link') == target
+
+
+def test_links_are_judged_from_their_own_folder(came):
+    (came / 'a').mkdir()
+    (came / 'a/in').symlink_to('../file')
+    (came / 'a/out').symlink_to('../../file')
+    assert [path for path, _ in s.vet(str(came), ['./a/in', './a/out'])] == ['a/out']
+
+
+def test_a_link_in_the_place_of_a_folder_is_not_followed(came, tmp_path):
+    (came / 'a').symlink_to(tmp_path / 'canary')
+    found = list(s.vet(str(came), ['./a/file']))
+    assert [path for path, _ in found] == ['a'] and os.listdir(came) == []
+
+
+def test_no_rights_and_no_devices_come(came):
+    os.mkfifo(came / 'fifo')
+    (came / 'program').write_text('x')
+    (came / 'program').chmod(0o6755)
+    (came / 'shut').mkdir()
+    (came / 'shut/file').write_text('x')
+    assert list(s.vet(str(came), ['./fifo', './program', './shut'])) == [
+        ('fifo', 'is no file, folder or link'), ('shut/file', 'was not asked for')]
+    assert stat.S_IMODE((came / 'program').stat().st_mode) == 0o755
+
+
+@pytest.fixture
+def processes():
+    made = s.Processes()
+    yield made
+    made.close()
+
+
+def run_confined(processes, folder, command):
+    """Return (exit status, what it complained) of a command that may write in the folder only."""
+    confined = s.confine(str(folder))
+    if confined is None:
+        pytest.skip('this kernel has no Landlock')
+    ended = []
+    processes.start(['bash', '-c', command], lambda data: None,
+                    lambda status, complaint: ended.append((status, complaint.decode())),
+                    confined=confined)
+    until = time.monotonic() + 30
+    while not ended:
+        assert time.monotonic() < until
+        processes.wait(1)
+    return ended[0]
+
+
+def test_a_confined_process_writes_in_its_folder(processes, came):
+    status, _ = run_confined(processes, came, f'cd {came} && mkdir a && echo x >a/b && mv a/b a/c '
+                             '&& ln -s c a/d && rm a/d && echo >/dev/null && cat /etc/passwd')
+    assert status == 0
+    assert (came / 'a/c').read_text() == 'x\n'
+
+
+@pytest.mark.parametrize('command', [
+    'echo x >>../canary/file', ': >../canary/file', 'rm ../canary/file', 'mkdir ../canary/new',
+    'mv ../canary/file .', 'ln -s x ../canary/link', 'mkfifo ../canary/fifo', 'rmdir ../canary',
+    'echo x >../canary/new', 'touch here; mv here ../canary', 'ln ../canary/file here',
+    'bash -c "bash -c \'echo x >../canary/new\'"'])
+def test_a_confined_process_writes_nowhere_else(processes, came, command):
+    status, complaint = run_confined(processes, came, f'cd {came} || exit 0; {command}')
+    assert status != 0
+    assert 'Permission denied' in complaint or 'cross-device' in complaint
+
+
+def test_what_leads_out_is_left_out_with_a_sentence(batches, lab1):
+    done = batches.run(['ln -s /etc/passwd out; ln -s made in; echo x >made'], [lab1], *NO_GPU)
+    assert done.returncode == 0
+    assert (f'WARNING: batch.sh.1: out from {lab1.yaml()} leads out of its folder, to /etc/passwd, '
+            'and was left out') in done.stderr
+    assert sorted(tree_of(RESULTS / 'batch.sh.1')) == [b'in', b'made']
+    assert_clean(lab1)
+
+
+def test_what_is_larger_than_it_may_be_stays_there(batches, lab):
+    machine = lab()
+    lines = ['head -c 3000000 /dev/zero >large; echo said', 'echo small >small']
+    done = batches.run(lines, [machine], '--max-result-size=2', *NO_GPU)
+    assert done.returncode == 0
+    assert ('batch.sh.1: what it made is not brought back: it is 3.0 MB, and --max-result-size is '
+            '2.0 MB. It is kept on ') in done.stderr, done.stderr
+    assert result('batch.sh.1') == b'said\n' and os.listdir(RESULTS / 'batch.sh.1') == []
+    assert (RESULTS / 'batch.sh.2/small').read_text() == 'small\n'
+    (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1/work/large')
+    assert kept.stat().st_size == 3_000_000
+
+
+def test_a_terabyte_that_is_none_does_not_fill_the_disk_here(batches, lab):
+    machine = lab()
+    done = batches.run(['truncate -s 1T huge; echo said'], [machine], *NO_GPU)
+    assert done.returncode == 1
+    assert 'its results could not be fetched: they are 1.1 TB, and the disk here' in done.stderr
+    assert not os.path.lexists(RESULTS / 'batch.sh.1')
+    (huge,) = machine.home.glob('.ssh_scheduler/*/jobs/*/work/huge')
+    huge.unlink()
+    (huge.parents[1] / 'back').unlink()
+    again = batches.run(None, [machine], *NO_GPU)       # the same run of it
+    assert again.returncode == 0, again.stderr
+    assert result('batch.sh.1') == b'said\n'
