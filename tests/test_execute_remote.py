@@ -822,7 +822,7 @@ def test_what_a_machine_with_one_session_cannot_do_is_said(run, lab, tmp_path):
     done = run(machine, 'cat', '--tty', '--job-name', 'tty')
     assert (done.status, done.notes[-1]) == (
         125, f'tty: no terminal could be had on {machine.yaml()}.')
-    assert not machine.processes()
+    wait_until(lambda: not machine.processes(), 'its end')
 
 
 def test_a_full_disk_here_is_said(start, lab1):
