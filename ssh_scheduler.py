@@ -2907,9 +2907,11 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
 } 2>/dev/null
 
 # What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay.
+# Not < <(find): bash's wait would then wait for that, too, and for ever where it has just ended.
 forget_old() {              # removes what other folders' batches left, where that is two weeks old
   local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
-  while IFS= read -rd '' dir; do
+  find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
+    -mtime "+$OLD_DAYS" -print0 | while IFS= read -rd '' dir; do
     # Each run changes the time of its folder.  What has anything that is not ours is not ours.
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
@@ -2919,8 +2921,7 @@ forget_old() {              # removes what other folders' batches left, where th
       esac
     done
     remove "$dir"
-  done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
-    -mtime "+$OLD_DAYS" -print0)
+  done
 } 2>/dev/null
 
 remove() {                  # jobs whose results are safe over there
