@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import rig
+from batching import wait_until
 
 QUERY = 'nvidia-smi --query-gpu={} --format=csv,noheader,nounits'
 
@@ -148,8 +149,9 @@ def test_logins_are_counted(lab):
 
 def start_job(machine):
     """Leave a process on the machine that outlives its login, and return its pid."""
-    answer = machine.run('sleep 1000 </dev/null >/dev/null 2>&1 & echo $!')
-    return int(answer.stdout)
+    pid = int(machine.run('sleep 1000 </dev/null >/dev/null 2>&1 & echo $!').stdout)
+    wait_until(lambda: rig.cmdline(pid) == 'sleep 1000', 'what was forked has become it')
+    return pid
 
 
 def test_processes_are_those_of_the_machine(lab, lab1):
