@@ -2618,6 +2618,7 @@ start_pending() {           # starts what was read of "start" requests since the
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
     elif set +C; [[ -e $dir/cmd ]]; then
       report "$name" </dev/null &
+      disown "$!"
       continue
     fi
     : >"$claims/$project.$name"
@@ -2708,7 +2709,7 @@ room() {                    # tells whether all that is claimed here is within t
 
 report() {                  # what became of job.attempt $1, which was claimed before
   local name=$1 dir=$home/jobs/$1 word value tries=0 why='it ended without a record of how'
-  while :; do
+  while is_runner "$self"; do           # else nobody listens
     read_record "$dir"
     if [[ $word == revoked ]]; then
       return
@@ -2818,7 +2819,7 @@ end_living() {              # the same, but nothing is recorded
 
 find_living() {             # living: the pids of jobs job.attempt $@; not what records their end
   local pid stat fields index
-  local -A parent=() mine=() spared=([$BASHPID]=1)
+  local -A parent=() mine=()
   for pid in "${!wrappers[@]}"; do mine[$pid]=1; done
   for pid in $(holders "$@"); do mine[$pid]=1; done
   for stat in /proc/[1-9]*/stat; do
@@ -2827,7 +2828,7 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
     # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
     fields=(${fields##*) })
     [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
-    [[ ! ${spared[$pid]-} ]] || continue
+    [[ $pid != "$BASHPID" ]] || continue
     parent[$pid]=${fields[1]}
     [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1  # of its process group
   done
@@ -2879,21 +2880,26 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   done < <(stat -c '%s %n' -- "${files[@]}")
 } 2>/dev/null
 
+# By name: a bare wait is for all children, and for ever for a <(...) that has just ended.
+settle() {                  # waits until what is being removed is gone
+  ((${#removing[@]} == 0)) || wait "${removing[@]}"
+  removing=()
+}
+
 leave() {                   # where no job needs it, what came goes, though nobody said "finish"
-  wait
+  settle
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
     cancel 5 "${begun[@]}"
     (cd -- "$home/jobs" && remove "${begun[@]}")
   fi
   rmdir -- "$home/jobs"
-  [[ ! -e $home/jobs ]] || return
-  tidy "${arrived[@]}"
+  [[ -e $home/jobs ]] || tidy "${arrived[@]}"
 }
 
 tidy() {                    # removes what is of use to nobody any more; $@: and this
   local dir value others='' gone=("$@" "$run" "${begun[@]/#/$claims/$project.}")
-  rmdir -- "$home/jobs"
+  [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
   if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
     for dir in "$home"/run.*; do
       [[ $dir != "$run" ]] || continue
@@ -2907,11 +2913,9 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
 } 2>/dev/null
 
 # What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay.
-# Not < <(find): bash's wait would then wait for that, too, and for ever where it has just ended.
 forget_old() {              # removes what other folders' batches left, where that is two weeks old
   local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
-  find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
-    -mtime "+$OLD_DAYS" -print0 | while IFS= read -rd '' dir; do
+  while IFS= read -rd '' dir; do
     # Each run changes the time of its folder.  What has anything that is not ours is not ours.
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
@@ -2921,7 +2925,8 @@ forget_old() {              # removes what other folders' batches left, where th
       esac
     done
     remove "$dir"
-  done
+  done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
+    -mtime "+$OLD_DAYS" -print0)
 } 2>/dev/null
 
 remove() {                  # jobs whose results are safe over there
@@ -2938,7 +2943,7 @@ main() {
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=() begun=() tied='' survivors
+  local arrived=() begun=() removing=() tied='' survivors
   local -A sent linked modes limits_s
 
   for field in token workdir project owner setup want_gpus count; do
@@ -3040,6 +3045,7 @@ main() {
         IFS= read -rd '' count && read_fields "$count" || break
         for field in "${fields[@]}"; do
           revoke "$field" </dev/null && say "absent"$'\t'"$field" || report "$field" </dev/null &
+          disown "$!"
         done ;;
       revoke)               # COUNT JOB.ATTEMPT..., of which nothing may run or be left
         IFS= read -rd '' count && read_fields "$count" || break
@@ -3047,7 +3053,8 @@ main() {
           for field in "${fields[@]}"; do revoke "$field"; done
           end_living 5 "${fields[@]}"
           (cd -- "$home/jobs" && remove "${fields[@]}")
-        } </dev/null & ;;
+        } </dev/null &
+        removing+=("$!") ;;
       ping)                 # NUMBER
         IFS= read -rd '' field || break
         say "pong"$'\t'"$field" ;;
@@ -3068,11 +3075,12 @@ main() {
         IFS= read -rd '' count && read_fields "$count" || break
         local gone=("${fields[@]}")
         for field in "${fields[@]}"; do gone+=("$claims/$project.$field"{,.back}); done
-        (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null & ;;
+        (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null &
+        removing+=("$!") ;;
       finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
         IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
         give_up_gpus
-        wait
+        settle
         if [[ $field ]]; then
           mv -T -- "$home/cache" "$run/cache"
           mv -T -- "$home/stage/$field" "$home/cache"
