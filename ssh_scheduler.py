@@ -2817,8 +2817,10 @@ end_living() {              # the same, but nothing is recorded
   survivors=${living[*]}
 } 2>/dev/null
 
+# In the order in which they began: a shell that is told to end after what it waits for has gone on
+# to its next command by then.
 find_living() {             # living: the pids of jobs job.attempt $@; not what records their end
-  local pid stat fields index
+  local pid stat fields index since=()  # by start time and pid
   local -A parent=() mine=()
   for pid in "${!wrappers[@]}"; do mine[$pid]=1; done
   for pid in $(holders "$@"); do mine[$pid]=1; done
@@ -2829,7 +2831,7 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
     fields=(${fields##*) })
     [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
     [[ $pid != "$BASHPID" ]] || continue
-    parent[$pid]=${fields[1]}
+    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
     [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1  # of its process group
   done
   for ((index = 1; index;)); do
@@ -2839,13 +2841,13 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
       mine[$pid]=1 index=1
     done
   done
-  for pid in "${!mine[@]}"; do
-    [[ ${wrappers[$pid]-} || ! ${parent[$pid]-} ]] || living+=("$pid")
+  for pid in "${since[@]}"; do
+    [[ ! ${mine[$pid]-} || ${wrappers[$pid]-} ]] || living+=("$pid")
   done
 }
 
-bury() {                    # records the end of job.attempt $1 that was killed; $2: how
-  printf 'ssh-scheduler: %s\n' "$2" >>"$home/jobs/$1/err"
+bury() {                    # records the end of job.attempt $1, of which nobody else is left to
+  echo 'ssh-scheduler: it was killed with its whole process group' >>"$home/jobs/$1/err"
   record "$home/jobs/$1" 'ended 137'
   tell_ended "$1" 137 0 0
 }

@@ -170,13 +170,20 @@ def places(home):
             for project in (root.iterdir() if root.exists() else ())}
 
 
+def tell(processes):
+    """Return a line for each process: its pid, its words, and which job it belongs to."""
+    return '\n'.join(' '.join([str(pid), words, *(
+        word.decode() for word in rig.read_proc(pid, 'environ').split(b'\0')
+        if word.startswith(b'SSH_SCHEDULER_'))]) for pid, words in processes)
+
+
 def assert_clean(machine, cache=False):
     """Nothing of this folder's batches lies there, at most, with `cache`, what was sent; none runs.
 
     What other tests have on a machine that they share is theirs.
     """
     for pid, command in machine.processes():
-        assert rig.ends(pid, timeout_s=5), f'{pid} {command} still runs on {machine.name}'
+        assert rig.ends(pid, timeout_s=5), f'still on {machine.name}: {tell(machine.processes())}'
     project = ssh_scheduler.project_name()
     left = places(machine.home).get(project, set()) - ({'cache'} if cache else set())
     assert not left, [*machine.home.glob('.ssh_scheduler/*/*/*')]
