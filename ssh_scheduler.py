@@ -2728,6 +2728,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
       tries=15              # it is gone, and its record may have come at this moment
     fi
     if ((tries >= 0 && ++tries > 20)); then
+      [[ "$word $value" != "running "*" $boot_id" ]] || { bury "$name"; return; }
       record "$dir" lost    # so that it is not taken for one that was killed
       end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
       tell lost "$name" "$why"
@@ -2775,7 +2776,7 @@ cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attem
     read_record "$home/jobs/$name"
     [[ $word == running ]] && ! lives "$word" "$value" || continue
     read_record "$home/jobs/$name"      # what ends records that before it is gone
-    [[ $word == ended ]] || bury "$name" 'it was killed with its whole process group'
+    [[ $word == ended ]] || bury "$name"
   done
 } 2>/dev/null
 
@@ -2861,7 +2862,7 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
       :                     # from before a restart: that is lost, and report says so
     elif [[ $word == running ]] && ! lives "$word" "$value"; then
       read_record "$home/jobs/$1"       # what ends records that before it is gone
-      [[ $word == ended ]] || bury "$1" 'it was killed with its whole process group'
+      [[ $word == ended ]] || bury "$1"
     elif [[ $word == running ]]; then
       use_of "${value%% *}"
       ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"

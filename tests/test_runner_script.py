@@ -1287,9 +1287,10 @@ def test_another_channel_is_told_of_a_job_that_ended_meanwhile(channel, gate, tm
     assert ledger.read_text() == 'ran\n'
 
 
-@pytest.mark.parametrize('record', [
-    'starting', 'running 1 1 x', 'running {pid} 1 {boot}', 'running {pid} {start} other-boot', ''])
-def test_a_job_without_a_process_and_without_an_end_is_lost(runner, record):
+@pytest.mark.parametrize('record, event', [
+    ('starting', 'lost'), ('running 1 1 x', 'lost'), ('running {pid} {start} other-boot', 'lost'),
+    ('', 'lost'), ('running {pid} 1 {boot}', 'ended')])
+def test_a_job_without_a_process_and_without_an_end_is_lost_or_was_killed(runner, record, event):
     os.makedirs(runner.path('job'))
     with open(runner.path('job', 'cmd'), 'w') as file:
         file.write('true\n')
@@ -1299,7 +1300,8 @@ def test_a_job_without_a_process_and_without_an_end_is_lost(runner, record):
     with open(runner.path('job', 'status'), 'w') as file:
         file.write(record.format(pid=os.getpid(), start=start, boot=boot) + '\n')
     runner.start('job', 'true')
-    assert 'ended without a record' in runner.until('lost', 'job.1')[0]
+    told = runner.until(event, 'job.1')
+    assert 'ended without a record' in told[0] if event == 'lost' else told[0] == '137'
 
 
 def test_runners_that_race_start_each_job_once(channel, tmp_path):
