@@ -3572,6 +3572,7 @@ class ResultStore:
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
+            self._end_commits()
             for name in os.listdir(self.own):
                 if name.startswith('incoming-'):        # of a run that was killed
                     (os.unlink if name.endswith('.tar') else self.discard)(
@@ -3721,13 +3722,13 @@ class ResultStore:
             if os.path.lexists(target):
                 raise ResultsError(f'{target} was made by something else while {name} ran; its '
                                    'results stay where they are. Move it away and run again.')
-            if folder and os.path.isdir(folder):
-                # Over there it was private.  And who may not write in a folder cannot move it.
-                os.chmod(folder, new_folder_mode())
-                os.rename(folder, target)
-            else:
-                os.mkdir(target)
-        self._write(event='collected', job=name, **({'kept': True} if kept else {}))
+            if not (folder and os.path.isdir(folder)):
+                folder = self.incoming()
+            # Over there it was private.  And who may not write in a folder cannot move it.
+            os.chmod(folder, new_folder_mode())
+            self._write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
+            os.rename(folder, target)
+        self._write(event='collected', job=name, kept=kept)
 
     def _commit_stream(self, name, stream, content):
         """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
@@ -3824,14 +3825,25 @@ class ResultStore:
         for record in self.jobs.values():
             record['resumed'] = record['state'] != 'collected'
 
+    def _end_commits(self):
+        """Note what a run that was killed had put in place and not noted: by the folder's inode."""
+        for name, record in self.jobs.items():
+            if record['state'] == 'ended' and 'inode' in record:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.lstat(self._path(name)).st_ino == record['inode']:
+                        self._write(event='collected', job=name, kept=record['kept'])
+
     def _apply(self, event):
         if event['event'] == 'claimed':
-            known = {key: event[key] for key in ('command', 'machine', 'attempt')}
+            if not {'command', 'machine', 'attempt'} <= event.keys():
+                raise KeyError(event)
             # the streams that an earlier run began are ours
             resumed = self.jobs.get(event['job'], {}).get('resumed')
-            self.jobs[event['job']] = {**event, **known, 'state': 'claimed', 'resumed': resumed}
+            self.jobs[event['job']] = {**event, 'state': 'claimed', 'resumed': resumed}
         elif event['event'] == 'tidied':
             self._remains.pop(event['machine'], None)
+        elif event['event'] == 'committing':
+            self.jobs[event['job']].update(inode=event['inode'], kept=event['kept'])
         else:
             record = self.jobs[event['job']]
             record['state'] = event['event']

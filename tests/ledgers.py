@@ -143,11 +143,11 @@ def check_journal(job, runs, events, said):
                 yield (f'The journal contradicts itself: attempt {event["attempt"]} of {job} is '
                        f'claimed again, but was {state}.')
             claim = event
-        elif not claim or word == 'collected' and state != 'ended':
+        elif not claim or word in ('committing', 'collected') and state != 'ended':
             yield f'The journal contradicts itself: {job} is {word}, but was {state}.'
         if word == 'ended':
             code = event['exit_code']
-        state = word
+        state = state if word == 'committing' else word
 
     claims = {(event['attempt'], event['machine']) for event in events
               if event['event'] == 'claimed'}

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 import ssh_scheduler
-from ssh_scheduler import ResultsError, ResultStore
+from ssh_scheduler import JobResult, ResultsError, ResultStore
 
 
 @pytest.fixture
@@ -83,6 +83,29 @@ def test_a_dangling_link_in_the_place_of_a_folder_stays(store, folder, tmp_path)
     with pytest.raises(ResultsError, match='job was made by something else while job ran'):
         store.commit('job', {}, str(tmp_path / 'came'), True)
     assert os.readlink(f'{folder}/job') == 'nowhere' and (tmp_path / 'came').exists()
+
+
+@pytest.mark.parametrize('ours', [True, False])
+def test_a_commit_that_was_cut_off_is_known_by_its_folder(folder, tmp_path, ours):
+    first = ResultStore(folder).open()
+    claim(first)
+    first.ended(JobResult('job', 'lab1', 0, 1.0))
+    (tmp_path / 'came').mkdir()
+    first.commit('job', {'out': b'', 'err': b''}, str(tmp_path / 'came'), True)
+    first.close()
+    journal = f'{folder}/.ssh_scheduler/journal'
+    with open(journal) as file:
+        lines = file.readlines()
+    with open(journal, 'w') as file:
+        file.writelines(lines[:-1])
+    if not ours:
+        os.rename(f'{folder}/job', tmp_path / 'ours')
+        os.mkdir(f'{folder}/job')
+    second = ResultStore(folder).open()
+    assert second.exists('job')
+    assert second.state('job')['state'] == ('collected' if ours else 'ended')
+    assert second.remains('ben@lab1:22') == (['job.1'] if ours else [], [])
+    second.close()
 
 
 def test_what_an_earlier_run_began_is_no_result_and_is_replaced(folder):
