@@ -6247,7 +6247,7 @@ def names_of(names):
 
 # ---- Fan-out: one command on its machines, at once, and what it says ----
 
-LAST_WORDS_S = 1.0          # what a job that was ended has said comes for so long
+LAST_WORDS_S = 5.0          # what a job that was ended has said comes for so long
 
 
 class Outlet:
