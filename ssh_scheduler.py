@@ -1688,6 +1688,14 @@ def check_named(path, option):
                          'and a job has a copy of that only.')
 
 
+def check_forwards(forwards):
+    """The same for all paths of the Forwards."""
+    for path in forwards.copy:
+        check_named(path, '--copy-forwards')
+    for path in forwards.link:
+        check_named(path, '--link-forwards')
+
+
 def count_of(number, noun):
     """Return '1 file', '2 files', '3 processes'."""
     return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
@@ -5392,6 +5400,18 @@ class Reporter:
         note = f' (left out: {", ".join(left_out)})' if left_out else ''
         self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{note}')
 
+    def left(self, machine, name, text):
+        """A job ended, and these processes that it started there did not."""
+        self.note(f'{machine}: {name} ended, but what it started goes on there: {text}')
+
+    def survivors(self, machine, pids):
+        """These were to be ended."""
+        self.note(f'{machine}: could not be ended: process {pids}')
+
+    def unconfirmed(self, machine, name):
+        """A job was to be ended, and nobody knows whether it has."""
+        self.note(f'{name}: could not be confirmed to have ended on {machine}')
+
     def started(self, job, gpus):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
         self.line(f'started: {job.name};  {pinned(job.command, gpus)}')
@@ -5737,10 +5757,8 @@ class Batch:
             runner.register('held', self._on_held)
             runner.register('absent', self._on_absent)
             runner.register('away', lambda why, runner=runner: self._on_away(runner, why))
-            runner.register('left', lambda name, text, runner=runner: self._report.note(
-                f'{name}: it ended, but what it started goes on on {runner.name}: {text}'))
-            runner.register('survivors', lambda pids, runner=runner: self._report.note(
-                f'{runner.name}: could not be ended: process {pids}'))
+            runner.register('left', functools.partial(self._report.left, runner.name))
+            runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.register('measured', lambda runner=runner: self._on_measured(runner))
             runner.register('lost', self._on_lost)
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
@@ -6131,8 +6149,7 @@ class Batch:
             runner.register('warning', self._report.warning)
             runner.register('failed', lambda why, runner=runner: self._report.note(
                 f'{runner.name}: cannot be used: {why}.'))
-            runner.register('survivors', lambda pids, runner=runner: self._report.note(
-                f'{runner.name}: could not be ended: process {pids}'))
+            runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.connect(False)
             runner.enter()
             for name, known in claimed.items():
@@ -6174,7 +6191,7 @@ class Batch:
             self._session.processes.wait(0.2)
         for name, runner in running:
             if name in runner.running:
-                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+                self._report.unconfirmed(runner.name, name)
             elif self._results.state(name).get('state') != 'cancelled':
                 self._results.set_aside(name)
             if name in self._placed:        # not of a machine that was lost before
@@ -6370,7 +6387,7 @@ class Fanout:
         wait(until, lambda runner: runner.busy)
         for runner in self._begun:
             for name in runner.running:
-                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+                self._report.unconfirmed(runner.name, name)
 
     def _works(self, runner):
         """Tell whether it is still of use to wait for this machine."""
@@ -6397,9 +6414,8 @@ class Fanout:
             f'lost contact ({why}). The job goes on there; trying again'))
         runner.register('uncollected', lambda name: self._end(
             runner, 'failed', 'its results could not be fetched'))
-        runner.register('left', lambda name, text: say(
-            f'{name} ended, but what it started goes on there: {text}'))
-        runner.register('survivors', lambda pids: say(f'could not be ended: process {pids}'))
+        runner.register('left', functools.partial(self._report.left, runner.name))
+        runner.register('survivors', functools.partial(self._report.survivors, runner.name))
         runner.register_started(lambda name: self.started.add(runner))
         runner.register_ended(lambda name: self._end(
             runner, 'ended', runner.ended[name].exit_code))
@@ -6483,7 +6499,7 @@ class Fanout:
         """Wait no longer for the end of what took too long."""
         if runner.state == 'ready':
             for name in runner.running:
-                self._report.note(f'{name}: could not be confirmed to have ended on {runner.name}')
+                self._report.unconfirmed(runner.name, name)
             runner.leave_rest()
             runner.close()
 
@@ -6512,10 +6528,7 @@ def execute_batch(argv):
     machines = find_machines(options['--machines'])
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
-        for path in forwards.copy:
-            check_named(path, '--copy-forwards')
-        for path in forwards.link:
-            check_named(path, '--link-forwards')
+        check_forwards(forwards)
     nice = options.whole_number('--nice', least=0, most=19)
     faults = read_faults(options)
     max_result = None if options['--max-result-size'] is None else int(
@@ -6736,10 +6749,7 @@ class Errand:
                 known['backwards']))
         else:
             job = Job(name, options['<command>'], 0, None, read_forwards(options), backwards)
-            for forwards_option, paths in (('--copy-forwards', job.forwards.copy),
-                                           ('--link-forwards', job.forwards.link)):
-                for path in paths:
-                    check_named(path, forwards_option)
+            check_forwards(job.forwards)
         runner = MachineRunner(machine, session)
         outlet = Outlet(session.processes)
         silent = options['--detach'] or options['--cancel'] or mode == 'tty'
@@ -6847,10 +6857,7 @@ def execute_to(argv):
     forwards = Forwards(inside_paths(options['--copy-forwards'] or (), '--copy-forwards'),
                         inside_paths(options['--link-forwards'] or (), '--link-forwards'),
                         options['--exclude'] or ())
-    for path in forwards.copy:
-        check_named(path, '--copy-forwards')
-    for path in forwards.link:
-        check_named(path, '--link-forwards')
+    check_forwards(forwards)
     kept = bool(backwards or options['--job-name'])
     session = Session(None, reporter.trace, nice=nice, live=False)      # an owner of its own
     session.results = results = ResultStore(
