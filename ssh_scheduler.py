@@ -405,10 +405,10 @@ def parse_options(usage, argv, may_help):
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if may_help and given & {'-h', '--help'}:
-        print(usage, end='')
+        Reporter().line(usage.rstrip())
         raise SystemExit(0)
     if may_help and '--version' in given:
-        print(f'{command} {__version__}')
+        Reporter().line(f'{command} {__version__}')
         raise SystemExit(0)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
@@ -454,9 +454,11 @@ class Machine(NamedTuple):
 
     @property
     def address(self):
-        """The account, as the journal knows it: user@host:port, or localhost."""
+        """The account, as the journal knows it: user@host:port, and by which way; or localhost."""
         user = f'{self.username}@' if self.username else ''
-        return f'{user}{self.host}:{self.port or ""}'.rstrip(':') if self.host else 'localhost'
+        port = f':{self.port}' if self.port else ''
+        way = f' via {self.proxy_jump}' if self.proxy_jump else ''
+        return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
 
 
 class Gpu(NamedTuple):
@@ -735,14 +737,23 @@ def machine_words(words):
             with open(word[1:], encoding='utf-8') as file:
                 lines = [line.strip() for line in file]
         except OSError as error:
-            raise MachineFileError(f'the list of machines {word[1:]} cannot be read: '
+            raise MachineFileError(f'the list of machines {word} cannot be read: '
                                    f'{reason_of(error)}.') from None
         except UnicodeDecodeError:
-            raise MachineFileError(f'the list of machines {word[1:]} is not UTF-8 text.') from None
+            raise MachineFileError(f'the list of machines {word} is not UTF-8 text.') from None
         lines = [line for line in lines if line and not line.startswith('#')]
         if not lines:
-            raise MachineFileError(f'the list of machines {word[1:]} names none.')
+            raise MachineFileError(f'the list of machines {word} names none.')
         yield from lines
+
+
+def check_machines(options, positional=None):
+    """Raise unless machines are named; what follows them may have taken the last word."""
+    if options['--machines'] is None:
+        raise UsageError('--machines is missing: which machines? localhost is one.')
+    if not options['--machines']:
+        raise UsageError('--machines names none' + (
+            f', or <{positional}> is missing.' if positional else '.'))
 
 
 def find_machines(words):
@@ -752,6 +763,9 @@ def find_machines(words):
         for other in machines[:number]:
             if machine.name == other.name:
                 raise MachineFileError(f'the machine {machine.name} is named twice.')
+            if machine.address == other.address:
+                raise MachineFileError(f'{other.name} and {machine.name} are the same account, '
+                                       f'{machine.address}: name one of them.')
     return machines
 
 
@@ -881,6 +895,12 @@ def read_jobs(path, text, options, warn):
         jobs.append(job)
     if not jobs:
         raise BatchFileError(f'the batch file {path} has no command.')
+    for name in lines:
+        stem, end = os.path.splitext(name)
+        if end in ('.out', '.err') and stem in lines:
+            raise BatchFileError(f'{path}: the results of the job {name}, line {lines[name]}, '
+                                 f'would lie where {stem}, line {lines[stem]}, has a stream; give '
+                                 'one of them another --job-name.')
     return jobs
 
 
@@ -2059,6 +2079,12 @@ speak() {                   # the only writer to the channel; reads what was sai
   printf %s "$ready"
 }
 
+complaint() {               # prints what was complained of last, without where in this text it was
+  local line
+  line=$(tail -n 1 "$run/log")
+  printf %s "${line#*: line *: }"
+}
+
 identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
   local stat fields
   { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
@@ -2374,7 +2400,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
       linked["$id ./$path"]=1
     done
     (cd -- "$stage/copy" && listing .) >"$stage/list"
-  } || { tell stage_failed "$id" "$(tail -n 1 "$run/log")"; return; }
+  } || { tell stage_failed "$id" "$(complaint)"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
   tell staged "$id"
 } 2>>"$run/log"
@@ -2630,7 +2656,7 @@ start_pending() {           # starts what was read of "start" requests since the
       continue
     fi
     : >"$claims/$project.$name"
-    tell refused "$name" "$(tail -n 1 "$run/log")"
+    tell refused "$name" "$(complaint)"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
   for index in "${claimed[@]}"; do
@@ -3027,7 +3053,7 @@ main() {
         arrived+=("$home/stage/$field")
         mkdir -p -- "$home/stage/$field"
         head -c "$bytes" | tar -xpo -f - -C "$home/stage/$field" ||
-          tell stage_failed "$field" "$(tail -n 1 "$run/log")" ;;
+          tell stage_failed "$field" "$(complaint)" ;;
       folder)               # PATH below the project's folder
         IFS= read -rd '' field || break
         arrived+=("$home/${field%/*}")
@@ -3250,9 +3276,13 @@ class Processes:
             popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
                                      start_new_session=not terminal, env=env, cwd=cwd,
                                      preexec_fn=confined)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if cwd and error.filename == cwd:
+                raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
             raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
                                  f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
+        except OSError as error:
+            raise SchedulerError(f'{argv[0]} could not be started: {reason_of(error)}.') from None
         finally:
             if confined:
                 confined.close()
@@ -3728,8 +3758,8 @@ class ResultStore:
         if wants_folder:
             target = self._path(name)
             if os.path.lexists(target):
-                raise ResultsError(f'{target} was made by something else while {name} ran; its '
-                                   'results stay where they are. Move it away and run again.')
+                raise ResultsError(f'{target} was made by something else while {name} ran: move it '
+                                   'away')
             if not (folder and os.path.isdir(folder)):
                 folder = self.incoming()
             # Over there it was private.  And who may not write in a folder cannot move it.
@@ -5359,6 +5389,7 @@ class Reporter:
         self._out, self._err, self.verbose = out or sys.stdout, err or sys.stderr, verbose
         self._bar = None
         self.reader_left = False    # nobody reads any more what is printed
+        self.trouble = ''           # or why it cannot be printed
 
     def line(self, text):
         """Print one line on stdout, now."""
@@ -5384,14 +5415,12 @@ class Reporter:
             stream.flush()
             stream.buffer.write(data)
             stream.buffer.flush()
-        except OSError:             # it is closed, or its disk is full
-            self._silence(stream)
+        except OSError as error:
+            self._silence(stream, error)
 
     def tint(self, text, number):
         """Return the text in one of some colours, on a terminal."""
-        if not self._out.isatty() or os.environ.get('NO_COLOR'):
-            return text
-        return f'\x1b[{31 + number % 6}m{text}\x1b[m'
+        return self._coloured(text, 31 + number % 6)
 
     def sent(self, machine, stage):
         """The files of a Stage are on the machine."""
@@ -5422,9 +5451,11 @@ class Reporter:
 
     def paint(self, text, share):
         """Return the text in green, yellow or red by the share that is free, on a terminal."""
-        if not self._out.isatty() or os.environ.get('NO_COLOR'):
-            return text
-        return f'\x1b[{32 if share > 0.5 else 33 if share > 0.1 else 31}m{text}\x1b[m'
+        return self._coloured(text, 32 if share > 0.5 else 33 if share > 0.1 else 31)
+
+    def _coloured(self, text, code):
+        plain = not self._out.isatty() or os.environ.get('NO_COLOR')
+        return text if plain else f'\x1b[{code}m{text}\x1b[m'
 
     def show(self, lines, again):
         """Print the lines; `again`: in the place of those before, on a terminal."""
@@ -5461,19 +5492,22 @@ class Reporter:
         try:
             stream.write(text + '\n')
             stream.flush()
-        except BrokenPipeError:     # as in `| head`: the jobs matter more
-            self._silence(stream)
+        except OSError as error:    # as in `| head`, or on a full disk: the jobs matter more
+            self._silence(stream, error)
         except UnicodeEncodeError:
             stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
             stream.flush()
         if self._bar is not None:
             self._bar.refresh()
 
-    def _silence(self, stream):
+    def _silence(self, stream, error):
         self.reader_left = True
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+        if stream is self._out and error.errno != errno.EPIPE:
+            self.trouble = reason_of(error)
+            self.warning(f'what should be printed here cannot be: {self.trouble}')
 
 
 # ---- Scheduler: what waits, and where there is room; starts nothing ----
@@ -5668,7 +5702,8 @@ INTERRUPT_S = 10.0
 LIVE_S = 5.0                # while jobs wait, machines are looked at again that often
 CALM_S = 30.0               # and while only GPU jobs run, for what they use
 ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that fails is done without for so long
-TROUBLES = 3                # so many failures in a row
+TROUBLES = 3                # so many jobs lost in a row are the machine's fault
+PATIENT_TROUBLES = 6        # after so many, half an hour, it is waited for only beside others
 EXPLAIN_S = 5.0             # nothing started for so long: it is said why
 
 
@@ -5694,16 +5729,18 @@ class Batch:
         self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
         self._placed = {}                       # job name -> (runner, Placement)
         self._failures, self._finished = [], 0
+        self._failed_before = []                # of the jobs that are skipped
         self._unknown = {}                      # job name -> where it is or was, not collected
         self._skipped = self._left = 0
         self._announced, self._late = False, False
         self._first = {}                        # runner -> Capacity, as it was when it came
         self._last_start, self._explained = time.monotonic(), ('', -math.inf)
         self._away = {}                         # runner -> which loss of contact is waited for
+        self._resting = set()                   # runners that failed jobs, and are tried again
         self._freed = set()                     # runners on which a job ended, and none began since
         self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
         self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
-        self._interrupts, self._began = 0, time.monotonic()
+        self.interrupts, self._began = 0, time.monotonic()
 
     # Before the first start
 
@@ -5713,14 +5750,18 @@ class Batch:
         warnings = []
         for job in self._jobs.values():
             known = self._results.state(job.name)
-            if self._results.exists(job.name):
+            begun = known.get('state') in ('claimed', 'ended')
+            if self._results.exists(job.name) and not begun:
                 other = known.get('command', job.command) != job.command
                 warnings.append(
                     f'WARNING: job results already exists for line {job.line}'
                     + (', made by another command' if other else '')
                     + ', skipping evaluation: delete if you wish to rerun')
                 self._skipped += 1
-            elif known.get('state') in ('claimed', 'ended'):
+                if known.get('exit_code'):
+                    self._failed_before.append(JobResult(
+                        job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
+            elif begun:
                 if known['machine'] in addresses:
                     self._pinned[known['machine']].append(job)
                 else:
@@ -5777,10 +5818,10 @@ class Batch:
 
     def settle(self):
         """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
-        while not self._interrupts and (self._count('connecting') and not (
+        while not self.interrupts and (self._count('connecting') and not (
                 self._late and self._count('ready'))):
             self._session.processes.wait()
-        if self._interrupts:
+        if self.interrupts:
             raise KeyboardInterrupt
         if not self._count('ready'):
             raise SchedulerError('no machine can be used.')
@@ -5846,7 +5887,7 @@ class Batch:
         self._report.begin(len(self._jobs) - self._skipped)
         self._session.processes.call_later(EXPLAIN_S, self._explain)
         try:
-            while self._unfinished() and not self._interrupts:
+            while self._unfinished() and not self.interrupts:
                 if not self._halted:
                     self._place()
                 elif not self._placed and not self._busy:
@@ -5857,7 +5898,8 @@ class Batch:
                 self._look_again()
                 self._show_progress()
                 self._session.processes.wait()
-            if self._interrupts:
+            if self.interrupts:
+                self._report.note('interrupted: ending all jobs (once more: leave them)')
                 self._cancel()
         finally:
             self._show_progress()
@@ -5867,7 +5909,7 @@ class Batch:
 
     def interrupt(self, *_):
         """Stop, in good order; a second time: now.  A signal handler."""
-        self._interrupts += 1
+        self.interrupts += 1
         self._session.processes.wake()
 
     def _unfinished(self):
@@ -5909,12 +5951,12 @@ class Batch:
         if not self._waits or self._placed or self._count('connecting') or self._count(
                 'away') or self._busy:
             return False
-        usable = [MachineResources(self._at_best(runner)) for runner in self._scheduler.resources]
+        usable = [MachineResources(self._at_best(runner)) for runner in (
+            *self._scheduler.resources, *(runner for runner in self._resting
+                                          if self._troubles[runner] <= PATIENT_TROUBLES))]
         if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
             return False
         self._left = self._scheduler.waits
-        for address, queue in self._pinned.items():
-            self._unknown.update((job.name, address) for job in queue)
         if self._left:
             self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
                               'could run them. Run the same command again when there is one.')
@@ -5937,7 +5979,7 @@ class Batch:
         self._session.processes.call_later(EXPLAIN_S / 2, self._explain)
         now = time.monotonic()
         if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
-                or self._interrupts):
+                or self.interrupts):
             return
         text = '\n'.join(self._waits_for(allocation, jobs)
                          for allocation, jobs in self._scheduler.kinds().items())
@@ -5989,12 +6031,19 @@ class Batch:
 
     def _take_back(self, runner):
         """There is contact again: its jobs have their room there."""
-        names = runner.running
-        self._report.note(f'{runner.name}: in contact again ({count_of(len(names), "job")} there)')
-        for name in names:
-            _, before = self._placed[name]
-            placement = self._scheduler.resources[runner].adopt(before.allocation, before.gpus)
-            self._placed[name] = (runner, placement)
+        self._report.note(f'{runner.name}: in contact again '
+                          f'({count_of(len(runner.running), "job")} there)')
+        self._count_again(runner)
+        if self.interrupts:             # what has ended meanwhile is told first
+            self._session.processes.call_later(
+                1, lambda: runner.state == 'ready' and runner.cancel())
+
+    def _count_again(self, runner):
+        """What runs there has its room there, in books that are new."""
+        for name, (where, before) in list(self._placed.items()):
+            if where is runner:
+                self._placed[name] = (runner, self._scheduler.resources[runner].adopt(
+                    before.allocation, before.gpus))
 
     def _on_away(self, runner, why):
         self._scheduler.remove_machine(runner)
@@ -6034,6 +6083,7 @@ class Batch:
 
     def _on_failed(self, runner, why):
         self._scheduler.remove_machine(runner)
+        self._resting.discard(runner)
         names = runner.unfinished
         if names:
             self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
@@ -6044,17 +6094,17 @@ class Batch:
         else:
             self._report.note(f'{runner.name}: cannot be used: {why}.')
         if runner.again == 'later' and runner not in self._first:
+            self._troubles[runner] += 1
             self._set_aside(runner, runner.reconnect)
         if self._announced and not self._count('connecting') and self._scheduler.resources:
-            self._fail_impossible()
+            self._note_impossible()
 
     def _set_aside(self, runner, try_again):
         """Do without the machine for a while, the longer the more often it failed in a row."""
-        self._troubles[runner] += 1
         delay_s = min(ASIDE_S * 2 ** (self._troubles[runner] - 1), LONGEST_ASIDE_S)
         self._session.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
 
-    def _fail_impossible(self):
+    def _note_impossible(self):
         try:
             self._refuse_impossible()
         except DoesNotFit as error:
@@ -6067,7 +6117,7 @@ class Batch:
     def _on_ended(self, runner, name):
         result = runner.ended.pop(name)
         self._give_back(name)
-        if self._interrupts:
+        if self.interrupts:
             return
         if result.exit_code:
             self._failures.append(result)
@@ -6084,23 +6134,27 @@ class Batch:
 
     def _on_returned(self, name, why):
         runner = self._give_back(name)
-        if self._interrupts:
+        if self.interrupts:
             return
         self._scheduler.add(self._jobs[name], first=True)
+        if runner.state == 'ready' and runner not in self._resting:
+            self._troubles[runner] += 1
+            self._rest(runner, f'it cannot start {name}: {why}')
+
+    def _rest(self, runner, why):
+        """Place nothing there for a while; what runs there goes on."""
         if runner.state == 'ready' and runner in self._scheduler.resources:
-            self._scheduler.remove_machine(runner)      # it refuses jobs: what runs there goes on
-            self._report.note(f'{runner.name}: gets no more jobs for a while: it cannot start '
-                              f'{name}: {why}.')
+            self._scheduler.remove_machine(runner)
+            self._resting.add(runner)
+            self._report.note(f'{runner.name}: gets no more jobs for a while: {why}.')
             self._set_aside(runner, lambda: self._bring_back(runner))
 
     def _bring_back(self, runner):
         """Use a machine again that was set aside."""
+        self._resting.discard(runner)
         if runner.state == 'ready' and runner not in self._scheduler.resources:
             self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
-            for name, (where, before) in list(self._placed.items()):
-                if where is runner:
-                    self._placed[name] = (runner, self._scheduler.resources[runner].adopt(
-                        before.allocation, before.gpus))
+            self._count_again(runner)
 
     def _halt(self):
         if self._halt_after and len(self._failures) >= self._halt_after and not self._halted:
@@ -6118,7 +6172,7 @@ class Batch:
     def _on_lost(self, name, why):
         """Its machine failed it: it is gone there, for certain, without a result."""
         runner = self._give_back(name)
-        if self._interrupts:
+        if self.interrupts:
             return
         self._retried[name] += 1
         if self._retried[name] <= self._retries:
@@ -6131,11 +6185,8 @@ class Batch:
                               'again.')
             self._halt()
         self._troubles[runner] += 1
-        if self._troubles[runner] >= TROUBLES and runner in self._scheduler.resources:
-            self._scheduler.remove_machine(runner)
-            self._report.note(f'{runner.name}: gets no more jobs for a while: it lost '
-                              f'{self._troubles[runner]} in a row.')
-            self._set_aside(runner, lambda: self._bring_back(runner))
+        if self._troubles[runner] >= TROUBLES:
+            self._rest(runner, f'it lost {self._troubles[runner]} in a row')
 
     # The end
 
@@ -6144,7 +6195,7 @@ class Batch:
 
         claimed: {job name: what the journal knows of it}
         """
-        self._interrupts = 1            # nothing that happens from now on starts anything
+        self.interrupts = 1            # nothing that happens from now on starts anything
         for runner in self._runners:
             runner.register('warning', self._report.warning)
             runner.register('failed', lambda why, runner=runner: self._report.note(
@@ -6160,7 +6211,7 @@ class Batch:
         while (any(runner.state == 'connecting' or runner.state == 'ready' and (
                 runner.unsettled or runner.busy and not runner.running)
                 for runner in self._runners)
-               and self._interrupts < 2 and time.monotonic() < until):
+               and self.interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(1)
         running = {name: runner for runner in self._runners for name in runner.running}
         if running:
@@ -6175,11 +6226,10 @@ class Batch:
                               f'{known.get("where") or known["machine"]}')
         self._report.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have '
                           'ended')
-        return 1 if left else 0
+        return 130 if self.interrupts > 1 else 1 if left else 0
 
     def _cancel(self):
         """End all jobs everywhere, within a time; say what could not be ended."""
-        self._report.note('interrupted: ending all jobs (once more: leave them)')
         running = [(name, runner) for runner in self._runners for name in runner.running]
         for runner in self._runners:
             if runner.state == 'ready':
@@ -6187,41 +6237,49 @@ class Batch:
         until = time.monotonic() + INTERRUPT_S
         while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
                    for runner in self._runners)
-               and self._interrupts < 2 and time.monotonic() < until):
+               and self.interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(0.2)
         for name, runner in running:
             if name in runner.running:
                 self._report.unconfirmed(runner.name, name)
-            elif self._results.state(name).get('state') != 'cancelled':
+            elif self._results.state(name).get('state') in ('claimed', 'lost'):
                 self._results.set_aside(name)
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
+        for runner in self._runners:
+            self._unknown.update((name, runner.name) for name in runner.unfinished
+                                 if self._results.state(name)['state'] != 'cancelled')
 
     def _show_progress(self):
         self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
 
     def _summary(self):
         """Print how it went; return the exit status."""
+        for address, queue in self._pinned.items():     # whose machine never came
+            self._unknown.update((job.name, address) for job in queue)
         counts = [f'{self._finished} finished', f'{len(self._failures)} failed']
         counts += [f'{self._skipped} skipped'] if self._skipped else []
         counts += [f'{self._left} not started'] if self._left else []
         counts += [f'{len(self._unknown)} not collected'] if self._unknown else []
-        word = 'interrupted' if self._interrupts else 'done'
+        word = 'interrupted' if self.interrupts else 'done'
         self._report.line(f'{word}: {count_of(len(self._jobs), "job")}: {", ".join(counts)}, '
                           f'{time.monotonic() - self._began:.1f} s')
-        for result in self._failures:
+        for result in (*self._failures, *self._failed_before):
             if result.exit_code >= 0:
+                when = ', in an earlier run' if result in self._failed_before else ''
                 err = os.path.join(self._results.folder, f'{result.name}.err')
                 self._report.line(f'{result.name}: exit code {result.exit_code} on '
-                                  f'{result.machine}, see {err}')
+                                  f'{result.machine}{when}, see {err}')
         for advice in self._advice():
             self._report.note(advice)
         for name, machine in self._unknown.items():
-            self._report.line(f'{name}: on {machine}, not known to have ended: run the same '
-                              'command again to collect it')
-        if self._interrupts:
+            known = '' if self._results.state(name)['state'] == 'ended' else 'not known to have '
+            self._report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
+                              'collect it')
+        if self.interrupts:
             return 130
-        return 1 if self._failures or self._unknown or self._left else 0
+        failed = self._failures or self._failed_before
+        return 1 if failed or self._unknown or self._left else 0
 
     def _advice(self):
         """Yield a line for each kind of job that asked for far more memory than it used."""
@@ -6276,8 +6334,7 @@ class Outlet:
         self._processes = processes
 
     def take(self, stream, data):
-        """Write it all, however slowly it is read; when we are interrupted, what is read at once.
-        """
+        """Write it all, however slowly it is read; once interrupted, only what is read at once."""
         try:
             if not self.reader_left:
                 self._processes.write_out(1 if stream == 'out' else 2, data)
@@ -6517,8 +6574,8 @@ def execute_batch(argv):
     asked = [name for name in ('--status', '--cancel', '--dry-run') if options[name]]
     if len(asked) > 1:
         raise UsageError(f'{" and ".join(asked)}: give one of them.')
-    if not options['--machines'] and not (options['--status'] or options['--cancel']):
-        raise UsageError('--machines is missing: on which machines? localhost is one.')
+    if not (options['--status'] or options['--cancel']):
+        check_machines(options, 'batch')
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
     if options['--status']:
@@ -6531,12 +6588,14 @@ def execute_batch(argv):
         check_forwards(forwards)
     nice = options.whole_number('--nice', least=0, most=19)
     faults = read_faults(options)
+    away_limit_s = options.number('--away-limit', least=0)
+    if faults['lost_after_s'] is not None:      # so long it must be looked for
+        away_limit_s = max(away_limit_s, faults['lost_after_s'] + LONGEST_RETRY_S)
     max_result = None if options['--max-result-size'] is None else int(
         options.number('--max-result-size', least=0) * 1e6)
     results = ResultStore('job_results').open()
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
-                      away_limit_s=options.number('--away-limit', least=0),
-                      max_result_bytes=max_result)
+                      away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
         return run_batch(options, machines, jobs, session, reporter, faults)
     finally:
@@ -6545,19 +6604,19 @@ def execute_batch(argv):
 
 
 def show_status(jobs, results, reporter):
-    """Say what the journal knows of the jobs; return the exit status: 0 where all is collected."""
+    """Say what the journal knows of the jobs; return the exit status: 0 where all have finished."""
     counts, lines = collections.Counter(), []
     for job in jobs:
         known = results.state(job.name)
         state, machine = known.get('state'), known.get('where') or known.get('machine')
-        if results.exists(job.name):
-            code = known.get('exit_code', 0)
-            word = 'failed' if code else 'finished'
-            lines += [f'failed: {job.name}: exit code {code} on {machine}'] if code else []
-        elif state in ('claimed', 'ended'):
+        if state in ('claimed', 'ended'):
             word = 'on a machine'
             lines.append(f'{"ended" if state == "ended" else "started"}: {job.name}: on {machine}, '
                          'not collected yet')
+        elif results.exists(job.name):
+            code = known.get('exit_code', 0)
+            word = 'failed' if code else 'finished'
+            lines += [f'failed: {job.name}: exit code {code} on {machine}'] if code else []
         else:
             word = 'waiting'
             if state:
@@ -6567,7 +6626,7 @@ def show_status(jobs, results, reporter):
         reporter.line(line)
     reporter.line(f'{count_of(len(jobs), "job")}: ' + ', '.join(
         f'{counts[word]} {word}' for word in ('finished', 'failed', 'on a machine', 'waiting')))
-    return 0 if counts['finished'] + counts['failed'] == len(jobs) else 1
+    return 0 if counts['finished'] == len(jobs) else 1
 
 
 def cancel_batch(options, jobs, reporter):
@@ -6588,7 +6647,7 @@ def cancel_batch(options, jobs, reporter):
             try:
                 return batch.end_all(claimed)
             finally:
-                close_all(runners, session)
+                close_all(runners, session, lambda: batch.interrupts > 1)
     finally:
         if session:
             session.close()
@@ -6626,7 +6685,7 @@ def run_batch(options, machines, jobs, session, reporter, faults):
             batch.adopt()
             return batch.run()
         finally:
-            close_all(runners, session)
+            close_all(runners, session, lambda: batch.interrupts > 1)
 
 
 @contextlib.contextmanager
@@ -6653,7 +6712,7 @@ def execute_remote(argv):
     if len(named) > 1:
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
     by_name = named & {'--attach', '--cancel'}
-    if not by_name and options['--machine'] is None:
+    if not by_name and not options['--machine']:
         raise UsageError('--machine is missing: on which machine? localhost is one.')
     for one, other in (('--tty', '--detach'), ('--tty', '--stdin'), ('--detach', '--stdin'),
                        ('--detach', '--attach'), ('--tty', '--attach'), ('--stdin', '--attach')):
@@ -6725,6 +6784,8 @@ class Errand:
         if self._options['--cancel']:
             self._report.note(f'{self._name}: it has ended already')
             return 0
+        if self._options['--detach']:
+            return self._print_name()
         self._report.warning(f'job results already exists for {self._name}, showing them: delete '
                              'if you wish to rerun')
         processes = Processes()
@@ -6737,7 +6798,22 @@ class Errand:
             raise ResultsError(f'{error.filename}: {reason_of(error)}.') from None
         finally:
             processes.close()
+        if outlet.reader_left:
+            return self._unread(outlet)
         return self._known.get('exit_code', TRANSPORT_FAILED)
+
+    def _unread(self, outlet, so=''):
+        """Return the exit status where nobody reads what the command says."""
+        if not outlet.trouble:
+            return 128 + signal.SIGPIPE
+        self._report.note(f'{self._name}: {outlet.trouble}.{so}')
+        return TRANSPORT_FAILED
+
+    def _print_name(self):
+        """Print the job's name, the one thing of ours on stdout; return the exit status."""
+        reporter = Reporter()
+        reporter.line(self._name)
+        return TRANSPORT_FAILED if reporter.trouble else 0
 
     def _run_on(self, machine, session, running, allocation):
         options, name, known = self._options, self._name, self._known
@@ -6782,11 +6858,8 @@ class Errand:
                 close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
-        if outlet.trouble:
-            self._report.note(f'{name}: {outlet.trouble}. It was ended.')
-            return TRANSPORT_FAILED
         if outlet.reader_left:
-            return 128 + signal.SIGPIPE
+            return self._unread(outlet, ' It was ended.')
         if self._lacks_terminal:
             self._report.note(f'{name}: no terminal could be had on {runner.name}.')
             return TRANSPORT_FAILED
@@ -6808,14 +6881,23 @@ class Errand:
         fanout.cancel()
         if name in runner.running:
             return
-        if self._results.state(name).get('state') in ('claimed', 'ended'):
+        state = self._results.state(name).get('state')
+        if state == 'claimed':
             self._results.set_aside(name)
-        if self._options['--cancel']:
+        if state == 'ended':
+            self._report.note(f'{name}: it has ended, and its results are on {runner.name}: '
+                              f'execute_remote --attach={name} fetches them')
+        elif self._options['--cancel']:
             self._report.note(f'{name}: ended on {runner.name}')
 
     def _outcome(self, runner, word, what):
         """Return the exit status, and say what is not as it should be."""
         name, options = self._name, self._options
+        if word == 'lost':
+            what = (f'lost contact with {runner.name} ({what}). The job goes on there; '
+                    f'execute_remote --attach={name} shows it')
+        elif word == 'unreachable':
+            what = f'{runner.name} cannot be used: {what}'
         if options['--cancel']:
             if word in ('ended', 'absent'):
                 self._report.note(f'{name}: it has ended already' if word == 'ended' else
@@ -6824,15 +6906,9 @@ class Errand:
                 self._report.note(f'{name}: {what}')
             return int(name in runner.running or word not in ('started', 'ended', 'absent'))
         if word == 'started' or options['--detach'] and word == 'ended':
-            sys.stdout.write(name + '\n')
-            return 0
+            return self._print_name()
         if word == 'ended':
             return what
-        if word == 'lost':
-            what = (f'lost contact with {runner.name} ({what}). The job goes on there; '
-                    f'execute_remote --attach={name} shows it')
-        elif word == 'unreachable':
-            what = f'{runner.name} cannot be used: {what}'
         self._report.note(f'{name}: {what}.')
         if word == 'impossible':
             return DoesNotFit.exit_code
@@ -6844,8 +6920,7 @@ def execute_to(argv):
     """Run one command on many machines; return the exit status."""
     options = read_options(EXECUTE_TO_USAGE, argv)
     reporter = Reporter(options['--verbose'])
-    if not options['--machines']:
-        raise UsageError('--machines is missing: on which machines? localhost is one.')
+    check_machines(options, 'command')
     timeout_s = None if options['--timeout'] is None else options.number('--timeout', above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
@@ -6854,9 +6929,7 @@ def execute_to(argv):
     name = options['--job-name'] or new_name('to')
     check_job_name(name, '--job-name')
     backwards = read_backwards(options) or ()
-    forwards = Forwards(inside_paths(options['--copy-forwards'] or (), '--copy-forwards'),
-                        inside_paths(options['--link-forwards'] or (), '--link-forwards'),
-                        options['--exclude'] or ())
+    forwards = read_forwards(options, Forwards(()))
     check_forwards(forwards)
     kept = bool(backwards or options['--job-name'])
     session = Session(None, reporter.trace, nice=nice, live=False)      # an owner of its own
@@ -6868,6 +6941,8 @@ def execute_to(argv):
         jobs = {runner: Job(f'{name}_{plain_name(runner.name)}', options['<command>'], 0, None,
                             forwards, backwards) for runner in runners}
         check_new(jobs.values(), results)
+        if backwards and not options['--job-name']:
+            reporter.note(f'results go to job_results/{name}_<machine>')
         gathered = options['--gather'] or options['--diff']
         width = max(len(printable(runner.name)) for runner in runners)
         sinks = {} if gathered else {runner: Prefixer(reporter, reporter.tint(
@@ -6915,7 +6990,7 @@ def gather(jobs, outcomes, results, reporter, differences):
     """Print equal outputs once; with differences, of the others how they differ from the first."""
     groups = collections.defaultdict(list)          # digests of out and err -> runners
     for runner, (word, _) in outcomes.items():
-        if word == 'ended':
+        if word == 'ended' and results.state(jobs[runner].name)['state'] == 'collected':
             groups[tuple(digest_of(results.read(jobs[runner].name, stream))
                          for stream in ('out', 'err'))].append(runner)
     order = list(jobs)
@@ -6983,8 +7058,7 @@ def query_machines(argv):
     """Show what is free on machines; return the exit status."""
     options = read_options(QUERY_MACHINES_USAGE, argv)
     reporter = Reporter(options['--verbose'])
-    if not options['--machines']:
-        raise UsageError('--machines is missing: which machines? localhost is one.')
+    check_machines(options)
     interval = None
     if options['--watch'] is not None:
         if len(options['--watch']) > 1:
@@ -7025,6 +7099,8 @@ def query_machines(argv):
                     runner.measure()
             if stopped and interval is None:
                 return 130
+            if reporter.trouble:
+                return 1
             return 0 if all(runner.state == 'ready' for runner in runners) else 1
         finally:
             close_all(runners, session)
@@ -7125,6 +7201,16 @@ def open_streams():
             setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
 
 
+def check_surroundings():
+    """Raise where nothing of ours could work."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise SchedulerError('the current folder is not there any more: cd to another.') from None
+    if sys.getfilesystemencoding() != 'utf-8':      # else names and commands had other bytes there
+        raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
+
+
 def allow_files(machines):
     """Raise the limit of open files as far as it goes; raise an error if that is too few."""
     import resource
@@ -7162,12 +7248,13 @@ def main(argv=None):
     if name not in COMMANDS:
         name, words = (words[0] if words else ''), words[1:]
     try:
+        check_surroundings()
         if name not in COMMANDS:
             raise UsageError(f'the first word is the command: {", ".join(COMMANDS)}'
                              f'{nearest(name, COMMANDS)}.')
         status = COMMANDS[name](words)
     except SchedulerError as error:
-        print(f'{name or "ssh_scheduler"}: {error}', file=sys.stderr)
+        print(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}', file=sys.stderr)
         if isinstance(error, UsageError) and error.usage:
             print(error.usage.partition('\n\n')[2].partition('\n\n')[0], file=sys.stderr)
         status = error.exit_code

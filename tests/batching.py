@@ -182,7 +182,7 @@ def assert_clean(machine, cache=False):
 
     What other tests have on a machine that they share is theirs.
     """
-    for pid, command in machine.processes():
+    for pid, _ in machine.processes():
         assert rig.ends(pid, timeout_s=5), f'still on {machine.name}: {tell(machine.processes())}'
     project = ssh_scheduler.project_name()
     left = places(machine.home).get(project, set()) - ({'cache'} if cache else set())

@@ -421,7 +421,8 @@ def test_22_23_ends_that_look_like_a_lost_connection(lab1, run, command, code):
     assert done.returncode == 1
     assert f'batch.sh.1: exit code {code} on' in done.stdout and 'contact' not in done.stderr
     again = run(None, [lab1])
-    assert again.returncode == 0 and again.stdout.count('already exists') == 2
+    assert again.returncode == 1 and again.stdout.count('already exists') == 2
+    assert f'batch.sh.1: exit code {code} on {lab1.yaml()}, in an earlier run' in again.stdout
 
 
 def test_24_a_pid_that_is_used_again(host, watch, gate, outside):

@@ -512,6 +512,8 @@ class AnyBatch(RuleBasedStateMachine):
                     if runner.state == 'ready':
                         runner.capacity = WHOLE
                         runner.signal('measured')
+                for runner in list(self.lab.batch._resting):    # its time is over
+                    self.lab.batch._bring_back(runner)
                 idle = 0 if self.lab.running else idle + 1
                 if self.lab.running:
                     self.a_job_ends(0, 0, True)
