@@ -2501,7 +2501,9 @@ run_job() {                 # in its own process and group; says how it went, an
   # shellcheck disable=SC2206
   used=(${used##*) })
   if [[ $back != none ]] && ! list_back "$dir" "$id" "$dir" "$@"; then
-    left=$claims/$project.$name.back    # the disk is full; this lies in memory
+    printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${name%.*}" \
+      1<>"$run/events"
+    left=$claims/$project.$name.back    # this lies in memory
     mkdir -p -- "$left" && list_back "$dir" "$id" "$left" "$@" || ((status)) || status=125
   fi
   : >"$claims/$project.$name"           # first: who reads the record may remove that

@@ -304,18 +304,17 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
 
 # Each note is one write to each file, so that those of jobs that run at a time are never mixed.
 NOTED = r'''#!/bin/bash
-# Runs a command for a job, and notes its start and its end: see ledgers.py.
+# Runs a command for a job, and notes its start and its end: see ledgers.py.  As a good program does
+# it fails where it cannot write.
 try=${PWD%/work}
 note() {
     local text="$SSH_SCHEDULER_JOB ${try##*.} $1"
-    echo "$text" >>"$RIG_LEDGER"
-    echo "$text"
-    echo "$text" >>ran
+    echo "$text" >>"$RIG_LEDGER" && echo "$text" && echo "$text" >>ran
 }
-note start
+note start || exit 74
 (eval "$1")
 status=$?
-note end
+note end || ((status)) || status=74
 exit "$status"
 '''
 

@@ -509,6 +509,7 @@ def test_26_a_disk_over_there_that_is_full_when_a_job_ends(host, watch, gate, ou
     gate.open('a')
     done = batch.end()
     assert done.returncode == 0, done.stdout + done.stderr
+    assert 'batch.sh.1: the disk there is full; what it wrote may not be whole' in done.stderr
     once([machine], done, jobs=1)
     assert len([*(RESULTS / 'batch.sh.1').glob('file.*')]) == files
     machine.free_disk()
