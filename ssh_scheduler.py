@@ -5281,7 +5281,9 @@ class MachineRunner:
     def _on_data(self, what, key, *rest):
         key = os.fsdecode(key)
         if what == b'back':
-            self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
+            order = self._fetcher.orders.get(key)
+            if order and order.entries == [b'@']:       # else nobody waits for it
+                self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
         elif what == b'growth' and key in self._running:
             stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
             order = self._running[key]
