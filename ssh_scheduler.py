@@ -5291,6 +5291,8 @@ class MachineRunner:
                 self._take(order, stream, data)
 
     def _on_finished(self):
+        if self.state != 'closing':
+            raise WireError('it said that it has finished, unasked')
         self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
         self._channel.end()
         if self.session.results:

@@ -868,3 +868,11 @@ def test_a_list_that_comes_twice_is_taken_once(world):
     assert world.journal['batch.sh.1'][-1]['event'] == 'collected'
     world.finish()
     world.check()
+
+
+def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
+    begin(world, *['short'] * 9)
+    world.client.line.hear(b'finished\n')
+    world.client.settle()
+    world.finish()
+    world.check()
