@@ -315,7 +315,7 @@ class Remote:
                 self.pongs.add(int(fields[0]))
                 continue
             self._answer += line + b'\n' + rest[:size]
-            if fields and word not in (b'probe', b'note'):
+            if line and word not in (b'probe', b'note'):
                 self.mentioned.update(field.decode() for field in fields)
                 self.answers.append(self._answer)
                 self._answer = b''
@@ -561,9 +561,10 @@ class World:
         self.look()
         answers = line.runner.answers if line.runner else ()
         arrived = [answers.popleft() for _ in range(min(count, len(answers)))]
-        self.heard += arrived
         for answer in arrived:
-            line.hear(answer * (2 if twice else 1))
+            greeting = answer.startswith(b'\n')         # by which a stream is known: only once
+            line.hear(answer * (2 if twice and not greeting else 1))
+            self.heard += [] if greeting else [answer]
         gone = line.runner and line.runner.at_end and not answers
         if gone and line.is_open:
             line.end(0 if line.runner.process.wait(LIMIT_S) == 0 else 255)
