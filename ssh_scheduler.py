@@ -5336,7 +5336,9 @@ class MachineRunner:
     def _on_data(self, what, key, *rest):
         key = os.fsdecode(key)
         if what == b'back':
-            self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
+            order = self._fetcher.orders.get(key)
+            if order and order.entries == [b'@']:       # else nobody waits for it
+                self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
         elif what == b'growth' and key in self._running:
             stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
             order = self._running[key]
@@ -5344,6 +5346,8 @@ class MachineRunner:
                 self._take(order, stream, data)
 
     def _on_finished(self):
+        if self.state != 'closing':
+            raise WireError('it said that it has finished, unasked')
         self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
         self._channel.end()
         if self.session.results:

@@ -1,0 +1,879 @@
+"""The protocol between the client and the remote runner, while its channel and both ends fail.
+
+Both ends are real: the client is execute_batch, in a thread that goes on only when the test lets
+it, and over there is the bash of REMOTE_RUNNER with real jobs.  What lies between them is the
+test's: it holds each request and each answer, and delivers, delays, repeats, tears or loses them as
+Hypothesis likes.  The client's time is the test's as well, so nothing here takes a number of
+seconds.
+
+Whatever happened, then, once all is well again: each job ran once from its start to its end, its
+result is here, and that is the one that it had.
+"""
+import collections
+import contextlib
+import io
+import itertools
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from unittest import mock
+
+import ledgers
+import pytest
+import rig
+from batching import NO_GPU
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import ssh_scheduler as s
+
+HELD = ['the channel']      # the argv of what is not started: its bytes are the test's
+OURS = 10**9                # pings of the test have larger numbers
+LIMIT_S = 2 * rig.SAFETY_NET_S
+KINDS = ('short', 'long', 'files')
+
+# What a job does: it tells the test that it is there, and ends when and as the test says.
+JOB = r'''
+try=${PWD%/work}
+try=${try##*.}
+gate=$FOLDER/gates/$SSH_SCHEDULER_JOB.$try
+mkfifo "$gate"
+[[ $1 != long ]] || printf 'x%.0s' {1..1500}
+[[ $1 != files ]] || touch -- {1..9}{0..9}-of-many-files "made by $try"
+echo "$SSH_SCHEDULER_JOB $try start $$ $PPID" >"$FOLDER/notes"
+read -r code <"$gate"
+[[ $1 != long ]] || printf 'y%.0s' {1..1500}
+echo "$SSH_SCHEDULER_JOB $try"
+echo "$SSH_SCHEDULER_JOB $try end" >"$FOLDER/notes"
+exit "$code"
+'''
+
+
+def written(kind, name, attempt, ended):
+    """What such a job writes to its stdout."""
+    many = 1500 if kind == 'long' else 0
+    return 'x' * many + ('y' * many + f'{name} {attempt}\n' if ended else '')
+
+
+# ---- The two ends ----
+
+class Killed(BaseException):
+    """The client was killed: what it does after that has no consequence."""
+
+
+class Client:
+    """A run of execute_batch, in a thread: whenever it waits, it is the test's turn."""
+
+    def __init__(self, world):
+        self.world, self.lines = world, []
+        self.out, self.err = io.StringIO(), io.StringIO()
+        self.inbox = collections.deque()        # calls of its callbacks, for its next wait()
+        self.processes = None
+        self.killed, self.status, self.crash = False, None, None
+        self.reported = False
+        self._timeout_s = 0
+        self._its, self._ours = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._live, daemon=True)
+        self._thread.start()
+
+    @property
+    def lives(self):
+        return self.status is None
+
+    @property
+    def line(self):
+        """The channel that it has, or None."""
+        return self.lines[-1] if self.lives and self.lines and self.lines[-1].is_open else None
+
+    def _live(self):
+        self._its.acquire()
+        try:
+            self.status = s.execute_batch([*NO_GPU, '--no-live', '--machines', 'localhost', '--',
+                                           'batch.sh'])
+        except s.SchedulerError as error:
+            self.status = str(error)
+        except Killed:
+            self.status = 'killed'
+        except BaseException as error:
+            self.status, self.crash = 'crashed', error
+        finally:
+            self._ours.release()
+
+    def wait(self):
+        """For the client: let the test go on, until it lets us."""
+        if not self.killed:
+            self._ours.release()
+            self._its.acquire()
+        if self.killed:
+            raise Killed
+        while self.inbox:
+            self.inbox.popleft()()
+        return self._timeout_s
+
+    def turn(self, timeout_s=0):
+        """Let it go on to its next wait."""
+        self._timeout_s = timeout_s
+        self._its.release()
+        assert self._ours.acquire(timeout=LIMIT_S), 'the client does not come to a wait'
+        if self.crash:
+            raise self.crash
+
+    def settle(self):
+        """Let it do all that it can do now, the processes that it started included."""
+        self.turn()
+        until = time.monotonic() + LIMIT_S
+        while self.lives and (self.inbox or self.processes.restless):
+            assert time.monotonic() < until, 'the client does not come to rest'
+            self.turn(0.02)
+
+    def kill(self):
+        if self.lives:
+            self.killed = True
+            self.turn()
+        self._thread.join()
+
+
+class Processes(s.Processes):
+    """The client's: all is real but the channel, and the time of its timers."""
+
+    def __init__(self, client, on_start=None):
+        super().__init__(on_start, client.world.clock)
+        self.client, client.processes = client, self
+
+    @property
+    def restless(self):
+        return self._children or any(due <= self._clock() for due, _ in self._timers)
+
+    def start(self, argv, on_output, on_exit, **settings):
+        if argv != HELD:
+            return super().start(argv, on_output, on_exit, **settings)
+        line = Line(self.client, on_output, on_exit)
+        self.client.lines.append(line)
+        self.client.world.lines.append(line)
+        return line
+
+    def wait(self, timeout_s=None):
+        super().wait(self.client.wait())
+
+
+class Line:
+    """One connection.  To the client it is the process of its channel: what it does with that."""
+
+    def __init__(self, client, on_output, on_exit):
+        self.client, self.on_output, self.on_exit = client, on_output, on_exit
+        self.popen, self.status = self, None
+        self.unread = bytearray()
+        self.requests = collections.deque()     # (fields, bytes), not delivered
+        self.head = None                        # what makes a remote runner of a bash
+        self.closed = False                     # no more requests come
+        self.runner = None
+
+    # What the client calls
+
+    def write(self, data):
+        if not self.client.killed:
+            self.unread += data
+
+    def close_stdin(self):
+        self.closed = True
+
+    def poll(self):
+        return self.status
+
+    def kill(self):
+        self.end(-signal.SIGKILL)
+
+    # What the test calls
+
+    @property
+    def is_open(self):
+        return self.status is None and not self.client.killed
+
+    def end(self, status):
+        """The connection is over, for the client."""
+        if self.status is None:
+            self.status = status
+            self.client.inbox.append(lambda: self.on_exit(status, b''))
+
+    def hear(self, data):
+        """Bytes arrive at the client."""
+        self.client.inbox.append(lambda: self.on_output(bytes(data)))
+
+    def read(self):
+        """Take apart what the client has sent."""
+        if self.head is None and self.unread:
+            loader, size, rest = bytes(self.unread).split(b'\0', 2)
+            reader = FieldReader(rest, int(size))
+            count = int(reader.fields(7)[-1])
+            reader.fields(count)
+            self.head = loader + b'\0' + size + b'\0' + rest[:reader.place]
+            del self.unread[:len(self.head)]
+        reader = FieldReader(self.unread)
+        while reader.place < len(self.unread):
+            start = reader.place
+            fields = reader.request()
+            self.requests.append((fields, bytes(self.unread[start:reader.place])))
+        self.unread.clear()
+
+
+class FieldReader:
+    """Fields that end with NUL; the client sends whole requests only."""
+
+    MORE = {'limit': 2, 'mode': 2, 'measure': 1, 'unpack': 2, 'folder': 1, 'freeze': 2, 'start': 7,
+            'cancel': 2, 'ping': 1, 'eof': 1, 'list': 1, 'finish': 2, 'limits': 1, 'adopt': 1,
+            'revoke': 1, 'watch': 1, 'clean': 1, 'probe': 0, 'enter': 0, 'tie': 0}
+    COUNTED = {'freeze': 1, 'start': 1, 'cancel': 1, 'finish': 1, 'limits': 1, 'adopt': 1,
+               'revoke': 1, 'watch': 3, 'clean': 1}     # fields, of which the last says how many
+
+    def __init__(self, data, place=0):
+        self.data, self.place = data, place
+
+    def fields(self, count):
+        found = []
+        for _ in range(count):
+            end = self.data.index(b'\0', self.place)
+            found.append(bytes(self.data[self.place:end]).decode())
+            self.place = end + 1
+        return found
+
+    def request(self):
+        (verb,) = self.fields(1)
+        fields = self.fields(self.MORE[verb])
+        if verb == 'unpack':
+            self.place += int(fields[-1])
+        if verb in self.COUNTED:
+            fields += self.fields(self.COUNTED[verb] * int(fields[-1]))
+        return [verb, *fields]
+
+
+class Remote:
+    """A real remote runner, whose answers are held back."""
+
+    numbers = itertools.count(OURS)
+
+    def __init__(self, world, head):
+        self.world = world
+        self.process = subprocess.Popen(
+            ['bash', '-c', s.BOOTSTRAP], env=world.env, cwd=world.home, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.answers = collections.deque()      # bytes of whole events, not delivered
+        self.mentioned = set()                  # keys of jobs of which it said anything
+        self.pongs = set()
+        self.at_end = False                     # of its output
+        self._unread, self._answer = b'', b''
+        self.write(head)
+
+    def write(self, data):
+        """Have it read this; where it is gone, nobody does."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(data)
+
+    def close(self):
+        """It learns that there is no connection any more."""
+        self.process.stdin.close()
+        self.world.until(lambda: self.at_end, 'the end of a remote runner')
+        self.process.wait(LIMIT_S)
+
+    def sync(self):
+        """Wait until it has read all, and looked at its input again."""
+        for number in itertools.islice(self.numbers, 2):
+            self.write(s.request('ping', number))
+            self.world.until(lambda number=number: number in self.pongs or self.at_end, 'a pong')
+
+    def read(self):
+        """Take what it has said; probes and notes stay with the event that follows them."""
+        while not self.at_end:
+            try:
+                data = os.read(self.process.stdout.fileno(), 2**18)
+            except BlockingIOError:
+                break
+            self.at_end = not data
+            self._unread += data
+        while b'\n' in self._unread:
+            line, _, rest = self._unread.partition(b'\n')
+            word, *fields = line.split(b'\t')
+            size = int(fields[0]) if word == b'data' else 0
+            if len(rest) < size:
+                break
+            self._unread = rest[size:]
+            if word == b'pong' and int(fields[0]) >= OURS:
+                self.pongs.add(int(fields[0]))
+                continue
+            self._answer += line + b'\n' + rest[:size]
+            if line and word not in (b'probe', b'note'):
+                self.mentioned.update(field.decode() for field in fields)
+                self.answers.append(self._answer)
+                self._answer = b''
+
+    def kill(self):
+        """It is killed, and what speaks for it says the rest; jobs go on."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Attempt:
+    """A job that was started over there, as it is known to the test."""
+
+    def __init__(self, pid, wrapper):
+        self.pid, self.wrapper = pid, wrapper
+        self.ended = False              # it came to its end, and said so
+        self.over = False               # no process of it is left
+        self.status = None              # the exit status that was recorded
+        self.broken = False             # what would have recorded its end is gone
+
+
+class World:
+    """All there is in one example: a machine, a project, its batch, and the clients that run it."""
+
+    def __init__(self):
+        self._stack = contextlib.ExitStack()
+        self.folder = rig.temporary_folder('protocol')
+        self._stack.callback(rig.remove, self.folder)
+        self.project, self.home = self.folder / 'project', self.folder / 'home'
+        for name in ('project', 'home', 'shared', 'gates', 'tmp', 'proc/self',
+                     'proc/sys/kernel/random'):
+            (self.folder / name).mkdir(parents=True)
+        (self.folder / 'job').write_text(JOB.replace('$FOLDER', str(self.folder)))
+        proc = self.folder / 'proc'
+        (proc / 'stat').write_text('cpu  1 0 1 8 0 0 0 0 0 0\n' + ''.join(
+            f'cpu{n} 1 0 1 8 0 0 0 0 0 0\n' for n in range(2)))
+        (proc / 'loadavg').write_text('0.00 0.00 0.00 1/100 1\n')
+        (proc / 'meminfo').write_text('MemTotal: 8192000 kB\nMemAvailable: 8192000 kB\n')
+        (proc / 'self/cgroup').touch()
+        self.boots = 0
+        self.boot()
+        os.mkfifo(self.folder / 'notes')
+        self.notes = os.open(self.folder / 'notes', os.O_RDWR | os.O_NONBLOCK)
+        self._stack.callback(os.close, self.notes)
+        self.env = {'PATH': os.environ['PATH'], 'HOME': str(self.home), 'SHELL': '/bin/sh',
+                    'LC_ALL': 'C.UTF-8', 'SSH_SCHEDULER_SHARED': str(self.folder / 'shared'),
+                    'SSH_SCHEDULER_PROC': str(proc)}
+        self.now = 1000.0
+        self.client, self.reports = None, []
+        self.lines, self.remotes, self.heard = [], [], []
+        self.kinds = []                 # of the jobs, in the order of their lines
+        self.attempts = collections.defaultdict(dict)       # job -> {number: Attempt}
+        self.ledger = []
+        self._unread = b''
+        self._step_into()
+
+    def _step_into(self):
+        """This is the current folder, the time, and what a client here is started with."""
+        enter, before, reporter = self._stack.enter_context, os.getcwd(), s.Reporter
+        os.chdir(self.project)
+        self._stack.callback(os.chdir, before)
+        enter(mock.patch.dict(os.environ, {'TMPDIR': str(self.folder / 'tmp')}))
+        os.environ.pop('XDG_RUNTIME_DIR', None)
+        for name, value in {
+            'Processes': lambda *args: Processes(self.client, *args),
+            'Reporter': lambda verbose: reporter(verbose, self.client.out, self.client.err),
+            'interruptible': lambda handler: contextlib.nullcontext(),  # of the main thread only
+            'allow_files': lambda machines: None,                       # it is the tests' process
+            'time': types.SimpleNamespace(monotonic=self.clock, time=time.time,
+                                          strftime=time.strftime, time_ns=time.time_ns),
+        }.items():
+            enter(mock.patch.object(s, name, value))
+        enter(mock.patch.object(s.Connection, 'channel', lambda connection: HELD))
+
+    def clock(self):
+        return self.now
+
+    def boot(self):
+        self.boots += 1
+        (self.folder / 'proc/sys/kernel/random/boot_id').write_text(
+            f'{self.boots:08}-0000-4000-8000-000000000000\n')
+
+    def close(self):
+        """End all, without asking anybody."""
+        try:
+            if self.client:
+                self.client.kill()
+            for remote in self.remotes:
+                remote.process.stdin.close()
+                remote.kill()
+            self.kill_all()
+            for remote in self.remotes:
+                remote.process.stdout.close()
+        finally:
+            self._stack.close()
+
+    def kill_all(self):
+        """Kill all that runs over there."""
+        while True:
+            left = rig.knowing(self.home)
+            if not left:
+                return
+            for pid in left:
+                rig.kill(pid, lambda pid: pid in rig.knowing(self.home))
+
+    # ---- What happens over there ----
+
+    def until(self, happened, what):
+        """Wait for that, and hear meanwhile what jobs and remote runners say."""
+        until = time.monotonic() + LIMIT_S
+        while not happened():
+            assert time.monotonic() < until, f'there never was {what}'
+            self.look(20)
+
+    def look(self, timeout_ms=0):
+        """Take what there is from remote runners and jobs."""
+        poll = select.poll()
+        poll.register(self.notes, select.POLLIN)
+        for remote in self.remotes:
+            if not remote.at_end:
+                poll.register(remote.process.stdout, select.POLLIN)
+        poll.poll(timeout_ms)
+        for remote in self.remotes:
+            remote.read()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._unread += os.read(self.notes, 2**16)
+        *lines, self._unread = self._unread.split(b'\n')
+        for line in lines:
+            self.take_note(*line.decode().split())
+
+    def take_note(self, name, number, word, *pids):
+        """A job began or ended: that may be only once, and when no other attempt of it is there."""
+        number, others = int(number), self.attempts[name]
+        self.ledger.append(f'{name} {number} {word}')
+        if word == 'end':
+            others[number].ended = True
+            return
+        assert number not in others, f'{name} {number} is started twice'
+        for other, attempt in others.items():
+            assert attempt.over, f'{name} {number} is started, and {other} still runs'
+            assert attempt.status is None or attempt.broken, (
+                f'{name} {number} is started, and {other} has ended with {attempt.status}')
+        others[number] = Attempt(*map(int, pids))
+
+    def running(self):
+        """Return [(job, number, Attempt)] of those that have processes."""
+        return [(name, number, attempt) for name, attempts in sorted(self.attempts.items())
+                for number, attempt in sorted(attempts.items()) if not attempt.over]
+
+    def record(self, name, number):
+        """Return what is recorded of it over there: 'ended 0', ..."""
+        for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}/status'):
+            with contextlib.suppress(FileNotFoundError):
+                return path.read_text().rstrip()
+        return ''
+
+    def end_job(self, name, number, attempt, code):
+        """Let it end so."""
+        gate = os.open(self.folder / f'gates/{name}.{number}', os.O_RDWR)       # blocks nobody
+        os.write(gate, b'%d\n' % code)
+        self.until(lambda: attempt.ended, f'the end of {name} {number}')
+        os.close(gate)
+        self.is_over(name, number, attempt)
+
+    def is_over(self, name, number, attempt):
+        """Wait until its processes are gone, and for the record of its end."""
+        assert rig.ends(attempt.pid, LIMIT_S)
+        attempt.over = True
+        if not attempt.broken:
+            assert rig.ends(attempt.wrapper, LIMIT_S)
+            word, status = self.record(name, number).split()
+            assert word == 'ended', f'{name} {number} has ended, and its record is {word}'
+            attempt.status = int(status)
+
+    def break_job(self, name, number, attempt, how):
+        """Kill its command, what records its end, or both."""
+        if how == 'command':
+            os.kill(attempt.pid, signal.SIGKILL)
+            self.is_over(name, number, attempt)
+            return
+        attempt.broken = True
+        if how == 'group':
+            os.killpg(attempt.wrapper, signal.SIGKILL)
+            self.is_over(name, number, attempt)
+        else:
+            rig.kill(attempt.wrapper, lambda pid: True)
+        assert rig.ends(attempt.wrapper, LIMIT_S)
+
+    def reboot(self):
+        """The machine loses its power."""
+        for remote in self.remotes:
+            remote.process.kill()
+        self.kill_all()
+        for remote in self.remotes:
+            remote.process.wait()
+        self.look()
+        for _, _, attempt in self.running():
+            attempt.over = attempt.broken = True
+        rig.remove(self.folder / 'shared')
+        (self.folder / 'shared').mkdir()
+        self.boot()
+
+    # ---- What happens on the way ----
+
+    def connect(self, line):
+        """A connection that the client began comes to the machine."""
+        line.read()
+        if line.head and not line.runner:
+            line.runner = Remote(self, line.head)
+            self.remotes.append(line.runner)
+            line.runner.sync()
+
+    def deliver(self, line, count, twice=False):
+        """So many requests arrive, or each of them twice; wait for what they do."""
+        line.read()
+        if not line.runner:
+            return 0
+        arrived = [line.requests.popleft() for _ in range(min(count, len(line.requests)))]
+        for _, data in arrived:
+            line.runner.write(data * (2 if twice else 1))
+        if not line.runner.process.stdin.closed:
+            line.runner.sync()
+        for (verb, *fields), _ in arrived:
+            for key in {'start': fields[:1], 'adopt': fields[1:]}.get(verb, ()):
+                self.until(lambda key=key: self.is_known(line.runner, key), f'a word of {key}')
+        if line.closed and not line.requests and not line.runner.process.stdin.closed:
+            line.runner.close()
+        return len(arrived)
+
+    def is_known(self, runner, key):
+        """Tell whether the runner has done with the job what it was told to."""
+        if runner.at_end or runner.process.poll() is not None:
+            return True
+        name, _, number = key.rpartition('.')
+        word = self.record(name, number).partition(' ')[0]
+        if key in runner.mentioned:
+            return int(number) in self.attempts[name] or word not in ('starting', 'running')
+        return word == 'revoked'
+
+    def hear(self, line, count, twice=False):
+        """So many answers arrive at the client, or each of them twice."""
+        self.look()
+        answers = line.runner.answers if line.runner else ()
+        arrived = [answers.popleft() for _ in range(min(count, len(answers)))]
+        for answer in arrived:
+            greeting = answer.startswith(b'\n')         # by which a stream is known: only once
+            line.hear(answer * (2 if twice and not greeting else 1))
+            self.heard += [] if greeting else [answer]
+        gone = line.runner and line.runner.at_end and not answers
+        if gone and line.is_open:
+            line.end(0 if line.runner.process.wait(LIMIT_S) == 0 else 255)
+        return gone
+
+    # ---- What happens here ----
+
+    def write_batch(self, kinds):
+        self.kinds += kinds
+        (self.project / 'batch.sh').write_text(''.join(
+            f'. {self.folder}/job {kind}\n' for kind in self.kinds))
+
+    def start_client(self):
+        self.client = Client(self)
+        self.client.settle()
+
+    def client_ends(self):
+        """It has ended by itself, or is killed now."""
+        if not self.client.reported:
+            self.client.reported = True
+            self.client.kill()
+            self.reports.append(self.client.out.getvalue())
+
+    def run_again(self):
+        self.client_ends()
+        self.start_client()
+
+    @property
+    def journal(self):
+        return ledgers.read_journal(self.project / 'job_results/.ssh_scheduler/journal')
+
+    # ---- When all is well ----
+
+    def come_into_contact(self):
+        """Let the client try until it has a connection, and that comes to the machine."""
+        for _ in range(100):
+            if not self.client.lives:
+                return
+            if self.client.line:
+                break
+            self.now += 1
+            self.client.settle()
+        else:
+            raise AssertionError('the client does not try to come into contact')
+        self.connect(self.client.line)
+
+    def exchange(self, twice=False):
+        """All that was said on either side arrives at the other; return whether anything did."""
+        line = self.client.line
+        if not line:
+            return False
+        count = self.deliver(line, 1000, twice) + len(line.runner.answers)
+        gone = self.hear(line, 1000, twice)
+        self.client.settle()
+        return count or gone
+
+    def finish(self):
+        """No more faults: run the batch until there is nothing to do."""
+        for _ in range(8):
+            until = time.monotonic() + LIMIT_S
+            while self.client.lives:
+                assert time.monotonic() < until, 'the batch does not come to its end'
+                self.come_into_contact()
+                for job in self.running():
+                    self.end_job(*job, 0)
+                if self.client.lives and not self.exchange():
+                    self.now += 1
+                    self.look(20)
+                    self.client.settle()
+                self.check_ends()
+            known = self.journal
+            if all(known[name] and known[name][-1]['event'] == 'collected' for name in self.names):
+                break
+            self.run_again()
+        self.run_again()
+        assert not self.client.lives, 'all is done, and yet it does something'
+        self.client_ends()
+
+    @property
+    def names(self):
+        return [f'batch.sh.{number}' for number, _ in enumerate(self.kinds, 1)]
+
+    def check_ends(self):
+        """What is said to have ended has ended."""
+        for name, events in self.journal.items():
+            if events[-1]['event'] in ('ended', 'collected'):
+                number = [entry['attempt'] for entry in events if entry['event'] == 'claimed'][-1]
+                assert self.attempts[name][number].over, f'{name} {number} has not ended'
+
+    def check(self):
+        """Compare what the jobs said, the journal, the report and the results."""
+        journal, reported = self.journal, ledgers.read_report(self.reports)
+        ledger = self.folder / 'ledger'
+        ledger.write_text(''.join(f'{line}\n' for line in self.ledger))
+        runs = ledgers.read_ledgers({'localhost': ledger})
+        wrong = []
+        for name, kind in zip(self.names, self.kinds):
+            events = journal[name]
+            number = [entry['attempt'] for entry in events if entry['event'] == 'claimed'][-1]
+            code = [entry['exit_code'] for entry in events if entry['event'] == 'ended'][-1]
+            said = 'failed' if code else 'finished'
+            wrong += ledgers.check_runs(name, runs[name], events, True)
+            wrong += ledgers.check_journal(name, runs[name], events, said)
+            if reported[name] not in (said, 'skipped'):
+                wrong.append(f'{name} is reported {reported[name]}, and is {said}')
+            attempt = self.attempts[name][number]
+            if code != (137 if attempt.broken else attempt.status):
+                wrong.append(f'{name} {number} ended with {attempt.status}, and not with {code}')
+            out, made = (Path('job_results', name + end) for end in ('.out', ''))
+            if out.read_text() != written(kind, name, number, attempt.ended):
+                wrong.append(f'{out} is not what {name} {number} has written')
+            files = set()       # what would list them is what is killed
+            if kind == 'files' and not attempt.broken:
+                files = {f'made by {number}', *(f'{n}-of-many-files' for n in range(10, 100))}
+            if {path.name for path in made.iterdir()} != files:
+                wrong.append(f'{made} is not what {name} {number} has made')
+        left = [*self.home.glob('.ssh_scheduler/*'), *self.folder.glob('shared/*')]
+        wrong += [f'{path} was not removed over there' for path in left]
+        assert not wrong, '\n'.join(wrong)
+
+
+# ---- What may happen, in any order ----
+
+few = st.integers(1, 6)
+index = st.integers(0, 9)
+
+
+class Protocol(RuleBasedStateMachine):
+    """Each rule is one thing that happens; teardown lets all come to its end, and looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.world = World()
+
+    @property
+    def client(self):
+        return self.world.client
+
+    @initialize(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3))
+    def begin(self, kinds):
+        self.world.write_batch(kinds)
+        self.world.start_client()
+
+    # The channel
+
+    @rule()
+    def connect(self):
+        self.world.come_into_contact()
+
+    @rule(rounds=few, twice=st.booleans())
+    def all_is_said_for_a_while(self, rounds, twice):
+        self.world.come_into_contact()
+        for _ in range(rounds):
+            self.world.exchange(twice)
+
+    @rule(count=few, twice=st.booleans())
+    def requests_arrive(self, count, twice):
+        if self.client.line:
+            self.world.deliver(self.client.line, count, twice)
+
+    @rule(back=st.integers(1, 3), count=few, torn=st.none() | st.integers(1, 60))
+    def late_requests_arrive(self, back, count, torn):
+        """Those of a connection that is none any more for the client; then its end, if torn."""
+        lines = [line for line in self.world.lines if not line.is_open and line.runner]
+        if lines[-back:]:
+            line = lines[-back:][0]
+            self.world.deliver(line, count)
+            if torn is not None and not line.runner.process.stdin.closed:
+                if line.requests:
+                    line.runner.write(line.requests.popleft()[1][:-torn])
+                line.requests.clear()
+                line.runner.close()
+
+    @rule(count=few, twice=st.booleans())
+    def answers_arrive(self, count, twice):
+        if self.client.line:
+            self.world.hear(self.client.line, count, twice)
+            self.client.settle()
+
+    @rule(back=st.integers(1, 20))
+    def an_answer_arrives_again(self, back):
+        """The last one or one of long ago, of this connection or of one before."""
+        if self.client.line and self.world.heard:
+            self.client.line.hear(self.world.heard[-back:][0])
+            self.client.settle()
+
+    @rule(torn=st.integers(0, 200))
+    def the_connection_breaks(self, torn):
+        """What was under way may yet arrive over there; here comes a part of an answer at most."""
+        line = self.client.line
+        if line:
+            line.read()
+            if torn and line.runner and line.runner.answers:
+                line.hear(line.runner.answers[0][:-torn])
+            line.end(255)
+            self.client.settle()
+
+    @rule(seconds=st.sampled_from([0.5, 3, 30, 100]))
+    def time_passes(self, seconds):
+        self.world.now += seconds
+        if self.client.lives:
+            self.client.settle()
+
+    # The machine
+
+    @rule(index=index, code=st.sampled_from([0, 0, 3]))
+    def a_job_ends(self, index, code):
+        running = self.world.running()
+        if running:
+            self.world.end_job(*running[index % len(running)], code)
+
+    @rule(index=index, how=st.sampled_from(['command', 'wrapper', 'group']))
+    def a_job_is_killed(self, index, how):
+        running = [job for job in self.world.running() if not job[2].broken]
+        if running:
+            self.world.break_job(*running[index % len(running)], how)
+
+    @rule()
+    def the_remote_runner_is_killed(self):
+        line = self.client.line
+        if line and line.runner:
+            line.runner.kill()
+
+    @rule()
+    def the_machine_is_restarted(self):
+        self.world.reboot()
+
+    # The client
+
+    @precondition(lambda self: self.client and self.client.lives)
+    @rule(count=st.integers(0, 3))
+    def the_client_is_killed(self, count):
+        """Right after it was told something, if it was."""
+        if count and self.client.line:
+            self.world.hear(self.client.line, count)
+            self.client.turn()
+        self.world.client_ends()
+
+    @precondition(lambda self: self.client and not self.client.lives)
+    @rule(kinds=st.lists(st.sampled_from(KINDS), max_size=1))
+    def the_batch_is_run_again(self, kinds):
+        self.world.write_batch(kinds)
+        self.world.run_again()
+
+    # At any time
+
+    @invariant()
+    def jobs_run_once(self):
+        self.world.look()
+        self.world.check_ends()
+
+    # The end
+
+    def teardown(self):
+        try:
+            if not sys.exc_info()[1] and self.client:
+                self.world.finish()
+                self.world.check()
+        finally:
+            self.world.close()
+
+
+EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # so many others, at random
+
+
+@pytest.mark.timeout(900)       # many examples, each with a dozen processes
+def test_no_fault_of_the_channel_makes_a_job_run_twice_or_loses_a_result():
+    run_state_machine_as_test(Protocol, settings=settings(
+        max_examples=int(EXAMPLES or 25), stateful_step_count=20, derandomize=not EXAMPLES,
+        deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True,
+        phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])]))
+
+
+# ---- What was found so, or could have been ----
+
+@pytest.fixture
+def world():
+    made = World()
+    yield made
+    made.close()
+
+
+def begin(world, *kinds):
+    """Begin a batch of such jobs, and wait until some run."""
+    world.write_batch(list(kinds))
+    world.start_client()
+    while not world.running():
+        world.come_into_contact()
+        world.exchange()
+
+
+def test_a_list_that_comes_twice_is_taken_once(world):
+    begin(world, 'files')
+    world.end_job(*world.running()[0], 0)
+    line = world.client.line
+    while not (line.runner.answers and line.runner.answers[0].startswith(b'data\t')):
+        world.hear(line, 1)
+        world.client.settle()
+        world.deliver(line, 1000)
+    world.hear(line, 1, twice=True)
+    world.client.settle()
+    assert world.journal['batch.sh.1'][-1]['event'] == 'collected'
+    world.finish()
+    world.check()
+
+
+def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
+    begin(world, *['short'] * 9)
+    world.client.line.hear(b'finished\n')
+    world.client.settle()
+    world.finish()
+    world.check()
