@@ -3971,7 +3971,8 @@ def make_run_folder():
     for base in (os.environ.get('XDG_RUNTIME_DIR'), os.environ.get('TMPDIR'), '/tmp'):
         if base and re.fullmatch(r'/[\w./-]{1,45}', base) and os.access(base, os.W_OK | os.X_OK):
             remove_dead_folders(base)
-            return private_folder(os.path.join(base, f'sshs.{os.getpid()}'))
+            with contextlib.suppress(OSError):      # it is full
+                return private_folder(os.path.join(base, f'sshs.{os.getpid()}'))
     raise SchedulerError('there is no folder for temporary files: /tmp cannot be written.')
 
 
@@ -4027,9 +4028,14 @@ class Channel:
         """Begin to log in, and hand over the remote runner and what it has to know."""
         machine = self._machine
         if machine.host:
-            with open(self.connection.config_path, 'w', encoding='utf-8',
-                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(self.connection.config())
+            path = self.connection.config_path
+            try:
+                with open(path, 'w', encoding='utf-8',
+                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                    file.write(self.connection.config())
+            except OSError as error:
+                raise SchedulerError(f'there is no folder for temporary files: {path} cannot be '
+                                     f'written: {reason_of(error)}.') from error
         self._process = self._session.processes.start(
             self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))

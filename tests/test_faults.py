@@ -526,7 +526,55 @@ def test_27_a_home_that_cannot_be_written(host, run, fault):
     once([bad, good], done, jobs=3)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Have all folders of the rig outside /tmp, and an empty one, which is the current one."""
+    monkeypatch.setenv('RIG_FOLDER', '/var/tmp')
+    folder = rig.temporary_folder('project')
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir('/')
+    rig.remove(folder)
+
+
+def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
+    machine, good = host(tmp='absent'), lab()
+    assert machine.run('ls -d /tmp').returncode == 2
+    (elsewhere / 'data').write_bytes(os.urandom(300_000))
+    lines = [ledger_line(f'{meet}; cp data copy; ls -d /tmp') for meet in gate.meeting(2)]
+    done = Batches(run_cli, None, env=IMPATIENT).run(
+        lines, [quick(machine, max_jobs=1), quick(good, max_jobs=1)], *NO_GPU)
+    assert done.returncode == 1 and done.stdout.count('exit code 2 on') == 1, done.stderr
+    assert sorted(result(f'batch.sh.{n}').count(b'/tmp') for n in (1, 2)) == [0, 1]
+    for n in (1, 2):
+        assert (RESULTS / f'batch.sh.{n}/copy').read_bytes() == (elsewhere / 'data').read_bytes()
+    once([machine, good], done, jobs=2)
+    assert_clean(machine, cache=True)
+
+
 # ---- What happens here ----
+
+@pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
+def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
+    """It takes root to make it so, and namespaces, as hosts do."""
+    machine = lab()
+    Path('batch.sh').write_text(f'{ledger_line("true")}\n')
+    prepare = f'mount -t tmpfs -o {how} tmpfs /tmp; {{ head -c 4096 /dev/zero >/tmp/a; }} 2>&-; :'
+    if how == 'absent':
+        prepare = ('mount -t tmpfs tmpfs /mnt; for place in /*; do if [ -L "$place" ]; then cp -P '
+                   '"$place" /mnt; elif [ -d "$place" ] && [ "$place" != /tmp ] && [ "$place" != '
+                   '/mnt ]; then mkdir "/mnt$place"; mount --rbind "$place" "/mnt$place"; fi; done;'
+                   'here=$PWD; cd /mnt; pivot_root . .; umount --lazy .; cd "$here"; ! [ -e /tmp ]')
+    env = {name: value for name, value in client_env.items() if name != 'XDG_RUNTIME_DIR'}
+    done = subprocess.run(
+        ['unshare', '--mount', 'bash', '-c', f'{prepare} && exec "$@"', 'bash', sys.executable,
+         PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU, '--machines', machine.yaml()],
+        env={**env, 'TMPDIR': '/nowhere'}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ''), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert 'there is no folder for temporary files' in line
+    assert machine.logins() == 0 and machine.ledger.read_text() == ''
+
 
 @pytest.mark.parametrize('tools', ['rsync', 'tar'])
 def test_28_a_full_disk_here(lab, run, disk, project, tools):
@@ -572,6 +620,40 @@ def test_29_an_interrupt_ends_whole_trees(hosts, watch):
     for host in hosts:
         assert_clean(host, cache=True)
     once(hosts, done, jobs=0)
+
+
+# Of each four: one that may be told, one that ignores that, one that left its group, and daemons.
+HARD_TO_END = [
+    'sleep 1001',
+    'trap "" TERM INT HUP; while :; do sleep 1002; done',
+    '(setsid bash -c "(sleep 1003 &)" &); setsid sleep 1003',
+    'env -i setsid bash -c "trap : TERM; (sleep 1004 & sleep 1004; sleep 1004) & wait; wait"'
+]
+
+
+def test_29_an_interrupt_ends_a_hundred_jobs_on_five_machines(host, watch):
+    machines = [host() for _ in range(5)]
+    batch = watch([ledger_line(HARD_TO_END[n % 4]) for n in range(100)],
+                  [quick(machine, max_jobs=20) for machine in machines],
+                  '--num-cpus=0.1')
+
+    def sleepers():
+        return [line for machine in machines for _, line in machine.processes()
+                if line.startswith('sleep 100')]
+
+    # 25 of each kind; the third and the fourth have two each
+    wait_until(lambda: len(sleepers()) == 150, 'all of them sleep')
+    assert all(machine.ledger.read_text().count('start') == 20 for machine in machines)
+    began = time.monotonic()
+    batch.process.send_signal(signal.SIGINT)
+    done = batch.end()
+    took = time.monotonic() - began
+    print(f'ended after {took:.1f} s')
+    assert done.returncode == 130 and 'could not be' not in done.stderr, done.stderr
+    assert took < 30
+    for machine in machines:
+        assert_clean(machine)
+    once(machines, done, jobs=0)
 
 
 def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
