@@ -2339,7 +2339,11 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
+    [[ $word != environment ]] || capturing=
   done
+  # a login shell that waits for somebody would do so for ever
+  [[ ! $capturing ]] || kill -KILL -- "-$capturing"
+  capturing=
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
   if [[ $1 ]]; then
@@ -2938,7 +2942,8 @@ remove() {                  # jobs whose results are safe over there
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
   local token workdir project owner setup want_gpus machine_environment=() environment=() bash_env=
-  local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
+  local home run self mask events signals waiting=0 capturing boot_id
+  local busy_before total_before busy total
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
@@ -2985,6 +2990,7 @@ main() {
   read_ticks
   busy_before=$busy total_before=$total
   { capture; echo environment >&"$signals"; } </dev/null {events}>&- &
+  capturing=$!
   disown "$!"
   waiting=1
   if [[ $want_gpus == 1 ]]; then
@@ -4750,7 +4756,8 @@ class MachineRunner:
         channel = self._channel
         self.session.processes.call_later(
             CONNECT_LIMIT_S, lambda: self.state == 'connecting' and channel is self._channel
-            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds', 'later'))
+            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds: does one of '
+                           'its start files, such as ~/.bashrc, wait or read?', 'later'))
 
     def reconnect(self):
         """Log in once more, after it failed or contact was lost."""
