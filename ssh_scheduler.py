@@ -4398,6 +4398,10 @@ class Fetcher:
                 self._fetch(orders, by_rsync)
                 return
             if by_rsync and status not in (0, 23, 24) and not full:
+                refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', text)
+                if refused:
+                    self._signal('warning', f'{self._name}: rsync refused what came from there, so '
+                                 f'it comes with tar: {printable(refused[0])[:300]}')
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
                 self._session.results.discard(incoming)
