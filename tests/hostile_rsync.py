@@ -7,6 +7,7 @@ know how the other side sorts them.
 """
 import hashlib
 import json
+import signal
 import stat
 import struct
 import sys
@@ -123,6 +124,7 @@ def send_files():
 
 
 def main():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with open(sys.argv[1]) as file:
         entries = json.load(file)
     job = greet()

@@ -2,16 +2,39 @@
 
 The numbers are those of the matrix of faults.  After each of them, no job has run twice, no result
 is partial or was replaced, and what is reported is true: check_exactly_once() compares it all.
-Rows that other files hold:
+Each row is a test with its number in its name, in this file or in test_faults_data.py.  More of
+them, by other names:
 
     1, 2, 4, 5  also test_crashes.py, at each point of the program's life
-    3           test_interrupt.py: a_job_survives_the_program_and_is_collected_once, and others
-    18          test_logins.py
+    3           also test_interrupt.py: a_job_survives_the_program_and_is_collected_once
+    18          test_faults_data.py: 18_a_refused_login_is_one_line_and_one_attempt,
+                18_a_key_that_cannot_be_used_is_one_line_and_no_attempt;
+                also test_logins.py: an_unreachable_machine_is_one_line_and_the_others_go_on
     22, 23      also test_runner_script.py: the_exit_status_is_told_and_recorded
-    29          also test_interrupt.py: an_interrupt_ends_all_jobs, and others
-    33 - 37     test_logins.py, test_copies.py, test_archive.py, test_live.py
+    29          also test_interrupt.py: an_interrupt_ends_all_jobs
+    33          test_faults_data.py: 33_a_login_that_does_odd_things_works,
+                33_a_login_that_cannot_work_is_one_precise_line,
+                33_noise_that_begins_later_makes_rsync_fall_back_to_tar;
+                also test_logins.py: start_files_that_print, an_account_for_sftp_only
+    34          test_faults_data.py: 34_without_a_proper_rsync_the_result_is_the_same
+    35          test_faults_data.py: 35_a_hostile_rsync_writes_nothing_outside,
+                35_a_hostile_rsync_gives_no_rights_and_no_devices,
+                35_an_rsync_with_a_hole_is_confined, 35_a_hostile_tar_writes_nothing_outside,
+                35_five_thousand_files_come;
+                test_hostile.py: a_terabyte_that_is_none_does_not_fill_the_disk_here, and
+                a_confined_process_writes_nowhere_else;
+                also test_archive.py: no_sequence_of_members_writes_outside
+    36          test_faults_data.py: 36_whatever_a_runner_says_memory_is_bounded,
+                36_a_login_that_says_a_line_without_an_end, 36_words_that_look_like_something_else,
+                36_a_job_that_says_a_line_without_an_end;
+                test_logins.py: noise_that_looks_like_events
+    37          test_faults_data.py: 37_names_of_any_bytes_go_and_come;
+                also test_copies.py: a_nasty_tree_goes_and_comes_byte_for_byte, also on localhost
     39          also test_results.py: what_exists_is_seen_and_stays
-    40          test_resources.py, test_runner_script.py
+    40          test_faults_data.py: 40_no_nvidia_smi_holds_a_query_up,
+                40_gpu_jobs_begin_only_where_the_gpus_are_known,
+                40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run;
+                also test_resources.py: why_there_is_no_gpu, the_modes_of_a_card
     43          also test_results.py: a_journal_torn_at_any_byte_forgets_no_whole_line
 
 Keepalives, and the times after which the program tries again, are shortened.
