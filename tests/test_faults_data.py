@@ -442,7 +442,8 @@ def test_36_a_login_that_says_a_line_without_an_end(batches, lab, lab1, gate, tm
     out = lab(startup={'.bashrc': MUCH + '\n'})
     err = lab(startup={'.bashrc': 'case $- in *i*) ;; *) head -c 50000000 /dev/zero >&2;; esac\n'})
     with open(tmp_path / 'stderr', 'w') as errors:
-        batch = batches.start([f'{meet}; {gate.wait("a")}' for meet in gate.meeting(2)],
+        lines = [f'{meet}; {gate.wait(name)}' for meet, name in zip(gate.meeting(2), 'ab')]
+        batch = batches.start(lines,
                               [out, *(m.yaml(max_jobs=1) for m in (err, lab1))], *NO_GPU,
                               stderr=errors)
     errors = tmp_path / 'stderr'
@@ -450,8 +451,8 @@ def test_36_a_login_that_says_a_line_without_an_end(batches, lab, lab1, gate, tm
     batch.until('started: ')
     batch.until('started: ')
     peak = peak_mb(batch.process.pid)
-    for _ in range(2):
-        gate.open('a')
+    gate.open('a')
+    gate.open('b')
     done = batch.end()
     assert peak < MUCH_MB, f'{peak} MB'
     assert done.returncode == 0, errors.read_text()
