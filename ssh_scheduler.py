@@ -2373,7 +2373,11 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
+    [[ $word != environment ]] || capturing=
   done
+  # a login shell that waits for somebody would do so for ever
+  [[ ! $capturing ]] || kill -KILL -- "-$capturing"
+  capturing=
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
   if [[ $1 ]]; then
@@ -2977,7 +2981,8 @@ remove() {                  # jobs whose results are safe over there
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
   local token workdir project owner setup want_gpus machine_environment=() environment=() bash_env=
-  local home run self mask events signals waiting=0 busy_before total_before busy total boot_id
+  local home run self mask events signals waiting=0 capturing boot_id
+  local busy_before total_before busy total
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
@@ -3024,6 +3029,7 @@ main() {
   read_ticks
   busy_before=$busy total_before=$total
   { capture; echo environment >&"$signals"; } </dev/null {events}>&- &
+  capturing=$!
   disown "$!"
   waiting=1
   if [[ $want_gpus == 1 ]]; then
@@ -4026,7 +4032,8 @@ def make_run_folder():
     for base in (os.environ.get('XDG_RUNTIME_DIR'), os.environ.get('TMPDIR'), '/tmp'):
         if base and re.fullmatch(r'/[\w./-]{1,45}', base) and os.access(base, os.W_OK | os.X_OK):
             remove_dead_folders(base)
-            return private_folder(os.path.join(base, f'sshs.{os.getpid()}'))
+            with contextlib.suppress(OSError):      # it is full
+                return private_folder(os.path.join(base, f'sshs.{os.getpid()}'))
     raise SchedulerError('there is no folder for temporary files: /tmp cannot be written.')
 
 
@@ -4082,9 +4089,14 @@ class Channel:
         """Begin to log in, and hand over the remote runner and what it has to know."""
         machine = self._machine
         if machine.host:
-            with open(self.connection.config_path, 'w', encoding='utf-8',
-                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                file.write(self.connection.config())
+            path = self.connection.config_path
+            try:
+                with open(path, 'w', encoding='utf-8',
+                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                    file.write(self.connection.config())
+            except OSError as error:
+                raise SchedulerError(f'there is no folder for temporary files: {path} cannot be '
+                                     f'written: {reason_of(error)}.') from error
         self._process = self._session.processes.start(
             self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
@@ -4441,6 +4453,10 @@ class Fetcher:
                 self._fetch(orders, by_rsync)
                 return
             if by_rsync and status not in (0, 23, 24) and not full:
+                refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', text)
+                if refused:
+                    self._signal('warning', f'{self._name}: rsync refused what came from there, so '
+                                 f'it comes with tar: {printable(refused[0])[:300]}')
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
                 self._session.results.discard(incoming)
@@ -4799,7 +4815,8 @@ class MachineRunner:
         channel = self._channel
         self.session.processes.call_later(
             CONNECT_LIMIT_S, lambda: self.state == 'connecting' and channel is self._channel
-            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds', 'later'))
+            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds: does one of '
+                           'its start files, such as ~/.bashrc, wait or read?', 'later'))
 
     def reconnect(self):
         """Log in once more, after it failed or contact was lost."""

@@ -250,7 +250,7 @@ for place; do
     places+=("$fd")
 done
 mount --bind "$folder/shared" /dev/shm
-mount --bind "$folder/tmp" /tmp             # after it, our folder cannot be seen
+[ "$tmp" = absent ] || mount --bind "$folder/tmp" /tmp      # after it, our folder cannot be seen
 for place; do
     fd=${places[0]}
     places=("${places[@]:1}")
@@ -259,7 +259,22 @@ for place; do
     exec {fd}<&-
 done
 mount --bind "$home" "$home"
-mount -o "remount,bind,$tmp" /tmp
+if [ "$tmp" = absent ]; then            # another root, with all of this one but /tmp
+    mount -t tmpfs tmpfs /mnt
+    for place in /*; do
+        if [ -L "$place" ]; then
+            cp -P "$place" /mnt
+        elif [ -d "$place" ] && [ "$place" != /tmp ] && [ "$place" != /mnt ]; then
+            mkdir "/mnt$place"
+            mount --rbind "$place" "/mnt$place"
+        fi
+    done
+    cd /mnt
+    pivot_root . .
+    umount --lazy .
+else
+    mount -o "remount,bind,$tmp" /tmp
+fi
 cd /
 echo up
 # Each request is two lines: the pid that it shall get, or nothing, and a command; the answer is the
@@ -297,7 +312,8 @@ class Host(Machine):
     """A computer of its own, with what Machine takes, and
 
     disk        {'size': bytes, 'inodes': number}: its home is on a file system that small
-    tmp         how its /tmp is mounted: 'ro', 'noexec'
+    tmp         how its /tmp is mounted: 'ro', 'noexec'; or 'absent', where it has none at all: then
+                RIG_FOLDER must lie elsewhere
     sees        folders of this computer that it shares (with gates, say), though they lie in /tmp
     clock       '+1d': by so much is the clock of its sessions wrong
 

@@ -2,16 +2,39 @@
 
 The numbers are those of the matrix of faults.  After each of them, no job has run twice, no result
 is partial or was replaced, and what is reported is true: check_exactly_once() compares it all.
-Rows that other files hold:
+Each row is a test with its number in its name, in this file or in test_faults_data.py.  More of
+them, by other names:
 
     1, 2, 4, 5  also test_crashes.py, at each point of the program's life
-    3           test_interrupt.py: a_job_survives_the_program_and_is_collected_once, and others
-    18          test_logins.py
+    3           also test_interrupt.py: a_job_survives_the_program_and_is_collected_once
+    18          test_faults_data.py: 18_a_refused_login_is_one_line_and_one_attempt,
+                18_a_key_that_cannot_be_used_is_one_line_and_no_attempt;
+                also test_logins.py: an_unreachable_machine_is_one_line_and_the_others_go_on
     22, 23      also test_runner_script.py: the_exit_status_is_told_and_recorded
-    29          also test_interrupt.py: an_interrupt_ends_all_jobs, and others
-    33 - 37     test_logins.py, test_copies.py, test_archive.py, test_live.py
+    29          also test_interrupt.py: an_interrupt_ends_all_jobs
+    33          test_faults_data.py: 33_a_login_that_does_odd_things_works,
+                33_a_login_that_cannot_work_is_one_precise_line,
+                33_noise_that_begins_later_makes_rsync_fall_back_to_tar;
+                also test_logins.py: start_files_that_print, an_account_for_sftp_only
+    34          test_faults_data.py: 34_without_a_proper_rsync_the_result_is_the_same
+    35          test_faults_data.py: 35_a_hostile_rsync_writes_nothing_outside,
+                35_a_hostile_rsync_gives_no_rights_and_no_devices,
+                35_an_rsync_with_a_hole_is_confined, 35_a_hostile_tar_writes_nothing_outside,
+                35_five_thousand_files_come;
+                test_hostile.py: a_terabyte_that_is_none_does_not_fill_the_disk_here, and
+                a_confined_process_writes_nowhere_else;
+                also test_archive.py: no_sequence_of_members_writes_outside
+    36          test_faults_data.py: 36_whatever_a_runner_says_memory_is_bounded,
+                36_a_login_that_says_a_line_without_an_end, 36_words_that_look_like_something_else,
+                36_a_job_that_says_a_line_without_an_end;
+                test_logins.py: noise_that_looks_like_events
+    37          test_faults_data.py: 37_names_of_any_bytes_go_and_come;
+                also test_copies.py: a_nasty_tree_goes_and_comes_byte_for_byte, also on localhost
     39          also test_results.py: what_exists_is_seen_and_stays
-    40          test_resources.py, test_runner_script.py
+    40          test_faults_data.py: 40_no_nvidia_smi_holds_a_query_up,
+                40_gpu_jobs_begin_only_where_the_gpus_are_known,
+                40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run;
+                also test_resources.py: why_there_is_no_gpu, the_modes_of_a_card
     43          also test_results.py: a_journal_torn_at_any_byte_forgets_no_whole_line
 
 Keepalives, and the times after which the program tries again, are shortened.
@@ -530,7 +553,55 @@ def test_27_a_home_that_cannot_be_written(host, run, fault):
     once([bad, good], done, jobs=3)
 
 
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Have all folders of the rig outside /tmp, and an empty one, which is the current one."""
+    monkeypatch.setenv('RIG_FOLDER', '/var/tmp')
+    folder = rig.temporary_folder('project')
+    monkeypatch.chdir(folder)
+    yield folder
+    monkeypatch.chdir('/')
+    rig.remove(folder)
+
+
+def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
+    machine, good = host(tmp='absent'), lab()
+    assert machine.run('ls -d /tmp').returncode == 2
+    (elsewhere / 'data').write_bytes(os.urandom(300_000))
+    lines = [ledger_line(f'{meet}; cp data copy; ls -d /tmp') for meet in gate.meeting(2)]
+    done = Batches(run_cli, None, env=IMPATIENT).run(
+        lines, [quick(machine, max_jobs=1), quick(good, max_jobs=1)], *NO_GPU)
+    assert done.returncode == 1 and done.stdout.count('exit code 2 on') == 1, done.stderr
+    assert sorted(result(f'batch.sh.{n}').count(b'/tmp') for n in (1, 2)) == [0, 1]
+    for n in (1, 2):
+        assert (RESULTS / f'batch.sh.{n}/copy').read_bytes() == (elsewhere / 'data').read_bytes()
+    once([machine, good], done, jobs=2)
+    assert_clean(machine, cache=True)
+
+
 # ---- What happens here ----
+
+@pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
+def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
+    """It takes root to make it so, and namespaces, as hosts do."""
+    machine = lab()
+    Path('batch.sh').write_text(f'{ledger_line("true")}\n')
+    prepare = f'mount -t tmpfs -o {how} tmpfs /tmp; {{ head -c 4096 /dev/zero >/tmp/a; }} 2>&-; :'
+    if how == 'absent':
+        prepare = ('mount -t tmpfs tmpfs /mnt; for place in /*; do if [ -L "$place" ]; then cp -P '
+                   '"$place" /mnt; elif [ -d "$place" ] && [ "$place" != /tmp ] && [ "$place" != '
+                   '/mnt ]; then mkdir "/mnt$place"; mount --rbind "$place" "/mnt$place"; fi; done;'
+                   'here=$PWD; cd /mnt; pivot_root . .; umount --lazy .; cd "$here"; ! [ -e /tmp ]')
+    env = {name: value for name, value in client_env.items() if name != 'XDG_RUNTIME_DIR'}
+    done = subprocess.run(
+        ['unshare', '--mount', 'bash', '-c', f'{prepare} && exec "$@"', 'bash', sys.executable,
+         PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU, '--machines', machine.yaml()],
+        env={**env, 'TMPDIR': '/nowhere'}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ''), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert 'there is no folder for temporary files' in line
+    assert machine.logins() == 0 and machine.ledger.read_text() == ''
+
 
 @pytest.mark.parametrize('tools', ['rsync', 'tar'])
 def test_28_a_full_disk_here(lab, run, disk, project, tools):
@@ -576,6 +647,41 @@ def test_29_an_interrupt_ends_whole_trees(hosts, watch):
     for host in hosts:
         assert_clean(host, cache=True)
     once(hosts, done, jobs=0)
+
+
+# Of each four: one that may be told, one that ignores that, one that left its group, and daemons.
+HARD_TO_END = [
+    'sleep 1001',
+    'trap "" TERM INT HUP; while :; do sleep 1002; done',
+    '(setsid bash -c "(sleep 1003 &)" &); setsid sleep 1003',
+    'env -i setsid bash -c "trap : TERM; (sleep 1004 & sleep 1004; sleep 1004) & wait; wait"'
+]
+
+
+def test_29_an_interrupt_ends_a_hundred_jobs_on_five_machines(host, batches):
+    machines = [host() for _ in range(5)]
+    patient = {'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 60.0})}    # 10 s are few under load
+    batch = batches.start([ledger_line(HARD_TO_END[n % 4]) for n in range(100)],
+                          [quick(machine, max_jobs=20) for machine in machines], *NO_GPU,
+                          '--num-cpus=0.1', env=patient)
+
+    def sleepers():
+        return [line for machine in machines for _, line in machine.processes()
+                if line.startswith('sleep 100')]
+
+    # 25 of each kind; the third and the fourth have two each
+    wait_until(lambda: len(sleepers()) == 150, 'all of them sleep')
+    assert all(machine.ledger.read_text().count('start') == 20 for machine in machines)
+    began = time.monotonic()
+    batch.process.send_signal(signal.SIGINT)
+    done = batch.end()
+    took = time.monotonic() - began
+    print(f'ended after {took:.1f} s')
+    assert done.returncode == 130 and 'could not be' not in done.stderr, done.stderr
+    assert took < 30
+    for machine in machines:
+        assert_clean(machine)
+    once(machines, done, jobs=0)
 
 
 def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
