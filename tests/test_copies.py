@@ -19,6 +19,8 @@ from batching import (
     wait_until,
 )
 
+import ssh_scheduler
+
 BIG = 300_000           # more than goes through the channel
 
 
@@ -254,6 +256,25 @@ with open(log, 'a') as out:
 back.join()
 os._exit(status)
 """
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_many_files_come_back_whatever_rsync_knows(batches, lab1, tmp_path, known):
+    """It takes long to check so many names, so it is told not to, where it knows that option."""
+    env = spy(tmp_path / 'spies', 'rsync', (
+        'words=()\n'
+        'for word; do\n'
+        '  [[ $word == --trust-sender ]] || { words+=("$word"); continue; }\n'
+        f'  {":" if known else "exit 1"}\n'
+        'done\n'
+        'exec "$real" "${words[@]}"'))
+    done = batches.run([f'touch {{1..{ssh_scheduler.MANY_NAMES + 1}}}'], [lab1], *NO_GPU,
+                       '--verbose', env=env)
+    assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
+    assert len(os.listdir(RESULTS / 'batch.sh.1')) == ssh_scheduler.MANY_NAMES + 1
+    copies = ['--trust-sender' in line for line in events(done.stderr, '+') if ' rsync ' in line]
+    trusts = ssh_scheduler.confine('.') is not None
+    assert copies == [True] * trusts + [False] * (not (trusts and known))
 
 
 def test_a_second_batch_sends_only_the_difference(batches, project, lab, tmp_path, gate):

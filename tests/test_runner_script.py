@@ -679,6 +679,14 @@ def test_many_paths_are_asked_for_with_list(runner):
     assert sorted(listed) == sorted(['', *(f'+./{number}' for number in range(1, 501))])
 
 
+def test_a_list_that_nobody_could_read_is_not_sent(runner):
+    runner.start('job', 'touch {1..500}', back='changed')
+    assert runner.ended('job')[3] == ['@']
+    os.truncate(runner.path('job', 'back'), 61_000_000)
+    runner.send('list', 'job.1')
+    assert runner.until('unlistable', 'job.1') == []
+
+
 # ---- How jobs end ----
 
 @pytest.mark.parametrize('command, status', [
