@@ -43,6 +43,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -384,6 +385,18 @@ def test_17_few_logins_at_a_time(lab, run):
     assert done.returncode == 0, done.stderr
     once(machines, done, jobs=20)
     assert all(machine.logins() == 1 for machine in machines)
+
+
+def test_17_a_login_that_is_refused_for_the_moment(lab, watch):
+    """Somebody else has the one place for those that are not logged in yet."""
+    machine = lab(sshd_options='MaxStartups 1:100:1')
+    with socket.create_connection((machine.address, machine.port)) as other:
+        assert other.recv(100).startswith(b'SSH-')
+        batch = watch([ledger_line(f'echo {n}') for n in range(20)], [machine])
+        wait_until(lambda: 'drop connection' in machine.log.read_text(), 'a login is refused')
+    done = batch.end()
+    assert (done.returncode, done.stderr.count('cannot be used')) == (0, 0), done.stderr
+    once([machine], done, jobs=20)
 
 
 def test_19_sshd_is_stopped_and_started(lab, watch, gate):
