@@ -4777,7 +4777,7 @@ class MachineRunner:
         self._was_ready, self._lost_channel = False, None
         self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
         self._due = set()                   # what is to be called later
-        self._cancelled = False
+        self.cancelled = False              # its jobs were told to end
         self.cancelling = False             # and it was not said yet what became of that
         self.register('collected', self._show_rest)
 
@@ -5056,7 +5056,7 @@ class MachineRunner:
         What they leave is set aside, and their end is no signal.  survivors(text) is, if
         something could not be ended.
         """
-        self._cancelled = True
+        self.cancelled = True
         while self._queue:
             self._signal('returned', self._queue.popleft().job_name, 'interrupted')
         if self._running:
@@ -5065,7 +5065,7 @@ class MachineRunner:
 
     def leave_rest(self):
         """Do without what jobs that were cancelled had said, and that has not come."""
-        for order in list(self._draining.values()) if self._cancelled else ():
+        for order in list(self._draining.values()) if self.cancelled else ():
             self._drained(order)
 
     def terminal(self, job_name, on_exit):
@@ -5333,7 +5333,7 @@ class MachineRunner:
                     order.grown[stream] and self.session.results.has(
                         order.job_name, stream, size))):
                 order.streams[stream] = None
-        if self._cancelled:
+        if self.cancelled:
             order.aside = True
             self._fetcher.add(order, order.entries)
             return
@@ -5357,7 +5357,7 @@ class MachineRunner:
 
     def _on_left(self, key, text):
         order = self._running.get(os.fsdecode(key))
-        if order and not self._cancelled:       # else that is being ended, too
+        if order and not self.cancelled:       # else that is being ended, too
             self._signal('left', order.job_name, printable(os.fsdecode(text)))
 
     def _on_unlistable(self, key):
@@ -6262,11 +6262,10 @@ class Batch:
                and self.interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(1)
         running = {name: runner for runner in self._runners for name in runner.running}
-        if running:
-            self._cancel()
+        unsure = self._cancel() if running else ()
         left = 0
         for name, known in claimed.items():
-            state = self._results.state(name)['state']
+            state = self._results.state(name)['state'] if name not in unsure else ''
             what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
                     'lost': 'did not run'}.get(state)
             left += what is None
@@ -6277,7 +6276,7 @@ class Batch:
         return 130 if self.interrupts > 1 else 1 if left else 0
 
     def _cancel(self):
-        """End all jobs everywhere, within a time; say what could not be ended."""
+        """End all jobs everywhere, within a time; say and return what may not have ended."""
         running = [(name, runner) for runner in self._runners for name in runner.running]
         for runner in self._runners:
             if runner.state == 'ready':
@@ -6287,16 +6286,21 @@ class Batch:
                    for runner in self._runners)
                and self.interrupts < 2 and time.monotonic() < until):
             self._session.processes.wait(0.2)
+        unsure = {name for name, runner in running if name in runner.running}
         for name, runner in running:
-            if name in runner.running:
+            if name in unsure:
                 self._report.unconfirmed(runner.name, name)
-            elif self._results.state(name).get('state') in ('claimed', 'lost'):
+            # What was told to end is no failure of its own, should the next run find it ended: that
+            # run ends what is left of it, and starts it again.
+            if runner.cancelled if name in unsure else (
+                    self._results.state(name).get('state') in ('claimed', 'lost')):
                 self._results.set_aside(name)
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
         for runner in self._runners:
             self._unknown.update((name, runner.name) for name in runner.unfinished
                                  if self._results.state(name)['state'] != 'cancelled')
+        return unsure
 
     def _show_progress(self):
         self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
@@ -6928,6 +6932,8 @@ class Errand:
             return
         fanout.cancel()
         if name in runner.running:
+            if runner.cancelled:
+                self._results.set_aside(name)
             return
         state = self._results.state(name).get('state')
         if state == 'claimed':

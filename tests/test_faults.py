@@ -734,10 +734,10 @@ def test_31_signals(host, watch, outside, numbers):
     assert first.returncode == (-signal.SIGHUP if numbers[0] == signal.SIGHUP else 130)
     (outside / 'go').touch()
     last = watch(None, [quick(machine)]).end()
-    # one that was being ended when it was left is found killed
-    assert last.returncode == 0 or len(numbers) > 1 and re.search(
-        'exit code (137|143) on', last.stdout), last.stderr
-    once([machine], first, last, jobs=2)
+    assert last.returncode == 0, last.stderr
+    # one that was being ended when it was left may have come to its end before the next run came
+    once([machine], first, last, jobs=2, again=len(numbers) > 1)
+    assert_clean(machine, cache=True)
 
 
 def test_32_two_of_the_same(lab, watch, gate):
