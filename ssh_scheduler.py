@@ -3806,10 +3806,17 @@ class ResultStore:
         """
         self._let_go()
         self._write(event='cancelled', job=name)
+        try:
+            self._move_aside(name, streams or {}, folder)
+        except OSError as error:
+            raise ResultsError(f'what {name} left could not be moved to {self.own}/cancelled: '
+                               f'{reason_of(error)}.') from None
+
+    def _move_aside(self, name, streams, folder):
         aside = os.path.join(self.own, 'cancelled', f'{name}.{time.time_ns()}')
         os.makedirs(os.path.dirname(aside), exist_ok=True)
         for stream in ('out', 'err'):
-            path, content = self._path(name, f'.{stream}'), (streams or {}).get(stream)
+            path, content = self._path(name, f'.{stream}'), streams.get(stream)
             if isinstance(content, bytes):
                 with open(f'{aside}.{stream}', 'xb') as file:
                     file.write(content)
@@ -3907,6 +3914,7 @@ class ResultStore:
                 self._remains.setdefault(record['machine'], {})[key] = event['event']
 
     def _write(self, **event):
+        self.check()
         self._apply(event)
         self._unsynced = True
         event['time'] = round(time.time(), 2)
@@ -3918,6 +3926,18 @@ class ResultStore:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def check(self):
+        """Raise if the folder is not there any more: then nothing that follows would be found."""
+        try:
+            in_place = os.path.samestat(os.stat(os.path.join(self.own, 'journal')),
+                                        os.fstat(self._journal))
+        except OSError:
+            in_place = False
+        if not in_place:
+            raise ResultsError(f'{self.folder} was removed or moved away while it was in use. Jobs '
+                               'that run go on: move it back, or do without what was in it; the '
+                               'same command goes on with them.')
 
     def _unwritable(self, error):
         return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
@@ -4385,6 +4405,7 @@ class Fetcher:
         order.entries = None
         self._sort_out(order, entries)
         size = order.back_bytes
+        self._session.results.check()
         if size > free_bytes(self._session.results.folder):
             self._leave(order, f'they are {size_of(size)}, and the disk here is too full')
             return
@@ -4444,7 +4465,13 @@ class Fetcher:
 
     def _fetch(self, orders, by_rsync, may_trust=True):
         """Bring the results of the orders into an empty folder, and from there to their place."""
-        incoming = self._session.results.incoming()
+        try:
+            incoming = self._session.results.incoming()
+        except OSError as error:
+            self._under_way = False
+            for order in orders:
+                self._leave(order, reason_of(error))
+            return
         paths = []
         for order in orders:
             paths += [f'./{order.key}/{stream}' for stream in ('out', 'err')
@@ -4516,9 +4543,10 @@ class Fetcher:
         def guard():            # what a machine says of sizes is only what it says
             nonlocal full
             if self._under_way and process.popen.poll() is None:
-                if free_bytes(incoming) <= 0:
-                    full = True
-                    process.kill()
+                with contextlib.suppress(FileNotFoundError):        # somebody removed it
+                    if free_bytes(incoming) <= 0:
+                        full = True
+                        process.kill()
                 self._session.processes.call_later(GUARD_S, guard)
 
         self._session.processes.call_later(GUARD_S, guard)

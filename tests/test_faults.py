@@ -718,6 +718,26 @@ def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
     once([away, there], first, last, jobs=2)
 
 
+@pytest.mark.parametrize('back', [True, False])
+def test_28_job_results_goes_away_while_it_is_in_use(host, watch, gate, outside, back):
+    machine = host(sees=(outside,))
+    lines = [ledger_line(gate.wait('a')), ledger_line('echo')]
+    batch = watch(lines, [quick(machine)], '--reserve')
+    has_begun(machine)
+    RESULTS.rename('elsewhere')
+    gate.open('a')
+    first = batch.end()
+    assert first.returncode == 2 and first.stderr.count('\n') == 2
+    assert 'job_results was removed or moved away while it was in use. Jobs' in first.stderr
+    assert not RESULTS.exists()
+    if back:
+        Path('elsewhere').rename(RESULTS)
+    last = watch(lines, [quick(machine)]).end()
+    assert last.returncode == 0, last.stderr
+    once([machine], first, last, jobs=2)
+    assert_clean(machine, cache=True)
+
+
 @pytest.mark.parametrize('numbers', [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,),
                                      (signal.SIGHUP,), (signal.SIGINT, signal.SIGTERM)])
 def test_31_signals(host, watch, outside, numbers):
