@@ -4046,6 +4046,11 @@ class Session:
         return {**{name: value for name, value in os.environ.items()
                    if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
 
+    def wait_while(self, unfinished, until, hurried=lambda: False):
+        """Wait while unfinished(), at most until that time (monotonic), and not once hurried()."""
+        while unfinished() and not hurried() and time.monotonic() < until:
+            self.processes.wait(0.2)
+
     def close(self):
         """End what still runs here and remove the run folder."""
         import shutil
@@ -5581,7 +5586,8 @@ class Reporter:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-        if stream is self._out and error.errno != errno.EPIPE:
+        gone = (errno.EPIPE, errno.EBADF, errno.EIO)        # a reader, a file, a terminal
+        if stream is self._out and error.errno not in gone:
             self.trouble = reason_of(error)
             self.warning(f'what should be printed here cannot be: {self.trouble}')
 
@@ -6283,12 +6289,11 @@ class Batch:
                 if known['machine'] == runner.machine.address:
                     runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
                                     attempt=known['attempt'], adopt=True)
-        until = time.monotonic() + CONNECT_LIMIT_S
-        while (any(runner.state == 'connecting' or runner.state == 'ready' and (
+        self._session.wait_while(
+            lambda: any(runner.state == 'connecting' or runner.state == 'ready' and (
                 runner.unsettled or runner.busy and not runner.running)
-                for runner in self._runners)
-               and self.interrupts < 2 and time.monotonic() < until):
-            self._session.processes.wait(1)
+                for runner in self._runners),
+            time.monotonic() + CONNECT_LIMIT_S, lambda: self.interrupts > 1)
         running = {name: runner for runner in self._runners for name in runner.running}
         unsure = self._cancel() if running else ()
         left = 0
@@ -6309,11 +6314,10 @@ class Batch:
         for runner in self._runners:
             if runner.state == 'ready':
                 runner.cancel()
-        until = time.monotonic() + INTERRUPT_S
-        while (any(runner.state == 'ready' and (runner.busy or runner.cancelling)
-                   for runner in self._runners)
-               and self.interrupts < 2 and time.monotonic() < until):
-            self._session.processes.wait(0.2)
+        self._session.wait_while(
+            lambda: any(runner.state == 'ready' and (runner.busy or runner.cancelling)
+                        for runner in self._runners),
+            time.monotonic() + INTERRUPT_S, lambda: self.interrupts > 1)
         unsure = {name for name, runner in running if name in runner.running}
         for name, runner in running:
             if name in unsure:
@@ -6513,9 +6517,9 @@ class Fanout:
         until = time.monotonic() + INTERRUPT_S
 
         def wait(until, unfinished):
-            while (any(runner.state == 'ready' and unfinished(runner) for runner in runners)
-                   and self.interrupts < 2 and time.monotonic() < until):
-                self._session.processes.wait(0.2)
+            self._session.wait_while(
+                lambda: any(runner.state == 'ready' and unfinished(runner) for runner in runners),
+                until, lambda: self.interrupts > 1)
 
         wait(until, lambda runner: runner.running or runner.cancelling)
         wait(time.monotonic() + LAST_WORDS_S, lambda runner: runner.busy)
@@ -7193,10 +7197,8 @@ def close_all(runners, session, hurried=lambda: False):
     """Have all machines tidied up, and wait for that, or until hurried()."""
     for runner in runners:
         runner.close()
-    until = time.monotonic() + FAREWELL_S
-    while (any(runner.state == 'closing' for runner in runners) and not hurried()
-           and time.monotonic() < until):
-        session.processes.wait(1)
+    session.wait_while(lambda: any(runner.state == 'closing' for runner in runners),
+                       time.monotonic() + FAREWELL_S, hurried)
 
 
 def json_lines(runners, allocation):

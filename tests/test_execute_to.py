@@ -216,7 +216,7 @@ def test_what_says_too_much_is_ended_in_time(run, start, named):
     began = time.monotonic()
     running = start(files, 'yes', '--timeout=2', stdout=subprocess.DEVNULL)
     assert running.end().status == 1
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 45
     assert_all_clean(machines)
 
 

@@ -597,6 +597,8 @@ def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
 @pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
 def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
     """It takes root to make it so, and namespaces, as hosts do."""
+    if any(str(path).startswith('/tmp/') for path in (sys.executable, PROGRAM)):
+        pytest.skip('the program itself lies in /tmp, which this test takes away')
     machine = lab()
     Path('batch.sh').write_text(f'{ledger_line("true")}\n')
     prepare = f'mount -t tmpfs -o {how} tmpfs /tmp; {{ head -c 4096 /dev/zero >/tmp/a; }} 2>&-; :'
@@ -904,6 +906,6 @@ def test_no_more_jobs_after_so_many_failed(lab, run):
     assert first.returncode == 1
     assert '2 failed' in first.stdout and '6 not started' in first.stdout, first.stdout
     last = run(lines, [machine])
-    assert last.returncode == 0, last.stderr
+    assert last.returncode == 1 and '6 finished, 0 failed, 2 skipped' in last.stdout, last.stderr
     once([machine], first, last, jobs=8)
     assert_clean(machine)

@@ -79,12 +79,13 @@ def test_machine_file_names_what_a_login_needs(lab1):
     ''')
 
 
-def test_rsync_works_with_a_machine(lab1, tmp_path):
+def test_rsync_works_with_a_machine(lab, tmp_path):
+    machine = lab()
     (tmp_path / 'a b').write_text('text')
-    ssh, target = lab1.ssh_argv()[:-1], lab1.ssh_argv()[-1]
+    ssh, target = machine.ssh_argv()[:-1], machine.ssh_argv()[-1]
     subprocess.run(['rsync', '-a', '-e', ' '.join(ssh), tmp_path / 'a b', f'{target}:'],
                    check=True)
-    assert (lab1.home / 'a b').read_text() == 'text'
+    assert (machine.home / 'a b').read_text() == 'text'
 
 
 # ---- What it claims to have ----
