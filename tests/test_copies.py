@@ -41,8 +41,8 @@ def way(request, lab, lab1, project, client_home, tmp_path):
 
 
 def work_folders(home):
-    """The folders of the jobs that are over there."""
-    return sorted(home.glob('.ssh_scheduler/*/jobs/*/work'))
+    """The folders of this test's jobs that are over there."""
+    return sorted(home.glob(f'.ssh_scheduler/{ssh_scheduler.project_name()}/jobs/*/work'))
 
 
 def spy(folder, name, script):

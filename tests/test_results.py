@@ -252,9 +252,10 @@ def test_a_stream_of_which_only_a_part_was_written_is_an_error(store):
     assert store.state('job')['state'] == 'claimed'
 
 
-def test_a_full_disk_under_the_journal_is_one_sentence(store):
+def test_a_full_disk_under_the_journal_is_one_sentence(store, monkeypatch):
     os.close(store._journal)
     store._journal = os.open('/dev/full', os.O_WRONLY)
+    monkeypatch.setattr(store, 'check', lambda: None)       # it is another file, indeed
     with pytest.raises(ResultsError, match='cannot be written: No space left on device'):
         claim(store)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import rig
+from batching import wait_until
 
 import ssh_scheduler as s
 
@@ -985,9 +986,14 @@ def test_a_follower_ends_with_its_session(runner, env, gate):
     runner.until('started', 'job.1')
     with script(s.REMOTE_FOLLOW, env, TOKEN, runner.path('job'), 0, 0) as follower:
         read_until(follower.stdout, b'one\n')
-        tails = [pid for pid in rig.knowing(env['HOME']) if rig.cmdline(pid).startswith('tail ')]
+        def tails():
+            return [pid for pid in rig.knowing(env['HOME'])
+                    if rig.cmdline(pid).startswith('tail ')]
+
+        wait_until(lambda: len(tails()) == 2, 'both have become what they are')
+        found = tails()
         follower.stdin.close()
-        assert len(tails) == 2 and all(map(rig.ends, tails))
+        assert all(map(rig.ends, found))
     gate.open()
     runner.ended('job')
 
