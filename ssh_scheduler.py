@@ -7254,9 +7254,10 @@ def main(argv=None):
                              f'{nearest(name, COMMANDS)}.')
         status = COMMANDS[name](words)
     except SchedulerError as error:
-        print(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}', file=sys.stderr)
+        reporter = Reporter()
+        reporter.note(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}')
         if isinstance(error, UsageError) and error.usage:
-            print(error.usage.partition('\n\n')[2].partition('\n\n')[0], file=sys.stderr)
+            reporter.note(error.usage.partition('\n\n')[2].partition('\n\n')[0])
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130

@@ -446,6 +446,45 @@ def test_diagnostics_and_events_have_a_stream_each():
     assert err.getvalue() == 'note\nWARNING: warning\n' * 2 + 'trace\n'
 
 
+@pytest.mark.parametrize('stream', ['stdout', 'stderr'])
+def test_a_full_disk_behind_a_stream_does_not_stop_a_batch(start_cli, project, stream):
+    (project / 'batch.sh').write_text('cat data\necho two\n')
+    (project / 'data').write_text('one\n')
+    words = [word for word in WORDS if word != '--copy-forwards']       # so it says what it sent
+    with open('/dev/full', 'w') as full:
+        process = start_cli(*words, **{stream: full})
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [(project / f'job_results/batch.sh.{n}.out').read_text() for n in (1, 2)] == [
+        'one\n', 'two\n']
+    if stream == 'stdout':
+        assert sorted(complaint.splitlines()) == [
+            'WARNING: what should be printed here cannot be: No space left on device',
+            'localhost: sent 2 files, 22 bytes']
+    else:
+        assert 'done: 2 jobs: 2 finished, ' in said
+
+
+@pytest.mark.parametrize('words, status', [
+    (('execute_batch', '--help'), 0), (('query_machines', '--version'), 0),
+    (('query_machines', '--machines', 'localhost'), 1),
+    (('execute_to', '--machines', 'localhost', '--', 'echo x; echo y >&2'), 1),
+    (('execute_remote', '--machine', 'localhost', 'echo x; echo y >&2'), 125),
+    (('execute_remote', '--machine', 'localhost', '--detach', 'true'), 125)])
+def test_a_full_disk_behind_what_is_printed_is_one_sentence(start_cli, project, words, status):
+    with open('/dev/full', 'w') as full:
+        out = start_cli(*words, stdout=full)
+        both = start_cli(*words, stdout=full, stderr=full)
+    complaint = out.communicate(timeout=60)[1]
+    assert complaint.count('No space left on device') == 1 and 'Traceback' not in complaint
+    assert (out.returncode, both.wait(60)) == (status, status)
+
+
+def test_what_is_wrong_is_told_by_the_exit_status_where_it_cannot_be_said(start_cli, project):
+    with open('/dev/full', 'w') as full:
+        assert start_cli('execute_batch', stderr=full).wait(60) == 2
+
+
 BATCH = ('true\n' * 5 + 'echo out; echo err >&2; false\n', [
     *(f'finished: batch.sh.{n}; true' for n in range(1, 6)),
     'failed: batch.sh.6; echo out; echo err >&2; false'])
