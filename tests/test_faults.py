@@ -490,6 +490,25 @@ def test_26_a_disk_over_there_that_is_full_when_jobs_begin(host, watch, gate, ou
     once([full, works], first, second, last, jobs=4)
 
 
+def test_26_the_only_machine_is_waited_for_until_it_has_room_on_its_disk(host, watch, gate,
+                                                                         outside):
+    machine = host(disk={'size': 2 << 20}, sees=(outside,))
+    lines = [ledger_line(f'echo >{outside}/begun; {gate.wait("a")}'),
+             ledger_line('echo 2'), ledger_line('echo 3')]
+    batch = watch(lines, [quick(machine)], '--reserve')
+    wait_until((outside / 'begun').exists, 'the first')
+    machine.fill_disk()
+    gate.open('a')
+    batch.complains('gets no more jobs for a while')
+    machine.free_disk()
+    done = batch.end()
+    assert (done.returncode, 'not started' in done.stdout) == (0, False), done.stderr
+    assert re.search(r': gets no more jobs for a while: it cannot start batch.sh.2: '
+                     r'(?!environment: line)\S.*: No space left on device\.\n', done.stderr)
+    once([machine], done, jobs=3)
+    assert_clean(machine)
+
+
 def test_26_a_disk_over_there_that_a_job_fills(host, run):
     machine = host(disk={'size': 3 << 20})
     done = run([ledger_line('head -c 9000000 /dev/zero >big; exit 3')], [quick(machine)])
@@ -598,6 +617,31 @@ def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
     once([away, there], first, last, jobs=2)
 
 
+def test_30_a_machine_that_comes_back_while_an_interrupt_waits_for_another(lab, watch, outside):
+    """Its job, which ended meanwhile, is collected, or set aside and run again."""
+    away, there = lab(), lab()
+    line = ledger_line(f'[ -e {outside}/go ] || until [ -e {outside}/end ]; do sleep 0.05; done')
+    deaf = ledger_line(f'[ -e {outside}/go ] || {{ trap "" TERM; while :; do sleep 1; done; }}')
+    batch = watch([line, deaf], [away, there], '--reserve')
+    has_begun(away)
+    has_begun(there, 'batch.sh.2')
+    away.stop()
+    batch.complains('lost contact (1 job goes on there)')
+    (outside / 'end').touch()
+    wait_until(lambda: has(away.ledger, 'batch.sh.1 1 end'), 'its end')
+    batch.process.send_signal(signal.SIGINT)
+    batch.complains('interrupted: ending all jobs')
+    away.start()
+    first = batch.end()
+    assert first.returncode == 130
+    (outside / 'go').touch()
+    last = watch(None, [away, there], '--reserve').end()
+    assert last.returncode == 0, last.stderr
+    once([away, there], first, last, jobs=2, again=True)
+    assert_clean(away)
+    assert_clean(there)
+
+
 @pytest.mark.parametrize('numbers', [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,),
                                      (signal.SIGHUP,), (signal.SIGINT, signal.SIGTERM)])
 def test_31_signals(host, watch, outside, numbers):
@@ -657,6 +701,27 @@ def test_39_results_that_are_there(lab1, run, kind):
     done = run([ledger_line('echo 1'), ledger_line('echo 2')], [lab1])
     assert done.returncode == 0 and 'WARNING: job results already exists for line 1' in done.stdout
     assert os.lstat(RESULTS / 'batch.sh.1') == before and not (RESULTS / 'batch.sh.1.out').exists()
+
+
+def test_39_a_place_that_somebody_takes_while_the_job_runs(lab1, watch, run, run_cli, gate):
+    batch = watch([f'{gate.wait("a")}; echo out; echo made >made'], [lab1])
+    batch.until('started: ')
+    (RESULTS / 'batch.sh.1').mkdir()
+    gate.open('a')
+    why = 'job_results/batch.sh.1 was made by something else while batch.sh.1 ran: move it away'
+    for done in (batch.end(), run(None, [lab1])):
+        assert (done.returncode, 'skipping' in done.stdout) == (1, False)
+        assert f'batch.sh.1: its results could not be fetched: {why}. ' in done.stderr, done.stderr
+        assert f'batch.sh.1: on {lab1.yaml()}, ended: run the same command again' in done.stdout
+    status = run_cli('execute_batch', 'batch.sh', '--status')
+    assert (status.returncode, status.stdout.splitlines()) == (1, [
+        f'ended: batch.sh.1: on {lab1.yaml()}, not collected yet',
+        '1 job: 0 finished, 0 failed, 1 on a machine, 0 waiting'])
+    (RESULTS / 'batch.sh.1').rmdir()
+    assert run(None, [lab1]).returncode == 0
+    assert (result('batch.sh.1'), (RESULTS / 'batch.sh.1/made').read_text()) == (
+        b'out\n', 'made\n')
+    assert_clean(lab1)
 
 
 @pytest.mark.parametrize('fault', ['SIGCHLD', 'few files', 'no stdin', 'no stdin, stdout, stderr',
@@ -741,8 +806,45 @@ def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, ga
         assert_clean(machine)
 
 
+def test_a_machine_may_be_given_up_later_than_it_would_be_looked_for(lab, watch, gate, outside):
+    machines = lab(), lab()
+    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], machines,
+                  '--lost-after=1', '--away-limit=0')
+    wait_until(lambda: any(has(machine.ledger, 'batch.sh.1 1 start') for machine in machines), 'it')
+    (outside / 'go').touch()
+    gone, = (machine for machine in machines if machine.ledger.read_text())
+    gone.stop()
+    done = batch.end()
+    assert done.returncode == 0, done.stderr
+    assert 'will be started elsewhere, and ended there when it is back' in done.stderr
+    once(machines, done, jobs=1)
+
+
 def has(ledger, line):
     return line in ledger.read_text().splitlines()
+
+
+def test_what_runs_on_a_machine_that_never_came_is_listed(lab, watch, run, gate):
+    off, there = lab(), lab()
+    batch = watch([waiting(gate)], [off])
+    has_begun(off)
+    runs = [batch.kill()]
+    off.stop()
+    told = (f'batch.sh.1: on {off.account}, not known to have ended: run the same command again to '
+            'collect it')
+    batch = watch([waiting(gate), waiting(gate, 'b')], [off, there])
+    has_begun(there, 'batch.sh.2')
+    batch.process.send_signal(signal.SIGINT)
+    runs.append(batch.end())
+    assert (runs[1].returncode, told in runs[1].stdout.splitlines()) == (130, True), runs[1]
+    runs.append(run([waiting(gate), 'exit 3'], [off, there], '--halt-after=1'))
+    assert (runs[2].returncode, told in runs[2].stdout.splitlines()) == (1, True), runs[2]
+    off.start()
+    batch = watch(None, [off, there])
+    gate.open('a')
+    runs.append(batch.end())
+    assert 'batch.sh.2: exit code 3 on' in runs[3].stdout and runs[3].returncode == 1
+    once([off, there], *runs, jobs=1)
 
 
 def test_a_job_that_takes_too_long(lab, run):
