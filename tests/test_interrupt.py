@@ -131,6 +131,21 @@ def test_an_interrupt_while_it_connects(batches, lab, number, client_home):
     machine.thaw()
 
 
+def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, gate):
+    machine = lab()
+    batch = batches.start([f'echo 1 >>{ledger}; {gate.wait("a")}'], [machine], *NO_GPU)
+    wrote(ledger, '1')
+    machine.freeze()
+    began = time.monotonic()
+    batch.process.send_signal(signal.SIGINT)
+    batch.process.send_signal(signal.SIGTERM)       # of one kind, two at once would be one
+    done = batch.end()
+    assert (done.returncode, time.monotonic() - began < 20) == (130, True)
+    assert f'could not be confirmed to have ended on {machine.yaml()}' in done.stderr
+    assert 'batch.sh.1: on ' in done.stdout and 'not known to have ended' in done.stdout
+    machine.thaw()
+
+
 # ---- Killed: the jobs go on, and the same command finds them ----
 
 def kill(batch):
