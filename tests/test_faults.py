@@ -121,6 +121,17 @@ def waiting(gate, name='a', then='true'):
     return ledger_line(f'{gate.wait(name)}; {then}')
 
 
+def waiting_once(gate, outside):
+    """A line whose job waits at a gate, unless it is started again; see begun_once()."""
+    return ledger_line(f'[ -e {outside}/go ] || {{ echo >{outside}/waits; {gate.wait("a")}; }}')
+
+
+def begun_once(outside):
+    """Wait until that waits, and let the next one pass."""
+    wait_until((outside / 'waits').exists, 'the first start')
+    (outside / 'go').touch()
+
+
 def master_of(machine):
     """The pid of the ssh that is the channel to it."""
     found = [pid for pid in rig.pids() if re.match(r'ssh -F \S+ -T -- ', rig.cmdline(pid))
@@ -383,11 +394,10 @@ def test_19_sshd_is_stopped_and_started(lab, watch, gate):
 @pytest.mark.parametrize('retries', [0, 1])
 def test_20_a_reboot(host, watch, gate, outside, retries):
     machine = host(sees=(outside,))
-    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), ledger_line('echo 2')],
-                  [quick(machine)], f'--retries={retries}')
+    batch = watch([waiting_once(gate, outside), ledger_line('echo 2')], [quick(machine)],
+                  f'--retries={retries}')
     batch.until('finished: batch.sh.2')
-    has_begun(machine)
-    (outside / 'go').touch()
+    begun_once(outside)
     machine.reboot()
     done = batch.end()
     assert 'batch.sh.1: lost on' in done.stderr and 'the machine was restarted' in done.stderr
@@ -784,12 +794,11 @@ def test_44_a_slow_line_that_loses_packets(host, run):
 
 def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, gate, outside):
     machines = host(sees=(outside,)), host(sees=(outside,))
-    lines = [ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), waiting(gate, 'b')]
+    lines = [waiting_once(gate, outside), waiting(gate, 'b')]
     batch = watch(lines, [quick(machine) for machine in machines], '--lost-after=1')
-    wait_until(lambda: any(has(machine.ledger, 'batch.sh.1 1 start') for machine in machines), 'it')
     wait_until(lambda: any(has(machine.ledger, 'batch.sh.2 1 start') for machine in machines), 'it')
+    begun_once(outside)
     gone, there = sorted(machines, key=lambda machine: not machine.job_processes('batch.sh.1'))
-    (outside / 'go').touch()
     gone.cut()
     batch.complains('will be started elsewhere, and ended there when it is back')
     assert 'batch.sh.1' in batch.until('finished: ')
@@ -808,10 +817,8 @@ def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, ga
 
 def test_a_machine_may_be_given_up_later_than_it_would_be_looked_for(lab, watch, gate, outside):
     machines = lab(), lab()
-    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], machines,
-                  '--lost-after=1', '--away-limit=0')
-    wait_until(lambda: any(has(machine.ledger, 'batch.sh.1 1 start') for machine in machines), 'it')
-    (outside / 'go').touch()
+    batch = watch([waiting_once(gate, outside)], machines, '--lost-after=1', '--away-limit=0')
+    begun_once(outside)
     gone, = (machine for machine in machines if machine.ledger.read_text())
     gone.stop()
     done = batch.end()
