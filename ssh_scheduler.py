@@ -6051,6 +6051,7 @@ class Batch:
 
     def _on_away(self, runner, why):
         self._scheduler.remove_machine(runner)
+        self._resting.discard(runner)       # back in contact, it is tried at once
         names = runner.unfinished
         self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
                           f'{"goes" if len(names) == 1 else "go"} on there): {why}. Trying again.')

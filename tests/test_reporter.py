@@ -405,6 +405,37 @@ def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(resul
     assert 'done: 3 jobs: 2 finished, 0 failed, 1 not collected, ' in lab.out.getvalue()
 
 
+def test_a_machine_that_starts_nothing_rests_also_after_contact_was_lost(results):
+    lab = Lab(results, {'lab1': NO_GPUS}, 'true\n', ['--no-gpu-required'])
+    runner, = lab.runners
+
+    def refuse():
+        name, = runner.orders
+        del runner.orders[name]
+        results.lost(name)
+        runner.signal('returned', name, 'its disk is full')
+
+    def steps():
+        refuse()
+        yield
+        assert not runner.orders
+        runner.state = 'away'
+        runner.signal('away', 'the connection broke')
+        runner.become_ready()
+        yield
+        refuse()
+        yield
+        assert not runner.orders
+        lab.batch._bring_back(runner)           # its time is over
+        yield
+        lab.end('1')
+        yield
+
+    assert lab.run(steps()) == 0
+    assert len(runner.history) == 3
+    assert lab.err.getvalue().count('gets no more jobs for a while') == 2
+
+
 # ---- Where it is printed to ----
 
 JOB = s.Job('name', 'command', 1, s.Allocation(), s.Forwards())
