@@ -873,6 +873,6 @@ def test_no_more_jobs_after_so_many_failed(lab, run):
     assert first.returncode == 1
     assert '2 failed' in first.stdout and '6 not started' in first.stdout, first.stdout
     last = run(lines, [machine])
-    assert last.returncode == 0, last.stderr
+    assert last.returncode == 1 and last.stdout.count('in an earlier run') == 2, last.stderr
     once([machine], first, last, jobs=8)
     assert_clean(machine)
