@@ -458,6 +458,8 @@ class Machine(NamedTuple):
         user = f'{self.username}@' if self.username else ''
         port = f':{self.port}' if self.port else ''
         way = f' via {self.proxy_jump}' if self.proxy_jump else ''
+        way += ''.join(f' {name}={value}' for name, value in self.ssh_options
+                       if name.lower() in LEADING_SSH_OPTIONS)
         return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
 
 
@@ -551,6 +553,8 @@ MACHINE_FOLDER = '~/.local/var'
 # Of these ssh takes the rest of the line as it stands, quotes included.
 UNQUOTED_SSH_OPTIONS = ('proxycommand', 'localcommand', 'remotecommand', 'knownhostscommand',
                         'proxyjump')
+# And by these it may come elsewhere than another machine of the same address.
+LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
 HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|(?=.*:.*:)[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?')
 USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
 JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
@@ -6129,6 +6133,7 @@ class Batch:
 
     def _on_away(self, runner, why):
         self._scheduler.remove_machine(runner)
+        self._resting.discard(runner)       # back in contact, it is tried at once
         names = runner.unfinished
         self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
                           f'{"goes" if len(names) == 1 else "go"} on there): {why}. Trying again.')
@@ -7338,9 +7343,10 @@ def main(argv=None):
                              f'{nearest(name, COMMANDS)}.')
         status = COMMANDS[name](words)
     except SchedulerError as error:
-        print(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}', file=sys.stderr)
+        reporter = Reporter()
+        reporter.note(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}')
         if isinstance(error, UsageError) and error.usage:
-            print(error.usage.partition('\n\n')[2].partition('\n\n')[0], file=sys.stderr)
+            reporter.note(error.usage.partition('\n\n')[2].partition('\n\n')[0])
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130

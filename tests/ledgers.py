@@ -143,6 +143,8 @@ def check_journal(job, runs, events, said):
                 yield (f'The journal contradicts itself: attempt {event["attempt"]} of {job} is '
                        f'claimed again, but was {state}.')
             claim = event
+        elif word in ('lost', 'cancelled') and state == 'collected':
+            yield f'The journal contradicts itself: {job} is {word}, but was collected.'
         elif not claim or word in ('committing', 'collected') and state != 'ended':
             yield f'The journal contradicts itself: {job} is {word}, but was {state}.'
         if word == 'ended':

@@ -551,6 +551,18 @@ class Machine:
     def _script(self, name, text):
         put(self.bin / name, text, 0o755)
 
+    def hold_fetches(self, until):
+        """Let each rsync that fetches from it wait until there is such a file.
+
+        Its name with `.awaited` tells that one waits.
+        """
+        self._script('rsync', f'''#!/bin/bash
+if [[ " $* " == *" --sender "* ]]; then
+    until [ -e {until} ]; do touch {until}.awaited; sleep 0.02; done
+fi
+exec {program('rsync')} "$@"
+''')
+
     # -- its life
 
     def start(self):

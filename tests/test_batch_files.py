@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from batching import NO_GPU
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -225,6 +226,19 @@ def test_a_bad_job_name_is_refused(name):
 def test_the_line_of_a_bad_job_name_is_named():
     assert complaint('a\nexecute_remote --job-name ../x true\n').startswith(
         "batch.sh, line 2: the job name '../x' must")
+
+
+@pytest.mark.parametrize('names, line', [(('a', 'a.out'), 2), (('a.err', 'b', 'a'), 1)])
+def test_a_job_whose_results_would_lie_in_another_s_place(run_cli, project, names, line):
+    (project / 'batch.sh').write_text(''.join(
+        f"execute_remote --job-name {name} 'echo {name}'\n" for name in names))
+    done = run_cli('execute_batch', 'batch.sh', *NO_GPU, '--machines', 'localhost')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == (
+        f'execute_batch: batch.sh: the results of the job {names[line - 1]}, line {line}, would '
+        f'lie where a, line {names.index("a") + 1}, has a stream; give one of them another '
+        '--job-name.\n')
+    assert [path.name for path in project.iterdir()] == ['batch.sh']
 
 
 def test_two_jobs_with_one_name_name_both_lines():

@@ -73,7 +73,7 @@ def test_the_lines_in_their_order_as_in_the_spec(batches, project, lab1, gate):
     assert done.returncode == 1
 
 
-def test_a_rerun_skips_what_is_done_and_says_so(batches, lab1):
+def test_a_rerun_skips_what_is_done_and_says_so(batches, run_cli, lab1):
     lines = ['echo one', 'exit 3']
     assert batches.run(lines, [lab1]).returncode == 1
     (RESULTS / 'batch.sh.1').rmdir()
@@ -90,6 +90,10 @@ def test_a_rerun_skips_what_is_done_and_says_so(batches, lab1):
     assert printed[6] == (f'batch.sh.2: exit code 3 on {lab1.yaml()}, in an earlier run, see '
                           'job_results/batch.sh.2.err')
     assert (again.returncode, result('batch.sh.1')) == (1, b'one\n')
+    status = run_cli('execute_batch', 'batch.sh', '--status')
+    assert (status.returncode, status.stdout.splitlines()) == (1, [
+        f'failed: batch.sh.2: exit code 3 on {lab1.yaml()}',
+        '2 jobs: 1 finished, 1 failed, 0 on a machine, 0 waiting'])
 
 
 def test_numbers_are_those_of_the_lines_in_the_file(batches, lab1):

@@ -572,6 +572,30 @@ def test_results_that_are_there_are_not_replaced(run, lab1, project):
     assert (RESULTS / 'mine.out').read_text() == 'precious'
 
 
+def test_results_that_are_shown_again_where_nobody_reads(run, scheduler, client_env, lab1):
+    command = 'head -c 1000000 /dev/zero; exit 3'
+    assert run(lab1, command, '--job-name', 'again').status == 3
+    again = 'job results already exists for again, showing them: delete if you wish to rerun'
+    with open('/dev/full', 'wb') as full:
+        done = run(lab1, command, '--job-name', 'again', stdout=full)
+    assert (done.status, done.notes) == (125, [
+        f'WARNING: {again}',
+        'again: its stdout cannot be written here: No space left on device.'])
+    line = f'{sys.executable} {scheduler} execute_remote --attach again'
+    done = subprocess.run(['bash', '-c', f'{line} | head -c 1; exit ${{PIPESTATUS[0]}}'],
+                          env=client_env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        141, b'\0', f'WARNING: {again}\n'.encode())
+
+
+def test_detach_of_what_is_collected_prints_its_name(run, lab1, ledger):
+    command = f'echo run >>{ledger}; echo out'
+    assert run(lab1, command, '--job-name', 'mine').out == b'out\n'
+    done = run(lab1, command, '--job-name', 'mine', '--detach')
+    assert (done.status, done.out, done.err) == (0, b'mine\n', b'')
+    assert ledger.read_text() == 'run\n'
+
+
 def test_after_its_results_were_deleted_it_runs_again(run, lab1, ledger):
     command = f'echo run >>{ledger}; echo out'
     assert run(lab1, command, '--job-name', 'again').out == b'out\n'
@@ -598,7 +622,8 @@ def test_an_interrupt_ends_the_whole_tree(start, machine, ledger, number, clean)
 
 
 def test_a_command_may_tidy_up(start, lab1, ledger):
-    running = start(lab1, f'trap "echo tidy >>{ledger}; exit" TERM; echo begun; sleep 1000 & wait')
+    running = start(lab1, f'trap "echo tidy >>{ledger}; exit" TERM; echo begun; sleep 1000 & wait; '
+                    f'echo after >>{ledger}')
     running.until(b'begun\n')
     running.signal()
     assert running.end().status == 130
@@ -638,6 +663,26 @@ def test_a_second_interrupt_stops_waiting(start, lab, gate):
     assert (done.status, time.monotonic() - began < 8) == (130, True)
     assert 'could not be confirmed to have ended' in done.notes[-1]
     machine.thaw()
+
+
+def test_a_second_interrupt_while_results_are_fetched(start, run, lab, ledger, outside):
+    machine, go = lab(), outside / 'go'
+    machine.hold_fetches(go)
+    running = start(machine, f'echo run >>{ledger}; echo out; echo made >made; exit 3',
+                    '--job-name', 'held')
+    wait_until(Path(f'{go}.awaited').exists, 'a fetch')
+    running.signal(signal.SIGINT)
+    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    done = running.end()
+    assert (done.status, done.notes) == (130, [
+        f'held: it has ended, and its results are on {machine.yaml()}: execute_remote '
+        '--attach=held fetches them'])
+    go.touch()
+    done = run(None, None, '--attach', 'held')
+    assert (done.status, done.out, done.notes) == (3, b'out\n', [])
+    assert (RESULTS / 'held/made').read_text() == 'made\n'
+    assert ledger.read_text() == 'run\n'
+    assert_clean(machine)
 
 
 def test_an_interrupt_while_it_connects(start, lab, client_home):
@@ -718,7 +763,8 @@ def test_a_login_that_fails(run, lab):
 
 
 @pytest.mark.parametrize('words', [
-    ('--machine', 'nowhere.yaml', 'true'), ('true',), ('--machine', 'localhost'),
+    ('--machine', 'nowhere.yaml', 'true'), ('true',), ('--machine=', 'true'),
+    ('--machine', 'localhost'),
     ('--machine', 'localhost', '--job-name', '../x', 'true'),
     ('--machine', 'localhost', '--tty', '--stdin', 'true'), ('--attach', 'a', '--cancel', 'b'),
     ('--attach', 'a', '--job-name', 'b'), ('--attach', 'a', '--copy-forwards', 'b'),

@@ -335,6 +335,19 @@ def test_much_can_be_gathered(start, named):
     assert done.out == b'---- a, b (2 machines)\n' + b'y\n' * 15_000_000
 
 
+@pytest.mark.parametrize('option', ['--gather', '--diff'])
+def test_what_was_not_fetched_when_it_was_interrupted_is_not_shown(start, named, outside, option):
+    (machine,), files = named('a')
+    machine.hold_fetches(outside / 'go')
+    running = start(files, 'head -c 300000 /dev/zero', option)
+    wait_until((outside / 'go.awaited').exists, 'a fetch')
+    running.signal(signal.SIGINT)
+    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    done = running.end()
+    assert (done.status, done.out) == (130, b'')
+    (outside / 'go').touch()            # what waits there ends
+
+
 # ---- Results ----
 
 def test_results_come_back_to_a_folder_for_each_machine(run, named, project):
@@ -361,6 +374,15 @@ def test_nothing_goes_and_nothing_comes_by_default(run, lab1, project):
     done = run([file_of(lab1)], 'ls; echo made >made')
     assert (done.status, done.out, done.err) == (0, b'', b'')
     assert os.listdir(project) == ['data']
+
+
+def test_where_results_go_is_said(run, lab1):
+    done = run([file_of(lab1)], 'echo made >made', '--copy-backwards', 'made')
+    place = re.fullmatch(r'results go to (job_results/to-\S+_)<machine>', done.notes[0])[1]
+    assert (done.status, done.notes[1:]) == (0, [])
+    assert Path(f'{place}lab1/made').read_text() == 'made\n'
+    quiet = run([file_of(lab1)], 'echo made >made', '--copy-backwards', 'made', '--job-name', 'n')
+    assert (quiet.status, quiet.err) == (0, b'')
 
 
 def test_results_that_are_there_are_not_replaced(run, lab1, project):
@@ -462,10 +484,11 @@ def test_an_interrupt_while_it_connects(start, named, client_home):
 
 
 def test_what_has_no_reader_at_all(start_cli, lab1, project):
-    """Both streams are closed files, as where a terminal has gone."""
+    """Its stdout can only be read, so nothing can be printed."""
     null = os.open(os.devnull, os.O_RDONLY)
     process = start_cli('execute_to', '--machines', lab1.yaml(), '--', 'echo x', stdout=null,
                         binary=True)
     os.close(null)
     _, complaint = process.communicate(timeout=60)
-    assert (process.returncode, complaint) == (1, b'')
+    assert (process.returncode, complaint) == (
+        1, b'WARNING: what should be printed here cannot be: Bad file descriptor\n')

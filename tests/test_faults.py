@@ -145,6 +145,17 @@ def waiting(gate, name='a', then='true'):
     return ledger_line(f'{gate.wait(name)}; {then}')
 
 
+def waiting_once(gate, outside):
+    """A line whose job waits at a gate, unless it is started again; see begun_once()."""
+    return ledger_line(f'[ -e {outside}/go ] || {{ echo >{outside}/waits; {gate.wait("a")}; }}')
+
+
+def begun_once(outside):
+    """Wait until that waits, and let the next one pass."""
+    wait_until((outside / 'waits').exists, 'the first start')
+    (outside / 'go').touch()
+
+
 def master_of(machine):
     """The pid of the ssh that is the channel to it."""
     found = [pid for pid in rig.pids() if re.match(r'ssh -F \S+ -T -- ', rig.cmdline(pid))
@@ -419,11 +430,10 @@ def test_19_sshd_is_stopped_and_started(lab, watch, gate):
 @pytest.mark.parametrize('retries', [0, 1])
 def test_20_a_reboot(host, watch, gate, outside, retries):
     machine = host(sees=(outside,))
-    batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), ledger_line('echo 2')],
-                  [quick(machine)], f'--retries={retries}')
+    batch = watch([waiting_once(gate, outside), ledger_line('echo 2')], [quick(machine)],
+                  f'--retries={retries}')
     batch.until('finished: batch.sh.2')
-    has_begun(machine)
-    (outside / 'go').touch()
+    begun_once(outside)
     machine.reboot()
     done = batch.end()
     assert 'batch.sh.1: lost on' in done.stderr and 'the machine was restarted' in done.stderr
@@ -524,6 +534,25 @@ def test_26_a_disk_over_there_that_is_full_when_jobs_begin(host, watch, gate, ou
     last = watch(lines, [quick(full), quick(works)]).end()
     assert last.returncode == 0, last.stderr
     once([full, works], first, second, last, jobs=4)
+
+
+def test_26_the_only_machine_is_waited_for_until_it_has_room_on_its_disk(host, watch, gate,
+                                                                         outside):
+    machine = host(disk={'size': 2 << 20}, sees=(outside,))
+    lines = [ledger_line(f'echo >{outside}/begun; {gate.wait("a")}'),
+             ledger_line('echo 2'), ledger_line('echo 3')]
+    batch = watch(lines, [quick(machine)], '--reserve')
+    wait_until((outside / 'begun').exists, 'the first')
+    machine.fill_disk()
+    gate.open('a')
+    batch.complains('gets no more jobs for a while')
+    machine.free_disk()
+    done = batch.end()
+    assert (done.returncode, 'not started' in done.stdout) == (0, False), done.stderr
+    assert re.search(r': gets no more jobs for a while: it cannot start batch.sh.2: '
+                     r'(?!environment: line)\S.*: No space left on device\.\n', done.stderr)
+    once([machine], done, jobs=3)
+    assert_clean(machine)
 
 
 def test_26_a_disk_over_there_that_a_job_fills(host, run):
@@ -740,6 +769,31 @@ def test_28_job_results_goes_away_while_it_is_in_use(host, watch, gate, outside,
     assert_clean(machine, cache=True)
 
 
+def test_30_a_machine_that_comes_back_while_an_interrupt_waits_for_another(lab, watch, outside):
+    """Its job, which ended meanwhile, is collected, or set aside and run again."""
+    away, there = lab(), lab()
+    line = ledger_line(f'[ -e {outside}/go ] || until [ -e {outside}/end ]; do sleep 0.05; done')
+    deaf = ledger_line(f'[ -e {outside}/go ] || {{ trap "" TERM; while :; do sleep 1; done; }}')
+    batch = watch([line, deaf], [away, there], '--reserve')
+    has_begun(away)
+    has_begun(there, 'batch.sh.2')
+    away.stop()
+    batch.complains('lost contact (1 job goes on there)')
+    (outside / 'end').touch()
+    wait_until(lambda: has(away.ledger, 'batch.sh.1 1 end'), 'its end')
+    batch.process.send_signal(signal.SIGINT)
+    batch.complains('interrupted: ending all jobs')
+    away.start()
+    first = batch.end()
+    assert first.returncode == 130
+    (outside / 'go').touch()
+    last = watch(None, [away, there], '--reserve').end()
+    assert last.returncode == 0, last.stderr
+    once([away, there], first, last, jobs=2, again=True)
+    assert_clean(away)
+    assert_clean(there)
+
+
 @pytest.mark.parametrize('numbers', [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,),
                                      (signal.SIGHUP,), (signal.SIGINT, signal.SIGTERM)])
 def test_31_signals(host, watch, outside, numbers):
@@ -799,6 +853,27 @@ def test_39_results_that_are_there(lab1, run, kind):
     done = run([ledger_line('echo 1'), ledger_line('echo 2')], [lab1])
     assert done.returncode == 0 and 'WARNING: job results already exists for line 1' in done.stdout
     assert os.lstat(RESULTS / 'batch.sh.1') == before and not (RESULTS / 'batch.sh.1.out').exists()
+
+
+def test_39_a_place_that_somebody_takes_while_the_job_runs(lab1, watch, run, run_cli, gate):
+    batch = watch([f'{gate.wait("a")}; echo out; echo made >made'], [lab1])
+    batch.until('started: ')
+    (RESULTS / 'batch.sh.1').mkdir()
+    gate.open('a')
+    why = 'job_results/batch.sh.1 was made by something else while batch.sh.1 ran: move it away'
+    for done in (batch.end(), run(None, [lab1])):
+        assert (done.returncode, 'skipping' in done.stdout) == (1, False)
+        assert f'batch.sh.1: its results could not be fetched: {why}. ' in done.stderr, done.stderr
+        assert f'batch.sh.1: on {lab1.yaml()}, ended: run the same command again' in done.stdout
+    status = run_cli('execute_batch', 'batch.sh', '--status')
+    assert (status.returncode, status.stdout.splitlines()) == (1, [
+        f'ended: batch.sh.1: on {lab1.yaml()}, not collected yet',
+        '1 job: 0 finished, 0 failed, 1 on a machine, 0 waiting'])
+    (RESULTS / 'batch.sh.1').rmdir()
+    assert run(None, [lab1]).returncode == 0
+    assert (result('batch.sh.1'), (RESULTS / 'batch.sh.1/made').read_text()) == (
+        b'out\n', 'made\n')
+    assert_clean(lab1)
 
 
 @pytest.mark.parametrize('fault', ['SIGCHLD', 'few files', 'no stdin', 'no stdin, stdout, stderr',
@@ -861,12 +936,11 @@ def test_44_a_slow_line_that_loses_packets(host, run):
 
 def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, gate, outside):
     machines = host(sees=(outside,)), host(sees=(outside,))
-    lines = [ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}'), waiting(gate, 'b')]
+    lines = [waiting_once(gate, outside), waiting(gate, 'b')]
     batch = watch(lines, [quick(machine) for machine in machines], '--lost-after=1')
-    wait_until(lambda: any(has(machine.ledger, 'batch.sh.1 1 start') for machine in machines), 'it')
     wait_until(lambda: any(has(machine.ledger, 'batch.sh.2 1 start') for machine in machines), 'it')
+    begun_once(outside)
     gone, there = sorted(machines, key=lambda machine: not machine.job_processes('batch.sh.1'))
-    (outside / 'go').touch()
     gone.cut()
     batch.complains('will be started elsewhere, and ended there when it is back')
     assert 'batch.sh.1' in batch.until('finished: ')
@@ -883,8 +957,43 @@ def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, ga
         assert_clean(machine)
 
 
+def test_a_machine_may_be_given_up_later_than_it_would_be_looked_for(lab, watch, gate, outside):
+    machines = lab(), lab()
+    batch = watch([waiting_once(gate, outside)], machines, '--lost-after=1', '--away-limit=0')
+    begun_once(outside)
+    gone, = (machine for machine in machines if machine.ledger.read_text())
+    gone.stop()
+    done = batch.end()
+    assert done.returncode == 0, done.stderr
+    assert 'will be started elsewhere, and ended there when it is back' in done.stderr
+    once(machines, done, jobs=1)
+
+
 def has(ledger, line):
     return line in ledger.read_text().splitlines()
+
+
+def test_what_runs_on_a_machine_that_never_came_is_listed(lab, watch, run, gate):
+    off, there = lab(), lab()
+    batch = watch([waiting(gate)], [off])
+    has_begun(off)
+    runs = [batch.kill()]
+    off.stop()
+    told = (f'batch.sh.1: on {off.account}, not known to have ended: run the same command again to '
+            'collect it')
+    batch = watch([waiting(gate), waiting(gate, 'b')], [off, there])
+    has_begun(there, 'batch.sh.2')
+    batch.process.send_signal(signal.SIGINT)
+    runs.append(batch.end())
+    assert (runs[1].returncode, told in runs[1].stdout.splitlines()) == (130, True), runs[1]
+    runs.append(run([waiting(gate), 'exit 3'], [off, there], '--halt-after=1'))
+    assert (runs[2].returncode, told in runs[2].stdout.splitlines()) == (1, True), runs[2]
+    off.start()
+    batch = watch(None, [off, there])
+    gate.open('a')
+    runs.append(batch.end())
+    assert 'batch.sh.2: exit code 3 on' in runs[3].stdout and runs[3].returncode == 1
+    once([off, there], *runs, jobs=1)
 
 
 def test_a_job_that_takes_too_long(lab, run):

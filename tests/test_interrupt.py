@@ -131,6 +131,41 @@ def test_an_interrupt_while_it_connects(batches, lab, number, client_home):
     machine.thaw()
 
 
+def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, gate):
+    machine = lab()
+    batch = batches.start([f'echo 1 >>{ledger}; {gate.wait("a")}'], [machine], *NO_GPU)
+    wrote(ledger, '1')
+    machine.freeze()
+    began = time.monotonic()
+    batch.process.send_signal(signal.SIGINT)
+    batch.process.send_signal(signal.SIGTERM)       # of one kind, two at once would be one
+    done = batch.end()
+    assert (done.returncode, time.monotonic() - began < 20) == (130, True)
+    assert f'could not be confirmed to have ended on {machine.yaml()}' in done.stderr
+    assert 'batch.sh.1: on ' in done.stdout and 'not known to have ended' in done.stdout
+    machine.thaw()
+
+
+def test_results_that_were_being_fetched_at_a_second_interrupt_are_fetched_later(
+        batches, lab, ledger, outside):
+    machine, go = lab(), outside / 'go'
+    machine.hold_fetches(go)
+    batch = batches.start([f'echo 1 >>{ledger}; echo made >made'], [machine], *NO_GPU)
+    wait_until(Path(f'{go}.awaited').exists, 'a fetch')
+    batch.process.send_signal(signal.SIGINT)
+    batch.process.send_signal(signal.SIGTERM)
+    done = batch.end()
+    assert done.returncode == 130
+    assert done.stdout.splitlines()[-1] == (
+        f'batch.sh.1: on {machine.yaml()}, ended: run the same command again to collect it')
+    go.touch()
+    again = batches.run(None, [machine], *NO_GPU)
+    assert (again.returncode, 'finished: batch.sh.1; ' in again.stdout) == (0, True), again.stderr
+    assert (RESULTS / 'batch.sh.1/made').read_text() == 'made\n'
+    assert ledger.read_text() == '1\n'
+    assert_clean(machine)
+
+
 # ---- Killed: the jobs go on, and the same command finds them ----
 
 def kill(batch):

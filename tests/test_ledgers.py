@@ -166,6 +166,10 @@ def spoil_collected_without_end(story):
     del story.journal[1]
 
 
+def spoil_set_aside_after_it_was_collected(story):
+    story.journal.append({'event': 'cancelled', 'job': JOB})
+
+
 def spoil_not_collected(story):
     del story.journal[2]
 
@@ -214,6 +218,7 @@ def spoil_only_started(story):
     (spoil_claimed_on_two, f'is claimed on {LAB1} and on {LAB2}'),
     (spoil_claimed_after_its_end, 'is claimed again, but was collected'),
     (spoil_collected_without_end, 'is collected, but was claimed'),
+    (spoil_set_aside_after_it_was_collected, 'is cancelled, but was collected'),
     (spoil_not_collected, 'reported finished, but there it is ended'),
     (spoil_another_exit_code, 'with exit code 1'),
     (spoil_reported_failed, 'reported failed, but there its exit code is 0'),

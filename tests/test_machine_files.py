@@ -355,9 +355,27 @@ def test_machines_are_named_once(home):
     assert str(caught.value) == 'the machine a is named twice.'
 
 
+def test_accounts_are_named_once(run_cli, home):
+    for name, way in (('a', ''), ('b', ''), ('c', 'proxy_jump: gate\n'),
+                      ('d', 'proxy_jump: other\n'), ('e', 'ssh_options: {User: you}\n'),
+                      ('f', 'ssh_options: {proxycommand: nc x}\n')):
+        (home.parent / 'here' / f'{name}.yaml').write_text(f'ip: h\nusername: me\n{way}')
+    others = [f'{name}.yaml' for name in 'acdef']
+    assert [machine.name for machine in ssh_scheduler.find_machines(others)] == others
+    for words, account in ((('a.yaml', 'c.yaml', 'b.yaml'), 'me@h:22'),
+                           (('localhost', 'a.yaml', ':'), 'localhost')):
+        done = run_cli('execute_to', '--machines', *words, '--', 'true')
+        assert (done.returncode, done.stdout, done.stderr) == (
+            2, '', f'execute_to: {words[0]} and {words[-1]} are the same account, {account}: '
+            'name one of them.\n')
+
+
 @pytest.mark.parametrize(('machine', 'address'), [
     (Machine('a', 'h'), 'h'), (Machine('a', 'h', 'me'), 'me@h'),
     (Machine('a', 'h', 'me', 22), 'me@h:22'), (Machine('a', '::1', None, 22), '::1:22'),
+    (Machine('a', 'h', 'me', 22, proxy_jump='gate'), 'me@h:22 via gate'),
+    (Machine('a', 'h', ssh_options=(('Compression', 'yes'), ('ProxyJump', 'gate'))),
+     'h ProxyJump=gate'),
     (Machine('localhost'), 'localhost')])
 def test_the_address_in_the_journal(machine, address):
     assert machine.address == address

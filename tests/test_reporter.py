@@ -405,6 +405,37 @@ def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(resul
     assert 'done: 3 jobs: 2 finished, 0 failed, 1 not collected, ' in lab.out.getvalue()
 
 
+def test_a_machine_that_starts_nothing_rests_also_after_contact_was_lost(results):
+    lab = Lab(results, {'lab1': NO_GPUS}, 'true\n', ['--no-gpu-required'])
+    runner, = lab.runners
+
+    def refuse():
+        name, = runner.orders
+        del runner.orders[name]
+        results.lost(name)
+        runner.signal('returned', name, 'its disk is full')
+
+    def steps():
+        refuse()
+        yield
+        assert not runner.orders
+        runner.state = 'away'
+        runner.signal('away', 'the connection broke')
+        runner.become_ready()
+        yield
+        refuse()
+        yield
+        assert not runner.orders
+        lab.batch._bring_back(runner)           # its time is over
+        yield
+        lab.end('1')
+        yield
+
+    assert lab.run(steps()) == 0
+    assert len(runner.history) == 3
+    assert lab.err.getvalue().count('gets no more jobs for a while') == 2
+
+
 # ---- Where it is printed to ----
 
 JOB = s.Job('name', 'command', 1, s.Allocation(), s.Forwards())
@@ -444,6 +475,45 @@ def test_diagnostics_and_events_have_a_stream_each():
         reporter.trace('trace')
     assert out.getvalue() == 'event\n' * 2
     assert err.getvalue() == 'note\nWARNING: warning\n' * 2 + 'trace\n'
+
+
+@pytest.mark.parametrize('stream', ['stdout', 'stderr'])
+def test_a_full_disk_behind_a_stream_does_not_stop_a_batch(start_cli, project, stream):
+    (project / 'batch.sh').write_text('cat data\necho two\n')
+    (project / 'data').write_text('one\n')
+    words = [word for word in WORDS if word != '--copy-forwards']       # so it says what it sent
+    with open('/dev/full', 'w') as full:
+        process = start_cli(*words, **{stream: full})
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [(project / f'job_results/batch.sh.{n}.out').read_text() for n in (1, 2)] == [
+        'one\n', 'two\n']
+    if stream == 'stdout':
+        assert sorted(complaint.splitlines()) == [
+            'WARNING: what should be printed here cannot be: No space left on device',
+            'localhost: sent 2 files, 22 bytes']
+    else:
+        assert 'done: 2 jobs: 2 finished, ' in said
+
+
+@pytest.mark.parametrize('words, status', [
+    (('execute_batch', '--help'), 0), (('query_machines', '--version'), 0),
+    (('query_machines', '--machines', 'localhost'), 1),
+    (('execute_to', '--machines', 'localhost', '--', 'echo x; echo y >&2'), 1),
+    (('execute_remote', '--machine', 'localhost', 'echo x; echo y >&2'), 125),
+    (('execute_remote', '--machine', 'localhost', '--detach', 'true'), 125)])
+def test_a_full_disk_behind_what_is_printed_is_one_sentence(start_cli, project, words, status):
+    with open('/dev/full', 'w') as full:
+        out = start_cli(*words, stdout=full)
+        both = start_cli(*words, stdout=full, stderr=full)
+    complaint = out.communicate(timeout=60)[1]
+    assert complaint.count('No space left on device') == 1 and 'Traceback' not in complaint
+    assert (out.returncode, both.wait(60)) == (status, status)
+
+
+def test_what_is_wrong_is_told_by_the_exit_status_where_it_cannot_be_said(start_cli, project):
+    with open('/dev/full', 'w') as full:
+        assert start_cli('execute_batch', stderr=full).wait(60) == 2
 
 
 BATCH = ('true\n' * 5 + 'echo out; echo err >&2; false\n', [

@@ -874,6 +874,26 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     assert all(map(rig.ends, members))
 
 
+def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, env, tmp_path):
+    """The runner's own `kill` notes what it is given; a shell over there may have such a one."""
+    begun, told = tmp_path / 'begun', tmp_path / 'told'
+    runner = channel(env={**env, 'BASH_FUNC_kill%%': f'() {{ echo "$@" >>{told}; '
+                                                     'builtin kill "$@"; }'})
+    (tmp_path / 'deep').write_text(         # each begins in a later tick of the clock
+        f'sleep 0.02; echo $$ >>{begun}; (($1 == 8)) || bash $0 $(($1 + 1)); sleep 1000; :')
+    runner.start('job', f'bash {tmp_path}/deep 1')
+    limit = time.monotonic() + rig.SAFETY_NET_S
+    while not begun.exists() or begun.read_text().count('\n') < 8:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    runner.send('cancel', 20, 1, 'job.1')
+    runner.until('cancelled', '')
+    order = begun.read_text().split()
+    terms, = (line.split() for line in told.read_text().splitlines() if line.startswith('-TERM '))
+    assert [pid for pid in terms if pid in order] == order
+    assert all(rig.ends(int(pid)) for pid in order)
+
+
 def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
     runner.start('job', 'true')
     runner.ended('job')

@@ -3,6 +3,8 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -412,6 +414,52 @@ def test_no_machines_are_an_error():
     stdout, stderr, status = call_main('execute_batch', 'b')
     assert (stdout, status) == ('', 2)
     assert stderr.startswith('execute_batch: --machines is missing')
+
+
+@pytest.mark.parametrize(('command', 'end'), [
+    ('execute_batch', ', or <batch> is missing.'), ('execute_to', ', or <command> is missing.'),
+    ('query_machines', '.')])
+def test_a_word_that_the_list_of_machines_lost_may_be_meant_for_it(command, end):
+    words = ['--machines'] + ([] if command == 'query_machines' else ['lab1'])
+    stdout, stderr, status = call_main(command, *words)
+    assert (stdout, status, stderr.splitlines()[0]) == (
+        '', 2, f'{command}: --machines names none{end}')
+
+
+# ---- Where it is started ----
+
+WORDS = {'execute_batch': ['batch.sh', '--machines', 'localhost'],
+         'execute_remote': ['--machine', 'localhost', 'true'],
+         'execute_to': ['--machines', 'localhost', '--', 'true'],
+         'query_machines': ['--machines', 'localhost']}
+
+
+@pytest.mark.parametrize('command', WORDS)
+def test_a_folder_that_was_removed_is_one_sentence(scheduler, client_env, project, command):
+    line = f'rmdir {project}; exec "$@"'
+    done = subprocess.run(['bash', '-c', line, 'bash', sys.executable, scheduler, command,
+                           *WORDS[command]], env=client_env, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', f'{command}: the current folder is not there any more: cd to another.\n')
+
+
+@pytest.mark.parametrize('command', WORDS)
+def test_a_home_that_is_not_there_is_one_sentence(run_cli, project, command):
+    (project / 'batch.sh').write_text('true\n')
+    done = run_cli(command, *WORDS[command], env={'HOME': '/nowhere'})
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.splitlines()[-1] == (
+        f'{command}: the folder /nowhere, your HOME, is not there.')
+
+
+@pytest.mark.parametrize('command', WORDS)
+def test_a_locale_that_is_not_utf8_is_one_sentence(run_cli, project, command):
+    locale = {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = run_cli(command, *WORDS[command], env=locale)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', f'{command}: the locale here is not UTF-8. Try: export PYTHONUTF8=1\n')
+    assert run_cli(command, '--version', env={**locale, 'PYTHONUTF8': '1'}).returncode == 0
 
 
 @pytest.mark.parametrize('argv', [['x.py'], ['x.py', 'execute_bach'], ['x.py', '--help']])
