@@ -5169,6 +5169,8 @@ class MachineRunner:
     def _on_event(self, word, fields):
         if self.state in ('failed', 'closed'):
             return          # what was said in the same breath does not bring it back
+        if self.state == 'closing' and word != 'finished':
+            return          # nothing can be answered any more: it is for the next run
         handler = getattr(self, f'_on_{word}', None)
         if word not in EVENTS or not handler:
             raise WireError('it said something that no runner says')
