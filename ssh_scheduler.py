@@ -2035,9 +2035,10 @@ speak() {                   # the only writer to the channel; reads what was sai
         ready=
         line=${line#*$'\t'}
         file=${line%%$'\t'*}
-        size=$(stat -c %s -- "$file") || continue
-        printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}"
-        cat -- "$file"
+        {                   # opened first: it may be removed at any moment
+          size=$(stat -L -c %s /dev/stdin) && printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}" &&
+            cat
+        } <"$file"
         rm -f -- "$file" ;;
       bye) break ;;
       *)                    # what was said in one go crosses the network in one go
@@ -3068,7 +3069,7 @@ main() {
       list)                 # JOB.ATTEMPT
         IFS= read -rd '' field || break
         find_list "$field"
-        bytes=$run/back.$field
+        bytes=$run/back.$field.$RANDOM  # the last one of it may still be on its way
         cp -- "$REPLY" "$bytes" || { bytes=$REPLY.sent; cp -- "$REPLY" "$bytes"; }
         say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$field" ;;
       clean)                # COUNT JOB.ATTEMPT...

@@ -885,3 +885,22 @@ def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
     world.client.settle()
     world.finish()
     world.check()
+
+
+def test_what_is_removed_while_it_is_said_is_said_whole(world):
+    """As when the last job ends, and all is tidied up, at the moment at which it was watched."""
+    program = world.folder / 'bin/stat'
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\n{rig.program("stat")} "$@"\n'
+                       'case "$*" in *%n*) exit ;; esac     # not what looks for what has grown\n'
+                       f'rm -f {world.home}/.ssh_scheduler/*/run.*/chunk.*\n')
+    program.chmod(0o755)
+    world.env['PATH'] = f'{program.parent}:{world.env["PATH"]}'
+    begin(world, 'long')
+    world.now += s.REFRESH_S + 1
+    world.client.settle()
+    line = world.client.line
+    world.deliver(line, 1000)           # "watch"
+    world.until(lambda: any(b'data\t' in answer for answer in line.runner.answers), 'its stream')
+    world.finish()
+    world.check()
