@@ -2896,6 +2896,7 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
 
 bury() {                    # records the end of job.attempt $1, of which nobody else is left to
   echo 'ssh-scheduler: it was killed with its whole process group' >>"$home/jobs/$1/err"
+  (list_back "$home/jobs/$1" '' "$home/jobs/$1" .)      # all: what was sent is not known any more
   record "$home/jobs/$1" 'ended 137'
   tell_ended "$1" 137 0 0
 }
@@ -3067,7 +3068,9 @@ main() {
         IFS= read -rd '' field && IFS= read -rd '' bytes || break
         arrived+=("$home/stage/$field")
         mkdir -p -- "$home/stage/$field"
-        head -c "$bytes" | tar -xpo -f - -C "$home/stage/$field" ||
+        # What is left of an archive that could not be unpacked must not be taken for requests.
+        head -c "$bytes" |
+          { tar -xpo -f - -C "$home/stage/$field" || { cat >/dev/null; false; }; } ||
           tell stage_failed "$field" "$(complaint)" ;;
       folder)               # PATH below the project's folder
         IFS= read -rd '' field || break

@@ -899,8 +899,8 @@ def test_what_is_removed_while_it_is_said_is_said_whole(world):
     begin(world, 'long')
     world.now += s.REFRESH_S + 1
     world.client.settle()
-    world.exchange()                                # "watch"
-    remote = world.client.line.runner
-    world.until(lambda: any(b'data\t' in answer for answer in remote.answers), 'what it wrote')
+    line = world.client.line
+    world.deliver(line, 1000)           # "watch"
+    world.until(lambda: any(b'data\t' in answer for answer in line.runner.answers), 'its stream')
     world.finish()
     world.check()
