@@ -5596,8 +5596,7 @@ class Reporter:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-        gone = (errno.EPIPE, errno.EBADF, errno.EIO)        # a reader, a file, a terminal
-        if stream is self._out and error.errno not in gone:
+        if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
             self.trouble = reason_of(error)
             self.warning(f'what should be printed here cannot be: {self.trouble}')
 

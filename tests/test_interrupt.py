@@ -131,9 +131,10 @@ def test_an_interrupt_while_it_connects(batches, lab, number, client_home):
     machine.thaw()
 
 
-def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, gate):
+def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, outside, gate):
     machine = lab()
-    batch = batches.start([f'echo 1 >>{ledger}; {gate.wait("a")}'], [machine], *NO_GPU)
+    batch = batches.start([f'echo 1 >>{ledger}; [ -e {outside}/go ] || {gate.wait("a")}'],
+                          [machine], *NO_GPU)
     wrote(ledger, '1')
     machine.freeze()
     began = time.monotonic()
@@ -142,8 +143,11 @@ def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, gate):
     done = batch.end()
     assert (done.returncode, time.monotonic() - began < 20) == (130, True)
     assert f'could not be confirmed to have ended on {machine.yaml()}' in done.stderr
-    assert 'batch.sh.1: on ' in done.stdout and 'not known to have ended' in done.stdout
     machine.thaw()
+    (outside / 'go').touch()
+    again = batches.run(None, [machine], *NO_GPU)       # it was told to end, so it is begun anew
+    assert (again.returncode, ledger.read_text()) == (0, '1\n1\n'), again.stderr
+    assert_clean(machine, cache=True)
 
 
 def test_results_that_were_being_fetched_at_a_second_interrupt_are_fetched_later(
