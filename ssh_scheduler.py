@@ -2544,7 +2544,8 @@ keep_input() {              # for run_job: its input ends when "eof" says so, no
   exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
   exec {input}<"$dir/in.new"
   mv -- "$dir/in.new" "$dir/in"
-  { exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
+  # Told to end, it would end the input: what reads that must not take it for complete.
+  { trap '' TERM; exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
   exec {eof}<&- {both}<&-
