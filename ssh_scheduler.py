@@ -1847,6 +1847,7 @@ def unpack_archive(path, folder):
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
+COPY_SILENCE_S = 600                    # an rsync from which nothing comes for so long has failed
 ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login of its own
 
 # What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
@@ -4000,7 +4001,6 @@ GATHER_S = 1.0                      # results wait so long for others, to come w
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 MANY_NAMES = 5000                   # rsync takes 4.5 s to check 40,000, and 25 s for 100,000
-COPY_SILENCE_S = 600                # an rsync from which nothing comes for so long has failed
 KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
@@ -4178,7 +4178,7 @@ class Channel:
                     b'  '.join(shown).decode('utf-8', 'replace'))[:400])
                 try:
                     self._on_event(word, event[1:])
-                except (TypeError, ValueError, KeyError) as error:
+                except (TypeError, ValueError, LookupError) as error:
                     raise WireError('it said something that cannot be understood '
                                     f'({word}: {error!r})') from error
         except WireError as error:
@@ -4400,22 +4400,30 @@ class Fetcher:
     def renew(self, channel):
         """Contact was lost, and is there again."""
         self._channel = channel
-        for order in self.orders.values():
-            if order.entries == [b'@']:
-                self._channel.send(request('list', order.key))
+        for key in filter(self._awaited, self.orders):
+            self._channel.send(request('list', key))
         self.fetch_if_due()
 
-    def add(self, order, entries):
-        """Collect an order that ended; entries: what it left, as the remote runner lists it."""
+    def add(self, order):
+        """Collect an order that ended; its `entries` are what it left, as the runner lists it."""
         self.orders[order.key] = order
-        if entries == [b'@']:               # too long for an event
+        if self._awaited(order.key):
             self._channel.send(request('list', order.key))
         else:
-            self.add_list(order.key, entries)
+            self._add_listed(order, order.entries)
 
-    def add_list(self, key, entries):
-        """The same for an order that is known, with the whole list."""
-        order = self.orders[key]
+    def _awaited(self, key):
+        """Return the order whose list was too long for an event, and has not come; else None."""
+        order = self.orders.get(key)
+        return order if order and order.entries == [b'@'] else None
+
+    def take_list(self, key, entries):
+        """The list of an order has come; nobody waits for another one."""
+        order = self._awaited(key)
+        if order:
+            self._add_listed(order, entries)
+
+    def _add_listed(self, order, entries):
         order.entries = None
         self._sort_out(order, entries)
         size = order.back_bytes
@@ -4441,8 +4449,8 @@ class Fetcher:
 
     def leave_unlisted(self, key):
         """The list of an order cannot come."""
-        order = self.orders.get(key)
-        if order and order.entries == [b'@']:
+        order = self._awaited(key)
+        if order:
             self._leave(order, 'it made more files than can be listed')
 
     def forget(self, *keys):
@@ -4496,6 +4504,10 @@ class Fetcher:
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
         channel, full = self._channel, False
 
+        def again(by_rsync, may_trust=True):
+            self._session.results.discard(incoming)
+            self._fetch(orders, by_rsync, may_trust)
+
         def done(status, complaint):
             text = complaint.decode('utf-8', 'replace')
             if status and not full and (channel is not self._channel or channel.gone):
@@ -4505,12 +4517,10 @@ class Fetcher:
                 self.fetch_if_due()
                 return
             if status and not full and channel.connection.refused(text):
-                self._session.results.discard(incoming)
-                self._fetch(orders, by_rsync)
+                again(by_rsync)
                 return
             if status == 1 and trusts:          # an rsync before 3.2.5, which checks less
-                self._session.results.discard(incoming)
-                self._fetch(orders, by_rsync, may_trust=False)
+                again(by_rsync, may_trust=False)
                 return
             if by_rsync and status not in (0, 23, 24) and not full:
                 refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', text)
@@ -4519,8 +4529,7 @@ class Fetcher:
                                  f'it comes with tar: {printable(refused[0])[:300]}')
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 self._channel.rsync_works = False
-                self._session.results.discard(incoming)
-                self._fetch(orders, False)
+                again(False)
                 return
             for name in spool.unpack(incoming) if spool else ():
                 self._signal('warning', f'{self._name}: refused what came as {printable(name)}')
@@ -5379,11 +5388,11 @@ class MachineRunner:
                 order.streams[stream] = None
         if self.cancelled:
             order.aside = True
-            self._fetcher.add(order, order.entries)
+            self._fetcher.add(order)
             return
         self.session.results.ended(self.ended[order.job_name])
         # What came with the event is in place before anybody is told that the job ended.
-        self._fetcher.add(order, order.entries)
+        self._fetcher.add(order)
         self._signal('ended', order.job_name)
 
     def _show(self, order, stream, pieces):
@@ -5422,9 +5431,7 @@ class MachineRunner:
     def _on_data(self, what, key, *rest):
         key = os.fsdecode(key)
         if what == b'back':
-            order = self._fetcher.orders.get(key)
-            if order and order.entries == [b'@']:       # else nobody waits for it
-                self._fetcher.add_list(key, rest[0].split(b'\0')[:-1])
+            self._fetcher.take_list(key, rest[0].split(b'\0')[:-1])
         elif what == b'growth' and key in self._running:
             stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
             order = self._running[key]

@@ -879,6 +879,16 @@ def test_a_list_that_comes_twice_is_taken_once(world):
     world.check()
 
 
+@pytest.mark.parametrize('answer', [b'data\t1\tback\n.', b'data\t1\tgrowth\tbatch.sh.1.1\n.',
+                                    b'ended\tbatch.sh.1.1\n', b'data\t0\tgrowth\n'])
+def test_an_answer_from_which_something_is_missing_breaks_off(world, answer):
+    begin(world, 'long')
+    world.client.line.hear(answer)
+    world.client.settle()
+    world.finish()
+    world.check()
+
+
 def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
     begin(world, *['short'] * 9)
     world.client.line.hear(b'finished\n')
