@@ -526,13 +526,17 @@ class Forwards(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One line of a batch.  backwards: None what changed, () nothing, else these paths."""
+    """One line of a batch.  backwards: None what changed, () nothing, else these paths.
+
+    own: what the line itself, an execute_remote command, says of files and hardware, as text
+    """
     name: str
     command: str
     line: int
     allocation: Allocation
-    forwards: Forwards
+    forwards: Optional[Forwards]    # None: the line is gone, and the job is only collected
     backwards: Optional[tuple] = None
+    own: str = ''
 
 
 class JobResult(NamedTuple):
@@ -908,6 +912,11 @@ def read_jobs(path, text, options, warn):
     return jobs
 
 
+# What a line may say that changes what its job computes; memory, for one, does not.
+DECISIVE_OPTIONS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
+                    '--num-gpus', '--no-gpu-required', '--reserve')
+
+
 def without_continuations(command):
     """Return the command with continued lines joined, as bash reads them; shlex does not."""
     def join(quoted):
@@ -934,7 +943,9 @@ def read_partial(job, where, warn):
             name=options['--job-name'] or job.name, command=options['<command>'],
             allocation=read_allocation(options, job.allocation),
             forwards=read_forwards(options, job.forwards),
-            backwards=job.backwards if backwards is None else read_backwards(options))
+            backwards=job.backwards if backwards is None else read_backwards(options),
+            own=' '.join(f'{name}={json.dumps(options[name])}' for name in DECISIVE_OPTIONS
+                         if name in options.given))
     except (SchedulerError, ValueError) as error:
         raise BatchFileError(f'{where}: execute_remote: {str(error).rstrip(".")}. '
                              'The command is one word, in quotes.') from None
@@ -1692,6 +1703,54 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
             raise FilesError(f'{option} {path or "."}: {error.filename} cannot be read: '
                              f'{reason_of(error)}.') from None
     return Tree(tuple(entries.values()), tuple(sorted(skipped)))
+
+
+CONTENT_BYTES, CONTENTS, CONTENTS_BYTES = 64 * 1024, 5000, 32 * 2**20
+
+
+class Manifest:
+    """Which files a job was given: what is compared when a batch is continued later.
+
+    files: {path: [mode, size, time of change in ns, digest of the content or '']}; of large files,
+    and beyond the CONTENTS smallest, the content is not read.  digest: 16 hex digits of all that,
+    without the times of those that have a digest.
+    """
+
+    def __init__(self, files):
+        import hashlib
+        self.files = files
+        known = [[path, mode, size, content or ns]
+                 for path, (mode, size, ns, content) in sorted(files.items())]
+        self.digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
+
+    @classmethod
+    def of(cls, *trees):
+        """Return the Manifest of what these Trees send."""
+        import hashlib
+        entries = [entry for tree in trees for entry in tree.entries if entry.kind != 'd']
+        read, total = {}, 0
+        for entry in sorted(entries, key=lambda entry: (entry.size, entry.path))[:CONTENTS]:
+            total += entry.size
+            if entry.size > CONTENT_BYTES or total > CONTENTS_BYTES:
+                break
+            with contextlib.suppress(OSError):          # it is gone; sending it tells so
+                content = os.fsencode(entry.target) if entry.kind == 'l' else None
+                if content is None:
+                    with open(entry.path, 'rb') as file:
+                        content = file.read()
+                read[entry.path] = hashlib.blake2b(content, digest_size=8).hexdigest()
+        return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns, read.get(entry.path, '')]
+                    for entry in entries})
+
+    def changed(self, older):
+        """Return the paths that are not as they are in an older Manifest, sorted."""
+        def differ(path):
+            one, other = self.files.get(path), older.files.get(path)
+            if not (one and other) or one[:2] != other[:2]:
+                return True
+            return one[3] != other[3] if one[3] and other[3] else one[2] != other[2]
+
+        return sorted(filter(differ, self.files.keys() | older.files.keys()))
 
 
 def check_named(path, option):
@@ -2665,12 +2724,12 @@ start_pending() {           # starts what was read of "start" requests since the
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
-    elif set +C; [[ -e $dir/cmd ]]; then
+    elif set +C; [[ -e $dir/cmd && $(<"$dir/cmd") == "${commands[index]}" ]]; then
       report "$name" </dev/null &
       disown "$!"
       continue
     fi
-    : >"$claims/$project.$name"
+    [[ -e $dir/cmd ]] || : >"$claims/$project.$name"
     tell refused "$name" "$(complaint)"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
@@ -2785,6 +2844,33 @@ report() {                  # what became of job.attempt $1, which was claimed b
     fi
     sleep 0.1
   done
+} 2>/dev/null
+
+# The key of a job is NAME.ATTEMPT-IDENTITY, with the identity of the journal that claimed it, or
+# NAME.ATTEMPT where that had none yet.
+tell_others() {             # says which jobs lie here that journals other than $1 claimed
+  local dir id runner who word value list=$run/others.$RANDOM
+  local -A led=()           # identities of journals whose clients are connected
+  for dir in "$home"/run.*; do
+    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
+    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
+  done
+  for dir in "$home"/jobs/*; do
+    id=${dir##*.}
+    [[ $id == *-* ]] && id=${id##*-} || id=none
+    [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
+    read_record "$dir"
+    if [[ $word == running ]] && ! lives "$word" "$value"; then
+      read_record "$dir"                # it may have ended at this moment
+      word=${word/running/lost}
+    fi
+    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
+  done >"$list"
+  if [[ -s $list ]]; then
+    say "bulk"$'\t'"$list"$'\t'"others"
+  else
+    say others
+  fi
 } 2>/dev/null
 
 # Who holds the lock of its results over there is the only one; a runner that another run of it had,
@@ -3112,6 +3198,10 @@ main() {
           (cd -- "$home/jobs" && remove "${fields[@]}")
         } </dev/null &
         removing+=("$!") ;;
+      others)               # IDENTITY of the client's journal
+        IFS= read -rd '' field || break
+        tell_others "$field" </dev/null &
+        disown "$!" ;;
       ping)                 # NUMBER
         IFS= read -rd '' field || break
         say "pong"$'\t'"$field" ;;
@@ -3614,12 +3704,18 @@ class ResultStore:
     job_results/.ssh_scheduler/       journal (a JSON object a line), lock, incoming results
 
     part: a folder below that for the same, so that commands can run there beside a batch.
+
+    identity: 8 random hex digits of this journal, which its first line tells.  The folder of a job
+    on a machine has them in its name.  So a job that another journal started, such as that of a
+    job_results which was removed, is never taken for a job of this one.
     """
 
     def __init__(self, folder, part=''):
         self.folder, self.part = folder, part
         self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
-        self.jobs = {}                  # name -> dict: command, machine, attempt, state
+        self.jobs = {}                  # name -> dict: command, machine, attempt, state, key
+        self.identity, self._noted_identity = '', False
+        self._manifests = {}            # digest -> Manifest, None where that is not known
         self._lock = self._journal = None
         self._unsynced = False
         self._remains = {}              # machine -> {job.attempt: state} of which folders are there
@@ -3635,6 +3731,8 @@ class ResultStore:
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
+            self._noted_identity = bool(self.identity)
+            self.identity = self.identity or os.urandom(4).hex()
             self._end_commits()
             for name in os.listdir(self.own):
                 if name.startswith('incoming-'):        # of a run that was killed
@@ -3678,6 +3776,35 @@ class ResultStore:
                 os.close(fd)
         self._journal = self._lock = None
 
+    def is_begun(self, name):
+        """Tell whether the job was claimed, and neither collected nor given up."""
+        return self.jobs.get(name, {}).get('state') in ('claimed', 'ended')
+
+    def is_done(self, name):
+        """Tell whether the journal says whose the job's results are, and they are here."""
+        return self.jobs.get(name, {}).get('state') == 'collected' and self.exists(name)
+
+    def pieces(self, name):
+        """Return (paths that are here, whether any is missing) of the results of a job."""
+        ends = ('', '.out', '.err') if 'inode' in self.jobs.get(name, {}) else ('.out', '.err')
+        here = [end for end in ('', '.out', '.err') if os.path.lexists(self._path(name, end))]
+        return [self._path(name, end) for end in here], not set(ends) <= set(here)
+
+    def identities(self):
+        """Return the identities of all journals in the folder; '' if one had none at first."""
+        top, found = os.path.join(self.folder, '.ssh_scheduler'), set()
+        commands = os.path.join(top, 'commands')
+        names = os.listdir(commands) if os.path.isdir(commands) else []
+        for path in (top, *(os.path.join(commands, name) for name in names)):
+            with contextlib.suppress(OSError):
+                with open(os.path.join(path, 'journal'), 'rb') as file:
+                    for number, line in enumerate(file):
+                        match = re.match(rb'{"event": "journal", "identity": "([0-9a-f]+)"', line)
+                        found |= {match[1].decode()} if match else {''} if not number else set()
+                        if match:
+                            break
+        return found | {self.identity}
+
     def exists(self, name):
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.jobs.get(name, {}).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
@@ -3688,12 +3815,43 @@ class ResultStore:
         """Return what the journal knows of a job: dict with command, machine, attempt, state."""
         return self.jobs.get(name, {})
 
+    def key(self, name, attempt):
+        """Return the name of the job's folder on a machine, for an attempt that is to be claimed.
+
+        Attempts that a journal claimed before it had an identity have keys without one.
+        """
+        return f'{name}.{attempt}-{self.identity}' if self.identity else f'{name}.{attempt}'
+
     # What happens to a job, each written before its consequence
 
     def claimed(self, name, attempt, machine, gpus, command, **more):
         """It is about to be started there.  more: what else has to be known to go on with it."""
         self._write(event='claimed', job=name, attempt=attempt, machine=machine, gpus=gpus,
                     command=command, **more)
+
+    def keep_manifest(self, manifest):
+        """Keep what tells files apart, for `claimed` to refer to."""
+        if self._manifests.get(manifest.digest):
+            return
+        path = os.path.join(self.own, 'files', f'{manifest.digest}.json')
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(f'{path}.new', 'w', encoding='utf-8') as file:
+                json.dump(manifest.files, file)
+            os.replace(f'{path}.new', path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._manifests[manifest.digest] = manifest
+
+    def manifest(self, digest):
+        """Return the Manifest that has this digest; None where it was not kept."""
+        if digest not in self._manifests:
+            self._manifests[digest] = None
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                with open(os.path.join(self.own, 'files', f'{digest}.json'),
+                          encoding='utf-8') as file:
+                    self._manifests[digest] = Manifest(json.load(file))
+        return self._manifests[digest]
 
     def ended(self, result):
         """It ended over there; what it used is noted where it is known."""
@@ -3904,12 +4062,15 @@ class ResultStore:
                         self._write(event='collected', job=name, kept=record['kept'])
 
     def _apply(self, event):
-        if event['event'] == 'claimed':
+        if event['event'] == 'journal':
+            self.identity = event['identity']
+        elif event['event'] == 'claimed':
             if not {'command', 'machine', 'attempt'} <= event.keys():
                 raise KeyError(event)
             # the streams that an earlier run began are ours
             resumed = self.jobs.get(event['job'], {}).get('resumed')
-            self.jobs[event['job']] = {**event, 'state': 'claimed', 'resumed': resumed}
+            self.jobs[event['job']] = {'key': self.key(event['job'], event['attempt']), **event,
+                                       'state': 'claimed', 'resumed': resumed}
         elif event['event'] == 'tidied':
             self._remains.pop(event['machine'], None)
         elif event['event'] == 'committing':
@@ -3920,8 +4081,7 @@ class ResultStore:
             if event['event'] == 'ended':
                 record['exit_code'] = event['exit_code']
             elif not event.get('kept'):
-                key = f'{event["job"]}.{record["attempt"]}'
-                self._remains.setdefault(record['machine'], {})[key] = event['event']
+                self._remains.setdefault(record['machine'], {})[record['key']] = event['event']
 
     def _write(self, **event):
         self.check()
@@ -3929,6 +4089,9 @@ class ResultStore:
         self._unsynced = True
         event['time'] = round(time.time(), 2)
         line = json.dumps(event).encode() + b'\n'
+        if not self._noted_identity:
+            first = {'event': 'journal', 'identity': self.identity}
+            line = json.dumps(first).encode() + b'\n' + line
         try:
             written = os.write(self._journal, line)
             if written < len(line):     # the disk is full; what follows must not be glued to it
@@ -3936,6 +4099,7 @@ class ResultStore:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise self._unwritable(error) from None
+        self._noted_identity = True
 
     def check(self):
         """Raise if the folder is not there any more: then nothing that follows would be found."""
@@ -4026,11 +4190,12 @@ class Session:
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
-        # Over there a runner of the same owner is one of ours, of which we have lost sight.
-        self.owner = results.part or 'batch' if results else self.batch_id
+        # A runner of the same owner on a machine is one of an earlier run, or of a lost connection.
+        self.owner = (f'{results.part or "batch"} {results.identity}' if results else
+                      self.batch_id)
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
-        self._trees, self._archives = {}, {}
+        self._trees, self._archives, self._manifests = {}, {}, {}
 
     def trees(self, forwards):
         """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
@@ -4040,6 +4205,12 @@ class Session:
                 scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
         return self._trees[forwards]
+
+    def manifest(self, forwards):
+        """Return the Manifest of the Forwards; made once."""
+        if forwards not in self._manifests:
+            self._manifests[forwards] = Manifest.of(*self.trees(forwards))
+        return self._manifests[forwards]
 
     def small_archive(self, forwards):
         """Return the files of the Forwards as one tar archive, for all machines the same."""
@@ -4320,8 +4491,9 @@ class Sender:
 class Order:
     """A job on its way on one machine."""
 
-    def __init__(self, job_name, attempt, command, stage, backwards, gpus, need):
+    def __init__(self, job_name, attempt, key, command, stage, backwards, gpus, need):
         self.job_name = job_name
+        self.key = key                      # its folder there
         self.need = need                    # what it claims over there, as text
         self.peak_mb = self.peak_gpu_mb = None      # what was seen of its use
         self.attempt = attempt
@@ -4329,7 +4501,6 @@ class Order:
         self.stage = stage                  # None: it was started before, or it was not
         self.backwards = backwards          # None: what changed; (): nothing; else paths
         self.gpus = gpus                    # CUDA_VISIBLE_DEVICES, or None
-        self.key = f'{job_name}.{attempt}'  # its folder over there
         self.offsets = {'out': 0, 'err': 0}     # how much of the streams is here
         self.sizes = {}                     # how much there is, where that is known
         self.keep = True                    # what it writes is kept here, too
@@ -4347,6 +4518,24 @@ class Order:
         self.too_large = ''                 # why what it made stays over there
         self.aside = False                  # it was cancelled: what there is of it is set aside
         self.entries = None                 # what it left, once it ended
+
+
+class OtherJob(NamedTuple):
+    """A job on a machine that a journal claimed which is not in this job_results."""
+    key: str                            # NAME.ATTEMPT-IDENTITY; older versions left -IDENTITY out
+    word: str                           # running, starting, ended, lost or damaged
+    exit_code: int                      # where it has ended
+    command: str
+
+    @property
+    def name(self):
+        """The name that it had in its batch."""
+        return self.key.rpartition('.')[0]
+
+    @property
+    def identity(self):
+        """The identity of its journal, '' where that had none."""
+        return self.key.rpartition('.')[2].partition('-')[2]
 
 
 class Follower:
@@ -5091,7 +5280,9 @@ class MachineRunner:
             inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
             tuple(exclude)))
         backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
-        order = Order(job_name, attempt, command, stage, backwards, gpus, need_of(placement))
+        results = self.session.results
+        key = results.state(job_name)['key'] if adopt else results.key(job_name, attempt)
+        order = Order(job_name, attempt, key, command, stage, backwards, gpus, need_of(placement))
         order.mode, order.source = mode, source
         order.noted = noted or {'where': self.machine.word}
         order.timeout_s = timeout_s
@@ -5144,8 +5335,11 @@ class MachineRunner:
                 waiting.append(order)
                 continue
             self._next_start = now + self._spacing_s
+            manifest = self.session.manifest(order.stage.forwards)
+            self.session.results.keep_manifest(manifest)
             self.session.results.claimed(order.job_name, order.attempt, self.machine.address,
-                                         order.gpus, order.command, **order.noted)
+                                         order.gpus, order.command, files=manifest.digest,
+                                         **order.noted)
             self._running[order.key] = order
             if order.mode:
                 starts += request('mode', order.key, order.mode)
@@ -5214,6 +5408,8 @@ class MachineRunner:
             if stray:
                 channel.send(request('revoke', len(stray), *stray))
         self._sender.begin()
+        if self._callbacks['others']:
+            channel.send(request('others', self.session.results.identity))
         if self._running:               # their starts may not have arrived
             channel.send(request('adopt', len(self._running), *self._running))
             self._watch_later()
@@ -5428,7 +5624,21 @@ class MachineRunner:
         if pids:
             self._signal('survivors', printable(os.fsdecode(pids)))
 
+    def _on_others(self, listed=b''):
+        """Jobs that other journals claimed; the client's own commands have journals, too."""
+        fields = listed.split(b'\0')[:-1]
+        jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
+                         whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
+                for key, word, status, command in zip(*(iter(fields),) * 4)]
+        if jobs:
+            known = self.session.results.identities()
+            jobs = [job for job in jobs if job.identity not in known]
+        self._signal('others', jobs)
+
     def _on_data(self, what, key, *rest):
+        if what == b'others':
+            self._on_others(key)
+            return
         key = os.fsdecode(key)
         if what == b'back':
             self._fetcher.take_list(key, rest[0].split(b'\0')[:-1])
@@ -5450,7 +5660,7 @@ class MachineRunner:
 
 EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
                     'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished',
-                    'left', 'absent', 'cancelled', 'pong', 'unlistable'))
+                    'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
 
 
 def need_of(placement):
@@ -5612,6 +5822,11 @@ class Reporter:
 # ---- Scheduler: what waits, and where there is room; starts nothing ----
 
 PATIENCE = 20               # so many later jobs may start before a job that waits for its room
+
+
+def gpus_of(text):
+    """Return the GPUs' indices of a value of CUDA_VISIBLE_DEVICES, or of None."""
+    return tuple(map(int, re.findall('[0-9]+', text or '')))
 
 
 class Hold(NamedTuple):
@@ -5806,6 +6021,97 @@ PATIENT_TROUBLES = 6        # after so many, half an hour, it is waited for only
 EXPLAIN_S = 5.0             # nothing started for so long: it is said why
 
 
+class Lines(NamedTuple):
+    """What the journal knows of the lines of a batch file; each Job has the name of its results."""
+    waiting: tuple                  # Jobs to run
+    begun: tuple                    # Jobs that an earlier run started, and that are not collected
+    done: tuple                     # Jobs that have results
+    gone: tuple                     # Jobs that were started, but whose line is gone from the file
+    left: tuple                     # names of results whose line is gone
+    usual: dict                     # name of a Job's results -> the name after its line
+
+    @property
+    def jobs(self):
+        """All Jobs, in the order of the file."""
+        return sorted((*self.waiting, *self.begun, *self.done), key=lambda job: job.line)
+
+
+def match_lines(jobs, batch, results):
+    """Return the Lines: which Jobs were run before, by what they run and not by their numbers.
+
+    batch: the stem of the names of its jobs.
+
+    A line has the results that its own command made, with the same files and hardware where the
+    line itself says which.  First each line gets those with its own number, then what is left in
+    the order of the journal; so of equal lines each has its own.  A line that has none is to be
+    run; if another command's results have its name, it gets the next that is free: NAME-2.
+    """
+    known = results.jobs
+    unmatched = dict.fromkeys(name for name in known
+                              if results.is_begun(name) or results.is_done(name))
+    found = {}                          # a job's name after its line -> the name of its results
+
+    def fits(job, name):
+        return known[name]['command'] == job.command and known[name].get('own', job.own) == job.own
+
+    def give(job, name):
+        found[job.name] = name
+        del unmatched[name]
+
+    for job in jobs:
+        if job.name in unmatched and fits(job, job.name):
+            give(job, job.name)
+    by_command = collections.defaultdict(list)
+    for name in unmatched:
+        if is_of_batch(name, known[name], batch):
+            by_command[known[name]['command']].append(name)
+    for job in jobs:
+        names = by_command.get(job.command, ()) if job.name not in found else ()
+        name = next((name for name in names if fits(job, name)), None)
+        if name:
+            names.remove(name)
+            give(job, name)
+    taken, of_lines = set(found.values()), {job.name for job in jobs}
+
+    def free_name(job):
+        """Return the first free name for the results of a new job, which is then taken."""
+        for number in itertools.count(1):
+            name = job.name if number == 1 else f'{job.name}-{number}'
+            if not (name in taken or results.is_begun(name) or results.exists(name)
+                    or number > 1 and name in of_lines):
+                taken.add(name)
+                return name
+
+    waiting, begun, done, usual = [], [], [], {}
+    for job in jobs:
+        name = found.get(job.name)
+        if name:
+            (begun if results.is_begun(name) else done).append(job._replace(name=name))
+        elif job.name not in known and results.exists(job.name):        # of an unknown command
+            name = job.name
+            done.append(job)
+        else:
+            name = free_name(job)
+            waiting.append(job._replace(name=name))
+        usual[name] = job.name
+    left = [name for name in unmatched if is_of_batch(name, known[name], batch)]
+    gone = [Job(name, known[name]['command'], 0, None, None, as_paths(known[name].get('backwards')))
+            for name in left if results.is_begun(name)]
+    return Lines(*map(tuple, (waiting, begun, done, gone)),
+                 tuple(name for name in left if not results.is_begun(name)), usual)
+
+
+def is_of_batch(name, record, batch):
+    """Tell whether the journal's record is of a job of this batch; old records do not say that."""
+    return (record['batch'] == batch if 'batch' in record else
+            bool(re.fullmatch(re.escape(batch) + r'\.[0-9]+', name)))
+
+
+def as_paths(value):
+    """Return the paths to bring back as the journal has them: a list, or None."""
+    return None if value is None else tuple(value)
+
+
 class Batch:
     """Starts jobs on machines until none is left, and tells how they went.
 
@@ -5813,16 +6119,20 @@ class Batch:
     Both again, until nothing waits, runs or is on its way back.
     """
 
-    def __init__(self, jobs, runners, session, reporter, allocation, *, retries=1,
-                 lost_after_s=None, timeout_s=None, halt_after=None):
+    def __init__(self, jobs, runners, session, reporter, allocation, *, name='', path='',
+                 retries=1, lost_after_s=None, timeout_s=None, halt_after=None):
         self._retries, self._lost_after_s = retries, lost_after_s
         self._timeout_s, self._halt_after = timeout_s, halt_after
         self._retried = collections.Counter()           # job name -> machines that failed it
         self._troubles = collections.Counter()          # runner -> failures of it in a row
         self._halted = False
-        self._jobs = {job.name: job for job in jobs}
-        self._runners = runners
+        self._runners, self._name, self._path = runners, name, path
         self._session, self._results, self._report = session, session.results, reporter
+        lines = match_lines(jobs, name, self._results)
+        self._lines = lines._replace(gone=tuple(job._replace(
+            allocation=allocation and allocation._replace(gpus=len(gpus_of(
+                self._results.state(job.name)['gpus'])))) for job in lines.gone))
+        self._jobs = {job.name: job for job in (*self._lines.jobs, *self._lines.gone)}
         self._allocation = allocation           # the batch's own, which the limits are said for
         self._scheduler = Scheduler()           # what waits, and what is free
         self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
@@ -5844,36 +6154,89 @@ class Batch:
     # Before the first start
 
     def plan(self):
-        """Sort the jobs into those to do, those done, and those begun in an earlier run."""
+        """Put each job where it belongs: it waits, was begun in an earlier run, or has results.
+
+        Return the warnings, for after the limits of the machines.
+        """
+        lines = self._lines
         addresses = {runner.machine.address for runner in self._runners}
         warnings = []
-        for job in self._jobs.values():
+        for job in lines.waiting:
+            self._scheduler.add(job)
+        for job in sorted((*lines.begun, *lines.done), key=lambda job: job.line):
             known = self._results.state(job.name)
-            begun = known.get('state') in ('claimed', 'ended')
-            if self._results.exists(job.name) and not begun:
-                other = known.get('command', job.command) != job.command
-                warnings.append(
-                    f'WARNING: job results already exists for line {job.line}'
-                    + (', made by another command' if other else '')
-                    + ', skipping evaluation: delete if you wish to rerun')
-                self._skipped += 1
-                if known.get('exit_code'):
-                    self._failed_before.append(JobResult(
-                        job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
-            elif begun:
-                if known['machine'] in addresses:
-                    self._pinned[known['machine']].append(job)
-                else:
-                    warnings.append(
-                        f'WARNING: line {job.line} was started on {known["machine"]} by a run that '
-                        'was cut off; name that machine too, to collect it')
-                    self._unknown[job.name] = known['machine']
+            if not self._results.is_begun(job.name):
+                warnings.append(self._skip(job, known))
+            elif known['machine'] in addresses:
+                self._pinned[known['machine']].append(job)
             else:
-                self._scheduler.add(job)
+                warnings.append(
+                    f'WARNING: line {job.line} was started on {known["machine"]} by a run that '
+                    'was cut off; name that machine too, to collect it')
+                self._unknown[job.name] = known['machine']
+        for job in lines.gone:
+            known = self._results.state(job.name)
+            if known['machine'] in addresses:
+                self._pinned[known['machine']].append(job)
+            else:
+                self._unknown[job.name] = known['machine']
         for runner in self._runners:
-            runner.expected.update(f'{job.name}.{self._results.state(job.name)["attempt"]}'
+            runner.expected.update(self._results.state(job.name)['key']
                                    for job in self._pinned[runner.machine.address])
+        self._say_names()
         return warnings
+
+    def _skip(self, job, known):
+        """Count a job that has results; return the warning."""
+        self._skipped += 1
+        if known.get('exit_code'):
+            self._failed_before.append(JobResult(
+                job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
+        elsewhere = f' (done as {job.name})' if self._lines.usual[job.name] != job.name else ''
+        return (f'WARNING: job results already exists for line {job.line}{elsewhere}, skipping '
+                'evaluation: delete if you wish to rerun')
+
+    def _say_names(self):
+        """Tell which results get another name, are not whole, or are of commands nobody knows."""
+        usual = self._lines.usual
+        renamed = [f'line {job.line}: {job.name}' for job in self._lines.waiting
+                   if usual[job.name] != job.name]
+        if renamed:
+            self._report.note(f'the results of {count_of(len(renamed), "line")} get another name, '
+                              'since those of another command have the usual one: '
+                              f'{names_of(renamed)}')
+        parts = [(job, here) for job in self._lines.done
+                 for here, missing in [self._results.pieces(job.name)] if missing]
+        if parts:
+            lines = [f'line {job.line}: {" and ".join(here)}' for job, here in parts]
+            paths = itertools.chain.from_iterable(here for _, here in parts)
+            self._report.note(f'only a part of the results is there of {names_of(lines)}. To run '
+                              f'such a line again: rm -r {" ".join(paths)}')
+        unknown = [job.name for job in self._lines.done if not self._results.state(job.name)]
+        if unknown:
+            self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
+
+    def say_changed_files(self):
+        """Tell, in one line, if jobs that were run before had other files than jobs get now."""
+        older, changed = [], set()
+        for job in (*self._lines.done, *self._lines.begun):
+            digest = self._results.state(job.name).get('files')
+            now = self._session.manifest(job.forwards)
+            if digest not in (None, now.digest):
+                before = self._results.manifest(digest)
+                paths = set(now.changed(before) if before else ['(not recorded)'])
+                paths.discard(os.path.normpath(self._path))     # whose lines are compared
+                changed |= paths
+                older += [job] if paths else []
+        if older:
+            ended = [job.name for job in older if not self._results.is_begun(job.name)]
+            running = len(older) - len(ended)
+            parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
+            parts += [f'{count_of(running, "running line")} '
+                      f'{"has" if running == 1 else "have"} them'] * bool(running)
+            again = f'. To run them again: {removal_of(ended)}' if ended else ''
+            self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
+                              f'{" and ".join(parts)}{again}')
 
     @property
     def has_work(self):
@@ -5911,9 +6274,9 @@ class Batch:
             if forwards:
                 runner.prepare(forwards)
             runner.probe()
-        for job in self._jobs.values():     # what cannot be read is told before anything starts
+        for job in self._lines.jobs:        # what cannot be read is told before anything starts
             if forwards:
-                self._session.trees(job.forwards)
+                self._session.manifest(job.forwards)
 
     def settle(self):
         """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
@@ -6032,17 +6395,20 @@ class Batch:
         self._last_start = time.monotonic()
         self._freed.discard(runner)
         self._placed[job.name] = (runner, placement)
-        runner.queue_up(job.command, job.forwards.copy, job.backwards, job.name,
-                        link_loc=job.forwards.link, exclude=job.forwards.exclude,
+        forwards = job.forwards or Forwards((), ())
+        noted = {'where': runner.machine.word, 'batch': self._name, 'own': job.own,
+                 'backwards': job.backwards}
+        runner.queue_up(job.command, forwards.copy, job.backwards, job.name,
+                        link_loc=forwards.link, exclude=forwards.exclude,
                         gpus=placement.visible_gpus, attempt=attempt, placement=placement,
-                        adopt=adopt, timeout_s=self._timeout_s)
+                        adopt=adopt, timeout_s=self._timeout_s, noted=noted)
 
     def _adopt(self, runner):
         """Go on with what an earlier run started there: it has its room already."""
         for job in self._pinned.pop(runner.machine.address, ()):
             known = self._results.state(job.name)
-            gpus = tuple(map(int, re.findall('[0-9]+', known.get('gpus') or '')))
-            placement = self._scheduler.resources[runner].adopt(job.allocation, gpus)
+            placement = self._scheduler.resources[runner].adopt(job.allocation,
+                                                                gpus_of(known.get('gpus')))
             self._start(job, runner, placement, known['attempt'], adopt=True)
 
     def _stuck(self):
@@ -6168,12 +6534,17 @@ class Batch:
                               'there when it is back')
         for name in names:
             self._placed.pop(name, None)
+            self._wait_again(name)
+
+    def _wait_again(self, name):
+        """Have a job wait that has no result, unless its line is gone from the file."""
+        if self._jobs[name].forwards is not None:
             self._scheduler.add(self._jobs[name], first=True)
 
     def _on_absent(self, name):
         """It never began: contact was lost, or we were killed, right before."""
         self._give_back(name)
-        self._scheduler.add(self._jobs[name], first=True)
+        self._wait_again(name)
 
     def _on_late(self):
         self._late = True
@@ -6236,7 +6607,7 @@ class Batch:
         runner = self._give_back(name)
         if self.interrupts:
             return
-        self._scheduler.add(self._jobs[name], first=True)
+        self._wait_again(name)
         if runner.state == 'ready' and runner not in self._resting:
             self._troubles[runner] += 1
             self._rest(runner, f'it cannot start {name}: {why}')
@@ -6265,7 +6636,7 @@ class Batch:
     def _on_held(self, name):
         """Another batch took that room first; look again before the next start there."""
         runner = self._give_back(name)
-        self._scheduler.add(self._jobs[name], first=True)
+        self._wait_again(name)
         self._scheduler.update(runner, runner.capacity._replace(reserved=True))
         runner.measure(random.uniform(1, 3))        # so that two do not step back for ever
 
@@ -6277,7 +6648,7 @@ class Batch:
         self._retried[name] += 1
         if self._retried[name] <= self._retries:
             self._report.note(f'{name}: lost on {runner.name}: {why}. It will be started again.')
-            self._scheduler.add(self._jobs[name], first=True)
+            self._wait_again(name)
         else:
             self._failures.append(JobResult(name, runner.name, -1, 0.0))
             self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
@@ -6374,6 +6745,11 @@ class Batch:
                                   f'{result.machine}{when}, see {err}')
         for advice in self._advice():
             self._report.note(advice)
+        left = [*self._lines.left, *(job.name for job in self._lines.gone
+                                     if self._results.is_done(job.name))]
+        if left:
+            self._report.note(f'results of {count_of(len(left), "line")} that the batch file does '
+                              f'not have any more stay in {self._results.folder}: {names_of(left)}')
         for name, machine in self._unknown.items():
             known = '' if self._results.state(name)['state'] == 'ended' else 'not known to have '
             self._report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
@@ -6415,6 +6791,29 @@ def enough(asked_mb, seen_mb):
     step = 10 ** max(len(str(int(wanted))) - 1, 2) // (2 if wanted >= 1000 else 1)
     rounded = math.ceil(max(wanted, 1) / step) * step
     return rounded if rounded <= asked_mb / 2 else asked_mb
+
+
+def removal_of(names):
+    """Return the shell command that removes the results of these jobs, as short as may be."""
+    numbers, words = collections.defaultdict(list), []
+    for name in names:
+        stem, _, end = name.rpartition('.')
+        if end.isdigit():
+            numbers[stem].append(int(end))
+        else:
+            words.append(name)
+    for stem, found in numbers.items():
+        ranges = []
+        for number in sorted(found):
+            if ranges and ranges[-1][1] == number - 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        parts = [f'{low}' if low == high else f'{low},{high}' if high == low + 1 else
+                 f'{{{low}..{high}}}' for low, high in ranges]
+        text = ','.join(parts)
+        words.append(f'{stem}.' + (f'{{{text}}}' if ',' in text else text))
+    return 'rm -rf ' + ' '.join(f'job_results/{word}{{,.out,.err}}' for word in words)
 
 
 def names_of(names):
@@ -6680,10 +7079,11 @@ def execute_batch(argv):
         check_machines(options, 'batch')
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    name = name_of_batch(options['<batch>'])
     if options['--status']:
-        return show_status(jobs, ResultStore('job_results').peek(), reporter)
+        return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
     if options['--cancel']:
-        return cancel_batch(options, jobs, reporter)
+        return cancel_batch(options, jobs, name, reporter)
     machines = find_machines(options['--machines'])
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
@@ -6705,9 +7105,11 @@ def execute_batch(argv):
         results.close()
 
 
-def show_status(jobs, results, reporter):
+def show_status(jobs, name, results, reporter):
     """Say what the journal knows of the jobs; return the exit status: 0 where all have finished."""
     counts, lines = collections.Counter(), []
+    matched = match_lines(jobs, name, results)
+    jobs = (*matched.jobs, *matched.gone)
     for job in jobs:
         known = results.state(job.name)
         state, machine = known.get('state'), known.get('where') or known.get('machine')
@@ -6731,20 +7133,20 @@ def show_status(jobs, results, reporter):
     return 0 if counts['finished'] == len(jobs) else 1
 
 
-def cancel_batch(options, jobs, reporter):
+def cancel_batch(options, jobs, name, reporter):
     """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
     results = ResultStore('job_results').open()
     session = None
     try:
-        claimed = {job.name: results.state(job.name) for job in jobs
-                   if results.state(job.name).get('state') in ('claimed', 'ended')}
+        lines = match_lines(jobs, name, results)
+        claimed = {job.name: results.state(job.name) for job in (*lines.begun, *lines.gone)}
         words = options['--machines'] or dict.fromkeys(
             known['where'] for known in claimed.values() if known.get('where'))
         machines = find_machines(words)
         session = Session(results, reporter.trace, live=False)
         runners = [MachineRunner(machine, session, number)
                    for number, machine in enumerate(machines)]
-        batch = Batch(jobs, runners, session, reporter, None)
+        batch = Batch(jobs, runners, session, reporter, None, name=name)
         with interruptible(batch.interrupt):
             try:
                 return batch.end_all(claimed)
@@ -6770,7 +7172,9 @@ def read_faults(options):
 def run_batch(options, machines, jobs, session, reporter, faults):
     """Connect, place, run, collect, clean up; return the exit status."""
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
-    batch = Batch(jobs, runners, session, reporter, read_allocation(options), **faults)
+    path = options['<batch>']
+    batch = Batch(jobs, runners, session, reporter, read_allocation(options),
+                  name=name_of_batch(path), path=path, **faults)
     with interruptible(batch.interrupt):
         try:
             warnings = batch.plan()
@@ -6781,6 +7185,9 @@ def run_batch(options, machines, jobs, session, reporter, faults):
                 batch.announce()
             for warning in warnings:
                 reporter.line(warning)
+            if not dry:
+                with contextlib.suppress(*[FilesError] * (not batch.has_work)):
+                    batch.say_changed_files()
             if dry:
                 batch.dry_run()
                 return 0
@@ -7042,6 +7449,7 @@ def execute_to(argv):
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
     try:
         results.open()
+        session.owner += f' {results.identity}'
         jobs = {runner: Job(f'{name}_{plain_name(runner.name)}', options['<command>'], 0, None,
                             forwards, backwards) for runner in runners}
         check_new(jobs.values(), results)

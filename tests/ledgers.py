@@ -98,7 +98,7 @@ def read_journal(path):
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            if event['event'] != 'tidied':      # which tells of a machine
+            if event['event'] not in ('tidied', 'journal'):     # which tell of no job
                 events[event['job']].append(event)
         except (ValueError, KeyError, TypeError):
             raise AssertionError(f'The journal has no event in line {number}: {line!r}') from None

@@ -306,9 +306,10 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
 NOTED = r'''#!/bin/bash
 # Runs a command for a job, and notes its start and its end: see ledgers.py.  As a good program does
 # it fails where it cannot write.
-try=${PWD%/work}
+try=${PWD%/work}                        # .../NAME.ATTEMPT-IDENTITY
+try=${try##*.}
 note() {
-    local text="$SSH_SCHEDULER_JOB ${try##*.} $1"
+    local text="$SSH_SCHEDULER_JOB ${try%-*} $1"
     echo "$text" >>"$RIG_LEDGER" && echo "$text" && echo "$text" >>ran
 }
 note start || exit 74

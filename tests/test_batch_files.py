@@ -263,10 +263,12 @@ def test_the_partial_commands_of_the_spec():
     one, two = jobs_of(SPEC_LINES)
     assert one == ssh_scheduler.Job(
         'example1', 'python test.py example1', 1, Allocation(),
-        Forwards(('example1', 'test.py'), (), ()), ('example1',))
+        Forwards(('example1', 'test.py'), (), ()), ('example1',),
+        '--copy-forwards=["example1", "test.py"] --copy-backwards=["example1"]')
     assert two == ssh_scheduler.Job(
         'example2', 'python test.py example2', 2, Allocation(),
-        Forwards(('example2', 'test.py'), (), ()), ('example2',))
+        Forwards(('example2', 'test.py'), (), ()), ('example2',),
+        '--copy-forwards=["example2", "test.py"] --copy-backwards=["example2"]')
 
 
 def test_a_partial_command_changes_only_what_it_says():
@@ -290,7 +292,10 @@ def test_a_partial_command_changes_only_what_it_says():
         {'backwards': ('.',)},
         {'allocation': plain.allocation._replace(reserve=True, gpu_memory_mb=5)}]
     for number, (job, change) in enumerate(zip(jobs[1:], changes), 2):
-        assert job == plain._replace(name=f'batch.sh.{number}', line=number, **change)
+        assert job == plain._replace(name=f'batch.sh.{number}', line=number, own=job.own, **change)
+    assert [job.own for job in jobs] == [
+        '', '', '', '--copy-forwards=["c"] --copy-backwards=[]',
+        '--link-forwards=[] --exclude=["x"]', '--copy-backwards=["."]', '--reserve=true']
 
 
 def test_a_partial_command_has_the_flags_of_the_batch():

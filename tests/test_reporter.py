@@ -43,7 +43,7 @@ class Lab:
         options = s.read_options(s.EXECUTE_BATCH_USAGE, ['--machines', *machines, *words, path])
         self.jobs = s.read_jobs(path, text, options, self.reporter.warning)
         self.batch = s.Batch(self.jobs, self.runners, self, self.reporter,
-                             s.read_allocation(options))
+                             s.read_allocation(options), name=s.name_of_batch(path), path=path)
         self.steps = iter(())
 
     def run(self, steps=()):
@@ -143,8 +143,8 @@ class FakeRunner:
         self.signal('ready')
 
     def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
-                 attempt, placement, adopt, timeout_s):
-        self.results.claimed(job_name, attempt, self.machine.address, gpus, command)
+                 attempt, placement, adopt, timeout_s, noted):
+        self.results.claimed(job_name, attempt, self.machine.address, gpus, command, **noted)
         self.orders[job_name] = Order(command, job_name, gpus)
         self.history.append(job_name)
 
@@ -239,10 +239,14 @@ job_results/example_batch_script.sh.2.err
 example_batch_script.sh.4: exit code 127 on my_machine.yaml, see \
 job_results/example_batch_script.sh.4.err
 '''
-    assert (status, lab.err.getvalue()) == (1, '')
+    assert (status, lab.err.getvalue()) == (1, '''\
+only a part of the results is there of line 5: job_results/example_batch_script.sh.5.out. To run \
+such a line again: rm -r job_results/example_batch_script.sh.5.out
+the journal does not know which commands made example_batch_script.sh.5
+''')
 
 
-def test_a_command_that_changed_is_skipped_with_a_warning_that_says_so(results):
+def test_a_command_that_changed_is_run_under_a_name_of_its_own(results):
     first = Lab(results, {'m': NO_GPUS}, 'echo old\n', ['--no-gpu-required'])
 
     def steps(lab):
@@ -255,13 +259,15 @@ def test_a_command_that_changed_is_skipped_with_a_warning_that_says_so(results):
 
     def more():
         second.started()
-        second.end('.2')
+        second.end('.1-2')
+        second.end('.sh.2')
         yield
 
     assert second.run(more()) == 0
-    assert ('WARNING: job results already exists for line 1, made by another command, skipping '
-            'evaluation: delete if you wish to rerun\n') in second.out.getvalue()
-    assert second.runners[0].history == ['example_batch_script.sh.2']
+    assert 'WARNING' not in second.out.getvalue()
+    assert ('the results of 1 line get another name, since those of another command have the usual '
+            'one: line 1: example_batch_script.sh.1-2\n') in second.err.getvalue()
+    assert second.runners[0].history == ['example_batch_script.sh.1-2', 'example_batch_script.sh.2']
 
 
 @pytest.mark.parametrize('words, prefix', [
