@@ -105,7 +105,7 @@ Run each line of a batch file on one of many machines, where there is room.
 Usage:
   execute_batch [options] [--machines=<machine>]... [--copy-forwards=<path>]...
                 [--link-forwards=<path>]... [--exclude=<pattern>]...
-                [--copy-backwards=<path>]... [--] <batch>
+                [--copy-backwards=<path>]... [--] (<batch> | --earlier=<action>)
   execute_batch --help | --version
 
   <batch> has one bash command a line; - is the standard input. Results go to ./job_results.
@@ -130,6 +130,9 @@ Other:
   --no-live                   Look once at what the machines have free, not again while jobs wait.
   --status                    Say how far the batch is, and what is where; ask nobody.
   --cancel                    End what runs of the batch, though its client was killed.
+  --earlier=<action>          Jobs that the machines have of an earlier job_results of this folder:
+                              show them, collect those that have ended, under free names, or
+                              remove them (running ones are stopped).
   --dry-run                   Ask the machines, show what would start where, start nothing.
   --verbose                   Show every command run and every event, on stderr.
   -h --help                   Show this.
@@ -2691,7 +2694,7 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() pipes=() started='' name dir claimed=() held=
+  local index dirs=() pipes=() started='' name dir command claimed=() held=
   for index in "${!names[@]}"; do
     dirs+=("$home/jobs/${names[index]}")
     [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
@@ -2724,7 +2727,8 @@ start_pending() {           # starts what was read of "start" requests since the
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
-    elif set +C; [[ -e $dir/cmd && $(<"$dir/cmd") == "${commands[index]}" ]]; then
+    elif set +C; command=$(<"$dir/cmd"); [[ -e $dir/cmd &&
+      (! $command || $command == "${commands[index]}") ]]; then
       report "$name" </dev/null &
       disown "$!"
       continue
@@ -4969,7 +4973,7 @@ class MachineRunner:
 
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
-    be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
+    be, returned(job_name, reason) when it was not started, others(OtherJobs) once, held(job_name) when another batch was
     faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
     left(job_name, text) when what it started did not end with it, survivors(text) of what could
     not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
@@ -5305,6 +5309,10 @@ class MachineRunner:
             self.cancelling = True
             self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
 
+    def remove(self, keys):
+        """Stop the jobs with these keys where they run, and remove what the machine has of them."""
+        self._channel.send(request('revoke', len(keys), *keys))
+
     def leave_rest(self):
         """Do without what jobs that were cancelled had said, and that has not come."""
         for order in list(self._draining.values()) if self.cancelled else ():
@@ -5400,6 +5408,8 @@ class MachineRunner:
                                and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
         if self._facts:
             self._understand()
+        if self._callbacks['others'] and not self._was_ready:
+            channel.send(request('others', self.session.results.identity))
         self.state, self._was_ready = 'ready', True
         self._tries, self._away_since = 0, None
         if self.session.results:        # of runs that were killed before they could tidy up
@@ -5408,8 +5418,6 @@ class MachineRunner:
             if stray:
                 channel.send(request('revoke', len(stray), *stray))
         self._sender.begin()
-        if self._callbacks['others']:
-            channel.send(request('others', self.session.results.identity))
         if self._running:               # their starts may not have arrived
             channel.send(request('adopt', len(self._running), *self._running))
             self._watch_later()
@@ -5749,6 +5757,19 @@ class Reporter:
     def unconfirmed(self, machine, name):
         """A job was to be ended, and nobody knows whether it has."""
         self.note(f'{name}: could not be confirmed to have ended on {machine}')
+
+    def others(self, machine, word, jobs):
+        """A machine has these OtherJobs.  word: what finds the machine again."""
+        if jobs:
+            running = sum(job.word == 'running' for job in jobs)
+            rest = len(jobs) - running
+            run = f'{"runs" if running == 1 else "run"} there'
+            what = (f'{count_of(running, "job")} of an earlier job_results of this folder {run}'
+                    + (f', and {rest} more {"has" if rest == 1 else "have"} ended' if rest else '')
+                    if running else
+                    f'{count_of(rest, "job")} of an earlier job_results of this folder left results')
+            self.note(f'{machine}: {what}. Nothing of that is used. To see it: execute_batch '
+                      f'--machines {word} --earlier=show (or =collect, =remove)')
 
     def started(self, job, gpus):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
@@ -6263,6 +6284,8 @@ class Batch:
             runner.register('left', functools.partial(self._report.left, runner.name))
             runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.register('measured', lambda runner=runner: self._on_measured(runner))
+            runner.register('others', functools.partial(
+                self._report.others, runner.name, runner.machine.word))
             runner.register('lost', self._on_lost)
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
                 {name: runner.name}))
@@ -6974,6 +6997,9 @@ class Fanout:
             runner, 'failed', 'its results could not be fetched'))
         runner.register('left', functools.partial(self._report.left, runner.name))
         runner.register('survivors', functools.partial(self._report.survivors, runner.name))
+        if not self._tied:
+            runner.register('others', functools.partial(
+                self._report.others, runner.name, runner.machine.word))
         runner.register_started(lambda name: self.started.add(runner))
         runner.register_ended(lambda name: self._end(
             runner, 'ended', runner.ended[name].exit_code))
@@ -7075,6 +7101,8 @@ def execute_batch(argv):
     asked = [name for name in ('--status', '--cancel', '--dry-run') if options[name]]
     if len(asked) > 1:
         raise UsageError(f'{" and ".join(asked)}: give one of them.')
+    if options['--earlier']:
+        return earlier_jobs(options, reporter)
     if not (options['--status'] or options['--cancel']):
         check_machines(options, 'batch')
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
@@ -7156,6 +7184,81 @@ def cancel_batch(options, jobs, name, reporter):
         if session:
             session.close()
         results.close()
+
+
+def earlier_jobs(options, reporter):
+    """Show, collect or remove jobs of other journals (--earlier); return the exit status."""
+    action = options['--earlier']
+    if action not in ('show', 'collect', 'remove'):
+        raise UsageError(f'--earlier must be show, collect or remove, not {action!r}.')
+    check_machines(options)
+    machines = find_machines(options['--machines'])
+    results = ResultStore('job_results').open()
+    session = Session(results, reporter.trace, live=False)
+    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
+    found, stopped = {}, []
+
+    def stop(*_):
+        stopped.append(True)
+        session.processes.wake()
+
+    def wait(unfinished):
+        while not stopped and any(map(unfinished, runners)):
+            session.processes.wait()
+
+    with interruptible(stop):
+        try:
+            for runner in runners:
+                runner.register('warning', reporter.warning)
+                runner.register('others', functools.partial(found.__setitem__, runner))
+                runner.register('failed', lambda why, runner=runner: reporter.note(
+                    f'{runner.name}: cannot be used: {why}.'))
+                runner.connect(False)
+                runner.enter()
+            wait(lambda runner: runner.state == 'connecting' or (
+                runner.state == 'ready' and runner not in found))
+            for runner, jobs in found.items():
+                for job in jobs:
+                    how = f' with exit code {job.exit_code}' if job.word == 'ended' else ''
+                    reporter.line(f'{job.word}{how}: {job.name} on {runner.name};  '
+                                  f'{printable(job.command)}')
+                if action == 'collect':
+                    collect_others(runner, jobs, results, reporter)
+                elif action == 'remove' and jobs:
+                    runner.remove([job.key for job in jobs])
+            wait(lambda runner: runner.state == 'ready' and runner.busy)
+        finally:
+            close_all(runners, session, lambda: bool(stopped))
+            session.close()
+            results.close()
+    if not any(found.values()) and not stopped:
+        reporter.note('no jobs of an earlier job_results of this folder were found')
+    ended = sum(job.word == 'ended' for jobs in found.values() for job in jobs)
+    if action == 'collect' and ended < sum(map(len, found.values())):
+        reporter.note('only jobs that have ended are collected')
+    return 130 if stopped else 1 if len(found) < len(runners) else 0
+
+
+def collect_others(runner, jobs, results, reporter):
+    """Begin to fetch the results of those OtherJobs that have ended, under names that are free."""
+    names = {results.state(name)['key']: name for name in results.jobs if results.is_begun(name)}
+    commands = {}
+    runner.register('collected', lambda name: reporter.line(
+        f'collected: {name}; {printable(commands[name])}'))
+    for job in jobs:
+        if job.word != 'ended':
+            continue
+        name = names.get(job.key)           # of a run that was cut off
+        number = 1
+        while not name or results.exists(name) or name in results.jobs and name != names.get(
+                job.key):
+            name = f'{job.name}-earlier' + (f'-{number}' if number > 1 else '')
+            number += 1
+        if name not in names.values():
+            results.claimed(name, 1, runner.machine.address, None, job.command, key=job.key,
+                            where=runner.machine.word, batch=None)
+        commands[name] = job.command
+        runner.queue_up(job.command, (), None, name, adopt=True)
 
 
 def read_faults(options):

@@ -1,5 +1,6 @@
 """The main job on real machines: what is printed, what jobs find, what comes, and what stays."""
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -130,7 +131,7 @@ def test_verbose_shows_commands_and_events_on_stderr_only(batches, lab1):
     done = batches.run(['echo x >new'], [lab1], *NO_GPU, '--verbose')
     assert [line for line in done.stderr.splitlines() if line.startswith('+ ssh ')]
     assert [line for line in done.stderr.splitlines() if line.startswith('+ rsync ')]
-    assert 'ended  batch.sh.1.1  0' in done.stderr
+    assert re.search(r'ended  batch\.sh\.1\.1-[0-9a-f]{8}  0', done.stderr)
     assert [line.split(' ')[0] for line in done.stdout.splitlines()] == [
         'machine', 'machine', 'started:', 'finished:', 'done:']
 

@@ -327,7 +327,7 @@ def test_what_is_gone_here_is_gone_there(batches, project, lab):
         (project / name).write_bytes(bytes(BIG))
     batches.run(['ls'], [machine], *NO_GPU)
     (project / 'a').unlink()
-    batches.run(['true', 'ls'], [machine], *NO_GPU)
+    batches.run(['true', 'ls -1'], [machine], *NO_GPU)
     assert (result('batch.sh.1'), result('batch.sh.2')) == (b'a\nb\nbatch.sh\n', b'b\nbatch.sh\n')
 
 
@@ -465,15 +465,15 @@ def test_existing_results_are_skipped(batches, lab1, what):
     assert not [path for path in after if path.startswith(b'batch.sh.1') and path not in before]
 
 
-def test_results_of_another_command_are_kept_and_said(batches, lab1):
+def test_results_of_another_command_are_kept_and_the_new_one_is_run(batches, lab1):
     batches.run(['echo one', 'echo two'], [lab1], *NO_GPU)
     done = batches.run(['echo one', 'echo 2'], [lab1], *NO_GPU)
     warnings = events(done.stdout, 'WARNING:')
     assert warnings[0] == ('WARNING: job results already exists for line 1, skipping evaluation: '
                            'delete if you wish to rerun')
-    assert 'line 2' in warnings[1] and 'another command' in warnings[1]
-    assert result('batch.sh.2') == b'two\n'
-    assert 'started:' not in done.stdout
+    assert len(warnings) == 1 and 'line 2: batch.sh.2-2' in done.stderr
+    assert (result('batch.sh.2'), result('batch.sh.2-2')) == (b'two\n', b'2\n')
+    assert events(done.stdout, 'started:') == ['started: batch.sh.2-2;  echo 2']
 
 
 def test_what_appears_while_a_job_runs_is_not_replaced_either(batches, lab, gate):

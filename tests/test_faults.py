@@ -499,7 +499,7 @@ def test_25_a_damaged_record(host, watch, gate, outside, record):
     batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], [quick(machine)])
     has_begun(machine)
     first = batch.kill()
-    status, = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1/status')
+    status, = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*/status')
     machine.kill_wrapper('batch.sh.1')
     status.write_bytes(record)
     foreign = machine.spawn('sleep 1000 </dev/null >/dev/null 2>&1')

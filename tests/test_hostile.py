@@ -130,7 +130,7 @@ def test_what_is_larger_than_it_may_be_stays_there(batches, lab):
             '2.0 MB. It is kept on ') in done.stderr, done.stderr
     assert result('batch.sh.1') == b'said\n' and os.listdir(RESULTS / 'batch.sh.1') == []
     assert (RESULTS / 'batch.sh.2/small').read_text() == 'small\n'
-    (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1/work/large')
+    (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*/work/large')
     assert kept.stat().st_size == 3_000_000
 
 

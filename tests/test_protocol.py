@@ -50,6 +50,7 @@ KINDS = ('short', 'long', 'files')
 JOB = r'''
 try=${PWD%/work}
 try=${try##*.}
+try=${try%-*}
 gate=$FOLDER/gates/$SSH_SCHEDULER_JOB.$try
 mkfifo "$gate"
 [[ $1 != long ]] || printf 'x%.0s' {1..1500}
@@ -235,7 +236,7 @@ class FieldReader:
 
     MORE = {'limit': 2, 'mode': 2, 'measure': 1, 'unpack': 2, 'folder': 1, 'freeze': 2, 'start': 7,
             'cancel': 2, 'ping': 1, 'eof': 1, 'list': 1, 'finish': 2, 'limits': 1, 'adopt': 1,
-            'revoke': 1, 'watch': 1, 'clean': 1, 'probe': 0, 'enter': 0, 'tie': 0}
+            'revoke': 1, 'watch': 1, 'clean': 1, 'others': 1, 'probe': 0, 'enter': 0, 'tie': 0}
     COUNTED = {'freeze': 1, 'start': 1, 'cancel': 1, 'finish': 1, 'limits': 1, 'adopt': 1,
                'revoke': 1, 'watch': 3, 'clean': 1}     # fields, of which the last says how many
 
@@ -469,7 +470,7 @@ class World:
 
     def record(self, name, number):
         """Return what is recorded of it over there: 'ended 0', ..."""
-        for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}/status'):
+        for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}-*/status'):
             with contextlib.suppress(FileNotFoundError):
                 return path.read_text().rstrip()
         return ''
@@ -551,7 +552,7 @@ class World:
         """Tell whether the runner has done with the job what it was told to."""
         if runner.at_end or runner.process.poll() is not None:
             return True
-        name, _, number = key.rpartition('.')
+        name, _, number = key.partition('-')[0].rpartition('.')
         word = self.record(name, number).partition(' ')[0]
         if key in runner.mentioned:
             return int(number) in self.attempts[name] or word not in ('starting', 'running')
@@ -883,7 +884,8 @@ def test_a_list_that_comes_twice_is_taken_once(world):
                                     b'ended\tbatch.sh.1.1\n', b'data\t0\tgrowth\n'])
 def test_an_answer_from_which_something_is_missing_breaks_off(world, answer):
     begin(world, 'long')
-    world.client.line.hear(answer)
+    key = s.ResultStore('job_results').peek().key('batch.sh.1', 1)
+    world.client.line.hear(answer.replace(b'batch.sh.1.1', key.encode()))
     world.client.settle()
     world.finish()
     world.check()
