@@ -4973,8 +4973,9 @@ class MachineRunner:
 
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
-    be, returned(job_name, reason) when it was not started, others(OtherJobs) once, held(job_name) when another batch was
+    be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
     faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
+    others(OtherJobs) once, when it is first ready,
     left(job_name, text) when what it started did not end with it, survivors(text) of what could
     not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
     contact was lost: it is looked for, and then there is ready() again, or failed(reason).
@@ -5639,8 +5640,10 @@ class MachineRunner:
                          whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
                 for key, word, status, command in zip(*(iter(fields),) * 4)]
         if jobs:
-            known = self.session.results.identities()
-            jobs = [job for job in jobs if job.identity not in known]
+            results = self.session.results
+            known = results.identities()
+            done = {record['key'] for name, record in results.jobs.items() if results.is_done(name)}
+            jobs = [job for job in jobs if job.identity not in known and job.key not in done]
         self._signal('others', jobs)
 
     def _on_data(self, what, key, *rest):
@@ -5764,11 +5767,10 @@ class Reporter:
             running = sum(job.word == 'running' for job in jobs)
             rest = len(jobs) - running
             run = f'{"runs" if running == 1 else "run"} there'
-            what = (f'{count_of(running, "job")} of an earlier job_results of this folder {run}'
-                    + (f', and {rest} more {"has" if rest == 1 else "have"} ended' if rest else '')
-                    if running else
-                    f'{count_of(rest, "job")} of an earlier job_results of this folder left results')
-            self.note(f'{machine}: {what}. Nothing of that is used. To see it: execute_batch '
+            more = f', and {rest} more {"has" if rest == 1 else "have"} ended' if rest else ''
+            self.note(f'{machine}: {count_of(running or rest, "job")} of an earlier job_results of '
+                      f'this folder {run + more if running else "left results there"}. This run '
+                      'does not use them. To see them: execute_batch '
                       f'--machines {word} --earlier=show (or =collect, =remove)')
 
     def started(self, job, gpus):

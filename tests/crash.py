@@ -59,7 +59,7 @@ def write(fd, data):
     if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
         return real_write(fd, data)
     where = os.path.basename(path).partition(':')[0]
-    what = f'write to {where}: {bytes(data[:60])!r} … {bytes(data[-60:])!r}'
+    what = f'write to {where}: {bytes(data[:90])!r} … {bytes(data[-60:])!r}'
     point(f'before {what}')
     half = passed + 1 == LAST
     done = real_write(fd, data[:len(data) // 2] if half else data)

@@ -1,0 +1,512 @@
+"""A result belongs to the command and the files that made it, also after the batch was edited."""
+import collections
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from batching import NO_GPU, RESULTS, assert_clean, events, result, wait_until, wrote
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler as s
+
+AGAIN = 'WARNING: job results already exists for line {}, skipping evaluation: delete if you ' \
+    'wish to rerun'
+ELSEWHERE = 'WARNING: job results already exists for line {} (done as {}), skipping evaluation: ' \
+    'delete if you wish to rerun'
+
+
+@pytest.fixture
+def run(batches, lab1):
+    """Run lines on localhost, which has room for a few jobs however busy this computer is."""
+    def run(*lines, options=(), start=False):
+        how = batches.start if start else batches.run
+        return how(lines, ['localhost'], *NO_GPU, '--num-cpus=0.1', *options,
+                   env={'SSH_SCHEDULER_PROC': str(lab1.proc)})
+
+    return run
+
+
+def warnings(done):
+    return events(done.stdout, 'WARNING:')
+
+
+def started(done):
+    return [line.partition(': ')[2].partition(';')[0] for line in events(done.stdout, 'started:')]
+
+
+# ---- Edits, after the jobs have ended ----
+
+def test_an_unchanged_batch_has_the_names_and_warnings_of_the_spec(run):
+    assert started(run('echo a', 'echo b')) == ['batch.sh.1', 'batch.sh.2']
+    done = run('echo a', 'echo b')
+    assert (warnings(done), started(done)) == ([AGAIN.format(1), AGAIN.format(2)], [])
+
+
+def test_an_inserted_line_is_run_and_the_others_keep_their_results(run):
+    run('echo a', 'echo b')
+    done = run('echo new', 'echo a', 'echo b')
+    assert warnings(done) == [ELSEWHERE.format(2, 'batch.sh.1'), ELSEWHERE.format(3, 'batch.sh.2')]
+    assert started(done) == ['batch.sh.1-2']
+    assert 'line 1: batch.sh.1-2' in done.stderr
+    assert [result(name) for name in ('batch.sh.1', 'batch.sh.2', 'batch.sh.1-2')] == [
+        b'a\n', b'b\n', b'new\n']
+    again = run('echo new', 'echo a', 'echo b')
+    assert started(again) == [] and ELSEWHERE.format(1, 'batch.sh.1-2') in warnings(again)
+    assert run('# a', 'echo b', 'echo new', options=['--status']).returncode == 0
+
+
+def test_equal_lines_have_each_a_result_of_their_own(run, ledger):
+    line = f'echo one >>{ledger}'
+    run(line, line)
+    assert started(run(line, line, line)) == ['batch.sh.3']
+    assert started(run(line, 'true', line, line)) == ['batch.sh.2-2']
+    assert ledger.read_text() == 'one\n' * 3
+
+
+def test_results_of_lines_that_are_gone_stay_and_are_told_in_one_line(run):
+    run('echo a', 'echo b', 'echo c', 'echo d', 'echo e')
+    done = run('echo c')
+    assert (started(done), done.returncode) == ([], 0)
+    assert done.stderr.splitlines()[-1] == (
+        'results of 4 lines that the batch file does not have any more stay in job_results: '
+        'batch.sh.1 and 3 more')
+    assert result('batch.sh.5') == b'e\n'
+
+
+def test_a_failure_is_found_under_its_name_after_an_edit(run):
+    run('exit 3', 'true')
+    done = run('true', 'exit 3')
+    assert (done.returncode, started(done)) == (1, [])
+    assert 'batch.sh.1: exit code 3 on localhost, in an earlier run' in done.stdout
+
+
+@pytest.mark.parametrize('one, other, runs', [
+    ('--copy-forwards a', '--copy-forwards a b', True),
+    ('--copy-forwards a', '', True), ('', '--copy-backwards --', True),
+    ('--exclude x', '--exclude y', True), ('--reserve', '', True),
+    ('--memory-required=1', '--memory-required=2', False), ('--num-cpus=0.1', '', False),
+    ('--job-name=x', '--job-name=y', False)])
+def test_options_of_the_line_count_where_they_change_what_runs(run, project, one, other, runs):
+    for name in ('a', 'b'):
+        (project / name).touch()
+    run(f"execute_remote {one} 'ls'")
+    done = run(f"execute_remote {other} 'ls'")
+    assert bool(started(done)) == runs, done.stdout + done.stderr
+
+
+def test_another_batch_of_the_folder_has_results_of_its_own(run, run_cli, lab1):
+    run('echo a')
+    Path('other.sh').write_text('echo a\n')
+    done = run_cli('execute_batch', 'other.sh', *NO_GPU, '--machines', 'localhost')
+    assert started(done) == ['other.sh.1']
+
+
+def test_a_job_results_of_the_version_before_is_read(run, project):
+    """Its journal has no identity, no digest of files, and keys without an identity."""
+    run('echo a', 'echo b')
+    journal = RESULTS / '.ssh_scheduler/journal'
+    old = [json.loads(line) for line in journal.read_text().splitlines()]
+    for event in old:
+        for key in ('files', 'batch', 'own', 'backwards'):
+            event.pop(key, None)
+    journal.write_text(''.join(json.dumps(event) + '\n' for event in old
+                               if event['event'] not in ('journal', 'tidied')))
+    shutil.rmtree(RESULTS / '.ssh_scheduler/files')
+    done = run('echo b', 'echo a', 'echo c')
+    assert warnings(done) == [ELSEWHERE.format(1, 'batch.sh.2'), ELSEWHERE.format(2, 'batch.sh.1')]
+    assert (started(done), done.returncode) == (['batch.sh.3'], 0)
+    assert 'no journal' not in done.stderr and 'files changed' not in done.stderr
+    assert s.ResultStore('job_results').peek().state('batch.sh.3')['key'] != 'batch.sh.3.1'
+
+
+def test_results_without_a_journal_are_kept_and_told(run):
+    run('echo a', 'echo b')
+    shutil.rmtree(RESULTS / '.ssh_scheduler')
+    done = run('echo changed', 'echo b')
+    assert warnings(done) == [AGAIN.format(1), AGAIN.format(2)]
+    assert ('the journal does not know which commands made batch.sh.1, batch.sh.2'
+            in done.stderr.splitlines())
+    assert result('batch.sh.1') == b'a\n'
+
+
+@pytest.mark.parametrize('left', [['.err'], [''], ['.out', '.err'], ['', '.out']])
+def test_results_of_which_a_part_was_deleted_are_told_as_they_are(run, left):
+    run('echo a >made', 'true')
+    for end in {'', '.out', '.err'} - set(left):
+        path = RESULTS / f'batch.sh.1{end}'
+        path.unlink() if end else shutil.rmtree(path)
+    done = run('echo a >made', 'true')
+    assert (warnings(done), started(done)) == ([AGAIN.format(1), AGAIN.format(2)], [])
+    (note,) = [line for line in done.stderr.splitlines() if 'only a part' in line]
+    paths = [f'job_results/batch.sh.1{end}' for end in ('', '.out', '.err') if end in left]
+    assert f'line 1: {" and ".join(paths)}. ' in note
+    os.system(note.partition('again: ')[2])             # it tells exactly what to delete
+    done = run('echo a >made', 'true')
+    assert (started(done), 'only a part' in done.stderr) == (['batch.sh.1'], False)
+
+
+# ---- Edits, while jobs run and their client is dead ----
+
+def test_a_job_that_runs_belongs_to_its_command_after_an_edit(batches, lab, gate):
+    machine = lab()
+    lines = [f'{gate.wait("a")}; echo a', f'{gate.wait("b")}; echo b']
+    batch = batches.start(lines, [machine], '--num-cpus=0.1', *NO_GPU)
+    batch.until('started: batch.sh.2')
+    batch.process.kill()
+    batch.end()
+    batch = batches.start(['echo new', *reversed(lines)], [machine], '--num-cpus=0.1', *NO_GPU)
+    batch.until('finished: batch.sh.1-2')
+    gate.open('b')
+    gate.open('a')
+    done = batch.end()
+    assert done.returncode == 0, done.stderr
+    assert [result(f'batch.sh.{name}') for name in ('1', '2', '1-2')] == [b'a\n', b'b\n', b'new\n']
+    assert sorted(events(done.stdout, 'finished:')) == [
+        f'finished: batch.sh.1-2; {"echo new"}', f'finished: batch.sh.1; {lines[0]}',
+        f'finished: batch.sh.2; {lines[1]}']
+    assert_clean(machine)
+
+
+def test_a_job_whose_line_is_gone_is_collected_and_not_run_again(batches, lab, gate, ledger):
+    machine = lab()
+    line = f'echo ran >>{ledger}; {gate.wait("a")}; echo a'
+    batch = batches.start([line, 'echo b'], [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2')
+    batch.process.kill()
+    batch.end()
+    status = batches.run(['echo b'], [], '--status')
+    assert 'batch.sh.1' in status.stdout and status.returncode == 1
+    batch = batches.start(['echo b', 'echo c'], [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2-2')
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, result('batch.sh.1'), ledger.read_text()) == (0, b'a\n', 'ran\n')
+    assert f'finished: batch.sh.1; {line}' in done.stdout
+    assert 'batch.sh.1' in done.stderr.splitlines()[-1]
+    assert_clean(machine)
+
+
+def test_a_job_whose_line_is_gone_is_cancelled_with_its_batch(batches, lab, outside):
+    machine = lab()
+    batch = batches.start(['sleep 1000', 'true'], [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2')
+    batch.process.kill()
+    batch.end()
+    done = batches.run(['true'], [machine], '--cancel')
+    assert done.returncode == 0 and 'batch.sh.1: ended, on ' in done.stdout
+    assert_clean(machine)
+
+
+# ---- Another journal ----
+
+def leave_jobs(batches, machine, gate):
+    """Run two jobs, kill their client, and remove job_results, as one who wants to start afresh."""
+    lines = [f'echo old >made; {gate.wait("a")}; echo old; exit 3', 'sleep 1000']
+    batch = batches.start(lines, [machine], '--num-cpus=0.1', *NO_GPU)
+    batch.until('started: batch.sh.2')
+    batch.process.kill()
+    batch.end()
+    shutil.rmtree(RESULTS)
+    return lines
+
+
+def test_a_job_of_another_journal_is_never_taken_for_one_of_this(batches, lab, gate):
+    machine = lab()
+    lines = leave_jobs(batches, machine, gate)
+    done = batches.run(['echo new', 'echo 2'], [machine], '--num-cpus=0.1', *NO_GPU)
+    assert (done.returncode, result('batch.sh.1'), result('batch.sh.2')) == (0, b'new\n', b'2\n')
+    assert not (RESULTS / 'batch.sh.1/made').exists()
+    (note,) = [line for line in done.stderr.splitlines() if 'earlier job_results' in line]
+    assert note.startswith(
+        f'{machine.yaml()}: 2 jobs of an earlier job_results of this folder run there. ')
+    gate.open('a')
+    wait_until(lambda: [*machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.*/status')][0]
+               .read_text().startswith('ended'), 'its end')
+
+    def earlier(action):
+        told = batches._run_cli('execute_batch', '--machines', machine.yaml(),
+                                f'--earlier={action}')
+        assert (told.returncode, told.stdout.count('Traceback')) == (0, 0), told.stderr
+        return told
+
+    told = earlier('show').stdout
+    assert told == (f'ended with exit code 3: batch.sh.1 on {machine.yaml()};  {lines[0]}\n'
+                    f'running: batch.sh.2 on {machine.yaml()};  {lines[1]}\n')
+    assert f'collected: batch.sh.1-earlier; {lines[0]}' in earlier('collect').stdout
+    assert result('batch.sh.1-earlier') == b'old\n' and result('batch.sh.1') == b'new\n'
+    assert (RESULTS / 'batch.sh.1-earlier/made').read_text() == 'old\n'
+    assert any('sleep 1000' in words for _, words in machine.processes())
+    earlier('remove')
+    assert earlier('show').stdout == ''
+    assert_clean(machine)
+    assert 'batch.sh.1-earlier' not in batches.run(['echo new', lines[0].replace('exit 3', 'true')],
+                                                   [], '--status').stdout
+
+
+@pytest.mark.parametrize('moment', ['after write to journal.*"claimed"',
+                                    'before write to journal.*"collected"'])
+def test_a_collection_that_is_killed_is_completed_by_the_next(batches, client_env, lab, gate,
+                                                              moment):
+    machine = lab()
+    leave_jobs(batches, machine, gate)
+    gate.open('a')
+    wait_until(lambda: any(path.read_text().startswith('ended') for path in
+                           machine.home.glob('.ssh_scheduler/*/jobs/*/status')), 'its end')
+    argv = ['execute_batch', '--machines', machine.yaml(), '--earlier=collect']
+    cut = subprocess.run([sys.executable, Path(__file__).with_name('crash.py'), *argv],
+                         env={**client_env, 'CRASH_WHEN': moment}, capture_output=True)
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    assert batches._run_cli(*argv).returncode == 0
+    assert result('batch.sh.1-earlier') == b'old\n'
+    assert not [*RESULTS.glob('*earlier-2*')]
+    batches._run_cli(*argv[:-1], '--earlier=remove')
+    assert_clean(machine)
+
+
+def test_a_command_of_another_journal_is_none_of_this(run_cli, batches, lab, gate):
+    """As after `rm -r job_results`, or after what the error of another command advises."""
+    machine = lab()
+    argv = ['execute_remote', '--machine', machine.yaml(), '--job-name', 'n', '--copy-forwards']
+    run_cli(*argv, '--detach', '--', f'{gate.wait("a")}; echo old')
+    shutil.rmtree(RESULTS)
+    done = run_cli(*argv, '--', 'echo new')
+    assert (done.returncode, done.stdout) == (0, 'new\n')
+    assert '1 job of an earlier job_results of this folder runs there' in done.stderr
+    gate.open('a')
+    batches._run_cli('execute_batch', '--machines', machine.yaml(), '--earlier=remove')
+    assert_clean(machine)
+
+
+def test_commands_beside_a_batch_are_no_strangers(run_cli, batches, lab, gate):
+    machine = lab()
+    run_cli('execute_remote', '--machine', machine.yaml(), '--job-name', 'n', '--copy-forwards',
+            '--detach', '--', gate.wait('a'))
+    done = batches.run(['true'], [machine], *NO_GPU)
+    assert (done.returncode, 'earlier' in done.stderr) == (0, False)
+    gate.open('a')
+    assert run_cli('execute_remote', '--attach=n').returncode == 0
+
+
+# ---- Files ----
+
+def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
+    (project / 'train.py').write_text('print(1)\n')
+    (project / 'large').write_bytes(bytes(200_000))
+    lines = ['cat train.py', 'true', 'exit 1']
+    run(*lines[:2])
+    assert 'files changed' not in run(*lines).stderr            # but the batch file has
+    os.utime(project / 'train.py')                              # its content is as it was
+    assert 'files changed' not in run(*lines).stderr
+    (project / 'train.py').write_text('print(2)\n')
+    (project / 'more').touch()
+    (project / 'large').touch()
+    (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
+    assert note == (
+        'files changed since: large, more, train.py: 3 finished lines had the older files. To run '
+        'them again: rm -rf job_results/batch.sh.{1..3}{,.out,.err}')
+    os.system(f'bash -c {shlex.quote(note.partition("again: ")[2])}')
+    done = run(*lines)
+    assert started(done) == ['batch.sh.1', 'batch.sh.2', 'batch.sh.3']
+    assert result('batch.sh.1') == b'print(2)\n' and 'files changed' not in done.stderr
+
+
+def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gate):
+    machine = lab()
+    (project / 'data').write_text('old')
+    batch = batches.start([f'{gate.wait("a")}; cat data'], [machine], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    batch.process.kill()
+    batch.end()
+    (project / 'data').write_text('new')
+    gate.open('a')
+    done = batches.run(None, [machine], *NO_GPU)
+    assert 'files changed since: data: 1 running line has them' in done.stderr
+    assert result('batch.sh.1') == b'old'
+
+
+@pytest.mark.parametrize('names, command', [
+    (['b.sh.1'], 'b.sh.1'), (['b.sh.1', 'b.sh.2'], 'b.sh.{1,2}'),
+    (['b.sh.3', 'b.sh.1', 'b.sh.2', 'b.sh.9'], 'b.sh.{{1..3},9}'), (['b.sh.1-2', 'x'], None)])
+def test_what_removes_results_names_all_of_them(tmp_path, monkeypatch, names, command):
+    monkeypatch.chdir(tmp_path)
+    for name in (*names, 'b.sh.4', 'b.sh.10'):
+        (tmp_path / 'job_results' / name).mkdir(parents=True)
+        for end in ('.out', '.err'):
+            (tmp_path / f'job_results/{name}{end}').touch()
+    text = s.removal_of(names)
+    assert command is None or text == f'rm -rf job_results/{command}{{,.out,.err}}'
+    os.system(f'bash -c {shlex.quote(text)}')
+    assert {path.name for path in RESULTS.iterdir()} == {
+        f'{name}{end}' for name in ('b.sh.4', 'b.sh.10') for end in ('', '.out', '.err')}
+
+
+def test_a_manifest_has_all_that_tells_files_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a\udcff').write_text('1')
+    (tmp_path / 'link').symlink_to('a')
+    (tmp_path / 'large').write_bytes(bytes(100_000))
+
+    def now():
+        return s.Manifest.of(s.scan_tree(('.',), ()))
+
+    first = now()
+    assert json.loads(json.dumps(first.files)).keys() == {'a\udcff', 'link', 'large'}
+    changes = [lambda: (tmp_path / 'a\udcff').write_text('2'),
+               lambda: (tmp_path / 'a\udcff').chmod(0o755),
+               lambda: os.utime('large', (0, 0)), lambda: (tmp_path / 'link').unlink()]
+    for change, path in zip(changes, ['a\udcff', 'a\udcff', 'large', 'link']):
+        before = now()
+        change()
+        assert now().changed(before) == [path] and now().digest != before.digest
+    assert first.digest == s.Manifest(json.loads(json.dumps(first.files))).digest
+
+
+# ---- Any edits ----
+
+COMMANDS = st.sampled_from('abcd')
+EDITS = st.lists(st.tuples(
+    st.sampled_from(['insert', 'delete', 'swap', 'change', 'duplicate', 'comment']),
+    st.integers(0, 7), st.integers(0, 7), COMMANDS), max_size=5)
+
+
+def edit(lines, edits):
+    """Return the lines after these edits; at least one is left."""
+    lines = list(lines)
+    for word, one, other, command in edits:
+        one, other = one % len(lines), other % len(lines)
+        if word == 'insert':
+            lines.insert(one, command)
+        elif word == 'delete' and len([line for line in lines if line != '#']) > 1:
+            del lines[one]
+        elif word == 'swap':
+            lines[one], lines[other] = lines[other], lines[one]
+        elif word == 'change':
+            lines[one] = command
+        elif word == 'duplicate':
+            lines.insert(other, lines[one])
+        elif word == 'comment' and len([line for line in lines if line != '#']) > 1:
+            lines[one] = '#'
+    return lines if set(lines) - {'#'} else ['a']
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(COMMANDS, min_size=1, max_size=6),
+       st.lists(st.tuples(EDITS, st.integers(0, 9)), max_size=5))
+def test_any_edits_against_a_model(first, rounds):
+    """The model: each command has so many results as it had lines at most at a time."""
+    class Known(s.ResultStore):
+        """A job_results in memory: what is collected, and what was only begun."""
+
+        def exists(self, name):
+            return self.jobs.get(name, {}).get('state') == 'collected'
+
+    results, wanted, lines = Known('x'), collections.Counter(), first
+    for edits, runs in [([], 0), *rounds]:
+        lines = edit(lines, edits)
+        jobs = [s.Job(f'b.{number}', line, number, None, None)
+                for number, line in enumerate(lines, 1) if line != '#']
+        found = s.match_lines(jobs, 'b', results)
+        assert [job.line for job in found.jobs] == [job.line for job in jobs]
+        names = [job.name for job in (*found.jobs, *found.gone)]
+        assert len(set(names)) == len(names)
+        for job in (*found.begun, *found.done):
+            assert results.jobs[job.name]['command'] == job.command == lines[job.line - 1]
+        for job in found.waiting:
+            assert results.jobs.get(job.name, {}).get('state') is None
+            usual = f'b.{job.line}'
+            assert job.name == usual or usual in results.jobs
+        # some begin, of these and of those that ran, some end: as if the client was killed
+        for number, job in enumerate(found.waiting):
+            results.jobs[job.name] = {'command': job.command, 'state': 'claimed', 'own': '',
+                                      'batch': 'b'}
+            if runs and number == runs:
+                break
+        for number, record in enumerate(results.jobs.values()):
+            if not runs or number % 3 == runs % 3:
+                record['state'] = 'collected'
+        count = collections.Counter(job.command for job in jobs)
+        had = collections.Counter(record['command'] for record in results.jobs.values())
+        wanted |= count
+        assert had <= wanted and (runs or had >= count)
+
+
+@settings(deadline=None, derandomize=True, max_examples=8,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(COMMANDS, min_size=1, max_size=4),
+       st.lists(st.tuples(EDITS, st.sampled_from([None, 1, 2])), min_size=1, max_size=4))
+def test_any_edits_kills_and_reruns_of_real_batches(run, outside, first, rounds):
+    """Each result's content comes from the command that the journal and the screen name for it."""
+    folder = Path(tempfile.mkdtemp(dir=outside))
+    ledger, hold = folder / 'ledger', folder / 'hold'
+    ledger.touch()
+    hold.touch()
+    home, wanted, lines = os.getcwd(), collections.Counter(), first
+    (folder / 'project').mkdir()
+    os.chdir(folder / 'project')
+    try:
+        for edits, killed_after in [([], None), *rounds, ([], None)]:
+            lines = edit(lines, edits)
+            text = [line if line == '#' else f'flock -s {hold} true; echo {line} >>{ledger}; '
+                    f'echo {line} >made; echo {line}' for line in lines]
+            wanted |= collections.Counter(line for line in lines if line != '#')
+            if killed_after:
+                with open(hold) as file:                # the jobs wait for that
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    batch = run(*text, start=True, options=['--copy-forwards'])
+                    for _ in range(killed_after):
+                        if batch.until('').startswith('done: '):
+                            break
+                    batch.process.kill()
+                    batch.end()
+                continue
+            done = run(*text, options=['--copy-forwards'])
+            assert done.returncode == 0, done.stderr
+            assert_true_results(done, lines)
+            runs = collections.Counter(ledger.read_text().split())
+            assert collections.Counter(filter('#'.__ne__, lines)) <= runs <= wanted
+    finally:
+        os.chdir(home)
+
+
+def assert_true_results(done, lines):
+    """All lines have results, and what these are is what the journal and the screen say."""
+    journal = s.ResultStore('job_results').peek()
+    made = collections.Counter()
+    for name, record in journal.jobs.items():
+        command = record['command'].split()[-1]
+        assert record['state'] == 'collected'
+        assert result(name).decode() == (RESULTS / name / 'made').read_text() == f'{command}\n'
+        made[command] += 1
+    assert collections.Counter(filter('#'.__ne__, lines)) <= made
+    for line in events(done.stdout, 'finished:'):
+        name, _, command = line.removeprefix('finished: ').partition('; ')
+        assert result(name).decode() == f'{command.split()[-1]}\n'
+    for line in warnings(done):
+        number, _, rest = line.partition(' for line ')[2].partition(',')[0].partition(' ')
+        name = rest.removeprefix('(done as ').rstrip(')') or f'batch.sh.{number}'
+        assert result(name).decode() == f'{lines[int(number) - 1]}\n'
+
+
+# ---- The journal's identity ----
+
+def test_each_journal_has_an_identity_and_keeps_it(tmp_path):
+    identities = []
+    for name in ('one', 'two'):
+        folder = str(tmp_path / name)
+        for _ in range(2):
+            store = s.ResultStore(folder).open()
+            store.claimed('job', 1, 'm', None, 'true')
+            identities.append(store.identity)
+            assert store.state('job')['key'] == store.key('job', 1) == f'job.1-{store.identity}'
+            store.close()
+    assert identities[0] == identities[1] != identities[2] == identities[3]
+    wrote(tmp_path / 'one/.ssh_scheduler/journal')
