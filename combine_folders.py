@@ -47,6 +47,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import re
 import stat
@@ -1630,10 +1631,32 @@ def read_options(argv):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known word next to this one, or ''."""
+    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+
+    It may be the beginning of one, have typing errors, or name its parts in another order.
+    --no-x never stands for x, nor the other way round.
+    """
     import difflib
-    match = difflib.get_close_matches(word, sorted(known), 1, 0.6)
-    return f' (did you mean {match[0]}?)' if match else ''
+
+    def parts(text):
+        return re.findall('[^-_]+', text.lower())
+
+    def likeness(other):
+        for order in itertools.permutations(parts(other)):
+            spelled = ''.join(order)
+            for beginning in {spelled, spelled[:len(typed)]}:
+                share = difflib.SequenceMatcher(None, typed, beginning).ratio()
+                yield share, list(order) == parts(other), beginning == spelled
+
+    typed, found = ''.join(parts(word)), {}
+    for other in sorted(known) if typed else ():
+        negates = 'no' in parts(other)
+        if negates == typed.startswith('no') or not negates and parts(word)[0] != 'no' and (
+                parts(other)[0][0] == 'n'):
+            found.setdefault(max(likeness(other)), []).append(other)
+    best = max(found, default=(0,))
+    alike = found[best] if best[0] >= 0.7 else []
+    return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
 
 
 # ---- Terminal: the only printer ----

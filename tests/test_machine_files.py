@@ -189,7 +189,9 @@ def json_like(value):
     ('ip: a\nprot: 22', "line 2: unknown key 'prot' (did you mean port?)."),
     ('user: me\nip: a', "line 1: unknown key 'user' (did you mean username?)."),
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
-    ('IP: a', "line 1: unknown key 'IP'."),
+    ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
+    ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpus?)."),
+    ('hostname: a', "line 1: unknown key 'hostname'."),        # username would be another thing
     ('zebra: a', "line 1: unknown key 'zebra'."),
     ('1: a', "line 1: unknown key '1'."),
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
