@@ -299,6 +299,17 @@ def nearest(word, known):
     return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
 
 
+def sentence(text):
+    """Return the text with the one mark that ends it: a full stop, unless it has one.
+
+    The end of it may come from elsewhere, with a full stop or without, or be a question or a
+    command to type, behind 'Try: '.
+    """
+    text = text.rstrip()
+    end = text.rstrip('.')
+    return end if end.endswith(('?', '!')) else text if 'Try: ' in text else f'{end}.'
+
+
 def printable(text):
     """Return the text on one line, fit for a terminal: no control characters, no escapes."""
     if text.isprintable():
@@ -646,9 +657,8 @@ def read_machine_file(path, name):
         line = text.count('\n', 0, error.position) + 1
         raise MachineFileError(f'{path}, line {line}: there is a control character.') from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise MachineFileError(
-            f'{path}, line {mark.line + 1}: this is not YAML: {error.problem}.') from None
+        line, what = explain_yaml(error, text)
+        raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
     if not isinstance(node, yaml.MappingNode):
@@ -677,6 +687,28 @@ def read_machine_file(path, name):
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
     return machine_from(values, name, path)
+
+
+def explain_yaml(error, text):
+    """Return (number of the line, what is wrong there) of a YAML error.
+
+    YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
+    """
+    import yaml
+    mark, what = error.problem_mark or error.context_mark, f'this is not YAML: {error.problem}'
+    scalars = []
+    with contextlib.suppress(yaml.YAMLError):
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.ScalarToken) and token.start_mark.index < mark.index:
+                scalars.append(token.start_mark)
+    unended = error.context_mark and re.match('while (scanning|parsing a flow)', error.context)
+    begins = error.context_mark if unended else scalars[-1] if scalars else mark
+    before, line = (re.split(r'[\r\n\x85\u2028\u2029]', part)[end]
+                    for part, end in ((text[:begins.index], -1), (text[begins.index:], 0)))
+    line = re.split(r'\s#', line)[0].rstrip()
+    if not before.strip() and not re.search(r':(\s|$)|^[\[{]', line):    # a key, had it a colon
+        return begins.line + 1, f'this is not "key: value": {line!r:.200}'
+    return (begins if unended else mark).line + 1, what
 
 
 def machine_from(values, name, path):
