@@ -1001,7 +1001,7 @@ def read_partial(job, where, warn):
             own=' '.join(f'{name}={json.dumps(options[name])}' for name in DECISIVE_OPTIONS
                          if name in options.given))
     except (SchedulerError, ValueError) as error:
-        raise BatchFileError(f'{where}: execute_remote: {str(error).rstrip(".")}. '
+        raise BatchFileError(f'{where}: execute_remote: {sentence(str(error))} '
                              'The command is one word, in quotes.') from None
 
 
@@ -2090,21 +2090,21 @@ SSH_COMPLAINTS = (
      'its host key is not the one that is known, so this may be another machine. If it was '
      'reinstalled: ssh-keygen -R {host}'),
     (r'Host key verification failed', 'never', 'its host key could not be verified'),
-    (r'Could not resolve hostname|Name or service not known', 'never',
-     'there is no host of that name'),
-    (r'Connection refused', 'later', 'nothing listens at port {port} there'),
+    (r'Could not resolve hostname (\S+):', 'never', 'the host name {0} is unknown'),
+    (r'Name or service not known', 'never', 'the host name {host} is unknown'),
+    (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
-     'the login as {user} was refused ({0} was tried): is the user name right, and is the key in '
-     'its ~/.ssh/authorized_keys?'),
+     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is the '
+     'key in its ~/.ssh/authorized_keys?'),
     (r'Too many authentication failures', 'never',
      'too many keys were offered: set ssh_key_path'),
     (r'No route to host|Network is unreachable', 'later',
-     'there is no way to it: is it on, and the VPN?'),
-    (r'timed out', 'later', 'it did not answer in time: is it on, and the VPN?'),
+     '{at} cannot be reached: is the machine on, and the VPN?'),
+    (r'timed out', 'later', '{at} did not answer in time: is the machine on, and the VPN?'),
     (r'Bad owner or permissions on (\S+)', 'never', 'ssh refuses {0}: others may write it'),
     (r'[Bb]ad configuration option: (\S+)', 'never', 'ssh does not know the option {0}'),
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
-     'it closed the connection before the login'),
+     '{at} closed the connection before the login'),
 )
 LOGIN_COMPLAINTS = (
     (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
@@ -2120,14 +2120,17 @@ def explain_login(machine, status, noise, complaint):
 
     status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
     """
-    words = {'host': machine.host, 'port': machine.port or 22,
-             'user': machine.username or 'you'}
+    who = re.search(r'(\S+)@\S+: Permission denied', complaint)
+    where = re.search(r'(?:host|to|by|with) (\S+) port (\d+)', complaint)
+    host, port = where.groups() if where else (machine.host, machine.port)
+    words = {'host': machine.host, 'at': f'{host} port {port}' if port else host,
+             'user': who[1] if who else machine.username or 'you'}
     for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
         for pattern, again, sentence in table:
             match = re.search(pattern, text)
             if match:
                 return sentence.format(*match.groups(''), **words), again
-    last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300]
+    last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
     said = f', after saying: {last}' if last else ''
@@ -4837,7 +4840,7 @@ class Fetcher:
                    and not os.path.lexists(os.path.join(work, path))]
         for path in missing:
             self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
-                         f'back: {complaint}. It is kept on {self._name}, in '
+                         f'back: {sentence(complaint)} It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
         self._commit(order, streams, work, kept=missing or order.too_large)
 
@@ -4863,7 +4866,7 @@ class Fetcher:
         """The results of this order stay where they are."""
         del self.orders[order.key]
         self._signal('warning', f'{order.job_name}: its results could not be fetched: '
-                     f'{why.rstrip(".")}. They are kept on {self._name}, and the same command '
+                     f'{sentence(why)} They are kept on {self._name}, and the same command '
                      'fetches them')
         self._signal('uncollected', order.job_name)
 
@@ -5214,7 +5217,7 @@ class MachineRunner:
         while self.busy and self.state not in ('failed', 'closed'):
             self.session.processes.wait()
         if self.state == 'failed':
-            raise SchedulerError(f'{self.name}: {self.reason}')
+            raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
 
     def _fail(self, reason, again='never'):
         """There is no contact: what did not start goes back, what runs goes on, unknown to us.
@@ -5572,9 +5575,9 @@ class MachineRunner:
         def done(status, complaint):
             if order.key in self._running and self.state == 'ready':
                 if status == 255:       # ssh's own; with others it was read to where it was wanted
+                    why = last_line(complaint.decode('utf-8', 'replace')) or 'ssh has failed'
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
-                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}. '
-                                 'It is ended')
+                                 f'{sentence(why)} It is ended')
                     self._channel.send(request('cancel', KILL_GRACE_S, 1, order.key))
                 else:
                     self._channel.send(request('eof', order.key))
@@ -6381,7 +6384,7 @@ class Batch:
                     ' For jobs that need no GPU: --no-gpu-required')
             when = 'even when nobody uses it' if self._session.live else 'free'
             raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
-                             f'{when}: {why}.{hint}')
+                             f'{when}: {sentence(why)}{hint}')
 
     def _at_best(self, runner):
         """Return what it may have free once: while jobs wait, machines are looked at again."""
@@ -6569,7 +6572,8 @@ class Batch:
         self._resting.discard(runner)       # back in contact, it is tried at once
         names = runner.unfinished
         self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
-                          f'{"goes" if len(names) == 1 else "go"} on there): {why}. Trying again.')
+                          f'{"goes" if len(names) == 1 else "go"} on there): {sentence(why)} '
+                          'Trying again.')
         if self._lost_after_s is not None:
             began = object()
             self._away[runner] = began
@@ -6612,12 +6616,12 @@ class Batch:
         names = runner.unfinished
         if names:
             self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
-                              f'on there): {why}.')
+                              f'on there): {sentence(why)}')
             self._unknown.update((name, runner.name) for name in names)
             for name in names:
                 self._placed.pop(name, None)
         else:
-            self._report.note(f'{runner.name}: cannot be used: {why}.')
+            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
         if runner.again == 'later' and runner not in self._first:
             self._troubles[runner] += 1
             self._set_aside(runner, runner.reconnect)
@@ -6671,7 +6675,7 @@ class Batch:
         if runner.state == 'ready' and runner in self._scheduler.resources:
             self._scheduler.remove_machine(runner)
             self._resting.add(runner)
-            self._report.note(f'{runner.name}: gets no more jobs for a while: {why}.')
+            self._report.note(f'{runner.name}: gets no more jobs for a while: {sentence(why)}')
             self._set_aside(runner, lambda: self._bring_back(runner))
 
     def _bring_back(self, runner):
@@ -6701,13 +6705,14 @@ class Batch:
             return
         self._retried[name] += 1
         if self._retried[name] <= self._retries:
-            self._report.note(f'{name}: lost on {runner.name}: {why}. It will be started again.')
+            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} It will be started '
+                              'again.')
             self._wait_again(name)
         else:
             self._failures.append(JobResult(name, runner.name, -1, 0.0))
             self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
-            self._report.note(f'{name}: lost on {runner.name}: {why}. The same command starts it '
-                              'again.')
+            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} The same command '
+                              'starts it again.')
             self._halt()
         self._troubles[runner] += 1
         if self._troubles[runner] >= TROUBLES:
@@ -6724,7 +6729,7 @@ class Batch:
         for runner in self._runners:
             runner.register('warning', self._report.warning)
             runner.register('failed', lambda why, runner=runner: self._report.note(
-                f'{runner.name}: cannot be used: {why}.'))
+                f'{runner.name}: cannot be used: {sentence(why)}'))
             runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.connect(False)
             runner.enter()
@@ -7369,7 +7374,7 @@ class Errand:
         """Return the exit status where nobody reads what the command says."""
         if not outlet.trouble:
             return 128 + signal.SIGPIPE
-        self._report.note(f'{self._name}: {outlet.trouble}.{so}')
+        self._report.note(f'{self._name}: {sentence(outlet.trouble)}{so}')
         return TRANSPORT_FAILED
 
     def _print_name(self):
@@ -7474,7 +7479,7 @@ class Errand:
             return self._print_name()
         if word == 'ended':
             return what
-        self._report.note(f'{name}: {what}.')
+        self._report.note(f'{name}: {sentence(what)}')
         if word == 'impossible':
             return DoesNotFit.exit_code
         ended = runner.ended.get(name)

@@ -70,7 +70,7 @@ def other_key(folder, *options):
 
 
 @pytest.mark.parametrize('why, words', [
-    ('wrong key', 'the login as ben was refused (publickey was tried): is the user name right'),
+    ('wrong key', 'was refused (publickey was tried): is the user name right'),
     ('unknown host', 'its host key could not be verified'),
     ('changed host key', 'its host key is not the one that is known, so this may be another'),
 ], ids=['wrong', 'unknown host', 'changed host key'])
