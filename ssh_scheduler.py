@@ -135,7 +135,8 @@ Other:
   -h --help                   Show this.
   --version                   Show the version.
 
-Exit status: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration, 130 interrupted.
+Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong, 2 wrong usage or
+configuration, 130 interrupted.
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
@@ -768,13 +769,17 @@ def key_has_passphrase(text):
     return blob.startswith(magic) and blob[len(magic):].split(b'none', 1)[0] != b'\0\0\0\4'
 
 
+def machine_paths(word):
+    """Return where the machine file of this name may be."""
+    folder = os.path.expanduser(MACHINE_FOLDER)
+    return [word, f'{word}.yaml', os.path.join(folder, word), os.path.join(folder, f'{word}.yaml')]
+
+
 def find_machine(word):
     """Return the Machine for one word of --machines; see its help text."""
     if word in ('localhost', ':'):
         return Machine(name=word)
-    folder = os.path.expanduser(MACHINE_FOLDER)
-    candidates = [word, f'{word}.yaml', os.path.join(folder, word),
-                  os.path.join(folder, f'{word}.yaml')]
+    candidates = machine_paths(word)
     for path in candidates:
         if os.path.isfile(path):
             return read_machine_file(path, word)
@@ -819,16 +824,30 @@ def check_machines(options, positional=None):
 
 
 def find_machines(words):
-    """Return the Machines; each may be named once."""
-    machines = [find_machine(word)._replace(word=word) for word in machine_words(words)]
-    for number, machine in enumerate(machines):
-        for other in machines[:number]:
+    """Return (the Machines, what is wrong with the files of others); raise where all are wrong.
+
+    A word that names nothing is an error, and so is a machine that is named twice.
+    """
+    machines, wrong = [], {}
+    for word in machine_words(words):
+        try:
+            machine = find_machine(word)._replace(word=word)
+        except MachineFileError as error:
+            if not any(os.path.lexists(path) and not os.path.isdir(path)
+                       for path in machine_paths(word)):
+                raise
+            machine = Machine(word, f'file of {word}')      # an address that no other has
+            wrong[word] = str(error)
+        for other in machines:
             if machine.name == other.name:
                 raise MachineFileError(f'the machine {machine.name} is named twice.')
             if machine.address == other.address:
                 raise MachineFileError(f'{other.name} and {machine.name} are the same account, '
                                        f'{machine.address}: name one of them.')
-    return machines
+        machines.append(machine)
+    if wrong and len(wrong) == len(machines):
+        raise MachineFileError('\n'.join(wrong.values()))
+    return [machine for machine in machines if machine.name not in wrong], [*wrong.values()]
 
 
 # ---- Batch files ----
@@ -7143,7 +7162,7 @@ def execute_batch(argv):
         return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
     if options['--cancel']:
         return cancel_batch(options, jobs, name, reporter)
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         check_forwards(forwards)
@@ -7158,7 +7177,7 @@ def execute_batch(argv):
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
                       away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
-        return run_batch(options, machines, jobs, session, reporter, faults)
+        return run_batch(options, machines, jobs, session, reporter, faults) or wrong
     finally:
         session.close()
         results.close()
@@ -7201,20 +7220,28 @@ def cancel_batch(options, jobs, name, reporter):
         claimed = {job.name: results.state(job.name) for job in (*lines.begun, *lines.gone)}
         words = options['--machines'] or dict.fromkeys(
             known['where'] for known in claimed.values() if known.get('where'))
-        machines = find_machines(words)
+        machines, wrong = usable_machines(words, reporter)
         session = Session(results, reporter.trace, live=False)
         runners = [MachineRunner(machine, session, number)
                    for number, machine in enumerate(machines)]
         batch = Batch(jobs, runners, session, reporter, None, name=name)
         with interruptible(batch.interrupt):
             try:
-                return batch.end_all(claimed)
+                return batch.end_all(claimed) or wrong
             finally:
                 close_all(runners, session, lambda: batch.interrupts > 1)
     finally:
         if session:
             session.close()
         results.close()
+
+
+def usable_machines(words, reporter):
+    """Return the Machines, and the exit status of who does without the others, which are told."""
+    machines, complaints = find_machines(words)
+    for complaint in complaints:
+        reporter.note(f'cannot be used: {complaint}')
+    return machines, int(bool(complaints))
 
 
 def read_faults(options):
@@ -7494,7 +7521,7 @@ def execute_to(argv):
     timeout_s = None if options['--timeout'] is None else options.number('--timeout', above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(min(len(machines), at_once))
     name = options['--job-name'] or new_name('to')
     check_job_name(name, '--job-name')
@@ -7534,7 +7561,7 @@ def execute_to(argv):
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
         failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
                              if runner in fanout.outcomes}, reporter)
-        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
+        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else wrong
     finally:
         session.close()
         results.close()
@@ -7638,7 +7665,7 @@ def query_machines(argv):
         interval = options.number('--watch', least=MEASURE_LEAST_S)
     hardware = set(option_kinds(HARDWARE_OPTIONS))
     allocation = read_allocation(options) if options.given & hardware else None
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     session = Session(None, reporter.trace, live=False, project=f'query-{os.urandom(8).hex()}')
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
     stopped = []
@@ -7672,7 +7699,7 @@ def query_machines(argv):
                 return 130
             if reporter.trouble:
                 return 1
-            return 0 if all(runner.state == 'ready' for runner in runners) else 1
+            return wrong if all(runner.state == 'ready' for runner in runners) else 1
         finally:
             close_all(runners, session)
             session.close()

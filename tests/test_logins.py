@@ -318,13 +318,69 @@ def test_a_key_that_ssh_could_not_use_is_found_before_any_login(
     path = {'missing': tmp_path / 'none', 'public': key.with_suffix('.pub')}.get(why, key)
     if why == 'public':
         path.chmod(0o600)
-    before = lab1.logins()
-    file = lab().yaml(ssh_key_path=str(path))
+    machine = lab()
+    file = machine.yaml(ssh_key_path=str(path))
+    alone = batches.run(['true'], [file], *NO_GPU)
+    assert (alone.returncode, alone.stdout, RESULTS.exists()) == (2, '', False)
     done = batches.run(['true'], [lab1, file], *NO_GPU)
-    assert (done.returncode, done.stdout, lab1.logins()) == (2, '', before)
-    (line,) = done.stderr.splitlines()
+    assert (done.returncode, result('batch.sh.1'), machine.logins()) == (1, b'', 0)
+    (line,) = alone.stderr.splitlines()
     assert words in line and str(path) in line and str(file) in line
-    assert not RESULTS.exists()
+    assert done.stderr.splitlines()[0] == line.replace('execute_batch', 'cannot be used')
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A machine file that has a line without a colon, as among *.yaml."""
+    (tmp_path / 'broken.yaml').write_text('username ben\nip: gpu7\n')
+    return tmp_path / 'broken.yaml'
+
+
+def complaint_of(file):
+    return f'{file}, line 1: this is not "key: value": \'username ben\'.\n'
+
+
+def test_a_batch_runs_without_the_machine_whose_file_is_wrong(batches, lab1, broken):
+    done = batches.run(['echo here'], [broken, lab1], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1')) == (1, b'here\n')
+    assert done.stderr.startswith(f'cannot be used: {complaint_of(broken)}')
+    assert 'done: 1 job: 1 finished, 0 failed' in done.stdout
+    again = batches.run(['echo here'], [broken, lab1], *NO_GPU, '--dry-run')
+    assert (again.returncode, again.stderr.splitlines()[0] + '\n') == (
+        1, f'cannot be used: {complaint_of(broken)}')
+
+
+def test_what_runs_is_cancelled_though_the_file_of_a_machine_is_wrong(
+        batches, run_cli, lab1, broken):
+    batch = batches.start(['sleep 1000'], [lab1], *NO_GPU)
+    batch.until('started: ')
+    batch.process.kill()
+    batch.end()
+    done = run_cli('execute_batch', 'batch.sh', '--cancel', '--machines', broken, lab1.yaml())
+    assert done.returncode == 1 and done.stdout.startswith('batch.sh.1: ended, on ')
+    assert done.stderr == f'cannot be used: {complaint_of(broken)}'
+    assert_clean(lab1, cache=True)
+
+
+def test_the_other_commands_do_without_it_too(run_cli, lab1, project, broken):
+    to = run_cli('execute_to', '--machines', broken, lab1.yaml(), '--', 'echo here')
+    query = run_cli('query_machines', '--json', '--machines', broken, lab1.yaml())
+    for done in (to, query):
+        assert (done.returncode, done.stderr) == (1, f'cannot be used: {complaint_of(broken)}')
+    assert to.stdout == f'{lab1.yaml()}: here\n' and query.stdout.count('\n') == 1
+
+
+@pytest.mark.parametrize('command', ['execute_batch', 'execute_to', 'query_machines',
+                                     'execute_remote'])
+def test_where_no_machine_file_is_right_nothing_is_run(run_cli, project, broken, command):
+    (project / 'batch.sh').write_text('true\n')
+    words = {'execute_batch': ['batch.sh', '--machines', broken],
+             'execute_to': ['--machines', broken, '--', 'true'],
+             'query_machines': ['--machines', broken],
+             'execute_remote': ['--machine', broken, 'true']}[command]
+    done = run_cli(command, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', f'{command}: {complaint_of(broken)}')
 
 
 def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
