@@ -140,7 +140,7 @@ configuration, 130 interrupted.
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
-Run one command on one machine: what it says comes at once, its exit status is ours.
+Run one command on one machine, show its output, and exit with its exit status.
 
 Usage:
   execute_remote [options] [--copy-forwards=<path>]... [--link-forwards=<path>]...
@@ -238,6 +238,18 @@ Other:
 Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS)
 
+OVERVIEW = """\
+Run many commands on a handful of machines that can be reached with ssh.
+
+Usage: ssh_scheduler.py <command> <its options and words>..., where <command> is one of
+{commands}
+
+ssh_scheduler.py <command> --help shows the options of a command. A link with the name of a command
+that leads to ssh_scheduler.py is that command.
+""".format(commands='\n'.join(
+    f'  {usage.partition("Usage:")[2].split()[0]:14}  {usage.partition(chr(10))[0]}' for usage in (
+        EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
+
 
 # ---- Errors: each a sentence, with what to do ----
 
@@ -248,7 +260,10 @@ class SchedulerError(Exception):
 
 class UsageError(SchedulerError):
     """The command line is wrong."""
-    usage = ''                      # the text that says how it should be
+
+    def __init__(self, text, usage=''):
+        super().__init__(text)
+        self.usage = usage              # the text that says how it should be
 
 
 class MachineFileError(SchedulerError):
@@ -298,6 +313,20 @@ def nearest(word, known):
     best = max(found, default=(0,))
     alike = found[best] if best[0] >= 0.7 else []
     return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
+
+
+def library(name):
+    """Return a module that does not come with Python; say what to type if it is not there."""
+    import importlib
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise SchedulerError(
+            f'{sys.executable} has no module {name}. Try: {sys.executable} -m pip install '
+            f'docopt-ng PyYAML tqdm, or use uv, which finds them by itself: uv run {__file__} '
+            '<command> …') from None
 
 
 def sentence(text):
@@ -418,6 +447,15 @@ def spell_out(argv, kinds, positionals):
     return [*spelled, '--', *words], {name for name, _ in options}
 
 
+def show_help(usage, command, words):
+    """Where the words ask for help or the version, show it and exit."""
+    shown = (usage.rstrip() if {'-h', '--help'} & {*words} else
+             f'{command} {__version__}' if '--version' in words else None)
+    if shown:
+        Reporter().line(shown)
+        raise SystemExit(0)
+
+
 def read_options(usage, argv, may_help=True):
     """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
     try:
@@ -429,7 +467,6 @@ def read_options(usage, argv, may_help=True):
 
 def parse_options(usage, argv, may_help):
     """The same; what is wrong is a UsageError."""
-    import docopt
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
@@ -438,17 +475,14 @@ def parse_options(usage, argv, may_help):
     if spell_out(argv, kinds, 0)[1] & instead:
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
-    if may_help and given & {'-h', '--help'}:
-        Reporter().line(usage.rstrip())
-        raise SystemExit(0)
-    if may_help and '--version' in given:
-        Reporter().line(f'{command} {__version__}')
-        raise SystemExit(0)
+    if may_help:
+        show_help(usage, command, given)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
     if len(words) > len(positionals):
         raise UsageError(f'unexpected word {words[len(positionals)]!r}.')
+    docopt = library('docopt')
     try:
         if not positionals:
             spelled.remove('--')        # docopt takes it for a word
@@ -642,7 +676,7 @@ def machine_keys():
 
 def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
-    import yaml
+    yaml = library('yaml')
     try:
         with open(path, 'rb') as file:
             data = file.read()
@@ -695,7 +729,7 @@ def explain_yaml(error, text):
 
     YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
     """
-    import yaml
+    yaml = library('yaml')
     mark, what = error.problem_mark or error.context_mark, f'this is not YAML: {error.problem}'
     scalars = []
     with contextlib.suppress(yaml.YAMLError):
@@ -7834,7 +7868,7 @@ def main(argv=None):
     """Run the command that argv (sys.argv) names by its first or second word; exit with its status.
 
     An installed executable or a link is named like the command; otherwise the next word is it:
-    python3 ssh_scheduler.py execute_batch …
+    python3 ssh_scheduler.py execute_batch …  Without any, all commands are shown.
     """
     open_streams()
     called = argv is not None           # by another program, which goes on
@@ -7846,8 +7880,9 @@ def main(argv=None):
     try:
         check_surroundings()
         if name not in COMMANDS:
-            raise UsageError(f'the first word is the command: {", ".join(COMMANDS)}'
-                             f'{nearest(name, COMMANDS)}.')
+            show_help(OVERVIEW, 'ssh_scheduler', [name])
+            raise UsageError(f'there is no command {printable(name)}{nearest(name, COMMANDS)}.'
+                             if name else '<command> is missing.', OVERVIEW)
         status = COMMANDS[name](words)
     except SchedulerError as error:
         reporter = Reporter()

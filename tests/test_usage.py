@@ -437,7 +437,7 @@ def test_what_cannot_be_given_together_is_named(words):
 
 
 def test_help_fits_a_terminal_of_100_columns():
-    for usage in (*USAGES.values(), *OTHER_USAGES.values()):
+    for usage in (*USAGES.values(), *OTHER_USAGES.values(), ssh_scheduler.OVERVIEW):
         assert all(len(line) <= 100 for line in usage.splitlines())
 
 
@@ -507,8 +507,28 @@ def test_a_locale_that_is_not_utf8_is_one_sentence(run_cli, project, command):
     assert run_cli(command, '--version', env={**locale, 'PYTHONUTF8': '1'}).returncode == 0
 
 
-@pytest.mark.parametrize('argv', [['x.py'], ['x.py', 'execute_bach'], ['x.py', '--help']])
-def test_an_unknown_command_is_an_error(argv):
-    stdout, stderr, status = call_main(*argv)
+@pytest.mark.parametrize('option', ['--help', '-h'])
+def test_the_help_of_the_file_has_a_line_for_each_command(option):
+    assert call_main('x.py', option) == (ssh_scheduler.OVERVIEW, '', 0)
+    for command in ssh_scheduler.COMMANDS:
+        first = {**USAGES, **OTHER_USAGES}[command].splitlines()[0]
+        assert len(re.findall(rf'(?m)^  {command} +{re.escape(first)}$',
+                              ssh_scheduler.OVERVIEW)) == 1
+
+
+def test_the_version_of_the_file_is_shown():
+    assert call_main('x.py', '--version') == (f'ssh_scheduler {ssh_scheduler.__version__}\n', '', 0)
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ([], '<command> is missing.'), ([''], '<command> is missing.'),
+    (['execute_bach'], 'there is no command execute_bach (did you mean execute_batch?).'),
+    (['batch', '--help'], 'there is no command batch (did you mean execute_batch?).'),
+    (['--verbose', 'execute_batch'], 'there is no command --verbose.'),
+    (['\x1b[m'], r'there is no command \x1b[m.')])
+def test_without_a_command_all_are_shown(words, expected):
+    stdout, stderr, status = call_main('x.py', *words)
     assert (stdout, status) == ('', 2)
-    assert 'execute_batch' in stderr.splitlines()[0] and 'Traceback' not in stderr
+    said, shown = stderr.split('\n', 1)
+    assert said == f'ssh_scheduler: {expected}'
+    assert shown in ssh_scheduler.OVERVIEW and all(name in shown for name in ssh_scheduler.COMMANDS)
