@@ -335,8 +335,7 @@ def sentence(text):
     The end of it may come from elsewhere, with a full stop or without, or be a question or a
     command to type, behind 'Try: '.
     """
-    text = text.rstrip()
-    end = text.rstrip('.')
+    end = text.rstrip('. ')
     return end if end.endswith(('?', '!')) else text if 'Try: ' in text else f'{end}.'
 
 
