@@ -47,6 +47,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import re
 import stat
@@ -66,6 +67,8 @@ Usage:
 
   If <dest> is there, it counts as the first source, and nothing in it is changed. Of identical
   files, the first gives the mode and the time. Options may stand anywhere; -- ends them.
+  What execute_batch keeps for itself is left out: .ssh_scheduler in a <source>, and the streams of
+  jobs (NAME.out, NAME.err) that job_results/* names as sources.
 
 Options:
   --dry-run               Compare everything and say what would happen; write nothing.
@@ -129,6 +132,7 @@ class Changed(Stopped):
 
 # ---- Names: how they are shown, and which are ours ----
 
+BOOKKEEPING = '.ssh_scheduler'          # a folder of execute_batch, in job_results
 TEMPORARY = re.compile(r'\.combine_folders\.[0-9a-f]{16}\.tmp')
 
 
@@ -137,6 +141,14 @@ def temporary_name(name):
     import hashlib
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
     return f'.combine_folders.{digest}.tmp'
+
+
+def is_stream_file(path):
+    """Whether this is what a job of execute_batch printed: NAME.out or NAME.err in job_results."""
+    stem, end = os.path.splitext(path)
+    other = {'.out': '.err', '.err': '.out'}.get(end)
+    return bool(other) and os.path.isfile(path) and (os.path.isfile(stem + other) or os.path.isdir(
+        os.path.join(os.path.dirname(path), BOOKKEEPING)))
 
 
 def printable(text):
@@ -852,6 +864,7 @@ class Combination:
         self.troubles, self.conflicts = [], []
         self.files = self.bytes = self.duplicates = self.skipped = self.conflict_count = 0
         self.renamed = []
+        self.bookkeeping = set()            # paths of folders that are left out
         self._pairs = {}                    # bits -> ((tree, kind), ...)
         self._tells_case = None
         self._copier = Copier(not self.links(),
@@ -904,6 +917,10 @@ class Combination:
                     else:
                         self.trouble(f'{self.path_in(way, tree, name)} is what a killed '
                                      'combine_folders left. Run its command again, or remove it.')
+                    continue
+                if (name == BOOKKEEPING and kind == FOLDER_KIND and tree
+                        and not self.trees[tree].at_prefix()):
+                    self.bookkeeping.add(self.path_in(way, tree, name))
                     continue
                 if top is not None and self.excluded(top + name, kind == FOLDER_KIND):
                     continue
@@ -1484,6 +1501,7 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
 
     dest and sources are paths.  The keywords are the options of the command; exclude is a list of
     patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears what goes on.
+    What execute_batch keeps for itself in job_results is left out; see the usage text.
 
     All errors are CombineErrors whose text is for users.  Nothing was written after
     ConflictsFound, whose `conflicts` has them all, and after Refused and UsageError.  After
@@ -1495,17 +1513,25 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
         raise UsageError('exclude must be a list of patterns.')
     if not sources:
         raise UsageError('<source> is missing.')
+    sources = list(map(os.fsdecode, sources))
+    folders = [source for source in sources if not is_stream_file(source)]
+    if not folders:
+        raise Refused('no <source> is a folder: all are streams of jobs (.out, .err).')
     options = Options(dry_run, link, move, on_conflict, tuple(exclude), prefix, skip_special)
     report = report or Report()
     with contextlib.ExitStack() as opened:
         opened.callback(report.end)
-        place, trees = open_folders(os.fsdecode(dest), list(map(os.fsdecode, sources)), move,
-                                    opened)
+        place, trees = open_folders(os.fsdecode(dest), folders, move, opened)
         if place.exists and not dry_run:
             lock(place.nearest, place.path, report.say)
         combination = Combination(place, trees, options, report)
         opened.callback(combination.close)
         combination.compare()
+        left_out = [many(count, noun) for count, noun in (
+            (len(sources) - len(folders), 'stream file'),
+            (len(combination.bookkeeping), f'{BOOKKEEPING} folder')) if count]
+        if left_out:
+            report.say(f'left out: {", ".join(left_out)}')
         if combination.conflicts:
             raise ConflictsFound(tuple(combination.conflicts), combination.result())
         if not dry_run:
@@ -1630,10 +1656,32 @@ def read_options(argv):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known word next to this one, or ''."""
+    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+
+    It may be the beginning of one, have typing errors, or name its parts in another order.
+    --no-x never stands for x, nor the other way round.
+    """
     import difflib
-    match = difflib.get_close_matches(word, sorted(known), 1, 0.6)
-    return f' (did you mean {match[0]}?)' if match else ''
+
+    def parts(text):
+        return re.findall('[^-_]+', text.lower())
+
+    def likeness(other):
+        for order in itertools.permutations(parts(other)):
+            spelled = ''.join(order)
+            for beginning in {spelled, spelled[:len(typed)]}:
+                share = difflib.SequenceMatcher(None, typed, beginning).ratio()
+                yield share, list(order) == parts(other), beginning == spelled
+
+    typed, found = ''.join(parts(word)), {}
+    for other in sorted(known) if typed else ():
+        negates = 'no' in parts(other)
+        if negates == typed.startswith('no') or not negates and parts(word)[0] != 'no' and (
+                parts(other)[0][0] == 'n'):
+            found.setdefault(max(likeness(other)), []).append(other)
+    best = max(found, default=(0,))
+    alike = found[best] if best[0] >= 0.7 else []
+    return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
 
 
 # ---- Terminal: the only printer ----
@@ -1745,6 +1793,7 @@ def run(argv, terminal):
     keywords = {name[2:].replace('-', '_'): value for name, value in options.items()}
     keywords.pop('quiet', None)
     dest, *sources = words
+    folders = sum(not is_stream_file(source) for source in sources)
     try:
         result = combine_folders(dest, *sources, report=terminal, **keywords)
     except ConflictsFound as found:
@@ -1752,7 +1801,7 @@ def run(argv, terminal):
             for line in conflict_lines(conflict):
                 terminal.complain(line)
         terminal.say(summary('not combined', found.result, dest, len(found.conflicts),
-                             len(sources)))
+                             folders))
         raise
     except Refused as refused:
         hint = ' Each --exclude takes ONE pattern.'
@@ -1762,7 +1811,7 @@ def run(argv, terminal):
         terminal.say(f'{"would rename" if dry_run else "renamed"}: {printable(source)} -> '
                      f'{printable(path)}')
     terminal.say(summary('would combine' if dry_run else 'combined', result, dest,
-                         result.conflicts, len(sources)))
+                         result.conflicts, folders))
     return 0
 
 

@@ -138,11 +138,12 @@ Other:
   -h --help                   Show this.
   --version                   Show the version.
 
-Exit status: 0 all jobs succeeded, 1 some failed, 2 wrong usage or configuration, 130 interrupted.
+Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong, 2 wrong usage or
+configuration, 130 interrupted.
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
-Run one command on one machine: what it says comes at once, its exit status is ours.
+Run one command on one machine, show its output, and exit with its exit status.
 
 Usage:
   execute_remote [options] [--copy-forwards=<path>]... [--link-forwards=<path>]...
@@ -240,6 +241,18 @@ Other:
 Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
 """.format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS)
 
+OVERVIEW = """\
+Run many commands on a handful of machines that can be reached with ssh.
+
+Usage: ssh_scheduler.py <command> <its options and words>..., where <command> is one of
+{commands}
+
+ssh_scheduler.py <command> --help shows the options of a command. A link with the name of a command
+that leads to ssh_scheduler.py is that command.
+""".format(commands='\n'.join(
+    f'  {usage.partition("Usage:")[2].split()[0]:14}  {usage.partition(chr(10))[0]}' for usage in (
+        EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
+
 
 # ---- Errors: each a sentence, with what to do ----
 
@@ -250,7 +263,10 @@ class SchedulerError(Exception):
 
 class UsageError(SchedulerError):
     """The command line is wrong."""
-    usage = ''                      # the text that says how it should be
+
+    def __init__(self, text, usage=''):
+        super().__init__(text)
+        self.usage = usage              # the text that says how it should be
 
 
 class MachineFileError(SchedulerError):
@@ -274,10 +290,56 @@ class DoesNotFit(SchedulerError):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known word next to this one, or ''."""
+    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+
+    It may be the beginning of one, have typing errors, or name its parts in another order.
+    --no-x never stands for x, nor the other way round.
+    """
     import difflib
-    match = difflib.get_close_matches(word, sorted(known), 1, 0.6)
-    return f' (did you mean {match[0]}?)' if match else ''
+
+    def parts(text):
+        return re.findall('[^-_]+', text.lower())
+
+    def likeness(other):
+        for order in itertools.permutations(parts(other)):
+            spelled = ''.join(order)
+            for beginning in {spelled, spelled[:len(typed)]}:
+                share = difflib.SequenceMatcher(None, typed, beginning).ratio()
+                yield share, list(order) == parts(other), beginning == spelled
+
+    typed, found = ''.join(parts(word)), {}
+    for other in sorted(known) if typed else ():
+        negates = 'no' in parts(other)
+        if negates == typed.startswith('no') or not negates and parts(word)[0] != 'no' and (
+                parts(other)[0][0] == 'n'):
+            found.setdefault(max(likeness(other)), []).append(other)
+    best = max(found, default=(0,))
+    alike = found[best] if best[0] >= 0.7 else []
+    return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
+
+
+def library(name):
+    """Return a module that does not come with Python; say what to type if it is not there."""
+    import importlib
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise SchedulerError(
+            f'{sys.executable} has no module {name}. Try: {sys.executable} -m pip install '
+            f'docopt-ng PyYAML tqdm, or use uv, which finds them by itself: uv run {__file__} '
+            '<command> …') from None
+
+
+def sentence(text):
+    """Return the text with the one mark that ends it: a full stop, unless it has one.
+
+    The end of it may come from elsewhere, with a full stop or without, or be a question or a
+    command to type, behind 'Try: '.
+    """
+    end = text.rstrip('. ')
+    return end if end.endswith(('?', '!')) else text if 'Try: ' in text else f'{end}.'
 
 
 def printable(text):
@@ -387,6 +449,15 @@ def spell_out(argv, kinds, positionals):
     return [*spelled, '--', *words], {name for name, _ in options}
 
 
+def show_help(usage, command, words):
+    """Where the words ask for help or the version, show it and exit."""
+    shown = (usage.rstrip() if {'-h', '--help'} & {*words} else
+             f'{command} {__version__}' if '--version' in words else None)
+    if shown:
+        Reporter().line(shown)
+        raise SystemExit(0)
+
+
 def read_options(usage, argv, may_help=True):
     """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
     try:
@@ -398,7 +469,6 @@ def read_options(usage, argv, may_help=True):
 
 def parse_options(usage, argv, may_help):
     """The same; what is wrong is a UsageError."""
-    import docopt
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
@@ -407,17 +477,14 @@ def parse_options(usage, argv, may_help):
     if spell_out(argv, kinds, 0)[1] & instead:
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
-    if may_help and given & {'-h', '--help'}:
-        Reporter().line(usage.rstrip())
-        raise SystemExit(0)
-    if may_help and '--version' in given:
-        Reporter().line(f'{command} {__version__}')
-        raise SystemExit(0)
+    if may_help:
+        show_help(usage, command, given)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
     if len(words) > len(positionals):
         raise UsageError(f'unexpected word {words[len(positionals)]!r}.')
+    docopt = library('docopt')
     try:
         if not positionals:
             spelled.remove('--')        # docopt takes it for a word
@@ -611,7 +678,7 @@ def machine_keys():
 
 def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
-    import yaml
+    yaml = library('yaml')
     try:
         with open(path, 'rb') as file:
             data = file.read()
@@ -627,9 +694,8 @@ def read_machine_file(path, name):
         line = text.count('\n', 0, error.position) + 1
         raise MachineFileError(f'{path}, line {line}: there is a control character.') from None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise MachineFileError(
-            f'{path}, line {mark.line + 1}: this is not YAML: {error.problem}.') from None
+        line, what = explain_yaml(error, text)
+        raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
     if not isinstance(node, yaml.MappingNode):
@@ -658,6 +724,28 @@ def read_machine_file(path, name):
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
     return machine_from(values, name, path)
+
+
+def explain_yaml(error, text):
+    """Return (number of the line, what is wrong there) of a YAML error.
+
+    YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
+    """
+    yaml = library('yaml')
+    mark, what = error.problem_mark or error.context_mark, f'this is not YAML: {error.problem}'
+    scalars = []
+    with contextlib.suppress(yaml.YAMLError):
+        for token in yaml.scan(text):
+            if isinstance(token, yaml.ScalarToken) and token.start_mark.index < mark.index:
+                scalars.append(token.start_mark)
+    unended = error.context_mark and re.match('while (scanning|parsing a flow)', error.context)
+    begins = error.context_mark if unended else scalars[-1] if scalars else mark
+    before, line = (re.split(r'[\r\n\x85\u2028\u2029]', part)[end]
+                    for part, end in ((text[:begins.index], -1), (text[begins.index:], 0)))
+    line = re.split(r'\s#', line)[0].rstrip()
+    if not before.strip() and not re.search(r':(\s|$)|^[\[{]', line):    # a key, had it a colon
+        return begins.line + 1, f'this is not "key: value": {line!r:.200}'
+    return (begins if unended else mark).line + 1, what
 
 
 def machine_from(values, name, path):
@@ -717,13 +805,17 @@ def key_has_passphrase(text):
     return blob.startswith(magic) and blob[len(magic):].split(b'none', 1)[0] != b'\0\0\0\4'
 
 
+def machine_paths(word):
+    """Return where the machine file of this name may be."""
+    folder = os.path.expanduser(MACHINE_FOLDER)
+    return [word, f'{word}.yaml', os.path.join(folder, word), os.path.join(folder, f'{word}.yaml')]
+
+
 def find_machine(word):
     """Return the Machine for one word of --machines; see its help text."""
     if word in ('localhost', ':'):
         return Machine(name=word)
-    folder = os.path.expanduser(MACHINE_FOLDER)
-    candidates = [word, f'{word}.yaml', os.path.join(folder, word),
-                  os.path.join(folder, f'{word}.yaml')]
+    candidates = machine_paths(word)
     for path in candidates:
         if os.path.isfile(path):
             return read_machine_file(path, word)
@@ -768,16 +860,30 @@ def check_machines(options, positional=None):
 
 
 def find_machines(words):
-    """Return the Machines; each may be named once."""
-    machines = [find_machine(word)._replace(word=word) for word in machine_words(words)]
-    for number, machine in enumerate(machines):
-        for other in machines[:number]:
+    """Return (the Machines, what is wrong with the files of others); raise where all are wrong.
+
+    A word that names nothing is an error, and so is a machine that is named twice.
+    """
+    machines, wrong = [], {}
+    for word in machine_words(words):
+        try:
+            machine = find_machine(word)._replace(word=word)
+        except MachineFileError as error:
+            if not any(os.path.lexists(path) and not os.path.isdir(path)
+                       for path in machine_paths(word)):
+                raise
+            machine = Machine(word, f'file of {word}')      # an address that no other has
+            wrong[word] = str(error)
+        for other in machines:
             if machine.name == other.name:
                 raise MachineFileError(f'the machine {machine.name} is named twice.')
             if machine.address == other.address:
                 raise MachineFileError(f'{other.name} and {machine.name} are the same account, '
                                        f'{machine.address}: name one of them.')
-    return machines
+        machines.append(machine)
+    if wrong and len(wrong) == len(machines):
+        raise MachineFileError('\n'.join(wrong.values()))
+    return [machine for machine in machines if machine.name not in wrong], [*wrong.values()]
 
 
 # ---- Batch files ----
@@ -950,7 +1056,7 @@ def read_partial(job, where, warn):
             own=' '.join(f'{name}={json.dumps(options[name])}' for name in DECISIVE_OPTIONS
                          if name in options.given))
     except (SchedulerError, ValueError) as error:
-        raise BatchFileError(f'{where}: execute_remote: {str(error).rstrip(".")}. '
+        raise BatchFileError(f'{where}: execute_remote: {sentence(str(error))} '
                              'The command is one word, in quotes.') from None
 
 
@@ -2039,21 +2145,21 @@ SSH_COMPLAINTS = (
      'its host key is not the one that is known, so this may be another machine. If it was '
      'reinstalled: ssh-keygen -R {host}'),
     (r'Host key verification failed', 'never', 'its host key could not be verified'),
-    (r'Could not resolve hostname|Name or service not known', 'never',
-     'there is no host of that name'),
-    (r'Connection refused', 'later', 'nothing listens at port {port} there'),
+    (r'Could not resolve hostname (\S+):', 'never', 'the host name {0} is unknown'),
+    (r'Name or service not known', 'never', 'the host name {host} is unknown'),
+    (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
-     'the login as {user} was refused ({0} was tried): is the user name right, and is the key in '
-     'its ~/.ssh/authorized_keys?'),
+     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is the '
+     'key in its ~/.ssh/authorized_keys?'),
     (r'Too many authentication failures', 'never',
      'too many keys were offered: set ssh_key_path'),
     (r'No route to host|Network is unreachable', 'later',
-     'there is no way to it: is it on, and the VPN?'),
-    (r'timed out', 'later', 'it did not answer in time: is it on, and the VPN?'),
+     '{at} cannot be reached: is the machine on, and the VPN?'),
+    (r'timed out', 'later', '{at} did not answer in time: is the machine on, and the VPN?'),
     (r'Bad owner or permissions on (\S+)', 'never', 'ssh refuses {0}: others may write it'),
     (r'[Bb]ad configuration option: (\S+)', 'never', 'ssh does not know the option {0}'),
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
-     'it closed the connection before the login'),
+     '{at} closed the connection before the login'),
 )
 LOGIN_COMPLAINTS = (
     (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
@@ -2069,14 +2175,17 @@ def explain_login(machine, status, noise, complaint):
 
     status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
     """
-    words = {'host': machine.host, 'port': machine.port or 22,
-             'user': machine.username or 'you'}
+    who = re.search(r'(\S+)@\S+: Permission denied', complaint)
+    where = re.search(r'(?:host|to|by|with) (\S+) port (\d+)', complaint)
+    host, port = where.groups() if where else (machine.host, machine.port)
+    words = {'host': machine.host, 'at': f'{host} port {port}' if port else host,
+             'user': who[1] if who else machine.username or 'you'}
     for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
         for pattern, again, sentence in table:
             match = re.search(pattern, text)
             if match:
                 return sentence.format(*match.groups(''), **words), again
-    last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300]
+    last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
     said = f', after saying: {last}' if last else ''
@@ -4787,7 +4896,7 @@ class Fetcher:
                    and not os.path.lexists(os.path.join(work, path))]
         for path in missing:
             self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
-                         f'back: {complaint}. It is kept on {self._name}, in '
+                         f'back: {sentence(complaint)} It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
         self._commit(order, streams, work, kept=missing or order.too_large)
 
@@ -4813,7 +4922,7 @@ class Fetcher:
         """The results of this order stay where they are."""
         del self.orders[order.key]
         self._signal('warning', f'{order.job_name}: its results could not be fetched: '
-                     f'{why.rstrip(".")}. They are kept on {self._name}, and the same command '
+                     f'{sentence(why)} They are kept on {self._name}, and the same command '
                      'fetches them')
         self._signal('uncollected', order.job_name)
 
@@ -5165,7 +5274,7 @@ class MachineRunner:
         while self.busy and self.state not in ('failed', 'closed'):
             self.session.processes.wait()
         if self.state == 'failed':
-            raise SchedulerError(f'{self.name}: {self.reason}')
+            raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
 
     def _fail(self, reason, again='never'):
         """There is no contact: what did not start goes back, what runs goes on, unknown to us.
@@ -5527,9 +5636,9 @@ class MachineRunner:
         def done(status, complaint):
             if order.key in self._running and self.state == 'ready':
                 if status == 255:       # ssh's own; with others it was read to where it was wanted
+                    why = last_line(complaint.decode('utf-8', 'replace')) or 'ssh has failed'
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
-                                 f'{last_line(complaint.decode("utf-8", "replace")) or status}. '
-                                 'It is ended')
+                                 f'{sentence(why)} It is ended')
                     self._channel.send(request('cancel', KILL_GRACE_S, 1, order.key))
                 else:
                     self._channel.send(request('eof', order.key))
@@ -6352,7 +6461,7 @@ class Batch:
                     ' For jobs that need no GPU: --no-gpu-required')
             when = 'even when nobody uses it' if self._session.live else 'free'
             raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
-                             f'{when}: {why}.{hint}')
+                             f'{when}: {sentence(why)}{hint}')
 
     def _at_best(self, runner):
         """Return what it may have free once: while jobs wait, machines are looked at again."""
@@ -6540,7 +6649,8 @@ class Batch:
         self._resting.discard(runner)       # back in contact, it is tried at once
         names = runner.unfinished
         self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
-                          f'{"goes" if len(names) == 1 else "go"} on there): {why}. Trying again.')
+                          f'{"goes" if len(names) == 1 else "go"} on there): {sentence(why)} '
+                          'Trying again.')
         if self._lost_after_s is not None:
             began = object()
             self._away[runner] = began
@@ -6583,12 +6693,12 @@ class Batch:
         names = runner.unfinished
         if names:
             self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
-                              f'on there): {why}.')
+                              f'on there): {sentence(why)}')
             self._unknown.update((name, runner.name) for name in names)
             for name in names:
                 self._placed.pop(name, None)
         else:
-            self._report.note(f'{runner.name}: cannot be used: {why}.')
+            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
         if runner.again == 'later' and runner not in self._first:
             self._troubles[runner] += 1
             self._set_aside(runner, runner.reconnect)
@@ -6642,7 +6752,7 @@ class Batch:
         if runner.state == 'ready' and runner in self._scheduler.resources:
             self._scheduler.remove_machine(runner)
             self._resting.add(runner)
-            self._report.note(f'{runner.name}: gets no more jobs for a while: {why}.')
+            self._report.note(f'{runner.name}: gets no more jobs for a while: {sentence(why)}')
             self._set_aside(runner, lambda: self._bring_back(runner))
 
     def _bring_back(self, runner):
@@ -6672,13 +6782,14 @@ class Batch:
             return
         self._retried[name] += 1
         if self._retried[name] <= self._retries:
-            self._report.note(f'{name}: lost on {runner.name}: {why}. It will be started again.')
+            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} It will be started '
+                              'again.')
             self._wait_again(name)
         else:
             self._failures.append(JobResult(name, runner.name, -1, 0.0))
             self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
-            self._report.note(f'{name}: lost on {runner.name}: {why}. The same command starts it '
-                              'again.')
+            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} The same command '
+                              'starts it again.')
             self._halt()
         self._troubles[runner] += 1
         if self._troubles[runner] >= TROUBLES:
@@ -6695,7 +6806,7 @@ class Batch:
         for runner in self._runners:
             runner.register('warning', self._report.warning)
             runner.register('failed', lambda why, runner=runner: self._report.note(
-                f'{runner.name}: cannot be used: {why}.'))
+                f'{runner.name}: cannot be used: {sentence(why)}'))
             runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.connect(False)
             runner.enter()
@@ -7114,7 +7225,7 @@ def execute_batch(argv):
         return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
     if options['--cancel']:
         return cancel_batch(options, jobs, name, reporter)
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         check_forwards(forwards)
@@ -7129,7 +7240,7 @@ def execute_batch(argv):
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
                       away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
-        return run_batch(options, machines, jobs, session, reporter, faults)
+        return run_batch(options, machines, jobs, session, reporter, faults) or wrong
     finally:
         session.close()
         results.close()
@@ -7172,14 +7283,14 @@ def cancel_batch(options, jobs, name, reporter):
         claimed = {job.name: results.state(job.name) for job in (*lines.begun, *lines.gone)}
         words = options['--machines'] or dict.fromkeys(
             known['where'] for known in claimed.values() if known.get('where'))
-        machines = find_machines(words)
+        machines, wrong = usable_machines(words, reporter)
         session = Session(results, reporter.trace, live=False)
         runners = [MachineRunner(machine, session, number)
                    for number, machine in enumerate(machines)]
         batch = Batch(jobs, runners, session, reporter, None, name=name)
         with interruptible(batch.interrupt):
             try:
-                return batch.end_all(claimed)
+                return batch.end_all(claimed) or wrong
             finally:
                 close_all(runners, session, lambda: batch.interrupts > 1)
     finally:
@@ -7194,7 +7305,7 @@ def earlier_jobs(options, reporter):
     if action not in ('show', 'collect', 'remove'):
         raise UsageError(f'--earlier must be show, collect or remove, not {action!r}.')
     check_machines(options)
-    machines = find_machines(options['--machines'])
+    machines, status = usable_machines(options['--machines'], reporter)
     results = ResultStore('job_results').open()
     session = Session(results, reporter.trace, live=False)
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
@@ -7214,7 +7325,7 @@ def earlier_jobs(options, reporter):
                 runner.register('warning', reporter.warning)
                 runner.register('others', functools.partial(found.__setitem__, runner))
                 runner.register('failed', lambda why, runner=runner: reporter.note(
-                    f'{runner.name}: cannot be used: {why}.'))
+                    sentence(f'{runner.name}: cannot be used: {why}')))
                 runner.connect(False)
                 runner.enter()
             wait(lambda runner: runner.state == 'connecting' or (
@@ -7238,7 +7349,7 @@ def earlier_jobs(options, reporter):
     ended = sum(job.word == 'ended' for jobs in found.values() for job in jobs)
     if action == 'collect' and ended < sum(map(len, found.values())):
         reporter.note('only jobs that have ended are collected')
-    return 130 if stopped else 1 if len(found) < len(runners) else 0
+    return 130 if stopped else 1 if len(found) < len(runners) else status
 
 
 def collect_others(runner, jobs, results, reporter):
@@ -7261,6 +7372,14 @@ def collect_others(runner, jobs, results, reporter):
                             where=runner.machine.word, batch=None)
         commands[name] = job.command
         runner.queue_up(job.command, (), None, name, adopt=True)
+
+
+def usable_machines(words, reporter):
+    """Return the Machines, and the exit status of who does without the others, which are told."""
+    machines, complaints = find_machines(words)
+    for complaint in complaints:
+        reporter.note(f'cannot be used: {complaint}')
+    return machines, int(bool(complaints))
 
 
 def read_faults(options):
@@ -7420,7 +7539,7 @@ class Errand:
         """Return the exit status where nobody reads what the command says."""
         if not outlet.trouble:
             return 128 + signal.SIGPIPE
-        self._report.note(f'{self._name}: {outlet.trouble}.{so}')
+        self._report.note(f'{self._name}: {sentence(outlet.trouble)}{so}')
         return TRANSPORT_FAILED
 
     def _print_name(self):
@@ -7525,7 +7644,7 @@ class Errand:
             return self._print_name()
         if word == 'ended':
             return what
-        self._report.note(f'{name}: {what}.')
+        self._report.note(f'{name}: {sentence(what)}')
         if word == 'impossible':
             return DoesNotFit.exit_code
         ended = runner.ended.get(name)
@@ -7540,7 +7659,7 @@ def execute_to(argv):
     timeout_s = None if options['--timeout'] is None else options.number('--timeout', above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(min(len(machines), at_once))
     name = options['--job-name'] or new_name('to')
     check_job_name(name, '--job-name')
@@ -7580,7 +7699,7 @@ def execute_to(argv):
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
         failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
                              if runner in fanout.outcomes}, reporter)
-        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else 0
+        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else wrong
     finally:
         session.close()
         results.close()
@@ -7684,7 +7803,7 @@ def query_machines(argv):
         interval = options.number('--watch', least=MEASURE_LEAST_S)
     hardware = set(option_kinds(HARDWARE_OPTIONS))
     allocation = read_allocation(options) if options.given & hardware else None
-    machines = find_machines(options['--machines'])
+    machines, wrong = usable_machines(options['--machines'], reporter)
     session = Session(None, reporter.trace, live=False, project=f'query-{os.urandom(8).hex()}')
     runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
     stopped = []
@@ -7718,7 +7837,7 @@ def query_machines(argv):
                 return 130
             if reporter.trouble:
                 return 1
-            return 0 if all(runner.state == 'ready' for runner in runners) else 1
+            return wrong if all(runner.state == 'ready' for runner in runners) else 1
         finally:
             close_all(runners, session)
             session.close()
@@ -7853,7 +7972,7 @@ def main(argv=None):
     """Run the command that argv (sys.argv) names by its first or second word; exit with its status.
 
     An installed executable or a link is named like the command; otherwise the next word is it:
-    python3 ssh_scheduler.py execute_batch …
+    python3 ssh_scheduler.py execute_batch …  Without any, all commands are shown.
     """
     open_streams()
     called = argv is not None           # by another program, which goes on
@@ -7865,8 +7984,9 @@ def main(argv=None):
     try:
         check_surroundings()
         if name not in COMMANDS:
-            raise UsageError(f'the first word is the command: {", ".join(COMMANDS)}'
-                             f'{nearest(name, COMMANDS)}.')
+            show_help(OVERVIEW, 'ssh_scheduler', [name])
+            raise UsageError(f'there is no command {printable(name)}{nearest(name, COMMANDS)}.'
+                             if name else '<command> is missing.', OVERVIEW)
         status = COMMANDS[name](words)
     except SchedulerError as error:
         reporter = Reporter()

@@ -258,7 +258,7 @@ def test_a_machine_that_cannot_be_reached_raises_in_wait(run_jobs, lab1):
     file = lab1.yaml(port=rig.free_port())
     said = run_jobs(file, [['true', [], [], 'job'], {}])
     assert [words[0] for words in said] == ['waiting', 'returned', 'failed', 'error', 'left']
-    assert 'nothing listens at port' in said[3][1]
+    assert 'nothing listens at 127.0.0.1 port' in said[3][1]
     lab1.yaml()
 
 

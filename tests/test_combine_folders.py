@@ -1218,6 +1218,116 @@ def test_it_needs_no_library_and_no_environment(here):
     assert (done.returncode, done.stderr) == (0, '') and read('dest') == {'f': b'x'}
 
 
+# ---- What execute_batch left: its bookkeeping, and streams ----
+
+RESULTS = {'b.sh.1/model': 'one', 'b.sh.2/table': 'two', 'b.sh.1.out': 'x', 'b.sh.1.err': '',
+           'b.sh.2.out': '', 'b.sh.2.err': 'y', 'b.sh.3.out': 'z', 'b.sh.3.err': ''}
+KEPT = {'.ssh_scheduler/journal': '{}', '.ssh_scheduler/lock': '',
+        '.ssh_scheduler/cancelled/b.sh.4/part': 'p'}
+
+
+def content(tree):
+    return {path: what.encode() for path, what in tree.items()}
+
+
+def files(root):
+    return {path: what for path, what in read(root).items() if what is not None}
+
+
+@pytest.mark.parametrize('options', [(), ('--move',), ('--link',), ('--prefix',)])
+@pytest.mark.parametrize('existing', [False, True])
+@pytest.mark.parametrize('where', ['job_results', 'project/job_results'])
+def test_the_bookkeeping_of_a_source_is_left_out(here, descriptors, options, existing, where):
+    make(where, {**RESULTS, **KEPT})
+    source, below = where.split('/')[0], where.partition('/')[2]
+    if existing:
+        make('all', {'.ssh_scheduler/journal': 'of dest'})
+    done = command('all', source, *options)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.splitlines()[0] == 'left out: 1 .ssh_scheduler folder'
+    assert done.stdout.splitlines()[1].startswith('combined: 8 files, 9 bytes from 1 folder, ')
+    top = Path('all', *[source] * ('--prefix' in options), below)
+    found = files('all')
+    own = found.pop('.ssh_scheduler/journal', None)
+    assert own == (b'of dest' if existing else None)
+    assert found == {str(top.relative_to('all') / path): what
+                     for path, what in content(RESULTS).items()}
+    left = files(where)
+    assert left == content(KEPT if '--move' in options else {**RESULTS, **KEPT})
+
+
+@pytest.mark.parametrize('bookkeeping', [KEPT, {}], ids=['', 'copied'])
+@pytest.mark.parametrize('options', [(), ('--move',), ('--dry-run',)])
+def test_streams_that_are_named_as_sources_are_left_out(here, descriptors, options, bookkeeping):
+    make('job_results', {**RESULTS, **bookkeeping})
+    done = subprocess.run(['bash', '-c', '"$@" job_results/*', '', sys.executable, PROGRAM, 'all',
+                           *options], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, '')
+    first, second = done.stdout.splitlines()
+    assert first == 'left out: 6 stream files'
+    assert ': 2 files, 6 bytes from 2 folders, ' in second
+    if '--dry-run' not in options:
+        assert files('all') == {'model': b'one', 'table': b'two'}
+    streams = {path: what for path, what in RESULTS.items() if '/' not in path}
+    assert files('job_results') == content({**(streams if '--move' in options else RESULTS),
+                                            **bookkeeping})
+    assert combine_folders('again', *map(str, Path('job_results').glob('[!.]*'))).files == (
+        0 if '--move' in options else 2)
+
+
+def test_the_results_of_a_real_batch_are_combined_without_its_bookkeeping(run_cli, project):
+    (project / 'batch.sh').write_text('echo 1 >a\necho 2 >b\ntrue\n')
+    batch = run_cli('execute_batch', 'batch.sh', '--no-gpu-required', '--memory-required=1',
+                    '--copy-forwards', '--machines', 'localhost')
+    assert batch.returncode == 0, batch.stderr
+    done = command('all', *map(str, Path('job_results').glob('[!.]*')))
+    assert (done.returncode, done.stderr) == (0, '')
+    assert done.stdout.startswith('left out: 6 stream files\ncombined: 2 files, 4 bytes from ')
+    assert files('all') == {'a': b'1\n', 'b': b'2\n'}
+    done = command('whole', 'job_results')
+    assert done.stdout.startswith('left out: 1 .ssh_scheduler folder\ncombined: 8 files, ')
+    assert not Path('whole/.ssh_scheduler').exists() and Path('whole/batch.sh.3.out').exists()
+
+
+def test_both_are_said_in_one_line_also_beside_a_conflict(here):
+    make('job_results', {**RESULTS, **KEPT})
+    make('other', {'model': 'three'})
+    done = command('all', 'job_results/b.sh.1', 'job_results/b.sh.1.out', 'job_results', 'other')
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[0] == 'left out: 1 stream file, 1 .ssh_scheduler folder'
+    assert ' from 3 folders, ' in done.stdout.splitlines()[1]
+    assert command('all', '--quiet', 'job_results').stdout == ''
+
+
+def test_a_user_s_own_files_are_no_bookkeeping(here):
+    """Whatever a source holds is combined; only the name of our folder is ours."""
+    tree = {'run.out': '1', 'run.err': '2', 'deep/run.out': '3', 'deep/.ssh_scheduler.txt': '4',
+            'file/.ssh_scheduler': '5', 'x.out/inside': '6'}
+    make('src', tree)
+    make('job_results', {**KEPT, 'b.sh.1.err/y': '7'})      # a folder with such a name is one
+    done = command('all', 'src', 'src/x.out', 'job_results/b.sh.1.err')
+    assert (done.returncode, done.stderr) == (0, '') and 'left out' not in done.stdout
+    assert files('all') == content({**tree, 'inside': '6', 'y': '7'})
+    assert command('kept', 'job_results/.ssh_scheduler').returncode == 0      # if that is wanted
+    assert files('kept') == {path.partition('/')[2]: what for path, what in content(KEPT).items()}
+
+
+@pytest.mark.parametrize(('words', 'sentence'), [
+    (['job_results/b.sh.1.out', 'job_results/b.sh.1.err'],
+     'no <source> is a folder: all are streams of jobs (.out, .err).'),
+    (['job_results/b.sh.1', 'own.out'], 'the source own.out is not a folder.'),
+    (['job_results/b.sh.1', 'job_results/notes.txt'],
+     'the source job_results/notes.txt is not a folder.'),
+    (['job_results/b.sh.1', 'job_results/none.out'],
+     'the source job_results/none.out is not there.')])
+def test_what_is_no_stream_is_still_named(here, words, sentence):
+    make('job_results', {**RESULTS, **KEPT, 'notes.txt': ''})
+    make('.', {'own.out': ''})
+    done = command('all', *words)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', f'combine_folders: {sentence}\n')
+
+
 def test_the_example_combines_what_its_batch_brought_back(tmp_path):
     path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(['bash', ROOT / 'example/combine.sh'], capture_output=True, text=True,

@@ -750,8 +750,8 @@ def test_a_machine_that_is_off(run, lab):
     machine.stop()
     done = run(machine, 'echo x', '--job-name', 'off')
     assert (done.status, done.out) == (125, b'')
-    assert done.notes == [f'off: {machine.yaml()} cannot be used: nothing listens at port '
-                          f'{machine.port} there.']
+    assert done.notes == [f'off: {machine.yaml()} cannot be used: nothing listens at 127.0.0.1 '
+                          f'port {machine.port}.']
     machine.start()
     assert run(machine, 'echo x', '--job-name', 'off').out == b'x\n'
 

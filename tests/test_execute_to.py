@@ -206,7 +206,7 @@ def test_one_line_for_each_kind_of_failure(run, named):
     assert sorted(done.notes) == [
         'failed: bad1, bad2 (exit code 3)', 'failed: worse (exit code 255)',
         'timed out: hangs (after 5 s)',
-        f'unreachable: off (nothing listens at port {off.port} there)']
+        f'unreachable: off (nothing listens at 127.0.0.1 port {off.port})']
     assert_all_clean([good, bad1, bad2, worse, noisy])
 
 
@@ -324,8 +324,8 @@ def test_gathered_failures_are_shown_with_what_they_said(run, named):
     machines[2].stop()
     done = run(files, 'echo said; exit 3', '--gather')
     assert (done.status, done.out) == (1, b'---- a, b (2 machines)\nsaid\n')
-    assert done.notes == ['failed: a, b (exit code 3)', 'unreachable: off (nothing listens at port '
-                          f'{machines[2].port} there)']
+    assert done.notes == ['failed: a, b (exit code 3)', 'unreachable: off (nothing listens at '
+                          f'127.0.0.1 port {machines[2].port})']
 
 
 def test_much_can_be_gathered(start, named):

@@ -1,10 +1,15 @@
 """Logins as they are in the wild: shells, start files, accounts, and machines out of reach."""
+import ast
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import rig
 from batching import NO_GPU, RESULTS, Batches, assert_clean, result
+
+import ssh_scheduler
 
 SHELLS = ['bash', 'dash', 'zsh', 'fish', 'tcsh']
 
@@ -251,14 +256,17 @@ def unreachable(machine, why, folder):
     """The machine's file, made wrong, and words of the explanation."""
     if why == 'nothing listens':
         port = rig.free_port()
-        return machine.yaml(port=port), f'nothing listens at port {port} there'
+        return machine.yaml(port=port), f'nothing listens at 127.0.0.1 port {port}.'
     if why == 'unknown host':
-        return machine.yaml(ip='no-such-machine.invalid'), 'there is no host of that name'
+        return (machine.yaml(ip='no-such-machine.invalid'),
+                'the host name no-such-machine.invalid is unknown.')
     if why == 'wrong user':
-        return machine.yaml(username='nobody_here'), 'the login as nobody_here was refused'
+        return (machine.yaml(username='nobody_here'),
+                f'the login as nobody_here at 127.0.0.1 port {machine.port} was refused')
     if why == 'wrong key':
         return (machine.yaml(ssh_key_path=str(new_key(folder))),
-                'the login as ben was refused (publickey was tried)')
+                f'the login as ben at 127.0.0.1 port {machine.port} was refused (publickey was '
+                'tried)')
     kind, key, _ = new_key(folder).with_suffix('.pub').read_text().split()
     known = folder / 'known'
     known.write_text(f'[127.0.0.1]:{machine.port} {kind} {key}\n')
@@ -310,13 +318,69 @@ def test_a_key_that_ssh_could_not_use_is_found_before_any_login(
     path = {'missing': tmp_path / 'none', 'public': key.with_suffix('.pub')}.get(why, key)
     if why == 'public':
         path.chmod(0o600)
-    before = lab1.logins()
-    file = lab().yaml(ssh_key_path=str(path))
+    machine = lab()
+    file = machine.yaml(ssh_key_path=str(path))
+    alone = batches.run(['true'], [file], *NO_GPU)
+    assert (alone.returncode, alone.stdout, RESULTS.exists()) == (2, '', False)
     done = batches.run(['true'], [lab1, file], *NO_GPU)
-    assert (done.returncode, done.stdout, lab1.logins()) == (2, '', before)
-    (line,) = done.stderr.splitlines()
+    assert (done.returncode, result('batch.sh.1'), machine.logins()) == (1, b'', 0)
+    (line,) = alone.stderr.splitlines()
     assert words in line and str(path) in line and str(file) in line
-    assert not RESULTS.exists()
+    assert done.stderr.splitlines()[0] == line.replace('execute_batch', 'cannot be used')
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A machine file that has a line without a colon, as among *.yaml."""
+    (tmp_path / 'broken.yaml').write_text('username ben\nip: gpu7\n')
+    return tmp_path / 'broken.yaml'
+
+
+def complaint_of(file):
+    return f'{file}, line 1: this is not "key: value": \'username ben\'.\n'
+
+
+def test_a_batch_runs_without_the_machine_whose_file_is_wrong(batches, lab1, broken):
+    done = batches.run(['echo here'], [broken, lab1], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1')) == (1, b'here\n')
+    assert done.stderr.startswith(f'cannot be used: {complaint_of(broken)}')
+    assert 'done: 1 job: 1 finished, 0 failed' in done.stdout
+    again = batches.run(['echo here'], [broken, lab1], *NO_GPU, '--dry-run')
+    assert (again.returncode, again.stderr.splitlines()[0] + '\n') == (
+        1, f'cannot be used: {complaint_of(broken)}')
+
+
+def test_what_runs_is_cancelled_though_the_file_of_a_machine_is_wrong(
+        batches, run_cli, lab1, broken):
+    batch = batches.start(['sleep 1000'], [lab1], *NO_GPU)
+    batch.until('started: ')
+    batch.process.kill()
+    batch.end()
+    done = run_cli('execute_batch', 'batch.sh', '--cancel', '--machines', broken, lab1.yaml())
+    assert done.returncode == 1 and done.stdout.startswith('batch.sh.1: ended, on ')
+    assert done.stderr == f'cannot be used: {complaint_of(broken)}'
+    assert_clean(lab1, cache=True)
+
+
+def test_the_other_commands_do_without_it_too(run_cli, lab1, project, broken):
+    to = run_cli('execute_to', '--machines', broken, lab1.yaml(), '--', 'echo here')
+    query = run_cli('query_machines', '--json', '--machines', broken, lab1.yaml())
+    for done in (to, query):
+        assert (done.returncode, done.stderr) == (1, f'cannot be used: {complaint_of(broken)}')
+    assert to.stdout == f'{lab1.yaml()}: here\n' and query.stdout.count('\n') == 1
+
+
+@pytest.mark.parametrize('command', ['execute_batch', 'execute_to', 'query_machines',
+                                     'execute_remote'])
+def test_where_no_machine_file_is_right_nothing_is_run(run_cli, project, broken, command):
+    (project / 'batch.sh').write_text('true\n')
+    words = {'execute_batch': ['batch.sh', '--machines', broken],
+             'execute_to': ['--machines', broken, '--', 'true'],
+             'query_machines': ['--machines', broken],
+             'execute_remote': ['--machine', broken, 'true']}[command]
+    done = run_cli(command, *words)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', f'{command}: {complaint_of(broken)}')
 
 
 def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
@@ -335,5 +399,119 @@ def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
     done = batches.run(['true'], [machine.yaml(ssh_options=options)], *NO_GPU)
     assert done.returncode == 2
     (complaint,) = complaints(done, machine.yaml())
-    assert 'it did not answer in time' in complaint
+    assert f'127.0.0.1 port {machine.port} did not answer in time' in complaint
     machine.thaw()
+
+
+# ---- Each complaint is a sentence ----
+
+# What ssh, or a login shell, says, and what is made of it.  OpenSSH 9.2, but for the last four.
+SAID_BY_SSH = [
+    ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @', 'its host key is not the one'),
+    ('Host key verification failed.', 'its host key could not be verified.'),
+    ('ssh: Could not resolve hostname gpu.invalid: Name or service not known',
+     'the host name gpu.invalid is unknown.'),
+    ('ncat: Name or service not known\nkex_exchange_identification: Connection closed by remote '
+     'host\nConnection closed by UNKNOWN port 65535', 'is unknown.'),
+    ('ssh: connect to host 10.0.0.7 port 2222: Connection refused',
+     'nothing listens at 10.0.0.7 port 2222.'),
+    ('ben@10.0.0.7: Permission denied (publickey,password).',
+     'the login as ben at row was refused (publickey,password was tried): is the user name right, '
+     'and is the key in its ~/.ssh/authorized_keys?'),
+    ('Received disconnect from 10.0.0.7 port 22:2: Too many authentication failures\n'
+     'Disconnected from 10.0.0.7 port 22', 'too many keys were offered: set ssh_key_path.'),
+    ('ssh: connect to host 10.0.0.7 port 22: No route to host',
+     '10.0.0.7 port 22 cannot be reached: is the machine on, and the VPN?'),
+    ('ssh: connect to host fe80::7 port 22: Network is unreachable',
+     'fe80::7 port 22 cannot be reached: is the machine on, and the VPN?'),
+    ('ssh: connect to host 10.0.0.7 port 22: Connection timed out',
+     '10.0.0.7 port 22 did not answer in time: is the machine on, and the VPN?'),
+    ('Connection timed out during banner exchange\nConnection to 10.0.0.7 port 22 timed out',
+     '10.0.0.7 port 22 did not answer in time: is the machine on, and the VPN?'),
+    ('Bad owner or permissions on /home/ben/.ssh/config',
+     'ssh refuses /home/ben/.ssh/config: others may write it.'),
+    ('/tmp/0.config: line 3: Bad configuration option: frobnicate\r\n/tmp/0.config: terminating, '
+     '1 bad configuration options', 'ssh does not know the option frobnicate.'),
+    ('This service allows sftp connections only.', 'this account allows sftp only, no commands.'),
+    ('This account is currently not available.', 'this account allows no login.'),
+    ('fish: Unknown command: bash', 'there is no bash over there.'),
+    ('rbash: exec: restricted', 'its login shell is a restricted one.'),
+    ('Something else went wrong.', 'Something else went wrong.'),
+    ('Is the agent gone?', 'Is the agent gone?'),
+    ('Wait for it ...', 'Wait for it.'),
+    ('', 'the connection broke.'),
+]
+TRIED_AGAIN = [
+    ('kex_exchange_identification: read: Connection reset by peer\r\nConnection reset by 10.0.0.7 '
+     'port 2222', '10.0.0.7 port 2222 closed the connection before the login.'),
+    ('Connection closed by 10.0.0.7 port 22',
+     '10.0.0.7 port 22 closed the connection before the login.'),
+]
+FAKE_SSH = '''#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+cat "$(dirname "$0")/$2" >&2
+exit 255
+'''
+
+
+@pytest.fixture
+def ssh_that_fails(tmp_path):
+    """An environment whose ssh says these complaints: at the host row0 the first, and so on."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin/ssh').write_text(FAKE_SSH)
+    (tmp_path / 'bin/ssh').chmod(0o755)
+    for number, (text, _) in enumerate(SAID_BY_SSH):
+        (tmp_path / f'bin/row{number}').write_text(text + '\n' * bool(text))
+    return {'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}'}
+
+
+def test_there_is_a_sample_of_each_complaint():
+    unseen = [sentence for table in (ssh_scheduler.SSH_COMPLAINTS, ssh_scheduler.LOGIN_COMPLAINTS)
+              for pattern, _, sentence in table
+              if not any(re.search(pattern, text) for text, _ in SAID_BY_SSH + TRIED_AGAIN)]
+    assert not unseen
+
+
+@pytest.mark.parametrize(('text', 'expected'), SAID_BY_SSH + TRIED_AGAIN)
+def test_a_complaint_is_explained(text, expected):
+    why, _ = ssh_scheduler.explain_login(ssh_scheduler.Machine('x', 'row'), 255, '', text)
+    said = ssh_scheduler.sentence(why)
+    assert expected in said and not re.search(r'[.?!]\.', said)
+
+
+def test_each_command_makes_one_sentence_of_each_complaint(run_cli, project, ssh_that_fails):
+    rows = [f'row{number}' for number in range(len(SAID_BY_SSH))]
+    (project / 'batch.sh').write_text('true\n')
+    batch = run_cli('execute_batch', 'batch.sh', '--machines', *rows, env=ssh_that_fails)
+    assert (batch.returncode, batch.stdout) == (2, '')
+    words = dict(line.split(': cannot be used: ') for line in batch.stderr.splitlines()[:-1])
+    to = run_cli('execute_to', '--machines', *rows, '--', 'true', env=ssh_that_fails)
+    query = run_cli('query_machines', '--machines', *rows, env=ssh_that_fails)
+    assert (to.returncode, query.returncode) == (1, 1)
+    for row, (_, expected) in zip(rows, SAID_BY_SSH):
+        expected = expected.replace(' at row ', f' at {row} ')
+        assert expected in words[row]
+        assert f'{words[row].removesuffix(".")})\n' in to.stderr
+        assert f'  cannot be used: {words[row].removesuffix(".")}\n' in query.stdout
+        if expected[-4:] in ('VPN?', 'too.', 'ong.', 'one?'):
+            alone = run_cli('execute_remote', '--machine', row, 'true', '--job-name', 'a',
+                            env=ssh_that_fails)
+            assert (alone.returncode, alone.stderr) == (
+                125, f'a: {row} cannot be used: {words[row]}\n')
+        assert re.search(r'[.?]$', words[row]) and not re.search(r'[.?!]\.', words[row])
+
+
+def test_what_comes_from_elsewhere_is_ended_in_one_place():
+    """No f-string adds a full stop to a text that may have its end already: sentence() does."""
+    free = {'why', 'what', 'reason', 'trouble', 'complaint', 'said', 'last_line', 'str'}
+    tree = ast.parse(Path(ssh_scheduler.__file__).read_text(encoding='utf-8'))
+    wrong = []
+    for node in ast.walk(tree):
+        for part, follower in zip(node.values, node.values[1:]) if isinstance(
+                node, ast.JoinedStr) else ():
+            if isinstance(part, ast.FormattedValue) and isinstance(follower, ast.Constant) and (
+                    follower.value[:1] == '.' and follower.value[1:2] in ('', ' ')):
+                value = part.value.func if isinstance(part.value, ast.Call) else part.value
+                name = getattr(value, 'id', getattr(value, 'attr', ''))
+                wrong += [f'line {node.lineno}: {{{name}}}.'] if name in free else []
+    assert not wrong

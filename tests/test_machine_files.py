@@ -189,7 +189,9 @@ def json_like(value):
     ('ip: a\nprot: 22', "line 2: unknown key 'prot' (did you mean port?)."),
     ('user: me\nip: a', "line 1: unknown key 'user' (did you mean username?)."),
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
-    ('IP: a', "line 1: unknown key 'IP'."),
+    ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
+    ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpus?)."),
+    ('hostname: a', "line 1: unknown key 'hostname'."),        # username would be another thing
     ('zebra: a', "line 1: unknown key 'zebra'."),
     ('1: a', "line 1: unknown key '1'."),
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
@@ -199,7 +201,24 @@ def json_like(value):
     ('username: me\nport: 22', None),
     ('ip: a\n b: c\n', 'line 2: this is not YAML: mapping values are not allowed here.'),
     ('ip: [a', 'line 1: this is not YAML: '),
-    ('a\nb: c\n', 'line 2: this is not YAML: '),
+    # what misses something is named, not the line at which YAML notices
+    ('a\nb: c\n', 'line 1: this is not "key: value": \'a\'.'),
+    ('username ben\nip: a', 'line 1: this is not "key: value": \'username ben\'.'),
+    (SPEC.replace(':', '', 1), 'line 1: this is not "key: value": \'username ben\'.'),
+    (SPEC.replace('ip:', 'ip'), 'line 2: this is not "key: value": \'ip 105.29.123.241\'.'),
+    (SPEC.replace('ssh_key_path:', 'ssh_key_path'),
+     'line 7: this is not "key: value": \'ssh_key_path ~/.ssh/id_ssh_key\'.'),
+    ('# a: b\nip:a\nport: 22', 'line 2: this is not "key: value": \'ip:a\'.'),
+    ('ip: a\r\nport 22 # x: y\r\n\r\nname: b', 'line 2: this is not "key: value": \'port 22\'.'),
+    ('ip: a\nport 22', 'line 2: this is not "key: value": \'port 22\'.'),
+    ('ip: a\nenv:\n  A 1\n  B: 2', 'line 3: this is not "key: value": \'A 1\'.'),
+    ('ip: a\nenv:\n  A: 1\n  B 2\n\n  C: 3', 'line 4: this is not "key: value": \'B 2\'.'),
+    ('ip: a\nname: "x\nport: 22\n\n', 'line 2: this is not YAML: found unexpected end of stream.'),
+    ('ip: a\ngpus: [0\nname: b', "line 2: this is not YAML: expected ',' or ']', but got ':'."),
+    ('{\nip: a\nport: 22}', "line 1: this is not YAML: expected ',' or '}', but got ':'."),
+    ('ip: a\nname: b: c', 'line 2: this is not YAML: mapping values are not allowed here.'),
+    ('ip: a\ngpus:\n- 0\nname: b: c', 'line 4: this is not YAML: mapping values are not allowed'),
+    ('ip: a\nsetup: |\n  x y\nname: b: c', 'line 4: this is not YAML: mapping values are not'),
     ('ip: a\n\tport: 1', 'line 2: this is not YAML: found character '),
     ('ip: *x', "line 1: this is not YAML: found undefined alias 'x'."),
     ('ip: a\n---\nip: b', 'line 2: this is not YAML: but found another document.'),
@@ -348,11 +367,60 @@ def test_a_word_that_names_no_machine(home, word):
 
 
 def test_machines_are_named_once(home):
-    machines = ssh_scheduler.find_machines(('b', 'a', 'localhost'))
+    machines, _ = ssh_scheduler.find_machines(('b', 'a', 'localhost'))
     assert [machine.name for machine in machines] == ['b', 'a', 'localhost']
     with pytest.raises(MachineFileError) as caught:
         ssh_scheduler.find_machines(('a', 'b', 'a'))
     assert str(caught.value) == 'the machine a is named twice.'
+
+
+BAD_FILES = {'key': 'ip: a\nprot: 1', 'yaml': 'ip a\nport: 22', 'empty': '',
+             'no_key': 'ip: a\nssh_key_path: /none'}
+
+
+def write_files(**texts):
+    for name, text in texts.items():
+        with open(f'{name}.yaml', 'w') as file:
+            file.write(text)
+    os.symlink('gone', 'link.yaml')
+    return [f'{name}.yaml' for name in (*texts, 'link')]
+
+
+def test_a_file_that_is_wrong_leaves_the_others(home):
+    bad = write_files(**BAD_FILES)
+    with open('good.yaml', 'w') as file:
+        file.write('ip: b')
+    machines, complaints = ssh_scheduler.find_machines([*bad[:2], 'good.yaml', *bad[2:], 'c'])
+    assert [machine.word for machine in machines] == ['good.yaml', 'c']
+    for name, complaint_ in zip(bad, complaints):
+        with pytest.raises(MachineFileError) as caught:
+            ssh_scheduler.find_machine(name)
+        assert str(caught.value) == complaint_ and name in complaint_
+    assert len(complaints) == len(bad)
+    assert ssh_scheduler.find_machines(()) == ([], [])
+
+
+def test_files_that_are_all_wrong_are_an_error(home):
+    bad = write_files(**BAD_FILES)
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machines(bad)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(bad) and all(name in line for name, line in zip(bad, lines))
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['key.yaml', 'good', 'key.yaml'], 'the machine key.yaml is named twice.'),
+    (['good', 'key.yaml', 'good'], 'the machine good is named twice.'),
+    (['key.yaml', 'good', 'me@good:0'], "'me@good:0' is neither a machine file nor "),
+    (['key.yaml', 'good', 'none.yaml'], 'there is no machine file none.yaml, nor '),
+    (['key.yaml', 'good', '*.yml'], 'there is no machine file *.yml, nor '),
+    (['key.yaml', 'good', '.'], "'.' is neither "), (['key.yaml', 'good', ''], "'' is neither "),
+    (['key.yaml', '@none'], 'the list of machines @none cannot be read')])
+def test_words_that_are_wrong_are_an_error_beside_a_file_that_is(home, words, expected):
+    write_files(**BAD_FILES)
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machines(words)
+    assert str(caught.value).startswith(expected)
 
 
 def test_accounts_are_named_once(run_cli, home):
@@ -361,7 +429,7 @@ def test_accounts_are_named_once(run_cli, home):
                       ('f', 'ssh_options: {proxycommand: nc x}\n')):
         (home.parent / 'here' / f'{name}.yaml').write_text(f'ip: h\nusername: me\n{way}')
     others = [f'{name}.yaml' for name in 'acdef']
-    assert [machine.name for machine in ssh_scheduler.find_machines(others)] == others
+    assert [machine.name for machine in ssh_scheduler.find_machines(others)[0]] == others
     for words, account in ((('a.yaml', 'c.yaml', 'b.yaml'), 'me@h:22'),
                            (('localhost', 'a.yaml', ':'), 'localhost')):
         done = run_cli('execute_to', '--machines', *words, '--', 'true')

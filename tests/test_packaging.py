@@ -4,6 +4,7 @@ What is tried is a copy of this folder, never the folder itself, so nothing is l
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -160,14 +161,52 @@ def test_a_symlink_is_the_command_that_it_is_named_after(copied_file, tmp_path, 
     assert_helps(run(link, '--help', cwd=tmp_path, environment={'PATH': path}), command)
 
 
-def test_help_needs_neither_yaml_nor_tqdm(copied_file):
-    code = (
-        'import runpy, sys; sys.modules.update(yaml=None, tqdm=None); '
-        'sys.argv[1:] = ["execute_batch", "--help"]; '
-        'runpy.run_path("ssh_scheduler.py", run_name="__main__")'
-    )
-    done = run(sys.executable, '-c', code, cwd=copied_file.parent)
-    assert_helps(done, 'execute_batch')
+@pytest.fixture
+def run_bare(copied_file):
+    """Run the copied file by a Python without site-packages: what is missing there is missing.
+
+    has: the modules that it has all the same.
+    """
+    def run_it(*words, has=()):
+        for name in has:
+            place = Path(importlib.util.find_spec(name).origin)
+            place = place.parent if place.name == '__init__.py' else place
+            os.symlink(place, copied_file.parent / place.name)
+        return run(sys.executable, '-S', copied_file, *words, cwd=copied_file.parent,
+                   environment={'HOME': str(copied_file.parent)})
+
+    return run_it
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_needs_nothing_but_python(run_bare, command):
+    assert_helps(run_bare(command, '--help'), command)
+    assert run_bare(command, '--version').returncode == 0
+    assert run_bare('--help').stderr == ''
+
+
+@pytest.mark.parametrize('words', [
+    ['execute_batch', 'b', '--machines', 'a'], ['execute_to', '--machines', 'a', '--', 'true'],
+    ['execute_remote', '--machine', 'a', 'true'], ['query_machines', '--machines', 'a']])
+@pytest.mark.parametrize('has', [[], ['docopt']])
+def test_a_missing_library_is_one_sentence(run_bare, copied_file, words, has):
+    missing = 'yaml' if has else 'docopt'
+    (copied_file.parent / 'a').write_text('ip: nowhere')
+    (copied_file.parent / 'b').write_text('true')
+    done = run_bare(*words, has=has)
+    assert (done.returncode, done.stdout) == (2, ''), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f'{words[0]}: {sys.executable} has no module {missing}. Try: '
+                           f'{sys.executable} -m pip install docopt-ng PyYAML tqdm, or use uv')
+    needed = read_script_block(ROOT / 'ssh_scheduler.py')['dependencies']
+    assert line.partition('pip install ')[2].partition(',')[0].split() == sorted(
+        needed, key=['docopt-ng', 'PyYAML', 'tqdm'].index)
+
+
+def test_a_library_that_fails_is_not_said_to_be_missing(run_bare, copied_file):
+    (copied_file.parent / 'docopt.py').write_text('import no_such_module_of_docopt')
+    done = run_bare('execute_to', '--machines', 'a', '--', 'true')
+    assert 'no_such_module_of_docopt' in done.stderr and 'pip install' not in done.stderr
 
 
 def read_script_block(path):

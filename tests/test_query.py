@@ -54,8 +54,8 @@ def test_a_table_of_machines(query, lab, stranger):
         ' ' * width + '                      1 RTX 3090  24.0/24.0  0%',
         str(small.yaml()).ljust(width) + '  2.0/2    2.0/4.0    has no nvidia-smi, so no GPU is '
         'known',
-        str(off.yaml()).ljust(width) + '  cannot be used: nothing listens at port '
-        f'{off.port} there',
+        str(off.yaml()).ljust(width) + '  cannot be used: nothing listens at '
+        f'127.0.0.1 port {off.port}',
     ]
     assert (done.returncode, done.stderr) == (1, '')
     assert_nothing_left(big)
@@ -79,7 +79,7 @@ def test_json_for_programs(query, lab, lab1):
     done = query([lab1, off], '--json')
     found, failed = map(json.loads, done.stdout.splitlines())
     assert failed == {'machine': str(off.yaml()),
-                      'error': f'nothing listens at port {off.port} there'}
+                      'error': f'nothing listens at 127.0.0.1 port {off.port}'}
     assert (found['machine'], found['cores_free'], found['cores_total']) == (
         str(lab1.yaml()), 8, 8)
     assert (found['memory_free_mb'], found['memory_total_mb']) == (16000, 32000)

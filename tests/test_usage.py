@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import combine_folders
 import ssh_scheduler
 
 ANY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -26,6 +27,8 @@ OTHER_USAGES = {
 }
 POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execute_to': '<command>'}
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
+# What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
+WORDS = st.text(st.characters(blacklist_characters='\0', blacklist_categories=()), max_size=12)
 
 
 def split(line):
@@ -257,6 +260,50 @@ def test_a_wrong_command_line_is_named(words, expected):
         assert complaint(*words) == expected
 
 
+@pytest.mark.parametrize(('word', 'expected'), [
+    # an abbreviation is what it begins, however much longer that is
+    ('--no-gpu', ['--no-gpu-required']), ('--nogpu', ['--no-gpu-required']),
+    ('--no_gpu', ['--no-gpu-required']), ('--no-reserve', ['--no-reserve-gpu']),
+    ('--memory', ['--memory-required']), ('--gpu', ['--gpu-memory-required', '--gpu-utilization']),
+    ('--mem', ['--memory-required']), ('-v', ['--verbose', '--version']),
+    # or a part of it
+    ('--gpus', ['--num-gpus']), ('--cpus', ['--num-cpus']),
+    ('--forwards', ['--copy-forwards', '--link-forwards']),
+    # in whatever order
+    ('--no-gpu-reserve', ['--no-reserve-gpu']), ('--required-memory', ['--memory-required']),
+    # with typing errors
+    ('--no-gpus', ['--no-gpu-required']), ('--nom-gpus', ['--num-gpus']),
+    ('--machnies', ['--machines']), ('--dryrun', ['--dry-run']),
+    # the opposite is no help, nor is anything
+    ('--no-timeout', []), ('--no_timeout', []), ('--notimeout', []), ('--no-nice', []),
+    ('--live', []), ('--no-copy-forwards', []), ('--zebra', []), ('-x', []), ('--', []), ('-', []),
+])
+def test_the_nearest_word_is_one_that_may_be_meant(word, expected):
+    known = ssh_scheduler.option_kinds(ssh_scheduler.EXECUTE_BATCH_USAGE)
+    assert set(expected) <= set(known)
+    for module in (ssh_scheduler, combine_folders):     # each stands alone, so it has its own
+        assert module.nearest(word, known) == (
+            f' (did you mean {" or ".join(expected)}?)' if expected else '')
+
+
+@ANY
+@given(word=WORDS, known=st.sets(st.sampled_from(
+    [*ssh_scheduler.option_kinds(ssh_scheduler.EXECUTE_BATCH_USAGE),
+     *ssh_scheduler.machine_keys(), *ssh_scheduler.COMMANDS])))
+def test_any_word_has_at_most_three_nearest_ones(word, known):
+    named = ssh_scheduler.nearest(word, known)
+    assert named.count(' or ') <= 2
+    assert not named or set(named[15:-2].split(' or ')) <= known
+
+
+@pytest.mark.parametrize(('option', 'expected'), [
+    ('--no-reserve-gpu', '--reserve-gpu'), ('--no-live', '--live'),
+    ('--timeout', '--no-timeout'), ('--nice', '--no-nice')])
+def test_an_option_is_never_proposed_for_its_opposite(option, expected):
+    assert option not in ssh_scheduler.nearest(
+        expected, ssh_scheduler.option_kinds(ssh_scheduler.EXECUTE_BATCH_USAGE))
+
+
 def test_the_missing_command_of_a_partial_line_is_named():
     assert complaint('--job-name', 'a', command='execute_remote') == '<command> is missing.'
 
@@ -302,8 +349,6 @@ def test_a_number_changes_one_part_of_the_allocation(words, expected):
 
 # ---- Any words at all ----
 
-# What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
-WORDS = st.text(st.characters(blacklist_characters='\0', blacklist_categories=()), max_size=12)
 PATHS = WORDS.filter(lambda word: word == '-' or word and not word.startswith('-'))
 
 
@@ -392,7 +437,7 @@ def test_what_cannot_be_given_together_is_named(words):
 
 
 def test_help_fits_a_terminal_of_100_columns():
-    for usage in (*USAGES.values(), *OTHER_USAGES.values()):
+    for usage in (*USAGES.values(), *OTHER_USAGES.values(), ssh_scheduler.OVERVIEW):
         assert all(len(line) <= 100 for line in usage.splitlines())
 
 
@@ -462,8 +507,28 @@ def test_a_locale_that_is_not_utf8_is_one_sentence(run_cli, project, command):
     assert run_cli(command, '--version', env={**locale, 'PYTHONUTF8': '1'}).returncode == 0
 
 
-@pytest.mark.parametrize('argv', [['x.py'], ['x.py', 'execute_bach'], ['x.py', '--help']])
-def test_an_unknown_command_is_an_error(argv):
-    stdout, stderr, status = call_main(*argv)
+@pytest.mark.parametrize('option', ['--help', '-h'])
+def test_the_help_of_the_file_has_a_line_for_each_command(option):
+    assert call_main('x.py', option) == (ssh_scheduler.OVERVIEW, '', 0)
+    for command in ssh_scheduler.COMMANDS:
+        first = {**USAGES, **OTHER_USAGES}[command].splitlines()[0]
+        assert len(re.findall(rf'(?m)^  {command} +{re.escape(first)}$',
+                              ssh_scheduler.OVERVIEW)) == 1
+
+
+def test_the_version_of_the_file_is_shown():
+    assert call_main('x.py', '--version') == (f'ssh_scheduler {ssh_scheduler.__version__}\n', '', 0)
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ([], '<command> is missing.'), ([''], '<command> is missing.'),
+    (['execute_bach'], 'there is no command execute_bach (did you mean execute_batch?).'),
+    (['batch', '--help'], 'there is no command batch (did you mean execute_batch?).'),
+    (['--verbose', 'execute_batch'], 'there is no command --verbose.'),
+    (['\x1b[m'], r'there is no command \x1b[m.')])
+def test_without_a_command_all_are_shown(words, expected):
+    stdout, stderr, status = call_main('x.py', *words)
     assert (stdout, status) == ('', 2)
-    assert 'execute_batch' in stderr.splitlines()[0] and 'Traceback' not in stderr
+    said, shown = stderr.split('\n', 1)
+    assert said == f'ssh_scheduler: {expected}'
+    assert shown in ssh_scheduler.OVERVIEW and all(name in shown for name in ssh_scheduler.COMMANDS)
