@@ -3472,6 +3472,10 @@ class Process:
             pass
 
 
+def deaf(_number, _frame):
+    """Ignore a signal as SIG_IGN does, which our children would inherit."""
+
+
 class Processes:
     """All children of this program, and its timers: only here they start and are waited for."""
 
@@ -3479,6 +3483,11 @@ class Processes:
         # Inherited as ignored, Popen would report success for every failure.
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # As in the background of a script: jobs on localhost would ignore them, too.
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                with contextlib.suppress(ValueError):       # only the main thread can change it
+                    signal.signal(number, deaf)
         self._selector = selectors.DefaultSelector()
         self._children = set()
         self._timers = []                   # [due, function], few
@@ -7426,7 +7435,7 @@ def interruptible(handler):
     """Have SIGINT and SIGTERM call the handler, unless we were started with them ignored."""
     before = {number: signal.signal(number, handler)
               for number in (signal.SIGINT, signal.SIGTERM)
-              if signal.getsignal(number) != signal.SIG_IGN}
+              if signal.getsignal(number) not in (signal.SIG_IGN, deaf)}
     try:
         yield
     finally:

@@ -13,6 +13,11 @@ from batching import Batches, Gate
 
 # ---- The session ----
 
+# Started in the background of a script, we have these ignored, and so would all that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
 @pytest.fixture(scope='session', autouse=True)
 def nothing_left():
     """Exit at once where the rig cannot work; fail at the end if anything of ours is left."""

@@ -1,6 +1,9 @@
 """The program is interrupted or killed: no job is left behind, none is run twice or forgotten."""
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,6 +42,54 @@ def jobs_left(machine, client_home):
         pids = machine.processes()
     return [(pid, line) for pid, line in pids
             if b'SSH_SCHEDULER_JOB=' in rig.read_proc(pid, 'environ')]
+
+
+@contextlib.contextmanager
+def ignored(*numbers):
+    """What is started meanwhile has these signals ignored, as in the background of a script."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize('who', ['client', 'sshd'])
+def test_jobs_ignore_no_signal_that_we_were_started_with_ignored(batches, lab, who):
+    with ignored(signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        machine = 'localhost' if who == 'client' else lab()
+        if who == 'client':
+            batch = batches.start(SIGNAL_LINES, [machine], *NO_GPU)
+    if who == 'sshd':
+        batch = batches.start(SIGNAL_LINES, [machine], *NO_GPU)
+    assert batch.end().returncode == 1
+    assert int(result('batch.sh.1').split()[1], 16) & 0x4007 == 0       # make adds number 32
+    assert [result(f'batch.sh.{n}') for n in (2, 3)] == [b'', b'']
+    assert 'exit code 130' in str(batch.lines) or 'signal 2' in str(batch.lines)
+
+
+SIGNAL_LINES = ['grep ^SigIgn: /proc/self/status', 'kill -INT $$; echo survived',
+                "sh -c 'kill -QUIT $$; echo survived'"]
+
+
+def test_a_client_that_was_started_with_interrupts_ignored_ignores_them(batches, gate):
+    """Ctrl-C at a terminal is not meant for what a script runs in the background."""
+    with ignored(signal.SIGINT):
+        batch = batches.start([f'{gate.wait("job")}; echo fine'], ['localhost'], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    batch.process.send_signal(signal.SIGINT)
+    gate.open('job')
+    assert batch.end().returncode == 0
+    assert result('batch.sh.1') == b'fine\n'
+
+
+def test_these_tests_may_run_in_the_background_of_a_script():
+    """Which has interrupts ignored, in all that it starts."""
+    show = 'import conftest, subprocess; subprocess.run(["grep", "SigIgn", "/proc/self/status"])'
+    done = subprocess.run(['sh', '-c', '"$@" & wait', 'sh', sys.executable, '-c', show],
+                          cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert int(done.stdout.split()[1], 16) & 0b110 == 0, done.stderr
 
 
 # ---- Interrupted: the jobs end ----
