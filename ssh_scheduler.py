@@ -2211,6 +2211,14 @@ JOB_OOM_SCORE=500           # so that a job is ended before what others run, whe
 GPU_LIMIT_S=20              # for nvidia-smi's answer
 OLD_DAYS=14                 # after which what was sent is forgotten
 LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
+NO_BOOT_ID=00000000-0000-0000-0000-000000000000         # where the machine does not say it
+
+# bash exports a local variable if the environment has its name.  Those below are in lowercase.
+while IFS= read -rd '' entry; do
+  entry=${entry%%=*}
+  # shellcheck disable=SC2163            # what it says is a name
+  [[ $entry == *[!a-z0-9_]* ]] || export -n "$entry"
+done <"/proc/$$/environ" 2>/dev/null
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -2761,7 +2769,7 @@ record() {                  # $1: job folder, $2: how the job stands, or how it 
 }
 
 read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
-  local file
+  local file now
   word='' value=''
   for file in "$1/status" "$1/status ended "*; do
     [[ $file == */status ]] || { word=ended value=${file##* }; return; }
@@ -2769,6 +2777,11 @@ read_record() {             # $1: job folder; sets word and value from its recor
   done
   file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
   [[ "$word $value" =~ $file ]] || word=damaged value=''
+  if [[ $value == *" $NO_BOOT_ID" ]]; then      # what began later than now began before a restart
+    file=${value#* }
+    read -r now _ </proc/uptime
+    ((10#${file%% *} <= 10#${now/./})) || value=${value%% *}" ${file%% *} ${NO_BOOT_ID//0/f}"
+  fi
 }
 
 stream() {                  # REPLY: "=text" of the file $1 where it is short text, else "@bytes"
@@ -3213,7 +3226,8 @@ main() {
   run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
   mask=$(umask)
   umask 077
-  IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"
+  { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
+  boot_id=${boot_id:-$NO_BOOT_ID}
   identify "$$"
   self=$REPLY
   oust

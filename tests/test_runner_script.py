@@ -1115,6 +1115,51 @@ def test_adopt_tells_what_became_of_a_job(channel, gate):
     third.until('absent', 'job.2')
 
 
+@pytest.fixture
+def nameless(env, computer):
+    """The environment of a computer that has no boot id, such as where /proc/sys is masked."""
+    (Path(computer.env['SSH_SCHEDULER_PROC']) / 'sys/kernel/random/boot_id').unlink()
+    return computer.env
+
+
+def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
+    first = channel(env=nameless, owner='batch')
+    first.start('job', f'{gate.wait}; echo out', need=NEED)
+    first.start('long', 'sleep 1000')
+    first.until('started', 'job.1')
+    with open(gate.path, 'w') as fifo:
+        second = channel(env=nameless, owner='batch')
+        second.send('adopt', 2, 'job.1', 'long.1')
+        second.until('started', 'job.1')
+        second.until('started', 'long.1')
+        assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always, of the same owner
+        assert [c.key for c in s.read_claims(measured(second))] == ['job.1', 'long.1']
+        second.send('cancel', 5, 1, 'long.1')
+        second.until('cancelled', '')
+        assert second.ended('long')[0] == 143
+        fifo.write('go\n')
+    assert second.ended('job')[:2] == (0, '=out\n')
+
+
+@pytest.mark.parametrize('began_s, event', [
+    (10**9, ['lost', 'job.1', 'the machine was restarted']),
+    (0, ['ended', 'job.1', '137'])], ids=['restarted', 'killed'])
+def test_without_a_boot_id_a_restart_is_told_by_what_began_later_than_now(
+        channel, nameless, began_s, event):
+    runner = channel(env=nameless)
+    runner.start('job', 'sleep 1000')
+    runner.until('started', 'job.1')
+    wait_until(lambda: runner.record('job')[0] == 'running', 'its record')
+    pid, start, boot = runner.record('job')[1:]
+    os.killpg(int(pid), 9)
+    Path(runner.path('job', 'status')).write_text(
+        f'{f"running {pid} {int(start) + 100 * began_s} {boot}":95}\n')
+    runner.close()
+    runner = channel(env=nameless)
+    runner.send('adopt', 1, 'job.1')
+    runner.until(*event)
+
+
 def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path):
     first = channel()
     first.send('adopt', 2, 'job.1', 'other.1')
