@@ -2020,7 +2020,9 @@ ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login o
 
 # What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
 # stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
-BOOTSTRAP = 'IFS= read -rd "" s; eval "$s"'
+# -p: exported functions, BASH_ENV and SHELLOPTS do not change this bash; -t: nor does TMOUT.
+BOOTSTRAP = 'read -rt 9999 -d ""; eval "$REPLY"'
+BOOTSTRAP_BASH = ('bash', '-pc')
 
 FORCED_SSH_OPTIONS = """\
   RequestTTY no
@@ -2109,15 +2111,15 @@ class Connection:
     def terminal(self, path):
         """Return the argv of a bash script there that has our terminal.  path: it is plain."""
         if not self.machine.host:
-            return [*self._nice, 'bash', path]
+            return [*self._nice, 'bash', '-p', path]
         return ['ssh', '-F', self.config_path, '-tt', '-o', 'EscapeChar ~', '--', COPY_ALIAS,
-                ' '.join(['exec', *self._nice, 'bash', path])]
+                ' '.join(['exec', *self._nice, 'bash', '-p', path])]
 
     def _reach(self, alias, *options):
         if not self.machine.host:
-            return [*self._nice, 'bash', '-c', BOOTSTRAP]
+            return [*self._nice, *BOOTSTRAP_BASH, BOOTSTRAP]
         return ['ssh', '-F', self.config_path, *options, '--', alias,
-                ' '.join(['exec', *self._nice, f"bash -c '{BOOTSTRAP}'"])]
+                ' '.join(['exec', *self._nice, *BOOTSTRAP_BASH, f"'{BOOTSTRAP}'"])]
 
     def rsync(self, options, source, target, remote):
         """Return the argv of an rsync; its list of paths comes on stdin, NUL-terminated.
@@ -2195,8 +2197,15 @@ def explain_login(machine, status, noise, complaint):
 
 # ---- The remote runner: runs there ----
 
+# Variables that change what bash, or a program that the scripts below use, does.
+REMOTE_CLEAN = r'''
+set +o posix
+unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \
+  TAR_OPTIONS TAPE GREP_OPTIONS QUOTING_STYLE TIME_STYLE BLOCK_SIZE BLOCKSIZE _POSIX2_VERSION
+'''
+
 # Read a byte at a time, as bash must read a pipe, the runner would take 10 ms.
-REMOTE_LOADER = 'IFS= read -rd "" size; eval "$(head -c "$size")"'
+REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
 
 REMOTE_RUNNER = r'''
 # The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
@@ -2206,7 +2215,7 @@ REMOTE_RUNNER = r'''
 #
 # shellcheck disable=SC2015     # A && B || break: each field must come, or the channel was cut
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
-
+''' + REMOTE_CLEAN + r'''
 JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
 GPU_LIMIT_S=20              # for nvidia-smi's answer
 OLD_DAYS=14                 # after which what was sent is forgotten
@@ -2288,55 +2297,134 @@ centiseconds() {            # REPLY: hundredths of a second since boot
 
 # ---- What the machine is and has ----
 
+# Text that stands in front of a command in one line, NAME=VALUE NAME=VALUE ... COMMAND, is assigned
+# after the words of the command were expanded.  So no name can meet a variable of this shell; it
+# costs no process; and, other than what env(1) is given, ps shows it to nobody.
+enter() {                   # becomes the program $@ in the environment that "assign" was told
+  exec 3>&2 2>/dev/null     # of a locale that is missing the program warns, too
+  export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
+  eval "$assignments"'exec "${by_env[@]}" "$@" 2>&3 3>&-'
+}
+
+assign() {                  # sets assignments, by_env and dropped from $environment
+  local entry name entries
+  local -A given=()
+  assignments='' by_env=() dropped=()
+  for entry in "${environment[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      # bash cannot assign to these, or does more than that
+      [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
+        BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
+      *)
+        given[$name]=1
+        printf -v entry '%s=%q ' "$name" "${entry#*=}"
+        assignments+=$entry ;;
+    esac
+  done
+  ((${#by_env[@]} == 0)) || by_env=(/usr/bin/env -- "${by_env[@]}")
+  read_entries "/proc/$$/environ"
+  for entry in "${entries[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      '' | [0-9]* | *[!A-Za-z0-9_]* | PWD | OLDPWD | SHLVL | _) ;;
+      *) [[ ${given[$name]-} ]] || dropped+=("$name") ;;
+    esac
+  done
+}
+
+read_entries() {            # entries: what the file $1 holds, in which each ends with a NUL
+  local entry
+  entries=()
+  while IFS= read -rd '' entry; do [[ $entry != [!=]*=* ]] || entries+=("$entry"); done <"$1"
+}
+
+read_environment() {        # environment: the same, without what each job has of its own
+  local name entry entries word
+  environment=()
+  read_entries "$1"
+  for entry in "${entries[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
+      SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
+      BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
+      SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
+        entry=:${entry#*=}:
+        for word in monitor history histexpand emacs vi login_shell expand_aliases; do
+          entry=${entry/:"$word":/:}
+        done
+        entry=${entry#:}
+        entry=$name=${entry%:} ;;
+    esac
+    environment+=("$entry")
+  done
+}
+
 capture() {                 # leaves the environment of an interactive login in $run/environment
-  local shell=${SHELL:-$BASH} to=$run/environment dump
-  dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+  local shell=${SHELL:-$BASH} to=$run/environment dump probe next how=-l entries
+  local functions='{
+    \builtin echo shopt -s extglob; \builtin declare -f; \builtin shopt -p extglob
+  } >"$SSH_SCHEDULER_CAPTURE.functions"'
+  # A start file may put another shell in the place of this one.  That shell reads its stdin.
+  probe='(readlink "/proc/$PPID/exe"; tr "\0" " " <"/proc/$PPID/cmdline")'
+  probe+=' >"$SSH_SCHEDULER_CAPTURE.shell"; exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.before"'
+  probe="/bin/sh -c '$probe'"
   [[ ! $setup ]] || to=$run/login       # setup has the last word
-  if [[ $shell == */bash ]]; then
-    dump='/usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"
-          declare -f >"$SSH_SCHEDULER_CAPTURE.functions"'
+  read_entries "/proc/$$/environ"
+  for _ in 1 2 3; do
+    environment=("${entries[@]}" "SSH_SCHEDULER_CAPTURE=$to")
+    assign
+    next=
+    dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$functions
+    case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
+      *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
+      *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
+    esac 2>"$run/login.err"
+    { IFS= read -r next && IFS= read -r how; } 2>/dev/null <"$to.shell"
+    [[ $next && ! $next -ef $shell ]] || break
+    [[ $how =~ ^-|\ -[a-z]*l|\ --login ]] && how=-l || how=-i
+    read_entries "$to.before"
+    shell=$next
+    rm -f -- "$to" "$to.shell"
+  done
+  if [[ ! -s $to ]]; then
+    printf '%s\0' "${entries[@]}" >"$to"
+    printf '%s\n' "$shell" >"$run/login.silent"
   fi
-  case ${shell##*/} in                  # csh takes -l alone, and with -c it has no $prompt
-    csh | tcsh) SSH_SCHEDULER_CAPTURE=$to "$shell" -l <<<"$dump" ;;
-    *) SSH_SCHEDULER_CAPTURE=$to "$shell" -ilc "$dump" ;;
-  esac 2>"$run/login.err"
-  [[ -s $to ]] || env -0 >"$to"
   if [[ $setup ]]; then
-    local entry
-    # shellcheck disable=SC2163          # what it says is NAME=VALUE
-    while IFS= read -rd '' entry; do export "$entry"; done <"$run/login"
-    SSH_SCHEDULER_CAPTURE=$run/environment "$BASH" -c '
-      functions=${SSH_SCHEDULER_CAPTURE%/*}/login.functions
-      if [ -e "$functions" ]; then . "$functions"; fi
+    read_environment "$to"
+    environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
+    assign
+    (enter "$BASH" -c '
+      if [ -e "$2" ]; then . "$2"; fi
       eval "$1" || exit
       /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
-      declare -f >"$SSH_SCHEDULER_CAPTURE.functions"
-      mv "$SSH_SCHEDULER_CAPTURE.new" "$SSH_SCHEDULER_CAPTURE"
-    ' setup "$setup" >"$run/setup.err" 2>&1
-    echo $? >"$run/setup.status"
+    '"$functions" setup "$setup" "$to.functions") >"$run/setup.err" 2>&1
+    echo "$?" >"$run/setup.status"
+    mv -- "$run/environment.new" "$run/environment" 2>/dev/null
   fi
 }
 
-load_environment() {        # fills $environment; says so where a part of it could not be had
-  local entry name status
-  if [[ $setup && ! -s $run/environment ]]; then
-    { read -r status <"$run/setup.status"; } 2>/dev/null || status='no answer in time'
-    tell broken "setup failed ($status): $(tail -n 1 "$run/setup.err" 2>/dev/null)"
+load_environment() {        # fills environment, for "enter"; tells where a part could not be had
+  local entry name=$run/environment status bash_env=''
+  if [[ $setup && ! -s $name ]]; then
+    { read -r status <"$run/setup.status"; } || status='no answer in time'
+    tell broken "setup failed ($status): $(tail -n 1 "$run/setup.err")"
     return
   fi
-  [[ -s $run/environment ]] || tell note 'the login shell did not give its environment in time'
-  while IFS= read -rd '' entry; do
-    name=${entry%%=*}
-    case $name in
-      '' | [0-9]* | *[!A-Za-z0-9_]*) ;; # such as an exported function: those come as functions
-      PWD | OLDPWD | SHLVL | _ | SHELLOPTS | BASHOPTS | CUDA_VISIBLE_DEVICES) ;;
-      SSH_SCHEDULER_CAPTURE | SSH_CLIENT | SSH_CONNECTION) ;;
-      BASH_ENV) bash_env=${entry#*=} ;;
-      *) environment+=("$entry") ;;
-    esac
-  done <"$run/environment"
+  if [[ ! -s $name ]]; then
+    tell note 'the login shell did not give its environment in time'
+    name=/proc/$$/environ
+  elif IFS= read -r entry <"$run/login.silent"; then
+    tell note "the login shell did not give its environment: a start file of $entry ends it, or \
+starts another program. So jobs have the environment of a command over ssh"
+  fi
+  read_environment "$name"
   environment+=("${machine_environment[@]}")
-  # bash reads the functions at its start, and programs that it runs do not inherit them
+  for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
+  # bash reads the functions at its start; programs that it runs inherit those that are exported
   if [[ $bash_env || -s $run/environment.functions ]]; then
     {
       if [[ $bash_env ]]; then          # it may choose GPUs, too, as .bashrc does for people
@@ -2345,12 +2433,14 @@ load_environment() {        # fills $environment; says so where a part of it cou
         printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
         printf 'unset -v ssh_scheduler_gpus\n'
       else
-        printf 'unset -v BASH_ENV\n'
+        printf 'builtin unset -v BASH_ENV\n'
       fi
       cat -- "$run/environment.functions"
     } >"$run/functions"
-    bash_env=$run/functions
+    environment+=("BASH_ENV=$run/functions")
   fi
+  environment=(PYTHONUNBUFFERED=1 "${environment[@]}")
+  assign
 } 2>/dev/null
 
 read_ticks() {              # sets busy and total: processor ticks since boot
@@ -2648,7 +2738,7 @@ find_list() {               # REPLY: the file with what the job job.attempt $1 l
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
   local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used left
-  local alive input keeper='' watchdog='' program=../cmd
+  local alive input keeper='' watchdog='' program=../cmd own
   shift 4                   # $back: none | changed | paths, which are what is left
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
@@ -2667,15 +2757,16 @@ run_job() {                 # in its own process and group; says how it went, an
     [[ ${modes[$name]-} != tty ]] || program=../wait
     (
       exec {held}>"$dir/alive" {alive}<&- {input}<&-
-      unset -v CUDA_VISIBLE_DEVICES SSH_CLIENT SSH_CONNECTION
-      ((${#environment[@]} == 0)) || export "${environment[@]}"
-      [[ ! $bash_env ]] || export BASH_ENV="$bash_env"
-      export SSH_SCHEDULER_JOB="${name%.*}" SSH_SCHEDULER_ID="$project.$name" PYTHONUNBUFFERED=1
-      [[ $gpus == - ]] || export CUDA_VISIBLE_DEVICES="$gpus" CUDA_DEVICE_ORDER=PCI_BUS_ID
       umask "$mask"
       read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
         echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
-      cd -- "$dir/work" && exec "$BASH" "$program"
+      cd -- "$dir/work" || exit
+      printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${name%.*}" SSH_SCHEDULER_ID "$project.$name"
+      [[ $gpus == - ]] || own+="CUDA_VISIBLE_DEVICES=$gpus CUDA_DEVICE_ORDER=PCI_BUS_ID "
+      assignments+=$own
+      [[ $program == ../cmd ]] ||
+        printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
+      enter "$BASH" "$program"
     ) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
     exec {input}<&-
@@ -2872,20 +2963,18 @@ start_pending() {           # starts what was read of "start" requests since the
 prepare_tty() {             # for start_pending: where the job $name wants that
   [[ ${modes[$name]-} == tty ]] || return 0
   cat >"$dir/wait" <<'EOF' && cat >"$dir/tty" <<'EOF'
-export -p >../exports
 mkfifo ../code
 read -r code <../code || code=129
 exit "$code"
 EOF
 cd -- "${0%/*}/work" || exit
 until [[ -p ../code ]]; do sleep 0.02; done
-exec {code}>../code {held}>../alive
-term=$TERM
-. ../exports
-export TERM=$term
+exec 8>../code 9>../alive
+{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
 trap : INT QUIT                         # what is typed is for the job; this tells how that ended
-"$BASH" ../cmd {code}>&-
-echo "$?" >&"$code"
+set -- "$TERM" "$BASH"
+eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
+echo "$?" >&8
 EOF
 }
 
@@ -3202,8 +3291,9 @@ remove() {                  # jobs whose results are safe over there
 
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
-  local token workdir project owner setup want_gpus machine_environment=() environment=() bash_env=
-  local home run self mask events signals waiting=0 capturing boot_id
+  local token workdir project owner setup want_gpus machine_environment=() environment=()
+  local assignments='' by_env=() dropped=() smi=nvidia-smi
+  local home run self uid mask events signals waiting=0 capturing boot_id
   local busy_before total_before busy total
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
@@ -3223,6 +3313,8 @@ main() {
   # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
+  { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # it may come from elsewhere
+  while read -r field uid _ && [[ $field != Uid: ]]; do :; done </proc/self/status
   run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
   mask=$(umask)
   umask 077
@@ -3237,7 +3329,7 @@ main() {
     return
   fi
   [[ -w $shared ]] || shared=/tmp
-  claims=$shared/ssh_scheduler.$UID
+  claims=$shared/ssh_scheduler.$uid
   claims_are_ours
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   printf '%s\n%s\n' "$self" "$owner" >"$run/self"
@@ -3389,7 +3481,7 @@ main
 '''
 
 # Runs there, beside a job: the rest of its streams, and what they grow by, until nobody listens.
-REMOTE_FOLLOW = r'''
+REMOTE_FOLLOW = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, folder of the job, known bytes of out and of err
   local token dir out err
   IFS= read -rd '' token && IFS= read -rd '' dir && IFS= read -rd '' out && IFS= read -rd '' err ||
@@ -3410,7 +3502,7 @@ main
 '''
 
 # Runs there, beside a job: takes what comes for its standard input.
-REMOTE_FEED = r'''
+REMOTE_FEED = REMOTE_CLEAN + r'''
 main() {                    # stdin: folder of the job, then its input
   local dir
   IFS= read -rd '' dir || return
@@ -3427,7 +3519,7 @@ main
 '''
 
 # Runs there, for one copy: takes a tar archive from stdin, or gives one of the paths on stdin.
-REMOTE_UNPACK = r'''
+REMOTE_UNPACK = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, folder, tar
   local token folder
   IFS= read -rd '' token && IFS= read -rd '' folder || return
@@ -3436,7 +3528,7 @@ main() {                    # stdin: token, folder, tar
 }
 main
 '''
-REMOTE_PACK = r'''
+REMOTE_PACK = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, folder, paths that end with NUL
   local token folder
   IFS= read -rd '' token && IFS= read -rd '' folder || return

@@ -935,6 +935,16 @@ def test_a_typed_interrupt_ends_what_does_not_catch_it(terminal, machine, clean)
     clean()
 
 
+def test_a_program_at_a_terminal_has_the_environment_of_any_job(terminal, lab):
+    machine = lab(startup={'.bashrc': '''
+        export code=7 held=8 term=9 exports=10 entry=11 TMOUT=900
+        hello() { echo "hello $code $held $term $exports $entry $TMOUT"; }
+    '''})
+    at = terminal(machine, 'hello; exit 3', '--tty')
+    at.until(rb'hello 7 8 9 10 11 900')
+    assert at.end() == 3
+
+
 def test_a_terminal_that_is_cut_off(terminal, lab, ledger):
     machine = lab()
     at = terminal(machine, f'echo ready; echo $$ >>{ledger}; sleep 1000', '--tty', '--job-name',

@@ -109,6 +109,151 @@ def test_a_job_does_not_know_of_the_connection(batches, lab1):
     assert (done.returncode, result('batch.sh.1'), result('batch.sh.2')) == (1, b'', b'')
 
 
+def test_two_jobs_that_share_a_machine_do_not_share_a_name_of_the_login(batches, lab, gate):
+    """The names of what the program itself has over there, or could have."""
+    names = {'gpus': '0,1', 'dir': '/data', 'program': '/data/cmd', 'mask': '0777', 'name': 'x',
+             'project': 'y', 'status': '3', 'environment': 'z', 'run': '/data', 'home': '/data',
+             'setup': 'false', 'shell': '/bin/false', 'functions': 'f', 'entry': 'e', 'id': '7'}
+    exports = ''.join(f"export {name}='{value}'\n" for name, value in names.items())
+    machine = lab(gpus=rig.fake_gpus(2), startup={'.bashrc': exports})
+    meet = gate.meeting(2)
+    show = '; '.join(f'echo "${name}"' for name in names)
+    show += '; umask >&2; echo $CUDA_VISIBLE_DEVICES >&2'
+    done = batches.run([f'{meet[n]}; {show}' for n in (0, 1)], [machine.yaml(setup='export SET=1')])
+    assert done.returncode == 0, done.stderr
+    assert [result(f'batch.sh.{n}').decode().split() for n in (1, 2)] == [[*names.values()]] * 2
+    umask, *gpus = sorted({line for n in (1, 2)
+                           for line in result(f'batch.sh.{n}', 'err').decode().split()})
+    assert sorted([umask, *gpus]) == ['0', '0022', '1']
+
+
+def test_functions_behind_one_with_extended_patterns_are_there(batches, lab):
+    """As bash-completion has them."""
+    machine = lab(startup={'.bashrc': """
+        case $- in *i*) ;; *) return;; esac
+        shopt -s extglob
+        _a_completion() { case $1 in @(a|b)) echo "one of them";; !(c)*) echo other;; esac; }
+        module() { echo "module $1"; }
+        once() { case $1 in +(x)) echo xs;; esac; }
+        shopt -u extglob
+    """})
+    done = batches.run(['module load', 'once xxx; shopt extglob'], [machine], *NO_GPU)
+    assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (b'module load\n', b'')
+    assert (result('batch.sh.2').split()[-1], result('batch.sh.2', 'err')) == (b'off', b'')
+    assert done.stderr.count('\n') == 1
+
+
+def test_functions_with_extended_patterns_work_where_the_login_has_them(batches, lab):
+    machine = lab(startup={'.bashrc': '''
+        shopt -s extglob
+        which_of() { case $1 in @(a|b)) echo one of them;; esac; }
+    '''})
+    setup = machine.yaml(setup='also() { case $1 in +(x)) which_of a;; esac; }')
+    batches.run(['which_of b; also xx'], [setup], *NO_GPU)
+    assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (b'one of them\n' * 2, b'')
+
+
+@pytest.mark.parametrize('startup, env', [
+    ({'.bashrc': 'readonly TMOUT=900 UIDS=1; export TMOUT UIDS\n'}, {}),
+    ({'.bashenv': 'readonly TMOUT=900; export TMOUT\n'}, {'BASH_ENV': '{home}/.bashenv'}),
+    ({'.bashrc': 'export UID EUID PPID SHELLOPTS BASHOPTS BASH_VERSINFO\n'}, {}),
+], ids=['bashrc', 'BASH_ENV', "bash's own"])
+def test_readonly_variables_make_no_noise(batches, lab, startup, env):
+    machine = lab(startup=startup)
+    if env:
+        (machine.home / '.profile').write_text(
+            f'export BASH_ENV={machine.home}/.bashenv\n' + (machine.home / '.profile').read_text())
+    done = batches.run(['echo "fine"'], [machine], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1', 'err')) == (0, b''), done.stderr
+
+
+@pytest.mark.parametrize('first, second', [
+    ('bash', 'zsh'), ('bash', 'fish'), ('dash', 'bash'), ('tcsh', 'bash'), ('zsh', 'fish'),
+    ('fish', 'zsh'), ('bash', 'tcsh')])
+def test_a_start_file_that_puts_another_shell_in_its_place(batches, lab, first, second):
+    """Where chsh is not allowed; what the first one exports holds, too."""
+    program = rig.program(second) + (' -l' if second == 'fish' else '')
+    hand_over = {
+        'bash': f'export FIRST=1\ncase $- in *i*) exec {program};; esac\n',
+        'dash': f'export FIRST=1\nexec {program}\n',
+        'zsh': f'export FIRST=1\nexec {program}\n',
+        'tcsh': f'setenv FIRST 1\nif ($?prompt) then\nexec {program}\nendif\n',
+        'fish': f'set -gx FIRST 1\nif status is-login\nexec {program}\nend\n'}[first]
+    name, text = LOGIN_FILES[second]
+    machine = lab(shell=rig.program(first))
+    for file, lines in ((machine.home / LOGIN_FILES[first][0], hand_over),
+                        (machine.home / name, text)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, 'a') as out:
+            out.write(lines)
+    add_tool(machine)
+    done = batches.run(['mytool; echo "$FROM $FIRST"'], [machine], *NO_GPU)
+    assert done.returncode == 0, done.stderr
+    assert result('batch.sh.1').decode() == f'tool\n{second} {machine.home} 1\n', done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('text', ['exit', 'exec true', 'exec tmux-is-not-here', 'exec cat'])
+def test_an_environment_that_cannot_be_had_is_said(batches, lab, text):
+    machine = lab(startup={'.bashrc': f'export EARLY=1\ncase $- in *i*) {text};; esac\n'})
+    done = batches.run(['echo fine'], [machine], *NO_GPU)
+    assert (done.returncode, result('batch.sh.1')) == (0, b'fine\n')
+    (complaint,) = [line for line in complaints(done, machine.yaml()) if 'sent' not in line]
+    assert 'the login shell did not give its environment: a start file of /bin/bash' in complaint
+
+
+def test_the_locale_of_a_login_is_that_of_its_jobs(batches, lab):
+    machine = lab(env={'LC_ALL': 'C.UTF-8', 'LANG': 'de_DE.UTF-8'})
+    batches.run(['echo "$LC_ALL $LANG ${LC_TIME-unset}"'], [machine], *NO_GPU)
+    assert result('batch.sh.1') == b'C.UTF-8 de_DE.UTF-8 unset\n'
+
+
+def test_of_a_locale_that_is_not_there_bash_warns_once(batches, lab):
+    machine = lab(startup={'.bashrc': 'export LC_ALL=no_SUCH.UTF-8\n'})
+    batches.run(['true'], [machine], *NO_GPU)
+    assert result('batch.sh.1', 'err').count(b'\n') == 1
+
+
+@pytest.mark.parametrize('way', ['login', 'setup', 'env'])
+def test_an_nvidia_smi_that_only_the_login_or_setup_finds(batches, lab, way):
+    """As on WSL2, or where a module has it."""
+    lines = 'export PATH=~/tools:$PATH LIBRARY=here\n'
+    guarded = f'case $- in *i*) {lines};; esac\n'
+    machine = lab(gpus=rig.fake_gpus(2), startup={'.bashrc': guarded if way == 'login' else ''})
+    (machine.home / 'tools').mkdir()
+    (machine.bin / 'nvidia-smi').rename(machine.folder / 'nvidia-smi')
+    rig.put(machine.home / 'tools/nvidia-smi', '#!/bin/bash\n[[ $LIBRARY ]] || exit 12\n'
+            f'exec {machine.bin}/nvidia-smi.real "$@"\n', 0o755)
+    machine._script('nvidia-smi.real', rig.NVIDIA_SMI)
+    more = {'setup': lines} if way == 'setup' else {}
+    if way == 'env':
+        more['env'] = {'PATH': f'{machine.home}/tools:{machine.path}', 'LIBRARY': 'here'}
+    done = batches.run(['echo $CUDA_VISIBLE_DEVICES'] * 2, [machine.yaml(**more)])
+    assert done.returncode == 0, done.stderr
+    assert {result('batch.sh.1'), result('batch.sh.2')} <= {b'0\n', b'1\n'}
+    assert 'machine gpu choices: [[0, 1]]' in done.stdout
+
+
+def test_an_nvidia_smi_that_needs_what_the_login_exports(batches, lab):
+    """Such as LD_LIBRARY_PATH: without its library it exits with 12."""
+    machine = lab(gpus=rig.fake_gpus(1), startup={
+        '.bashrc': 'case $- in *i*) export LIBRARY=here;; esac\n'})
+    machine._script('nvidia-smi.real', rig.NVIDIA_SMI)
+    machine._script('nvidia-smi', '#!/bin/bash\n[[ $LIBRARY ]] || exit 12\n'
+                    'exec "$0.real" "$@"\n')
+    done = batches.run(['echo $CUDA_VISIBLE_DEVICES'], [machine])
+    assert (done.returncode, result('batch.sh.1')) == (0, b'0\n'), done.stderr
+
+
+def test_an_nvidia_smi_that_is_found_at_once_is_asked_once(batches, lab):
+    machine = lab(gpus=rig.fake_gpus(1))
+    machine._script('nvidia-smi.real', rig.NVIDIA_SMI)
+    machine._script('nvidia-smi', f'#!/bin/bash\necho >>{machine.folder}/asked\n'
+                    'exec "$0.real" "$@"\n')
+    assert batches.run(['true'], [machine], '--no-live').returncode == 0
+    assert (machine.folder / 'asked').read_text() == '\n'
+
+
 # ---- Start files that misbehave ----
 
 @pytest.mark.parametrize('shell', sorted(NOISY_FILES))

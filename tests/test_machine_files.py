@@ -655,11 +655,11 @@ def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
     machine = Machine('a', 'lab1', 'me', 2222, '/key', 'gate', (('Compression', 'yes'),))
     connection = ssh_scheduler.Connection(machine, str(tmp_path), 7)
     config = f'{tmp_path}/7.config'
-    run = f"exec bash -c '{connection.channel()[-1][14:-1]}'"
+    run = f"exec bash -pc '{ssh_scheduler.BOOTSTRAP}'"
     assert connection.channel() == ['ssh', '-F', config, '-T', '--', 'lab1', run]
     assert connection.copy() == ['ssh', '-F', config, '-T', '--', ssh_scheduler.COPY_ALIAS,
                                  connection.copy()[-1]]
-    assert re.fullmatch(r"exec bash -c '[^']+'", connection.channel()[-1])
+    assert re.fullmatch(r"exec bash -pc '[^']+'", connection.channel()[-1])
     argv = connection.rsync(['-x'], 'from', 'to', 'target')
     assert argv[argv.index('-e') + 1] == f'ssh -F {config}'
     assert argv[-3:] == ['--', 'from', f'{ssh_scheduler.COPY_ALIAS}:to']
@@ -669,6 +669,6 @@ def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
 
 def test_this_machine_is_reached_by_bash_alone(tmp_path):
     connection = ssh_scheduler.Connection(Machine('localhost'), str(tmp_path), 0)
-    assert connection.channel()[:2] == connection.copy()[:2] == ['bash', '-c']
+    assert connection.channel()[:2] == connection.copy()[:2] == ['bash', '-pc']
     argv = connection.rsync([], 'from', 'to', 'target')
     assert argv[-3:] == ['--', 'from', 'to'] and '-e' not in argv

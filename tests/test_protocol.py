@@ -269,7 +269,7 @@ class Remote:
     def __init__(self, world, head):
         self.world = world
         self.process = subprocess.Popen(
-            ['bash', '-c', s.BOOTSTRAP], env=world.env, cwd=world.home, stdin=subprocess.PIPE,
+            [*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=world.env, cwd=world.home, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.answers = collections.deque()      # bytes of whole events, not delivered

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -51,15 +52,16 @@ class Channel:
     """A remote runner under a local bash, its requests and its events."""
 
     def __init__(self, env, *, bash='bash', project=None, owner='', workdir='', setup='',
-                 gpus=False, variables=()):
+                 gpus=False, variables=(), functions=''):
         project = project or os.path.basename(env['HOME'])      # another test's may run beside it
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
         self.events = []                    # all so far, as lists of text
         self._reader = s.EventReader(TOKEN)
         self.process = subprocess.Popen(
-            [bash, '-c', s.BOOTSTRAP], env=env, cwd=env['HOME'], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        script = s.REMOTE_RUNNER.encode()
+            [bash, *s.BOOTSTRAP_BASH[1:], s.BOOTSTRAP], env=env, cwd=env['HOME'],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+        script = (functions + s.REMOTE_RUNNER).encode()
         self.write(s.request(s.REMOTE_LOADER, len(script)) + script)
         self.send(TOKEN, workdir, project, owner or f'owner-{id(self)}', setup, int(gpus),
                   len(variables), *variables)
@@ -874,11 +876,10 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     assert all(map(rig.ends, members))
 
 
-def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, env, tmp_path):
-    """The runner's own `kill` notes what it is given; a shell over there may have such a one."""
+def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, tmp_path):
+    """The runner has a `kill` that notes what it is given."""
     begun, told = tmp_path / 'begun', tmp_path / 'told'
-    runner = channel(env={**env, 'BASH_FUNC_kill%%': f'() {{ echo "$@" >>{told}; '
-                                                     'builtin kill "$@"; }'})
+    runner = channel(functions=f'kill() {{ echo "$@" >>{told}; builtin kill "$@"; }}\n')
     (tmp_path / 'deep').write_text(         # each begins in a later tick of the clock
         f'sleep 0.02; echo $$ >>{begun}; (($1 == 8)) || bash $0 $(($1 + 1)); sleep 1000; :')
     runner.start('job', f'bash {tmp_path}/deep 1')
@@ -1469,6 +1470,163 @@ def test_pack_gives_exactly_the_named_paths(env, tmp_path):
     assert mark
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert [member.name for member in tar] == ['./-x', './new\nline', './folder']
+
+
+# ---- What the environment holds changes nothing ----
+
+# Each name that stands in the runner, and each that bash has; less what is said of the session or
+# the job, which nobody shall have from another, and what a login shell needs itself.
+NAMES = sorted(
+    {*re.findall(r'[A-Za-z_]\w*', s.REMOTE_RUNNER),
+     *subprocess.run(['bash', '-c', 'compgen -v'], capture_output=True, text=True).stdout.split()}
+    - {'_', 'BASH', 'PATH', 'HOME', 'SHELL', 'PWD', 'OLDPWD', 'SHLVL', 'BASH_ENV', 'SHELLOPTS',
+       'BASHOPTS', 'CUDA_VISIBLE_DEVICES', 'SSH_CLIENT', 'SSH_CONNECTION'}
+    - {'EPOCHREALTIME', 'EPOCHSECONDS', 'SRANDOM', 'RANDOM', 'BASH_EXECUTION_STRING', 'REPLY',
+       'COLUMNS', 'LINES'}
+    - {name for name in re.findall(r'\w+', s.REMOTE_RUNNER) if name.startswith('SSH_SCHEDULER_')})
+ODD_NAMES = ['with-dash', 'with.dot', '1digit', '-i', 'with blank', '%', 'ä']
+SHOW = 'exec /usr/bin/env -0'
+
+
+def shown(data):
+    """What SHOW has printed, without what is of this job."""
+    ours = ('SSH_SCHEDULER_', 'PWD=', 'OLDPWD=', 'SHLVL=', '_=', 'PYTHONUNBUFFERED=', 'BASH_ENV=')
+    return sorted(entry for entry in data.split('\0') if entry and not entry.startswith(ours))
+
+
+@pytest.mark.parametrize('way', ['the process', 'the login', 'setup', 'env'])
+def test_no_name_in_the_environment_is_special(channel, env, tmp_path, way):
+    """A job has what the same bash would have, called by a shell with these variables."""
+    if way == 'the process':        # a computer's own, or on localhost that of the calling shell
+        extra = dict.fromkeys([*NAMES, *ODD_NAMES], '1')
+    else:                           # a shell gives to programs no more than it takes
+        extra = dict.fromkeys(set(NAMES) - {'UID', 'EUID', 'PPID', 'BASH_VERSINFO'}, '1')
+    exports = ''.join(f'export {name}=1\n' for name in extra)
+    settings = {}
+    script = tmp_path / 'script'
+    script.write_text(f'{SHOW}\n')
+    if way == 'the process':
+        env = {**env, **extra}
+    elif way == 'the login':
+        Path(env['HOME'], '.bash_profile').write_text(exports)
+    elif way == 'setup':
+        settings['setup'] = exports
+    else:
+        settings['variables'] = [f'{name}=1' for name in extra]
+    runner = channel(env=env, **settings)
+    runner.ready()
+    runner.start('job', f'{SHOW} >seen', gpus='1')
+    status, out, err, _ = runner.ended('job')
+    assert (status, out) == (0, '='), err
+    seen = shown(Path(runner.path('job', 'work/seen')).read_text())
+    more = exports if way == 'setup' else ''
+    words = [f'{name}=1' for name in extra] if way == 'env' else []
+    wanted = subprocess.run(['bash', '-ilc', f'{more} exec /usr/bin/env "$@" bash {script}', '',
+                             *words], env=env, stdin=subprocess.DEVNULL, capture_output=True)
+    wanted = set(shown(wanted.stdout.decode()))
+    gpu = {'CUDA_VISIBLE_DEVICES=1', 'CUDA_DEVICE_ORDER=PCI_BUS_ID'}
+    wanted = {entry for entry in wanted if not entry.startswith('CUDA_')} | gpu
+    assert set(seen) ^ wanted == set()
+    assert os.path.exists(runner.folder) and not os.path.exists('1')
+
+
+def test_an_array_of_the_runner_is_no_name_either(channel, env):
+    """Such as `sent`, of which no scalar can be exported."""
+    runner = channel(env={**env, **dict.fromkeys(['sent', 'linked', 'modes', 'names', 'fields',
+                                                  'environment', 'dropped', 'by_env'], 'mine')})
+    runner.ready()
+    runner.start('job', 'echo $sent $linked $modes $names $fields $environment $dropped $by_env')
+    assert runner.ended('job')[1] == '=' + ' '.join(['mine'] * 8) + '\n'
+
+
+BENDING = {
+    'functions': {f'BASH_FUNC_{name}%%': '() { echo bent; return 1; }' for name in (
+        'read', 'printf', 'eval', 'unset', 'local', 'kill', 'wait', 'trap', 'cd', 'umask', 'set',
+        'main', 'say', 'tell', 'escape', 'find', 'tar', 'head', 'mkdir', 'rm', 'cat', 'mv')},
+    'BASH_ENV': {'BASH_ENV': '{home}/bash_env'},
+    'options': {'SHELLOPTS': 'braceexpand:errexit:nounset:noglob:noclobber:pipefail'},
+    'posix': {'POSIXLY_CORRECT': '1', '_POSIX2_VERSION': '199209'},
+    'globs': {'GLOBIGNORE': '*', 'CDPATH': '/tmp:/', 'EXECIGNORE': '/*/rm'},
+    'nesting': {'FUNCNEST': '1'},
+    'numbers': {'UID': '12345', 'EUID': '12345', 'RANDOM': '1', 'SECONDS': '-100000'},
+    'tar': {'TAR_OPTIONS': '--exclude=*', 'TAPE': '/dev/null'},
+    'grep': {'GREP_OPTIONS': '-v'},
+    'locale': {'LC_ALL': 'no_SUCH.locale', 'LANG': 'no_SUCH.locale', 'LC_NUMERIC': 'de_DE'},
+    'formats': {'QUOTING_STYLE': 'c', 'TIME_STYLE': '+x', 'BLOCK_SIZE': '1G'},
+}
+
+
+@pytest.mark.parametrize('what', BENDING)
+def test_what_bash_and_programs_heed_does_not_bend_the_runner(channel, env, shared, what):
+    home = env['HOME']
+    Path(home, 'bash_env').write_text(
+        'readonly dir=/ home=/ run=/ TMOUT=1 2>/dev/null; say() { echo bent; }; set -f\n')
+    bent = {name: value.format(home=home) if what == 'BASH_ENV' else value
+            for name, value in BENDING[what].items()}
+    runner = channel(env={**env, **bent})
+    runner.ready()
+    runner.stage('one', {'copy/b c/file': 'text\n', 'copy/x': ''})
+    runner.start('job', "/bin/cat 'b c/file'; echo >new; exit 3", stage='one', back='changed',
+                 need=NEED)
+    status, out, _, back = runner.ended('job')
+    assert (status, out, sorted(back)) == (3, '=text\n', ['+./new'])
+    runner.start('long', 'sleep 1000', need=NEED)
+    runner.until('started', 'long.1')
+    assert [path.parent.name for path in claims_in(shared)] == [f'ssh_scheduler.{os.getuid()}']
+    runner.send('cancel', 5, 1, 'long.1')
+    runner.until('cancelled', '')
+    runner.send('clean', 2, 'job.1', 'long.1')
+    runner.send('finish', '', 1, 'one')
+    runner.until('finished')
+    runner.close()
+    assert not os.path.exists(runner.folder) or os.listdir(runner.folder) == []
+
+
+def test_a_runner_that_is_not_spoken_to_does_not_mind_tmout(channel, env):
+    """bash's read gives up after TMOUT seconds."""
+    runner = channel(env={**env, 'TMOUT': '1'})
+    runner.ready()
+    runner.start('job', 'sleep 1.5; echo "$TMOUT"')
+    assert runner.ended('job')[1] == '=1\n'
+    runner.start('again', 'true')
+    assert runner.ended('again')[0] == 0
+
+
+def test_tar_is_told_nothing_by_the_environment(env, tmp_path):
+    """Where it takes files and gives them, beside the channel."""
+    env = {**env, 'TAR_OPTIONS': '--exclude=*', 'TMOUT': '1'}
+    data = tar_of({'folder/file': 'text\n'})
+    run_script(s.REMOTE_UNPACK, bytes(s.request(TOKEN, tmp_path)) + data, env)
+    assert (tmp_path / 'folder/file').read_text() == 'text\n'
+    got = run_script(s.REMOTE_PACK, bytes(s.request(TOKEN, tmp_path)) + b'./folder/file\0', env)
+    assert b'text\n' in got
+
+
+def test_options_of_bash_that_a_login_exports_hold_in_jobs(channel, env):
+    Path(env['HOME'], '.bash_profile').write_text('set -o pipefail; export SHELLOPTS\n')
+    runner = channel()
+    runner.ready()
+    runner.start('job', 'false | true; echo $? $-')
+    status, out, _, _ = runner.ended('job')
+    assert (status, out.split()[0]) == (0, '=1')
+    assert not set(out.split()[1]) & set('miH')         # but the job is no interactive shell
+
+
+def test_what_a_login_takes_out_of_the_environment_is_not_in_that_of_a_job(channel, env):
+    Path(env['HOME'], '.bash_profile').write_text('unset GONE dir\n')
+    runner = channel(env={**env, 'GONE': '1', 'dir': '/data'})
+    runner.ready()
+    runner.start('job', 'echo "${GONE-unset} ${dir-unset}"')
+    assert runner.ended('job')[1] == '=unset unset\n'
+
+
+def test_an_exported_function_reaches_the_programs_of_a_job(channel, env):
+    Path(env['HOME'], '.bash_profile').write_text(
+        'module() { echo "module $1"; }; here() { echo here; }; export -f module\n')
+    runner = channel()
+    runner.ready()
+    runner.start('job', 'here; bash -c "module load; here" 2>/dev/null; true')
+    assert runner.ended('job')[1] == '=here\nmodule load\n'
 
 
 # ---- Older bashes ----
