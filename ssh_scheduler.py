@@ -2459,7 +2459,11 @@ count_cores() {             # REPLY: the cores that this login may use
 }
 
 nvidia() {                  # asks nvidia-smi $1; its answer and its words go to files
-  nvidia-smi "$1" --format=csv,noheader,nounits >"$run/gpus.$2" 2>"$run/gpus.err" &
+  {
+    set -- "$smi" "$1" --format=csv,noheader,nounits
+    [[ $smi != /* ]] || enter "$@"
+    exec "$@"
+  } >"$run/gpus.$2" 2>"$run/gpus.err" &
   echo "$!" >"$run/gpus.pid"
   wait "$!"
   local status=$?
@@ -2469,7 +2473,7 @@ nvidia() {                  # asks nvidia-smi $1; its answer and its words go to
 
 query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
   local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
-  type -P nvidia-smi >/dev/null || { echo absent >"$run/gpus.status"; return; }
+  type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
   nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
   status=$?
   if ((status == 2)); then  # an old driver refuses all for one field that it does not know
@@ -2488,6 +2492,20 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
       done <"$run/gpus.list" ;;
   esac
   echo "$status" >"$run/gpus.status"
+}
+
+query_gpus_again() {        # with the environment of the jobs, where it is found only so
+  local status line
+  { read -r status <"$run/gpus.status"; } 2>/dev/null
+  case $status in
+    absent | 12 | 12[67]) ;;            # 12: it does not find its library
+    *) return ;;
+  esac
+  line=$(enter /bin/sh -c 'command -v nvidia-smi')
+  [[ $line == /* ]] || return
+  smi=$line
+  rm -f -- "$run/gpus.status"
+  read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
 }
 
 give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
@@ -2657,6 +2675,7 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   capturing=
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
+  [[ $want_gpus != 1 ]] || query_gpus_again
   if [[ $1 ]]; then
     tell probe ticks_before "$busy_before/$total_before"
     measure
