@@ -585,7 +585,7 @@ def test_unknown_requests_are_said(runner):
 
 
 def test_a_channel_that_ends_in_its_greeting_leaves_nothing(env):
-    process = subprocess.Popen(['bash', '-c', s.BOOTSTRAP], env=env, stdin=subprocess.PIPE,
+    process = subprocess.Popen([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     script = s.REMOTE_RUNNER.encode()
     head = s.request(s.REMOTE_LOADER, len(script)) + script + s.request(TOKEN, '', 'project')
@@ -943,8 +943,9 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
 @contextlib.contextmanager
 def script(text, env, *fields):
     """A script of ours beside the runner, as over a session of its own."""
-    with subprocess.Popen(['bash', '-c', s.BOOTSTRAP], env=env, stdin=subprocess.PIPE, bufsize=0,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, bufsize=0,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         process.stdin.write(bytes(s.request(text, *fields)))
         try:
             yield process
@@ -1447,7 +1448,7 @@ def test_a_job_that_cannot_be_stored_is_refused(channel, small_disk):
 # ---- The copies through tar ----
 
 def run_script(script, data, env):
-    done = subprocess.run(['bash', '-c', s.BOOTSTRAP], env=env, capture_output=True,
+    done = subprocess.run([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, capture_output=True,
                           input=bytes(s.request(script)) + data, timeout=rig.SAFETY_NET_S)
     return done.stdout
 
