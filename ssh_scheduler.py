@@ -4208,6 +4208,7 @@ class ResultStore:
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
                 raise ResultsError(f'{target} was made by something else while {name} ran.')
+            os.chmod(content, 0o666 & new_folder_mode())        # over there it was private
             os.replace(content, target)
             return
         flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
@@ -4236,6 +4237,7 @@ class ResultStore:
                 with open(f'{aside}.{stream}', 'xb') as file:
                     file.write(content)
             elif content is not None:
+                os.chmod(content, 0o666 & new_folder_mode())
                 os.replace(content, f'{aside}.{stream}')
             if (name, stream) in self._grown and os.path.lexists(path):
                 if content is None:
@@ -4383,7 +4385,7 @@ def private_folder(stem):
 
 
 def new_folder_mode():
-    """Return the mode that mkdir gives a folder here."""
+    """Return the mode that mkdir gives a folder here: all that the umask leaves."""
     mask = os.umask(0o77)
     os.umask(mask)
     return 0o777 & ~mask
@@ -5022,14 +5024,12 @@ class Fetcher:
         refused = collections.defaultdict(list)
         for path, why in vet(work, order.back):
             refused[why].append(printable(path))
+        missing = refused.pop('', [])
         for why, paths in refused.items():
             self._signal('warning', f'{order.job_name}: {names_of(paths)} from {self._name} '
                          f'{why}, and was left out')
-        gone = {f'./{path}' for paths in refused.values() for path in paths}
-        missing = [path for path in order.back if printable(path) not in gone
-                   and not os.path.lexists(os.path.join(work, path))]
-        for path in missing:
-            self._signal('warning', f'{order.job_name}: {printable(path[2:])} could not be brought '
+        if missing:
+            self._signal('warning', f'{order.job_name}: {names_of(missing)} could not be brought '
                          f'back: {sentence(complaint)} It is kept on {self._name}, in '
                          f'{self._channel.home}/jobs/{order.key}/work')
         self._commit(order, streams, work, kept=missing or order.too_large)
@@ -5084,36 +5084,49 @@ class Behind:
 def vet(folder, wanted):
     """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
 
-    wanted: the paths './a' that were asked for.  Nothing here is opened or followed.
+    wanted: the paths './a' that were asked for.  Where one of them did not come, why is ''.
+    Nothing here is opened or followed but folders.  What stays keeps the permissions that its job
+    gave it, less those that the umask here takes, as with cp.
     """
-    allowed = set()
-    for path in map(os.path.normpath, wanted):
+    missing, allowed = set(map(os.path.normpath, wanted)), set()
+    for path in missing:
         while path and path not in allowed:
             allowed.add(path)
             path = os.path.dirname(path)
+    usual, shut = new_folder_mode(), []
     for parent, folders, files in os.walk(folder):
         for name in folders + files:
             path = os.path.join(parent, name)
             inner = os.path.relpath(path, folder)
             info, why = os.lstat(path), ''
+            is_folder, has = stat.S_ISDIR(info.st_mode), stat.S_IMODE(info.st_mode)
+            missing.discard(inner)
             if inner not in allowed:
                 why = 'was not asked for'
             elif stat.S_ISLNK(info.st_mode):
                 target = os.path.normpath(os.path.join(os.path.dirname(inner), os.readlink(path)))
                 if os.path.isabs(target) or target.split('/')[0] == '..':
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
-            elif not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+            elif is_folder or stat.S_ISREG(info.st_mode):
+                mode = has & usual
+                if is_folder and mode & 0o700 != 0o700:     # open, until all below it was seen
+                    shut.append((path, mode))
+                    mode |= 0o700
+                if mode != has:
+                    os.chmod(path, mode)
+            else:
                 why = 'is no file, folder or link'
-            elif info.st_mode & (stat.S_ISUID | stat.S_ISGID):
-                os.chmod(path, stat.S_IMODE(info.st_mode) & 0o777)
             if why:
                 yield inner, why
-                if stat.S_ISDIR(info.st_mode):
+                if is_folder:
                     import shutil
                     shutil.rmtree(path, onerror=make_removable)
                     folders.remove(name)
                 else:
                     os.unlink(path)
+    yield from ((path, '') for path in sorted(missing))
+    for path, mode in reversed(shut):
+        os.chmod(path, mode)
 
 
 def free_bytes(folder):

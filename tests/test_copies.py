@@ -40,6 +40,13 @@ def way(request, lab, lab1, project, client_home, tmp_path):
     return machine, machine.home, env
 
 
+def as_usual_here(tree):
+    """What tree_of says, without the permissions that the umask here takes."""
+    os.umask(mask := os.umask(0o77))
+    return {path: what if what[0] == 'link' else (what[0], what[1] & ~mask, *what[2:])
+            for path, what in tree.items()}
+
+
 def work_folders(home):
     """The folders of this test's jobs that are over there."""
     return sorted(home.glob(f'.ssh_scheduler/{ssh_scheduler.project_name()}/jobs/*/work'))
@@ -100,7 +107,7 @@ def test_a_nasty_tree_goes_and_comes_byte_for_byte(batches, project, gate, way):
     done = batch.end()
     assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
     assert arrived == sent
-    assert tree_of(RESULTS / 'batch.sh.1') == sent
+    assert tree_of(RESULTS / 'batch.sh.1') == as_usual_here(sent)
     files = sum(1 for what in sent.values() if what[0] != 'folder')
     size = sum(len(what[-1]) for what in sent.values() if what[0] == 'file')
     assert f'sent {files} files, {size / 1000:.1f} kB' in done.stderr
@@ -116,7 +123,7 @@ def test_nasty_names_that_a_job_made_come_back(batches, project, way):
     assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
     made = {path: what for path, what in tree_of('..').items()
             if path.split(b'/')[0] in (b'files', b'folders', b'links')}
-    assert tree_of(RESULTS / 'batch.sh.1') == made
+    assert tree_of(RESULTS / 'batch.sh.1') == as_usual_here(made)
 
 
 # ---- What is sent ----
@@ -436,6 +443,42 @@ def test_streams_grow_while_a_job_runs(batches, lab1, gate):
     assert batch.end().returncode == 0
     assert out.read_bytes() == b'first\n' + numbers + b'last\n' + bytes(100)
     assert err.read_bytes() == b'error\n'
+
+
+@pytest.fixture
+def mask():
+    """The umask of what is started here; over there it is another."""
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def modes_of(*paths):
+    return [oct(stat.S_IMODE((RESULTS / path).stat().st_mode)) for path in paths]
+
+
+def test_results_have_the_permissions_that_the_umask_here_leaves(batches, project, way, mask):
+    machine, _home, env = way
+    lines = ['seq 1000; seq 1000 >&2; umask 0; mkdir d d/locked; echo >plain; echo >d/program;'
+             'echo >secret; echo >d/locked/file; chmod 777 d/program; chmod 600 secret;'
+             'chmod 555 d/locked', 'echo short; echo short >&2']
+    done = batches.run(lines, [machine], *NO_GPU, env=env)
+    assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
+    assert modes_of('batch.sh.1.out', 'batch.sh.1.err', 'batch.sh.2.out', 'batch.sh.2.err') == [
+        '0o640'] * 4
+    assert modes_of(*(f'batch.sh.1{path}' for path in (
+        '', '/d', '/plain', '/d/program', '/secret', '/d/locked'))) == [
+        '0o750', '0o750', '0o640', '0o750', '0o600', '0o550']
+
+
+def test_the_permissions_of_a_stream_stay_as_they_were_while_it_grew(batches, lab1, gate):
+    batch = batches.start([f'echo begun >&2; {gate.wait("a")}; seq 1000 >&2'], [lab1], *NO_GPU)
+    err = RESULTS / 'batch.sh.1.err'
+    wait_until(lambda: err.exists() and err.read_bytes() == b'begun\n', 'the first line')
+    before = modes_of('batch.sh.1.err')
+    gate.open('a')
+    assert batch.end().returncode == 0
+    assert err.stat().st_size > 3000 and modes_of('batch.sh.1.err') == before
 
 
 # ---- Nothing that exists is replaced ----

@@ -57,7 +57,26 @@ def test_links_are_judged_from_their_own_folder(came):
 def test_a_link_in_the_place_of_a_folder_is_not_followed(came, tmp_path):
     (came / 'a').symlink_to(tmp_path / 'canary')
     found = list(s.vet(str(came), ['./a/file']))
-    assert [path for path, _ in found] == ['a'] and os.listdir(came) == []
+    assert [path for path, _ in found] == ['a', 'a/file'] and os.listdir(came) == []
+
+
+def test_what_did_not_come_is_told(came):
+    (came / 'a').mkdir()
+    (came / 'a/file').write_text('x')
+    assert list(s.vet(str(came), ['./a/file', './a/no', './none'])) == [('a/no', ''), ('none', '')]
+
+
+def test_a_folder_that_cannot_be_read_hides_nothing(came):
+    (came / 'shut').mkdir()
+    (came / 'shut/link').symlink_to('/etc')
+    (came / 'shut/program').write_text('x')
+    (came / 'shut/program').chmod(0o6755)
+    (came / 'shut').chmod(0)
+    found = list(s.vet(str(came), ['./shut', './shut/link', './shut/program']))
+    assert found == [('shut/link', 'leads out of its folder, to /etc')]
+    assert stat.S_IMODE((came / 'shut').stat().st_mode) == 0
+    (came / 'shut').chmod(0o700)
+    assert stat.S_IMODE((came / 'shut/program').stat().st_mode) == 0o755
 
 
 def test_no_rights_and_no_devices_come(came):

@@ -212,6 +212,19 @@ def test_what_an_interrupted_job_wrote_is_set_aside(store, folder):
     assert len(aside) == 1 and aside[0].startswith('job.') and aside[0].endswith('.out')
 
 
+def test_streams_that_were_fetched_are_as_readable_as_others(store, folder, tmp_path):
+    for name, put in (('job', store.commit), ('cancelled', store.set_aside)):
+        claim(store, name)
+        came = tmp_path / name
+        came.write_bytes(b'long')
+        came.chmod(0o600)
+        put(name, {'out': b'short', 'err': str(came)}, None, *[False] * (name == 'job'))
+    paths = [f'{folder}/job', *{path[:-4] for path in map(str, (
+        tmp_path / 'job_results/.ssh_scheduler/cancelled').iterdir())}]
+    for path in paths:
+        assert os.stat(f'{path}.err').st_mode == os.stat(f'{path}.out').st_mode
+
+
 def test_a_cancelled_job_may_run_again_in_another_run(folder):
     store = ResultStore(folder).open()
     claim(store)
