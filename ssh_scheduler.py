@@ -2705,16 +2705,24 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
   tell staged "$id"
 } 2>>"$run/log"
 
+# What cannot be read is opened, where the login may do that; an "m" with its mode stands before it.
+# Else it is "-", or an empty folder would stand for all that lies in it.
 listing() {                 # what lies below $1 in the current folder, as rsync sees changes
-  find "$1" -mindepth "${2:-1}" \
-    '(' -type d -printf 'd %p\0' ')' -o -printf '%y %s %T@ %p\0'
+  find "$1" -mindepth "${2:-1}" "${@:3}" \
+    '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
+    -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
+    '(' '(' ! -readable -o -type d ! -executable ')' -printf '- %p\0' -prune -o \
+    -printf 'm%m %p\0' ! -true ')' -o \
+    -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
 # $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
 list_back() {               # fails if the list cannot be written
   local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
   shift 3
-  cd -- "$dir/work" || return 0
+  [[ -r $dir/work && -x $dir/work ]] || chmod u+rwx -- "$dir/work"
+  [[ -d $dir/work ]] || return 0
+  cd -- "$dir/work" && [[ -r . ]] || { printf -- '-./.\0' >"$to/back"; return; }
   found=(*)
   (($# || ${#found[@]})) || return 0
   : >"$to/back" || return
@@ -2726,6 +2734,8 @@ list_back() {               # fails if the list cannot be written
     case $kind in
       f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
       [fdl]) printf '+%s\0' "$path" ;;
+      -) printf -- '-%s\0' "$path" ;;
+      m*) printf '%s %s\0' "$kind" "$path" ;;
       '!'*) printf '%s\0' "$entry" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
     esac || failed=1
@@ -2735,18 +2745,44 @@ list_back() {               # fails if the list cannot be written
 }
 
 entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
-  local path
+  local path above rest
   (($#)) || listing .
   for path; do
+    above=. rest=$path
+    while [[ -x $above && $rest == */* ]]; do
+      above+=/${rest%%/*} rest=${rest#*/}
+      [[ ! -d $above || -x $above ]] || listing "$above" 0 -maxdepth 0
+    done
     if [[ $path == . ]]; then
       listing .
     elif [[ -e $path || -L $path ]]; then
       listing "./$path" 0
-    else
+    elif [[ ! -d $above || -x $above ]]; then   # else it may be there
       printf '!%s\0' "$path"
     fi
   done
 }
+
+send_list() {               # sends the list $2 of the job job.attempt $1
+  local bytes
+  bytes=$(stat -c %s -- "$2")
+  if ((${bytes:-0} > LONGEST_LIST)); then
+    say "unlistable"$'\t'"$1"
+    return
+  fi
+  bytes=$run/back.$1.$RANDOM            # the last one of it may still be on its way
+  cp -- "$2" "$bytes" || { bytes=$2.sent; cp -- "$2" "$bytes"; }
+  say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
+}
+
+list_again() {              # sends what there is now of paths of job.attempt $1
+  local name=$1 to=$run/again.$1
+  shift
+  mkdir -p -- "$to"
+  : >"$to/back"
+  (list_back "$home/jobs/$name" '' "$to" "$@")
+  send_list "$name" "$to/back"
+} 2>/dev/null
 
 find_list() {               # REPLY: the file with what the job job.attempt $1 left
   REPLY=$home/jobs/$1/back
@@ -3453,14 +3489,11 @@ main() {
       list)                 # JOB.ATTEMPT
         IFS= read -rd '' field || break
         find_list "$field"
-        bytes=$(stat -c %s -- "$REPLY")
-        if ((${bytes:-0} > LONGEST_LIST)); then
-          say "unlistable"$'\t'"$field"
-          continue
-        fi
-        bytes=$run/back.$field.$RANDOM  # the last one of it may still be on its way
-        cp -- "$REPLY" "$bytes" || { bytes=$REPLY.sent; cp -- "$REPLY" "$bytes"; }
-        say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$field" ;;
+        send_list "$field" "$REPLY" ;;
+      again)                # JOB.ATTEMPT COUNT PATH..., which could not be fetched before
+        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
+        list_again "$field" "${fields[@]}" </dev/null &
+        disown "$!" ;;
       clean)                # COUNT JOB.ATTEMPT...
         IFS= read -rd '' count && read_fields "$count" || break
         local gone=("${fields[@]}")
@@ -3476,6 +3509,7 @@ main() {
           mv -T -- "$home/stage/$field" "$home/cache"
         fi
         tidy "${fields[@]/#/$home/stage/}" </dev/null
+        begun=()            # what lies there now is kept
         say finished
         forget_old </dev/null ;;
       *) tell broken "unknown request: $verb" ;;
@@ -4121,6 +4155,14 @@ class ResultStore:
         return ([key for key, state in found.items() if state == 'collected'],
                 [key for key, state in found.items() if state != 'collected'])
 
+    def kept(self, machine):
+        """Return {name: record} of the collected jobs of which something could not be fetched from
+        there; `kept` are its paths."""
+        return {name: record for name, record in self.jobs.items()
+                if record['machine'] == machine and record['state'] == 'collected'
+                and record.get('kept') and record['kept'] is not True
+                and os.path.isdir(self._path(name))}
+
     def tidied(self, machine):
         """Nothing of that lies there any more."""
         if self._remains.get(machine):
@@ -4176,11 +4218,11 @@ class ResultStore:
         import shutil
         shutil.rmtree(folder, onerror=make_removable)
 
-    def commit(self, name, streams, folder, wants_folder, kept=False):
+    def commit(self, name, streams, folder, wants_folder, kept=()):
         """Put a job's results in place.
 
         streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
-        kept: some of it could not be fetched, so it stays where it is
+        kept: the paths that could not be fetched, so that its folder stays there, or True: it all
         """
         self._let_go()
         for stream, content in streams.items():
@@ -4197,6 +4239,14 @@ class ResultStore:
             self._write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
             os.rename(folder, target)
         self._write(event='collected', job=name, kept=kept)
+
+    def add(self, name, folder, kept):
+        """Put what was kept until now to the other results of a job; return the paths that were in
+        its way.  kept: what could not be fetched this time either."""
+        target = self._path(name)
+        others = [os.path.relpath(path, target) for path in merge(folder, target)] if folder else []
+        self._write(event='collected', job=name, kept=[*kept, *others])
+        return others
 
     def _commit_stream(self, name, stream, content):
         """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
@@ -4215,13 +4265,13 @@ class ResultStore:
         with open(os.open(target, flags, 0o666), 'wb') as file:
             file.write(content)
 
-    def set_aside(self, name, streams=None, folder=None):
+    def set_aside(self, name, streams=None, folder=None, kept=()):
         """Move what there is of a job that was cancelled out of the way of its next run.
 
-        streams, folder: what came of it from over there, as for commit
+        streams, folder, kept: what came of it from over there, as for commit
         """
         self._let_go()
-        self._write(event='cancelled', job=name)
+        self._write(event='cancelled', job=name, kept=kept)
         try:
             self._move_aside(name, streams or {}, folder)
         except OSError as error:
@@ -4326,7 +4376,7 @@ class ResultStore:
             self.jobs[event['job']].update(inode=event['inode'], kept=event['kept'])
         else:
             record = self.jobs[event['job']]
-            record['state'] = event['event']
+            record['state'], record['kept'] = event['event'], event.get('kept')
             if event['event'] == 'ended':
                 record['exit_code'] = event['exit_code']
             elif not event.get('kept'):
@@ -4389,6 +4439,31 @@ def new_folder_mode():
     mask = os.umask(0o77)
     os.umask(mask)
     return 0o777 & ~mask
+
+
+def merge(source, target):
+    """Move what lies in the folder `source` into another; yield the paths there that are in its
+    way: not what is the same there already, such as what an earlier try had moved.
+    """
+    for name in sorted(os.listdir(source)):
+        new, old = os.path.join(source, name), os.path.join(target, name)
+        info = os.lstat(new)
+        is_folder, there = stat.S_ISDIR(info.st_mode), os.path.lexists(old)
+        if is_folder:
+            os.chmod(new, 0o700)        # else it could neither be moved nor looked into
+        if not there:
+            os.rename(new, old)
+            if is_folder:
+                os.chmod(old, stat.S_IMODE(info.st_mode))
+            continue
+        other = os.lstat(old)
+        if is_folder and stat.S_ISDIR(other.st_mode):
+            os.chmod(old, 0o700)
+            yield from merge(new, old)
+            os.chmod(old, stat.S_IMODE(other.st_mode))
+        elif (stat.S_IFMT(info.st_mode), info.st_size, info.st_mtime_ns) != (
+                stat.S_IFMT(other.st_mode), other.st_size, other.st_mtime_ns):
+            yield old
 
 
 def make_removable(function, path, _):
@@ -4756,6 +4831,9 @@ class Order:
         self.grown = {'out': True, 'err': True}     # what is here lies in job_results
         self.streams = {}                   # 'out', 'err': bytes, where they came with the end
         self.back = []                      # paths in its folder to fetch
+        self.modes = {}                     # of what had to be opened to be fetched
+        self.kept = []                      # paths that could not be fetched, and stay there
+        self.again = ()                     # an earlier run could not fetch these: only they are
         self.mode = ''                      # stdin: it has the input that is fed; tty: a terminal
         self.sink = None                    # called with ('out' or 'err', bytes) as they come
         self.source = None                  # file descriptor of its input
@@ -4839,16 +4917,30 @@ class Fetcher:
         """Contact was lost, and is there again."""
         self._channel = channel
         for key in filter(self._awaited, self.orders):
-            self._channel.send(request('list', key))
+            self._ask(self.orders[key])
         self.fetch_if_due()
 
     def add(self, order):
         """Collect an order that ended; its `entries` are what it left, as the runner lists it."""
         self.orders[order.key] = order
         if self._awaited(order.key):
-            self._channel.send(request('list', order.key))
+            self._ask(order)
         else:
             self._add_listed(order, order.entries)
+
+    def _ask(self, order):
+        self._channel.send(request('again', order.key, len(order.again), *order.again)
+                           if order.again else request('list', order.key))
+
+    def add_kept(self, results):
+        """Try to fetch what could not be fetched before; results: as ResultStore.kept has them."""
+        for name, record in results.items():
+            order = Order(name, record['attempt'], record['key'], record['command'], None, None,
+                          None, '')
+            order.again, order.entries = tuple(record['kept']), [b'@']
+            order.streams = {'out': None, 'err': None}
+            if order.key not in self.orders:
+                self.add(order)
 
     def _awaited(self, key):
         """Return the order whose list was too long for an event, and has not come; else None."""
@@ -4872,12 +4964,10 @@ class Fetcher:
         limit = self._session.max_result_bytes
         if limit is not None and size > limit:
             order.too_large = f'it is {size_of(size)}, and --max-result-size is {size_of(limit)}'
-            self._signal('warning', f'{order.job_name}: what it made is not brought back: '
-                         f'{order.too_large}. It is kept on {self._name}, in '
-                         f'{self._channel.home}/jobs/{order.key}/work')
+            self._warn_of(order, f'what it made is not brought back: {order.too_large}')
             order.back = []
         if not order.back and len(order.streams) == 2:      # all of it came with the event
-            self._commit(order, {}, None, kept=order.too_large)
+            self._commit(order, {}, None)
             return
         self._waiting.append(order)
         if self._due is None:
@@ -4919,9 +5009,28 @@ class Fetcher:
             if mark == b's':
                 order.back_bytes = int(path)
                 continue
+            if mark == b'm':
+                mode, _, path = path.partition(' ')
+                order.modes[os.path.normpath(path)] = int(mode, 8)
+                continue
+            if mark == b'-':
+                order.kept.append(os.path.normpath(path))
+                continue
+            if mark == b'!' and order.again:
+                self._signal('warning', f'{order.job_name}: {printable(path)}, which could not be '
+                             f'fetched before, is not on {self._name} any more')
+                continue
             why = ('it did not make {}' if mark == b'!' else
                    '{} is no file, folder or link').format(printable(path))
             self._signal('warning', f'{order.job_name}: {why}, so that is not brought back')
+        if order.kept:
+            self._warn_of(order, f'the login on {self._name} may not read '
+                          f'{names_of([*map(printable, order.kept)])}, so this was not fetched. '
+                          'Make it readable there and run the same command again')
+
+    def _warn_of(self, order, what):
+        self._signal('warning', f'{order.job_name}: {what}. It is kept on {self._name}, in '
+                     f'{self._channel.home}/jobs/{order.key}/work')
 
     def _fetch(self, orders, by_rsync, may_trust=True):
         """Bring the results of the orders into an empty folder, and from there to their place."""
@@ -5022,26 +5131,31 @@ class Fetcher:
             return
         work = os.path.join(folder, 'work')
         refused = collections.defaultdict(list)
-        for path, why in vet(work, order.back):
-            refused[why].append(printable(path))
+        for path, why in vet(work, order.back, order.modes):
+            refused[why].append(path)
         missing = refused.pop('', [])
         for why, paths in refused.items():
-            self._signal('warning', f'{order.job_name}: {names_of(paths)} from {self._name} '
-                         f'{why}, and was left out')
+            self._signal('warning', f'{order.job_name}: {names_of([*map(printable, paths)])} from '
+                         f'{self._name} {why}, and was left out')
         if missing:
-            self._signal('warning', f'{order.job_name}: {names_of(missing)} could not be brought '
-                         f'back: {sentence(complaint)} It is kept on {self._name}, in '
-                         f'{self._channel.home}/jobs/{order.key}/work')
-        self._commit(order, streams, work, kept=missing or order.too_large)
+            order.kept += missing
+            self._warn_of(order, f'{names_of([*map(printable, missing)])} could not be fetched: '
+                          f'{sentence(complaint)} Run the same command again to try once more')
+        self._commit(order, streams, work)
 
-    def _commit(self, order, streams, work, kept=()):
+    def _commit(self, order, streams, work):
         """Put the results in their final place; then their originals may go, unless kept."""
+        kept = order.kept
+        if order.too_large:
+            kept = [*order.again] or True
+        results, streams = self._session.results, {**order.streams, **streams}
         try:
             if order.aside:
-                self._session.results.set_aside(order.job_name, {**order.streams, **streams}, work)
+                results.set_aside(order.job_name, streams, work, kept)
+            elif order.again:
+                kept += self._add(order, work, kept)
             else:
-                self._session.results.commit(order.job_name, {**order.streams, **streams}, work,
-                                             order.backwards != (), bool(kept))
+                results.commit(order.job_name, streams, work, order.backwards != (), kept)
         except (ResultsError, OSError) as error:
             self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
             return
@@ -5051,6 +5165,16 @@ class Fetcher:
             self.clean(CLEAN_JOBS)
         if not order.aside:
             self._signal('collected', order.job_name)
+
+    def _add(self, order, work, kept):
+        """Put what an earlier run could not fetch to its other results; return what was in its way.
+        """
+        others = self._session.results.add(order.job_name, work, kept)
+        if others:
+            self._warn_of(order, f'job_results/{order.job_name} has another '
+                          f'{names_of([*map(printable, others)])} than {self._name}, so that was '
+                          'not fetched. Move yours away and run the same command again')
+        return others
 
     def _leave(self, order, why):
         """The results of this order stay where they are."""
@@ -5081,10 +5205,11 @@ class Behind:
         return data
 
 
-def vet(folder, wanted):
+def vet(folder, wanted, modes=None):
     """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
 
     wanted: the paths './a' that were asked for.  Where one of them did not come, why is ''.
+    modes: {path: mode} of what had another one there than it came with.
     Nothing here is opened or followed but folders.  What stays keeps the permissions that its job
     gave it, less those that the umask here takes, as with cp.
     """
@@ -5108,7 +5233,7 @@ def vet(folder, wanted):
                 if os.path.isabs(target) or target.split('/')[0] == '..':
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
             elif is_folder or stat.S_ISREG(info.st_mode):
-                mode = has & usual
+                mode = (modes or {}).get(inner, has) & usual
                 if is_folder and mode & 0o700 != 0o700:     # open, until all below it was seen
                     shut.append((path, mode))
                     mode |= 0o700
@@ -5679,6 +5804,8 @@ class MachineRunner:
             channel.send(request('adopt', len(self._running), *self._running))
             self._watch_later()
         self._fetcher.renew(channel)
+        if self.session.results:
+            self._fetcher.add_kept(self.session.results.kept(self.machine.address))
         self._later('beat', BEAT_S, self._beat)
         self._signal('ready')
         self._start_queued()
@@ -6519,8 +6646,9 @@ class Batch:
 
     @property
     def has_work(self):
-        """Tell whether any job is left to be run or collected."""
-        return self._waits > 0
+        """Tell whether any job is left to be run or collected, in whole or in part."""
+        return self._waits > 0 or any(self._results.kept(runner.machine.address)
+                                      for runner in self._runners)
 
     @property
     def _waits(self):
@@ -7637,6 +7765,8 @@ class Errand:
                                f'{name}.')
         there = self._results.exists(name)
         if self._state == 'collected' and there:
+            if self._results.kept(known['machine']) and not options['--cancel']:
+                self._fetch_kept()
             return self._show_again()
         if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
@@ -7656,6 +7786,23 @@ class Errand:
         try:
             return self._run_on(machine, session, running,
                                 read_allocation(options) if hardware else None)
+        finally:
+            session.close()
+
+    def _fetch_kept(self):
+        """Try to fetch what could not be fetched when the job had ended."""
+        machine = find_machine(self._options['--machine'] or self._known['where'])
+        session = Session(self._results, self._report.trace)
+        runner = MachineRunner(machine, session)
+        runner.register('warning', self._report.warning)
+        runner.register('failed', lambda why: self._report.note(
+            f'{runner.name}: cannot be used: {why}.'))
+        try:
+            runner.connect(False)
+            runner.enter()
+            session.wait_while(lambda: runner.state in ('connecting', 'ready') and (
+                runner.busy or runner.state == 'connecting'), math.inf)
+            close_all([runner], session)
         finally:
             session.close()
 

@@ -579,13 +579,127 @@ def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
     assert [result('batch.sh.1').decode()] == pid       # the same run of it
 
 
-def test_what_cannot_be_brought_back_is_kept_there(batches, lab):
+@pytest.mark.parametrize('mode', [0, 0o300, 0o400])
+def test_what_a_job_shut_comes_with_the_permissions_that_it_has(batches, lab, project, mode, way):
+    """Also where the login is root, which may read all, and a user here would get stuck."""
+    machine, _home, env = way
+    if os.getuid() == 0 and isinstance(machine, rig.Machine):
+        machine = lab(uid=20001, leave_out=machine.leave_out)
+    mode = oct(mode)[2:].rjust(3, '0')
+    (project / 'sent').mkdir()
+    (project / 'sent/kept').write_text('as it was sent')
+    job = ('mkdir -p shut/in; echo x >shut/in/x; touch -d @1 shut/in/x; echo y >sent/new;'
+           f'echo z >secret; chmod {mode} secret shut/in; chmod {mode} shut sent; echo done')
+    for named in ([], ['--copy-backwards', 'shut/in', 'secret', 'sent/new']):
+        done = batches.run([job], [machine], *NO_GPU, *named, env=env)
+        assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
+        folders = [RESULTS / f'batch.sh.1/{name}' for name in ('shut', 'shut/in', 'sent')]
+        for folder in folders:
+            now = oct(stat.S_IMODE(folder.stat().st_mode))[2:].rjust(3, '0')
+            assert now == mode or named and folder != folders[1]        # above what was named
+            folder.chmod(0o700)
+        secret = RESULTS / 'batch.sh.1/secret'
+        assert oct(stat.S_IMODE(secret.stat().st_mode))[2:].rjust(3, '0') in (mode, '300')
+        assert [(folder / name).read_text() for folder, name in zip(
+            folders[1:], ('x', 'new'))] == ['x\n', 'y\n']
+        assert os.listdir(folders[2]) == ['new'] and (folders[1] / 'x').stat().st_mtime == 1
+        secret.chmod(0o600)
+        assert secret.read_text() == 'z\n'
+        if isinstance(machine, rig.Machine):
+            assert_clean(machine, cache=True)
+        shutil.rmtree(RESULTS)
+
+
+def test_what_comes_of_a_folder_of_its_own_that_a_job_shut(batches, lab):
     machine = lab(uid=20001) if os.getuid() == 0 else lab()
-    job = 'echo y >fine; echo x >secret; chmod 000 secret'
-    done = batches.run([job], [machine], *NO_GPU, '--copy-forwards')
-    assert done.returncode == 0, done.stderr
-    (warning,) = [line for line in done.stderr.splitlines() if line.startswith('WARNING: ')]
-    assert 'batch.sh.1: secret could not be brought back: ' in warning
-    kept = Path(warning.rpartition(', in ')[2])
-    assert (RESULTS / 'batch.sh.1' / 'fine').read_text() == 'y\n'
-    assert (kept / 'secret').stat().st_size == 2 and kept.is_relative_to(machine.home)
+    done = batches.run(['echo x >made; chmod 0 .'], [machine], *NO_GPU, '--copy-forwards')
+    assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
+    assert (RESULTS / 'batch.sh.1/made').read_text() == 'x\n'
+
+
+@pytest.fixture(params=['rsync', 'tar'])
+def other_login(request, lab):
+    """A machine on which root may leave what its login cannot read."""
+    if os.getuid() != 0:
+        pytest.skip('only root can make files of another user')
+    return lab(uid=20001, leave_out=('rsync',) if request.param == 'tar' else ())
+
+
+def left_by_root(machine):
+    """What a container leaves in a job's folder; return that."""
+    (work,) = work_folders(machine.home)
+    (work / 'root/deep').mkdir(parents=True)
+    (work / 'root/deep/model').write_text('m' * 1000)
+    (work / 'open').mkdir()
+    (work / 'open/secret').write_text('s')
+    for path, mode in (('root/deep/model', 0o644), ('root', 0o700), ('open/secret', 0o600)):
+        (work / path).chmod(mode)
+    return work
+
+
+@pytest.mark.parametrize('paths', [(), ('root/deep', 'open', 'fine')], ids=['all', 'named'])
+def test_what_the_login_cannot_read_is_kept_and_fetched_when_it_can(batches, other_login, gate,
+                                                                    paths):
+    machine, options = other_login, (*NO_GPU, '--copy-forwards')
+    options += ('--copy-backwards', *paths) if paths else ()
+    batch = batches.start([f'echo y >fine; {gate.wait("a")}; echo ran'], [machine], *options)
+    batch.until('started:')
+    wait_until(lambda: work_folders(machine.home), 'its folder')
+    wait_until(lambda: (work_folders(machine.home)[0] / 'fine').exists(), 'its file')
+    work = left_by_root(machine)
+    gate.open('a')
+    first = batch.end()
+    for done in (first, batches.run(None, [machine], *options)):    # nothing has changed meanwhile
+        assert done.returncode == 0, done.stderr
+        (warning,) = [line for line in done.stderr.splitlines() if line.startswith('WARNING: ')]
+        assert f'batch.sh.1: the login on {machine.yaml()} may not read ' in warning, warning
+        assert 'open/secret, root' in warning or 'root, open/secret' in warning, warning
+        assert warning.endswith(f' in {work}') and (work / 'root/deep/model').exists()
+        assert sorted(map(str, (RESULTS / 'batch.sh.1').rglob('*'))) == [
+            f'job_results/batch.sh.1/{name}' for name in ('fine', 'open')]
+
+    (work / 'open/secret').chmod(0o644)
+    second = batches.run(None, [machine], *options)
+    assert 'may not read root, so' in second.stderr, second.stderr
+    assert (RESULTS / 'batch.sh.1/open/secret').read_text() == 's'
+
+    (RESULTS / 'batch.sh.1/fine').unlink()      # what was fetched and is gone stays gone
+    (work / 'root').chmod(0o755)
+    for path in (work / 'open', *(work / 'open').iterdir(), work / 'root', *(
+            work / 'root').rglob('*')):
+        os.chown(path, 20001, 20001)            # else nobody there could remove it
+    third = batches.run(None, [machine], *options)
+    assert (third.returncode, third.stderr.count('WARNING')) == (0, 0), third.stderr
+    assert 'skipping evaluation' in third.stdout and 'started:' not in third.stdout
+    assert (RESULTS / 'batch.sh.1/root/deep/model').read_text() == 'm' * 1000
+    assert not (RESULTS / 'batch.sh.1/fine').exists()
+    assert result('batch.sh.1') == b'ran\n'
+    assert_clean(machine)
+    before = machine.logins()
+    batches.run(None, [machine], *options)
+    assert machine.logins() == before           # nothing is left to be fetched
+
+
+def test_what_was_kept_and_is_gone_or_is_another_here_is_told(batches, lab, gate):
+    if os.getuid() != 0:
+        pytest.skip('only root can make files of another user')
+    machine, options = lab(uid=20001), (*NO_GPU, '--copy-forwards')
+    batch = batches.start([f'echo y >fine; {gate.wait("a")}'], [machine], *options)
+    batch.until('started:')
+    wait_until(lambda: work_folders(machine.home) and (
+        work_folders(machine.home)[0] / 'fine').exists(), 'its file')
+    work = left_by_root(machine)
+    gate.open('a')
+    batch.end()
+    (work / 'open/secret').unlink()
+    (work / 'root').chmod(0o755)
+    (RESULTS / 'batch.sh.1/root/deep').mkdir(parents=True)
+    (RESULTS / 'batch.sh.1/root/deep/model').write_text('mine')
+    done = batches.run(None, [machine], *options)
+    assert 'open/secret, which could not be fetched before, is not on ' in done.stderr
+    assert 'has another root/deep/model than ' in done.stderr
+    assert (RESULTS / 'batch.sh.1/root/deep/model').read_text() == 'mine'
+    (RESULTS / 'batch.sh.1/root/deep/model').unlink()
+    done = batches.run(None, [machine], *options)
+    assert done.stderr.count('WARNING') == 0, done.stderr
+    assert (RESULTS / 'batch.sh.1/root/deep/model').read_text() == 'm' * 1000

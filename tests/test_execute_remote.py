@@ -498,6 +498,28 @@ def test_what_ended_while_nobody_listened_is_shown(start, run, lab1, gate, ledge
     assert_clean(lab1)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can make files of another user')
+def test_what_the_login_could_not_read_comes_with_the_same_command(start, run, lab, gate):
+    machine = lab(uid=20001)
+    command = f'mkdir shut; echo $PWD; {gate.wait("a")}'
+    words = (machine, command, '--job-name', 'docked', '--copy-backwards', '.')
+    running = start(*words)
+    running.until(b'/work\n')
+    shut = Path(running.out.decode().strip()) / 'shut'
+    (shut / 'model').write_text('m')
+    shut.chmod(0o700)
+    os.chown(shut, 0, 0)
+    gate.open('a')
+    for done in (running.end(), run(*words)):
+        assert done.status == 0 and f'the login on {machine.yaml()} may not read shut' in str(done)
+        assert list((RESULTS / 'docked').iterdir()) == []
+    os.chown(shut, 20001, 20001)
+    done = run(*words)
+    assert done.status == 0 and 'may not read' not in str(done)
+    assert (RESULTS / 'docked/shut/model').read_text() == 'm'
+    assert_clean(machine)
+
+
 def test_killed_before_it_started(start, run, lab, ledger):
     machine = lab(startup={'.bashrc': f'echo login >>{rig.tempfile.gettempdir()}/never\n'})
     machine.freeze()

@@ -385,6 +385,24 @@ def test_where_results_go_is_said(run, lab1):
     assert (quiet.status, quiet.err) == (0, b'')
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can make files of another user')
+def test_what_the_login_cannot_read_is_not_removed_at_the_end(start, lab, gate):
+    machine = lab(uid=20001)
+    running = start([file_of(machine)], f'mkdir shut; echo $PWD; {gate.wait("a")}',
+                    '--copy-backwards', '.')
+    running.until(b'/work\n')
+    shut = Path(running.out.decode().split()[-1]) / 'shut'
+    (shut / 'model').write_text('m')
+    shut.chmod(0o700)
+    os.chown(shut, 0, 0)
+    gate.open('a')
+    done = running.end()
+    assert done.status == 0 and 'may not read shut' in done.notes[-1], done
+    for pid, _ in machine.processes():
+        assert rig.ends(pid)            # also what would remove it
+    assert (shut / 'model').read_text() == 'm'
+
+
 def test_results_that_are_there_are_not_replaced(run, lab1, project):
     assert run([file_of(lab1)], 'echo 1', '--job-name', 'x').status == 0
     done = run([file_of(lab1)], 'echo 2', '--job-name', 'x')

@@ -236,9 +236,10 @@ class FieldReader:
 
     MORE = {'limit': 2, 'mode': 2, 'measure': 1, 'unpack': 2, 'folder': 1, 'freeze': 2, 'start': 7,
             'cancel': 2, 'ping': 1, 'eof': 1, 'list': 1, 'finish': 2, 'limits': 1, 'adopt': 1,
-            'revoke': 1, 'watch': 1, 'clean': 1, 'others': 1, 'probe': 0, 'enter': 0, 'tie': 0}
+            'again': 2, 'revoke': 1, 'watch': 1, 'clean': 1, 'others': 1, 'probe': 0, 'enter': 0,
+            'tie': 0}
     COUNTED = {'freeze': 1, 'start': 1, 'cancel': 1, 'finish': 1, 'limits': 1, 'adopt': 1,
-               'revoke': 1, 'watch': 3, 'clean': 1}     # fields, of which the last says how many
+               'again': 1, 'revoke': 1, 'watch': 3, 'clean': 1}      # where the last says how many
 
     def __init__(self, data, place=0):
         self.data, self.place = data, place

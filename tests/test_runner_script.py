@@ -674,6 +674,26 @@ def test_all_is_brought_back_with_a_dot(runner):
     assert sorted(runner.ended('job')[3]) == ['+./folder', '+./folder/sent', '+./made']
 
 
+def test_what_is_shut_is_opened_and_its_mode_is_told(runner):
+    runner.stage('one', {'copy/kept/sent': 's'})
+    runner.start('job', 'mkdir -p shut/in; echo >shut/in/x; chmod 300 shut/in; chmod 0 shut; '
+                 'echo >kept/new; chmod 0 kept', stage='one', back='changed')
+    assert sorted(runner.ended('job')[3]) == [
+        '+./kept/new', '+./shut', '+./shut/in', '+./shut/in/x', 'm0 ./kept', 'm0 ./shut',
+        'm300 ./shut/in']
+
+
+def test_what_could_not_be_fetched_is_listed_again(runner):
+    runner.start('job', 'mkdir a; echo >a/b; echo >c', back='changed')
+    runner.ended('job')
+    runner.send('again', 'job.1', 2, 'a', 'no\nsuch')
+    listed = runner.until('data', 'back', 'job.1')[0].split('\0')
+    assert sorted(listed) == ['', '!no\nsuch', '+./a', '+./a/b']
+    shutil.rmtree(runner.path('job'))
+    runner.send('again', 'job.1', 1, 'a')
+    assert runner.until('data', 'back', 'job.1') == ['']
+
+
 def test_many_paths_are_asked_for_with_list(runner):
     runner.start('job', 'touch {1..500}', back='changed')
     assert runner.ended('job')[3] == ['@']
