@@ -5483,6 +5483,11 @@ class MachineRunner:
         """Send the files of these Forwards, if that was not done."""
         self._sender.prepare(forwards)
 
+    def offer(self, forwards):
+        """Send them already while it is logged in, if they are small enough for the channel."""
+        if Stage('', forwards, self.session.trees(forwards)).small:
+            self.prepare(forwards)
+
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
         self._entry = 'probe'
@@ -6553,6 +6558,7 @@ class Batch:
         self._away = {}                         # runner -> which loss of contact is waited for
         self._resting = set()                   # runners that failed jobs, and are tried again
         self._freed = set()                     # runners on which a job ended, and none began since
+        self._forwards = None                   # the batch's own
         self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
         self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
         self.interrupts, self._began = 0, time.monotonic()
@@ -6679,13 +6685,21 @@ class Batch:
             runner.register_started(self._on_started)
             runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
             runner.connect(want_gpus)
+        self._forwards = forwards
+        wanted = self._waits_with_files()
         for runner in self._runners:        # while the logins are under way
-            if forwards:
-                runner.prepare(forwards)
+            if wanted:
+                runner.offer(forwards)
             runner.probe()
         for job in self._lines.jobs:        # what cannot be read is told before anything starts
             if forwards:
                 self._session.manifest(job.forwards)
+
+    def _waits_with_files(self, own=None):
+        """Tell whether a job waits that gets the batch's own files, and fits these resources."""
+        return any(job.forwards == self._forwards
+                   for allocation, jobs in self._scheduler.kinds().items()
+                   if own is None or not own.short_of(allocation) for job in jobs)
 
     def settle(self):
         """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
@@ -6897,7 +6911,10 @@ class Batch:
         self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
         if again:
             self._take_back(runner)
-        elif self._announced:
+            return
+        if self._waits_with_files(MachineResources(self._at_best(runner))):
+            runner.prepare(self._forwards)      # now, though there may be no room yet
+        if self._announced:
             self._say_limits([runner])
             self._adopt(runner)
         elif self._count('ready') == 1:
@@ -7398,10 +7415,10 @@ class Fanout:
             runner.tie()
         if self._attempt is not None:
             self._queue_up(runner, adopt=True, attempt=self._attempt)
+        elif self._allocation:
+            runner.offer(job.forwards)
         else:
-            runner.prepare(job.forwards)
-            if not self._allocation:
-                self._queue_up(runner)
+            self._queue_up(runner)
         if self._allocation:
             runner.probe()
         else:
@@ -7428,6 +7445,7 @@ class Fanout:
             self._end(runner, 'impossible', f'the job needs {describe(self._allocation)}, and '
                       f'{runner.name} {best.why_not(self._allocation)}')
             return
+        runner.prepare(self._jobs[runner].forwards)
         if not self._explained:
             self._explained = True
             self._report.note(f'waiting for {describe(self._allocation)}: {runner.name} '
@@ -7447,7 +7465,6 @@ class Fanout:
         if job.forwards is None:
             self._end(runner, 'absent', 'it was never started there')
         elif self._allocation:
-            runner.prepare(job.forwards)
             self._place(runner)
         else:
             self._queue_up(runner)

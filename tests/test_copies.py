@@ -238,6 +238,53 @@ def test_a_job_cannot_spoil_the_files_of_the_next(batches, project, lab1):
         shutil.rmtree(RESULTS)
 
 
+def copies(done):
+    """How many rsyncs a run with --verbose has started."""
+    return sum(' rsync ' in line for line in events(done.stderr, '+'))
+
+
+def test_large_files_go_only_where_a_job_may_run(batches, project, lab):
+    useless, useful = lab(), lab(gpus=rig.fake_gpus(1))
+    (project / 'data').write_bytes(bytes(BIG))
+    lines = ['wc -c <data', "execute_remote --num-gpus=2 --job-name two 'true'"]
+    done = batches.run(lines[:1], [useless, useful], '--copy-backwards', '--verbose')
+    assert (done.returncode, result('batch.sh.1')) == (0, b'%d\n' % BIG), done.stderr
+    assert copies(done) == 1 and f'{useful.yaml()}: sent 2 files' in done.stderr
+    assert places(useless.home) == {}
+    done = batches.run(lines[1:], [useless, useful], '--verbose')
+    assert (done.returncode, copies(done)) == (2, 0) and 'no machine has that' in done.stderr
+
+
+@pytest.mark.parametrize('live', [True, False])
+def test_large_files_go_where_there_may_be_room_later(batches, project, lab, gate, live):
+    full, free = lab(gpus=rig.fake_gpus(1, memory_free_mb=10)), lab(gpus=rig.fake_gpus(1))
+    (project / 'data').write_bytes(bytes(BIG))
+    batch = batches.start([gate.wait('a')] * 2, [full, free], '--copy-backwards', '--verbose',
+                          *['--no-live'] * (not live))
+    batch.until('started:')
+    if live:
+        wait_until(lambda: [*full.home.glob('.ssh_scheduler/*/stage/*/copy/data')], 'its files')
+    gate.open('a')
+    batch.until('started:')
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, copies(done)) == (0, 1 + live)
+
+
+def test_a_job_that_runs_already_gets_no_files(batches, project, lab, gate):
+    machine = lab()
+    (project / 'data').write_bytes(bytes(BIG))
+    batch = batches.start([gate.wait('a')], [machine], *NO_GPU, '--copy-backwards')
+    batch.until('started:')
+    batch.process.kill()
+    batch.process.wait()
+    again = batches.start(None, [machine], *NO_GPU, '--copy-backwards', '--verbose')
+    again.until('started:')
+    gate.open('a')
+    done = again.end()
+    assert (done.returncode, copies(done), 'sent' in done.stderr) == (0, 0, False)
+
+
 # ---- Only the difference is sent again ----
 
 # Runs a program, hands its streams through, and adds a line with how many bytes that were.

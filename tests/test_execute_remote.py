@@ -520,6 +520,15 @@ def test_what_the_login_could_not_read_comes_with_the_same_command(start, run, l
     assert_clean(machine)
 
 
+def test_files_are_not_sent_where_the_command_cannot_run(run, lab, project):
+    machine = lab()
+    (project / 'data').write_bytes(bytes(300_000))
+    done = run(machine, 'true', '--copy-forwards', 'data', '--num-gpus=1', '--verbose')
+    assert done.status == 2 and 'the job needs ' in done.notes[-1], str(done)
+    assert not any(note.startswith('+ rsync') for note in done.notes)
+    assert places(machine.home) == {}
+
+
 def test_killed_before_it_started(start, run, lab, ledger):
     machine = lab(startup={'.bashrc': f'echo login >>{rig.tempfile.gettempdir()}/never\n'})
     machine.freeze()
