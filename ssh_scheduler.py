@@ -1793,6 +1793,9 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
                 continue
             if kind == 'f' and not os.access(path, os.R_OK):
                 raise FilesError(f'{option}: {path} may not be read. Leave it out with --exclude.')
+            if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
+                raise FilesError(f'{option}: the folder {path or "."} may not be read. Leave it '
+                                 'out with --exclude.')
             if path:
                 add(path, info, kind)
             if kind == 'd':
@@ -1860,6 +1863,55 @@ class Manifest:
             return one[3] != other[3] if one[3] and other[3] else one[2] != other[2]
 
         return sorted(filter(differ, self.files.keys() | older.files.keys()))
+
+
+SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
+
+
+def lost_links(copy, link, linked):
+    """Return the paths of the links in these Trees that lead somewhere here, and not on a machine.
+
+    linked: the paths of --link-forwards, which are links from the one Tree into the other there.
+    What they lead to is not sent, or its path is that of this computer; each machine has its own
+    SYSTEM_FOLDERS.
+    """
+    known = {}                          # path on the machine -> None, or where the link there leads
+    for part, tree in (('copy', copy), ('link', link)):
+        for entry in tree.entries:
+            known[f'{part}/{entry.path}'] = entry.target if entry.kind == 'l' else None
+    for path in linked:
+        parts = path.split('/')
+        known.update((f'copy/{"/".join(parts[:count])}', None) for count in range(1, len(parts)))
+        known[f'copy/{path}'] = ('link', *parts)
+
+    def arrives(path):
+        (place, *rest), jumps = path.split('/'), 0
+        place, rest = [place], rest[::-1]
+        while rest:
+            name = rest.pop()
+            if name == '..' and len(place) == 1:
+                return False            # out of all that was sent
+            if name == '..':
+                place.pop()
+            if name in ('', '.', '..'):
+                continue
+            here, jumps = '/'.join([*place, name]), jumps + 1
+            if here not in known or jumps > 10000:
+                return False
+            target = known[here]
+            if target is None:
+                place.append(name)
+            elif isinstance(target, tuple):
+                place, rest = ['link'], rest + [*reversed(target[1:])]
+            elif target.startswith('/'):
+                return target.startswith(SYSTEM_FOLDERS)
+            else:
+                rest += reversed(target.split('/'))
+        return True
+
+    return [entry.path for part, tree in (('copy', copy), ('link', link)) for entry in tree.entries
+            if entry.kind == 'l' and os.path.exists(entry.path)
+            and not arrives(f'{part}/{entry.path}')]
 
 
 def check_named(path, option):
@@ -4530,6 +4582,24 @@ class Session:
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
         return self._trees[forwards]
 
+    def lost_links(self, all_forwards):
+        """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
+        """
+        lost = sorted({path for forwards in all_forwards
+                       for path in lost_links(*self.trees(forwards), forwards.link)})
+        if not lost:
+            return ''
+        names = names_of([printable(f'{path} -> {os.readlink(path)}') for path in lost])
+        here, remedy = os.path.realpath('.'), ''
+        for path in lost:
+            real = os.path.realpath(path)
+            if os.path.isabs(os.readlink(path)) and real.startswith(f'{here}/'):
+                remedy = (' A link into this folder must be relative: ln -srfn '
+                          f'{printable(os.path.relpath(real))} {printable(path)}.')
+        return (f'jobs cannot follow {count_of(len(lost), "link")}, because the target is not '
+                f'sent: {names}.{remedy} Move the files into this folder (and name large data with '
+                '--link-forwards), or leave out the links with --exclude')
+
     def manifest(self, forwards):
         """Return the Manifest of the Forwards; made once."""
         if forwards not in self._manifests:
@@ -6694,6 +6764,10 @@ class Batch:
         for job in self._lines.jobs:        # what cannot be read is told before anything starts
             if forwards:
                 self._session.manifest(job.forwards)
+        lost = forwards and self._session.lost_links({
+            job.forwards for jobs in self._scheduler.kinds().values() for job in jobs})
+        if lost:
+            self._report.warning(lost)
 
     def _waits_with_files(self, own=None):
         """Tell whether a job waits that gets the batch's own files, and fits these resources."""
@@ -7342,6 +7416,10 @@ class Fanout:
 
     def run(self, enough=lambda: False):
         """Run all of it, at most until enough()."""
+        lost = self._attempt is None and self._session.lost_links({
+            job.forwards for job in self._jobs.values()})
+        if lost:
+            self._report.warning(lost)
         while not self.interrupts and not enough() and (
                 len(self.outcomes) < len(self._jobs) or any(map(self._works, self._begun))):
             while self._waiting and sum(map(self._works, self._begun)) < self._at_once:

@@ -3,6 +3,7 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +162,33 @@ def test_links_that_are_named_arrive_as_links(batches, project, lab1):
     (project / 'link').symlink_to('real')
     batches.run(['readlink link; cat link/file'], [lab1], *NO_GPU)
     assert result('batch.sh.1') == b'real\nx'
+
+
+def test_links_that_jobs_cannot_follow_are_told_once(batches, run_cli, project, lab1, lab2):
+    (project.parent / 'outside').mkdir()
+    (project / 'sets').mkdir()
+    (project / 'sets/data').write_text('x')
+    (project / 'a').symlink_to('../outside')
+    (project / 'b').symlink_to('a')
+    (project / 'c').symlink_to(project / 'sets/data')
+    (project / 'd').symlink_to('sets/data')
+    (project / 'e').symlink_to('nowhere')
+    lines = ['cat d', "execute_remote --copy-forwards c --job-name other 'true'"]
+    done = batches.run(lines, [lab1, lab2], *NO_GPU)
+    warning = ('jobs cannot follow 3 links, because the target is not sent: a -> ../outside, b -> '
+               f'a, c -> {project}/sets/data. A link into this folder must be relative: ln -srfn '
+               'sets/data c. Move the files into this folder (and name large data with '
+               '--link-forwards), or leave out the links with --exclude')
+    warnings = [line for line in done.stderr.splitlines() if 'WARNING' in line]
+    assert (done.returncode, warnings) == (0, [f'WARNING: {warning}'])
+    subprocess.run(['ln', '-srfn', 'sets/data', 'c'], check=True)
+    shutil.rmtree(RESULTS)
+    done = batches.run(['cat c'], [lab1, lab2], *NO_GPU, '--exclude', '/a', '/b')
+    assert (done.returncode, done.stderr.count('WARNING')) == (0, 0), done.stderr
+    for command, option in (('execute_to', '--machines'), ('execute_remote', '--machine')):
+        done = run_cli(command, '--copy-forwards', 'd', option, lab1.yaml(), '--', 'true')
+        assert ('WARNING: jobs cannot follow 1 link, because the target is not sent: '
+                'd -> sets/data. Move') in done.stderr
 
 
 @pytest.mark.parametrize('size', [10, BIG], ids=['small', 'large'])

@@ -287,3 +287,57 @@ def test_a_file_that_cannot_be_read_is_named(spare):
     os.mkdir('d/.rsync-filter')
     with pytest.raises(FilesError, match=r'^d/.rsync-filter cannot be read: Is a directory\.$'):
         by_us()
+
+
+@pytest.mark.parametrize('mode', [0, 0o300, 0o400])
+def test_a_folder_that_cannot_be_read_is_named(spare, mode, monkeypatch):
+    spare()
+    make(['d/a', 'e'])
+    os.chmod('d', mode)
+    if os.getuid() == 0:                    # whom no permissions stop
+        access = os.access
+        monkeypatch.setattr(os, 'access', lambda path, how: access(path, how) and (
+            how & os.stat(path).st_mode >> 6) == how)
+    try:
+        with pytest.raises(FilesError, match='^--copy-forwards: the folder d may not be read. '
+                           'Leave it out with --exclude.$'):
+            ssh_scheduler.scan_tree(('.',), ())
+        assert by_us(['d']) == {'e'}
+    finally:
+        os.chmod('d', 0o700)
+
+
+def lost(copy=('.',), link=(), exclude=()):
+    without = tuple(f'/{path}' for path in link) + exclude
+    trees = ssh_scheduler.scan_tree(copy, without), ssh_scheduler.scan_tree(link, exclude)
+    return set(ssh_scheduler.lost_links(*trees, link))
+
+
+def test_links_that_lead_nowhere_on_a_machine_are_found(spare):
+    here = spare()
+    outside = here.parent / 'outside'
+    outside.mkdir()
+    (outside / 'file').touch()
+    make(['d/file', 'd/deep/file', 'left/out', 'sets/data/file', 'sets/other/file'])
+    links = {
+        # which arrive
+        'in': 'd/file', 'd/up': '../d/deep/../file', 'd/self': '..', 'd/deep/chain': '../../in',
+        'dangling': 'no/such', 'gone': f'{outside}/none', 'loop': 'loop', 'system': '/etc/passwd',
+        'null': '/dev/null', 'd/again/../folder': 'deep', 'to_set': 'sets/data/file',
+        'sets/data/inner': 'file', 'sets/data/beside': '../data/file',
+        # which do not
+        'out': f'../{outside.name}/file', 'out_folder': str(outside), 'absolute': f'{here}/d/file',
+        'chained': 'out', 'd/through': '../out_folder/file', 'excluded': 'left/out',
+        'twice': 'd/../../' + here.name + '/d/file', 'sets/data/back': '../../d/file',
+        'sets/data/unlinked': '../other/file', 'sets/data/out': str(outside),
+    }
+    for path, target in links.items():
+        os.symlink(target, os.path.normpath(path))
+    names = [os.path.normpath(path) for path in links]
+    bad = set(names[names.index('out'):])
+    assert lost(link=('sets/data',), exclude=('left',)) == bad
+    assert lost(link=('sets/data', 'sets/other'), exclude=('left',)) == bad - {
+        'sets/data/unlinked'}
+    # without --link-forwards all of it lies in one folder
+    assert lost() == bad - {'excluded', 'sets/data/back', 'sets/data/unlinked'}
+    assert lost(copy=('in',)) == {'in'} and lost(copy=('in', 'd/file')) == set()
