@@ -5099,8 +5099,8 @@ class Fetcher:
                           'Make it readable there and run the same command again')
 
     def _warn_of(self, order, what):
-        self._signal('warning', f'{order.job_name}: {what}. It is kept on {self._name}, in '
-                     f'{self._channel.home}/jobs/{order.key}/work')
+        self._signal('warning', f'{order.job_name}: {sentence(what)} It is kept on {self._name}, '
+                     f'in {self._channel.home}/jobs/{order.key}/work')
 
     def _fetch(self, orders, by_rsync, may_trust=True):
         """Bring the results of the orders into an empty folder, and from there to their place."""
@@ -7891,7 +7891,7 @@ class Errand:
         runner = MachineRunner(machine, session)
         runner.register('warning', self._report.warning)
         runner.register('failed', lambda why: self._report.note(
-            f'{runner.name}: cannot be used: {why}.'))
+            f'{runner.name}: cannot be used: {sentence(why)}'))
         try:
             runner.connect(False)
             runner.enter()

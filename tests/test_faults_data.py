@@ -17,7 +17,7 @@ import rig
 from batching import NO_GPU, RESULTS, assert_clean, result, tree_of, wait_until
 from commands import peak_mb
 from ledgers import check_exactly_once, ledger_line
-from test_copies import make_nasty_tree, spy
+from test_copies import as_usual_here, make_nasty_tree, spy
 
 import ssh_scheduler as s
 
@@ -281,7 +281,7 @@ ATTACKS = {
         [*WORK, [MADE, LINK, '{canary}/file'], [MADE, FILE, '']], 'made .* leads out|^$'),
     'not asked for': (
         [*WORK, [MADE, FILE, ''], ['{job}/work/evil', FILE, '']], 'evil from .* was not asked for'),
-    'beside its folder': ([['evil', FOLDER, ''], ['evil/evil', FILE, '']], 'made could not be bro'),
+    'beside its folder': ([['evil', FOLDER, ''], ['evil/evil', FILE, '']], 'made could not be fe'),
     'terminal escapes': ([*WORK, ['{job}/work/\x1b[31mevil', FILE, '']],
                          r'\[31mevil from .* was not asked for'),
 }
@@ -308,8 +308,7 @@ def test_35_a_hostile_rsync_gives_no_rights_and_no_devices(fetch):
     tree = tree_of(folder)
     assert {name: what[:2] for name, what in tree.items()} == {
         b'setuid': ('file', 0o755), b'twice': ('file', 0o644)}
-    for name in ('fifo', 'disk', 'device'):
-        assert f'{name} could not be brought back: ' in said
+    assert 'device, disk, fifo could not be fetched: ' in said
 
 
 def test_35_an_rsync_with_a_hole_is_confined(fetch, canary, tmp_path):
@@ -518,7 +517,7 @@ def test_37_names_of_any_bytes_go_and_come(batches, lab, project, way):
     assert result('batch.sh.1').decode().split() == [str(len(linked)), str(others)]
     came = tree_of(RESULTS / 'batch.sh.1/made')
     assert {came.pop(path)[0] for path in (b'sets', b'sets/files')} == {'folder'}
-    assert came == sent
+    assert came == as_usual_here(sent)
     assert done.stderr.count('+ rsync ') == {'channel': 1, 'rsync': 3, 'tar': 0}[way]
 
 
