@@ -1442,14 +1442,27 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize('status', [0, 5])
 def test_the_exit_status_survives_a_full_disk(channel, small_disk, status):
     runner = channel(workdir=str(small_disk))
-    runner.start('job', f'cat /dev/zero >full; exit {status}')
+    command = f'cat /dev/zero >full; exit {status}'
+    runner.start('job', command)
     assert runner.ended('job')[0] == status
     next(small_disk.glob('*/jobs/job.1/work/full')).unlink()
     runner.close()
     again = channel(workdir=str(small_disk))
-    again.start('job', 'true')
+    again.start('job', command)
     assert again.ended('job')[0] == status
     again.finish()
+
+
+def test_a_start_meets_a_job_with_another_command(channel):
+    """As after an older copy of the journal was put back: neither job is taken for the other."""
+    runner = channel()
+    runner.start('job', 'exit 3')
+    assert runner.ended('job')[0] == 3
+    runner.start('job', 'echo never')
+    assert 'cannot overwrite' in runner.until('refused', 'job.1')[0]
+    runner.start('job', 'exit 3')
+    assert runner.ended('job')[0] == 3
+    runner.finish()
 
 
 @as_root
