@@ -4576,11 +4576,15 @@ class Session:
     def trees(self, forwards):
         """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
         if forwards not in self._trees:
-            linked = tuple(f'/{path}' for path in forwards.link)
-            self._trees[forwards] = (
-                scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
-                scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
+            self._trees[forwards] = self.scan(forwards)
         return self._trees[forwards]
+
+    @staticmethod
+    def scan(forwards):
+        """Return the same Trees, looked at now."""
+        linked = tuple(f'/{path}' for path in forwards.link)
+        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
+                scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
 
     def lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
@@ -4762,9 +4766,10 @@ class Channel:
 class Stage:
     """The files of one Forwards on one machine.  id is '' where there are none."""
 
-    def __init__(self, stage_id, forwards, trees):
+    def __init__(self, stage_id, forwards, trees, manifest=None):
         self.forwards = forwards
         self.copy, self.link = trees
+        self.manifest = manifest            # what is noted of the files that jobs have
         self.ready = not (self.copy.entries or self.link.entries)
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
@@ -4799,7 +4804,7 @@ class Sender:
         """Return the Stage of these Forwards, and see to it that it is sent."""
         if forwards not in self.stages:
             stage = Stage(f'{self._id_stem}.{len(self.stages)}', forwards,
-                          self._session.trees(forwards))
+                          self._session.trees(forwards), self._session.manifest(forwards))
             self.stages[forwards] = stage
             if stage.ready:
                 pass
@@ -4829,6 +4834,23 @@ class Sender:
         self._channel.send(request('freeze', stage.id, len(stage.forwards.link),
                                    *stage.forwards.link))
 
+    def _note_changes(self, stage):
+        """Note, and tell, which files were changed here between the first look and this copy."""
+        def same(entry):
+            with contextlib.suppress(OSError):
+                info = os.lstat(entry.path)
+                return (info.st_size, info.st_mtime_ns) == (entry.size, entry.mtime_ns)
+
+        if all(entry.kind != 'f' or same(entry) for tree in (stage.copy, stage.link)
+               for entry in tree.entries):
+            return
+        with contextlib.suppress(FilesError):
+            before, stage.manifest = stage.manifest, Manifest.of(*self._session.scan(
+                stage.forwards))
+            names = names_of([*map(printable, stage.manifest.changed(before))])
+            self._signal('warning', f'{self._name}: {names} changed after this run began, so jobs '
+                         'there have the newer files')
+
     def _copy(self, stage):
         """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
         stage.by_rsync = self._channel.rsync_works
@@ -4837,6 +4859,7 @@ class Sender:
 
     def _copy_parts(self, stage, parts):
         if not parts:
+            self._note_changes(stage)
             self._freeze(stage)
             return
         tree, part = parts[0]
@@ -5800,11 +5823,10 @@ class MachineRunner:
                 waiting.append(order)
                 continue
             self._next_start = now + self._spacing_s
-            manifest = self.session.manifest(order.stage.forwards)
-            self.session.results.keep_manifest(manifest)
+            self.session.results.keep_manifest(order.stage.manifest)
             self.session.results.claimed(order.job_name, order.attempt, self.machine.address,
-                                         order.gpus, order.command, files=manifest.digest,
-                                         **order.noted)
+                                         order.gpus, order.command,
+                                         files=order.stage.manifest.digest, **order.noted)
             self._running[order.key] = order
             if order.mode:
                 starts += request('mode', order.key, order.mode)

@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from batching import NO_GPU, RESULTS, assert_clean, events, result, wait_until, wrote
+import rig
+from batching import NO_GPU, RESULTS, argv_of, assert_clean, events, result, wait_until, wrote
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -331,6 +332,26 @@ def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gat
     done = batches.run(None, [machine], *NO_GPU)
     assert 'files changed since: data: 1 running line has them' in done.stderr
     assert result('batch.sh.1') == b'old'
+
+
+def test_files_that_change_before_they_are_copied_are_told(batches, project, lab, client_env):
+    """The program stops itself right before it starts rsync; meanwhile somebody edits a file."""
+    machine, options = lab(), [*NO_GPU, '--copy-forwards', 'large', 'train.py']
+    (project / 'large').write_bytes(bytes(300_000))
+    (project / 'train.py').write_text('old')
+    client = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name('crash.py'),
+         *map(str, argv_of(['cat train.py'], [machine], options))],
+        env={**client_env, 'CRASH_WHEN': "before start .*'rsync'", 'CRASH_SIGNAL': 'SIGSTOP'},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert os.WIFSTOPPED(os.waitpid(client.pid, os.WUNTRACED)[1])
+    (project / 'train.py').write_text('new!')
+    client.send_signal(signal.SIGCONT)
+    _, err = client.communicate(timeout=rig.SAFETY_NET_S)
+    assert result('batch.sh.1') == b'new!'
+    assert 'train.py changed after this run began, so jobs there have the newer files' in err
+    again = batches.run(None, [machine], *options)
+    assert warnings(again) and 'files changed' not in again.stderr     # what is noted is true
 
 
 @pytest.mark.parametrize('names, command', [
