@@ -1090,6 +1090,8 @@ def test_any_bytes_are_a_capacity(facts):
              'has 1 GPU of AMD, which cannot be scheduled yet, and no nvidia-smi')),
     ('four_cards', (170 / 3, 396000, [(0, 48000, 0, ()), (1, 3000, 1, ('ann',)),
                                       (2, 25000, 1, ('ann',)), (3, 47500, 2, ('bob', '?'))], '')),
+    ('h200', (15.92, 128333, [(0, 143156, 0, ())], '')),
+    ('h200_shared', (14.0, 119887, [(0, 128136, 3, ('root',))], '')),
     ('gb10', (19.0, 110000, [(0, 110000, 0, ())], '')),
     ('mig', (120.0, 900000, [(1, 81000, 0, ())], '')),
     ('old_driver', (7.0, 28000, [(0, 11000, 0, ())], '')),
@@ -1103,6 +1105,15 @@ def test_what_machines_said_is_understood(name, expected):
     gpus = [(gpu.index, gpu.memory_mb, gpu.others, gpu.users) for gpu in capacity.gpus]
     assert (capacity.cores, capacity.memory_mb, gpus, capacity.gpu_trouble) == (
         pytest.approx(expected[0]), *expected[1:])
+
+
+def test_jobs_of_this_batch_on_a_shared_gpu_are_counted_once():
+    facts = recorded(Path(__file__).with_name('fixtures') / 'h200_shared.probe')
+    ours = {claim.key for claim in ssh_scheduler.read_claims(facts)}
+    capacity = ssh_scheduler.parse_probe(facts, LAB, ours)
+    (gpu,) = capacity.gpus
+    assert (gpu.memory_mb, gpu.utilization, gpu.others, gpu.claimed) == (129306 + 3 * 4610, 0, 0, 0)
+    assert ssh_scheduler.gpu_memory(facts) == dict.fromkeys(ours, 4610) and len(ours) == 3
 
 
 def test_each_recording_is_looked_at():
