@@ -1066,6 +1066,92 @@ def read_backwards(options):
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
 
+# Simple commands with plain words: nothing that bash could refuse, so nobody has to ask it.
+PLAIN_WORD = r"""(?:[^\s\\"'`$&|;<>(){}[\]!#]|\$\w+|"(?:[^"\\`$]|\$\w+)*"|'[^']*')+"""
+PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|case|esac|in|function|'
+                 r'time|coproc)(?![^\s;&|<>]))' + PLAIN_WORD +
+                 rf'(?:[ \t]+{PLAIN_WORD}|[ \t]*(?:>[>&]?|<|&>>?)[ \t]*{PLAIN_WORD})*')
+PLAIN_LINE = re.compile(
+    rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
+
+# Reads commands that end with NUL; prints, also with a NUL, the number of each that bash refuses
+# and why.  Behind set -n nothing is run.  A bash before 4.0, as on macOS, would refuse too much.
+SYNTAX_CHECK = r"""
+((BASH_VERSINFO[0] >= 4)) || exit
+number=0
+while IFS= read -rd '' command; do
+  said=$({ eval $'set -n\n'"$command"; } 2>&1) || printf '%s %s\0' "$number" "$said"
+  number=$((number + 1))
+done
+"""
+
+
+def refuse_syntax(path, jobs, said):
+    """Raise if bash refuses a command of the jobs.  said: what SYNTAX_CHECK printed (bytes)."""
+    complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
+    if complaints:
+        why = printable(complaints[0][1].split('\n')[0].rpartition(': line ')[2].partition(': ')[2])
+        raise BatchFileError(
+            f'{path}, {lines_of([jobs[int(number)] for number, _ in complaints])}: bash refuses '
+            f'this: {why}. Each line runs by itself: write an if, a loop or a function on one '
+            'line, or end each of its lines but the last with a backslash.')
+
+
+# What changes only the shell that runs it -> whether a machine's `setup` can do the same.
+SETTINGS = (
+    (r'(export|source|\.|declare|typeset|unset|eval) .+', True),
+    (r'((?:conda|mamba|micromamba|pyenv) (?:activate|deactivate|shell)|(?:spack|ml|module) '
+     r'(?:load|add|use|unload|rm|swap|switch|purge)|ml|workon)( .*)?', True),
+    (r'(cd|pushd|popd)( .*)?', False),
+    (r'(set|shopt|alias|unalias|ulimit|umask|trap) .+', False),
+    (r'(NAME=value)( NAME=value)*', False))
+
+
+def setting_of(command):
+    """Return (what the command begins with, whether `setup` can do it), if all that it does is to
+    change its own shell; else None."""
+    import shlex
+    lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
+    lexer.whitespace_split = True
+    parts = [[]]
+    try:
+        for word in lexer:
+            if word in (';', '&&', '||'):
+                parts.append([])
+            elif not word.strip(';&|()<>'):
+                return None                 # a pipe, a subshell or the like
+            else:
+                parts[-1].append('NAME=value' if re.match(r'[A-Za-z_]\w*\+?=', word) else
+                                 re.sub(r'\s', '_', word))
+    except ValueError:
+        return None
+    found = [next(((match[1], by_setup) for pattern, by_setup in SETTINGS
+                   if (match := re.fullmatch(pattern, ' '.join(part)))), None)
+             for part in parts if part]
+    return found[0] if found and all(found) else None
+
+
+def warn_of_settings(path, jobs, warn):
+    """Warn of lines that do nothing, since each line has a shell of its own: once for each kind."""
+    kinds = collections.defaultdict(list)
+    for job in jobs:
+        kinds[setting_of(job.command)].append(job)
+    kinds.pop(None, None)
+    for (begin, by_setup), useless in kinds.items():
+        also = ', or put it into setup: of the machine file' if by_setup else ''
+        warn(f'{path}, {lines_of(useless)}: {begin} alone changes nothing for the other lines, '
+             f'since each line runs by itself. Write {begin} … && command on one line{also}')
+
+
+def lines_of(jobs):
+    """Return 'line 3', 'lines 3 and 7', or 'lines 3, 7 and 20 more'."""
+    numbers = [str(job.line) for job in jobs]
+    if len(numbers) > 5:
+        numbers[4:] = [f'{len(numbers) - 4} more']
+    return f'line{"s" if len(jobs) > 1 else ""} ' + ' and '.join(
+        filter(None, (', '.join(numbers[:-1]), numbers[-1])))
+
+
 # ---- Resources: what a machine has left ----
 
 CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
@@ -7617,6 +7703,8 @@ def execute_batch(argv):
         return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
     if options['--cancel']:
         return cancel_batch(options, jobs, name, reporter)
+    check_syntax(options['<batch>'], jobs)
+    warn_of_settings(options['<batch>'], jobs, reporter.warning)
     machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
@@ -7636,6 +7724,24 @@ def execute_batch(argv):
     finally:
         session.close()
         results.close()
+
+
+def check_syntax(path, jobs):
+    """Raise if bash refuses a command of the jobs; where no bash is here, they will see."""
+    doubtful = [job for job in jobs if not PLAIN_LINE.fullmatch(job.command)]
+    said, ended = bytearray(), []
+    processes = Processes()
+    try:
+        with contextlib.suppress(SchedulerError):
+            processes.start(
+                ['bash', '-O', 'extglob', '-c', SYNTAX_CHECK], said.extend,
+                lambda *_: ended.append(True), env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''},
+                feed=(job.command.encode() + b'\0' for job in doubtful))
+            while not ended:
+                processes.wait()
+    finally:
+        processes.close()
+    refuse_syntax(path, doubtful, said)
 
 
 def show_status(jobs, name, results, reporter):
