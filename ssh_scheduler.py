@@ -558,6 +558,7 @@ class Capacity(NamedTuple):
     total_memory_mb: int = 0
     max_jobs: Optional[int] = None
     gpu_trouble: str = ''           # why no GPU is known: '' where they are
+    lost_gpus: str = ''             # why others than these cannot be used
     claimed: int = 0                # jobs of other batches there
     reserved: bool = False          # one of them has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
@@ -1066,6 +1067,92 @@ def read_backwards(options):
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
 
+# Simple commands with plain words: nothing that bash could refuse, so nobody has to ask it.
+PLAIN_WORD = r"""(?:[^\s\\"'`$&|;<>(){}[\]!#]|\$\w+|"(?:[^"\\`$]|\$\w+)*"|'[^']*')+"""
+PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|case|esac|in|function|'
+                 r'time|coproc)(?![^\s;&|<>]))' + PLAIN_WORD +
+                 rf'(?:[ \t]+{PLAIN_WORD}|[ \t]*(?:>[>&]?|<|&>>?)[ \t]*{PLAIN_WORD})*')
+PLAIN_LINE = re.compile(
+    rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
+
+# Reads commands that end with NUL; prints, also with a NUL, the number of each that bash refuses
+# and why.  Behind set -n nothing is run.  A bash before 4.0, as on macOS, would refuse too much.
+SYNTAX_CHECK = r"""
+((BASH_VERSINFO[0] >= 4)) || exit
+number=0
+while IFS= read -rd '' command; do
+  said=$({ eval $'set -n\n'"$command"; } 2>&1) || printf '%s %s\0' "$number" "$said"
+  number=$((number + 1))
+done
+"""
+
+
+def refuse_syntax(path, jobs, said):
+    """Raise if bash refuses a command of the jobs.  said: what SYNTAX_CHECK printed (bytes)."""
+    complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
+    if complaints:
+        why = printable(complaints[0][1].split('\n')[0].rpartition(': line ')[2].partition(': ')[2])
+        raise BatchFileError(
+            f'{path}, {lines_of([jobs[int(number)] for number, _ in complaints])}: bash refuses '
+            f'this: {why}. Each line runs by itself: write an if, a loop or a function on one '
+            'line, or end each of its lines but the last with a backslash.')
+
+
+# What changes only the shell that runs it -> whether a machine's `setup` can do the same.
+SETTINGS = (
+    (r'(export|source|\.|declare|typeset|unset|eval) .+', True),
+    (r'((?:conda|mamba|micromamba|pyenv) (?:activate|deactivate|shell)|(?:spack|ml|module) '
+     r'(?:load|add|use|unload|rm|swap|switch|purge)|ml|workon)( .*)?', True),
+    (r'(cd|pushd|popd)( .*)?', False),
+    (r'(set|shopt|alias|unalias|ulimit|umask|trap) .+', False),
+    (r'(NAME=value)( NAME=value)*', False))
+
+
+def setting_of(command):
+    """Return (what the command begins with, whether `setup` can do it), if all that it does is to
+    change its own shell; else None."""
+    import shlex
+    lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
+    lexer.whitespace_split = True
+    parts = [[]]
+    try:
+        for word in lexer:
+            if word in (';', '&&', '||'):
+                parts.append([])
+            elif not word.strip(';&|()<>'):
+                return None                 # a pipe, a subshell or the like
+            else:
+                parts[-1].append('NAME=value' if re.match(r'[A-Za-z_]\w*\+?=', word) else
+                                 re.sub(r'\s', '_', word))
+    except ValueError:
+        return None
+    found = [next(((match[1], by_setup) for pattern, by_setup in SETTINGS
+                   if (match := re.fullmatch(pattern, ' '.join(part)))), None)
+             for part in parts if part]
+    return found[0] if found and all(found) else None
+
+
+def warn_of_settings(path, jobs, warn):
+    """Warn of lines that do nothing, since each line has a shell of its own: once for each kind."""
+    kinds = collections.defaultdict(list)
+    for job in jobs:
+        kinds[setting_of(job.command)].append(job)
+    kinds.pop(None, None)
+    for (begin, by_setup), useless in kinds.items():
+        also = ', or put it into setup: of the machine file' if by_setup else ''
+        warn(f'{path}, {lines_of(useless)}: {begin} alone changes nothing for the other lines, '
+             f'since each line runs by itself. Write {begin} … && command on one line{also}')
+
+
+def lines_of(jobs):
+    """Return 'line 3', 'lines 3 and 7', or 'lines 3, 7 and 20 more'."""
+    numbers = [str(job.line) for job in jobs]
+    if len(numbers) > 5:
+        numbers[4:] = [f'{len(numbers) - 4} more']
+    return f'line{"s" if len(jobs) > 1 else ""} ' + ' and '.join(
+        filter(None, (', '.join(numbers[:-1]), numbers[-1])))
+
+
 # ---- Resources: what a machine has left ----
 
 CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
@@ -1239,7 +1326,8 @@ class MachineResources:
             return (f'has {max(have.cores - self._cores / 1000, 0):.1f} of '
                     f'{self._total_cores:g} cores free')
         if short == 'gpu':
-            return have.gpu_trouble or self._gpu_shortage(allocation)
+            return have.gpu_trouble or ' and '.join(filter(None, (
+                have.lost_gpus, self._gpu_shortage(allocation))))
         return ''
 
     def _gpu_shortage(self, allocation):
@@ -1385,10 +1473,12 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     free_mb = max(free_mb, 0)
     if machine.gpus is not None:
         gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
+        trouble = '' if len(gpus) == len(machine.gpus) else trouble
         trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
     return Capacity(
         cores=free_cores, memory_mb=free_mb, gpus=gpus, total_cores=usable,
-        total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs, gpu_trouble=trouble,
+        total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs,
+        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
         claimed=len(others), reserved=any(claim.reserve for claim in others),
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
 
@@ -1503,8 +1593,10 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
             utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
             others=len(foreign), users=tuple(dict.fromkeys(foreign)), claimed=len(theirs),
             reserved=any(alone for *_, alone in theirs))
-    trouble = '; '.join(dict.fromkeys(filter(None, refused))) or 'has an nvidia-smi, but no GPU'
-    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), '' if gpus else trouble
+    trouble = '; '.join(dict.fromkeys(filter(None, refused)))
+    return (tuple(gpus[index] for index in sorted(gpus)), tuple(limits),
+            trouble or ('' if gpus else 'has lost its GPUs' if values.get('nvidia_smi') == '15'
+                        else 'has an nvidia-smi, but no GPU'))
 
 
 def gpu_processes(facts):
@@ -1534,7 +1626,7 @@ def gpu_trouble(values):
                 f'has {what}, which cannot be scheduled yet, and no nvidia-smi')
     if status == 'timeout':
         return 'has an nvidia-smi that does not answer'
-    if status in ('0', 'old', '14'):
+    if status in ('0', 'old', '14', '15'):
         return ''
     words = printable(values.get('gpu_error', ''))[:200]
     if 'No devices were found' in words:
@@ -1551,13 +1643,17 @@ def parse_gpu(line, extended, memory_mb, listed):
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
             fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
-        return 'has GPUs of which nvidia-smi tells nothing that can be read'
+        lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
+        return (f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
+                if lost else 'has GPUs of which nvidia-smi tells nothing that can be read')
     index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
     mode, mig = (fields[5:7] if extended else ('', ''))
     if mig == 'Enabled':
         return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
     if mode == 'Prohibited':
         return f'has GPU {index} in compute mode Prohibited'
+    if 'lost' in ' '.join(fields[2:5]):
+        return f'has lost GPU {index} (nvidia-smi: {printable(fields[2])[:100]})'
     total, free, used = (int(field) if field.isascii() and field.isdigit() and len(field) < 12
                          else None for field in fields[2:5])
     unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
@@ -2212,16 +2308,24 @@ SSH_COMPLAINTS = (
     (r'timed out', 'later', '{at} did not answer in time: is the machine on, and the VPN?'),
     (r'Bad owner or permissions on (\S+)', 'never', 'ssh refuses {0}: others may write it'),
     (r'[Bb]ad configuration option: (\S+)', 'never', 'ssh does not know the option {0}'),
+    (r'(exec|shell) request failed', 'later',
+     'sshd could not start a shell there: is the limit of processes of {user} reached?'),
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
      '{at} closed the connection before the login'),
 )
 LOGIN_COMPLAINTS = (
+    (r'[Cc]annot fork|fork failed|fork: (?!retry)', 'later',
+     'no more processes can be started there: is the limit of {user} (ulimit -u) reached?'),
     (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
     (r'account is currently not available|nologin', 'never', 'this account allows no login'),
     (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
      'there is no bash over there'),
     (r'restricted', 'never', 'its login shell is a restricted one'),
 )
+
+
+FORCED = ('another command forced on this login, by ForceCommand in sshd_config or command= in '
+          '~/.ssh/authorized_keys')
 
 
 def explain_login(machine, status, noise, complaint):
@@ -2244,7 +2348,7 @@ def explain_login(machine, status, noise, complaint):
         return last or 'the connection broke', 'later'
     said = f', after saying: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
-            f'files, such as ~/.bashrc?){said}', 'never')
+            f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
 
 
 # ---- The remote runner: runs there ----
@@ -2327,10 +2431,62 @@ speak() {                   # the only writer to the channel; reads what was sai
   printf %s "$ready"
 }
 
-complaint() {               # prints what was complained of last, without where in this text it was
-  local line
-  line=$(tail -n 1 "$run/log")
-  printf %s "${line#*: line *: }"
+# REPLY: what was complained of last, without where in this text it was.  Fails, and starts no
+complaint() {               # process itself, where none can be started.
+  local line said=
+  while IFS= read -r line; do           # tar's summary never has the reason
+    case $line in
+      *': Exiting with failure status'* | *': wait_for: No record of'*) ;;
+      *) said=${line#*: line *: } ;;
+    esac
+  done <"$run/log"
+  if [[ $said == *'fork: '* ]]; then
+    no_process
+    return 1
+  fi
+  explain_full "$said"
+}
+
+explain_full() {            # REPLY: the complaint $1, and what else than bytes is used up there
+  local dir=$home total left blocks
+  while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
+  IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
+  REPLY=$1
+  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk there is full)'
+  [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
+  [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
+}
+
+no_process() {              # REPLY: that no process can be started; starts none
+  local line limit=
+  while read -r line; do
+    [[ $line != 'Max processes'* ]] || read -r _ _ limit _ <<<"$line"
+  done </proc/self/limits
+  REPLY="no more processes can be started there (ulimit -u: $limit)"
+}
+
+# Where bash cannot fork, it tries for 15 s and then ends, and only this is run.
+last_words() {              # for main, whose variables are gone: says why, and what never began
+  local run=$1 events=$2 claims=$3 project=$4 name
+  [[ -e $run ]] && ! complaint || return 0
+  for name in "${unbegun[@]}"; do
+    : >"$claims/$project.$name"
+    tell refused "$name" "$REPLY"
+  done
+  tell broken "$REPLY" later
+}
+
+stranded() {                # for the run_job of $1: the same; $2: the exit status, if it has ended
+  local dir=$home/jobs/$1
+  : >"$claims/$project.$1"
+  if [[ $2 ]]; then
+    record "$dir" "ended $2"
+    : >"$dir/untold"        # the next look at it says so
+  else
+    record "$dir" lost
+    no_process
+    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
+  fi
 }
 
 identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
@@ -2536,10 +2692,11 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
   [[ $status != 137 ]] || return        # it was given up
   : >"$run/gpus.apps"
   case $status in
-    0 | old | 14)           # where nothing is taken, nobody is there to be asked for
+    0 | old | 14 | 15)      # where nothing is taken, nobody is there to be asked for
       while IFS=', ' read -r _ _ total free busy _; do
         [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
-        nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || : >"$run/gpus.apps"
+        nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || (($? == 15)) ||
+          : >"$run/gpus.apps"
         break
       done <"$run/gpus.list" ;;
   esac
@@ -2579,8 +2736,9 @@ tell_gpus() {               # says what query_gpus found; knows the processes of
       done
       [[ ! $cards ]] || tell probe other_gpus "${cards# }" ;;
     timeout) ;;
-    0 | old | 14)           # 14: a warning about its infoROM, with a valid answer
+    0 | old | 14 | 15)      # 14: a warning about its infoROM, with a valid answer; 15: one is lost
       while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus.list"
+      ((status != 15)) || while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus.err"
       while IFS=', ' read -r uuid pid used; do
         [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
       done <"$run/gpus.apps"
@@ -2740,7 +2898,10 @@ probe() {                   # says what is here and free, if $1 is not empty, th
 
 # ---- Files for jobs ----
 
-# shellcheck disable=SC2094  # it shows the last line of the log that it adds to
+unstored() {                # says why the files of stage $1 could not be stored
+  if complaint; then tell stage_failed "$1" "$REPLY"; else tell broken "$REPLY" later; fi
+}
+
 freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
   local stage=$home/stage/$1 id=$1 path entry
   shift
@@ -2752,7 +2913,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
       linked["$id ./$path"]=1
     done
     (cd -- "$stage/copy" && listing .) >"$stage/list"
-  } || { tell stage_failed "$id" "$(complaint)"; return; }
+  } || { unstored "$id"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
   tell staged "$id"
 } 2>>"$run/log"
@@ -2855,6 +3016,8 @@ run_job() {                 # in its own process and group; says how it went, an
   identify "$BASHPID"
   record "$dir" "running $REPLY"
   printf '%-80s' "$REPLY" 1<>"$claims/$project.$name"   # was announced; see start_pending
+  # shellcheck disable=SC2064            # when it is run, there is no $name any more
+  trap "stranded $name" EXIT
   if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
@@ -2876,6 +3039,8 @@ run_job() {                 # in its own process and group; says how it went, an
       enter "$BASH" "$program"
     ) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
+    # shellcheck disable=SC2064
+    trap "stranded $name $status" EXIT
     exec {input}<&-
     [[ ! $keeper ]] || kill -KILL "$keeper"
     if [[ -e $dir/late ]]; then
@@ -2901,6 +3066,7 @@ run_job() {                 # in its own process and group; says how it went, an
   started=$((REPLY - started))
   tell_left
   tell_ended "$name" "$status" "$started" "$((used[13] + used[14]))"
+  trap - EXIT
 } 2>/dev/null
 
 keep_time() {               # for run_job: ends it, as a cancel does, when its time is over
@@ -3042,7 +3208,7 @@ start_pending() {           # starts what was read of "start" requests since the
         printf '%s\n' "${commands[index]}" >"$dir/cmd"; then
         ((${#started} < 3000)) || { say "started$started"; started=; }
         started+=$'\t'$name
-        claimed+=("$index")
+        claimed+=("$index") unbegun[index]=$name
         begun+=("$name")
         continue
       fi
@@ -3054,13 +3220,15 @@ start_pending() {           # starts what was read of "start" requests since the
       continue
     fi
     [[ -e $dir/cmd ]] || : >"$claims/$project.$name"
-    tell refused "$name" "$(complaint)"
+    complaint
+    tell refused "$name" "$REPLY"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
   for index in "${claimed[@]}"; do
     run_job "${names[index]}" "${stages[index]}" "${gpus[index]}" "${backs[index]}" \
       "${paths[@]:offsets[index]:counts[index]}" </dev/null &
     disown "$!"
+    unset -v "unbegun[index]"
   done
   names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
 }
@@ -3316,7 +3484,10 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
-    if [[ $word == running && $value != *" $boot_id" ]]; then
+    if [[ $word == ended && -e $home/jobs/$1/untold ]]; then
+      tell_ended "$1" "$value" 0 0
+      rm -f -- "$home/jobs/$1/untold"
+    elif [[ $word == running && $value != *" $boot_id" ]]; then
       :                     # from before a restart: that is lost, and report says so
     elif [[ $word == running ]] && ! lives "$word" "$value"; then
       read_record "$home/jobs/$1"       # what ends records that before it is gone
@@ -3409,6 +3580,7 @@ main() {
   local arrived=() begun=() removing=() tied='' survivors
   local -A sent linked modes limits_s
 
+  unbegun=()                # outlives this function, see last_words
   for field in token workdir project owner setup want_gpus count; do
     IFS= read -rd '' "$field" || return
   done
@@ -3416,6 +3588,7 @@ main() {
     IFS= read -rd '' field || return
     machine_environment+=("$field")
   done
+  printf '\n%s\n' "$token"              # before anything that can take long, or fail
   workdir=${workdir:-'~/.ssh_scheduler'}
   # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
@@ -3432,7 +3605,10 @@ main() {
   oust
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log"; } 2>&1); then
-    printf '\n%s\nbroken\tcannot write there: %s\n' "$token" "${field##*$'\n'}"
+    field=${field##*$'\n'}
+    if [[ $field == *fork:* ]]; then no_process; else explain_full "cannot write there: $field"; fi
+    escape "$REPLY"
+    printf 'broken\t%s\n' "$REPLY"
     return
   fi
   [[ -w $shared ]] || shared=/tmp
@@ -3441,11 +3617,13 @@ main() {
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   printf '%s\n%s\n' "$self" "$owner" >"$run/self"
   set -m                    # every background process in a process group of its own
-  printf '\n%s\n' "$token"
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
   speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
+  printf -v field 'last_words %q %q %q %q' "$run" "$events" "$claims" "$project"
+  # shellcheck disable=SC2064
+  trap "$field" EXIT
   shopt -s nullglob dotglob
 
   read_ticks
@@ -3485,11 +3663,15 @@ main() {
         # What is left of an archive that could not be unpacked must not be taken for requests.
         head -c "$bytes" |
           { tar -xpo -f - -C "$home/stage/$field" || { cat >/dev/null; false; }; } ||
-          tell stage_failed "$field" "$(complaint)" ;;
+          unstored "$field" ;;
       folder)               # PATH below the project's folder
         IFS= read -rd '' field || break
         arrived+=("$home/${field%/*}")
         mkdir -p -- "$home/$field" ;;
+      unsent)               # WHY it could not be filled
+        IFS= read -rd '' field || break
+        explain_full "$field" </dev/null
+        tell broken "$REPLY" ;;
       freeze)               # ID COUNT LINK...
         IFS= read -rd '' field && IFS= read -rd '' count || break
         read_fields "$count" || break
@@ -3570,6 +3752,7 @@ main() {
   names=("${names[@]:0:${#counts[@]}}") # the last request may have been cut off
   start_pending
   leave </dev/null
+  trap - EXIT
   say bye
 }
 
@@ -3979,6 +4162,11 @@ class EventReader:
         self._token = token.encode()
         self._buffer = b''
         self._data = None               # (fields, size) of an event whose bytes are still coming
+
+    @property
+    def pending(self):
+        """What came and is no event yet."""
+        return self._buffer
 
     def feed(self, data):
         """Yield the events that are complete with these bytes."""
@@ -4533,6 +4721,8 @@ def make_removable(function, path, _):
 SMALL_TREE_BYTES = 256 * 1024       # what is smaller goes through the channel, without an rsync
 SMALL_TREE_ENTRIES = 2000
 CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
+SLOW_LOGIN_S = 10.0                 # after which it is said why there is no answer yet
+SETTLED_S = 5.0                     # in which it is told how jobs have ended that ran before
 COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
 REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
 FOLLOW_AFTER_S = 0.08               # what ends sooner needs no session to show what it says
@@ -4737,6 +4927,21 @@ class Channel:
         """Tell whether it has ended, though nobody may have been told so yet."""
         return self._process.popen.poll() is not None
 
+    def hindrance(self):
+        """Return what is known of why it has not said yet what the machine has; '' is nothing."""
+        if self._reader.greeted or not self._machine.host:
+            return ('bash runs there, but something takes long: its workdir, the start files of an '
+                    'interactive login, such as ~/.bashrc, or nvidia-smi')
+        if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
+            return ''
+        said = last_line(self._process.complaint.decode('utf-8', 'replace'), -1) or last_line(
+            self._reader.pending.decode('utf-8', 'replace'), -1)
+        if 'fork: retry' in said:
+            return 'no more processes can be started there (ulimit -u)'
+        return ('the login succeeded, but no command runs: does one of its start files, such as '
+                f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
+                f'{FORCED}?')
+
     def _on_output(self, data):
         self.heard = time.monotonic()
         try:
@@ -4885,7 +5090,8 @@ class Sender:
                 stage.by_rsync = self._channel.rsync_works = False
                 self._copy_parts(stage, parts)
             else:
-                self._fail(f'the files could not be sent: {last_line(text) or status}')
+                channel.send(request('unsent', 'the files could not be sent: '
+                                     f'{last_line(text) or status}'))
 
         connection, folder = self._channel.connection, f'stage/{stage.id}/{part}'
         target = f'{self._channel.home}/{folder}'
@@ -5433,7 +5639,8 @@ def chain_bytes(head, pieces):
 
 def last_line(text, index=0):
     """Return the most telling line of a program's complaint: the first, not rsync's summary."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()
+             and not line.startswith('--link-dest arg does not exist')]     # that is usual
     return printable(lines[index].strip())[:300] if lines else ''
 
 
@@ -5495,6 +5702,8 @@ class MachineRunner:
         self.again = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
         self._was_ready, self._lost_channel = False, None
         self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
+        self._began = 0.0                   # when it was first tried
+        self._adopted, self._killed = set(), set()      # keys of jobs that ran before this contact
         self._due = set()                   # what is to be called later
         self.cancelled = False              # its jobs were told to end
         self.cancelling = False             # and it was not said yet what became of that
@@ -5536,6 +5745,7 @@ class MachineRunner:
     def connect(self, want_gpus=True):
         """Begin to log in."""
         self.state, self._want_gpus = 'connecting', want_gpus
+        self._began = time.monotonic()
         self._open()
 
     @property
@@ -5554,10 +5764,23 @@ class MachineRunner:
     def _open(self):
         self._channel.open(self._want_gpus)
         channel = self._channel
-        self.session.processes.call_later(
-            CONNECT_LIMIT_S, lambda: self.state == 'connecting' and channel is self._channel
-            and self._fail(f'it gave no answer within {CONNECT_LIMIT_S:.0f} seconds: does one of '
-                           'its start files, such as ~/.bashrc, wait or read?', 'later'))
+
+        def after(limit_s, function):
+            self.session.processes.call_later(
+                limit_s, lambda: self.state == 'connecting' and channel is self._channel
+                and function(channel.hindrance()))
+
+        after(SLOW_LOGIN_S, lambda why: why and self._signal(
+            'warning', f'{self.name}: no answer within {SLOW_LOGIN_S:.0f} s, still waiting: {why}'))
+        after(CONNECT_LIMIT_S, lambda why: self._fail(
+            f'it gave no answer within {CONNECT_LIMIT_S:.0f} s' + (f': {why}' if why else ''),
+            'later'))
+
+    def unanswered(self, so=''):
+        """Return that it has not answered yet, and so what; behind its name a sentence."""
+        why = self._channel.hindrance() or (self.reason if self._tries else '')
+        return (f'did not answer within {time.monotonic() - self._began:.0f} s{so}'
+                + (f': {why}' if why else ''))
 
     def reconnect(self):
         """Log in once more, after it failed or contact was lost."""
@@ -5636,7 +5859,7 @@ class MachineRunner:
             self._channel.close()
             self.session.processes.call_later(FAREWELL_S, self._channel.end)
         elif self.state != 'closing':
-            self.state = 'closed' if self.state == 'away' else self.state
+            self.state = 'closed' if self.state in ('away', 'connecting') else self.state
             self._channel.end()
 
     def wait(self):
@@ -5816,6 +6039,7 @@ class MachineRunner:
             order = self._queue.popleft()
             if order.stage is None:
                 self._running[order.key] = order
+                self._adopted.add(order.key)
                 self._channel.send(request('adopt', 1, order.key))
                 self._watch_later()
                 continue
@@ -5870,8 +6094,8 @@ class MachineRunner:
             raise WireError('it said something that no runner says')
         handler(*fields)
 
-    def _on_broken(self, why):
-        self._fail(printable(os.fsdecode(why)))
+    def _on_broken(self, why, again=b'never'):
+        self._fail(printable(os.fsdecode(why)), 'later' if again == b'later' else 'never')
 
     def _on_note(self, text):
         self._signal('warning', f'{self.name}: {printable(os.fsdecode(text))}')
@@ -5900,6 +6124,8 @@ class MachineRunner:
         if self._running:               # their starts may not have arrived
             channel.send(request('adopt', len(self._running), *self._running))
             self._watch_later()
+        self._adopted, self._killed = set(self._running), set()
+        self._later('killed', SETTLED_S, self._explain_killed)
         self._fetcher.renew(channel)
         if self.session.results:
             self._fetcher.add_kept(self.session.results.kept(self.machine.address))
@@ -6050,6 +6276,11 @@ class MachineRunner:
             order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus,
             int(cpu_cs) / 100 if known else None, order.peak_mb, order.peak_gpu_mb)
         order.entries = list(back)
+        if order.key in self._adopted and not self.cancelled and (
+                int(status) in (129, 143) or b'with its whole process group' in err):
+            self._killed.add(order.key)
+            if not self._adopted & self._running.keys():
+                self._explain_killed()
         self._draining[order.key] = order
         whole = all(stream in order.streams or order.offsets[stream] == size
                     for stream, size in order.sizes.items())
@@ -6097,6 +6328,17 @@ class MachineRunner:
         order = self._running.get(os.fsdecode(key))
         if order and not self.cancelled:       # else that is being ended, too
             self._signal('left', order.job_name, printable(os.fsdecode(text)))
+
+    def _explain_killed(self):
+        """Say what may have ended jobs that ran before this contact: logind does that to all."""
+        count, killed = len(self._adopted), len(self._killed)
+        running, self._adopted, self._killed = self._adopted & self._running.keys(), set(), set()
+        if not running and (killed > 1 or 0 < killed == count):
+            self._signal('warning', f'{self.name}: {count_of(killed, "job")} that ran there '
+                         f'{"was" if killed == 1 else "were"} killed while there was no contact, '
+                         'though it was not restarted. If its logind ends all that a login leaves '
+                         '(KillUserProcesses=yes in /etc/systemd/logind.conf), ask for '
+                         'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
 
     def _on_unlistable(self, key):
         self._fetcher.leave_unlisted(os.fsdecode(key))
@@ -6646,6 +6888,7 @@ class Batch:
         self._skipped = self._left = 0
         self._announced, self._late = False, False
         self._first = {}                        # runner -> Capacity, as it was when it came
+        self._lost_gpus = {}                    # runner -> what was said of GPUs that are none
         self._last_start, self._explained = time.monotonic(), ('', -math.inf)
         self._away = {}                         # runner -> which loss of contact is waited for
         self._resting = set()                   # runners that failed jobs, and are tried again
@@ -6803,9 +7046,18 @@ class Batch:
                 self._late and self._count('ready'))):
             self._session.processes.wait()
         if self.interrupts:
+            self.tell_unanswered()
             raise KeyboardInterrupt
         if not self._count('ready'):
             raise SchedulerError('no machine can be used.')
+
+    def tell_unanswered(self):
+        """Name each machine of which nothing was said yet, since it has not answered."""
+        for runner in self._runners:
+            if (runner.state == 'connecting' and runner not in self._first
+                    and not self._troubles[runner]):
+                so = 'interrupted' if self.interrupts else 'the batch ended without it'
+                self._report.note(f'{runner.name}: {runner.unanswered(f"; {so}")}')
 
     def _count(self, state):
         return sum(1 for runner in self._runners if runner.state == state)
@@ -6854,6 +7106,7 @@ class Batch:
 
     def dry_run(self):
         """Say what would start where, now."""
+        self.tell_unanswered()
         for job, runner, placement in self._scheduler.choose():
             self._report.line(f'would start: {job.name} on {runner.name};  '
                               f'{pinned(job.command, placement.visible_gpus)}')
@@ -7004,7 +7257,9 @@ class Batch:
     def _on_ready(self, runner):
         again = runner in self._first
         self._first[runner] = runner.capacity
+        self._tell_lost_gpus(runner)
         self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
+        self._tell_lost_gpus(runner)
         if again:
             self._take_back(runner)
             return
@@ -7074,6 +7329,15 @@ class Batch:
 
     def _on_measured(self, runner):
         self._scheduler.update(runner, runner.capacity)
+        self._tell_lost_gpus(runner)
+
+    def _tell_lost_gpus(self, runner):
+        """Say, when it is news, that only a part of a machine's GPUs can be used."""
+        have = runner.capacity
+        if have and have.lost_gpus and have.lost_gpus != self._lost_gpus.get(runner):
+            self._report.note(f'{runner.name} {have.lost_gpus}; '
+                              f'{count_of(len(have.gpus), "other GPU")} can be used.')
+        self._lost_gpus[runner] = have and have.lost_gpus
 
     def _on_failed(self, runner, why):
         self._scheduler.remove_machine(runner)
@@ -7252,6 +7516,7 @@ class Batch:
 
     def _summary(self):
         """Print how it went; return the exit status."""
+        self.tell_unanswered()
         for address, queue in self._pinned.items():     # whose machine never came
             self._unknown.update((job.name, address) for job in queue)
         counts = [f'{self._finished} finished', f'{len(self._failures)} failed']
@@ -7454,6 +7719,13 @@ class Fanout:
                         self._sinks[runner].end()
                     runner.close()
 
+    def awaited(self):
+        """Return {MachineRunner: how far it has come} of those without an outcome."""
+        return {runner: 'not begun' if runner not in self._begun else
+                runner.unanswered() if runner.state == 'connecting' else
+                'the command ran' if runner in self.started else 'the command had not started'
+                for runner in self._jobs if runner not in self.outcomes}
+
     def cancel(self):
         """End what runs, everywhere, within a time; say what could not be ended."""
         runners = [runner for runner in self._begun if runner.state == 'ready']
@@ -7617,6 +7889,8 @@ def execute_batch(argv):
         return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
     if options['--cancel']:
         return cancel_batch(options, jobs, name, reporter)
+    check_syntax(options['<batch>'], jobs)
+    warn_of_settings(options['<batch>'], jobs, reporter.warning)
     machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
@@ -7636,6 +7910,24 @@ def execute_batch(argv):
     finally:
         session.close()
         results.close()
+
+
+def check_syntax(path, jobs):
+    """Raise if bash refuses a command of the jobs; where no bash is here, they will see."""
+    doubtful = [job for job in jobs if not PLAIN_LINE.fullmatch(job.command)]
+    said, ended = bytearray(), []
+    processes = Processes()
+    try:
+        with contextlib.suppress(SchedulerError):
+            processes.start(
+                ['bash', '-O', 'extglob', '-c', SYNTAX_CHECK], said.extend,
+                lambda *_: ended.append(True), env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''},
+                feed=(job.command.encode() + b'\0' for job in doubtful))
+            while not ended:
+                processes.wait()
+    finally:
+        processes.close()
+    refuse_syntax(path, doubtful, said)
 
 
 def show_status(jobs, name, results, reporter):
@@ -8020,6 +8312,8 @@ class Errand:
 
     def _cancel(self, fanout, runner):
         name = self._name
+        if runner.state == 'connecting':
+            self._report.note(f'{runner.name}: {runner.unanswered("; interrupted")}')
         if not runner.busy:
             return
         fanout.cancel()
@@ -8100,6 +8394,7 @@ def execute_to(argv):
         with interruptible(fanout.interrupt):
             try:
                 fanout.run(lambda: reporter.reader_left)
+                awaited = fanout.awaited()
                 if fanout.interrupts or reporter.reader_left:
                     fanout.cancel()
                 for prefixer in sinks.values():
@@ -8108,6 +8403,9 @@ def execute_to(argv):
                 close_all(runners, session, lambda: fanout.interrupts > 1)
         if gathered:
             gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
+        if fanout.interrupts:
+            fanout.outcomes.update({runner: ('interrupted', what)
+                                    for runner, what in awaited.items()})
         failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
                              if runner in fanout.outcomes}, reporter)
         return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else wrong
@@ -8245,6 +8543,9 @@ def query_machines(argv):
                 for runner in runners:
                     runner.measure()
             if stopped and interval is None:
+                for runner in runners:
+                    if runner.state == 'connecting':
+                        reporter.note(f'{runner.name}: {runner.unanswered("; interrupted")}')
                 return 130
             if reporter.trouble:
                 return 1
@@ -8273,7 +8574,7 @@ def json_lines(runners, allocation):
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
-            batch_jobs=have.claimed, gpu_trouble=have.gpu_trouble or None,
+            batch_jobs=have.claimed, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
             gpus=[{'index': gpu.index, 'name': gpu.name, 'uuid': gpu.uuid,
                    'memory_free_mb': gpu.memory_mb, 'memory_total_mb': gpu.total_memory_mb,
                    'utilization': round(gpu.utilization, 3), 'users': list(gpu.users),
@@ -8307,8 +8608,6 @@ def machine_table(runners, allocation, paint):
         for gpu in have.gpus or (None,):
             if gpu is None:
                 rows.append(cells)
-                if have.gpu_trouble:
-                    said[len(rows) - 1] = have.gpu_trouble
                 break
             users = ', '.join(map(printable, gpu.users)) + (
                 f' ({count_of(gpu.others, "process")})' if gpu.others else '')
@@ -8317,6 +8616,7 @@ def machine_table(runners, allocation, paint):
                          free_of(gpu.memory_mb, gpu.total_memory_mb, paint),
                          paint(f'{gpu.utilization:.0%}', 1 - gpu.utilization), users.strip()])
             cells = [''] * len(cells)
+        said[len(rows) - 1] = have.gpu_trouble or have.lost_gpus
     widths = [max([len(title), *(len(bare(row[column])) for row in rows if len(row) > column)])
               for column, title in enumerate(head)]
     for number, row in enumerate([head, *rows]):

@@ -177,6 +177,124 @@ def test_a_continued_command_means_what_it_means_to_bash(text):
     assert kept.stdout == expected.stdout
 
 
+# ---- What bash refuses, and what does nothing ----
+
+MULTI_LINE = """\
+true
+for seed in 1 2; do
+  echo $seed
+done
+"""
+
+
+def batch_of(run_cli, project, text, *words):
+    """Run a batch of this text on localhost, and return what came of it."""
+    (project / 'batch.sh').write_bytes(text.encode())
+    return run_cli('execute_batch', 'batch.sh', *NO_GPU, '--machines', 'localhost', *words)
+
+
+@pytest.mark.parametrize(('text', 'lines', 'words'), [
+    (MULTI_LINE, 'lines 2 and 4', 'syntax error: unexpected end of file'),
+    (MULTI_LINE.replace('\n', '\r\n'), 'lines 2 and 4', 'syntax error: unexpected end of file'),
+    ('f() {\n  echo a\n}\nf\n', 'lines 1 and 3', 'syntax error: unexpected end of file'),
+    ('echo a\necho "b\nc" d\n', 'lines 2 and 3', 'unexpected EOF while looking for matching `"\''),
+    ('true\n\nthen echo\n', 'line 3', 'syntax error near unexpected token `then\''),
+    ("execute_remote --job-name x -- 'if true; then'\n", 'line 1', 'syntax error: unexpected end '),
+    ('}; touch harm; {\n', 'line 1', 'syntax error near unexpected token `}\''),
+    ('if\n' * 7, 'lines 1, 2, 3, 4 and 3 more', 'syntax error: unexpected end of file'),
+])
+def test_what_bash_refuses_is_named_before_anything_starts(run_cli, project, text, lines, words):
+    done = batch_of(run_cli, project, text)
+    assert (done.returncode, done.stdout) == (2, ''), done.stderr
+    assert done.stderr.startswith(f'execute_batch: batch.sh, {lines}: bash refuses this: {words}')
+    assert 'Each line runs by itself: write an if, a loop or a function on one line' in done.stderr
+    assert [path.name for path in project.iterdir()] == ['batch.sh']
+
+
+FINE = """\
+for seed in 1 2; do echo $seed; done
+if true; then \\
+  echo continued; fi
+cat <<END || true
+! ls !(batch.sh) "$(echo 'x)')" 2>&1 | cat |& cat &>>log &
+[[ a == @(a|b) ]]; case a in a) ;; esac; (echo) ; { echo; }
+set +n; echo $((1 + 1)) `date` ${HOME:-x}  # if
+"""
+
+
+def test_what_bash_can_read_is_not_refused(run_cli, project):
+    done = batch_of(run_cli, project, FINE, '--dry-run')
+    assert (done.returncode, done.stderr, done.stdout.count('would ')) == (0, '', 6)
+    assert [path.name for path in project.iterdir()] == ['batch.sh']
+
+
+@pytest.mark.parametrize('version', [None, 3])
+def test_where_no_bash_can_tell_nothing_is_refused(tmp_path, monkeypatch, version):
+    """macOS has 3.2, which does not know half of it; another system may have none."""
+    if version:
+        fake = f'#!/bin/sh\nshift 2; shift; script="BASH_VERSINFO=({version}) {{}}"\n'
+        (tmp_path / 'bash').write_text(fake + 'echo "$1" | grep -q "BASH_VERSINFO.0. >= 4"\n')
+        (tmp_path / 'bash').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:/bin' if version else str(tmp_path))
+    ssh_scheduler.check_syntax('batch.sh', jobs_of('if\necho "a\n'))
+
+
+PIECES = ['a', ' ', '"', "'", '$', '$b', '|', '&', '&&', ';', '>', '<', '2>&1', '(', ')', '{', '}',
+          '`', '#', '!', '\\', '=', '[', ']', '*', '~', ' if ', ' then ', ' do ', ' done ', 'time',
+          'é', '\t', '-', '0', '$(', '"a $b"', "'a'"]
+
+
+@settings(ANY, max_examples=300)
+@given(text=st.lists(st.sampled_from(PIECES), max_size=10).map(''.join))
+def test_a_plain_line_is_one_that_bash_can_read(text):
+    assume(ssh_scheduler.PLAIN_LINE.fullmatch(text))
+    checked = subprocess.run(['bash', '-n'], input=text.encode(), capture_output=True)
+    assert (checked.returncode, checked.stderr) == (0, b'')
+
+
+@pytest.mark.parametrize('text', [
+    'python3 train.py --lr 0.1 --seed 3', 'cd x && python3 -u t.py "$A" > log 2>&1 | tee a; b &',
+    "A='x y' b --time 3 *.py"])
+def test_usual_lines_are_plain(text):
+    assert ssh_scheduler.PLAIN_LINE.fullmatch(text)
+
+
+@pytest.mark.parametrize(('command', 'begin', 'setup'), [
+    ('cd data', 'cd', False), ('cd', 'cd', False), ('  cd "my data"  # go there', 'cd', False),
+    ('export A=1 B="2 3"', 'export', True), ('A=1', 'NAME=value', False),
+    ('export A=1 && \\\n export B=2', 'export', True), ('cd x; . env.sh', 'cd', False),
+    ('source ~/.bashrc', 'source', True), ('. env/bin/activate', '.', True),
+    ('set -eu', 'set', False), ('shopt -s extglob', 'shopt', False), ('umask 077', 'umask', False),
+    ('conda activate ml', 'conda activate', True), ('module load cuda/12', 'module load', True),
+    ('ml cuda', 'ml', True), ('ulimit -v 4', 'ulimit', False), ('alias a=b', 'alias', False),
+    ('eval "$(conda shell.bash hook)"', 'eval', True), ('unset A', 'unset', True),
+])
+def test_a_line_that_changes_only_its_own_shell_is_warned_of(command, begin, setup):
+    warnings = []
+    ssh_scheduler.warn_of_settings('b.sh', jobs_of(f'true\n{command}\n'), warnings.append)
+    also = ', or put it into setup: of the machine file' if setup else ''
+    assert warnings == [
+        f'b.sh, line 2: {begin} alone changes nothing for the other lines, since each line runs by '
+        f'itself. Write {begin} … && command on one line{also}']
+
+
+@pytest.mark.parametrize('command', [
+    'cd x && python t.py', 'A=1 python t.py', 'export A=1; python t.py', 'cd x || exit 1', 'set',
+    'export', 'module list', 'cdx', 'echo cd x', "echo 'cd x'", '(cd x)', 'cd x | cat',
+    'conda list', 'source env.sh > log', 'A=$(make)', './set', 'for', 'pip install x', 'time cd x'])
+def test_a_line_that_does_more_is_not(command):
+    ssh_scheduler.warn_of_settings('b.sh', jobs_of(command), jobs_of)     # it would fail
+
+
+def test_one_warning_for_each_kind_and_none_where_nothing_is_started(run_cli, project):
+    text = 'cd x\nexport A=1\ncd y\necho\n' + 'execute_remote "cd z"\n' * 4
+    done = batch_of(run_cli, project, text, '--dry-run')
+    assert [line.split(' alone')[0] for line in done.stderr.splitlines()] == [
+        'WARNING: batch.sh, lines 1, 3, 5, 6 and 2 more: cd', 'WARNING: batch.sh, line 2: export']
+    for word in ('--status', '--cancel'):
+        assert batch_of(run_cli, project, f'{text}if\n', word).stderr == ''
+
+
 # ---- What jobs are called ----
 
 @pytest.mark.parametrize(('path', 'stem'), [

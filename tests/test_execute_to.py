@@ -501,6 +501,25 @@ def test_an_interrupt_while_it_connects(start, named, client_home):
     machines[0].thaw()
 
 
+def test_an_interrupt_names_those_it_waited_for(start, named, gate):
+    machines, files = named('cold', 'done', 'one', 'two', 'later')
+    machines[0].freeze()
+    (machines[1].folder / 'it').write_text('echo done')
+    for machine in machines[2:]:
+        (machine.folder / 'it').write_text(f'echo here; {gate.wait("a")}')
+    running = start(files, '. $RIG_MACHINE/it', '--fanout=3')
+    running.until(b'one:   here')
+    running.until(b'two:   here')
+    running.signal()
+    done = running.end()
+    assert (done.status, b'done:  done' in done.out) == (130, True)
+    cold, ran, later = sorted(done.notes)
+    assert re.fullmatch(r'interrupted: cold \(did not answer within \d+ s\)', cold)
+    assert (later, ran) == ('interrupted: one, two (the command ran)',
+                            'interrupted: later (not begun)')
+    machines[0].thaw()
+
+
 def test_what_has_no_reader_at_all(start_cli, lab1, project):
     """Its stdout can only be read, so nothing can be printed."""
     null = os.open(os.devnull, os.O_RDONLY)

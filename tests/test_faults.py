@@ -39,6 +39,7 @@ them, by other names:
 
 Keepalives, and the times after which the program tries again, are shortened.
 """
+import contextlib
 import json
 import os
 import re
@@ -593,6 +594,141 @@ def test_27_a_home_that_cannot_be_written(host, run, fault):
     assert done.returncode == 0, done.stderr
     assert ('cannot write there' in done.stderr) == ('tmp' not in fault)
     once([bad, good], done, jobs=3)
+
+
+@pytest.mark.parametrize('how', ['tar', 'rsync'])
+def test_27_no_inodes_for_the_files(host, run, project, how):
+    """Bytes there are, and tar's last line never has the reason."""
+    bad, good = host(disk={'size': 4 << 20, 'inodes': 60}), host()
+    for n in range(100):
+        (project / f'file.{n}').write_bytes(b'x' * (4000 if how == 'rsync' else 10))
+    done = run([ledger_line('ls | wc -l')], [quick(bad), quick(good)])
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if 'cannot be used' in line]
+    assert line.startswith(f'{bad.yaml()}: cannot be used: the files could not be ')
+    assert 'No space left on device' in line and 'due to previous errors' not in line
+    assert '(no inode is left for one more file: see df -i)' in line
+    once([bad, good], done, jobs=1)
+
+
+def test_27_a_disk_too_small_for_the_files(host, run, project):
+    bad, good = host(disk={'size': 200_000, 'inodes': 1000}), host()
+    (project / 'data').write_bytes(bytes(240_000))
+    done = run([ledger_line('wc -c <data')], [quick(bad), quick(good)])
+    (line,) = [line for line in done.stderr.splitlines() if 'cannot be used' in line]
+    assert re.search('No space left on device|the disk there is full', line)
+    assert 'inode' not in line
+    once([bad, good], done, jobs=1)
+
+
+# ---- The machine's limits ----
+
+@pytest.fixture
+def crowd():
+    """Have processes of a user: crowd(uid, number); none of them is left."""
+    started = []
+
+    def gather(uid, number):
+        started.extend(subprocess.Popen(['sleep', '1000'], user=uid) for _ in range(number))
+        return started
+
+    yield gather
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can log in as another uid')
+def test_27_no_more_processes_at_the_login(lab, run, crowd):
+    uid = 30_000 + os.getpid() % 20_000
+    bad, good = lab(uid=uid, startup={'.bashrc': 'ulimit -u 20\n'}), lab()
+    crowd(uid, 20)
+    done = run([ledger_line('true')], [bad, good])
+    assert done.returncode == 0, done.stderr
+    assert f'{bad.yaml()}: ' in done.stderr
+    alone = run([ledger_line('true')] * 2, [bad])
+    assert alone.returncode == 2
+    (line,) = [line for line in alone.stderr.splitlines() if 'cannot be used' in line]
+    assert 'cannot be used: no more processes can be started there' in line
+    once([bad, good], done, jobs=1)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can log in as another uid')
+def test_27_no_more_processes_while_jobs_start_and_end(lab, batches, crowd, gate, ledger,
+                                                       tmp_path):
+    """No job fails by that: what did not begin is begun later, and an exit status is kept."""
+    uid = 30_000 + os.getpid() % 20_000
+    machine = lab(uid=uid, startup={'.bashrc': 'ulimit -u 40\n'})
+    lines = [f'echo {n} >>{ledger}; {then}' for n, then in enumerate(        # builtins only
+        [f'{gate.wait("a")}; exit 3', 'true', 'true'], 1)]
+    env = {'CRASH_SETTINGS': json.dumps({'RETRY_S': 0.3, 'REFRESH_S': 0.5, 'ASIDE_S': 1.0})}
+    errors = tmp_path / 'stderr'
+    with open(errors, 'w') as file:
+        batch = Watched(batches.start(lines, [machine.yaml(max_jobs=1)], *NO_GPU, env=env,
+                                      stderr=file), errors)
+    wrote(ledger, '1')
+    started = crowd(uid, 40)
+    gate.open('a')
+    batch.complains('no more processes can be started there (ulimit -u: 40)')
+    for process in started:
+        process.kill()
+        process.wait()
+    done = batch.end()
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count('failed: ') == 1 and 'batch.sh.1: exit code 3 on' in done.stdout
+    assert (ledger.read_text(), result('batch.sh.1', 'err')) == ('1\n2\n3\n', b'')
+    assert_clean(machine)
+
+
+@pytest.mark.parametrize(('number', 'jobs'), [
+    (signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGKILL, 3)])
+def test_27_a_login_whose_processes_are_all_ended_with_it(host, watch, number, jobs):
+    """As logind does with KillUserProcesses=yes: the boot id is the same."""
+    machine = host()
+    batch = watch([ledger_line('sleep 1000')] * jobs, [quick(machine)])
+    for n in range(1, jobs + 1):
+        has_begun(machine, f'batch.sh.{n}')
+    wait_until(lambda: sum(line == 'sleep 1000' for _, line in machine.processes()) == jobs,
+               'all of them sleep')
+    machine.freeze_listener()               # it stays away until all are dead
+    machine.kill_sessions()
+    for how in (signal.SIGSTOP, number, signal.SIGCONT):        # all at once
+        for pid, _ in machine.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
+    wait_until(lambda: not machine.processes(), 'the end of all')
+    machine.thaw()
+    done = batch.end()
+    count = f'{jobs} job{"s that ran there were" if jobs > 1 else " that ran there was"}'
+    assert (f'WARNING: {quick(machine)}: {count} killed while there was no contact, though it was '
+            'not restarted. If its logind ends all that a login leaves (KillUserProcesses=yes in '
+            '/etc/systemd/logind.conf), ask for KillUserProcesses=no') in done.stderr
+    assert done.stderr.count('KillUserProcesses=no') == 1
+    # whoever is stopped and loses its parent gets a HUP as well
+    codes = re.findall(r'exit code (\d+) on', done.stdout)
+    assert (done.returncode, len(codes)) == (1, jobs) and {*codes} <= {'129', str(128 + number)}
+
+
+LOST_GPU = '''#!/bin/bash
+[[ "$*" == *--query-gpu=*,compute_mode,* ]] || exit 15
+echo '0, GPU-a, 16000, 16000, 0, Default, [N/A], Rig'
+echo 'Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.  Reboot it' {to}
+echo '2, GPU-c, 16000, 16000, 0, Default, [N/A], Rig'
+exit 15
+'''
+
+
+@pytest.mark.parametrize('to', ['', '>&2'])
+def test_40_one_lost_gpu_among_several(lab, batches, run_cli, to):
+    machine = lab(nvidia_smi=LOST_GPU.format(to=to))
+    done = batches.run(['echo $CUDA_VISIBLE_DEVICES; sleep 0.1'] * 4, [machine],
+                       '--memory-required=10', timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert {result(f'batch.sh.{n}') for n in range(1, 5)} == {b'0\n', b'2\n'}
+    why = 'has lost GPU0000:02:00.0 (nvidia-smi: GPU is lost.  Reboot it)'
+    assert f'{machine.yaml()} {why}; 2 other GPUs can be used.' in done.stderr.splitlines()
+    shown = run_cli('query_machines', '--machines', machine.yaml())
+    assert (shown.returncode, shown.stdout.splitlines()[-1].endswith(why)) == (0, True)
 
 
 @pytest.fixture

@@ -133,6 +133,13 @@ LOGINS_THAT_CANNOT = {
     'exec tmux': ({'startup': {'.bashrc': f'{TMUX}\n'}}, 'is there an exit in one of its start'),
     'nologin': ({'shell': '/usr/sbin/nologin'}, 'this account allows no login'),
     'sftp-only': ({'sshd_options': 'ForceCommand internal-sftp'}, 'sftp only, no commands'),
+    'forced': ({'sshd_options': 'ForceCommand cat >/dev/null'}, 'the login succeeded, but no '
+               'command runs: does one of its start files, such as ~/.bashrc, wait or read? Or is '
+               'another command forced on this login, by ForceCommand in sshd_config or command= '),
+    'forced, speaks': ({'sshd_options': 'ForceCommand echo Choose a node:; exec cat >/dev/null'},
+                       'wait or read? It says: Choose a node: Or is another command forced'),
+    'forced, ends': ({'sshd_options': 'ForceCommand echo Closed'}, 'such as ~/.bashrc, or another '
+                     'command forced on this login, by ForceCommand in sshd_config'),
 }
 
 
@@ -163,6 +170,25 @@ def test_33_a_login_that_cannot_work_is_one_precise_line(batches, lab):
         (complaint,) = complaints(done, machines[kind])
         assert ': cannot be used: ' in complaint and words in complaint, (kind, complaint)
         assert machines[kind].logins() == 1
+
+
+@hasty
+def test_33_a_login_that_runs_no_command_is_named_before_it_is_given_up(batches, lab, gate,
+                                                                        tmp_path):
+    machine, good = lab(sshd_options='ForceCommand cat >/dev/null'), lab()
+    with open(tmp_path / 'stderr', 'w') as errors:
+        batch = batches.start([gate.wait('a')], [machine, good], *NO_GPU, stderr=errors, env={
+            'CRASH_SETTINGS': json.dumps({'SLOW_LOGIN_S': 0.5, 'LATECOMER_S': 0.1})})
+    batch.until('started: batch.sh.1')
+    why = ('the login succeeded, but no command runs: does one of its start files, such as '
+           '~/.bashrc, wait or read? Or is another command forced on this login')
+    wait_until(lambda: f'{machine.yaml()}: no answer within 0 s, still waiting: {why}'
+               in (tmp_path / 'stderr').read_text(), 'the warning')
+    gate.open('a')
+    assert batch.end().returncode == 0
+    last = (tmp_path / 'stderr').read_text().splitlines()[-1]
+    assert re.match(rf'{re.escape(str(machine.yaml()))}: did not answer within \d+ s; the batch '
+                    rf'ended without it: {re.escape(why)}', last)
 
 
 def test_33_noise_that_begins_later_makes_rsync_fall_back_to_tar(batches, lab):

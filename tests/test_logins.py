@@ -534,7 +534,23 @@ def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
     lines = [f'echo {n}' for n in range(30)]
     done = batches.run(lines, [machine, lab1], *NO_GPU)
     assert (done.returncode, result('batch.sh.30')) == (0, b'29\n')
+    (complaint,) = complaints(done, f'{machine.yaml()}: did')
+    assert re.fullmatch(r'.*: did not answer within \d+ s; the batch ended without it', complaint)
+    assert not complaints(done, f'{lab1.yaml()}: did')
     machine.thaw()
+
+
+@pytest.mark.parametrize(('noise', 'complaint', 'words'), [
+    ('', 'exec request failed on channel 0', 'sshd could not start a shell there: is the limit'),
+    ('', 'bash: fork: Resource temporarily unavailable', 'no more processes can be started there'),
+    ('', 'dash: 1: Cannot fork', 'no more processes can be started there'),
+    ('', 'zsh:1: fork failed: resource temporarily unavailable', 'no more processes can be'),
+    ('', 'bash: fork: Cannot allocate memory', 'no more processes can be started there'),
+])
+def test_what_is_said_where_no_process_can_be_started(noise, complaint, words):
+    machine = ssh_scheduler.Machine('lab1', 'lab1', username='ben')
+    why, again = ssh_scheduler.explain_login(machine, 254, noise, complaint)
+    assert why.startswith(words) and 'of ben' in why and again == 'later'
 
 
 def test_a_machine_that_hangs_alone_is_given_up(batches, lab):

@@ -33,7 +33,8 @@ GPUS = st.lists(st.builds(
 CAPACITIES = st.builds(
     Capacity, cores=st.integers(0, 16_000).map(lambda number: number / 1000),
     memory_mb=st.integers(0, 20000), gpus=GPUS, total_cores=st.sampled_from([0, 2, 16, 32]),
-    max_jobs=st.none() | st.integers(1, 4), gpu_trouble=st.just(''))
+    max_jobs=st.none() | st.integers(1, 4), gpu_trouble=st.just(''),
+    lost_gpus=st.just(''))
 # What is tried: an allocation to take, or the number of a placement to give back.
 STEPS = st.lists(ALLOCATIONS | st.integers(0, 9), max_size=16)
 
@@ -710,6 +711,31 @@ def test_a_gpu_of_which_something_is_unknown_is_not_there(line):
 def test_a_warning_of_nvidia_smi_does_not_take_the_cards_away(status):
     gpu, trouble = card('0, GPU-a, 9000, 8000, 5, Default, [N/A], A, B', status)
     assert (gpu, trouble) == (Gpu(0, 8000, 0.05, 9000, 'GPU-a', 'A, B'), '')
+
+
+LOST = 'Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.  Reboot it'
+
+
+@pytest.mark.parametrize(('status', 'line', 'why'), [
+    ('15', LOST, 'has lost GPU0000:02:00.0 (nvidia-smi: GPU is lost.  Reboot it)'),
+    ('15', LOST.replace('GPU0', 'GPU 0').replace('is lost', '\x1b[m'),
+     'has lost GPU 0000:02:00.0 (nvidia-smi: GPU \\x1b[m.  Reboot it)'),
+    ('15', '2, GPU-x, [GPU is lost], [GPU is lost], [GPU is lost], [N/A], [N/A], A100',
+     'has lost GPU 2 (nvidia-smi: [GPU is lost])'),
+    ('0', '2, GPU-x, 9000, 8000, 0, Default, Enabled, A100',
+     'has GPU 2 divided into parts (MIG), which cannot be scheduled yet'),
+    ('0', '2, GPU-x, 9000, 8000, 0, Prohibited, Disabled, A100',
+     'has GPU 2 in compute mode Prohibited'),
+])
+def test_one_of_several_cards_that_cannot_be_used_is_named(status, line, why):
+    facts = [('nvidia_smi', status), *SMI[1:], ('gpu', line)]
+    capacity = probe(*facts)
+    assert ([gpu.index for gpu in capacity.gpus], capacity.gpu_trouble) == ([0, 1], '')
+    assert capacity.lost_gpus == why
+    assert MachineResources(capacity).why_not(Allocation(1, 10, gpus=3)) == f'{why} and has 2 GPUs'
+    assert probe(*facts, machine=LAB._replace(gpus=(1, 0))).lost_gpus == ''
+    alone = probe(('nvidia_smi', status), ('gpu', line))
+    assert (alone.gpus, alone.gpu_trouble, alone.lost_gpus) == ((), why, '')
 
 
 def test_an_old_nvidia_smi_tells_no_modes():
