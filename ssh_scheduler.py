@@ -4649,8 +4649,8 @@ class ResultStore:
             in_place = False
         if not in_place:
             raise ResultsError(f'{self.folder} was removed or moved away while it was in use. Jobs '
-                               'that run go on: move it back, or do without what was in it; the '
-                               'same command goes on with them.')
+                               'that run keep running: move it back, and the same command collects '
+                               'them. If it is gone: execute_batch --earlier=show --machines …')
 
     def _unwritable(self, error):
         return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '

@@ -886,7 +886,7 @@ def test_30_an_interrupt_while_a_machine_is_away(host, watch, gate, outside):
 
 
 @pytest.mark.parametrize('back', [True, False])
-def test_28_job_results_goes_away_while_it_is_in_use(host, watch, gate, outside, back):
+def test_28_job_results_goes_away_while_it_is_in_use(host, watch, batches, gate, outside, back):
     machine = host(sees=(outside,))
     lines = [ledger_line(gate.wait('a')), ledger_line('echo')]
     batch = watch(lines, [quick(machine)], '--reserve')
@@ -899,9 +899,16 @@ def test_28_job_results_goes_away_while_it_is_in_use(host, watch, gate, outside,
     assert not RESULTS.exists()
     if back:
         Path('elsewhere').rename(RESULTS)
-    last = watch(lines, [quick(machine)]).end()
-    assert last.returncode == 0, last.stderr
-    once([machine], first, last, jobs=2)
+        last = watch(lines, [quick(machine)]).end()
+        assert last.returncode == 0, last.stderr
+        once([machine], first, last, jobs=2)
+    else:                   # a new job_results knows nothing of it, and does not take its job
+        batch = watch(lines, [quick(machine)])
+        gate.open('a')
+        last = batch.end()
+        assert last.returncode == 0 and '1 job of an earlier job_results' in last.stderr
+        assert machine.ledger.read_text().count('batch.sh.1 1 end') == 2
+        batches._run_cli('execute_batch', '--machines', quick(machine), '--earlier=remove')
     assert_clean(machine, cache=True)
 
 
@@ -971,7 +978,7 @@ def test_38_an_input_that_changes_twice_in_a_second(lab, run, project):
         (project / 'data').write_text(version * 300_000)
         (project / 'small').write_text(version)
         os.utime(project / 'data', ns=(time.time_ns(), 10**18 + ord(version)))
-        lines = [*['true'] * len(said), ledger_line('head -c 1 data; cat small; echo')]
+        lines = [*['true'] * len(said), ledger_line(f'head -c 1 data; cat small; echo; : {version}')]
         said.append(run(lines, [machine]))
         assert f'{version}{version}\n' in result(f'batch.sh.{len(said)}').decode()
 
