@@ -3054,6 +3054,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
   while is_runner "$self"; do           # else nobody listens
     read_record "$dir"
     if [[ $word == revoked ]]; then
+      say "absent"$'\t'"$name"   # who was told so may have lost contact before it arrived
       return
     elif [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
