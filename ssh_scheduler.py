@@ -6140,7 +6140,7 @@ class Scheduler:
         """Place nothing there from now on."""
         self.resources.pop(machine, None)
         self._versions.pop(machine, None)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             self._hold = None
 
     def update(self, machine, capacity):
@@ -6149,7 +6149,7 @@ class Scheduler:
             return
         self.resources[machine].update(capacity)
         self._risen(machine)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             self._hold.after.update(capacity)
             if MachineResources(capacity).short_of(self._hold.allocation):
                 self._hold = None
@@ -6160,7 +6160,7 @@ class Scheduler:
             return
         self.resources[machine].deallocate(placement)
         self._risen(machine)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             beside = self._hold.beside.pop(placement.number, None)
             if beside:
                 self._hold.after.deallocate(beside)
@@ -6224,7 +6224,7 @@ class Scheduler:
             self._passed.pop(allocation, None)
             if self._hold and allocation == self._hold.allocation:
                 self._hold = None
-            elif self._hold and machine is self._hold.machine:
+            elif self._hold and machine == self._hold.machine:
                 self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
             if queue:
                 heapq.heapreplace(kinds, (queue[0].line, number, allocation, queue))
@@ -6260,7 +6260,7 @@ class Scheduler:
     def keeps_from(self, machine, allocation):
         """Tell whether the machine is held for a job that such another would delay."""
         hold = self._hold
-        return bool(hold and machine is hold.machine and allocation != hold.allocation
+        return bool(hold and machine == hold.machine and allocation != hold.allocation
                     and hold.after.short_of(allocation))
 
     def _pass(self, allocation):
