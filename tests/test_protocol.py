@@ -803,8 +803,8 @@ class Protocol(RuleBasedStateMachine):
 
     # The client
 
-    # No preconditions: whether a client lives depends on real processes, and Hypothesis must be able
-    # to repeat what it chose.
+    # No preconditions: whether a client lives depends on real processes, and Hypothesis must be
+    # able to repeat what it chose.
 
     @rule(count=st.integers(0, 3))
     def the_client_is_killed(self, count):
