@@ -698,6 +698,8 @@ def read_machine_file(path, name):
         raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
+    except (ValueError, OverflowError):     # of chr(), for "\\UFFFFFFFF"
+        raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
     if not isinstance(node, yaml.MappingNode):
         raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
     known, values = machine_keys(), {}
@@ -1708,7 +1710,8 @@ def read_filter_file(folder, path):
             continue
         word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
         kind = word and FILTER_WORDS.get(word[1], word[1])
-        if not word or kind not in '-+HSPR!' or bool(word[3]) == (kind == '!'):
+        if not word or kind not in '-+HSPR!' or (
+                line != word[1] if kind == '!' else not word[3]):
             raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
                              'hide, show, protect, risk and clear rules are understood here.')
         if kind == '!':
