@@ -1,10 +1,12 @@
 # Targets are verbs; `make` alone lists them. Two variables are for you:
-#   make test PYTEST_ARGS='-k packaging'      make venv PYTHON=python3.12
+#   make test PYTEST_ARGS='-k packaging'      make test PYTHON=python3.9
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist loadfile
 SECONDS ?= 600
 
 BIN = .venv/bin
+# Another PYTHON than that of .venv makes it anew.
+MADE = .venv/made-by-$(subst /,-,$(PYTHON))
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -12,15 +14,15 @@ help:  ## list the targets
 build:  ## nothing to build: the program is one file
 	@echo 'Nothing to build: ssh_scheduler.py runs as it is.'
 
-venv: .venv/made  ## make .venv with what developing needs
+venv: $(MADE)  ## make .venv with what developing needs
 
-demo: .venv/made  ## run the example's batch on this machine, in a temporary folder
+demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
 
 test: packages  ## run the tests; as root on Debian, install what they need first
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: .venv/made  ## lint, and compile on the oldest and the newest Python here
+check: $(MADE)  ## lint, and compile on the oldest and the newest Python here
 	$(BIN)/ruff check .
 	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py
 	bash .ci/compile ssh_scheduler.py combine_folders.py
@@ -28,21 +30,21 @@ check: .venv/made  ## lint, and compile on the oldest and the newest Python here
 soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
 
-bench: .venv/made  ## measure
+bench: $(MADE)  ## measure
 	$(BIN)/python bench/bench.py
 
 clean:  ## delete what make made; results of batches stay
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/made: requirements-dev.txt setup.py
+$(MADE): requirements-dev.txt setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash .ci/install python3 python3-venv
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq -r requirements-dev.txt
 	@touch $@
 
-packages: .venv/made
+packages: $(MADE)
 	@missing=$$($(PYTHON) tests/rig.py --missing) || bash .ci/install $$missing
 
 .PHONY: help build venv demo test soak check bench clean packages

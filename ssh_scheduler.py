@@ -65,6 +65,7 @@ import time
 from typing import NamedTuple, Optional
 
 __version__ = '0.1.0'
+LINUX = sys.platform == 'linux'     # so jobs can run here, too; WSL is one
 
 
 # ---- Usage: these texts are what docopt parses, and where every default stands ----
@@ -699,6 +700,8 @@ def read_machine_file(path, name):
         raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
+    except (ValueError, OverflowError):     # of chr(), for "\UFFFFFFFF"
+        raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
     if not isinstance(node, yaml.MappingNode):
         raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
     known, values = machine_keys(), {}
@@ -815,6 +818,9 @@ def machine_paths(word):
 def find_machine(word):
     """Return the Machine for one word of --machines; see its help text."""
     if word in ('localhost', ':'):
+        if not LINUX:
+            raise MachineFileError(f'{word}: jobs run on Linux machines only, and this is '
+                                   f'{os.uname().sysname}. Name a machine that ssh can reach.')
         return Machine(name=word)
     candidates = machine_paths(word)
     for path in candidates:
@@ -851,10 +857,13 @@ def machine_words(words):
         yield from lines
 
 
+HERE_TOO = ' localhost is one.' if LINUX else ''
+
+
 def check_machines(options, positional=None):
     """Raise unless machines are named; what follows them may have taken the last word."""
     if options['--machines'] is None:
-        raise UsageError('--machines is missing: which machines? localhost is one.')
+        raise UsageError(f'--machines is missing: which machines?{HERE_TOO}')
     if not options['--machines']:
         raise UsageError('--machines names none' + (
             f', or <{positional}> is missing.' if positional else '.'))
@@ -1804,7 +1813,8 @@ def read_filter_file(folder, path):
             continue
         word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
         kind = word and FILTER_WORDS.get(word[1], word[1])
-        if not word or kind not in '-+HSPR!' or bool(word[3]) == (kind == '!'):
+        if not word or kind not in '-+HSPR!' or (
+                line != word[1] if kind == '!' else not word[3]):
             raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
                              'hide, show, protect, risk and clear rules are understood here.')
         if kind == '!':
@@ -3310,6 +3320,7 @@ report() {                  # what became of job.attempt $1, which was claimed b
   while is_runner "$self"; do           # else nobody listens
     read_record "$dir"
     if [[ $word == revoked ]]; then
+      say "absent"$'\t'"$name"   # who was told so may have lost contact before it arrived
       return
     elif [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
@@ -3862,7 +3873,7 @@ class Process:
         """End it and what it started, now."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):   # macOS says so of a zombie's group
             pass
 
 
@@ -3910,8 +3921,9 @@ class Processes:
         except FileNotFoundError as error:
             if cwd and error.filename == cwd:
                 raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
-            raise SchedulerError(f'the program {argv[0]} is missing here. Try: '
-                                 f'apt install {PACKAGES.get(argv[0], argv[0])}') from None
+            package = PACKAGES.get(argv[0], argv[0])
+            raise SchedulerError(f'the program {argv[0]} is missing here. ' + (
+                f'Try: apt install {package}' if LINUX else f'Install {package}.')) from None
         except OSError as error:
             raise SchedulerError(f'{argv[0]} could not be started: {reason_of(error)}.') from None
         finally:
@@ -3931,9 +3943,11 @@ class Processes:
     def pass_on(self, fd, process):
         """Feed to the process, once, what comes from a file descriptor of ours, to its end."""
         try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):      # of which kqueue does not tell the end
+                raise PermissionError
             self._selector.register(fd, selectors.EVENT_READ, process)
             process.source = fd
-        except PermissionError:             # a file: that never has to be waited for
+        except OSError:                     # it never has to be waited for
             process.feed = iter(lambda: os.read(fd, 2**16), b'')
 
     def call_later(self, delay_s, function):
@@ -3949,7 +3963,7 @@ class Processes:
         if fd not in self._outlets:
             kind = os.fstat(fd).st_mode
             free = fd
-            if stat.S_ISFIFO(kind):         # another description of it, since others have ours
+            if LINUX and stat.S_ISFIFO(kind):   # another description of it, since others have ours
                 try:
                     free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
                 except OSError:
@@ -4659,12 +4673,21 @@ class ResultStore:
 
 def sync_file_system(fd):
     """Write to the disk what lies in the file system of this file: one call for many files."""
-    import ctypes
-    try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    except AttributeError:          # another C library
+    syncfs = getattr(c_library(), 'syncfs', None)
+    if syncfs is None:              # it is Linux's own
         os.sync()
+    elif syncfs(fd):
+        import ctypes
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def c_library():
+    """Return the C library, or None where this Python cannot call it."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        return None
 
 
 def private_folder(stem):
@@ -5297,7 +5320,8 @@ class Fetcher:
                 self._idle() or len(self._waiting) >= GATHER_JOBS or time.monotonic() >= self._due):
             orders, self._waiting, self._due = self._waiting, [], None
             self._under_way = True
-            self._fetch(orders, self._channel.rsync_works)
+            # Elsewhere nothing confines rsync, and that of macOS writes wherever it is told.
+            self._fetch(orders, LINUX and self._channel.rsync_works)
 
     def _sort_out(self, order, entries):
         for entry in entries:
@@ -5436,10 +5460,16 @@ class Fetcher:
         for why, paths in refused.items():
             self._signal('warning', f'{order.job_name}: {names_of([*map(printable, paths)])} from '
                          f'{self._name} {why}, and was left out')
-        if missing:
-            order.kept += missing
-            self._warn_of(order, f'{names_of([*map(printable, missing)])} could not be fetched: '
-                          f'{sentence(complaint)} Run the same command again to try once more')
+        twins = take_out_twins(work, missing, [*map(os.path.normpath, order.back)])
+        missing = [path for path in missing if path not in twins]
+        for paths, why, hint in (
+                (missing, complaint, ' Run the same command again to try once more'),
+                (twins, 'the file system here takes names for the same that differ in case only',
+                 '')):
+            if paths:
+                order.kept += paths
+                self._warn_of(order, f'{names_of([*map(printable, paths)])} could not be fetched: '
+                              f'{sentence(why)}{hint}')
         self._commit(order, streams, work)
 
     def _commit(self, order, streams, work):
@@ -5512,7 +5542,8 @@ def vet(folder, wanted, modes=None):
     Nothing here is opened or followed but folders.  What stays keeps the permissions that its job
     gave it, less those that the umask here takes, as with cp.
     """
-    missing, allowed = set(map(os.path.normpath, wanted)), set()
+    missing = {spelled_here(path): path for path in map(os.path.normpath, wanted)}
+    allowed = set()
     for path in missing:
         while path and path not in allowed:
             allowed.add(path)
@@ -5521,10 +5552,10 @@ def vet(folder, wanted, modes=None):
     for parent, folders, files in os.walk(folder):
         for name in folders + files:
             path = os.path.join(parent, name)
-            inner = os.path.relpath(path, folder)
+            inner = spelled_here(os.path.relpath(path, folder))
             info, why = os.lstat(path), ''
             is_folder, has = stat.S_ISDIR(info.st_mode), stat.S_IMODE(info.st_mode)
-            missing.discard(inner)
+            missing.pop(inner, None)
             if inner not in allowed:
                 why = 'was not asked for'
             elif stat.S_ISLNK(info.st_mode):
@@ -5548,9 +5579,28 @@ def vet(folder, wanted, modes=None):
                     folders.remove(name)
                 else:
                     os.unlink(path)
-    yield from ((path, '') for path in sorted(missing))
+    yield from ((path, '') for path in sorted(missing.values()))
     for path, mode in reversed(shut):
         os.chmod(path, mode)
+
+
+def spelled_here(path):
+    """Return the path in the one spelling in which paths are compared: HFS+ decomposes letters."""
+    import unicodedata
+    return path if LINUX else unicodedata.normalize('NFC', path)
+
+
+def take_out_twins(folder, missing, wanted):
+    """Remove files that may be others; return the paths of them and of these others.
+
+    Where a file system ignores case, A and a are one file, with what came last.
+    """
+    lost = {path.casefold() for path in missing if os.path.lexists(os.path.join(folder, path))}
+    twins = [path for path in wanted if path.casefold() in lost]
+    for path in twins:
+        with contextlib.suppress(OSError):      # it is a folder, or was removed with its twin
+            os.unlink(os.path.join(folder, path))
+    return twins
 
 
 def free_bytes(folder):
@@ -5559,7 +5609,8 @@ def free_bytes(folder):
     return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
 
 
-# Landlock (landlock(7)): the numbers are the same on all architectures.
+# Landlock (landlock(7)): the numbers are the same on all architectures but these.
+OTHER_NUMBERS = ('alpha', 'mips')
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 LANDLOCK_WRITES = {1: 0b1111111110010, 2: 1 << 13, 3: 1 << 14}     # what each version adds
 PR_SET_NO_NEW_PRIVS = 38
@@ -5568,9 +5619,10 @@ PR_SET_NO_NEW_PRIVS = 38
 def confine(folder):
     """Return what a new process calls so that it can write in this folder only; None where the
     kernel cannot do that."""
-    import ctypes
     import struct
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = c_library() if LINUX and not os.uname().machine.startswith(OTHER_NUMBERS) else None
+    if not hasattr(libc, 'prctl'):
+        return None
     version = libc.syscall(LANDLOCK_CREATE, None, 0, 1)
     if version < 1:
         return None
@@ -5579,7 +5631,7 @@ def confine(folder):
     if rules < 0:
         return None
     for path, allowed in ((folder, rights), (os.devnull, 0b10)):
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY)
         libc.syscall(LANDLOCK_ADD, rules, 1, struct.pack('=Qi', allowed, fd), 0)
         os.close(fd)
 
@@ -6618,7 +6670,7 @@ class Scheduler:
         """Place nothing there from now on."""
         self.resources.pop(machine, None)
         self._versions.pop(machine, None)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             self._hold = None
 
     def update(self, machine, capacity):
@@ -6627,7 +6679,7 @@ class Scheduler:
             return
         self.resources[machine].update(capacity)
         self._risen(machine)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             self._hold.after.update(capacity)
             if MachineResources(capacity).short_of(self._hold.allocation):
                 self._hold = None
@@ -6638,7 +6690,7 @@ class Scheduler:
             return
         self.resources[machine].deallocate(placement)
         self._risen(machine)
-        if self._hold and self._hold.machine is machine:
+        if self._hold and self._hold.machine == machine:
             beside = self._hold.beside.pop(placement.number, None)
             if beside:
                 self._hold.after.deallocate(beside)
@@ -6702,7 +6754,7 @@ class Scheduler:
             self._passed.pop(allocation, None)
             if self._hold and allocation == self._hold.allocation:
                 self._hold = None
-            elif self._hold and machine is self._hold.machine:
+            elif self._hold and machine == self._hold.machine:
                 self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
             if queue:
                 heapq.heapreplace(kinds, (queue[0].line, number, allocation, queue))
@@ -6738,7 +6790,7 @@ class Scheduler:
     def keeps_from(self, machine, allocation):
         """Tell whether the machine is held for a job that such another would delay."""
         hold = self._hold
-        return bool(hold and machine is hold.machine and allocation != hold.allocation
+        return bool(hold and machine == hold.machine and allocation != hold.allocation
                     and hold.after.short_of(allocation))
 
     def _pass(self, allocation):
@@ -8130,7 +8182,7 @@ def execute_remote(argv):
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
     by_name = named & {'--attach', '--cancel'}
     if not by_name and not options['--machine']:
-        raise UsageError('--machine is missing: on which machine? localhost is one.')
+        raise UsageError(f'--machine is missing: on which machine?{HERE_TOO}')
     for one, other in (('--tty', '--detach'), ('--tty', '--stdin'), ('--detach', '--stdin'),
                        ('--detach', '--attach'), ('--tty', '--attach'), ('--stdin', '--attach')):
         if options[one] and options[other]:
@@ -8661,11 +8713,13 @@ def allow_files(machines):
     import resource
     least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or soft < hard:
+    for goal in (65536, 10240):         # macOS allows no more, whatever it says
+        goal = goal if hard == resource.RLIM_INFINITY else min(goal, hard)
         with contextlib.suppress(ValueError, OSError):
-            soft = min(hard, 65536) if hard != resource.RLIM_INFINITY else 65536
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft < least:
+            if soft != resource.RLIM_INFINITY and soft < goal:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (goal, hard))
+                soft = goal
+    if soft != resource.RLIM_INFINITY and soft < least:
         raise SchedulerError(f'only {soft} files may be open at a time here, and '
                              f'{count_of(machines, "machine")} may need {least}. '
                              f'Try: ulimit -n {least}, or name fewer machines.')

@@ -31,6 +31,13 @@ def nothing_left():
     assert not left, 'the tests left behind:\n' + '\n'.join(left)
 
 
+def pytest_make_parametrize_id(val):
+    """Shorten the name of a test with long data: pytest puts it into the environment."""
+    if isinstance(val, (str, bytes)) and len(val) > 100:
+        return f'{len(val)} of {val[:20]!r}'
+    return None
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Show the end of each machine's log below a test that failed."""

@@ -762,9 +762,7 @@ def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
 @pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
 def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
     """It takes root to make it so, and namespaces, as hosts do."""
-    if any(str(path).startswith('/tmp/') for path in (sys.executable, PROGRAM)):
-        pytest.skip('the program itself lies in /tmp, which this test takes away')
-    machine = lab()
+    machine, moved = lab(), rig.temporary_folder('moved')      # its own /tmp may hold the program
     Path('batch.sh').write_text(f'{ledger_line("true")}\n')
     prepare = f'mount -t tmpfs -o {how} tmpfs /tmp; {{ head -c 4096 /dev/zero >/tmp/a; }} 2>&-; :'
     if how == 'absent':
@@ -772,11 +770,16 @@ def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
                    '"$place" /mnt; elif [ -d "$place" ] && [ "$place" != /tmp ] && [ "$place" != '
                    '/mnt ]; then mkdir "/mnt$place"; mount --rbind "$place" "/mnt$place"; fi; done;'
                    'here=$PWD; cd /mnt; pivot_root . .; umount --lazy .; cd "$here"; ! [ -e /tmp ]')
+    move = f'mkdir {moved}/python {moved}/program; mount --bind {sys.prefix} {moved}/python; ' \
+        f'mount --bind {PROGRAM.parent.parent} {moved}/program'
     env = {name: value for name, value in client_env.items() if name != 'XDG_RUNTIME_DIR'}
     done = subprocess.run(
-        ['unshare', '--mount', 'bash', '-c', f'{prepare} && exec "$@"', 'bash', sys.executable,
-         PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU, '--machines', machine.yaml()],
+        ['unshare', '--mount', 'bash', '-c', f'{move}; {prepare} && exec "$@"', 'bash',
+         moved / 'python' / Path(sys.executable).relative_to(sys.prefix),
+         moved / 'program/tests' / PROGRAM.name, 'execute_batch', 'batch.sh', *NO_GPU,
+         '--machines', machine.yaml()],
         env={**env, 'TMPDIR': '/nowhere'}, capture_output=True, text=True, timeout=60)
+    rig.remove(moved)
     assert (done.returncode, done.stdout) == (2, ''), done.stderr
     (line,) = done.stderr.splitlines()
     assert 'there is no folder for temporary files' in line
@@ -978,7 +981,8 @@ def test_38_an_input_that_changes_twice_in_a_second(lab, run, project):
         (project / 'data').write_text(version * 300_000)
         (project / 'small').write_text(version)
         os.utime(project / 'data', ns=(time.time_ns(), 10**18 + ord(version)))
-        lines = [*['true'] * len(said), ledger_line(f'head -c 1 data; cat small; echo; : {version}')]
+        line = ledger_line(f'head -c 1 data; cat small; echo; : {version}')
+        lines = [*['true'] * len(said), line]
         said.append(run(lines, [machine]))
         assert f'{version}{version}\n' in result(f'batch.sh.{len(said)}').decode()
 

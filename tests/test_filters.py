@@ -162,6 +162,7 @@ WORDS = st.sampled_from(['exclude', 'include', 'hide', 'show', 'protect', 'risk'
 @example(line='- \x85')
 @example(line='-! a')
 @example(line='. b')
+@example(line='!p')
 def test_a_line_is_a_rule_as_for_rsync_or_is_named(spare, line):
     """What rsync does not understand we do not either; what only we do not is no silent rule."""
     spare()

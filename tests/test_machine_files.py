@@ -281,6 +281,8 @@ BROKEN = st.tuples(DUMPED | WRITTEN, st.integers(0, 60), st.binary(max_size=2)).
        | BROKEN)
 @example(b'ip: a\nport: !!timestamp x')
 @example(b'ip: a\nport: 0b')
+@example(b'ip: "\\U01000000"')
+@example(b'ip: "\\UFFFFFFFF"')
 @example(b'ip: a\nport: 1' + b'0' * 5000)
 @example(b'ip: a\nenv: {A: 1' + b'0' * 5000 + b'}')
 def test_any_file_is_a_machine_or_one_sentence(home, data):

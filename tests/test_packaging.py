@@ -22,7 +22,8 @@ COMMANDS = ('execute_remote', 'execute_batch', 'execute_to', 'query_machines')
 EXECUTABLES = (*COMMANDS, 'combine_folders')
 
 # Set where a developer works and inherited by what we start: they would change what is tried.
-MEDDLING = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'UV_PYTHON', 'PIP_TARGET', 'PIP_USER')
+MEDDLING = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'UV_PYTHON', 'PIP_TARGET', 'PIP_USER',
+            'MAKEFLAGS')
 
 
 def run(*argv, cwd, environment=None):
@@ -327,3 +328,17 @@ def test_make_lists_its_targets(tmp_path):
     listed = re.findall(r'(?m)^  make (\w+) +\S', must_run('make', '-C', ROOT, cwd=tmp_path))
     phony = re.search(r'(?m)^\.PHONY: (.*)$', (ROOT / 'Makefile').read_text(encoding='utf-8'))
     assert set(listed) == set(phony.group(1).split()) - {'packages'}
+
+
+def test_the_venv_is_of_the_python_that_make_was_told(tmp_path):
+    for name in ('Makefile', 'requirements-dev.txt', 'setup.py'):
+        shutil.copy2(ROOT / name, tmp_path)
+    for name in ('one', 'two'):             # it makes a .venv that can do all, and nothing
+        (tmp_path / name).write_text(f'''#!/bin/sh
+            [ "$*" != "-m venv --clear .venv" ] || {{
+                rm -rf .venv; mkdir -p .venv/bin; ln -s /bin/true .venv/bin/python; echo {name}; }}
+        ''')
+        (tmp_path / name).chmod(0o755)
+    said = [must_run('make', '-s', 'venv', f'PYTHON=./{name}', cwd=tmp_path)
+            for name in ('one', 'one', 'two', 'two', 'one')]
+    assert said == ['one\n', '', 'two\n', '', 'one\n']

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import rig
@@ -260,3 +261,10 @@ def test_missing_packages_are_listed_for_make():
                           text=True)
     missing = rig.missing_tools(rig.HOST_PACKAGES) if os.getuid() == 0 else []
     assert (done.stdout.split(), done.returncode) == (missing, bool(missing))
+
+
+def test_the_name_of_each_test_fits_into_the_environment_of_a_process():
+    names = subprocess.run([sys.executable, '-m', 'pytest', '-q', '--collect-only', '-p',
+                            'no:cacheprovider', Path(rig.__file__).parent],
+                           capture_output=True, text=True).stdout.splitlines()
+    assert len(names) > 1000 and max(map(len, names)) < 500

@@ -7,6 +7,7 @@ import heapq
 import shutil
 import tempfile
 import threading
+import types
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -281,6 +282,22 @@ def test_beside_a_job_that_is_waited_for_only_what_does_not_delay_it_starts():
     for placement in running:
         scheduler.give_back('m', placement)
     assert [job.line for job, *_ in scheduler.choose()] == [2]
+
+
+def test_a_held_machine_is_known_by_its_name():
+    """It came back, and goes by an equal name, not by the same object.  Found by AnyDay."""
+    day, (small, tiny, *_) = AnyDay(), KINDS
+    day.open([], [])
+    day.submit(small, 1)
+    day.machine_comes(2, ROOMS[0])
+    day.machine_goes(types.SimpleNamespace(draw=lambda _: 'm2'))
+    for kind, count in (small, 24), (KINDS[4], 1), (tiny, 21):
+        day.submit(kind, count)
+    day.machine_comes(2, ROOMS[0])
+    day.choose()
+    day.end(0)
+    day.machine_comes(0, ROOMS[1])
+    day.choose()
 
 
 def test_what_was_kept_back_starts_as_soon_as_it_is_in_nobodys_way():
