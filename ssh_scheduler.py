@@ -5600,7 +5600,7 @@ def take_out_twins(folder, missing, wanted):
     for path in twins:
         with contextlib.suppress(OSError):      # it is a folder, or was removed with its twin
             os.unlink(os.path.join(folder, path))
-    return twins
+    return sorted(twins)
 
 
 def free_bytes(folder):
