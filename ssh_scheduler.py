@@ -3376,10 +3376,14 @@ tell_others() {             # says which jobs lie here that journals other than 
 
 # Who holds the lock of its results over there is the only one; a runner that another run of it had,
 # or its own before contact was lost, must not act any more: what it would start is placed again.
+# The same client may have come by another name of this account: it hears so, and leaves one out.
 oust() {                    # ends such runners; the jobs that they started run on
-  local dir runner who tries
+  local dir runner who which tries
   for dir in "$home/run.${HOSTNAME:-here}."*; do
-    { read -r runner && IFS= read -r who; } <"$dir/self" && [[ $who == "$owner" ]] || continue
+    which=                  # SESSION.MACHINE.CONNECTION
+    { read -r runner && IFS= read -r who && { read -r which || :; }; } <"$dir/self" &&
+      [[ $who == "$owner" ]] || continue
+    [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
     for ((tries = 0; tries < 100; tries++)); do
       is_runner "$runner" || break
       kill -KILL "${runner%% *}"
@@ -3580,9 +3584,9 @@ remove() {                  # jobs whose results are safe over there
 
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
-  local token workdir project owner setup want_gpus machine_environment=() environment=()
+  local token workdir project owner client setup want_gpus machine_environment=() environment=()
   local assignments='' by_env=() dropped=() smi=nvidia-smi
-  local home run self uid mask events signals waiting=0 capturing boot_id
+  local home run self uid account mask events signals waiting=0 capturing boot_id
   local busy_before total_before busy total
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
@@ -3592,7 +3596,7 @@ main() {
   local -A sent linked modes limits_s
 
   unbegun=()                # outlives this function, see last_words
-  for field in token workdir project owner setup want_gpus count; do
+  for field in token workdir project owner client setup want_gpus count; do
     IFS= read -rd '' "$field" || return
   done
   while ((count-- > 0)); do
@@ -3615,18 +3619,20 @@ main() {
   self=$REPLY
   oust
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
-    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log"; } 2>&1); then
+    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
+    { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
     field=${field##*$'\n'}
     if [[ $field == *fork:* ]]; then no_process; else explain_full "cannot write there: $field"; fi
     escape "$REPLY"
     printf 'broken\t%s\n' "$REPLY"
     return
   fi
+  account="${HOSTNAME-} $boot_id $uid $field"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$uid
   claims_are_ours
   exec {events}<>"$run/events" {signals}<>"$run/signals"
-  printf '%s\n%s\n' "$self" "$owner" >"$run/self"
+  printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
   speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- &
@@ -3636,6 +3642,7 @@ main() {
   # shellcheck disable=SC2064
   trap "$field" EXIT
   shopt -s nullglob dotglob
+  tell account "$account"
 
   read_ticks
   busy_before=$busy total_before=$total
@@ -4782,6 +4789,7 @@ class Session:
         # A runner of the same owner on a machine is one of an earlier run, or of a lost connection.
         self.owner = (f'{results.part or "batch"} {results.identity}' if results else
                       self.batch_id)
+        self.accounts = {}              # what tells accounts apart -> the MachineRunner that has it
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
         self._trees, self._archives, self._manifests = {}, {}, {}
@@ -4896,6 +4904,7 @@ class Channel:
 
     def __init__(self, machine, session, number, on_event, on_end):
         self.connection = Connection(machine, session.run_folder, number, session.nice)
+        self._client = f'{session.batch_id}.{number}'
         self.token = os.urandom(16).hex()
         self.home = ''                      # the project's folder over there, when it is known
         self.heard = time.monotonic()       # when something came
@@ -4929,7 +4938,7 @@ class Channel:
         env = [f'{name}={value}' for name, value in machine.env]
         self.send(request(REMOTE_LOADER, len(runner)), runner,
                   request(self.token, machine.workdir, self._session.project, self._session.owner,
-                          machine.setup, int(want_gpus), len(env), *env))
+                          self._client, machine.setup, int(want_gpus), len(env), *env))
 
     def send(self, *pieces):
         """Queue bytes for the remote runner."""
@@ -5752,6 +5761,7 @@ class MachineRunner:
         self._spacing_s, self._next_start = spacing_s, 0.0
         self._want_gpus, self._entry, self._tied = True, 'probe', False
         self.again = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
+        self.same_as = None                 # the MachineRunner that is used instead of this one
         self._was_ready, self._lost_channel = False, None
         self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
         self._began = 0.0                   # when it was first tried
@@ -6146,6 +6156,24 @@ class MachineRunner:
             raise WireError('it said something that no runner says')
         handler(*fields)
 
+    def _on_account(self, which):
+        """Learn which account it is.  Of two names of one account only one is used.
+
+        That is the first in the user's order, unless the other has jobs there or did its work.
+        """
+        other = self.session.accounts.get(which, self)
+        self.session.accounts[which] = self
+        if other is self or other.state == 'failed' or (
+                other.state == 'away' and not other.unfinished):
+            return
+        at_work = other.unfinished or other.state in ('closing', 'closed')
+        kept, left = (other, self) if at_work or other._number < self._number else (self, other)
+        self.session.accounts[which] = kept
+        kept.expected |= left.expected
+        left.same_as = kept
+        left._fail(f'{kept.name} and {left.name} are the same account, {kept.machine.address}: '
+                   'name one of them')
+
     def _on_broken(self, why, again=b'never'):
         self._fail(printable(os.fsdecode(why)), 'later' if again == b'later' else 'never')
 
@@ -6443,9 +6471,9 @@ class MachineRunner:
                 self.session.results.tidied(self.machine.address)
 
 
-EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
-                    'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished',
-                    'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
+EVENTS = frozenset(('account', 'broken', 'note', 'probe', 'ready', 'staged', 'stage_failed',
+                    'started', 'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data',
+                    'finished', 'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
 
 
 def need_of(placement):
@@ -7319,6 +7347,7 @@ class Batch:
             runner.prepare(self._forwards)      # now, though there may be no room yet
         if self._announced:
             self._say_limits([runner])
+        if self._announced:
             self._adopt(runner)
         elif self._count('ready') == 1:
             self._session.processes.call_later(LATECOMER_S, self._on_late)
@@ -7403,6 +7432,11 @@ class Batch:
                 self._placed.pop(name, None)
         else:
             self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
+        if runner.same_as:      # what an earlier run started by this name is found by the other
+            self._pinned[runner.same_as.machine.address] += self._pinned.pop(
+                runner.machine.address, ())
+            if self._announced and runner.same_as in self._scheduler.resources:
+                self._adopt(runner.same_as)
         if runner.again == 'later' and runner not in self._first:
             self._troubles[runner] += 1
             self._set_aside(runner, runner.reconnect)
@@ -7507,17 +7541,27 @@ class Batch:
         claimed: {job name: what the journal knows of it}
         """
         self.interrupts = 1            # nothing that happens from now on starts anything
+
+        def adopt(runner, named):       # what was started by this name of the runner's account
+            names = {other.machine.address for other in self._runners
+                     if other is named or other.same_as is named}
+            for name, known in claimed.items():
+                if known['machine'] in names:
+                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
+                                    attempt=known['attempt'], adopt=True)
+
+        def failed(runner, why):
+            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
+            if runner.same_as:
+                adopt(runner.same_as, runner)
+
         for runner in self._runners:
             runner.register('warning', self._report.warning)
-            runner.register('failed', lambda why, runner=runner: self._report.note(
-                f'{runner.name}: cannot be used: {sentence(why)}'))
+            runner.register('failed', functools.partial(failed, runner))
             runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.connect(False)
             runner.enter()
-            for name, known in claimed.items():
-                if known['machine'] == runner.machine.address:
-                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
-                                    attempt=known['attempt'], adopt=True)
+            adopt(runner, runner)
         self._session.wait_while(
             lambda: any(runner.state == 'connecting' or runner.state == 'ready' and (
                 runner.unsettled or runner.busy and not runner.running)
@@ -7725,7 +7769,8 @@ class Fanout:
     sinks      {MachineRunner: an object that has take(stream, bytes) and end()}, or nothing
     outcomes   {MachineRunner: (word, exit code or reason)}; the word is ended, failed (it could not
                be started, or its results not be fetched), impossible (it fits there never),
-               unreachable, lost, timed out, or absent
+               unreachable, left out (another name of its account is used), lost, timed out, or
+               absent
     how        further arguments of queue_up for every job
 
     First it begins with as many machines as may be busy at a time.  Then it waits until something
@@ -7897,7 +7942,7 @@ class Fanout:
         if runner.unfinished:
             self.outcomes[runner] = ('lost', why)
         else:
-            self._end(runner, 'unreachable', why)
+            self._end(runner, 'left out' if runner.same_as else 'unreachable', why)
 
     def _on_late(self, runner):
         if runner not in self.outcomes:

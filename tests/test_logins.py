@@ -676,3 +676,123 @@ def test_what_comes_from_elsewhere_is_ended_in_one_place():
                 name = getattr(value, 'id', getattr(value, 'attr', ''))
                 wrong += [f'line {node.lineno}: {{{name}}}.'] if name in free else []
     assert not wrong
+
+
+# ---- One account by two names ----
+
+def by_another_name(machine, folder, **more):
+    """Return a machine's file that leads to the same account."""
+    options = {'HostName': machine.address, 'UserKnownHostsFile': str(machine.known_hosts), **more}
+    file = folder / 'alias.yaml'
+    file.write_text(machine.yaml(ip='alias', ssh_options=options).read_text())
+    machine.yaml()
+    return file
+
+
+def held_back(machine, folder, gate):
+    """The same, but its login begins when the gate `login` is opened."""
+    connect = (f"bash -c '{gate.wait('login')}; exec 3<>/dev/tcp/{machine.address}/{machine.port}; "
+               "cat <&3 & exec cat >&3'")
+    return by_another_name(machine, folder, ProxyCommand=connect)
+
+
+def same(machine, kept, left):
+    """What is said of the one that is left out."""
+    account = machine.account if kept == machine.yaml() else (
+        f'{machine.user}@alias:{machine.port} HostName={machine.address}')
+    return f'{kept} and {left} are the same account, {account}: name one of them'
+
+
+def test_of_two_names_of_an_account_the_first_is_used(batches, lab, tmp_path):
+    machine = lab()
+    files = [machine.yaml(), by_another_name(machine, tmp_path)]
+    for names in (files, files[::-1]):
+        before = machine.logins()
+        done = batches.run([f'echo {n} # {names[0]}' for n in range(6)], names, *NO_GPU)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('\nfinished: ') == 6
+        assert complaints(done, 'same account') == [
+            f'{names[1]}: cannot be used: {same(machine, *names)}.']
+        assert machine.logins() - before == 2
+        assert_clean(machine, cache=True)
+        os.rename('job_results', f'results of {names[0].name}')
+
+
+@pytest.mark.parametrize('late', [0, 1])
+def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late):
+    machine = lab()
+    names = [machine.yaml(), held_back(machine, tmp_path, gate)]
+    batch = batches.start([gate.wait('job')], names if late else names[::-1], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    gate.open('login')
+    line = batch.process.stderr.readline()
+    while 'cannot be used' not in line:
+        line = batch.process.stderr.readline()
+    assert line == f'{names[1]}: cannot be used: {same(machine, *names)}.\n'
+    machine.stop()                              # what is used is found again, and its job
+    machine.start()
+    while 'in contact again' not in line:
+        line = batch.process.stderr.readline()
+    gate.open('job')
+    done = batch.end()
+    assert (done.returncode, machine.logins()) == (0, 3), done.stderr
+    assert 'cannot be used' not in done.stderr
+    assert_clean(machine, cache=True)
+
+
+def started_by_two_names(batches, machine, tmp_path, gate):
+    """Return both names, after runs that were killed, by each of which a job was started."""
+    names = [machine.yaml(), by_another_name(machine, tmp_path)]
+    lines = [f'echo one; {gate.wait("one")}', f'echo two; {gate.wait("two")}']
+    for number, name in enumerate(names, 1):
+        batch = batches.start(lines[:number], [name], *NO_GPU)
+        batch.until(f'started: batch.sh.{number}')
+        batch.process.kill()
+        batch.process.wait()
+    return names
+
+
+def test_what_was_started_by_either_name_is_collected(batches, lab, tmp_path, gate):
+    machine = lab()
+    names = started_by_two_names(batches, machine, tmp_path, gate)
+    batch = batches.start(None, names, *NO_GPU)
+    for job in ('one', 'two'):
+        gate.open(job)
+    done = batch.end()
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert [result(f'batch.sh.{number}') for number in (1, 2)] == [b'one\n', b'two\n']
+    assert 'done: 2 jobs: 2 finished' in done.stdout and same(machine, *names) in done.stderr
+    assert_clean(machine, cache=True)
+
+
+def test_what_was_started_by_either_name_is_cancelled(run_cli, batches, lab, tmp_path, gate):
+    machine = lab()
+    names = started_by_two_names(batches, machine, tmp_path, gate)
+    done = run_cli('execute_batch', 'batch.sh', '--cancel')
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.stdout.splitlines() == [
+        f'batch.sh.1: ended, on {names[0]}', f'batch.sh.2: ended, on {names[1]}',
+        'cancelled: 2 jobs, 0 not known to have ended']
+    assert_clean(machine, cache=True)
+
+
+@pytest.mark.parametrize('options', [(), ('--fanout', '1')])
+def test_a_command_runs_once_on_an_account_of_two_names(run_cli, lab, tmp_path, options):
+    machine = lab()
+    names = [machine.yaml(), by_another_name(machine, tmp_path)]
+    done = run_cli('execute_to', '--machines', *names, *options, '--', 'echo here', timeout=20)
+    assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
+    assert done.stderr in [             # at once, the second may have begun when the first comes
+        f'left out: {left} ({same(machine, kept, left)})\n'
+        for kept, left in ([names] if options else [names, names[::-1]])]
+    done = run_cli('query_machines', '--machines', *names)
+    assert done.returncode == 1 and done.stdout.splitlines()[2].endswith(
+        f'cannot be used: {same(machine, *names)}')
+
+
+def test_two_computers_may_share_a_home(batches, lab, outside, gate):
+    machines = [lab(), lab()]
+    files = [machine.yaml(workdir=str(outside / 'work')) for machine in machines]
+    done = batches.run(gate.meeting(2), files, *NO_GPU[:1], '--reserve')
+    assert done.returncode == 0, done.stderr
+    assert [machine.logins() for machine in machines] == [1, 1]
