@@ -533,6 +533,19 @@ class Machine(NamedTuple):
                        if name.lower() in LEADING_SSH_OPTIONS)
         return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
 
+    @property
+    def jump(self):
+        """The value of ProxyJump that leads to it, as far as its file says."""
+        return self.proxy_jump or next((value for name, value in self.ssh_options
+                                        if name.lower() == 'proxyjump'), '')
+
+    @property
+    def hops(self):
+        """The jump hosts, the first one first: (user, host, port), each but the host may be ''."""
+        matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
+        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:])
+                for match in matches] if all(matches) and self.jump.lower() != 'none' else []
+
 
 class Gpu(NamedTuple):
     """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
@@ -2199,16 +2212,17 @@ FORCED_SSH_OPTIONS = """\
   ControlPersist no
 """
 
-COMMON_SSH_OPTIONS = """\
+HOP_LIMIT_S = 15        # for a connection; what comes through a jump host may take that more
+COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
   NumberOfPasswordPrompts 0
   StrictHostKeyChecking accept-new
-  ConnectTimeout 15
+  ConnectTimeout {HOP_LIMIT_S}
   ServerAliveInterval 15
   ServerAliveCountMax 4
-  LogLevel ERROR
-"""
+  LogLevel INFO
+"""                     # of a jump host; with less ssh does not tell why it could not go further
 
 
 class Connection:
@@ -2219,11 +2233,12 @@ class Connection:
         self._nice = ['nice', '-n', str(nice)] if nice else []
         self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
+        self.jump_path = os.path.join(run_folder, f'{number}.jump')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
     def config(self):
         """Return the text of the ssh_config.  Of each option ssh takes the first value."""
-        machine = self.machine
+        machine, hops = self.machine, self.machine.hops
         lines = [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
         lines += ['  ControlMaster yes', f'  ControlPath "{self.socket_path}"']
         if machine.username:
@@ -2233,16 +2248,36 @@ class Connection:
         if machine.ssh_key_path:
             path = machine.ssh_key_path.replace('%', '%%')
             lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
-        if machine.proxy_jump:
-            lines.append(f'  ProxyJump {machine.proxy_jump}')
-        lines += [f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
-                  f'  {name} "{value}"' for name, value in machine.ssh_options]
+        options = ((('ProxyJump', machine.proxy_jump),) if machine.proxy_jump else ()
+                   ) + machine.ssh_options
+        for name, value in options:
+            if name.lower() == 'proxyjump' and hops:
+                lines += [f'  ProxyCommand {self._through(hops)}', '  ProxyUseFdpass no']
+            else:
+                lines.append(f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
+                             f'  {name} "{value}"')
+        lines += [f'  ConnectTimeout {HOP_LIMIT_S + 5 * len(hops)}', '  LogLevel ERROR']
         lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
-                  f'  ControlPath "{self.socket_path}"',
-                  f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'",
-                  COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
-                      f'"{path}"' for path in self.user_configs())]
-        return '\n'.join(lines) + '\n'
+                  f'  ControlPath "{self.socket_path}"', '  LogLevel ERROR',
+                  f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'", self.jump_config()]
+        return '\n'.join(lines)
+
+    def jump_config(self):
+        """Return the text of the ssh_config of jump hosts: nothing in it is the machine's alone."""
+        return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
+            f'"{path}"' for path in self.user_configs()) + '\n'
+
+    def _through(self, hops):
+        """Return what ProxyJump does, but with a configuration in which no `Host` is the machine's:
+        a jump host may have its address.  What fails first is to be heard first, hence the times.
+        """
+        *before, (user, host, port) = hops
+        words = ['ssh', '-F', self.jump_path, '-o',
+                 f'ConnectTimeout={HOP_LIMIT_S + 5 * len(before)}', '-W', "'[%h]:%p'"]
+        words += ['-J', f"'{self.machine.jump.rpartition(',')[0]}'"] if before else []
+        words += ['-l', user] if user else []
+        words += ['-p', port] if port else []
+        return ' '.join([*words, '--', host.strip('[]')])
 
     @staticmethod
     def user_configs():
@@ -4923,14 +4958,16 @@ class Channel:
         """Begin to log in, and hand over the remote runner and what it has to know."""
         machine = self._machine
         if machine.host:
-            path = self.connection.config_path
-            try:
-                with open(path, 'w', encoding='utf-8',
-                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                    file.write(self.connection.config())
-            except OSError as error:
-                raise SchedulerError(f'there is no folder for temporary files: {path} cannot be '
-                                     f'written: {reason_of(error)}.') from error
+            connection = self.connection
+            for path, text in ((connection.config_path, connection.config()),
+                               (connection.jump_path, connection.jump_config())):
+                try:
+                    with open(path, 'w', encoding='utf-8',
+                              opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                        file.write(text)
+                except OSError as error:
+                    raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
+                                         f'be written: {reason_of(error)}.') from error
         self._process = self._session.processes.start(
             self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
