@@ -2336,18 +2336,34 @@ class Connection:
 # 'later', or 'never', since a second try is no better and may be taken for an attack.  Nothing else
 # is decided by them.
 SSH_COMPLAINTS = (
+    (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
+     'the host key of {at} is not the one that is known, so this may be another machine. Was '
+     'it reinstalled? Try: ssh-keygen -f "{0}" -R "{1}"'),
     (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed', 'never',
-     'its host key is not the one that is known, so this may be another machine. If it was '
-     'reinstalled: ssh-keygen -R {host}'),
-    (r'Host key verification failed', 'never', 'its host key could not be verified'),
-    (r'Could not resolve hostname (\S+):', 'never', 'the host name {0} is unknown'),
-    (r'Name or service not known', 'never', 'the host name {host} is unknown'),
+     'the host key of {at} is not the one that is known, so this may be another machine'),
+    (r'host key is known for \S+ and you', 'never',
+     'the host key of {at} is not known: log in once with ssh, and compare the key'),
+    (r'Host key verification failed', 'never', 'the host key of {at} could not be verified'),
+    (r'Could not resolve hostname (\S+): Temporary failure', 'later',
+     'no name server could be asked for the {kind} name {0}'),
+    (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown'),
+    (r'open failed: administratively prohibited', 'never',
+     '{at} forbids connections to {next} (AllowTcpForwarding or PermitOpen in its sshd_config)'),
+    (r'open failed: connect failed: Name or service not known', 'never',
+     '{at} finds no address of {next}'),
+    (r'open failed: connect failed: (.*)', 'later', '{at} cannot connect to {next}: {0}'),
+    (r'stdio forwarding failed', 'later', '{at} could not connect to {next}'),
+    (r'(\S+): Name or service not known', 'never', 'the host name that {0} looks for is unknown'),
+    (r'(\S+): (?:command )?not found', 'never', 'its ProxyCommand needs {0}, which is not here'),
     (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
-     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is the '
-     'key in its ~/.ssh/authorized_keys?'),
+     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is '
+     'the key in its ~/.ssh/authorized_keys?'),
     (r'Too many authentication failures', 'never',
-     'too many keys were offered: set ssh_key_path'),
+     'too many keys were offered to {at}: set ssh_key_path (for a jump host IdentityFile and '
+     'IdentitiesOnly in ~/.ssh/config)'),
+    (r'Unable to negotiate with .*?: (.*)', 'never', '{at} and ssh here have no method in '
+     'common: {0}'),
     (r'No route to host|Network is unreachable', 'later',
      '{at} cannot be reached: is the machine on, and the VPN?'),
     (r'timed out', 'later', '{at} did not answer in time: is the machine on, and the VPN?'),
@@ -2358,6 +2374,7 @@ SSH_COMPLAINTS = (
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
      '{at} closed the connection before the login'),
 )
+CUT_OFF = re.compile(r'\w+_exchange_identification: Connection closed by remote host')
 LOGIN_COMPLAINTS = (
     (r'[Cc]annot fork|fork failed|fork: (?!retry)', 'later',
      'no more processes can be started there: is the limit of {user} (ulimit -u) reached?'),
@@ -2365,7 +2382,7 @@ LOGIN_COMPLAINTS = (
     (r'account is currently not available|nologin', 'never', 'this account allows no login'),
     (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
      'there is no bash over there'),
-    (r'restricted', 'never', 'its login shell is a restricted one'),
+    (r': restricted', 'never', 'its login shell is a restricted one'),
 )
 
 
@@ -2378,12 +2395,24 @@ def explain_login(machine, status, noise, complaint):
 
     status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
     """
-    who = re.search(r'(\S+)@\S+: Permission denied', complaint)
-    where = re.search(r'(?:host|to|by|with) (\S+) port (\d+)', complaint)
-    host, port = where.groups() if where else (machine.host, machine.port)
-    words = {'host': machine.host, 'at': f'{host} port {port}' if port else host,
-             'user': who[1] if who else machine.username or 'you'}
-    for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
+    # Where a jump host fails, its ssh tells why; then each ssh behind it, that it was cut off.
+    why, *cuts = CUT_OFF.split(complaint)
+    if not any(re.search(pattern, why) for pattern, *_ in SSH_COMPLAINTS):
+        why, cuts = complaint, []
+    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
+    hops = [*ways, (machine.username, machine.host, machine.port)]
+    place = max(len(ways) - len(cuts), 0)
+    user, host, port = hops[place]
+    kind = 'jump host' if place < len(ways) else 'host'
+    who = re.search(r'(\S+)@(\S+): Permission denied', why)
+    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
+    if not port:            # then ~/.ssh/config may say more, and ssh knows
+        host, port = where.groups() if where else (who[2] if who else host, '')
+    words = {'user': who[1] if who else user or 'you', 'kind': kind,
+             'at': place_of(f'{kind} {host}'.rstrip() if kind == 'jump host' else host, port),
+             'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+    for table, text in ((LOGIN_COMPLAINTS, '' if cuts else noise + complaint),
+                        (SSH_COMPLAINTS, why)):
         for pattern, again, sentence in table:
             match = re.search(pattern, text)
             if match:
@@ -2394,6 +2423,11 @@ def explain_login(machine, status, noise, complaint):
     said = f', after saying: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
+
+
+def place_of(host, port):
+    """Return how a sentence names the place."""
+    return f'{host} port {port}' if port else host
 
 
 # ---- The remote runner: runs there ----
