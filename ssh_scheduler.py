@@ -533,6 +533,19 @@ class Machine(NamedTuple):
                        if name.lower() in LEADING_SSH_OPTIONS)
         return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
 
+    @property
+    def jump(self):
+        """The value of ProxyJump that leads to it, as far as its file says."""
+        return self.proxy_jump or next((value for name, value in self.ssh_options
+                                        if name.lower() == 'proxyjump'), '')
+
+    @property
+    def hops(self):
+        """The jump hosts, the first one first: (user, host, port), each but the host may be ''."""
+        matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
+        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:])
+                for match in matches] if all(matches) and self.jump.lower() != 'none' else []
+
 
 class Gpu(NamedTuple):
     """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
@@ -2199,16 +2212,17 @@ FORCED_SSH_OPTIONS = """\
   ControlPersist no
 """
 
-COMMON_SSH_OPTIONS = """\
+HOP_LIMIT_S = 15        # for a connection; what comes through a jump host may take that more
+COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
   NumberOfPasswordPrompts 0
   StrictHostKeyChecking accept-new
-  ConnectTimeout 15
+  ConnectTimeout {HOP_LIMIT_S}
   ServerAliveInterval 15
   ServerAliveCountMax 4
-  LogLevel ERROR
-"""
+  LogLevel INFO
+"""                     # of a jump host; with less ssh does not tell why it could not go further
 
 
 class Connection:
@@ -2219,11 +2233,12 @@ class Connection:
         self._nice = ['nice', '-n', str(nice)] if nice else []
         self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
+        self.jump_path = os.path.join(run_folder, f'{number}.jump')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
     def config(self):
         """Return the text of the ssh_config.  Of each option ssh takes the first value."""
-        machine = self.machine
+        machine, hops = self.machine, self.machine.hops
         lines = [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
         lines += ['  ControlMaster yes', f'  ControlPath "{self.socket_path}"']
         if machine.username:
@@ -2233,16 +2248,36 @@ class Connection:
         if machine.ssh_key_path:
             path = machine.ssh_key_path.replace('%', '%%')
             lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
-        if machine.proxy_jump:
-            lines.append(f'  ProxyJump {machine.proxy_jump}')
-        lines += [f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
-                  f'  {name} "{value}"' for name, value in machine.ssh_options]
+        options = ((('ProxyJump', machine.proxy_jump),) if machine.proxy_jump else ()
+                   ) + machine.ssh_options
+        for name, value in options:
+            if name.lower() == 'proxyjump' and hops:
+                lines += [f'  ProxyCommand {self._through(hops)}', '  ProxyUseFdpass no']
+            else:
+                lines.append(f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
+                             f'  {name} "{value}"')
+        lines += [f'  ConnectTimeout {HOP_LIMIT_S + 5 * len(hops)}', '  LogLevel ERROR']
         lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
-                  f'  ControlPath "{self.socket_path}"',
-                  f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'",
-                  COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
-                      f'"{path}"' for path in self.user_configs())]
-        return '\n'.join(lines) + '\n'
+                  f'  ControlPath "{self.socket_path}"', '  LogLevel ERROR',
+                  f"  ProxyCommand sh -c 'echo {NO_MASTER} >&2; exit 1'", self.jump_config()]
+        return '\n'.join(lines)
+
+    def jump_config(self):
+        """Return the text of the ssh_config of jump hosts: nothing in it is the machine's alone."""
+        return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
+            f'"{path}"' for path in self.user_configs()) + '\n'
+
+    def _through(self, hops):
+        """Return what ProxyJump does, but with a configuration in which no `Host` is the machine's:
+        a jump host may have its address.  What fails first is to be heard first, hence the times.
+        """
+        *before, (user, host, port) = hops
+        words = ['ssh', '-F', self.jump_path, '-o',
+                 f'ConnectTimeout={HOP_LIMIT_S + 5 * len(before)}', '-W', "'[%h]:%p'"]
+        words += ['-J', f"'{self.machine.jump.rpartition(',')[0]}'"] if before else []
+        words += ['-l', user] if user else []
+        words += ['-p', port] if port else []
+        return ' '.join([*words, '--', host.strip('[]')])
 
     @staticmethod
     def user_configs():
@@ -2301,18 +2336,34 @@ class Connection:
 # 'later', or 'never', since a second try is no better and may be taken for an attack.  Nothing else
 # is decided by them.
 SSH_COMPLAINTS = (
+    (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
+     'the host key of {at} is not the one that is known, so this may be another machine. Was '
+     'it reinstalled? Try: ssh-keygen -f "{0}" -R "{1}"'),
     (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed', 'never',
-     'its host key is not the one that is known, so this may be another machine. If it was '
-     'reinstalled: ssh-keygen -R {host}'),
-    (r'Host key verification failed', 'never', 'its host key could not be verified'),
-    (r'Could not resolve hostname (\S+):', 'never', 'the host name {0} is unknown'),
-    (r'Name or service not known', 'never', 'the host name {host} is unknown'),
+     'the host key of {at} is not the one that is known, so this may be another machine'),
+    (r'host key is known for \S+ and you', 'never',
+     'the host key of {at} is not known: log in once with ssh, and compare the key'),
+    (r'Host key verification failed', 'never', 'the host key of {at} could not be verified'),
+    (r'Could not resolve hostname (\S+): Temporary failure', 'later',
+     'no name server could be asked for the {kind} name {0}'),
+    (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown'),
+    (r'open failed: administratively prohibited', 'never',
+     '{at} forbids connections to {next} (AllowTcpForwarding or PermitOpen in its sshd_config)'),
+    (r'open failed: connect failed: Name or service not known', 'never',
+     '{at} finds no address of {next}'),
+    (r'open failed: connect failed: (.*)', 'later', '{at} cannot connect to {next}: {0}'),
+    (r'stdio forwarding failed', 'later', '{at} could not connect to {next}'),
+    (r'(\S+): Name or service not known', 'never', 'the host name that {0} looks for is unknown'),
+    (r'(\S+): (?:command )?not found', 'never', 'its ProxyCommand needs {0}, which is not here'),
     (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
-     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is the '
-     'key in its ~/.ssh/authorized_keys?'),
+     'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is '
+     'the key in its ~/.ssh/authorized_keys?'),
     (r'Too many authentication failures', 'never',
-     'too many keys were offered: set ssh_key_path'),
+     'too many keys were offered to {at}: set ssh_key_path (for a jump host IdentityFile and '
+     'IdentitiesOnly in ~/.ssh/config)'),
+    (r'Unable to negotiate with .*?: (.*)', 'never', '{at} and ssh here have no method in '
+     'common: {0}'),
     (r'No route to host|Network is unreachable', 'later',
      '{at} cannot be reached: is the machine on, and the VPN?'),
     (r'timed out', 'later', '{at} did not answer in time: is the machine on, and the VPN?'),
@@ -2323,6 +2374,7 @@ SSH_COMPLAINTS = (
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
      '{at} closed the connection before the login'),
 )
+CUT_OFF = re.compile(r'\w+_exchange_identification: Connection closed by remote host')
 LOGIN_COMPLAINTS = (
     (r'[Cc]annot fork|fork failed|fork: (?!retry)', 'later',
      'no more processes can be started there: is the limit of {user} (ulimit -u) reached?'),
@@ -2330,7 +2382,7 @@ LOGIN_COMPLAINTS = (
     (r'account is currently not available|nologin', 'never', 'this account allows no login'),
     (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
      'there is no bash over there'),
-    (r'restricted', 'never', 'its login shell is a restricted one'),
+    (r': restricted', 'never', 'its login shell is a restricted one'),
 )
 
 
@@ -2343,12 +2395,24 @@ def explain_login(machine, status, noise, complaint):
 
     status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
     """
-    who = re.search(r'(\S+)@\S+: Permission denied', complaint)
-    where = re.search(r'(?:host|to|by|with) (\S+) port (\d+)', complaint)
-    host, port = where.groups() if where else (machine.host, machine.port)
-    words = {'host': machine.host, 'at': f'{host} port {port}' if port else host,
-             'user': who[1] if who else machine.username or 'you'}
-    for table, text in ((LOGIN_COMPLAINTS, noise + complaint), (SSH_COMPLAINTS, complaint)):
+    # Where a jump host fails, its ssh tells why; then each ssh behind it, that it was cut off.
+    why, *cuts = CUT_OFF.split(complaint)
+    if not any(re.search(pattern, why) for pattern, *_ in SSH_COMPLAINTS):
+        why, cuts = complaint, []
+    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
+    hops = [*ways, (machine.username, machine.host, machine.port)]
+    place = max(len(ways) - len(cuts), 0)
+    user, host, port = hops[place]
+    kind = 'jump host' if place < len(ways) else 'host'
+    who = re.search(r'(\S+)@(\S+): Permission denied', why)
+    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
+    if not port:            # then ~/.ssh/config may say more, and ssh knows
+        host, port = where.groups() if where else (who[2] if who else host, '')
+    words = {'user': who[1] if who else user or 'you', 'kind': kind,
+             'at': place_of(f'{kind} {host}'.rstrip() if kind == 'jump host' else host, port),
+             'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+    for table, text in ((LOGIN_COMPLAINTS, '' if cuts else noise + complaint),
+                        (SSH_COMPLAINTS, why)):
         for pattern, again, sentence in table:
             match = re.search(pattern, text)
             if match:
@@ -2359,6 +2423,11 @@ def explain_login(machine, status, noise, complaint):
     said = f', after saying: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
+
+
+def place_of(host, port):
+    """Return how a sentence names the place."""
+    return f'{host} port {port}' if port else host
 
 
 # ---- The remote runner: runs there ----
@@ -3376,10 +3445,14 @@ tell_others() {             # says which jobs lie here that journals other than 
 
 # Who holds the lock of its results over there is the only one; a runner that another run of it had,
 # or its own before contact was lost, must not act any more: what it would start is placed again.
+# The same client may have come by another name of this account: it hears so, and leaves one out.
 oust() {                    # ends such runners; the jobs that they started run on
-  local dir runner who tries
+  local dir runner who which tries
   for dir in "$home/run.${HOSTNAME:-here}."*; do
-    { read -r runner && IFS= read -r who; } <"$dir/self" && [[ $who == "$owner" ]] || continue
+    which=                  # SESSION.MACHINE.CONNECTION
+    { read -r runner && IFS= read -r who && { read -r which || :; }; } <"$dir/self" &&
+      [[ $who == "$owner" ]] || continue
+    [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
     for ((tries = 0; tries < 100; tries++)); do
       is_runner "$runner" || break
       kill -KILL "${runner%% *}"
@@ -3580,9 +3653,9 @@ remove() {                  # jobs whose results are safe over there
 
 main() {
   local LC_ALL=C IFS=$' \t\n' verb field count bytes
-  local token workdir project owner setup want_gpus machine_environment=() environment=()
+  local token workdir project owner client setup want_gpus machine_environment=() environment=()
   local assignments='' by_env=() dropped=() smi=nvidia-smi
-  local home run self uid mask events signals waiting=0 capturing boot_id
+  local home run self uid account mask events signals waiting=0 capturing boot_id
   local busy_before total_before busy total
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
@@ -3592,7 +3665,7 @@ main() {
   local -A sent linked modes limits_s
 
   unbegun=()                # outlives this function, see last_words
-  for field in token workdir project owner setup want_gpus count; do
+  for field in token workdir project owner client setup want_gpus count; do
     IFS= read -rd '' "$field" || return
   done
   while ((count-- > 0)); do
@@ -3615,18 +3688,20 @@ main() {
   self=$REPLY
   oust
   if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
-    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log"; } 2>&1); then
+    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
+    { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
     field=${field##*$'\n'}
     if [[ $field == *fork:* ]]; then no_process; else explain_full "cannot write there: $field"; fi
     escape "$REPLY"
     printf 'broken\t%s\n' "$REPLY"
     return
   fi
+  account="${HOSTNAME-} $boot_id $uid $field"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$uid
   claims_are_ours
   exec {events}<>"$run/events" {signals}<>"$run/signals"
-  printf '%s\n%s\n' "$self" "$owner" >"$run/self"
+  printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
   speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- &
@@ -3636,6 +3711,7 @@ main() {
   # shellcheck disable=SC2064
   trap "$field" EXIT
   shopt -s nullglob dotglob
+  tell account "$account"
 
   read_ticks
   busy_before=$busy total_before=$total
@@ -4782,6 +4858,7 @@ class Session:
         # A runner of the same owner on a machine is one of an earlier run, or of a lost connection.
         self.owner = (f'{results.part or "batch"} {results.identity}' if results else
                       self.batch_id)
+        self.accounts = {}              # what tells accounts apart -> the MachineRunner that has it
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
         self._trees, self._archives, self._manifests = {}, {}, {}
@@ -4896,6 +4973,7 @@ class Channel:
 
     def __init__(self, machine, session, number, on_event, on_end):
         self.connection = Connection(machine, session.run_folder, number, session.nice)
+        self._client = f'{session.batch_id}.{number}'
         self.token = os.urandom(16).hex()
         self.home = ''                      # the project's folder over there, when it is known
         self.heard = time.monotonic()       # when something came
@@ -4914,14 +4992,16 @@ class Channel:
         """Begin to log in, and hand over the remote runner and what it has to know."""
         machine = self._machine
         if machine.host:
-            path = self.connection.config_path
-            try:
-                with open(path, 'w', encoding='utf-8',
-                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                    file.write(self.connection.config())
-            except OSError as error:
-                raise SchedulerError(f'there is no folder for temporary files: {path} cannot be '
-                                     f'written: {reason_of(error)}.') from error
+            connection = self.connection
+            for path, text in ((connection.config_path, connection.config()),
+                               (connection.jump_path, connection.jump_config())):
+                try:
+                    with open(path, 'w', encoding='utf-8',
+                              opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                        file.write(text)
+                except OSError as error:
+                    raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
+                                         f'be written: {reason_of(error)}.') from error
         self._process = self._session.processes.start(
             self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
@@ -4929,7 +5009,7 @@ class Channel:
         env = [f'{name}={value}' for name, value in machine.env]
         self.send(request(REMOTE_LOADER, len(runner)), runner,
                   request(self.token, machine.workdir, self._session.project, self._session.owner,
-                          machine.setup, int(want_gpus), len(env), *env))
+                          self._client, machine.setup, int(want_gpus), len(env), *env))
 
     def send(self, *pieces):
         """Queue bytes for the remote runner."""
@@ -5752,6 +5832,7 @@ class MachineRunner:
         self._spacing_s, self._next_start = spacing_s, 0.0
         self._want_gpus, self._entry, self._tied = True, 'probe', False
         self.again = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
+        self.same_as = None                 # the MachineRunner that is used instead of this one
         self._was_ready, self._lost_channel = False, None
         self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
         self._began = 0.0                   # when it was first tried
@@ -6146,6 +6227,24 @@ class MachineRunner:
             raise WireError('it said something that no runner says')
         handler(*fields)
 
+    def _on_account(self, which):
+        """Learn which account it is.  Of two names of one account only one is used.
+
+        That is the first in the user's order, unless the other has jobs there or did its work.
+        """
+        other = self.session.accounts.get(which, self)
+        self.session.accounts[which] = self
+        if other is self or other.state == 'failed' or (
+                other.state == 'away' and not other.unfinished):
+            return
+        at_work = other.unfinished or other.state in ('closing', 'closed')
+        kept, left = (other, self) if at_work or other._number < self._number else (self, other)
+        self.session.accounts[which] = kept
+        kept.expected |= left.expected
+        left.same_as = kept
+        left._fail(f'{kept.name} and {left.name} are the same account, {kept.machine.address}: '
+                   'name one of them')
+
     def _on_broken(self, why, again=b'never'):
         self._fail(printable(os.fsdecode(why)), 'later' if again == b'later' else 'never')
 
@@ -6443,9 +6542,9 @@ class MachineRunner:
                 self.session.results.tidied(self.machine.address)
 
 
-EVENTS = frozenset(('broken', 'note', 'probe', 'ready', 'staged', 'stage_failed', 'started',
-                    'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data', 'finished',
-                    'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
+EVENTS = frozenset(('account', 'broken', 'note', 'probe', 'ready', 'staged', 'stage_failed',
+                    'started', 'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data',
+                    'finished', 'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
 
 
 def need_of(placement):
@@ -7319,6 +7418,7 @@ class Batch:
             runner.prepare(self._forwards)      # now, though there may be no room yet
         if self._announced:
             self._say_limits([runner])
+        if self._announced:
             self._adopt(runner)
         elif self._count('ready') == 1:
             self._session.processes.call_later(LATECOMER_S, self._on_late)
@@ -7403,6 +7503,11 @@ class Batch:
                 self._placed.pop(name, None)
         else:
             self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
+        if runner.same_as:      # what an earlier run started by this name is found by the other
+            self._pinned[runner.same_as.machine.address] += self._pinned.pop(
+                runner.machine.address, ())
+            if self._announced and runner.same_as in self._scheduler.resources:
+                self._adopt(runner.same_as)
         if runner.again == 'later' and runner not in self._first:
             self._troubles[runner] += 1
             self._set_aside(runner, runner.reconnect)
@@ -7507,17 +7612,27 @@ class Batch:
         claimed: {job name: what the journal knows of it}
         """
         self.interrupts = 1            # nothing that happens from now on starts anything
+
+        def adopt(runner, named):       # what was started by this name of the runner's account
+            names = {other.machine.address for other in self._runners
+                     if other is named or other.same_as is named}
+            for name, known in claimed.items():
+                if known['machine'] in names:
+                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
+                                    attempt=known['attempt'], adopt=True)
+
+        def failed(runner, why):
+            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
+            if runner.same_as:
+                adopt(runner.same_as, runner)
+
         for runner in self._runners:
             runner.register('warning', self._report.warning)
-            runner.register('failed', lambda why, runner=runner: self._report.note(
-                f'{runner.name}: cannot be used: {sentence(why)}'))
+            runner.register('failed', functools.partial(failed, runner))
             runner.register('survivors', functools.partial(self._report.survivors, runner.name))
             runner.connect(False)
             runner.enter()
-            for name, known in claimed.items():
-                if known['machine'] == runner.machine.address:
-                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
-                                    attempt=known['attempt'], adopt=True)
+            adopt(runner, runner)
         self._session.wait_while(
             lambda: any(runner.state == 'connecting' or runner.state == 'ready' and (
                 runner.unsettled or runner.busy and not runner.running)
@@ -7725,7 +7840,8 @@ class Fanout:
     sinks      {MachineRunner: an object that has take(stream, bytes) and end()}, or nothing
     outcomes   {MachineRunner: (word, exit code or reason)}; the word is ended, failed (it could not
                be started, or its results not be fetched), impossible (it fits there never),
-               unreachable, lost, timed out, or absent
+               unreachable, left out (another name of its account is used), lost, timed out, or
+               absent
     how        further arguments of queue_up for every job
 
     First it begins with as many machines as may be busy at a time.  Then it waits until something
@@ -7897,7 +8013,7 @@ class Fanout:
         if runner.unfinished:
             self.outcomes[runner] = ('lost', why)
         else:
-            self._end(runner, 'unreachable', why)
+            self._end(runner, 'left out' if runner.same_as else 'unreachable', why)
 
     def _on_late(self, runner):
         if runner not in self.outcomes:

@@ -71,8 +71,8 @@ def other_key(folder, *options):
 
 @pytest.mark.parametrize('why, words', [
     ('wrong key', 'was refused (publickey was tried): is the user name right'),
-    ('unknown host', 'its host key could not be verified'),
-    ('changed host key', 'its host key is not the one that is known, so this may be another'),
+    ('unknown host', 'is not known: log in once with ssh, and compare the key'),
+    ('changed host key', 'is not the one that is known, so this may be another'),
 ], ids=['wrong', 'unknown host', 'changed host key'])
 def test_18_a_refused_login_is_one_line_and_one_attempt(batches, lab, lab1, tmp_path, why,
                                                             words):

@@ -399,6 +399,7 @@ def new_key(folder, *options):
 
 def unreachable(machine, why, folder):
     """The machine's file, made wrong, and words of the explanation."""
+    place = f'{machine.address} port {machine.port}'
     if why == 'nothing listens':
         port = rig.free_port()
         return machine.yaml(port=port), f'nothing listens at 127.0.0.1 port {port}.'
@@ -416,7 +417,9 @@ def unreachable(machine, why, folder):
     known = folder / 'known'
     known.write_text(f'[127.0.0.1]:{machine.port} {kind} {key}\n')
     return (machine.yaml(ssh_options={'UserKnownHostsFile': str(known)}),
-            'its host key is not the one that is known')
+            f'the host key of {place} is not the one that is known, so this may be another '
+            f'machine. Was it reinstalled? Try: ssh-keygen -f "{known}" -R '
+            f'"[127.0.0.1]:{machine.port}"')
 
 
 @pytest.mark.parametrize('why', ['nothing listens', 'unknown host', 'wrong user', 'wrong key',
@@ -567,9 +570,29 @@ def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
 # ---- Each complaint is a sentence ----
 
 # What ssh, or a login shell, says, and what is made of it.  OpenSSH 9.2, but for the last four.
+CLOSED = 'kex_exchange_identification: Connection closed by remote host'
 SAID_BY_SSH = [
-    ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @', 'its host key is not the one'),
-    ('Host key verification failed.', 'its host key could not be verified.'),
+    ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @',
+     'is not the one that is known, so this may be another machine.'),
+    ('Offending RSA key in /home/ben/.ssh/known_hosts:3\nHost key for [gpu]:7 has changed and you '
+     'have requested strict checking.', 'is not the one that is known, so this may be another '
+     'machine. Was it reinstalled? Try: ssh-keygen -f "/home/ben/.ssh/known_hosts" -R "[gpu]:7"'),
+    ('No ED25519 host key is known for [gpu]:7 and you have requested strict checking.\nHost key '
+     'verification failed.', 'is not known: log in once with ssh, and compare the key.'),
+    ('Host key verification failed.', 'could not be verified.'),
+    ('ssh: Could not resolve hostname gpu.uni: Temporary failure in name resolution',
+     'no name server could be asked for the host name gpu.uni.'),
+    (f'channel 0: open failed: administratively prohibited: open failed\n{CLOSED}',
+     '(AllowTcpForwarding or PermitOpen in its sshd_config).'),
+    (f'channel 0: open failed: connect failed: Name or service not known\n{CLOSED}',
+     'jump host finds no address of row'),
+    (f'channel 0: open failed: connect failed: Connection refused\n{CLOSED}',
+     ': Connection refused.'),
+    (f'stdio forwarding failed\n{CLOSED}', 'jump host could not connect to row'),
+    (f'sh: 1: exec: nc: not found\n{CLOSED}', 'its ProxyCommand needs nc, which is not here.'),
+    ('Unable to negotiate with 10.0.0.7 port 22: no matching host key type found. Their offer: '
+     'ssh-rsa', '10.0.0.7 port 22 and ssh here have no method in common: no matching host key type '
+     'found. Their offer: ssh-rsa.'),
     ('ssh: Could not resolve hostname gpu.invalid: Name or service not known',
      'the host name gpu.invalid is unknown.'),
     ('ncat: Name or service not known\nkex_exchange_identification: Connection closed by remote '
@@ -577,10 +600,12 @@ SAID_BY_SSH = [
     ('ssh: connect to host 10.0.0.7 port 2222: Connection refused',
      'nothing listens at 10.0.0.7 port 2222.'),
     ('ben@10.0.0.7: Permission denied (publickey,password).',
-     'the login as ben at row was refused (publickey,password was tried): is the user name right, '
-     'and is the key in its ~/.ssh/authorized_keys?'),
+     'the login as ben at 10.0.0.7 was refused (publickey,password was tried): is the user name '
+     'right, and is the key in its ~/.ssh/authorized_keys?'),
     ('Received disconnect from 10.0.0.7 port 22:2: Too many authentication failures\n'
-     'Disconnected from 10.0.0.7 port 22', 'too many keys were offered: set ssh_key_path.'),
+     'Disconnected from 10.0.0.7 port 22',
+     'too many keys were offered to 10.0.0.7 port 22: set ssh_key_path (for '
+     'a jump host IdentityFile and IdentitiesOnly in ~/.ssh/config).'),
     ('ssh: connect to host 10.0.0.7 port 22: No route to host',
      '10.0.0.7 port 22 cannot be reached: is the machine on, and the VPN?'),
     ('ssh: connect to host fe80::7 port 22: Network is unreachable',
@@ -650,7 +675,6 @@ def test_each_command_makes_one_sentence_of_each_complaint(run_cli, project, ssh
     query = run_cli('query_machines', '--machines', *rows, env=ssh_that_fails)
     assert (to.returncode, query.returncode) == (1, 1)
     for row, (_, expected) in zip(rows, SAID_BY_SSH):
-        expected = expected.replace(' at row ', f' at {row} ')
         assert expected in words[row]
         assert f'{words[row].removesuffix(".")})\n' in to.stderr
         assert f'  cannot be used: {words[row].removesuffix(".")}\n' in query.stdout
@@ -659,7 +683,7 @@ def test_each_command_makes_one_sentence_of_each_complaint(run_cli, project, ssh
                             env=ssh_that_fails)
             assert (alone.returncode, alone.stderr) == (
                 125, f'a: {row} cannot be used: {words[row]}\n')
-        assert re.search(r'[.?]$', words[row]) and not re.search(r'[.?!]\.', words[row])
+        assert re.search(r'[.?]$|Try: ', words[row]) and not re.search(r'[.?!]\.', words[row])
 
 
 def test_what_comes_from_elsewhere_is_ended_in_one_place():
@@ -676,3 +700,123 @@ def test_what_comes_from_elsewhere_is_ended_in_one_place():
                 name = getattr(value, 'id', getattr(value, 'attr', ''))
                 wrong += [f'line {node.lineno}: {{{name}}}.'] if name in free else []
     assert not wrong
+
+
+# ---- One account by two names ----
+
+def by_another_name(machine, folder, **more):
+    """Return a machine's file that leads to the same account."""
+    options = {'HostName': machine.address, 'UserKnownHostsFile': str(machine.known_hosts), **more}
+    file = folder / 'alias.yaml'
+    file.write_text(machine.yaml(ip='alias', ssh_options=options).read_text())
+    machine.yaml()
+    return file
+
+
+def held_back(machine, folder, gate):
+    """The same, but its login begins when the gate `login` is opened."""
+    connect = (f"bash -c '{gate.wait('login')}; exec 3<>/dev/tcp/{machine.address}/{machine.port}; "
+               "cat <&3 & exec cat >&3'")
+    return by_another_name(machine, folder, ProxyCommand=connect)
+
+
+def same(machine, kept, left):
+    """What is said of the one that is left out."""
+    account = machine.account if kept == machine.yaml() else (
+        f'{machine.user}@alias:{machine.port} HostName={machine.address}')
+    return f'{kept} and {left} are the same account, {account}: name one of them'
+
+
+def test_of_two_names_of_an_account_the_first_is_used(batches, lab, tmp_path):
+    machine = lab()
+    files = [machine.yaml(), by_another_name(machine, tmp_path)]
+    for names in (files, files[::-1]):
+        before = machine.logins()
+        done = batches.run([f'echo {n} # {names[0]}' for n in range(6)], names, *NO_GPU)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count('\nfinished: ') == 6
+        assert complaints(done, 'same account') == [
+            f'{names[1]}: cannot be used: {same(machine, *names)}.']
+        assert machine.logins() - before == 2
+        assert_clean(machine, cache=True)
+        os.rename('job_results', f'results of {names[0].name}')
+
+
+@pytest.mark.parametrize('late', [0, 1])
+def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late):
+    machine = lab()
+    names = [machine.yaml(), held_back(machine, tmp_path, gate)]
+    batch = batches.start([gate.wait('job')], names if late else names[::-1], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    gate.open('login')
+    line = batch.process.stderr.readline()
+    while 'cannot be used' not in line:
+        line = batch.process.stderr.readline()
+    assert line == f'{names[1]}: cannot be used: {same(machine, *names)}.\n'
+    machine.stop()                              # what is used is found again, and its job
+    machine.start()
+    while 'in contact again' not in line:
+        line = batch.process.stderr.readline()
+    gate.open('job')
+    done = batch.end()
+    assert (done.returncode, machine.logins()) == (0, 3), done.stderr
+    assert 'cannot be used' not in done.stderr
+    assert_clean(machine, cache=True)
+
+
+def started_by_two_names(batches, machine, tmp_path, gate):
+    """Return both names, after runs that were killed, by each of which a job was started."""
+    names = [machine.yaml(), by_another_name(machine, tmp_path)]
+    lines = [f'echo one; {gate.wait("one")}', f'echo two; {gate.wait("two")}']
+    for number, name in enumerate(names, 1):
+        batch = batches.start(lines[:number], [name], *NO_GPU)
+        batch.until(f'started: batch.sh.{number}')
+        batch.process.kill()
+        batch.process.wait()
+    return names
+
+
+def test_what_was_started_by_either_name_is_collected(batches, lab, tmp_path, gate):
+    machine = lab()
+    names = started_by_two_names(batches, machine, tmp_path, gate)
+    batch = batches.start(None, names, *NO_GPU)
+    for job in ('one', 'two'):
+        gate.open(job)
+    done = batch.end()
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert [result(f'batch.sh.{number}') for number in (1, 2)] == [b'one\n', b'two\n']
+    assert 'done: 2 jobs: 2 finished' in done.stdout and same(machine, *names) in done.stderr
+    assert_clean(machine, cache=True)
+
+
+def test_what_was_started_by_either_name_is_cancelled(run_cli, batches, lab, tmp_path, gate):
+    machine = lab()
+    names = started_by_two_names(batches, machine, tmp_path, gate)
+    done = run_cli('execute_batch', 'batch.sh', '--cancel')
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.stdout.splitlines() == [
+        f'batch.sh.1: ended, on {names[0]}', f'batch.sh.2: ended, on {names[1]}',
+        'cancelled: 2 jobs, 0 not known to have ended']
+    assert_clean(machine, cache=True)
+
+
+@pytest.mark.parametrize('options', [(), ('--fanout', '1')])
+def test_a_command_runs_once_on_an_account_of_two_names(run_cli, lab, tmp_path, options):
+    machine = lab()
+    names = [machine.yaml(), by_another_name(machine, tmp_path)]
+    done = run_cli('execute_to', '--machines', *names, *options, '--', 'echo here', timeout=20)
+    assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
+    assert done.stderr in [             # at once, the second may have begun when the first comes
+        f'left out: {left} ({same(machine, kept, left)})\n'
+        for kept, left in ([names] if options else [names, names[::-1]])]
+    done = run_cli('query_machines', '--machines', *names)
+    assert done.returncode == 1 and done.stdout.splitlines()[2].endswith(
+        f'cannot be used: {same(machine, *names)}')
+
+
+def test_two_computers_may_share_a_home(batches, lab, outside, gate):
+    machines = [lab(), lab()]
+    files = [machine.yaml(workdir=str(outside / 'work')) for machine in machines]
+    done = batches.run(gate.meeting(2), files, *NO_GPU[:1], '--reserve')
+    assert done.returncode == 0, done.stderr
+    assert [machine.logins() for machine in machines] == [1, 1]

@@ -573,9 +573,10 @@ def test_ssh_reads_the_connection_of_a_machine(ssh_sees, tmp_path, key):
     seen = ssh_sees(Machine('a', 'Lab1.example.org', 'me@uni', 2222, str(key), 'gate:22,inner'))
     assert (seen['user'], seen['hostname'], seen['port']) == ('me@uni', 'lab1.example.org', '2222')
     assert (seen['identityfile'], seen['identitiesonly']) == (str(key), 'yes')
-    assert (seen['proxyjump'], seen['controlmaster']) == ('gate:22,inner', 'true')
+    assert (seen['proxycommand'], seen['controlmaster']) == (
+        f"ssh -F {tmp_path}/7.jump -o ConnectTimeout=20 -W '[%h]:%p' -J 'gate:22' -- inner", 'true')
     assert seen['controlpath'] == str(tmp_path / '7')
-    assert (forced_of(seen), defaults_of(seen)) == (FORCED, DEFAULTS)
+    assert (forced_of(seen), defaults_of(seen)) == (FORCED, {**DEFAULTS, 'connecttimeout': '25'})
     assert 'remotecommand' not in seen
 
 
@@ -630,9 +631,29 @@ def test_values_with_blanks_and_percents_survive(ssh_sees):
     assert seen['setenv'] == 'A=b c'
 
 
-def test_a_proxy_jump_among_the_options(ssh_sees):
-    seen = ssh_sees(Machine('a', 'a', ssh_options=(('ProxyJump', 'me@gate:22,inner'),)))
-    assert seen['proxyjump'] == 'me@gate:22,inner'
+def test_a_proxy_jump_among_the_options(ssh_sees, tmp_path):
+    for value, words in (('me@gate:22', "-l me -p 22 -- gate"), ('[fe80::1]', '-- fe80::1'),
+                         ('a,b@[::1]:7,me@x@c', "-J 'a,b@[::1]:7' -l me@x -- c")):
+        options = (('proxyjump', value), ('ConnectTimeout', '3'))
+        seen = ssh_sees(Machine('a', 'a', ssh_options=options),
+                        user_config='ProxyJump gate\nProxyUseFdpass yes\nUser you\n')
+        start, _, rest = seen['proxycommand'].partition(" -W '[%h]:%p' ")
+        assert start.startswith(f'ssh -F {tmp_path}/7.jump -o ConnectTimeout=') and rest == words
+        assert ('proxyjump' not in seen, seen['proxyusefdpass'], seen['connecttimeout']) == (
+            True, 'no', '3')
+    for value in ('none', 'ssh://me@gate:22'):          # that is ssh's to understand
+        seen = ssh_sees(Machine('a', 'a', ssh_options=(('ProxyJump', value),)))
+        assert 'proxycommand' not in seen
+
+
+def test_a_jump_host_reads_nothing_of_the_machine_s(tmp_path, home):
+    connection = ssh_scheduler.Connection(
+        Machine('a', 'a', 'me', 2222, proxy_jump='a:22'), str(tmp_path), 7)
+    with open(connection.jump_path, 'w') as file:
+        file.write(connection.jump_config())
+    seen = subprocess.run(['ssh', '-G', '-F', connection.jump_path, 'a'], capture_output=True,
+                          text=True).stdout.splitlines()
+    assert {'port 22', 'batchmode yes', 'loglevel INFO'} <= {*seen} and 'user me' not in seen
 
 
 @pytest.mark.parametrize('host', ['::1', 'fe80::1%lo', '10.0.0.1', 'a_b'])

@@ -218,7 +218,7 @@ class Line:
         if self.head is None and self.unread:
             loader, size, rest = bytes(self.unread).split(b'\0', 2)
             reader = FieldReader(rest, int(size))
-            count = int(reader.fields(7)[-1])
+            count = int(reader.fields(8)[-1])
             reader.fields(count)
             self.head = loader + b'\0' + size + b'\0' + rest[:reader.place]
             del self.unread[:len(self.head)]

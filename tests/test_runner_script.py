@@ -51,11 +51,12 @@ def test_it_can_cross_the_channel(name):
 class Channel:
     """A remote runner under a local bash, its requests and its events."""
 
-    def __init__(self, env, *, bash='bash', project=None, owner='', workdir='', setup='',
-                 gpus=False, variables=(), functions=''):
+    def __init__(self, env, *, bash='bash', project=None, owner='', client='1.0.1',
+                 workdir='', setup='', gpus=False, variables=(), functions=''):
         project = project or os.path.basename(env['HOME'])      # another test's may run beside it
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
-        self.events = []                    # all so far, as lists of text
+        self.events = []                    # all so far, as lists of text, but the account
+        self.account = None
         self._reader = s.EventReader(TOKEN)
         self.process = subprocess.Popen(
             [bash, *s.BOOTSTRAP_BASH[1:], s.BOOTSTRAP], env=env, cwd=env['HOME'],
@@ -63,8 +64,8 @@ class Channel:
             start_new_session=True)
         script = (functions + s.REMOTE_RUNNER).encode()
         self.write(s.request(s.REMOTE_LOADER, len(script)) + script)
-        self.send(TOKEN, workdir, project, owner or f'owner-{id(self)}', setup, int(gpus),
-                  len(variables), *variables)
+        self.send(TOKEN, workdir, project, owner or f'owner-{id(self)}', client, setup,
+                  int(gpus), len(variables), *variables)
 
     def write(self, data):
         self.process.stdin.write(data)
@@ -112,7 +113,13 @@ class Channel:
     def _read(self):
         assert rig.wait_readable(self.process.stdout), f'it is silent after {self.events}'
         data = os.read(self.process.stdout.fileno(), 2**16)
-        self.events += [[text(field) for field in event] for event in self._reader.feed(data)]
+        for event in self._reader.feed(data):
+            fields = [text(field) for field in event]
+            if fields[0] == 'account':      # always the first one
+                assert self.account is None
+                self.account = fields[1]
+            else:
+                self.events.append(fields)
         return bool(data)
 
     def close(self):
@@ -796,7 +803,7 @@ def test_order_of_started_and_ended_in_the_stream(channel):
         if word == 'started':
             running |= set(fields)
         else:
-            assert (word, fields[0] in running) == ('ended', True)
+            assert (word, fields[0] in running) == ('ended', True) or word == 'account'
 
 
 def test_events_of_many_jobs_do_not_mix(runner):
@@ -1209,6 +1216,30 @@ def test_a_runner_ends_the_one_before_of_the_same_owner(channel, gate):
     second.send('clean', 1, 'job.1')
     second.finish()
     other.finish()
+
+
+def test_a_runner_spares_those_of_other_machines_of_its_client(channel):
+    first, second = channel(owner='batch', client='1.0.1'), channel(owner='batch', client='1.1.1')
+    for runner in (first, second):
+        runner.ready()
+    assert first.account == second.account and f' {os.getuid()} ' in first.account
+    again = channel(owner='batch', client='1.0.2')          # contact was lost
+    again.ready()
+    assert first.process.wait(rig.SAFETY_NET_S) == -9
+    second.send('ping', 1)
+    second.until('pong')
+    later = channel(owner='batch', client='2.0.1')          # the next run
+    later.ready()
+    assert [runner.process.wait(rig.SAFETY_NET_S) for runner in (second, again)] == [-9, -9]
+    later.finish()
+
+
+def test_another_folder_is_another_account(channel):
+    first, second = channel(), channel(workdir='~/elsewhere')
+    for runner in (first, second):
+        runner.ready()
+        runner.finish()
+    assert first.account != second.account
 
 
 def test_what_outlives_its_job_is_told_with_its_name(runner):
