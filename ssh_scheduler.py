@@ -1114,10 +1114,11 @@ def refuse_syntax(path, jobs, said):
     complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
     if complaints:
         why = printable(complaints[0][1].split('\n')[0].rpartition(': line ')[2].partition(': ')[2])
+        where = lines_of([jobs[int(number)] for number, _ in complaints])
         raise BatchFileError(
-            f'{path}, {lines_of([jobs[int(number)] for number, _ in complaints])}: bash refuses '
-            f'this: {why}. Each line runs by itself: write an if, a loop or a function on one '
-            'line, or end each of its lines but the last with a backslash.')
+            sentence(f'{path}, {where}: bash refuses this: {why}') + ' Each line runs by itself: '
+            'write an if, a loop or a function on one line, or end each of its lines but the last '
+            'with a backslash.')
 
 
 # What changes only the shell that runs it -> whether a machine's `setup` can do the same.
@@ -2370,18 +2371,18 @@ SSH_COMPLAINTS = (
     (r'Bad owner or permissions on (\S+)', 'never', 'ssh refuses {0}: others may write it'),
     (r'[Bb]ad configuration option: (\S+)', 'never', 'ssh does not know the option {0}'),
     (r'(exec|shell) request failed', 'later',
-     'sshd could not start a shell there: is the limit of processes of {user} reached?'),
+     'the sshd of {at} could not start a shell: is the limit of processes of {user} reached?'),
     (r'kex_exchange_identification|Connection closed by|Connection reset', 'again',
      '{at} closed the connection before the login'),
 )
 CUT_OFF = re.compile(r'\w+_exchange_identification: Connection closed by remote host')
 LOGIN_COMPLAINTS = (
     (r'[Cc]annot fork|fork failed|fork: (?!retry)', 'later',
-     'no more processes can be started there: is the limit of {user} (ulimit -u) reached?'),
+     '{at} can start no more processes: is the limit of {user} (ulimit -u) reached?'),
     (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
     (r'account is currently not available|nologin', 'never', 'this account allows no login'),
     (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
-     'there is no bash over there'),
+     '{at} has no bash'),
     (r': restricted', 'never', 'its login shell is a restricted one'),
 )
 

@@ -137,7 +137,7 @@ def test_functions_behind_one_with_extended_patterns_are_there(batches, lab):
         once() { case $1 in +(x)) echo xs;; esac; }
         shopt -u extglob
     """})
-    done = batches.run(['module load', 'once xxx; shopt extglob'], [machine], *NO_GPU)
+    done = batches.run(['module load; true', 'once xxx; shopt extglob'], [machine], *NO_GPU)
     assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (b'module load\n', b'')
     assert (result('batch.sh.2').split()[-1], result('batch.sh.2', 'err')) == (b'off', b'')
     assert done.stderr.count('\n') == 1
@@ -544,11 +544,11 @@ def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
 
 
 @pytest.mark.parametrize(('noise', 'complaint', 'words'), [
-    ('', 'exec request failed on channel 0', 'sshd could not start a shell there: is the limit'),
-    ('', 'bash: fork: Resource temporarily unavailable', 'no more processes can be started there'),
-    ('', 'dash: 1: Cannot fork', 'no more processes can be started there'),
-    ('', 'zsh:1: fork failed: resource temporarily unavailable', 'no more processes can be'),
-    ('', 'bash: fork: Cannot allocate memory', 'no more processes can be started there'),
+    ('', 'exec request failed on channel 0', 'the sshd of lab1 could not start a shell: is the limit'),
+    ('', 'bash: fork: Resource temporarily unavailable', 'lab1 can start no more processes'),
+    ('', 'dash: 1: Cannot fork', 'lab1 can start no more processes'),
+    ('', 'zsh:1: fork failed: resource temporarily unavailable', 'lab1 can start no more processes'),
+    ('', 'bash: fork: Cannot allocate memory', 'lab1 can start no more processes'),
 ])
 def test_what_is_said_where_no_process_can_be_started(noise, complaint, words):
     machine = ssh_scheduler.Machine('lab1', 'lab1', username='ben')
@@ -620,7 +620,11 @@ SAID_BY_SSH = [
      '1 bad configuration options', 'ssh does not know the option frobnicate.'),
     ('This service allows sftp connections only.', 'this account allows sftp only, no commands.'),
     ('This account is currently not available.', 'this account allows no login.'),
-    ('fish: Unknown command: bash', 'there is no bash over there.'),
+    ('fish: Unknown command: bash', ' has no bash.'),
+    ('shell request failed on channel 0',
+     ' could not start a shell: is the limit of processes of you reached?'),
+    ('bash: fork: Resource temporarily unavailable',
+     ' can start no more processes: is the limit of you (ulimit -u) reached?'),
     ('rbash: exec: restricted', 'its login shell is a restricted one.'),
     ('Something else went wrong.', 'Something else went wrong.'),
     ('Is the agent gone?', 'Is the agent gone?'),
