@@ -3209,7 +3209,7 @@ start_pending() {           # starts what was read of "start" requests since the
         ((${#started} < 3000)) || { say "started$started"; started=; }
         started+=$'\t'$name
         claimed+=("$index") unbegun[index]=$name
-        begun+=("$name")
+        begun[$name]=$claims/$project.$name
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
@@ -3305,35 +3305,38 @@ room() {                    # tells whether all that is claimed here is within t
   done
 }
 
-report() {                  # what became of job.attempt $1, which was claimed before
-  local name=$1 dir=$home/jobs/$1 word value tries=0 why='it ended without a record of how'
-  while is_runner "$self"; do           # else nobody listens
+report() {                  # says how job.attempt $1 stands, which was claimed before
+  local name=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
+  for ((tries = 0; tries < 20; tries++)); do
+    is_runner "$self" || return         # nobody listens
     read_record "$dir"
     if [[ $word == revoked ]]; then
+      say "absent"$'\t'"$name"
       return
     elif [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
       return
-    elif [[ $word == starting ]] && is_runner "$value"; then
-      tries=0               # another runner will, and has much to do
-    elif lives "$word" "$value"; then
-      ((tries < 0)) || say "started"$'\t'"$name"
-      tries=-1              # it runs, and its end will be recorded
     elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
       ${BASH_REMATCH[1]} != "$boot_id" ]]; then
-      tries=99 why='the machine was restarted'
-    elif ((tries < 0)); then
-      tries=15              # it is gone, and its record may have come at this moment
-    fi
-    if ((tries >= 0 && ++tries > 20)); then
-      [[ "$word $value" != "running "*" $boot_id" ]] || { bury "$name"; return; }
-      record "$dir" lost    # so that it is not taken for one that was killed
-      end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
-      tell lost "$name" "$why"
+      why='the machine was restarted'
+      break
+    elif lives "$word" "$value"; then
+      say "started"$'\t'"$name"         # "watch" notices its end
       return
+    elif [[ $word == running ]]; then
+      read_record "$dir"                # what ends records that before it is gone
+      [[ $word == ended ]] || { bury "$name"; return; }
+      tries=0
+    elif [[ $word == lost ]]; then
+      break
+    elif [[ $word == starting ]] && is_runner "$value"; then
+      tries=0               # another runner will, and has much to do
     fi
     sleep 0.1
   done
+  record "$dir" lost        # so that it is not taken for one that was killed
+  end_living 5 "$name"      # what it started elsewhere may live, and it may be started again
+  tell lost "$name" "$why"
 } 2>/dev/null
 
 # The key of a job is NAME.ATTEMPT-IDENTITY, with the identity of the journal that claimed it, or
@@ -3484,17 +3487,12 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
-    if [[ $word == ended && -e $home/jobs/$1/untold ]]; then
-      tell_ended "$1" "$value" 0 0
-      rm -f -- "$home/jobs/$1/untold"
-    elif [[ $word == running && $value != *" $boot_id" ]]; then
-      :                     # from before a restart: that is lost, and report says so
-    elif [[ $word == running ]] && ! lives "$word" "$value"; then
-      read_record "$home/jobs/$1"       # what ends records that before it is gone
-      [[ $word == ended ]] || bury "$1"
-    elif [[ $word == running ]]; then
+    if lives "$word" "$value"; then
       use_of "${value%% *}"
       ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
+    elif [[ $word == running || -e $home/jobs/$1/untold ||
+      ($word != starting && ! ${begun[$1]-}) ]]; then
+      report "$1" &         # but of what began here run_job tells the end, and more of it
     fi
     for file in "out $2" "err $3"; do
       files+=("$home/jobs/$1/${file% *}")
@@ -3522,15 +3520,15 @@ leave() {                   # where no job needs it, what came goes, though nobo
   settle
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
-    cancel 5 "${begun[@]}"
-    (cd -- "$home/jobs" && remove "${begun[@]}")
+    cancel 5 "${!begun[@]}"
+    (cd -- "$home/jobs" && remove "${!begun[@]}")
   fi
   rmdir -- "$home/jobs"
   [[ -e $home/jobs ]] || tidy "${arrived[@]}"
 }
 
 tidy() {                    # removes what is of use to nobody any more; $@: and this
-  local dir value others='' gone=("$@" "$run" "${begun[@]/#/$claims/$project.}")
+  local dir value others='' gone=("$@" "$run" "${begun[@]}")
   [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
   if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
     for dir in "$home"/run.*; do
@@ -3577,8 +3575,8 @@ main() {
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=() begun=() removing=() tied='' survivors
-  local -A sent linked modes limits_s
+  local arrived=() removing=() tied='' survivors
+  local -A sent linked modes limits_s begun     # begun: job.attempt -> its claim
 
   unbegun=()                # outlives this function, see last_words
   for field in token workdir project owner setup want_gpus count; do
@@ -6302,14 +6300,11 @@ class MachineRunner:
                     order.grown[stream] and self.session.results.has(
                         order.job_name, stream, size))):
                 order.streams[stream] = None
-        if self.cancelled:
-            order.aside = True
-            self._fetcher.add(order)
-            return
-        self.session.results.ended(self.ended[order.job_name])
-        # What came with the event is in place before anybody is told that the job ended.
+        order.aside = self.cancelled
+        if not order.aside:
+            self.session.results.ended(self.ended[order.job_name])
+            self._signal('ended', order.job_name)
         self._fetcher.add(order)
-        self._signal('ended', order.job_name)
 
     def _show(self, order, stream, pieces):
         for data in pieces if order.sink else ():
