@@ -6877,10 +6877,11 @@ class Batch:
         self._scheduler = Scheduler()           # what waits, and what is free
         self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
         self._placed = {}                       # job name -> (runner, Placement)
-        self._failures, self._finished = [], 0
+        self._failures, self._finished = [], set()      # JobResults; names
         self._failed_before = []                # of the jobs that are skipped
+        self._cancelled = set()                 # names, of an interrupt
         self._unknown = {}                      # job name -> where it is or was, not collected
-        self._skipped = self._left = 0
+        self._skipped = set()                   # names
         self._announced, self._late = False, False
         self._first = {}                        # runner -> Capacity, as it was when it came
         self._lost_gpus = {}                    # runner -> what was said of GPUs that are none
@@ -6930,7 +6931,7 @@ class Batch:
 
     def _skip(self, job, known):
         """Count a job that has results; return the warning."""
-        self._skipped += 1
+        self._skipped.add(job.name)
         if known.get('exit_code'):
             self._failed_before.append(JobResult(
                 job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
@@ -7113,14 +7114,13 @@ class Batch:
 
     def run(self):
         """Run all jobs; return the exit status."""
-        self._report.begin(len(self._jobs) - self._skipped)
+        self._report.begin(len(self._jobs) - len(self._skipped))
         self._session.processes.call_later(EXPLAIN_S, self._explain)
         try:
             while self._unfinished() and not self.interrupts:
                 if not self._halted:
                     self._place()
                 elif not self._placed and not self._busy:
-                    self._left = self._scheduler.waits
                     break
                 if self._stuck():
                     break
@@ -7188,9 +7188,9 @@ class Batch:
                                           if self._troubles[runner] <= PATIENT_TROUBLES))]
         if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
             return False
-        self._left = self._scheduler.waits
-        if self._left:
-            self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
+        left = self._scheduler.waits
+        if left:
+            self._report.note(f'{count_of(left, "job")} not started: no machine is left that '
                               'could run them. Run the same command again when there is one.')
         return True
 
@@ -7313,6 +7313,8 @@ class Batch:
         """Have a job wait that has no result, unless its line is gone from the file."""
         if self._jobs[name].forwards is not None:
             self._scheduler.add(self._jobs[name], first=True)
+        else:
+            del self._jobs[name]
 
     def _on_absent(self, name):
         """It never began: contact was lost, or we were killed, right before."""
@@ -7370,13 +7372,11 @@ class Batch:
     def _on_ended(self, runner, name):
         result = runner.ended.pop(name)
         self._give_back(name)
-        if self.interrupts:
-            return
         if result.exit_code:
             self._failures.append(result)
             self._halt()
         else:
-            self._finished += 1
+            self._finished.add(name)
         self._troubles.pop(runner, None)
         self._report.ended(self._jobs[name], result.exit_code)
         seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
@@ -7483,6 +7483,7 @@ class Batch:
     def _cancel(self):
         """End all jobs everywhere, within a time; say and return what may not have ended."""
         running = [(name, runner) for runner in self._runners for name in runner.running]
+        placed = list(self._placed)
         for runner in self._runners:
             if runner.state == 'ready':
                 runner.cancel()
@@ -7502,25 +7503,44 @@ class Batch:
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
         for runner in self._runners:
-            self._unknown.update((name, runner.name) for name in runner.unfinished
-                                 if self._results.state(name)['state'] != 'cancelled')
+            self._unknown.update((name, runner.name) for name in runner.unfinished)
+        self._cancelled = {name for name in placed
+                           if self._results.state(name).get('state') == 'cancelled'}
+        for name in self._cancelled:
+            self._unknown.pop(name, None)
         return unsure
 
     def _show_progress(self):
-        self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
+        self._report.progress(len(self._finished), len(self._failures), len(self._placed),
+                              self._waits)
+
+    def _fates(self):
+        """Return how many jobs there are of each fate, in the words of the summary."""
+        fates = dict.fromkeys(self._jobs, 'not started')
+        for fate, names in (
+                ('skipped', self._skipped), ('failed', [job.name for job in self._failures]),
+                ('finished', self._finished), ('cancelled', self._cancelled),
+                ('not collected', self._unknown)):
+            fates.update(dict.fromkeys(names, fate))
+        return collections.Counter(fates.values())
 
     def _summary(self):
         """Print how it went; return the exit status."""
         self.tell_unanswered()
         for address, queue in self._pinned.items():     # whose machine never came
             self._unknown.update((job.name, address) for job in queue)
-        counts = [f'{self._finished} finished', f'{len(self._failures)} failed']
-        counts += [f'{self._skipped} skipped'] if self._skipped else []
-        counts += [f'{self._left} not started'] if self._left else []
-        counts += [f'{len(self._unknown)} not collected'] if self._unknown else []
+        fates = self._fates()
+        before = f' ({len(self._failed_before)} of them failed)' if self._failed_before else ''
+        counts = [f'{fates[fate]} {fate}{before if fate == "skipped" else ""}' for fate in (
+            'finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
+            if fates[fate] or fate in ('finished', 'failed')]
         word = 'interrupted' if self.interrupts else 'done'
         self._report.line(f'{word}: {count_of(len(self._jobs), "job")}: {", ".join(counts)}, '
                           f'{time.monotonic() - self._began:.1f} s')
+        if self._cancelled:
+            self._report.note(
+                f'partial results of {count_of(len(self._cancelled), "cancelled job")} are in '
+                f'{self._results.own}/cancelled. The same command runs these jobs from the start')
         for result in (*self._failures, *self._failed_before):
             if result.exit_code >= 0:
                 when = ', in an earlier run' if result in self._failed_before else ''
@@ -7541,7 +7561,7 @@ class Batch:
         if self.interrupts:
             return 130
         failed = self._failures or self._failed_before
-        return 1 if failed or self._unknown or self._left else 0
+        return 1 if failed or self._unknown or fates['not started'] else 0
 
     def _advice(self):
         """Yield a line for each kind of job that asked for far more memory than it used."""
@@ -7944,7 +7964,8 @@ def show_status(jobs, name, results, reporter):
         else:
             word = 'waiting'
             if state:
-                lines.append(f'{state}: {job.name}: on {machine}; it will be started again')
+                lines.append(f'{state}: {job.name}: was on {machine}; the next run starts it from '
+                             'the beginning')
         counts[word] += 1
     for line in lines:
         reporter.line(line)
@@ -8282,15 +8303,19 @@ class Errand:
         with interruptible(interrupt):
             try:
                 fanout.run(enough)
-                if (fanout.interrupts or outlet.reader_left or self._lacks_terminal
-                        or options['--cancel']):
+                stops = fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                survives = not options['--cancel'] and (
+                    options['--attach'] or self._results.state(name).get('detach'))
+                if options['--cancel'] or stops and not survives:
                     self._cancel(fanout, runner)
+                elif stops:
+                    self._tell_how_to_return(runner.name)
             finally:
                 close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
         if outlet.reader_left:
-            return self._unread(outlet, ' It was ended.')
+            return self._unread(outlet, '' if survives else ' It was ended.')
         if self._lacks_terminal:
             self._report.note(f'{name}: no terminal could be had on {runner.name}.')
             return TRANSPORT_FAILED
