@@ -6183,7 +6183,7 @@ class MachineRunner:
                 self._later(f'follow {key}', FOLLOW_AFTER_S, functools.partial(self._follow, order))
             if not order.started:
                 order.started = True
-                self._signal('started', order.job_name)
+                self._signal('started' if order.stage else 'running', order.job_name)
 
     def _follow(self, order):
         """Have what the job writes brought as it comes; what ends sooner brings it with its end."""
@@ -6490,9 +6490,15 @@ class Reporter:
                       'does not use them. To see them: execute_batch '
                       f'--machines {word} --earlier=show (or =collect, =remove)')
 
-    def started(self, job, gpus):
+    def started(self, job, gpus, word='started'):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
-        self.line(f'started: {job.name};  {pinned(job.command, gpus)}')
+        self.line(f'{word}: {job.name};  {pinned(job.command, gpus)}')
+
+    def running(self, name, machine, since):
+        """A job was found that an earlier run started at this time, or None."""
+        how = '%H:%M' if since and time.time() - since < 86400 / 2 else '%Y-%m-%d %H:%M'
+        since = f' since {time.strftime(how, time.localtime(since))}' if since else ''
+        self.note(f'running: {name} on {machine}{since}')
 
     def ended(self, job, exit_code):
         """A job ended."""
@@ -7013,7 +7019,8 @@ class Batch:
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
                 {name: runner.name}))
             runner.register('collected', lambda name: self._unknown.pop(name, None))
-            runner.register_started(self._on_started)
+            runner.register_started(lambda name: self._on_started(name, 'started'))
+            runner.register('running', lambda name: self._on_started(name, 'running'))
             runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
             runner.connect(want_gpus)
         self._forwards = forwards
@@ -7365,9 +7372,9 @@ class Batch:
         except DoesNotFit as error:
             self._report.note(f'{error}')
 
-    def _on_started(self, name):
+    def _on_started(self, name, word):
         _, placement = self._placed[name]
-        self._report.started(self._jobs[name], placement.visible_gpus)
+        self._report.started(self._jobs[name], placement.visible_gpus, word)
 
     def _on_ended(self, runner, name):
         result = runner.ended.pop(name)
@@ -7792,7 +7799,8 @@ class Fanout:
         if not self._tied:
             runner.register('others', functools.partial(
                 self._report.others, runner.name, runner.machine.word))
-        runner.register_started(lambda name: self.started.add(runner))
+        for event in ('started', 'running'):
+            runner.register(event, lambda name: self.started.add(runner))
         runner.register_ended(lambda name: self._end(
             runner, 'ended', runner.ended[name].exit_code))
         runner.connect(bool(self._allocation and self._allocation.gpus))
@@ -8289,6 +8297,9 @@ class Errand:
             self._report.note(f'job {name} on {machine.name}')
         if mode == 'tty':
             runner.register_started(lambda name: self._give_terminal(runner, session))
+        if not options['--cancel']:
+            runner.register('running', lambda name: self._report.running(
+                name, runner.name, known.get('time')))
         begun = {'--detach', '--cancel'} & options.given
 
         def enough():
