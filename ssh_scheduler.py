@@ -129,7 +129,7 @@ Other:
                               jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
   --status                    Say how far the batch is, and what is where; ask nobody.
-  --cancel                    End what runs of the batch, though its client was killed.
+  --cancel                    Cancel all jobs of the batch, whether its client runs or was killed.
   --earlier=<action>          Jobs that the machines have of an earlier job_results of this folder:
                               show them, collect those that have ended, under free names, or
                               remove them (running ones are stopped).
@@ -166,6 +166,7 @@ The job:
   --tty                       The command has our terminal.
   --detach                    Start it, print its name, and leave it.
   --attach=<name>             Go on with a job that runs: show what it says, from the beginning.
+                              Ctrl-C stops watching; the job runs on.
   --cancel=<name>             End a job that runs, and all that it started.
 
 {hardware}
@@ -4241,12 +4242,15 @@ class ResultStore:
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
 
-    def open(self):
-        """Make, lock and read the folder; return self."""
+    def open(self, run=''):
+        """Make, lock and read the folder; return self.
+
+        run: the batch or the job that we run: who cancels that has us stop, see take_over
+        """
         try:
             os.makedirs(self.own, exist_ok=True)
             self._lock = os.open(os.path.join(self.own, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
-            self._take_lock()
+            self._take_lock(run)
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
@@ -4554,22 +4558,42 @@ class ResultStore:
     def _path(self, name, end=''):
         return os.path.join(self.folder, name + end)
 
-    def _take_lock(self):
+    def _take_lock(self, run):
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
+            holder = printable(read_lock(self._lock)[0])
             if self.part:
                 raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
-                                   f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
+                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
                                    'with which the job goes on, or wait for it.') from None
-            raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
+            raise ResultsError(f'{self.folder} is in use by another run ({holder}). '
                                'Wait for it, or start from another folder.') from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
                 raise
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
+        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n{run}\n'.encode())
+
+    def take_over(self, run, note):
+        """Open it, but first have a client stop that has it open for the same `run`, and wait.
+
+        note(text) tells of that.  Return what the journal said of the jobs before: name -> dict.
+        """
+        before = {}
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.own, 'lock')) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who, theirs = read_lock(lock.fileno())
+                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
+                if match and theirs == run:
+                    before = ResultStore(self.folder, self.part).peek().jobs
+                    stop_client(int(match[1]), match[2], run, lock, note)
+            except OSError:         # no locks there: then none keeps us out either
+                pass
+        self.open()
+        return before
 
     def _read_journal(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -4653,6 +4677,45 @@ class ResultStore:
     def _unwritable(self, error):
         return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
                             'run go on; the same command collects them.')
+
+
+def read_lock(fd):
+    """Return (who has the lock, what that runs), as the file has it."""
+    who, _, run = os.pread(fd, 1000, 0).decode('utf-8', 'replace').partition('\n')
+    return who, run.rstrip('\n')
+
+
+def stop_client(pid, computer, run, lock, note):
+    """Have the client that holds the lock stop in good order, and wait until it has.
+
+    Only who has the lock file open is sent a signal: the id alone may be another process's by now.
+    """
+    if computer != os.uname().nodename:
+        raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
+                           'there, in this folder.')
+    def is_lock(path):
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
+        except FileNotFoundError:       # it has just closed that
+            return False
+
+    fds = f'/proc/{pid}/fd'
+    try:
+        if os.path.isdir('/proc/self/fd') and not any(
+                is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
+            return
+        os.kill(pid, signal.SIGTERM)
+    except (FileNotFoundError, ProcessLookupError):     # it has just ended
+        return
+    except OSError as error:
+        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
+                           f'{reason_of(error)}.') from None
+    note(f'{run}: process {pid} runs it, and is told to cancel')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except KeyboardInterrupt:
+        note(f'{run}: process {pid} goes on to cancel')
+        raise
 
 
 def sync_file_system(fd):
@@ -5653,7 +5716,8 @@ class MachineRunner:
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
     be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
-    faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
+    faster, lost(job_name, reason), running(job_name) in the place of started where an earlier run
+    started it, absent(job_name) when there was nothing to adopt,
     others(OtherJobs) once, when it is first ready,
     left(job_name, text) when what it started did not end with it, survivors(text) of what could
     not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
@@ -7457,6 +7521,8 @@ class Batch:
         claimed: {job name: what the journal knows of it}
         """
         self.interrupts = 1            # nothing that happens from now on starts anything
+        unsure = {name for name, known in claimed.items()       # to the client that ended them
+                  if known['key'] in self._results.remains(known['machine'])[1]}
         for runner in self._runners:
             runner.register('warning', self._report.warning)
             runner.register('failed', lambda why, runner=runner: self._report.note(
@@ -7465,7 +7531,7 @@ class Batch:
             runner.connect(False)
             runner.enter()
             for name, known in claimed.items():
-                if known['machine'] == runner.machine.address:
+                if known['machine'] == runner.machine.address and self._results.is_begun(name):
                     runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
                                     attempt=known['attempt'], adopt=True)
         self._session.wait_while(
@@ -7474,7 +7540,7 @@ class Batch:
                 for runner in self._runners),
             time.monotonic() + CONNECT_LIMIT_S, lambda: self.interrupts > 1)
         running = {name: runner for runner in self._runners for name in runner.running}
-        unsure = self._cancel() if running else ()
+        unsure |= self._cancel() if running else set()
         left = 0
         for name, known in claimed.items():
             state = self._results.state(name)['state'] if name not in unsure else ''
@@ -7925,7 +7991,7 @@ def execute_batch(argv):
         away_limit_s = max(away_limit_s, faults['lost_after_s'] + LONGEST_RETRY_S)
     max_result = None if options['--max-result-size'] is None else int(
         options.number('--max-result-size', least=0) * 1e6)
-    results = ResultStore('job_results').open()
+    results = ResultStore('job_results').open(name)
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
                       away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
@@ -7984,13 +8050,18 @@ def show_status(jobs, name, results, reporter):
 
 def cancel_batch(options, jobs, name, reporter):
     """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
-    results = ResultStore('job_results').open()
+    results = ResultStore('job_results')
     session = None
     try:
+        before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
-        claimed = {job.name: results.state(job.name) for job in (*lines.begun, *lines.gone)}
+        claimed = {job.name: results.state(job.name) for job in (*lines.jobs, *lines.gone)
+                   if results.is_begun(job.name) or before and any(
+                       results.state(job.name).get(key) != before.get(job.name, {}).get(key)
+                       for key in ('state', 'attempt'))}
         words = options['--machines'] or dict.fromkeys(
-            known['where'] for known in claimed.values() if known.get('where'))
+            known['where'] for job, known in claimed.items()
+            if known.get('where') and results.is_begun(job))
         machines, wrong = usable_machines(words, reporter)
         session = Session(results, reporter.trace, live=False)
         runners = [MachineRunner(machine, session, number)
@@ -8161,9 +8232,12 @@ def execute_remote(argv):
             raise UsageError(f'{one} and {other}: give one of them.')
     name = options[next(iter(named))] if named else new_name(options['<command>'])
     check_job_name(name, next(iter(named), '--job-name'))
-    results = ResultStore('job_results', f'commands/{name}').open()
+    results = ResultStore('job_results', f'commands/{name}')
     try:
-        return Errand(name, options, results, reporter).run()
+        before = results.take_over(name, reporter.note) if options['--cancel'] else {}
+        if not options['--cancel']:
+            results.open(name)
+        return Errand(name, options, results, reporter, stopped=bool(before)).run()
     finally:
         results.close()
 
@@ -8177,8 +8251,9 @@ def new_name(command):
 class Errand:
     """What execute_remote does: starts, attaches to, shows again or cancels one job."""
 
-    def __init__(self, name, options, results, reporter):
+    def __init__(self, name, options, results, reporter, stopped=False):
         self._name, self._options = name, options
+        self._stopped = stopped             # another client was, to cancel it
         self._results, self._report = results, reporter
         self._known = results.state(name)
         self._lacks_terminal = False
@@ -8204,6 +8279,9 @@ class Errand:
         if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
+        if self._stopped and self._state == 'cancelled':
+            return self._tell_cancelled(known['where'], known['key'] not in self._results.remains(
+                known['machine'])[1])
         if by_name and self._state not in ('claimed', 'ended'):
             raise ResultsError(f'the job {name} does not run: it was {self._state}.')
         machine = find_machine(options['--machine'] or known['where'])
@@ -8289,7 +8367,8 @@ class Errand:
         runner = MachineRunner(machine, session)
         outlet = Outlet(session.processes)
         silent = options['--detach'] or options['--cancel'] or mode == 'tty'
-        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards}
+        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards,
+                 'detach': options['--detach']}
         fanout = Fanout({runner: job}, session, self._report, {} if silent else {runner: outlet},
                         allocation=allocation, attempt=known['attempt'] if running else None,
                         mode=mode, source=0 if mode == 'stdin' else None, noted=noted)
@@ -8356,10 +8435,28 @@ class Errand:
         if state == 'claimed':
             self._results.set_aside(name)
         if state == 'ended':
-            self._report.note(f'{name}: it has ended, and its results are on {runner.name}: '
+            self._tell_how_to_return(runner.name)
+        elif state != 'collected' or self._options['--cancel']:
+            self._tell_cancelled(runner.name)
+
+    def _tell_cancelled(self, machine, surely=True):
+        """Say so, and where what is left of it lies; return the exit status of who cancels it."""
+        if not surely:
+            self._report.unconfirmed(machine, self._name)
+            return 1
+        self._report.note(f'{self._name}: ended on {machine}. Partial results are in '
+                          f'{self._results.own}/cancelled')
+        return 0
+
+    def _tell_how_to_return(self, machine):
+        """Say what to type, to go on with a job with which we do not."""
+        name, state = self._name, self._results.state(self._name).get('state')
+        if state == 'ended':
+            self._report.note(f'{name}: it has ended, and its results are on {machine}: '
                               f'execute_remote --attach={name} fetches them')
-        elif self._options['--cancel']:
-            self._report.note(f'{name}: ended on {runner.name}')
+        elif state == 'claimed':
+            self._report.note(f'{name} runs on {machine}. To watch it again: execute_remote '
+                              f'--attach={name}  To cancel it: execute_remote --cancel={name}')
 
     def _outcome(self, runner, word, what):
         """Return the exit status, and say what is not as it should be."""
