@@ -130,7 +130,7 @@ Other:
                               jobs for the next run of the same command [default: 600].
   --no-live                   Look once at what the machines have free, not again while jobs wait.
   --status                    Say how far the batch is, and what is where; ask nobody.
-  --cancel                    End what runs of the batch, though its client was killed.
+  --cancel                    Cancel all jobs of the batch, whether its client runs or was killed.
   --earlier=<action>          Jobs that the machines have of an earlier job_results of this folder:
                               show them, collect those that have ended, under free names, or
                               remove them (running ones are stopped).
@@ -167,6 +167,7 @@ The job:
   --tty                       The command has our terminal.
   --detach                    Start it, print its name, and leave it.
   --attach=<name>             Go on with a job that runs: show what it says, from the beginning.
+                              Ctrl-C stops watching; the job runs on.
   --cancel=<name>             End a job that runs, and all that it started.
 
 {hardware}
@@ -3289,7 +3290,7 @@ start_pending() {           # starts what was read of "start" requests since the
         ((${#started} < 3000)) || { say "started$started"; started=; }
         started+=$'\t'$name
         claimed+=("$index") unbegun[index]=$name
-        begun+=("$name")
+        begun[$name]=$claims/$project.$name
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
@@ -3385,9 +3386,10 @@ room() {                    # tells whether all that is claimed here is within t
   done
 }
 
-report() {                  # what became of job.attempt $1, which was claimed before
-  local name=$1 dir=$home/jobs/$1 word value tries=0 why='it ended without a record of how'
-  while is_runner "$self"; do           # else nobody listens
+report() {                  # says how job.attempt $1 stands, which was claimed before
+  local name=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
+  for ((tries = 0; tries < 20; tries++)); do
+    is_runner "$self" || return         # nobody listens
     read_record "$dir"
     if [[ $word == revoked ]]; then
       say "absent"$'\t'"$name"   # who was told so may have lost contact before it arrived
@@ -3395,26 +3397,27 @@ report() {                  # what became of job.attempt $1, which was claimed b
     elif [[ $word == ended ]]; then
       tell_ended "$name" "$value" 0 0
       return
-    elif [[ $word == starting ]] && is_runner "$value"; then
-      tries=0               # another runner will, and has much to do
-    elif lives "$word" "$value"; then
-      ((tries < 0)) || say "started"$'\t'"$name"
-      tries=-1              # it runs, and its end will be recorded
     elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
       ${BASH_REMATCH[1]} != "$boot_id" ]]; then
-      tries=99 why='the machine was restarted'
-    elif ((tries < 0)); then
-      tries=15              # it is gone, and its record may have come at this moment
-    fi
-    if ((tries >= 0 && ++tries > 20)); then
-      [[ "$word $value" != "running "*" $boot_id" ]] || { bury "$name"; return; }
-      record "$dir" lost    # so that it is not taken for one that was killed
-      end_living 5 "$name"  # what it started elsewhere may live, and it may be started again
-      tell lost "$name" "$why"
+      why='the machine was restarted'
+      break
+    elif lives "$word" "$value"; then
+      say "started"$'\t'"$name"         # "watch" notices its end
       return
+    elif [[ $word == running ]]; then
+      read_record "$dir"                # what ends records that before it is gone
+      [[ $word == ended ]] || { bury "$name"; return; }
+      tries=0
+    elif [[ $word == lost ]]; then
+      break
+    elif [[ $word == starting ]] && is_runner "$value"; then
+      tries=0               # another runner will, and has much to do
     fi
     sleep 0.1
   done
+  record "$dir" lost        # so that it is not taken for one that was killed
+  end_living 5 "$name"      # what it started elsewhere may live, and it may be started again
+  tell lost "$name" "$why"
 } 2>/dev/null
 
 # The key of a job is NAME.ATTEMPT-IDENTITY, with the identity of the journal that claimed it, or
@@ -3569,17 +3572,12 @@ watch() {                   # triples job.attempt, bytes of out and of err that 
   local -A since what
   while (($#)); do
     read_record "$home/jobs/$1"
-    if [[ $word == ended && -e $home/jobs/$1/untold ]]; then
-      tell_ended "$1" "$value" 0 0
-      rm -f -- "$home/jobs/$1/untold"
-    elif [[ $word == running && $value != *" $boot_id" ]]; then
-      :                     # from before a restart: that is lost, and report says so
-    elif [[ $word == running ]] && ! lives "$word" "$value"; then
-      read_record "$home/jobs/$1"       # what ends records that before it is gone
-      [[ $word == ended ]] || bury "$1"
-    elif [[ $word == running ]]; then
+    if lives "$word" "$value"; then
       use_of "${value%% *}"
       ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
+    elif [[ $word == running || -e $home/jobs/$1/untold ||
+      ($word != starting && ! ${begun[$1]-}) ]]; then
+      report "$1" &         # but of what began here run_job tells the end, and more of it
     fi
     for file in "out $2" "err $3"; do
       files+=("$home/jobs/$1/${file% *}")
@@ -3607,15 +3605,15 @@ leave() {                   # where no job needs it, what came goes, though nobo
   settle
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
-    cancel 5 "${begun[@]}"
-    (cd -- "$home/jobs" && remove "${begun[@]}")
+    cancel 5 "${!begun[@]}"
+    (cd -- "$home/jobs" && remove "${!begun[@]}")
   fi
   rmdir -- "$home/jobs"
   [[ -e $home/jobs ]] || tidy "${arrived[@]}"
 }
 
 tidy() {                    # removes what is of use to nobody any more; $@: and this
-  local dir value others='' gone=("$@" "$run" "${begun[@]/#/$claims/$project.}")
+  local dir value others='' gone=("$@" "$run" "${begun[@]}")
   [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
   if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
     for dir in "$home"/run.*; do
@@ -3662,8 +3660,8 @@ main() {
   local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
   local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=() begun=() removing=() tied='' survivors
-  local -A sent linked modes limits_s
+  local arrived=() removing=() tied='' survivors
+  local -A sent linked modes limits_s begun     # begun: job.attempt -> its claim
 
   unbegun=()                # outlives this function, see last_words
   for field in token workdir project owner client setup want_gpus count; do
@@ -4334,12 +4332,15 @@ class ResultStore:
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
 
-    def open(self):
-        """Make, lock and read the folder; return self."""
+    def open(self, run=''):
+        """Make, lock and read the folder; return self.
+
+        run: the batch or the job that we run: who cancels that has us stop, see take_over
+        """
         try:
             os.makedirs(self.own, exist_ok=True)
             self._lock = os.open(os.path.join(self.own, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
-            self._take_lock()
+            self._take_lock(run)
             self._journal = os.open(os.path.join(self.own, 'journal'),
                                     os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._read_journal()
@@ -4647,22 +4648,42 @@ class ResultStore:
     def _path(self, name, end=''):
         return os.path.join(self.folder, name + end)
 
-    def _take_lock(self):
+    def _take_lock(self, run):
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._lock, 200).decode('utf-8', 'replace').strip()
+            holder = printable(read_lock(self._lock)[0])
             if self.part:
                 raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
-                                   f'run ({printable(holder)}): end that with Ctrl-C or kill -9, '
+                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
                                    'with which the job goes on, or wait for it.') from None
-            raise ResultsError(f'{self.folder} is in use by another run ({printable(holder)}). '
+            raise ResultsError(f'{self.folder} is in use by another run ({holder}). '
                                'Wait for it, or start from another folder.') from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
                 raise
         os.ftruncate(self._lock, 0)
-        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n'.encode())
+        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n{run}\n'.encode())
+
+    def take_over(self, run, note):
+        """Open it, but first have a client stop that has it open for the same `run`, and wait.
+
+        note(text) tells of that.  Return what the journal said of the jobs before: name -> dict.
+        """
+        before = {}
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.own, 'lock')) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who, theirs = read_lock(lock.fileno())
+                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
+                if match and theirs == run:
+                    before = ResultStore(self.folder, self.part).peek().jobs
+                    stop_client(int(match[1]), match[2], run, lock, note)
+            except OSError:         # no locks there: then none keeps us out either
+                pass
+        self.open()
+        return before
 
     def _read_journal(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -4746,6 +4767,45 @@ class ResultStore:
     def _unwritable(self, error):
         return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
                             'run go on; the same command collects them.')
+
+
+def read_lock(fd):
+    """Return (who has the lock, what that runs), as the file has it."""
+    who, _, run = os.pread(fd, 1000, 0).decode('utf-8', 'replace').partition('\n')
+    return who, run.rstrip('\n')
+
+
+def stop_client(pid, computer, run, lock, note):
+    """Have the client that holds the lock stop in good order, and wait until it has.
+
+    Only who has the lock file open is sent a signal: the id alone may be another process's by now.
+    """
+    if computer != os.uname().nodename:
+        raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
+                           'there, in this folder.')
+    def is_lock(path):
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
+        except FileNotFoundError:       # it has just closed that
+            return False
+
+    fds = f'/proc/{pid}/fd'
+    try:
+        if os.path.isdir('/proc/self/fd') and not any(
+                is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
+            return
+        os.kill(pid, signal.SIGTERM)
+    except (FileNotFoundError, ProcessLookupError):     # it has just ended
+        return
+    except OSError as error:
+        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
+                           f'{reason_of(error)}.') from None
+    note(f'{run}: process {pid} runs it, and is told to cancel')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except KeyboardInterrupt:
+        note(f'{run}: process {pid} goes on to cancel')
+        raise
 
 
 def sync_file_system(fd):
@@ -5788,7 +5848,8 @@ class MachineRunner:
     Further signals: register(event, callback) with the events ready(), failed(reason),
     collected(job_name) when results are in place here, uncollected(job_name) when they could not
     be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
-    faster, lost(job_name, reason), absent(job_name) when there was nothing to adopt,
+    faster, lost(job_name, reason), running(job_name) in the place of started where an earlier run
+    started it, absent(job_name) when there was nothing to adopt,
     others(OtherJobs) once, when it is first ready,
     left(job_name, text) when what it started did not end with it, survivors(text) of what could
     not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
@@ -6337,7 +6398,7 @@ class MachineRunner:
                 self._later(f'follow {key}', FOLLOW_AFTER_S, functools.partial(self._follow, order))
             if not order.started:
                 order.started = True
-                self._signal('started', order.job_name)
+                self._signal('started' if order.stage else 'running', order.job_name)
 
     def _follow(self, order):
         """Have what the job writes brought as it comes; what ends sooner brings it with its end."""
@@ -6454,14 +6515,11 @@ class MachineRunner:
                     order.grown[stream] and self.session.results.has(
                         order.job_name, stream, size))):
                 order.streams[stream] = None
-        if self.cancelled:
-            order.aside = True
-            self._fetcher.add(order)
-            return
-        self.session.results.ended(self.ended[order.job_name])
-        # What came with the event is in place before anybody is told that the job ended.
+        order.aside = self.cancelled
+        if not order.aside:
+            self.session.results.ended(self.ended[order.job_name])
+            self._signal('ended', order.job_name)
         self._fetcher.add(order)
-        self._signal('ended', order.job_name)
 
     def _show(self, order, stream, pieces):
         for data in pieces if order.sink else ():
@@ -6647,9 +6705,15 @@ class Reporter:
                       'does not use them. To see them: execute_batch '
                       f'--machines {word} --earlier=show (or =collect, =remove)')
 
-    def started(self, job, gpus):
+    def started(self, job, gpus, word='started'):
         """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
-        self.line(f'started: {job.name};  {pinned(job.command, gpus)}')
+        self.line(f'{word}: {job.name};  {pinned(job.command, gpus)}')
+
+    def running(self, name, machine, since):
+        """A job was found that an earlier run started at this time, or None."""
+        how = '%H:%M' if since and time.time() - since < 86400 / 2 else '%Y-%m-%d %H:%M'
+        since = f' since {time.strftime(how, time.localtime(since))}' if since else ''
+        self.note(f'running: {name} on {machine}{since}')
 
     def ended(self, job, exit_code):
         """A job ended."""
@@ -7034,10 +7098,11 @@ class Batch:
         self._scheduler = Scheduler()           # what waits, and what is free
         self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
         self._placed = {}                       # job name -> (runner, Placement)
-        self._failures, self._finished = [], 0
+        self._failures, self._finished = [], set()      # JobResults; names
         self._failed_before = []                # of the jobs that are skipped
+        self._cancelled = set()                 # names, of an interrupt
         self._unknown = {}                      # job name -> where it is or was, not collected
-        self._skipped = self._left = 0
+        self._skipped = set()                   # names
         self._announced, self._late = False, False
         self._first = {}                        # runner -> Capacity, as it was when it came
         self._lost_gpus = {}                    # runner -> what was said of GPUs that are none
@@ -7087,7 +7152,7 @@ class Batch:
 
     def _skip(self, job, known):
         """Count a job that has results; return the warning."""
-        self._skipped += 1
+        self._skipped.add(job.name)
         if known.get('exit_code'):
             self._failed_before.append(JobResult(
                 job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
@@ -7169,7 +7234,8 @@ class Batch:
             runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
                 {name: runner.name}))
             runner.register('collected', lambda name: self._unknown.pop(name, None))
-            runner.register_started(self._on_started)
+            runner.register_started(lambda name: self._on_started(name, 'started'))
+            runner.register('running', lambda name: self._on_started(name, 'running'))
             runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
             runner.connect(want_gpus)
         self._forwards = forwards
@@ -7270,14 +7336,13 @@ class Batch:
 
     def run(self):
         """Run all jobs; return the exit status."""
-        self._report.begin(len(self._jobs) - self._skipped)
+        self._report.begin(len(self._jobs) - len(self._skipped))
         self._session.processes.call_later(EXPLAIN_S, self._explain)
         try:
             while self._unfinished() and not self.interrupts:
                 if not self._halted:
                     self._place()
                 elif not self._placed and not self._busy:
-                    self._left = self._scheduler.waits
                     break
                 if self._stuck():
                     break
@@ -7345,9 +7410,9 @@ class Batch:
                                           if self._troubles[runner] <= PATIENT_TROUBLES))]
         if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
             return False
-        self._left = self._scheduler.waits
-        if self._left:
-            self._report.note(f'{count_of(self._left, "job")} not started: no machine is left that '
+        left = self._scheduler.waits
+        if left:
+            self._report.note(f'{count_of(left, "job")} not started: no machine is left that '
                               'could run them. Run the same command again when there is one.')
         return True
 
@@ -7471,6 +7536,8 @@ class Batch:
         """Have a job wait that has no result, unless its line is gone from the file."""
         if self._jobs[name].forwards is not None:
             self._scheduler.add(self._jobs[name], first=True)
+        else:
+            del self._jobs[name]
 
     def _on_absent(self, name):
         """It never began: contact was lost, or we were killed, right before."""
@@ -7526,20 +7593,18 @@ class Batch:
         except DoesNotFit as error:
             self._report.note(f'{error}')
 
-    def _on_started(self, name):
+    def _on_started(self, name, word):
         _, placement = self._placed[name]
-        self._report.started(self._jobs[name], placement.visible_gpus)
+        self._report.started(self._jobs[name], placement.visible_gpus, word)
 
     def _on_ended(self, runner, name):
         result = runner.ended.pop(name)
         self._give_back(name)
-        if self.interrupts:
-            return
         if result.exit_code:
             self._failures.append(result)
             self._halt()
         else:
-            self._finished += 1
+            self._finished.add(name)
         self._troubles.pop(runner, None)
         self._report.ended(self._jobs[name], result.exit_code)
         seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
@@ -7613,12 +7678,14 @@ class Batch:
         claimed: {job name: what the journal knows of it}
         """
         self.interrupts = 1            # nothing that happens from now on starts anything
+        unsure = {name for name, known in claimed.items()       # to the client that ended them
+                  if known['key'] in self._results.remains(known['machine'])[1]}
 
         def adopt(runner, named):       # what was started by this name of the runner's account
             names = {other.machine.address for other in self._runners
                      if other is named or other.same_as is named}
             for name, known in claimed.items():
-                if known['machine'] in names:
+                if known['machine'] in names and self._results.is_begun(name):
                     runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
                                     attempt=known['attempt'], adopt=True)
 
@@ -7640,7 +7707,7 @@ class Batch:
                 for runner in self._runners),
             time.monotonic() + CONNECT_LIMIT_S, lambda: self.interrupts > 1)
         running = {name: runner for runner in self._runners for name in runner.running}
-        unsure = self._cancel() if running else ()
+        unsure |= self._cancel() if running else set()
         left = 0
         for name, known in claimed.items():
             state = self._results.state(name)['state'] if name not in unsure else ''
@@ -7656,6 +7723,7 @@ class Batch:
     def _cancel(self):
         """End all jobs everywhere, within a time; say and return what may not have ended."""
         running = [(name, runner) for runner in self._runners for name in runner.running]
+        placed = list(self._placed)
         for runner in self._runners:
             if runner.state == 'ready':
                 runner.cancel()
@@ -7675,25 +7743,44 @@ class Batch:
             if name in self._placed:        # not of a machine that was lost before
                 self._give_back(name)
         for runner in self._runners:
-            self._unknown.update((name, runner.name) for name in runner.unfinished
-                                 if self._results.state(name)['state'] != 'cancelled')
+            self._unknown.update((name, runner.name) for name in runner.unfinished)
+        self._cancelled = {name for name in placed
+                           if self._results.state(name).get('state') == 'cancelled'}
+        for name in self._cancelled:
+            self._unknown.pop(name, None)
         return unsure
 
     def _show_progress(self):
-        self._report.progress(self._finished, len(self._failures), len(self._placed), self._waits)
+        self._report.progress(len(self._finished), len(self._failures), len(self._placed),
+                              self._waits)
+
+    def _fates(self):
+        """Return how many jobs there are of each fate, in the words of the summary."""
+        fates = dict.fromkeys(self._jobs, 'not started')
+        for fate, names in (
+                ('skipped', self._skipped), ('failed', [job.name for job in self._failures]),
+                ('finished', self._finished), ('cancelled', self._cancelled),
+                ('not collected', self._unknown)):
+            fates.update(dict.fromkeys(names, fate))
+        return collections.Counter(fates.values())
 
     def _summary(self):
         """Print how it went; return the exit status."""
         self.tell_unanswered()
         for address, queue in self._pinned.items():     # whose machine never came
             self._unknown.update((job.name, address) for job in queue)
-        counts = [f'{self._finished} finished', f'{len(self._failures)} failed']
-        counts += [f'{self._skipped} skipped'] if self._skipped else []
-        counts += [f'{self._left} not started'] if self._left else []
-        counts += [f'{len(self._unknown)} not collected'] if self._unknown else []
+        fates = self._fates()
+        before = f' ({len(self._failed_before)} of them failed)' if self._failed_before else ''
+        counts = [f'{fates[fate]} {fate}{before if fate == "skipped" else ""}' for fate in (
+            'finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
+            if fates[fate] or fate in ('finished', 'failed')]
         word = 'interrupted' if self.interrupts else 'done'
         self._report.line(f'{word}: {count_of(len(self._jobs), "job")}: {", ".join(counts)}, '
                           f'{time.monotonic() - self._began:.1f} s')
+        if self._cancelled:
+            self._report.note(
+                f'partial results of {count_of(len(self._cancelled), "cancelled job")} are in '
+                f'{self._results.own}/cancelled. The same command runs these jobs from the start')
         for result in (*self._failures, *self._failed_before):
             if result.exit_code >= 0:
                 when = ', in an earlier run' if result in self._failed_before else ''
@@ -7714,7 +7801,7 @@ class Batch:
         if self.interrupts:
             return 130
         failed = self._failures or self._failed_before
-        return 1 if failed or self._unknown or self._left else 0
+        return 1 if failed or self._unknown or fates['not started'] else 0
 
     def _advice(self):
         """Yield a line for each kind of job that asked for far more memory than it used."""
@@ -7946,7 +8033,8 @@ class Fanout:
         if not self._tied:
             runner.register('others', functools.partial(
                 self._report.others, runner.name, runner.machine.word))
-        runner.register_started(lambda name: self.started.add(runner))
+        for event in ('started', 'running'):
+            runner.register(event, lambda name: self.started.add(runner))
         runner.register_ended(lambda name: self._end(
             runner, 'ended', runner.ended[name].exit_code))
         runner.connect(bool(self._allocation and self._allocation.gpus))
@@ -8071,7 +8159,7 @@ def execute_batch(argv):
         away_limit_s = max(away_limit_s, faults['lost_after_s'] + LONGEST_RETRY_S)
     max_result = None if options['--max-result-size'] is None else int(
         options.number('--max-result-size', least=0) * 1e6)
-    results = ResultStore('job_results').open()
+    results = ResultStore('job_results').open(name)
     session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
                       away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
@@ -8118,7 +8206,8 @@ def show_status(jobs, name, results, reporter):
         else:
             word = 'waiting'
             if state:
-                lines.append(f'{state}: {job.name}: on {machine}; it will be started again')
+                lines.append(f'{state}: {job.name}: was on {machine}; the next run starts it from '
+                             'the beginning')
         counts[word] += 1
     for line in lines:
         reporter.line(line)
@@ -8129,13 +8218,18 @@ def show_status(jobs, name, results, reporter):
 
 def cancel_batch(options, jobs, name, reporter):
     """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
-    results = ResultStore('job_results').open()
+    results = ResultStore('job_results')
     session = None
     try:
+        before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
-        claimed = {job.name: results.state(job.name) for job in (*lines.begun, *lines.gone)}
+        claimed = {job.name: results.state(job.name) for job in (*lines.jobs, *lines.gone)
+                   if results.is_begun(job.name) or before and any(
+                       results.state(job.name).get(key) != before.get(job.name, {}).get(key)
+                       for key in ('state', 'attempt'))}
         words = options['--machines'] or dict.fromkeys(
-            known['where'] for known in claimed.values() if known.get('where'))
+            known['where'] for job, known in claimed.items()
+            if known.get('where') and results.is_begun(job))
         machines, wrong = usable_machines(words, reporter)
         session = Session(results, reporter.trace, live=False)
         runners = [MachineRunner(machine, session, number)
@@ -8306,9 +8400,12 @@ def execute_remote(argv):
             raise UsageError(f'{one} and {other}: give one of them.')
     name = options[next(iter(named))] if named else new_name(options['<command>'])
     check_job_name(name, next(iter(named), '--job-name'))
-    results = ResultStore('job_results', f'commands/{name}').open()
+    results = ResultStore('job_results', f'commands/{name}')
     try:
-        return Errand(name, options, results, reporter).run()
+        before = results.take_over(name, reporter.note) if options['--cancel'] else {}
+        if not options['--cancel']:
+            results.open(name)
+        return Errand(name, options, results, reporter, stopped=bool(before)).run()
     finally:
         results.close()
 
@@ -8322,8 +8419,9 @@ def new_name(command):
 class Errand:
     """What execute_remote does: starts, attaches to, shows again or cancels one job."""
 
-    def __init__(self, name, options, results, reporter):
+    def __init__(self, name, options, results, reporter, stopped=False):
         self._name, self._options = name, options
+        self._stopped = stopped             # another client was, to cancel it
         self._results, self._report = results, reporter
         self._known = results.state(name)
         self._lacks_terminal = False
@@ -8349,6 +8447,9 @@ class Errand:
         if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
+        if self._stopped and self._state == 'cancelled':
+            return self._tell_cancelled(known['where'], known['key'] not in self._results.remains(
+                known['machine'])[1])
         if by_name and self._state not in ('claimed', 'ended'):
             raise ResultsError(f'the job {name} does not run: it was {self._state}.')
         machine = find_machine(options['--machine'] or known['where'])
@@ -8434,7 +8535,8 @@ class Errand:
         runner = MachineRunner(machine, session)
         outlet = Outlet(session.processes)
         silent = options['--detach'] or options['--cancel'] or mode == 'tty'
-        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards}
+        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards,
+                 'detach': options['--detach']}
         fanout = Fanout({runner: job}, session, self._report, {} if silent else {runner: outlet},
                         allocation=allocation, attempt=known['attempt'] if running else None,
                         mode=mode, source=0 if mode == 'stdin' else None, noted=noted)
@@ -8442,6 +8544,9 @@ class Errand:
             self._report.note(f'job {name} on {machine.name}')
         if mode == 'tty':
             runner.register_started(lambda name: self._give_terminal(runner, session))
+        if not options['--cancel']:
+            runner.register('running', lambda name: self._report.running(
+                name, runner.name, known.get('time')))
         begun = {'--detach', '--cancel'} & options.given
 
         def enough():
@@ -8456,15 +8561,19 @@ class Errand:
         with interruptible(interrupt):
             try:
                 fanout.run(enough)
-                if (fanout.interrupts or outlet.reader_left or self._lacks_terminal
-                        or options['--cancel']):
+                stops = fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                survives = not options['--cancel'] and (
+                    options['--attach'] or self._results.state(name).get('detach'))
+                if options['--cancel'] or stops and not survives:
                     self._cancel(fanout, runner)
+                elif stops:
+                    self._tell_how_to_return(runner.name)
             finally:
                 close_all([runner], session, lambda: fanout.interrupts > 1)
         if fanout.interrupts:
             return 130
         if outlet.reader_left:
-            return self._unread(outlet, ' It was ended.')
+            return self._unread(outlet, '' if survives else ' It was ended.')
         if self._lacks_terminal:
             self._report.note(f'{name}: no terminal could be had on {runner.name}.')
             return TRANSPORT_FAILED
@@ -8494,10 +8603,28 @@ class Errand:
         if state == 'claimed':
             self._results.set_aside(name)
         if state == 'ended':
-            self._report.note(f'{name}: it has ended, and its results are on {runner.name}: '
+            self._tell_how_to_return(runner.name)
+        elif state != 'collected' or self._options['--cancel']:
+            self._tell_cancelled(runner.name)
+
+    def _tell_cancelled(self, machine, surely=True):
+        """Say so, and where what is left of it lies; return the exit status of who cancels it."""
+        if not surely:
+            self._report.unconfirmed(machine, self._name)
+            return 1
+        self._report.note(f'{self._name}: ended on {machine}. Partial results are in '
+                          f'{self._results.own}/cancelled')
+        return 0
+
+    def _tell_how_to_return(self, machine):
+        """Say what to type, to go on with a job with which we do not."""
+        name, state = self._name, self._results.state(self._name).get('state')
+        if state == 'ended':
+            self._report.note(f'{name}: it has ended, and its results are on {machine}: '
                               f'execute_remote --attach={name} fetches them')
-        elif self._options['--cancel']:
-            self._report.note(f'{name}: ended on {runner.name}')
+        elif state == 'claimed':
+            self._report.note(f'{name} runs on {machine}. To watch it again: execute_remote '
+                              f'--attach={name}  To cancel it: execute_remote --cancel={name}')
 
     def _outcome(self, runner, word, what):
         """Return the exit status, and say what is not as it should be."""

@@ -85,6 +85,10 @@ def read_report(texts):
                 ended[job] = word
             if word in ('finished', 'failed', 'started') and ';' in rest:
                 reported[job] = word
+            summary = re.fullmatch(r'(?:done|interrupted): ([0-9]+) jobs?: (.*), [0-9.]+ s', line)
+            if summary:
+                counts = map(int, re.findall('(?:^|, )([0-9]+) ', summary[2]))
+                assert sum(counts) == int(summary[1]), f'The counts do not add up: {line}'
             there = THERE_ALREADY.match(line)
             if there and reported.get(f'batch.sh.{there[1]}') != 'failed':
                 reported[f'batch.sh.{there[1]}'] = 'skipped'

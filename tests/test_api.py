@@ -194,6 +194,21 @@ def test_many_jobs_with_the_defaults(run_jobs, project, machine):
         assert (project / f'job_results/job{n}/made').read_text() == f'{n}\n'
 
 
+@pytest.mark.parametrize('command', ['echo short', 'seq 1000', 'echo made >made', 'exit 3'])
+def test_a_job_has_ended_before_it_is_collected(run_jobs, machine, command):
+    """Whether its results came with the event that says so, or have to be fetched."""
+    said = run_jobs(machine, [[command], {'job_name': 'job'}])
+    assert [words[0] for words in said if words[1:2] == ['job']] == [
+        'started', 'ended', 'collected']
+
+
+def test_a_job_has_ended_before_its_results_cannot_be_stored(run_jobs, project, lab):
+    (project / 'job_results/job').mkdir(parents=True)
+    said = run_jobs(str(lab().yaml()), [['echo short'], {'job_name': 'job'}])
+    assert [words[0] for words in said if words[1:2] == ['job']] == [
+        'started', 'ended', 'uncollected']
+
+
 def test_paths_may_be_written_in_any_way(run_jobs, project, machine):
     for path in ('data/deep/file', 'other'):
         (project / path).parent.mkdir(parents=True, exist_ok=True)

@@ -388,7 +388,9 @@ def test_detach_attach(run, start, machine, gate, clean):
     attached = start(None, None, '--attach', 'far')
     attached.until(b'one\n')
     gate.open('a')
-    assert (attached.end().status, attached.out, attached.err) == (5, b'one\ntwo\n', b'')
+    assert (attached.end().status, attached.out) == (5, b'one\ntwo\n')
+    assert re.fullmatch(rf'running: far on {word(machine)} since [0-9]{{2}}:[0-9]{{2}}\n',
+                        attached.err.decode())
     clean()
 
 
@@ -413,12 +415,99 @@ def test_detach_sends_files_and_attach_brings_results(run, lab1, project, gate):
     assert_clean(lab1, cache=True)
 
 
+def ended_note(name, machine):
+    return (f'{name}: ended on {word(machine)}. Partial results are in '
+            f'job_results/.ssh_scheduler/commands/{name}/cancelled')
+
+
+def return_note(name, machine):
+    return (f'{name} runs on {word(machine)}. To watch it again: execute_remote --attach={name}  '
+            f'To cancel it: execute_remote --cancel={name}')
+
+
+@pytest.mark.parametrize('how', ['detached', 'its client was killed'])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_who_attaches_only_watches(run, start, machine, gate, clean, how, number):
+    command = f'echo one; {gate.wait("a")}; echo two; exit 5'
+    if how == 'detached':
+        run(machine, command, '--job-name', 'far', '--detach')
+    else:
+        first = start(machine, command, '--job-name', 'far')
+        first.until(b'one\n')
+        first.kill()
+    attached = start(None, None, '--attach', 'far')
+    attached.until(b'one\n')
+    attached.signal(number)
+    assert (attached.end().status, attached.notes[-1]) == (130, return_note('far', machine))
+    again = start(None, None, '--attach', 'far')
+    again.until(b'one\n')
+    gate.open('a')
+    assert (again.end().status, again.out) == (5, b'one\ntwo\n')
+    clean()
+
+
+def test_the_same_command_only_watches_what_was_detached(run, start, lab1, gate):
+    command = ['echo one; ' + gate.wait('a'), '--job-name', 'far']
+    run(lab1, *command, '--detach')
+    watching = start(lab1, *command)
+    watching.until(b'one\n')
+    watching.signal()
+    assert (watching.end().status, watching.notes[-1]) == (130, return_note('far', lab1))
+    gate.open('a')
+    assert run(lab1, *command).status == 0
+    assert_clean(lab1)
+
+
+def test_the_same_command_ends_what_was_not_detached(start, lab1, gate, client_home):
+    command = ['echo one; ' + gate.wait('a'), '--job-name', 'near']
+    for how in ('kill', 'signal'):
+        client = start(lab1, *command)
+        client.until(b'one\n')
+        getattr(client, how)()
+    assert (client.end().status, client.notes[-1]) == (130, ended_note('near', lab1))
+    assert_clean(lab1)
+
+
+def test_a_reader_that_leaves_what_is_attached(run, scheduler, client_env, lab1, gate):
+    run(lab1, f'echo one; echo two; {gate.wait("a")}; seq 100000; {gate.wait("b")}; exit 4',
+        '--job-name', 'far', '--detach')
+    line = f'{sys.executable} {scheduler} execute_remote --attach far'
+    with subprocess.Popen(['bash', '-c', f'{line} | head -n 1; exit ${{PIPESTATUS[0]}}'],
+                          env=client_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as left:
+        assert left.stdout.readline() == b'one\n'
+        gate.open('a')
+        _, complaint = left.communicate(timeout=60)
+    assert (left.returncode, complaint.decode().splitlines()[-1]) == (
+        141, return_note('far', lab1))
+    gate.open('b')
+    done = run(None, None, '--attach', 'far')
+    assert (done.status, done.out.count(b'\n')) == (4, 100_002)
+    assert_clean(lab1)
+
+
+@pytest.mark.parametrize('how', ['starts it', 'attaches to it'])
+def test_cancel_while_a_client_has_it(run, start, lab1, gate, how):
+    command = f'echo one; {gate.wait("a")}'
+    if how == 'starts it':
+        client = start(lab1, command, '--job-name', 'far')
+    else:
+        run(lab1, command, '--job-name', 'far', '--detach')
+        client = start(None, None, '--attach', 'far')
+    client.until(b'one\n')
+    done = run(None, None, '--cancel', 'far')
+    assert (done.status, done.notes) == (0, [
+        f'far: process {client.process.pid} runs it, and is told to cancel',
+        ended_note('far', lab1)])
+    assert client.end().status == 130
+    assert_clean(lab1)
+
+
 def test_cancel_ends_the_tree(run, machine, ledger, clean):
     run(machine, nasty_tree(ledger), '--job-name', 'tree', '--detach')
     pids = nasty_pids(ledger)
     done = run(None, None, '--cancel', 'tree')
     assert (done.status, done.out) == (0, b''), done
-    assert done.notes == [f'tree: ended on {word(machine)}']
+    assert done.notes == [ended_note('tree', machine)]
     assert_ended(pids)
     clean()
     again = run(None, None, '--cancel', 'tree')
@@ -452,7 +541,8 @@ def test_the_same_command_attaches(run, start, machine, gate, ledger, clean):
     second.until(b'one\n')
     gate.open('a')
     done = second.end()
-    assert (done.status, done.out, done.err) == (9, b'one\ntwo\n', b'e\n')
+    assert (done.status, done.out, done.notes[1:]) == (9, b'one\ntwo\n', ['e'])
+    assert done.notes[0].startswith(f'running: twice on {word(machine)} since ')
     assert ledger.read_text() == 'start\n'
     assert (result('twice'), result('twice', 'err')) == (b'one\ntwo\n', b'e\n')
     third = run(machine, command, '--job-name', 'twice')
@@ -540,7 +630,7 @@ def test_killed_before_it_started(start, run, lab, ledger):
     assert ledger.read_text() == 'start\n'
 
 
-@pytest.mark.parametrize('how', ['attach', 'the same command', 'cancel'])
+@pytest.mark.parametrize('how', ['attach', 'the same command'])
 def test_a_second_client_is_told_who_has_it(start, run, lab1, gate, how):
     command = f'echo one; {gate.wait("a")}'
     first = start(lab1, command, '--job-name', 'mine')

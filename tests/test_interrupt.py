@@ -1,5 +1,6 @@
 """The program is interrupted or killed: no job is left behind, none is run twice or forgotten."""
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -96,7 +97,8 @@ def test_these_tests_may_run_in_the_background_of_a_script():
 # ---- Interrupted: the jobs end ----
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_all_jobs(batches, machine, ledger, outside, client_home, number):
+def test_an_interrupt_ends_all_jobs(batches, run_cli, machine, ledger, outside, client_home,
+                                    number):
     go = outside / 'go'
     lines = [f'echo {{}} >>{ledger}; [ -e {go} ] || {{{{ echo begun; {{}}; }}}}; echo end'] * 4
     how = ['sleep 1000', 'sleep 1000 & sleep 1001 & wait', 'bash -c "sleep 1000; true"',
@@ -112,7 +114,15 @@ def test_an_interrupt_ends_all_jobs(batches, machine, ledger, outside, client_ho
     assert time.monotonic() - began < 10
     assert done.returncode == 130
     assert 'Traceback' not in done.stderr and 'could not be confirmed' not in done.stderr
-    assert done.stdout.splitlines()[-1].startswith('interrupted: 6 jobs: 1 finished, 0 failed')
+    assert done.stdout.splitlines()[-1].startswith(
+        'interrupted: 6 jobs: 1 finished, 0 failed, 4 cancelled, 1 not started, ')
+    assert ('partial results of 4 cancelled jobs are in job_results/.ssh_scheduler/cancelled. The '
+            'same command runs these jobs from the start') in done.stderr.splitlines()
+    assert len([*Path('job_results/.ssh_scheduler/cancelled').glob('*.out')]) == 4
+    where = machine if machine == 'localhost' else machine.yaml()
+    assert run_cli('execute_batch', 'batch.sh', '--status').stdout.splitlines() == [
+        *(f'cancelled: batch.sh.{n}: was on {where}; the next run starts it from the beginning'
+          for n in range(2, 6)), '6 jobs: 1 finished, 0 failed, 0 on a machine, 5 waiting']
     assert jobs_left(machine, client_home) == []
     assert result('batch.sh.1') == b''
     assert sorted(path.name for path in RESULTS.glob('batch*')) == [
@@ -224,6 +234,101 @@ def test_results_that_were_being_fetched_at_a_second_interrupt_are_fetched_later
     assert_clean(machine)
 
 
+# ---- Cancelled from another terminal, while its client runs ----
+
+def cancel(run_cli, batch='batch.sh'):
+    return run_cli('execute_batch', batch, '--cancel')
+
+
+def test_cancel_while_the_client_runs(batches, run_cli, lab, ledger, gate):
+    machine = lab()
+    lines = ['true', *[f'echo begun >>{ledger}; {gate.wait("a")}'] * 2, 'echo later']
+    batch = batches.start(lines, [machine], '--num-cpus=6', *NO_GPU)     # two at a time
+    batch.until('finished: batch.sh.1')
+    wrote(ledger, 'begun', 'begun')
+    done = cancel(run_cli)
+    assert (done.returncode, done.stdout.splitlines()) == (0, [
+        f'batch.sh.2: ended, on {machine.yaml()}', f'batch.sh.3: ended, on {machine.yaml()}',
+        'cancelled: 2 jobs, 0 not known to have ended']), done
+    assert done.stderr == f'batch.sh: process {batch.process.pid} runs it, and is told to cancel\n'
+    first = batch.end()
+    assert first.returncode == 130
+    assert first.stdout.splitlines()[-1].startswith(
+        'interrupted: 4 jobs: 1 finished, 0 failed, 2 cancelled, 1 not started, ')
+    assert_clean(machine)
+    assert cancel(run_cli).stdout == 'cancelled: 0 jobs, 0 not known to have ended\n'
+
+
+def test_cancel_of_another_batch_of_the_same_folder_stops_no_client(batches, run_cli, lab, ledger,
+                                                                    gate):
+    Path('other.sh').write_text('true\n')
+    batch = batches.start([f'echo begun >>{ledger}; {gate.wait("a")}'], [lab()], *NO_GPU)
+    wrote(ledger, 'begun')
+    done = cancel(run_cli, 'other.sh')
+    assert (done.returncode, done.stdout) == (2, '')
+    assert f'in use by another run (process {batch.process.pid} on ' in done.stderr
+    gate.open('a')
+    assert batch.end().returncode == 0
+
+
+@pytest.mark.parametrize('computer', ['this one', 'elsewhere'])
+def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, project, computer):
+    """As where the process of the lock file is another one's by now, or another computer's."""
+    own = project / 'job_results/.ssh_scheduler'
+    own.mkdir(parents=True)
+    (project / 'batch.sh').write_text('true\n')
+    with subprocess.Popen(['sleep', '1000']) as bystander, open(own / 'lock', 'w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            where = os.uname().nodename if computer == 'this one' else computer
+            lock.write(f'process {bystander.pid} on {where}\nbatch.sh\n')
+            lock.flush()
+            done = cancel(run_cli)
+            assert (done.returncode, done.stdout, bystander.poll()) == (2, '', None)
+        finally:
+            bystander.kill()
+    assert done.stderr == (
+        f'execute_batch: job_results is in use by another run (process {bystander.pid} on {where}).'
+        ' Wait for it, or start from another folder.\n' if computer == 'this one' else
+        f'execute_batch: batch.sh is run by process {bystander.pid} on elsewhere: type the same '
+        'command there, in this folder.\n')
+
+
+def test_an_interrupt_of_who_waits_for_the_client_loses_nothing(batches, start_cli, lab, ledger,
+                                                                outside):
+    machine = lab()
+    batch = batches.start([f'trap "echo told >>{ledger}" TERM; echo begun >>{ledger}; until [ -e '
+                           f'{outside}/go ]; do sleep 0.1; done'], [machine], *NO_GPU)
+    wrote(ledger, 'begun')
+    process = start_cli('execute_batch', 'batch.sh', '--cancel')
+    wrote(ledger, 'told')
+    process.send_signal(signal.SIGINT)
+    said, complaint = process.communicate(timeout=rig.SAFETY_NET_S)
+    assert (process.returncode, said, complaint.splitlines()) == (130, '', [
+        f'batch.sh: process {batch.process.pid} runs it, and is told to cancel',
+        f'batch.sh: process {batch.process.pid} goes on to cancel'])
+    (outside / 'go').touch()
+    assert batch.end().returncode == 130
+    assert_clean(machine)
+
+
+def test_what_the_client_could_not_confirm_is_not_said_to_have_ended(batches, run_cli, start_cli,
+                                                                     lab, ledger, gate):
+    machine = lab()
+    batch = batches.start([f'echo begun >>{ledger}; {gate.wait("a")}'], [machine], *NO_GPU)
+    wrote(ledger, 'begun')
+    machine.freeze()
+    process = start_cli('execute_batch', 'batch.sh', '--cancel')
+    process.stderr.readline()
+    batch.process.send_signal(signal.SIGINT)
+    assert batch.end().returncode == 130
+    said, _ = process.communicate(timeout=rig.SAFETY_NET_S)
+    assert (process.returncode, said.splitlines()) == (1, [
+        f'batch.sh.1: not known to have ended, on {machine.yaml()}',
+        'cancelled: 1 job, 1 not known to have ended'])
+    machine.thaw()
+
+
 # ---- Killed: the jobs go on, and the same command finds them ----
 
 def kill(batch):
@@ -251,9 +356,11 @@ def test_a_job_survives_the_program_and_is_collected_once(batches, machine, proj
         done = batches.run(None, [machine], *NO_GPU)
     else:
         batch = batches.start(None, [machine], *NO_GPU)
-        batch.until('started: batch.sh.1')
+        assert batch.until('running: batch.sh.1;').startswith(
+            f'running: batch.sh.1;  {lines[0]}'[:40])
         gate.open('a')
         done = batch.end()
+        assert 'started: ' not in done.stdout
     assert (done.returncode, done.stderr.count('Traceback')) == (0, 0), done.stderr
     assert 'finished: batch.sh.1; ' in done.stdout
     assert Counter(ledger.read_text().split()) == Counter(['start', 'end', 'other'])

@@ -78,7 +78,7 @@ class Lab:
         for runner, order in self.running:
             if not order.started:
                 order.started = True
-                runner.signal('started', order.name)
+                runner.signal('running' if order.adopt else 'started', order.name)
 
     def end(self, name, exit_code=0):
         """End the job whose name ends so."""
@@ -95,8 +95,9 @@ class Lab:
 class Order:
     """What queue_up was given."""
 
-    def __init__(self, command, name, gpus):
-        self.command, self.name, self.gpus, self.started = command, name, gpus, False
+    def __init__(self, command, name, gpus, adopt):
+        self.command, self.name, self.gpus, self.adopt = command, name, gpus, adopt
+        self.started = False
 
 
 class FakeRunner:
@@ -145,7 +146,7 @@ class FakeRunner:
     def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
                  attempt, placement, adopt, timeout_s, noted):
         self.results.claimed(job_name, attempt, self.machine.address, gpus, command, **noted)
-        self.orders[job_name] = Order(command, job_name, gpus)
+        self.orders[job_name] = Order(command, job_name, gpus, adopt)
         self.history.append(job_name)
 
     def fail(self, why):
@@ -244,6 +245,55 @@ only a part of the results is there of line 5: job_results/example_batch_script.
 such a line again: rm -r job_results/example_batch_script.sh.5.out
 the journal does not know which commands made example_batch_script.sh.5
 ''')
+
+
+def test_the_last_line_tells_why_the_exit_status_is_1_where_nothing_failed_now(results):
+    for number, counts in enumerate(['2 finished, 1 failed', '0 finished, 0 failed, 3 skipped '
+                                     '(1 of them failed)']):
+        lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\necho\n', ['--no-gpu-required'])
+
+        def steps(lab=lab):
+            lab.started()
+            for name, code in (('.1', 0), ('.2', 3), ('.3', 0)):
+                lab.end(name, code)
+            yield
+
+        assert lab.run(() if number else steps()) == 1
+        assert f'done: 3 jobs: {counts}, ' in lab.out.getvalue()
+
+
+def test_a_job_is_counted_once_though_its_results_are_not_here(results):
+    lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\ntrue\n', ['--no-gpu-required'])
+
+    def steps():
+        lab.started()
+        for name, code in (('.1', 0), ('.2', 3), ('.3', 0)):
+            lab.end(name, code)
+        for job in lab.jobs[:2]:
+            lab.runners[0].signal('uncollected', job.name)
+        yield
+
+    assert lab.run(steps()) == 1
+    assert 'done: 3 jobs: 1 finished, 0 failed, 2 not collected, ' in lab.out.getvalue()
+
+
+def test_what_an_earlier_run_started_is_announced_as_such(results):
+    """Not like a job that starts now."""
+    results.claimed('batch.sh.1', 1, 'm', None, 'true', where='m', batch='batch.sh')
+    lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\n', ['--no-gpu-required'], path='batch.sh')
+    lab.runners[0].machine = s.Machine('m', host='m')
+    results.jobs['batch.sh.1']['machine'] = lab.runners[0].machine.address
+
+    def steps():
+        lab.started()
+        lab.end('.1')
+        lab.end('.2')
+        yield
+
+    assert lab.run(steps()) == 0
+    said = lab.out.getvalue()
+    assert 'running: batch.sh.1;  true\n' in said and 'started: batch.sh.2;  false\n' in said
+    assert 'started: batch.sh.1' not in said
 
 
 def test_a_command_that_changed_is_run_under_a_name_of_its_own(results):

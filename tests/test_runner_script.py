@@ -77,6 +77,10 @@ class Channel:
     def start(self, name, command, stage='', gpus='-', need='0 0 0', back='none', paths=()):
         self.send('start', f'{name}.1', stage, gpus, need, command, back, len(paths), *paths)
 
+    def watch(self, *names):
+        self.send('watch', len(names), *(word for name in names
+                                         for word in (f'{name}.1', s.BEYOND, s.BEYOND)))
+
     def stage(self, number, files, links=()):
         """Send files, {'copy/path': text}, and freeze them."""
         data = tar_of(files)
@@ -99,8 +103,15 @@ class Channel:
                     return event[len(fields):]
             assert self._read(), f'no {fields}, only {self.events}'
 
-    def ended(self, name):
-        """Read on to the end of a job; return its exit status, streams, and what it brings back."""
+    def ended(self, name, adopted=False):
+        """Read on to the end of a job; return its exit status, streams, and what it brings back.
+
+        adopted: another runner began it, so that its end is told when it is looked for
+        """
+        while adopted and ['ended', f'{name}.1'] not in [event[:2] for event in self.events]:
+            self.watch(name)
+            if rig.wait_readable(self.process.stdout, timeout_s=0.1):
+                assert self._read(), f'it ended, and said only {self.events}'
         status, _time, _cpu, out, err, *back = self.until('ended', f'{name}.1')
         return int(status), out, err, back
 
@@ -1135,7 +1146,7 @@ def test_adopt_tells_what_became_of_a_job(channel, gate):
         second.send('adopt', 1, 'job.1')
         second.until('started', 'job.1')
         fifo.write('go\n')
-    assert second.ended('job')[:2] == (4, '=out\n')
+    assert second.ended('job', adopted=True)[:2] == (4, '=out\n')
     third = channel()
     third.send('adopt', 1, 'job.1')
     assert third.ended('job')[:2] == (4, '=out\n')
@@ -1165,14 +1176,14 @@ def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
         assert [c.key for c in s.read_claims(measured(second))] == ['job.1', 'long.1']
         second.send('cancel', 5, 1, 'long.1')
         second.until('cancelled', '')
-        assert second.ended('long')[0] == 143
+        assert second.ended('long', adopted=True)[0] == 143
         fifo.write('go\n')
-    assert second.ended('job')[:2] == (0, '=out\n')
+    assert second.ended('job', adopted=True)[:2] == (0, '=out\n')
 
 
 @pytest.mark.parametrize('began_s, event', [
     (10**9, ['lost', 'job.1', 'the machine was restarted']),
-    (0, ['ended', 'job.1', '137'])], ids=['restarted', 'killed'])
+    (0, ['ended'])], ids=['restarted', 'killed'])
 def test_without_a_boot_id_a_restart_is_told_by_what_began_later_than_now(
         channel, nameless, began_s, event):
     runner = channel(env=nameless)
@@ -1186,7 +1197,81 @@ def test_without_a_boot_id_a_restart_is_told_by_what_began_later_than_now(
     runner.close()
     runner = channel(env=nameless)
     runner.send('adopt', 1, 'job.1')
-    runner.until(*event)
+    if event[0] == 'ended':             # its processes may still be on their way out
+        assert runner.ended('job', adopted=True)[0] == 137
+    else:
+        runner.until(*event)
+
+
+def test_what_is_adopted_and_runs_needs_no_process_of_ours(channel, env, gate):
+    """It is decided once how an adopted job stands; after that, one look is for all of them."""
+    names = [f'job{number}' for number in range(5)]
+    first = channel()
+    with open(os.open(gate.path, os.O_RDWR), 'wb', buffering=0) as fifo:
+        for name in names:
+            first.start(name, f'read -rn 1 <"{gate.path}"')
+            first.until('started', f'{name}.1')
+        first.close()
+        jobs = set(rig.knowing(env['HOME']))
+        second = channel()
+        second.ready()
+        before = set(rig.knowing(env['HOME'])) - jobs
+        second.send('adopt', len(names), *(f'{name}.1' for name in names))
+        for name in names:
+            second.until('started', f'{name}.1')
+        wait_until(lambda: set(rig.knowing(env['HOME'])) - jobs <= before, 'the end of the others')
+        second.watch(*names)
+        fifo.write(b'.' * len(names))
+        for name in names:
+            assert second.ended(name, adopted=True)[0] == 0
+    assert {event[0] for event in second.close()} <= {'probe', 'used', 'started', 'ended', 'bye'}
+
+
+def test_a_look_at_what_began_here_leaves_its_end_to_be_told_once(runner, tmp_path):
+    """Between the record and the event there is time: it is looked for what the job left there."""
+    runner.start('job', f'setsid sleep 1000 >/dev/null 2>&1 & echo $! >{tmp_path}/pid')
+    runner.until('started', 'job.1')
+    wait_until(lambda: runner.record('job')[:1] == ['ended'], 'the record')
+    runner.watch('job')
+    assert runner.until('left', 'job.1') and runner.ended('job')[0] == 0
+    runner.watch('job')
+    os.kill(int((tmp_path / 'pid').read_text()), 9)
+    assert not [event for event in runner.close() if event[0] in ('ended', 'lost')]
+
+
+@pytest.mark.parametrize('how', ['its record is damaged', 'its folder is gone',
+                                 'it was killed with its group'])
+def test_a_look_tells_what_became_of_an_adopted_job_without_an_end(channel, gate, how):
+    first = channel()
+    first.start('job', f'{gate.wait}')
+    first.until('started', 'job.1')
+    with open(gate.path, 'w'):
+        first.close()
+        second = channel()
+        second.send('adopt', 1, 'job.1')
+        second.until('started', 'job.1')
+        _, wrapper, *_ = second.record('job')
+        if how == 'it was killed with its group':
+            os.killpg(int(wrapper), 9)
+            assert second.ended('job', adopted=True)[0] == 137
+        else:
+            with open(second.path('job', 'status'), 'w') as status:
+                status.write('nonsense')
+            if how == 'its folder is gone':
+                shutil.rmtree(second.path('job'))
+            second.watch('job')
+            (why,) = second.until('lost', 'job.1')
+            assert why == 'it ended without a record of how'
+    assert rig.ends(int(wrapper))
+
+
+def test_what_never_began_is_told_again(channel):
+    """The first answer may have been lost with the connection."""
+    for _ in range(2):
+        runner = channel()
+        runner.send('adopt', 1, 'job.1')
+        runner.until('absent', 'job.1')
+        runner.close()
 
 
 def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path):
@@ -1196,7 +1281,7 @@ def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path
     first.start('job', f'touch {tmp_path}/ran')
     first.start('after', 'true')
     assert first.ended('after')[0] == 0
-    assert not (tmp_path / 'ran').exists() and first.events == [['started', 'after.1']]
+    assert not (tmp_path / 'ran').exists() and ['started', 'job.1'] not in first.events
     first.send('revoke', 2, 'job.1', 'other.1')
     first.send('clean', 1, 'after.1')
     first.finish()
@@ -1212,7 +1297,7 @@ def test_a_runner_ends_the_one_before_of_the_same_owner(channel, gate):
     second.until('started', 'job.1')
     assert first.process.wait(rig.SAFETY_NET_S) == -9
     gate.open()
-    assert second.ended('job')[:2] == (0, '=out\n')
+    assert second.ended('job', adopted=True)[:2] == (0, '=out\n')
     second.send('clean', 1, 'job.1')
     second.finish()
     other.finish()
@@ -1397,7 +1482,7 @@ def test_another_channel_adopts_a_running_job(channel, gate, tmp_path):
         second.start('job', command)
         second.until('started', 'job.1')
         fifo.write('go\n')
-    assert second.ended('job')[0] == 4
+    assert second.ended('job', adopted=True)[0] == 4
     assert ledger.read_text() == 'ran\n'
 
 
@@ -1445,7 +1530,7 @@ def test_runners_that_race_start_each_job_once(channel, tmp_path):
             runner.start(name, f'echo {name} >>{ledger}')
     for runner in runners:
         for name in names:
-            assert runner.ended(name)[0] == 0
+            assert runner.ended(name, adopted=True)[0] == 0
     counts = collections.Counter(ledger.read_text().split())
     assert counts == dict.fromkeys(names, 1)
 
@@ -1453,7 +1538,7 @@ def test_runners_that_race_start_each_job_once(channel, tmp_path):
 def test_a_start_request_that_comes_twice_starts_once(runner, tmp_path):
     for _ in range(2):
         runner.start('job', f'echo ran >>{tmp_path}/ledger')
-    assert runner.ended('job')[0] == runner.ended('job')[0] == 0
+    assert runner.ended('job')[0] == 0
     assert (tmp_path / 'ledger').read_text() == 'ran\n'
 
 
