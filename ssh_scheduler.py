@@ -4804,7 +4804,7 @@ def stop_client(pid, computer, run, lock, note):
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
     except KeyboardInterrupt:
-        note(f'{run}: process {pid} goes on to cancel')
+        note(f'{run}: process {pid} keeps cancelling')
         raise
 
 

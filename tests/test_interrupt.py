@@ -306,7 +306,7 @@ def test_an_interrupt_of_who_waits_for_the_client_loses_nothing(batches, start_c
     said, complaint = process.communicate(timeout=rig.SAFETY_NET_S)
     assert (process.returncode, said, complaint.splitlines()) == (130, '', [
         f'batch.sh: process {batch.process.pid} runs it, and is told to cancel',
-        f'batch.sh: process {batch.process.pid} goes on to cancel'])
+        f'batch.sh: process {batch.process.pid} keeps cancelling'])
     (outside / 'go').touch()
     assert batch.end().returncode == 130
     assert_clean(machine)
