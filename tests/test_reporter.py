@@ -110,7 +110,7 @@ class FakeRunner:
         self.orders = {}                    # name -> Order, those that run
         self.history = []                   # names in the order of queue_up
         self.expected = set()
-        self.again = 'never'
+        self.again, self.same_as = 'never', None
         self.asked = 0                      # how often it was asked what is free
         self._callbacks = collections.defaultdict(list)
 
