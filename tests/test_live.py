@@ -244,7 +244,8 @@ def test_an_nvidia_smi_that_fails_later_holds_back_gpu_jobs_only(watched, lab, g
     gate.open('one')
     gate.open('a')
     batch.until('finished: batch.sh.3')
-    notes.until('^waiting: 1 job for a GPU of its own with 1000 MB: .* has an nvidia-smi that')
+    notes.until('^waiting: 1 job for a GPU of its own with 1000 MB: .* '
+                'has (an nvidia-smi that|lost its GPUs)')
     assert not (RESULTS / 'batch.sh.2.out').exists()
     machine.set_gpus(rig.fake_gpus(1))
     batch.until('finished: batch.sh.2')
