@@ -8508,11 +8508,11 @@ class Errand:
             return self._unread(outlet)
         return self._known.get('exit_code', TRANSPORT_FAILED)
 
-    def _unread(self, outlet, so=''):
+    def _unread(self, outlet):
         """Return the exit status where nobody reads what the command says."""
         if not outlet.trouble:
             return 128 + signal.SIGPIPE
-        self._report.note(f'{self._name}: {sentence(outlet.trouble)}{so}')
+        self._report.note(f'{self._name}: {sentence(outlet.trouble)}')
         return TRANSPORT_FAILED
 
     def _print_name(self):
@@ -8573,7 +8573,7 @@ class Errand:
         if fanout.interrupts:
             return 130
         if outlet.reader_left:
-            return self._unread(outlet, '' if survives else ' It was ended.')
+            return self._unread(outlet)
         if self._lacks_terminal:
             self._report.note(f'{name}: no terminal could be had on {runner.name}.')
             return TRANSPORT_FAILED

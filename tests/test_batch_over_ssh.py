@@ -87,7 +87,8 @@ def test_a_rerun_skips_what_is_done_and_says_so(batches, run_cli, lab1):
         'delete if you wish to rerun',
         'started: batch.sh.1;  export CUDA_VISIBLE_DEVICES=0 && echo one',
         'finished: batch.sh.1; echo one']
-    assert printed[5].startswith('done: 2 jobs: 1 finished, 0 failed, 1 skipped, ')
+    assert printed[5].startswith(
+        'done: 2 jobs: 1 finished, 0 failed, 1 skipped (1 of them failed), ')
     assert printed[6] == (f'batch.sh.2: exit code 3 on {lab1.yaml()}, in an earlier run, see '
                           'job_results/batch.sh.2.err')
     assert (again.returncode, result('batch.sh.1')) == (1, b'one\n')

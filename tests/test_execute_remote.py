@@ -995,8 +995,9 @@ def test_what_a_machine_with_one_session_cannot_do_is_said(run, lab, tmp_path):
 def test_a_full_disk_here_is_said(start, lab1):
     with open('/dev/full', 'wb') as full:
         done = start(lab1, 'echo x; sleep 1000', '--job-name', 'full', stdout=full).end()
-    assert (done.status, done.notes) == (
-        125, ['full: its stdout cannot be written here: No space left on device. It was ended.'])
+    assert (done.status, done.notes) == (125, [
+        ended_note('full', lab1),
+        'full: its stdout cannot be written here: No space left on device.'])
     assert_clean(lab1)
 
 

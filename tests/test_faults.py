@@ -195,7 +195,7 @@ def test_03_killed_while_a_job_runs(lab, watch, gate):
     has_begun(machine)
     first = batch.kill()
     batch = watch(None, [machine])
-    batch.until('started: batch.sh.1')
+    batch.until('running: batch.sh.1')
     gate.open('a')
     last = batch.end()
     assert last.returncode == 0
