@@ -349,7 +349,8 @@ def test_big_and_binary_output_is_complete(batches, lab1):
 
 def test_exit_codes_and_deaths_are_told_apart(batches, lab1):
     lines = ['exit 255', 'kill -9 $$', 'kill -TERM $$', 'exit 1', 'exit 125', 'kill -INT $$',
-             'no_such_program', 'bash -c if', 'true', 'kill -HUP $$', 'exit 137', 'exit 256', 'kill -9 0']
+             'no_such_program', 'bash -c if', 'true', 'kill -HUP $$', 'exit 137', 'exit 256',
+             'kill -9 0']
     codes = [255, 137, 143, 1, 125, 130, 127, 2, 0, 129, 137, 0, 137]
     done = batches.run(lines, [lab1], *NO_GPU)
     assert done.returncode == 1
