@@ -7166,16 +7166,16 @@ class Batch:
         renamed = [f'line {job.line}: {job.name}' for job in self._lines.waiting
                    if usual[job.name] != job.name]
         if renamed:
-            self._report.note(f'the results of {count_of(len(renamed), "line")} get another name, '
-                              'since those of another command have the usual one: '
+            self._report.note('new names for results, because other commands have the usual ones: '
                               f'{names_of(renamed)}')
         parts = [(job, here) for job in self._lines.done
                  for here, missing in [self._results.pieces(job.name)] if missing]
         if parts:
             lines = [f'line {job.line}: {" and ".join(here)}' for job, here in parts]
             paths = itertools.chain.from_iterable(here for _, here in parts)
-            self._report.note(f'only a part of the results is there of {names_of(lines)}. To run '
-                              f'such a line again: rm -r {" ".join(paths)}')
+            self._report.note(f'only a part of the results is left for {names_of(lines)}. To run '
+                              f'{"this line" if len(parts) == 1 else "these lines"} again: rm -r '
+                              f'{" ".join(paths)}')
         unknown = [job.name for job in self._lines.done if not self._results.state(job.name)]
         if unknown:
             self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
@@ -7792,8 +7792,9 @@ class Batch:
         left = [*self._lines.left, *(job.name for job in self._lines.gone
                                      if self._results.is_done(job.name))]
         if left:
-            self._report.note(f'results of {count_of(len(left), "line")} that the batch file does '
-                              f'not have any more stay in {self._results.folder}: {names_of(left)}')
+            self._report.note(f'the results of {count_of(len(left), "line")} that '
+                              f'{"is" if len(left) == 1 else "are"} no longer in the batch file '
+                              f'stay in {self._results.folder}: {names_of(left)}')
         for name, machine in self._unknown.items():
             known = '' if self._results.state(name)['state'] == 'ended' else 'not known to have '
             self._report.line(f'{name}: on {machine}, {known}ended: run the same command again to '

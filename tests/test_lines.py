@@ -78,7 +78,7 @@ def test_results_of_lines_that_are_gone_stay_and_are_told_in_one_line(run):
     done = run('echo c')
     assert (started(done), done.returncode) == ([], 0)
     assert done.stderr.splitlines()[-1] == (
-        'results of 4 lines that the batch file does not have any more stay in job_results: '
+        'the results of 4 lines that are no longer in the batch file stay in job_results: '
         'batch.sh.1 and 3 more')
     assert result('batch.sh.5') == b'e\n'
 

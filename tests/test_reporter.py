@@ -241,8 +241,8 @@ example_batch_script.sh.4: exit code 127 on my_machine.yaml, see \
 job_results/example_batch_script.sh.4.err
 '''
     assert (status, lab.err.getvalue()) == (1, '''\
-only a part of the results is there of line 5: job_results/example_batch_script.sh.5.out. To run \
-such a line again: rm -r job_results/example_batch_script.sh.5.out
+only a part of the results is left for line 5: job_results/example_batch_script.sh.5.out. To run \
+this line again: rm -r job_results/example_batch_script.sh.5.out
 the journal does not know which commands made example_batch_script.sh.5
 ''')
 
@@ -315,8 +315,8 @@ def test_a_command_that_changed_is_run_under_a_name_of_its_own(results):
 
     assert second.run(more()) == 0
     assert 'WARNING' not in second.out.getvalue()
-    assert ('the results of 1 line get another name, since those of another command have the usual '
-            'one: line 1: example_batch_script.sh.1-2\n') in second.err.getvalue()
+    assert ('new names for results, because other commands have the usual ones: line 1: '
+            'example_batch_script.sh.1-2\n') in second.err.getvalue()
     assert second.runners[0].history == ['example_batch_script.sh.1-2', 'example_batch_script.sh.2']
 
 
