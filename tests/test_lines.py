@@ -104,6 +104,14 @@ def test_options_of_the_line_count_where_they_change_what_runs(run, project, one
     assert bool(started(done)) == runs, done.stdout + done.stderr
 
 
+def test_a_new_name_is_none_that_another_line_asks_for(run):
+    run('echo a')
+    done = run('echo new', "execute_remote --job-name batch.sh.1-2 'echo named'")
+    assert sorted(started(done)) == ['batch.sh.1-2', 'batch.sh.1-3']
+    assert [result(f'batch.sh.{name}') for name in ('1', '1-2', '1-3')] == [
+        b'a\n', b'named\n', b'new\n']
+
+
 def test_another_batch_of_the_folder_has_results_of_its_own(run, run_cli, lab1):
     run('echo a')
     Path('other.sh').write_text('echo a\n')
@@ -193,6 +201,20 @@ def test_a_job_whose_line_is_gone_is_collected_and_not_run_again(batches, lab, g
     assert (done.returncode, result('batch.sh.1'), ledger.read_text()) == (0, b'a\n', 'ran\n')
     assert f'finished: batch.sh.1; {line}' in done.stdout
     assert 'batch.sh.1' in done.stderr.splitlines()[-1]
+    assert_clean(machine)
+
+
+def test_a_job_that_never_began_and_whose_line_is_gone_is_not_run(batches, lab, client_env, ledger):
+    """Its client was killed between the journal and the start."""
+    machine, options = lab(), [*NO_GPU, '--copy-forwards']
+    argv = argv_of([f'echo gone >>{ledger}'], [machine], options)
+    cut = subprocess.run(
+        [sys.executable, Path(__file__).with_name('crash.py'), *map(str, argv)],
+        env={**client_env, 'CRASH_WHEN': 'after write to journal.*"claimed"'}, capture_output=True)
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    done = batches.run([f'echo new >>{ledger}'], [machine], *options)
+    assert (done.returncode, ledger.read_text()) == (0, 'new\n')
+    assert 'done: 1 job: 1 finished, 0 failed, ' in done.stdout
     assert_clean(machine)
 
 
