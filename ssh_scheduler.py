@@ -2215,6 +2215,9 @@ FORCED_SSH_OPTIONS = """\
 """
 
 HOP_LIMIT_S = 15        # for a connection; what comes through a jump host may take that more
+# An ssh before OpenSSH 8.7 does not know these options of that list, and behaves as they ask.
+LATER_SSH_OPTIONS = ('SessionType', 'StdinNull', 'ForkAfterAuthentication')
+
 COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
@@ -2241,7 +2244,9 @@ class Connection:
     def config(self):
         """Return the text of the ssh_config.  Of each option ssh takes the first value."""
         machine, hops = self.machine, self.machine.hops
-        lines = [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
+        ignored = [words for path in self.user_configs() for words in ignored_options(path)]
+        lines = ['IgnoreUnknown ' + ','.join([*LATER_SSH_OPTIONS, *ignored])]
+        lines += [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
         lines += ['  ControlMaster yes', f'  ControlPath "{self.socket_path}"']
         if machine.username:
             lines.append(f'  User "{machine.username}"')
@@ -2332,6 +2337,24 @@ class Connection:
             source = f'{host}:{source}' if remote == 'source' else source
             target = f'{host}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
+
+
+def ignored_options(path, depth=0):
+    """Yield what IgnoreUnknown says in an ssh_config, and in the files that it includes."""
+    import glob
+    try:
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            text = file.read()
+    except OSError:
+        return
+    for word, value in re.findall(r'(?im)^[ \t]*(IgnoreUnknown|Include)[ \t=]+(\S.*)$', text):
+        if word.lower() == 'ignoreunknown':
+            yield value.strip().strip('"')
+        elif depth < 16:                    # as ssh has it
+            for pattern in value.split():
+                pattern = os.path.expanduser(pattern.strip('"'))
+                for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
+                    yield from ignored_options(inner, depth + 1)
 
 
 # Someone else's words -> ours, and when to try again: 'again' at once, since it was only too busy,

@@ -307,7 +307,7 @@ def test_a_job_that_runs_already_gets_no_files(batches, project, lab, gate):
     batch.process.kill()
     batch.process.wait()
     again = batches.start(None, [machine], *NO_GPU, '--copy-backwards', '--verbose')
-    again.until('started:')
+    again.until('running:')
     gate.open('a')
     done = again.end()
     assert (done.returncode, copies(done), 'sent' in done.stderr) == (0, 0, False)

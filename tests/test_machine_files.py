@@ -604,6 +604,27 @@ def test_the_user_s_configuration_cannot_change_what_is_forced(ssh_sees, tmp_pat
         assert 'remotecommand' not in seen and seen['escapechar'] == 'none'
 
 
+def test_an_ssh_that_does_not_know_all_options_reads_the_configuration(ssh_sees, monkeypatch):
+    """As before OpenSSH 8.7: here they have names that no ssh knows."""
+    for name in ('FORCED_SSH_OPTIONS', 'LATER_SSH_OPTIONS'):
+        value = getattr(ssh_scheduler, name)
+        for option in ssh_scheduler.LATER_SSH_OPTIONS if name[0] == 'F' else ():
+            value = value.replace(f'  {option} ', f'  {option}X ')
+        monkeypatch.setattr(ssh_scheduler, name, value if name[0] == 'F' else
+                            [f'{option}X' for option in value])
+    seen = ssh_sees(Machine('a', 'a', 'me'))
+    assert (seen['user'], seen['requesttty']) == ('me', 'false')
+
+
+def test_what_the_user_has_ssh_ignore_stays_ignored(ssh_sees, home):
+    """As in a ~/.ssh/config that macOS shares: IgnoreUnknown UseKeychain."""
+    (home / 'included').write_text('ignoreunknown=Two*,Three\n')
+    seen = ssh_sees(Machine('a', 'a'), user_config=(
+        f'IgnoreUnknown "UseKeychain"\nInclude {home}/includ*\nInclude none\nUseKeychain yes\n'
+        'TwoAndMore yes\nThree 3\nUser someone\n'))
+    assert (seen['user'], forced_of(seen)) == ('someone', FORCED)
+
+
 def test_the_options_of_a_machine_cannot_change_what_is_forced(ssh_sees, tmp_path):
     seen = ssh_sees(Machine('a', 'a', ssh_options=tuple(MEDDLING.items())))
     assert forced_of(seen) == FORCED
