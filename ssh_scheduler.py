@@ -2402,7 +2402,7 @@ SSH_COMPLAINTS = (
 CUT_OFF = re.compile(r'\w+_exchange_identification: Connection closed by remote host')
 LOGIN_COMPLAINTS = (
     (r'[Cc]annot fork|fork failed|fork: (?!retry)', 'later',
-     '{at} can start no more processes: is the limit of {user} (ulimit -u) reached?'),
+     'this account can start no more processes: is the limit of {user} (ulimit -u) reached?'),
     (r'sftp connections only', 'never', 'this account allows sftp only, no commands'),
     (r'account is currently not available|nologin', 'never', 'this account allows no login'),
     (r'bash.*(not found|No such file)|[Uu]nknown command.*bash', 'never',
@@ -2566,7 +2566,7 @@ no_process() {              # REPLY: that no process can be started; starts none
   while read -r line; do
     [[ $line != 'Max processes'* ]] || read -r _ _ limit _ <<<"$line"
   done </proc/self/limits
-  REPLY="no more processes can be started there (ulimit -u: $limit)"
+  REPLY="this account can start no more processes (ulimit -u: $limit)"
 }
 
 # Where bash cannot fork, it tries for 15 s and then ends, and only this is run.
@@ -5124,7 +5124,7 @@ class Channel:
         said = last_line(self._process.complaint.decode('utf-8', 'replace'), -1) or last_line(
             self._reader.pending.decode('utf-8', 'replace'), -1)
         if 'fork: retry' in said:
-            return 'no more processes can be started there (ulimit -u)'
+            return 'this account can start no more processes (ulimit -u)'
         return ('the login succeeded, but no command runs: does one of its start files, such as '
                 f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
                 f'{FORCED}?')

@@ -649,7 +649,7 @@ def test_27_no_more_processes_at_the_login(lab, run, crowd):
     alone = run([ledger_line('true')] * 2, [bad])
     assert alone.returncode == 2
     (line,) = [line for line in alone.stderr.splitlines() if 'cannot be used' in line]
-    assert 'cannot be used: no more processes can be started there' in line
+    assert 'cannot be used: this account can start no more processes' in line
     once([bad, good], done, jobs=1)
 
 
@@ -669,7 +669,7 @@ def test_27_no_more_processes_while_jobs_start_and_end(lab, batches, crowd, gate
     wrote(ledger, '1')
     started = crowd(uid, 40)
     gate.open('a')
-    batch.complains('no more processes can be started there (ulimit -u: 40)')
+    batch.complains('this account can start no more processes (ulimit -u: 40)')
     for process in started:
         process.kill()
         process.wait()

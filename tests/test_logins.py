@@ -545,10 +545,10 @@ def test_a_machine_that_hangs_does_not_hold_up_the_others(batches, lab, lab1):
 
 @pytest.mark.parametrize(('noise', 'complaint', 'words'), [
     ('', 'exec request failed on channel 0', 'the sshd of lab1 could not start a shell: '),
-    ('', 'bash: fork: Resource temporarily unavailable', 'lab1 can start no more '),
-    ('', 'dash: 1: Cannot fork', 'lab1 can start no more '),
-    ('', 'zsh:1: fork failed: resource temporarily unavailable', 'lab1 can start no more '),
-    ('', 'bash: fork: Cannot allocate memory', 'lab1 can start no more '),
+    ('', 'bash: fork: Resource temporarily unavailable', 'this account can start no more '),
+    ('', 'dash: 1: Cannot fork', 'this account can start no more '),
+    ('', 'zsh:1: fork failed: resource temporarily unavailable', 'this account can start no more '),
+    ('', 'bash: fork: Cannot allocate memory', 'this account can start no more '),
 ])
 def test_what_is_said_where_no_process_can_be_started(noise, complaint, words):
     machine = ssh_scheduler.Machine('lab1', 'lab1', username='ben')
