@@ -963,11 +963,14 @@ def name_of_batch(path):
     return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', '_'.join(parts)).lstrip('.-')[-150:] or 'batch'
 
 
-def check_job_name(name, where):
-    """Raise unless the name is a file name that is safe here and over there."""
-    if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]{0,199}', name):
+def check_job_name(name, where, most=180):
+    """Raise unless the name is a file name that is safe here and on machines.
+
+    most: what a user may give; the program adds to it, as in NAME-2.
+    """
+    if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
-                             '. _ - + = @ % only, at most 200, and not begin with . or -.')
+                             f'. _ - + = @ % only, at most {most}, and not begin with . or -.')
 
 
 def read_allocation(options, base=None):
@@ -1987,6 +1990,23 @@ class Manifest:
 
 
 SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
+
+
+def is_as_seen(entry):
+    """Tell whether what an Entry describes is as it was when it was looked at."""
+    with contextlib.suppress(OSError):
+        info = os.lstat(entry.path)
+        return info.st_mtime_ns == entry.mtime_ns and stat.S_IMODE(info.st_mode) == entry.mode and (
+            entry.kind != 'f' or info.st_size == entry.size)
+
+
+def present(entries):
+    """Yield the Entries of what is still there, with the size, time and mode of files now."""
+    for entry in entries:
+        with contextlib.suppress(OSError):
+            info = os.lstat(entry.path)
+            yield entry if entry.kind != 'f' else entry._replace(
+                size=info.st_size, mtime_ns=info.st_mtime_ns, mode=stat.S_IMODE(info.st_mode))
 
 
 def lost_links(copy, link, linked):
@@ -3097,7 +3117,11 @@ list_again() {              # sends what there is now of paths of job.attempt $1
   shift
   mkdir -p -- "$to"
   : >"$to/back"
-  (list_back "$home/jobs/$name" '' "$to" "$@")
+  if [[ -d $home/jobs/$name/work ]]; then
+    (list_back "$home/jobs/$name" '' "$to" "$@")
+  else
+    printf '!%s\0' "$@" >"$to/back"
+  fi
   send_list "$name" "$to/back"
 } 2>/dev/null
 
@@ -4742,7 +4766,10 @@ class ResultStore:
             if not {'command', 'machine', 'attempt'} <= event.keys():
                 raise KeyError(event)
             # the streams that an earlier run began are ours
-            resumed = self.jobs.get(event['job'], {}).get('resumed')
+            former = self.jobs.get(event['job'], {})
+            resumed = former.get('resumed')
+            if former.get('kept'):          # its results were deleted here, so these may go, too
+                self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
             self.jobs[event['job']] = {'key': self.key(event['job'], event['attempt']), **event,
                                        'state': 'claimed', 'resumed': resumed}
         elif event['event'] == 'tidied':
@@ -4818,6 +4845,7 @@ def stop_client(pid, computer, run, lock, note):
                 is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
             return
         os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)        # it may have been stopped with Ctrl-Z
     except (FileNotFoundError, ProcessLookupError):     # it has just ended
         return
     except OSError as error:
@@ -4945,17 +4973,31 @@ class Session:
         self.accounts = {}              # what tells accounts apart -> the MachineRunner that has it
         self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
                              for folder in os.get_exec_path())
-        self._trees, self._archives, self._manifests = {}, {}, {}
+        self._trees, self._archives, self._manifests = {}, {}, {}      # by Forwards
+        self._folder_times = {}             # Forwards -> when the current folder had changed then
 
     def trees(self, forwards):
         """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
         if forwards not in self._trees:
-            self._trees[forwards] = self.scan(forwards)
+            self._trees[forwards] = self._scan(forwards)
         return self._trees[forwards]
 
-    @staticmethod
-    def scan(forwards):
-        """Return the same Trees, looked at now."""
+    def look_again(self, forwards):
+        """Have `trees` tell how the files are now, unless an archive of them was made already.
+
+        A line's own files may be sent hours after the first look.
+        """
+        trees = self._trees.get(forwards)
+        if trees is None or forwards in self._archives or (
+                self._folder_times[forwards] == os.stat('.').st_mtime_ns
+                and all(is_as_seen(entry) for tree in trees for entry in tree.entries)):
+            return
+        with contextlib.suppress(FilesError):       # then what is left of them is sent
+            self._trees[forwards] = self._scan(forwards)
+            self._manifests.pop(forwards, None)
+
+    def _scan(self, forwards):
+        self._folder_times[forwards] = os.stat('.').st_mtime_ns
         linked = tuple(f'/{path}' for path in forwards.link)
         return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
@@ -4987,10 +5029,16 @@ class Session:
     def small_archive(self, forwards):
         """Return the files of the Forwards as one tar archive, for all machines the same."""
         if forwards not in self._archives:
-            copy, link = self.trees(forwards)
-            placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
-            placed += [(f'link/{entry.path}', entry) for entry in link.entries]
-            self._archives[forwards] = b''.join(archive(placed))
+            for _ in range(3):
+                copy, link = trees = self.trees(forwards)
+                placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
+                placed += [(f'link/{entry.path}', entry) for entry in link.entries]
+                data = b''.join(archive(placed))
+                self.look_again(forwards)
+                if self.trees(forwards) is trees:   # nothing changed while it was read
+                    break
+            self.manifest(forwards)
+            self._archives[forwards] = data
         return self._archives[forwards]
 
     def rsync_env(self):
@@ -5165,6 +5213,7 @@ class Stage:
         self.ready = not (self.copy.entries or self.link.entries)
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
+        self.looks = 0                      # how often files had changed while they were copied
 
     @property
     def small(self):
@@ -5195,18 +5244,22 @@ class Sender:
     def prepare(self, forwards):
         """Return the Stage of these Forwards, and see to it that it is sent."""
         if forwards not in self.stages:
-            stage = Stage(f'{self._id_stem}.{len(self.stages)}', forwards,
-                          self._session.trees(forwards), self._session.manifest(forwards))
-            self.stages[forwards] = stage
+            self._session.look_again(forwards)
+            if self._stage(forwards).small:
+                data = self._session.small_archive(forwards)
+            stage = self.stages[forwards] = self._stage(forwards)   # as the archive has them
             if stage.ready:
                 pass
             elif stage.small:
-                data = self._session.small_archive(forwards)
                 self._channel.send(request('unpack', stage.id, len(data)), data)
                 self._freeze(stage)
             elif self._may_copy:
                 self._copy(stage)
         return self.stages[forwards]
+
+    def _stage(self, forwards):
+        return Stage(f'{self._id_stem}.{len(self.stages)}', forwards,
+                     self._session.trees(forwards), self._session.manifest(forwards))
 
     def begin(self):
         """Send what had to wait for the machine's answer."""
@@ -5226,22 +5279,28 @@ class Sender:
         self._channel.send(request('freeze', stage.id, len(stage.forwards.link),
                                    *stage.forwards.link))
 
-    def _note_changes(self, stage):
-        """Note, and tell, which files were changed here between the first look and this copy."""
-        def same(entry):
-            with contextlib.suppress(OSError):
-                info = os.lstat(entry.path)
-                return (info.st_size, info.st_mtime_ns) == (entry.size, entry.mtime_ns)
-
-        if all(entry.kind != 'f' or same(entry) for tree in (stage.copy, stage.link)
-               for entry in tree.entries):
+    def _copied(self, stage):
+        """Freeze a stage that was copied; copy it again if files changed here meanwhile."""
+        if self._changed(stage):
+            self._copy(stage)
             return
-        with contextlib.suppress(FilesError):
-            before, stage.manifest = stage.manifest, Manifest.of(*self._session.scan(
-                stage.forwards))
+        if stage.looks:
+            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
             self._signal('warning', f'{self._name}: {names} changed after this run began, so jobs '
                          'there have the newer files')
+        self._freeze(stage)
+
+    @staticmethod
+    def _changed(stage):
+        """Look again at the files of a stage, at most three times; return whether any changed."""
+        trees = [tree._replace(entries=tuple(present(tree.entries)))
+                 for tree in (stage.copy, stage.link)]
+        if stage.looks > 2 or trees == [stage.copy, stage.link]:
+            return False
+        stage.looks += 1
+        stage.copy, stage.link = trees
+        return True
 
     def _copy(self, stage):
         """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
@@ -5251,8 +5310,7 @@ class Sender:
 
     def _copy_parts(self, stage, parts):
         if not parts:
-            self._note_changes(stage)
-            self._freeze(stage)
+            self._copied(stage)
             return
         tree, part = parts[0]
         answer = bytearray()
@@ -5276,6 +5334,8 @@ class Sender:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
                 stage.by_rsync = self._channel.rsync_works = False
                 self._copy_parts(stage, parts)
+            elif self._changed(stage):      # as where a file was removed
+                self._copy(stage)
             else:
                 channel.send(request('unsent', 'the files could not be sent: '
                                      f'{last_line(text) or status}'))
@@ -5675,7 +5735,8 @@ class Fetcher:
         self._signal('warning', f'{order.job_name}: its results could not be fetched: '
                      f'{sentence(why)} They are kept on {self._name}, and the same command '
                      'fetches them')
-        self._signal('uncollected', order.job_name)
+        if not order.again:             # else all but the kept files were collected before
+            self._signal('uncollected', order.job_name)
 
 
 class Behind:
@@ -6172,7 +6233,7 @@ class MachineRunner:
     def unfinished(self):
         """The names of the jobs that run there or ran there and are not collected."""
         return self.running + [order.job_name for order in (
-            *self._draining.values(), *self._fetcher.orders.values())]
+            *self._draining.values(), *self._fetcher.orders.values()) if not order.again]
 
     @property
     def busy(self):
@@ -6200,7 +6261,7 @@ class MachineRunner:
         noted                  {key: value} for the journal
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
-        check_job_name(job_name, 'queue_up')
+        check_job_name(job_name, 'queue_up', 200)
         stage = None if adopt else self._sender.prepare(Forwards(
             inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
             tuple(exclude)))
@@ -6265,10 +6326,12 @@ class MachineRunner:
                 waiting.append(order)
                 continue
             self._next_start = now + self._spacing_s
-            self.session.results.keep_manifest(order.stage.manifest)
-            self.session.results.claimed(order.job_name, order.attempt, self.machine.address,
-                                         order.gpus, order.command,
-                                         files=order.stage.manifest.digest, **order.noted)
+            results, former = self.session.results, self.session.results.state(order.job_name)
+            results.keep_manifest(order.stage.manifest)
+            results.claimed(order.job_name, order.attempt, self.machine.address, order.gpus,
+                            order.command, files=order.stage.manifest.digest, **order.noted)
+            if former.get('kept') and former['machine'] == self.machine.address:
+                self._fetcher.forget(former['key'])     # its results were deleted here
             self._running[order.key] = order
             if order.mode:
                 starts += request('mode', order.key, order.mode)
@@ -7497,7 +7560,6 @@ class Batch:
     def _on_ready(self, runner):
         again = runner in self._first
         self._first[runner] = runner.capacity
-        self._tell_lost_gpus(runner)
         self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
         self._tell_lost_gpus(runner)
         if again:
@@ -7507,7 +7569,6 @@ class Batch:
             runner.prepare(self._forwards)      # now, though there may be no room yet
         if self._announced:
             self._say_limits([runner])
-        if self._announced:
             self._adopt(runner)
         elif self._count('ready') == 1:
             self._session.processes.call_later(LATECOMER_S, self._on_late)
@@ -7517,6 +7578,7 @@ class Batch:
         self._report.note(f'{runner.name}: in contact again '
                           f'({count_of(len(runner.running), "job")} there)')
         self._count_again(runner)
+        self._adopt(runner)
         if self.interrupts:             # what has ended meanwhile is told first
             self._session.processes.call_later(
                 1, lambda: runner.state == 'ready' and runner.cancel())
@@ -7659,6 +7721,7 @@ class Batch:
         if runner.state == 'ready' and runner not in self._scheduler.resources:
             self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
             self._count_again(runner)
+            self._adopt(runner)
 
     def _halt(self):
         if self._halt_after and len(self._failures) >= self._halt_after and not self._halted:
@@ -7679,7 +7742,11 @@ class Batch:
         if self.interrupts:
             return
         self._retried[name] += 1
-        if self._retried[name] <= self._retries:
+        if self._jobs[name].forwards is None:
+            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} Its line is not in '
+                              'the batch file any more, so it is not started again.')
+            self._wait_again(name)
+        elif self._retried[name] <= self._retries:
             self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} It will be started '
                               'again.')
             self._wait_again(name)
@@ -8247,10 +8314,12 @@ def cancel_batch(options, jobs, name, reporter):
     try:
         before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
-        claimed = {job.name: results.state(job.name) for job in (*lines.jobs, *lines.gone)
-                   if results.is_begun(job.name) or before and any(
-                       results.state(job.name).get(key) != before.get(job.name, {}).get(key)
-                       for key in ('state', 'attempt'))}
+        names = {job.name for job in (*lines.jobs, *lines.gone)}
+        claimed = {job: known for job, known in results.jobs.items()
+                   if (job in names or is_of_batch(job, known, name)) and (
+                       results.is_begun(job) or before and any(
+                           known.get(key) != before.get(job, {}).get(key)
+                           for key in ('state', 'attempt')))}
         words = options['--machines'] or dict.fromkeys(
             known['where'] for job, known in claimed.items()
             if known.get('where') and results.is_begun(job))
@@ -8315,19 +8384,23 @@ def earlier_jobs(options, reporter):
             close_all(runners, session, lambda: bool(stopped))
             session.close()
             results.close()
+    for runner, jobs in found.items() if action == 'remove' else ():
+        for job in jobs if runner.state == 'closed' else ():
+            reporter.line(f'removed: {job.name} on {runner.name}')
     if not any(found.values()) and not stopped:
         reporter.note('no jobs of an earlier job_results of this folder were found')
     ended = sum(job.word == 'ended' for jobs in found.values() for job in jobs)
     if action == 'collect' and ended < sum(map(len, found.values())):
         reporter.note('only jobs that have ended are collected')
-    return 130 if stopped else 1 if len(found) < len(runners) else status
+    whole = all(runner in found and runner.state != 'failed' for runner in runners)
+    return 130 if stopped else status if whole else 1
 
 
 def collect_others(runner, jobs, results, reporter):
     """Begin to fetch the results of those OtherJobs that have ended, under names that are free."""
     names = {results.state(name)['key']: name for name in results.jobs if results.is_begun(name)}
     commands = {}
-    runner.register('collected', lambda name: reporter.line(
+    runner.register('collected', lambda name: name in commands and reporter.line(
         f'collected: {name}; {printable(commands[name])}'))
     for job in jobs:
         if job.word != 'ended':
@@ -8743,7 +8816,7 @@ def check_new(jobs, results):
     """Raise unless each job has a name and a place for its results of its own."""
     names = collections.Counter(job.name for job in jobs)
     for name, count in names.items():
-        check_job_name(name, '--job-name')
+        check_job_name(name, '--job-name', 200)
         if count > 1:
             raise MachineFileError(f'two machines have results of the same name {name}.')
         if results.exists(name) or results.state(name):

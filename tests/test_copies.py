@@ -755,6 +755,50 @@ def test_what_the_login_cannot_read_is_kept_and_fetched_when_it_can(batches, oth
     assert machine.logins() == before           # nothing is left to be fetched
 
 
+@pytest.fixture
+def with_kept(batches, other_login, gate):
+    """(machine, options, the folder there) of a batch whose one job left what cannot be read."""
+    options = (*NO_GPU, '--copy-forwards')
+    batch = batches.start([f'echo y >fine; {gate.wait("a")}; echo ran'], [other_login], *options)
+    wait_until(lambda: work_folders(other_login.home), 'its folder')
+    wait_until(lambda: (work_folders(other_login.home)[0] / 'fine').exists(), 'its file')
+    work = left_by_root(other_login)
+    gate.open('a')
+    assert 'may not read ' in batch.end().stderr
+    return other_login, options, work
+
+
+def test_what_was_kept_and_is_gone_with_its_folder_is_told(batches, with_kept):
+    machine, options, work = with_kept
+    shutil.rmtree(work.parent)
+    done = batches.run(None, [machine], *options)
+    for path in ('open/secret', 'root'):
+        assert (f'{path}, which could not be fetched before, is not on {machine.yaml()} any more'
+                in done.stderr), done.stderr
+    assert_clean(machine)
+
+
+def test_what_was_kept_is_no_job_of_another_journal(run_cli, with_kept):
+    machine, _options, work = with_kept
+    done = run_cli('execute_batch', '--machines', machine.yaml(), '--earlier=collect')
+    assert done.returncode == 0 and 'no jobs of an earlier' in done.stderr, done.stderr
+    shutil.rmtree(work.parent)
+
+
+def test_what_was_kept_goes_when_its_line_runs_again(batches, gate, with_kept):
+    machine, options, work = with_kept
+    for path in (work / 'open', *(work / 'open').iterdir(), work / 'root', *(
+            work / 'root').rglob('*')):
+        os.chown(path, 20001, 20001)
+    for path in RESULTS.glob('batch.sh.1*'):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    batch = batches.start(None, [machine], *options)
+    batch.until('started:')
+    gate.open('a')
+    assert batch.end().returncode == 0
+    assert_clean(machine)
+
+
 def test_what_was_kept_and_is_gone_or_is_another_here_is_told(batches, lab, gate):
     if os.getuid() != 0:
         pytest.skip('only root can make files of another user')

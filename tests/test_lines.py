@@ -112,6 +112,12 @@ def test_a_new_name_is_none_that_another_line_asks_for(run):
         b'a\n', b'named\n', b'new\n']
 
 
+def test_the_longest_name_can_be_changed(run):
+    name = 'a' * 180
+    run(f"execute_remote --job-name {name} 'echo a'")
+    assert started(run(f"execute_remote --job-name {name} 'echo b'")) == [f'{name}-2']
+
+
 def test_another_batch_of_the_folder_has_results_of_its_own(run, run_cli, lab1):
     run('echo a')
     Path('other.sh').write_text('echo a\n')
@@ -229,6 +235,36 @@ def test_a_job_whose_line_is_gone_is_cancelled_with_its_batch(batches, lab, outs
     assert_clean(machine)
 
 
+def test_a_job_whose_line_is_gone_is_cancelled_with_its_client(batches, lab):
+    machine = lab()
+    batch = batches.start(['sleep 1000', 'echo b'], [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2')
+    done = batches.run(['echo b'], [machine], '--cancel')
+    assert (done.returncode, batch.process.wait(rig.SAFETY_NET_S)) == (0, 130)
+    assert f'batch.sh.1: ended, on {machine.yaml()}\n' in done.stdout
+    assert 'cancelled: 1 job, 0 not known' in done.stdout
+    assert_clean(machine)
+
+
+@pytest.mark.parametrize('options', [(), ('--retries=0',)])
+def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab, ledger, options):
+    machine = lab()
+    batch = batches.start([f'echo ran >>{ledger}; sleep 1000', 'echo b'], [machine], *NO_GPU)
+    batch.until('finished: batch.sh.2')
+    batch.process.kill()
+    batch.end()
+    (status,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.*/status')
+    for pid, _ in machine.processes():
+        os.kill(pid, signal.SIGKILL)
+    before = status.read_text()
+    status.write_text(before.replace(before.split()[3], '0' * 8 + before.split()[3][8:]))
+    done = batches.run(['echo b'], [machine], *options, *NO_GPU)
+    assert 'the machine was restarted. Its line is not in the batch file any more' in done.stderr
+    assert (done.returncode, ledger.read_text()) == (0, 'ran\n')
+    assert 'done: 1 job: ' in done.stdout and ', 0 failed, ' in done.stdout
+    assert_clean(machine)
+
+
 # ---- Another journal ----
 
 def leave_jobs(batches, machine, gate):
@@ -268,7 +304,7 @@ def test_a_job_of_another_journal_is_never_taken_for_one_of_this(batches, lab, g
     assert result('batch.sh.1-earlier') == b'old\n' and result('batch.sh.1') == b'new\n'
     assert (RESULTS / 'batch.sh.1-earlier/made').read_text() == 'old\n'
     assert any('sleep 1000' in words for _, words in machine.processes())
-    earlier('remove')
+    assert earlier('remove').stdout.splitlines()[-1] == f'removed: batch.sh.2 on {machine.yaml()}'
     assert earlier('show').stdout == ''
     assert_clean(machine)
     assert 'batch.sh.1-earlier' not in batches.run(['echo new', lines[0].replace('exit 3', 'true')],
@@ -358,7 +394,9 @@ def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gat
 
 def test_files_that_change_before_they_are_copied_are_told(batches, project, lab, client_env):
     """The program stops itself right before it starts rsync; meanwhile somebody edits a file."""
-    machine, options = lab(), [*NO_GPU, '--copy-forwards', 'large', 'train.py']
+    machine, options = lab(), [*NO_GPU, '--copy-forwards', 'large', 'train.py', 'gone']
+    (project / 'gone').mkdir()
+    (project / 'gone/file').touch()
     (project / 'large').write_bytes(bytes(300_000))
     (project / 'train.py').write_text('old')
     client = subprocess.Popen(
@@ -368,12 +406,50 @@ def test_files_that_change_before_they_are_copied_are_told(batches, project, lab
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert os.WIFSTOPPED(os.waitpid(client.pid, os.WUNTRACED)[1])
     (project / 'train.py').write_text('new!')
+    (project / 'gone/file').unlink()
     client.send_signal(signal.SIGCONT)
     _, err = client.communicate(timeout=rig.SAFETY_NET_S)
     assert result('batch.sh.1') == b'new!'
-    assert 'train.py changed after this run began, so jobs there have the newer files' in err
+    assert 'gone/file, train.py changed after this run began, so jobs there have the newer files' \
+        in err
     again = batches.run(None, [machine], *options)
     assert warnings(again) and 'files changed' not in again.stderr     # what is noted is true
+
+
+@pytest.mark.parametrize('new', ['news', 'a much longer text', ''])
+def test_a_line_s_own_files_are_those_of_the_moment_at_which_they_are_sent(batches, project, lab,
+                                                                            gate, new):
+    machine = lab()
+    (project / 'data').write_text('old!')
+    lines = [gate.wait('a'), "execute_remote --copy-forwards=data 'cat data'"]
+    options = ['--reserve', *NO_GPU, '--copy-forwards']
+    batch = batches.start(lines, [machine], *options)
+    batch.until('started: batch.sh.1')
+    (project / 'data').write_text(new)
+    gate.open('a')
+    assert batch.end().returncode == 0
+    assert result('batch.sh.2') == new.encode()
+    again = batches.run(lines, [machine], *options)
+    assert 'files changed' not in again.stderr
+    (project / 'data').write_text('old!')
+    assert 'files changed since: data: ' in batches.run(lines, [machine], *options).stderr
+
+
+def test_a_file_that_is_removed_while_a_batch_runs_takes_no_machine_away(batches, project, lab,
+                                                                         gate):
+    machine = lab()
+    (project / 'd').mkdir()
+    (project / 'd/large').write_bytes(bytes(300_000))
+    (project / 'd/gone').touch()
+    batch = batches.start([gate.wait('a'), "execute_remote --copy-forwards d -- 'ls d'"], [machine],
+                          '--reserve', *NO_GPU, '--copy-forwards')
+    batch.until('started: batch.sh.1')
+    (project / 'd/gone').unlink()
+    (project / 'd/new').touch()
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, result('batch.sh.2')) == (0, b'large\nnew\n'), done.stderr
+    assert_clean(machine, cache=True)
 
 
 @pytest.mark.parametrize('names, command', [
