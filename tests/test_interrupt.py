@@ -240,12 +240,14 @@ def cancel(run_cli, batch='batch.sh'):
     return run_cli('execute_batch', batch, '--cancel')
 
 
-def test_cancel_while_the_client_runs(batches, run_cli, lab, ledger, gate):
+@pytest.mark.parametrize('number', [0, signal.SIGSTOP], ids=['it runs', 'Ctrl-Z'])
+def test_cancel_while_the_client_runs(batches, run_cli, lab, ledger, gate, number):
     machine = lab()
     lines = ['true', *[f'echo begun >>{ledger}; {gate.wait("a")}'] * 2, 'echo later']
     batch = batches.start(lines, [machine], '--num-cpus=6', *NO_GPU)     # two at a time
     batch.until('finished: batch.sh.1')
     wrote(ledger, 'begun', 'begun')
+    batch.process.send_signal(number)
     done = cancel(run_cli)
     assert (done.returncode, done.stdout.splitlines()) == (0, [
         f'batch.sh.2: ended, on {machine.yaml()}', f'batch.sh.3: ended, on {machine.yaml()}',
