@@ -29,10 +29,13 @@ The life of a job, and who owns each step:
     waiting   Scheduler      which lines are left, and where there is room for the next
     placed    MachineResources  what a machine has left; score, allocate, deallocate
     claimed   ResultStore    the journal says where it goes BEFORE the request is sent
-    running   REMOTE_RUNNER  creates jobs/NAME.ATTEMPT/cmd exclusively: at most one can start it
+    running   REMOTE_RUNNER  creates jobs/KEY/cmd exclusively: at most one can start it
     ended     MachineRunner  its exit status came up; what it held is free again
     collected ResultStore    streams and folder lie in job_results/, and never replaced anything
     cleaned   REMOTE_RUNNER  only now is its folder over there removed
+
+KEY is NAME.ATTEMPT-IDENTITY: the identity is that of the journal.  Which lines of a batch file are
+left is decided by match_lines: a line is done when its own command was done.
 
 Only Processes starts and waits for processes, in one thread.  Only Reporter prints.  Text meant
 for a shell over there stands in constants; all else crosses as data, between NULs.
