@@ -244,12 +244,12 @@ PIECES = ['a', ' ', '"', "'", '$', '$b', '|', '&', '&&', ';', '>', '<', '2>&1', 
           'é', '\t', '-', '0', '$(', '"a $b"', "'a'"]
 
 
-@settings(ANY, max_examples=300)
+@settings(ANY, max_examples=1000)      # of which some 200 are plain
 @given(text=st.lists(st.sampled_from(PIECES), max_size=10).map(''.join))
 def test_a_plain_line_is_one_that_bash_can_read(text):
-    assume(ssh_scheduler.PLAIN_LINE.fullmatch(text))
-    checked = subprocess.run(['bash', '-n'], input=text.encode(), capture_output=True)
-    assert (checked.returncode, checked.stderr) == (0, b'')
+    if ssh_scheduler.PLAIN_LINE.fullmatch(text):
+        checked = subprocess.run(['bash', '-n'], input=text.encode(), capture_output=True)
+        assert (checked.returncode, checked.stderr) == (0, b'')
 
 
 @pytest.mark.parametrize('text', [
