@@ -709,7 +709,7 @@ def test_what_could_not_be_fetched_is_listed_again(runner):
     assert sorted(listed) == ['', '!no\nsuch', '+./a', '+./a/b']
     shutil.rmtree(runner.path('job'))
     runner.send('again', 'job.1', 1, 'a')
-    assert runner.until('data', 'back', 'job.1') == ['']
+    assert runner.until('data', 'back', 'job.1') == ['!a\0']       # it is gone with its folder
 
 
 def test_many_paths_are_asked_for_with_list(runner):
