@@ -7123,14 +7123,9 @@ def match_lines(jobs, batch, results):
             give(job, name)
     taken, of_lines = set(found.values()), {job.name for job in jobs}
 
-    def free_name(job):
-        """Return the first free name for the results of a new job, which is then taken."""
-        for number in itertools.count(1):
-            name = job.name if number == 1 else f'{job.name}-{number}'
-            if not (name in taken or results.is_begun(name) or results.exists(name)
-                    or number > 1 and name in of_lines):
-                taken.add(name)
-                return name
+    def is_taken(name, job):
+        return (name in taken or results.is_begun(name) or results.exists(name)
+                or name != job.name and name in of_lines)
 
     waiting, begun, done, usual = [], [], [], {}
     for job in jobs:
@@ -7141,7 +7136,8 @@ def match_lines(jobs, batch, results):
             name = job.name
             done.append(job)
         else:
-            name = free_name(job)
+            name = free_name(job.name, functools.partial(is_taken, job=job))
+            taken.add(name)
             waiting.append(job._replace(name=name))
         usual[name] = job.name
     left = [name for name in unmatched if is_of_batch(name, known[name], batch)]
@@ -7149,6 +7145,12 @@ def match_lines(jobs, batch, results):
             for name in left if results.is_begun(name)]
     return Lines(*map(tuple, (waiting, begun, done, gone)),
                  tuple(name for name in left if not results.is_begun(name)), usual)
+
+
+def free_name(name, is_taken):
+    """Return the first of NAME, NAME-2, NAME-3, … for which is_taken(name) is false."""
+    names = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+    return next(itertools.filterfalse(is_taken, names))
 
 
 def is_of_batch(name, record, batch):
@@ -8409,11 +8411,9 @@ def collect_others(runner, jobs, results, reporter):
         if job.word != 'ended':
             continue
         name = names.get(job.key)           # of a run that was cut off
-        number = 1
-        while not name or results.exists(name) or name in results.jobs and name != names.get(
-                job.key):
-            name = f'{job.name}-earlier' + (f'-{number}' if number > 1 else '')
-            number += 1
+        if not name or results.exists(name):
+            name = free_name(f'{job.name}-earlier', lambda name: results.exists(name)
+                             or name in results.jobs)
         if name not in names.values():
             results.claimed(name, 1, runner.machine.address, None, job.command, key=job.key,
                             where=runner.machine.word, batch=None)
