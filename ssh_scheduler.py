@@ -4444,7 +4444,7 @@ class ResultStore:
         return self.jobs.get(name, {}).get('state') in ('claimed', 'ended')
 
     def is_done(self, name):
-        """Tell whether the journal says whose the job's results are, and they are here."""
+        """Tell whether the job was collected, and its results are still here."""
         return self.jobs.get(name, {}).get('state') == 'collected' and self.exists(name)
 
     def pieces(self, name):
@@ -7252,7 +7252,7 @@ class Batch:
                 'evaluation: delete if you wish to rerun')
 
     def _say_names(self):
-        """Tell which results get another name, are not whole, or are of commands nobody knows."""
+        """Tell which results get another name, are not whole, or have no record in the journal."""
         usual = self._lines.usual
         renamed = [f'line {job.line}: {job.name}' for job in self._lines.waiting
                    if usual[job.name] != job.name]

@@ -523,7 +523,7 @@ def edit(lines, edits):
 def test_any_edits_against_a_model(first, rounds):
     """The model: each command has so many results as it had lines at most at a time."""
     class Known(s.ResultStore):
-        """A job_results in memory: what is collected, and what was only begun."""
+        """A job_results in memory, whose jobs have begun or are collected."""
 
         def exists(self, name):
             return self.jobs.get(name, {}).get('state') == 'collected'
