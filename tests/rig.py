@@ -605,6 +605,10 @@ exec {program('rsync')} "$@"
     def power_off(self):
         """Stop it and kill everything that runs on it."""
         self.stop()
+        self.kill_processes()
+
+    def kill_processes(self):
+        """Kill everything that runs on it; some of it ends while the rest is being killed."""
         left = self.processes()
         while left:
             for pid, _cmdline in left:

@@ -254,8 +254,7 @@ def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab
     batch.process.kill()
     batch.end()
     (status,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.*/status')
-    for pid, _ in machine.processes():
-        os.kill(pid, signal.SIGKILL)
+    machine.kill_processes()
     before = status.read_text()
     status.write_text(before.replace(before.split()[3], '0' * 8 + before.split()[3][8:]))
     done = batches.run(['echo b'], [machine], *options, *NO_GPU)
