@@ -329,7 +329,7 @@ def test_hard_links_need_no_reading(here, monkeypatch):
     make('src1', {'big': b'x' * 300_000})
     os.mkdir('src2')
     os.link('src1/big', 'src2/big')
-    monkeypatch.setattr(module.Combination, 'equal_bytes', None)
+    monkeypatch.setattr(module.Comparer, 'equal_bytes', None)
     assert combine_folders('dest', 'src1', 'src2').duplicates == 1
 
 
@@ -615,12 +615,12 @@ def test_a_helper_does_every_other_file(here, helped, descriptors):
 def test_what_fails_in_the_helper_is_said_by_us(here, helped, monkeypatch):
     make('src', {str(number): 'x' for number in range(10)})
     make('dest', {})
-    begin = module.Combination.copy_files
+    begin = module.WritePass.copy_files
 
-    def change_one(self, way, jobs):
-        Path('src', jobs[1].name).write_text('changed')
-        begin(self, way, jobs)
-    monkeypatch.setattr(module.Combination, 'copy_files', change_one)
+    def change_one(self, copies):
+        Path('src', copies[1].name).write_text('changed')
+        begin(self, copies)
+    monkeypatch.setattr(module.WritePass, 'copy_files', change_one)
     with pytest.raises(Changed, match=r'src/1, or something'):
         combine_folders('dest', 'src')
     assert temporaries('dest') == [] and set(read('dest').values()) == {b'x'}
@@ -872,7 +872,7 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(here, monkeypatch, ex
                               'same size': b'b' * size}[change])
     name = 'read' if size < module.SMALL else 'copy_file_range'
     if change in ('vanish', 'replace'):
-        monkeypatch.setattr(module.Combination, 'write', lambda self: (act(), WRITE(self)))
+        monkeypatch.setattr(module.WritePass, 'run', lambda self: (act(), WRITE(self)))
     else:
         changing(monkeypatch, name, act)
     with pytest.raises(Changed, match='src/[fg], or something beside it, changed'):
@@ -880,7 +880,7 @@ def test_a_file_that_changes_while_it_is_copied_is_noticed(here, monkeypatch, ex
     assert not os.path.exists('dest/f') and os.path.exists('dest') == existing
 
 
-WRITE = module.Combination.write
+WRITE = module.WritePass.run
 
 
 @pytest.mark.parametrize('size', [10, 600_000])
@@ -900,7 +900,7 @@ def test_a_file_that_changes_while_it_is_compared_is_noticed(here, monkeypatch, 
     lambda: (os.unlink('src/l'), os.symlink('other', 'src/l'))])
 def test_a_folder_that_changes_before_it_is_copied_is_noticed(here, monkeypatch, act):
     make('src', {'a': 'x', 'b': 'y', 'l': ('link', 'a')})
-    monkeypatch.setattr(module.Combination, 'write', lambda self: (act(), WRITE(self)))
+    monkeypatch.setattr(module.WritePass, 'run', lambda self: (act(), WRITE(self)))
     with pytest.raises(Changed):
         combine_folders('dest', 'src')
     assert not os.path.exists('dest')
@@ -911,8 +911,8 @@ def test_what_changed_is_not_removed_from_a_source(here, monkeypatch, path):
     """Neither what was copied, nor what was the same as something else, nor what is new."""
     make('src', {'a': 'x', 'd/b': 'y'})
     make('src2', {'a': 'x'})
-    empty = module.Combination.empty
-    monkeypatch.setattr(module.Combination, 'empty',
+    empty = module.EmptyPass.run
+    monkeypatch.setattr(module.EmptyPass, 'run',
                         lambda self: (Path(path).write_text('X'), empty(self)))
 
     def refuse(*_, **__):
@@ -924,20 +924,21 @@ def test_what_changed_is_not_removed_from_a_source(here, monkeypatch, path):
     assert read('dest') == {'a': b'x', 'd': None, 'd/b': b'y'}
 
 
-@pytest.mark.parametrize('moment', ['write', 'copy_files', 'make_link', 'make_symlink',
+@pytest.mark.parametrize('moment', ['run', 'copy_files', 'make_link', 'make_symlink',
                                     'show_folder'])
 @pytest.mark.parametrize('what', ['file', 'folder', 'symlink', 'hard link'])
 def test_what_appears_in_dest_meanwhile_is_not_replaced(here, monkeypatch, what, moment):
     make('src', {'folder': {'f/x': 'ours'}, 'symlink': {'f': ('link', 'ours')}}.get(
         what, {'f': 'ours'}))
     make('dest', {})
-    function = getattr(module.Combination, moment)
+    owner = module.Maker if moment == 'show_folder' else module.WritePass
+    function = getattr(owner, moment)
 
     def late(self, *args):
         if not os.path.exists('dest/f'):
             make('dest', {'f': 'theirs'})
         return function(self, *args)
-    monkeypatch.setattr(module.Combination, moment, late)
+    monkeypatch.setattr(owner, moment, late)
     try:
         combine_folders('dest', 'src', link=what == 'hard link')
     except Stopped as error:
@@ -950,7 +951,7 @@ def test_what_appears_in_dest_meanwhile_is_not_replaced(here, monkeypatch, what,
 
 def test_a_dest_that_appears_meanwhile_is_not_replaced(here, monkeypatch):
     make('src', {'f': 'ours'})
-    monkeypatch.setattr(module.Combination, 'write',
+    monkeypatch.setattr(module.WritePass, 'run',
                         lambda self: (make('dest', {'f': 'theirs'}), WRITE(self)))
     with pytest.raises(Stopped, match='dest has appeared meanwhile'):
         combine_folders('dest', 'src')
