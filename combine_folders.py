@@ -281,6 +281,17 @@ class Plan(NamedTuple):
     extra: dict             # new name -> the versions that are renamed to it
 
 
+class Draft:
+    """The items of a folder while it is compared.
+
+    found: {name: bits}.  kept, extra: as in the Plan.  below: {name: versions} of the folders.
+    """
+    __slots__ = ('found', 'kept', 'extra', 'below')
+
+    def __init__(self, found):
+        self.found, self.kept, self.extra, self.below = found, {}, {}, {}
+
+
 class Copy(NamedTuple):
     """A file to copy: the tree whose open folder has it, the look it must have, its new name."""
     tree: int
@@ -343,7 +354,7 @@ def look_of_link(name, target):
     return hash((name, target))
 
 
-def look_of_kept(name, tree):
+def look_of_uncopied(name, tree):
     """Return 8 bytes for an item that is not copied, a folder or one that dest has itself."""
     return hash((name, tree > 0))
 
@@ -378,25 +389,23 @@ class ComparePass:
 
     def compare_folder(self, folder):
         """Compare the items of the folder that the cursors are in, and choose the ones to enter."""
-        trees, findings = self.trees, self.findings
-        found = self.list_folder(folder)
-        plan, below, others = Plan({}, {}), {}, []
-        files_before = findings.files
-        for names, glanced in self.glances(found):
+        draft, others = Draft(self.list_folder(folder)), []
+        files_before = self.findings.files
+        for names, glanced in self.glances(draft.found):
             if glanced:                 # the usual case, and quick: nothing but one file
                 size, look = glanced
-                self.add_file(size, look, trees.versions(found, names[0]))
+                self.add_file(size, look, self.trees.versions(draft.found, names[0]))
             else:
-                others += self.compare_item(found, names, plan, below)
+                others += self.compare_item(names, draft)
         for content in others:
-            self.rename(found, content, plan, below)
-        if plan.kept or plan.extra:
-            findings.plans[folder.number] = plan
-        adds = findings.files > files_before or any(
-            versions[0][0] for versions in below.values())
-        if adds and folder.is_in_dest() and not trees.cursors[0].can_change():
-            self.add_trouble(f'{trees.path_in(0)}: nothing can be added: Permission denied.')
-        self.enter_later(folder, below)
+            self.rename(content, draft)
+        if draft.kept or draft.extra:
+            self.findings.plans[folder.number] = Plan(draft.kept, draft.extra)
+        is_changed = self.findings.files > files_before or any(
+            versions[0][0] for versions in draft.below.values())
+        if is_changed and folder.is_in_dest() and not self.trees.cursors[0].can_change():
+            self.add_trouble(f'{self.trees.path_in(0)}: nothing can be added: Permission denied.')
+        self.enter_later(folder, draft.below)
 
     def list_folder(self, folder):
         """Return {name: bits} of the folder; what is wrong with it as a whole is a trouble."""
@@ -448,14 +457,14 @@ class ComparePass:
 
     # -- One item --
 
-    def compare_item(self, found, names, plan, below):
+    def compare_item(self, names, draft):
         """Compare all that goes by the names, which are one name in dest.
 
-        Return the Contents that need another name.
+        The first content keeps its name; return the others, where they are renamed.
         """
         contents = []
         for name in names:
-            versions = self.trees.versions(found, name)
+            versions = self.trees.versions(draft.found, name)
             contents += self.contents_of(versions)
         if len(contents) > 1:
             self.add_conflict(contents)
@@ -463,12 +472,12 @@ class ComparePass:
                 return []
         is_plain = len(names) == len(contents) == 1 and len(contents[0].found) == len(versions)
         if not is_plain:
-            plan.kept.update(dict.fromkeys(names, ()))
+            draft.kept.update(dict.fromkeys(names, ()))
         if contents:
             (_, name, _), _ = contents[0].found[0]
             if not is_plain:
-                plan.kept[name] = contents[0].versions()
-            self.add_item(name, contents[0], below)
+                draft.kept[name] = contents[0].versions()
+            self.add_item(name, contents[0], draft)
         return contents[1:]
 
     def contents_of(self, versions):
@@ -512,12 +521,12 @@ class ComparePass:
             self.add_trouble(f'{self.trees.path_in(tree, name)} is a {kind}, which cannot be '
                              'combined. Try: --skip-special')
 
-    def add_item(self, name, content, below):
+    def add_item(self, name, content, draft):
         """Note an item that dest will have under the name."""
         (tree, there, kind), status = content.found[0]
         if kind == FOLDER_KIND:
-            below[name] = content.versions()
-            self.findings.looks.append(look_of_kept(name, tree))
+            draft.below[name] = content.versions()
+            self.findings.looks.append(look_of_uncopied(name, tree))
         else:
             look = self.comparer.look_of(there, status, content.data)
             self.add_file(status.st_size, look, content.versions())
@@ -530,7 +539,7 @@ class ComparePass:
         if tree:                            # dest does not have it
             findings.files += 1
             findings.bytes += size
-        findings.looks.append(look if tree else look_of_kept(name, 0))
+        findings.looks.append(look if tree else look_of_uncopied(name, 0))
         self.report.step(len(versions), 0)
 
     # -- Conflicts --
@@ -554,24 +563,24 @@ class ComparePass:
         self.findings.conflicts.append(Conflict(self.trees.below_dest(versions[0].name),
                                                 tuple(versions)))
 
-    def rename(self, found, content, plan, below):
-        """Let the content go by the first name behind its source's that nothing else has.
+    def rename(self, content, draft):
+        """Let the content go by its name and its source's, with a number where that is not free.
 
-        Or by one that the same content has already, as when the same command is run again.
+        A name is free also if the same content has it already, as when a command is run again.
         """
         trees = self.trees
         first, _ = content.found[0]
         tree, name, _ = first
         for number in itertools.count(1):
             new = f'{name}.{trees.short_names[tree]}' + (f'.{number}' if number > 1 else '')
-            holder = plan.extra.get(new) or plan.kept.get(new) or (
-                trees.versions(found, new) if new in found else None)
+            holder = draft.extra.get(new) or draft.kept.get(new) or (
+                trees.versions(draft.found, new) if new in draft.found else None)
             if holder is None:
-                plan.extra[new] = content.versions()
-                self.add_item(new, content, below)
+                draft.extra[new] = content.versions()
+                self.add_item(new, content, draft)
                 break
-            if self.comparer.same(holder[0], first) and self.can_join(holder, content):
-                self.join(found, content, holder, new, plan, below)
+            if self.comparer.same(holder[0], first) and self.can_join(content, holder):
+                self.join(content, holder, new, draft)
                 break
         if len(os.fsencode(new)) > 255:
             self.add_trouble(f'{trees.path_in(tree, name)} cannot be renamed to {new}: '
@@ -579,24 +588,24 @@ class ComparePass:
         self.findings.renamed.append((trees.path_in(tree, name), trees.below_dest(new)))
 
     @staticmethod
-    def can_join(holder, content):
-        """Whether one item can have both: no cursor can be in two folders at once."""
+    def can_join(content, holder):
+        """Whether the content can go by the name of the holder: no cursor can be in two folders."""
         versions = content.versions()
         return versions[0][2] != FOLDER_KIND or {tree for tree, _, _ in holder}.isdisjoint(
             tree for tree, _, _ in versions)
 
-    def join(self, found, content, holder, new, plan, below):
-        """Let the content go by a name that the versions of `holder` have already."""
+    def join(self, content, holder, new, draft):
+        """Let the content go by the name `new`, which the versions of the holder have already."""
         joined = holder + content.versions()
-        if new in plan.extra:
-            plan.extra[new] = joined
-        elif new in plan.kept or found[new] > ONLY_IN_DEST:
-            plan.kept[new] = joined
-        else:                               # no source had it, so it has no look yet
-            plan.extra[new] = joined
-            self.findings.looks.append(look_of_kept(new, 0))
+        if new in draft.extra:
+            draft.extra[new] = joined
+        elif new in draft.kept or draft.found[new] > ONLY_IN_DEST:
+            draft.kept[new] = joined
+        else:                               # no source had the name, so it has no look yet
+            draft.extra[new] = joined
+            self.findings.looks.append(look_of_uncopied(new, 0))
         if joined[0][2] == FOLDER_KIND:
-            below[new] = joined
+            draft.below[new] = joined
         else:
             self.findings.duplicates += len(content.found)
 
@@ -658,7 +667,7 @@ class WritePass:
             tree, there, kind = versions[0]
             look = next(self.looks, None)
             is_kept = kind == FOLDER_KIND or not tree
-            if look is None or is_kept and look != look_of_kept(name, tree):
+            if look is None or is_kept and look != look_of_uncopied(name, tree):
                 raise Changed(self.trees.path_in(tree, there))
             if kind == FOLDER_KIND:
                 folder.below.append(Folder(name, members_of(versions)))
@@ -1650,7 +1659,12 @@ class Maker:
         self._building = None       # the outermost new folder around where the walk is
         self._at_work = []          # temporary names of files in the folder that the walk is in
         self._written = {}          # device -> a descriptor of a folder on it, to sync
-        self._held = []             # descriptors that keep the lock
+        self._locks = []             # descriptors of the folder that is locked
+
+    @property
+    def _folder(self):
+        """The descriptor of dest's folder that the cursors are in."""
+        return self._trees.cursors[0].fd
 
     # -- Folders --
 
@@ -1668,7 +1682,7 @@ class Maker:
                 break
             os.close(descriptor)            # it has become dest, or was removed, while we waited
         cursor = self._trees.cursors[0] = Cursor(place.path, descriptor)
-        self._held.append(os.dup(descriptor))       # the cursor's own does not stay the same
+        self._locks.append(os.dup(descriptor))       # the cursor's own does not stay the same
         self._building = Building(root, os.dup(place.base), temporary)
         for name, _ in list(cursor.entries()):
             discard(descriptor, name)       # a killed run left it
@@ -1677,7 +1691,7 @@ class Maker:
 
     def begin_folder(self, folder):
         """Make a folder that dest does not have; the cursors are above it."""
-        above, name = self._trees.cursors[0].fd, folder.name
+        above, name = self._folder, folder.name
         if self._building is None:
             name = temporary_name(name)
             self._building = Building(folder, os.dup(above), name)
@@ -1689,7 +1703,7 @@ class Maker:
         """Nothing comes into the folder any more: give it the attributes of the first source's."""
         source = self._trees.cursors[next(tree for tree, _ in folder.members if tree)]
         if not source.at_prefix():
-            copy_attributes(self._trees.cursors[0].fd, os.fstat(source.fd))
+            copy_attributes(self._folder, os.fstat(source.fd))
 
     def show_folder(self, folder):
         """Give a folder that was filled under a temporary name its own."""
@@ -1703,15 +1717,14 @@ class Maker:
 
     def prepare(self, leftovers):
         """Begin with the folder that the cursors are in: remove what a killed run left there."""
-        dest = self._trees.cursors[0].fd
         for name in leftovers:
-            discard(dest, name)
-        if self._syncs and (device := os.fstat(dest).st_dev) not in self._written:
-            self._written[device] = os.dup(dest)
+            discard(self._folder, name)
+        if self._syncs and (device := os.fstat(self._folder).st_dev) not in self._written:
+            self._written[device] = os.dup(self._folder)
 
     def make_symlink(self, name, target, status):
         """Make a symlink with the owner and the times that the status tells."""
-        folder, made = self._trees.cursors[0].fd, name
+        folder, made = self._folder, name
         if not self._building:
             made = temporary_name(name)
             self._at_work.append(made)
@@ -1728,7 +1741,7 @@ class Maker:
         """Return whether a hard link could be made: at once and whole, it replaces nothing."""
         try:
             os.link(source_name, name, src_dir_fd=source_folder,
-                    dst_dir_fd=self._trees.cursors[0].fd, follow_symlinks=False)
+                    dst_dir_fd=self._folder, follow_symlinks=False)
         except OSError as error:
             if error.errno in NOT_OFFERED:
                 return False
@@ -1758,7 +1771,7 @@ class Maker:
         """Remove everything with a temporary name, after an error or an interrupt."""
         with contextlib.suppress(OSError):
             for name in self._at_work:
-                discard(self._trees.cursors[0].fd, name)
+                discard(self._folder, name)
             if self._building:
                 discard(self._building.above, self._building.name)
 
@@ -1767,7 +1780,7 @@ class Maker:
         cursor = self._trees.cursors[0]
         if cursor and not self._trees.place.exists:
             cursor.close()
-        for descriptor in (*self._written.values(), *self._held,
+        for descriptor in (*self._written.values(), *self._locks,
                            *([self._building.above] if self._building else [])):
             os.close(descriptor)
 
@@ -1822,25 +1835,29 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
         if place.exists and not dry_run:
             lock(place.base, place.path, report.say)
         trees = Trees(place, cursors, options)
-        with_ctime = not options.makes_links
-        comparer = Comparer(trees, with_ctime, report)
-        maker = Maker(trees, move, report.say)
-        opened.callback(maker.close)
-        workers = Workers(trees, with_ctime, report)
-        opened.callback(workers.stop)
-        findings = ComparePass(trees, comparer, workers, options, report).run()
-        left_out = [many(count, noun) for count, noun in (
-            (len(sources) - len(folders), 'stream file'),
-            (findings.bookkeeping, f'{BOOKKEEPING} folder')) if count]
-        if left_out:
-            report.say(f'left out: {", ".join(left_out)}')
-        if findings.conflicts:
-            raise ConflictsFound(tuple(findings.conflicts), findings.result())
-        if not dry_run:
-            WritePass(trees, comparer, workers, maker, options, report, findings).run()
-            if move:
-                EmptyPass(trees, comparer, maker, report, findings).run()
-        return findings.result()
+        return run_passes(trees, options, report, len(sources) - len(folders), opened)
+
+
+def run_passes(trees, options, report, stream_files, opened):
+    """Compare, write and empty, and return the Result.  opened: an ExitStack."""
+    with_ctime = not options.makes_links
+    comparer = Comparer(trees, with_ctime, report)
+    maker = Maker(trees, options.move, report.say)
+    opened.callback(maker.close)
+    workers = Workers(trees, with_ctime, report)
+    opened.callback(workers.stop)
+    findings = ComparePass(trees, comparer, workers, options, report).run()
+    left_out = [many(count, noun) for count, noun in (
+        (stream_files, 'stream file'), (findings.bookkeeping, f'{BOOKKEEPING} folder')) if count]
+    if left_out:
+        report.say(f'left out: {", ".join(left_out)}')
+    if findings.conflicts:
+        raise ConflictsFound(tuple(findings.conflicts), findings.result())
+    if not options.dry_run:
+        WritePass(trees, comparer, workers, maker, options, report, findings).run()
+        if options.move:
+            EmptyPass(trees, comparer, maker, report, findings).run()
+    return findings.result()
 
 
 def open_folders(dest, sources, move, opened):
