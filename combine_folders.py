@@ -6,26 +6,23 @@
 # ///
 """Combine folders into one that has everything they have, or say exactly why not.
 
-    dest, src1, src2 ... --> Trees (a Cursor in each)
+    dest, src1, src2 ... --> Trees: a Cursor in each, with one descriptor
                               |
-          walk: the cursors go through the same folder of all trees at once, depth first,
-                              |                                  with one descriptor a tree
-    1 ComparePass --> conflicts, troubles; then nothing is written at all
-          |
-       Findings (8 bytes a file: its look)
-          |
+        walk: all cursors go through the same folder at the same time, depth first
+                              |
+    1 ComparePass --> troubles or conflicts: then nothing is written at all
+          |  Findings: 8 bytes a file, its look
     2 WritePass ----> a new folder is filled under a temporary name beside its place, then renamed;
           |           a file for a folder that dest has is made and renamed likewise
-       file systems to sync
-          |
-    3 EmptyPass ----> with --move only: sync, then each file of a source is compared once more with
-                      the one in dest, and removed
+          |  with --move only
+    3 EmptyPass ----> sync, then each file of a source is compared once more with the one in dest,
+                      and removed
 
 All three passes see the same items of a folder in the same order.  An item is a name in dest and
 its versions, one for each tree that has it; dest is tree 0, so its version comes first, and the
 FIRST VERSION WINS: it gives the mode and the time of identical files, and of folders.
 
-The program keeps no plan in memory but those 8 bytes a file, since the second pass lists the
+The program keeps no list of files in memory, only those 8 bytes for each: the second pass lists the
 folders again.  Each item must look as it did in the first pass, and each file must look the same
 before and after it was read; so the program notices a source that changes.
 
@@ -35,15 +32,15 @@ As usual, some things make this less simple:
     because a path may be longer than PATH_MAX and a tree deeper than there are descriptors.
   * A kill leaves temporaries.  The program recognises their names, and the next run removes them.
     Runs lock the folder they write to, so that none removes the temporaries of a run at work.
-  * Small files cost more in Python than in the kernel, so where a source has many of them and the
-    computer a second processor, a Helper takes every other one.  It gets open folders by a socket.
+  * Small files cost more in Python than in the kernel, so where the sources have many files and
+    the computer has a second processor, a Helper does every other one.  A socket brings it the
+    open folders.
   * Whether names that differ only in case can be together is asked of dest itself, by trying,
     and only when a folder has two such names.
 
-Sections: Usage, Words, Errors, Records, Looks; the three passes: Compare, Write, Empty; the parts:
-Names, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function,
-Options, Terminal, Command.  A section uses only what stands above it; the passes get the parts as
-arguments.
+Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts: Names,
+System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function, Options,
+Terminal, Command.  A section uses only what stands above it: the passes get their parts as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -61,7 +58,7 @@ import sys
 import time
 from typing import NamedTuple
 
-# ---- Usage: what read_options parses ----
+# ---- Usage: the text that read_options parses ----
 
 USAGE = """\
 Combine folders into one with everything that they have. The same path with the same content is
@@ -161,13 +158,14 @@ class Changed(Stopped):
 # A tree is a number: 0 is dest, and the sources follow in the order of the command line.  A version
 # is (tree, name, kind): how one tree has an item.  A member is (tree, name).
 FILE_KIND, FOLDER_KIND, OTHER_KIND = 1, 2, 3
-# In a listing a name has two bits for each tree, its kind there; dest's are the lowest.
-ONLY_IN_DEST = 3            # the highest number of a name that no source has
+# The bits of a name are two for each tree, its kind there or 0; dest's are the lowest.
+ONLY_IN_DEST = 3            # the highest bits of a name that no source has
 
-BATCH = 512                 # files that are glanced at, or copied, in one go
+BATCH = 512                 # files that the program compares, or copies, in one go
 
 
 class Options(NamedTuple):
+    """The options of the command line; the usage text explains them."""
     dry_run: bool = False
     link: bool = False
     move: bool = False
@@ -182,7 +180,7 @@ class Options(NamedTuple):
 
 
 class Version(NamedTuple):
-    """How one source has a path that others have differently."""
+    """A version of a path in a conflict, for the user."""
     source: str             # as the user wrote it
     kind: str               # 'file', 'folder' or 'symlink'
     name: str               # differs from the others' only where dest does not tell case
@@ -219,6 +217,7 @@ class Place(NamedTuple):
 
     @property
     def exists(self):
+        """Whether dest was there when the program began."""
         return self.cursor is not None
 
     def advice(self):
@@ -231,8 +230,8 @@ class Place(NamedTuple):
 class Folder:
     """A folder of dest that the walk is in, or will be.
 
-    members: ((tree, name there), ...).  number: how many folders the walk entered before.  below:
-    the Folders to enter from here; each pass puts them there.  made: dest did not have it before.
+    members: ((tree, name there), ...).  number: how many folders the walk entered before it.
+    below: the Folders to enter from here, which each pass chooses.  made: the second pass made it.
     """
     __slots__ = ('name', 'members', 'number', 'below', 'made')
 
@@ -244,8 +243,8 @@ class Folder:
         return self.members[0][0] == 0
 
 
-# While the cursors are in the folder above: GOING_IN and GONE_OUT.  While they are inside, before
-# and after the folders below: IN and OUT.
+# The events of a walk.  At GOING_IN and GONE_OUT the cursors are in the folder above; at IN and OUT
+# they are in the folder itself, before and after the folders below.
 GOING_IN, IN, OUT, GONE_OUT = 'going in', 'in', 'out', 'gone out'
 
 
@@ -253,7 +252,7 @@ class Listing:
     """All that the trees have in one folder.
 
     found: {name: its bits}.  leftovers: (tree, name) of each temporary that a killed run left.
-    bookkeeping: how many folders of execute_batch are left out.
+    bookkeeping: how many folders that execute_batch keeps for itself are left out.
     """
     __slots__ = ('found', 'leftovers', 'bookkeeping')
 
@@ -262,9 +261,10 @@ class Listing:
 
 
 class Content:
-    """One content of an item, and its versions: [(version, status)], the first one first.
+    """One content of an item, and the versions that have it.
 
-    data: the bytes of a small file, the target of a symlink, or None.
+    data: the bytes of a small file, the target of a symlink, or None.  found: (version, status) of
+    each version, in the order of the trees.
     """
     __slots__ = ('data', 'found')
 
@@ -276,15 +276,15 @@ class Content:
 
 
 class Plan(NamedTuple):
-    """The items of a folder where they are not simply its names: special files, conflicts."""
-    kept: dict              # name -> the versions that go by it, none at all among them
+    """The items of a folder that its names do not tell: special files, renamed conflicts."""
+    kept: dict              # name -> the versions that go by it, which may be none
     extra: dict             # new name -> the versions that are renamed to it
 
 
 class Draft:
-    """The items of a folder while it is compared.
+    """The items of a folder while the first pass compares it.
 
-    found: {name: bits}.  kept, extra: as in the Plan.  below: {name: versions} of the folders.
+    found: {name: bits}.  kept, extra: as in its Plan.  below: {name: versions} of the folders.
     """
     __slots__ = ('found', 'kept', 'extra', 'below')
 
@@ -301,21 +301,21 @@ class Copy(NamedTuple):
 
 
 class Findings:
-    """All that the first pass hands on.
+    """All that the first pass hands on; the other passes only read it.
 
-    No list of what to do is among it: the second pass lists the folders again and expects, item by
+    It has no list of files to make: the second pass lists the folders again and expects, item by
     item, the looks that the first one noted.  A list would cost some hundred bytes a file, and a
     change in between would not show.
     """
 
     def __init__(self):
         self.looks = array.array('q')       # of all items, in the order of the walk
-        self.plans = {}                     # number of a folder -> Plan, where it needs one
-        self.conflicts = []                 # Conflicts, unless they are renamed
-        self.conflict_count = 0
+        self.plans = {}                     # number of a folder -> its Plan, if it needs one
+        self.conflicts = []                 # a Conflict for each that is not renamed
+        self.bookkeeping = 0                # folders of execute_batch that are left out
+        # These become the Result.
+        self.files = self.bytes = self.duplicates = self.skipped = self.conflict_count = 0
         self.renamed = []
-        self.files = self.bytes = self.duplicates = self.skipped = 0
-        self.bookkeeping = 0
 
     def result(self):
         return Result(self.files, self.bytes, self.duplicates, self.conflict_count, self.skipped,
@@ -325,6 +325,11 @@ class Findings:
 def members_of(versions):
     """Return the versions without their kinds."""
     return tuple((tree, name) for tree, name, _ in versions)
+
+
+def is_missing(versions):
+    """Whether dest does not have the item."""
+    return versions[0][0] > 0
 
 
 def batches(items):
@@ -337,13 +342,13 @@ def batches(items):
 # ---- Looks: 8 bytes that tell whether an item is as it was ----
 
 class LooksChanged(Exception):
-    """A file does not look as it did, or not after reading it; its version, if that is known."""
+    """A file does not look as it did before; the argument is its version, where that is known."""
 
 
 def look_of_file(name, status, with_ctime):
     """Return 8 bytes that change with the file.
 
-    Making a hard link changes the ctime, so it counts only where no links are made.
+    A hard link changes the ctime of its file, so with_ctime is False where the program makes links.
     """
     return hash((name, status.st_ino, status.st_size, status.st_mtime_ns,
                  with_ctime and status.st_ctime_ns))
@@ -355,14 +360,14 @@ def look_of_link(name, target):
 
 
 def look_of_uncopied(name, tree):
-    """Return 8 bytes for an item that is not copied, a folder or one that dest has itself."""
+    """Return 8 bytes for an item that is not copied: a folder, or a file that dest has itself."""
     return hash((name, tree > 0))
 
 
 # ---- Compare: the first pass ----
 
 class ComparePass:
-    """Compares all that the sources have, item by item; owns the Findings, and writes nothing."""
+    """Compares all that the sources have, item by item, and writes nothing; owns the Findings."""
 
     def __init__(self, trees, comparer, workers, options, report):
         self.trees, self.comparer, self.workers = trees, comparer, workers
@@ -371,7 +376,7 @@ class ComparePass:
         self.troubles = []              # sentences about what cannot be combined
 
     def run(self):
-        """Return the Findings; raise Refused, with all troubles, where the sources have some."""
+        """Return the Findings; raise Refused, with all troubles, if the sources have any."""
         self.report.begin('comparing')
         with self.trees.failing(Refused):
             for event, folder in self.trees.walk(self.trees.root(self.trees.place.exists)):
@@ -402,13 +407,13 @@ class ComparePass:
         if draft.kept or draft.extra:
             self.findings.plans[folder.number] = Plan(draft.kept, draft.extra)
         is_changed = self.findings.files > files_before or any(
-            versions[0][0] for versions in draft.below.values())
+            map(is_missing, draft.below.values()))
         if is_changed and folder.is_in_dest() and not self.trees.cursors[0].can_change():
             self.add_trouble(f'{self.trees.path_in(0)}: nothing can be added: Permission denied.')
         self.enter_later(folder, draft.below)
 
     def list_folder(self, folder):
-        """Return {name: bits} of the folder; what is wrong with it as a whole is a trouble."""
+        """Return {name: bits} of the folder; note troubles that concern it as a whole."""
         trees = self.trees
         for tree, _ in folder.members if self.options.move else ():
             if tree and not trees.cursors[tree].can_change():
@@ -423,7 +428,7 @@ class ComparePass:
         return listing.found
 
     def enter_later(self, folder, below):
-        """Let the walk enter the folders below, {name: versions}, that can be read."""
+        """Let the walk enter those of the folders below, {name: versions}, that can be read."""
         for name, versions in below.items():
             for tree, there, _ in versions:
                 if not self.trees.cursors[tree].can_enter(there):
@@ -436,10 +441,10 @@ class ComparePass:
     # -- At a glance --
 
     def glances(self, found):
-        """Yield (names, (size, look) or None) of all that a source has in the folder.
+        """Yield (names, (size, look) or None) of all items that a source has in the folder.
 
-        names: those that are one name in dest.  None: a glance does not tell whether all that goes
-        by them is one file.
+        names: the names of the item, which are one name in dest.  None: a glance does not tell
+        whether all versions of the item are one file.
         """
         in_sources = (names for names in self.trees.name_groups(found)
                       if any(found[name] > ONLY_IN_DEST for name in names))
@@ -458,9 +463,9 @@ class ComparePass:
     # -- One item --
 
     def compare_item(self, names, draft):
-        """Compare all that goes by the names, which are one name in dest.
+        """Compare the versions of an item; its names are one name in dest.
 
-        The first content keeps its name; return the others, where they are renamed.
+        The first content keeps its name.  Return the other Contents, if conflicts are renamed.
         """
         contents = []
         for name in names:
@@ -481,19 +486,19 @@ class ComparePass:
         return contents[1:]
 
     def contents_of(self, versions):
-        """Return the Contents of the versions of one name, in the order of their first versions."""
+        """Return the different Contents of versions of one name, in the order of the versions."""
         contents = []
         for version in versions:
             self.add_version(contents, version)
         return contents
 
     def add_version(self, contents, version):
-        """Put the version to the Content that it has, be it a new one, or say why that fails."""
+        """Add the version to the Content that it has, or to a new one; note why it has none."""
         tree, name, _ = version
         try:
             status, data = self.comparer.read(version)
             is_special = status and data is None and not stat.S_ISREG(status.st_mode)
-            if is_special and tree:         # dest may have such a thing
+            if is_special and tree:         # dest may have a special file: nothing copies it
                 self.add_special(version, status)
                 return
             for content in contents:
@@ -511,7 +516,7 @@ class ComparePass:
                              f'{reason_of(error)}.')
 
     def add_special(self, version, status):
-        """Leave out a socket, a fifo or a device, or refuse it."""
+        """Count a socket, a fifo or a device; without --skip-special it is a trouble."""
         tree, name, _ = version
         self.findings.skipped += 1
         if not self.options.skip_special:
@@ -532,7 +537,7 @@ class ComparePass:
             self.add_file(status.st_size, look, content.versions())
 
     def add_file(self, size, look, versions):
-        """Note a file or a symlink with all its versions, and count what is made and what not."""
+        """Note a file or a symlink that dest will have, and count its versions."""
         findings = self.findings
         findings.duplicates += len(versions) - 1
         tree, name, _ = versions[0]
@@ -545,7 +550,7 @@ class ComparePass:
     # -- Conflicts --
 
     def add_conflict(self, contents):
-        """Count a conflict; keep what is to be said about it, unless all of it is kept."""
+        """Count a conflict; describe it to the user, unless its contents are renamed."""
         self.findings.conflict_count += 1
         if self.options.on_conflict == 'rename':
             return
@@ -564,9 +569,9 @@ class ComparePass:
                                                 tuple(versions)))
 
     def rename(self, content, draft):
-        """Let the content go by its name and its source's, with a number where that is not free.
+        """Let the content go by its name and its source's, and a number if others have that name.
 
-        A name is free also if the same content has it already, as when a command is run again.
+        If the same content has the name already, as when a user repeats the command, it joins it.
         """
         trees = self.trees
         first, _ = content.found[0]
@@ -589,13 +594,13 @@ class ComparePass:
 
     @staticmethod
     def can_join(content, holder):
-        """Whether the content can go by the name of the holder: no cursor can be in two folders."""
+        """Whether content and holder can be one item: no cursor can be in two folders at once."""
         versions = content.versions()
         return versions[0][2] != FOLDER_KIND or {tree for tree, _, _ in holder}.isdisjoint(
             tree for tree, _, _ in versions)
 
     def join(self, content, holder, new, draft):
-        """Let the content go by the name `new`, which the versions of the holder have already."""
+        """Let the content go by the name `new`, as the versions of the holder do already."""
         joined = holder + content.versions()
         if new in draft.extra:
             draft.extra[new] = joined
@@ -613,7 +618,7 @@ class ComparePass:
 # ---- Write: the second pass ----
 
 class WritePass:
-    """Makes in dest what the first pass found missing, if all still looks as it did then."""
+    """Makes in dest all that the first pass found missing, if it still looks as it did then."""
 
     def __init__(self, trees, comparer, workers, maker, options, report, findings):
         self.trees, self.comparer, self.workers, self.maker = trees, comparer, workers, maker
@@ -662,7 +667,10 @@ class WritePass:
             self.copy_files(copies)
 
     def copies(self, folder, found):
-        """Yield a Copy for each missing file; make symlinks and hard links, and choose folders."""
+        """Yield a Copy for each missing file; make symlinks and hard links on the way.
+
+        Also choose the folders to enter.
+        """
         for name, versions in self.trees.items(found, self.findings.plans.get(folder.number)):
             tree, there, kind = versions[0]
             look = next(self.looks, None)
@@ -737,7 +745,7 @@ class EmptyPass:
         """Remove the files from the sources' folders, and choose the folders to enter."""
         found = self.trees.list_folder().found
         for name, versions in self.trees.items(found, self.findings.plans.get(folder.number)):
-            in_sources = [version for version in versions if version[0]]
+            in_sources = [version for version in versions if version[0] > 0]
             kind = versions[0][2]
             if kind == FOLDER_KIND:
                 folder.below.append(Folder(name, ((0, name), *members_of(in_sources))))
@@ -765,7 +773,7 @@ class EmptyPass:
                     os.rmdir(name, dir_fd=cursor.fd)
 
 
-# ---- Names: the temporaries, streams, bookkeeping, patterns ----
+# ---- Names: of temporaries, streams and sources; patterns ----
 
 BOOKKEEPING = '.ssh_scheduler'          # a folder of execute_batch, in job_results
 TEMPORARY = re.compile(r'\.combine_folders\.[0-9a-f]{16}\.tmp')
@@ -1024,7 +1032,7 @@ def identities_upward(folder):
 
 
 def discard(folder, name):
-    """Remove one of our temporaries with all that is in it."""
+    """Remove a temporary, be it a file or a folder with all that is in it."""
     try:
         os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
@@ -1061,9 +1069,9 @@ def discard_folder(cursor, name):
 # ---- Trees: dest and the sources, which are walked together ----
 
 class Trees:
-    """Dest and the sources: owns the Cursors and the walk, and knows the items of each folder.
+    """Dest and the sources: owns the Cursors and the walk, and lists the items of a folder.
 
-    cursors: tree 0, dest, is None while dest is not there.
+    cursors: that of dest, the first, is None while dest is not there.
     """
 
     def __init__(self, place, sources, options):
@@ -1077,9 +1085,9 @@ class Trees:
         self._base = identity(place.base)
         self._sources = {identity(source.fd): source.path for source in sources}
         self._kinds = {}                    # bits of a name -> ((tree, kind), ...)
-        self._tells_case = None             # whether dest does, once it was asked
-        self._way = [self.root(False)]      # the Folders from dest to where the walk is
-        self._event = IN                    # of the walk
+        self._tells_case = None             # what dest answered, once it was asked
+        self._way = [self.root(False)]      # the Folders from the top to where the walk is
+        self._event = IN                    # of the walk, the latest
 
     # -- The walk --
 
@@ -1100,7 +1108,7 @@ class Trees:
                 below.number = count
                 count += 1
                 way.append(below)
-                yield self._now(GOING_IN, below)
+                yield self._now(GOING_IN, below)    # the write pass adds dest to its members
                 for tree, name in below.members:
                     self.cursors[tree].enter(name)
                 yield self._now(IN, below)
@@ -1153,7 +1161,7 @@ class Trees:
         return '/'.join([self.path_of(tree).rstrip('/'), *self._names(way, tree), *name]) or '/'
 
     def _names(self, way, tree):
-        """Return the names that lead from the top of a tree to the end of the way."""
+        """Return the names that lead from the top of a tree to the last Folder of the way."""
         if tree == 0:
             return [folder.name for folder in way[1:]]
         top = 1 if self.cursors[tree].prefix is None else 2
@@ -1161,7 +1169,7 @@ class Trees:
 
     @contextlib.contextmanager
     def failing(self, kind):
-        """Let an error of the system become one sentence, with the place where it happened."""
+        """Turn an error of the system into one sentence, with the place where it happened."""
         try:
             yield
         except OSError as error:
@@ -1206,7 +1214,7 @@ class Trees:
         return tuple([(tree, name, kind) for tree, kind in kinds])
 
     def items(self, found, plan):
-        """Yield (name in dest, versions) of all that sources have, in the same order always."""
+        """Yield (name in dest, versions) of all that sources have; each pass sees one order."""
         for name in sorted(found):
             if plan and name in plan.kept:
                 if plan.kept[name]:
@@ -1217,7 +1225,7 @@ class Trees:
             yield from plan.extra.items()
 
     def name_groups(self, found):
-        """Yield the names in groups; the names of a group are one name in dest."""
+        """Yield the names in groups, where the names of a group are one name in dest."""
         names = sorted(found)
         # Dest is asked only where two names differ in nothing but case.
         if len({case_key(name) for name in names}) == len(names) or self._dest_tells_case():
@@ -1227,7 +1235,7 @@ class Trees:
         alike = {}
         for name in names:
             alike.setdefault(case_key(name), []).append(name)
-        for group in alike.values():        # first the one that dest has, or the first source
+        for group in alike.values():        # the name that dest or the first source has leads
             group.sort(key=lambda name: self.versions(found, name)[0][0])
         yield from sorted(alike.values())
 
@@ -1356,7 +1364,7 @@ class Comparer:
             return is_equal
 
     def equal_bytes(self, one, other):
-        """Whether two descriptors yield the same bytes up to their end."""
+        """Whether two open files have the same bytes."""
         buffers = memoryview(bytearray(SMALL)), memoryview(bytearray(SMALL))
         while True:
             counts = [os.readv(descriptor, [buffer])
@@ -1377,7 +1385,8 @@ CHUNK = 8 * 1024 * 1024
 class Copier:
     """Copies files between open folders; remembers which file systems share no blocks.
 
-    alive(): whether anybody still waits for the copies.  copied(count): hears of bytes on the way.
+    alive(): whether the process that wants the copies still runs.  copied(count): is called with
+    the bytes of each part of a large file.
     """
 
     def __init__(self, with_ctime, alive=lambda: True, copied=lambda count: None):
@@ -1466,8 +1475,7 @@ class Copier:
             return False
 
     def _copy_bytes(self, source, target, count):
-        """Copy `count` bytes from where both descriptors are; return whether the source had them.
-        """
+        """Copy `count` bytes from where both files are; return whether the source had them."""
         in_kernel = hasattr(os, 'copy_file_range')
         while count:
             if not self._alive():
@@ -1512,24 +1520,24 @@ def copy_attributes(target, status):
         try:
             os.fchown(target, status.st_uid, status.st_gid)
         except OSError:
-            mode &= ~(stat.S_ISUID | stat.S_ISGID)      # would lend our rights, not the owner's
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)      # they would lend this user's rights
     os.fchmod(target, mode)
     os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 # ---- Helper: a second process for every other file ----
 
-HELP_FROM = 1000            # files: this process alone does fewer before a helper has started
-MOST_FOLDERS = 250          # that the kernel lets through a socket at a time
+HELP_FROM = 1000            # files; fewer are done by the time that a helper has started
+MOST_FOLDERS = 250          # descriptors that the kernel sends through a socket at a time
 
 
 class Helper:
-    """Owns a process that glances at files, or copies them, while this process does others.
+    """Owns a second process, which compares or copies files while this process does others.
 
-    It makes 20,000 small files faster than rsync: a file costs 20 microseconds in Python, more
-    than its system calls.  Threads were slower than none, because the interpreter lock changes
-    hands around each call.  The process is forked, so it has our locks: a killed run is over only
-    when both have ended, and the next run waits for that.
+    It is what makes 20,000 small files faster than rsync: a file costs 20 microseconds in Python,
+    more than in system calls.  Threads were slower than none, since the interpreter lock changes
+    hands around each call.  The second process is forked, so it holds the locks of this one: a
+    killed run is over only when both have ended, and the next run waits for that.
     """
 
     def __init__(self, with_ctime):
@@ -1537,23 +1545,23 @@ class Helper:
         import signal
         import socket
         self._marshal, self._socket = marshal, socket
-        self._ours, theirs = socket.socketpair()
+        self._channel, other_end = socket.socketpair()
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid:
-            theirs.close()
+            other_end.close()
             return
-        try:                        # from here to the end: in the helper
-            signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent hears it and kills us
+        try:                        # the second process runs this, and never leaves it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent hears it too, and kills
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._ours.close()
-            self._ours = theirs
+            self._channel.close()
+            self._channel = other_end
             self._serve(Copier(with_ctime, alive=lambda: os.getppid() == parent))
         finally:                    # also when the parent is gone
             os._exit(0)
 
     def _serve(self, copier):
-        """Do what the parent asks for, for ever: the helper runs this."""
+        """Do one task of the parent after the other; the second process runs this."""
         while True:
             (trees, tasks, argument), descriptors = self._receive()
             folders = dict(zip(trees, descriptors))
@@ -1567,24 +1575,27 @@ class Helper:
 
     @staticmethod
     def can_help():
-        """Whether a second processor is there for it, and no thread that a fork would cut off."""
+        """Whether the computer has a second processor, and no thread would be cut off by a fork."""
         threads = sys.modules.get('threading')
         return (hasattr(os, 'sched_getaffinity') and len(os.sched_getaffinity(0)) > 1
                 and (threads is None or threads.active_count() == 1))
 
     def start(self, tasks, folders, argument):
-        """Let it begin with Copies, as copy_all would, or with members, as glance_all would."""
+        """Let it begin with Copies for Copier.copy_all, or with members for glance_all.
+
+        folders: {tree: open folder}.  argument: the last one of that function.
+        """
         self._send((list(folders), [tuple(task) for task in tasks], argument),
                    list(folders.values()))
 
     def finish(self):
-        """Wait for the answer, and return it."""
+        """Wait for the second process; return what its function returned."""
         return self._receive()[0]
 
     def kill(self):
-        """End it: between tasks it has nothing to lose, and after an error nothing to finish."""
+        """Kill it: between tasks it has nothing to lose, and after an error nothing to finish."""
         if self._pid:
-            self._ours.close()
+            self._channel.close()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, 9)
             os.waitpid(self._pid, 0)
@@ -1593,20 +1604,20 @@ class Helper:
     def _send(self, message, descriptors=()):
         data = self._marshal.dumps(message)
         size = len(data).to_bytes(8, 'big')
-        self._socket.send_fds(self._ours, [size], descriptors)
-        self._ours.sendall(data)
+        self._socket.send_fds(self._channel, [size], descriptors)
+        self._channel.sendall(data)
 
     def _receive(self):
-        size, descriptors, _, _ = self._socket.recv_fds(self._ours, 8, 252)
+        size, descriptors, _, _ = self._socket.recv_fds(self._channel, 8, 252)
         if len(size) < 8:
             raise Stopped('the second process was killed. The same command goes on.')
-        with self._ours.makefile('rb') as stream:
+        with self._channel.makefile('rb') as stream:
             data = stream.read(int.from_bytes(size, 'big'))
         return self._marshal.loads(data), descriptors
 
 
 class Workers:
-    """This process and, from HELP_FROM files on, a Helper, which it owns."""
+    """Shares files out between this process and, from HELP_FROM files on, a Helper; owns that."""
 
     def __init__(self, trees, with_ctime, report):
         self._trees, self._with_ctime = trees, with_ctime
@@ -1622,7 +1633,7 @@ class Workers:
         return self._share(copies, self._copier.copy_all, direct)
 
     def _share(self, tasks, function, argument):
-        """Return [(tasks, function(tasks, ...))]; the second half is the helper's."""
+        """Return [(tasks, function(tasks, ...))]; where a Helper runs, two halves of them."""
         folders = self._trees.descriptors()
         self._count += len(tasks)
         if self._helper is None and self._count > HELP_FROM:
@@ -1650,8 +1661,10 @@ class Building(NamedTuple):
 class Maker:
     """Makes things in dest beside their place, and renames them; owns those that are not done yet.
 
-    A whole missing folder is one such thing, so files in it get their own names at once.  O_TMPFILE
-    with a link would leave nothing after a kill, but NFS has none.
+    A whole missing folder is one such thing, so the files in it get their own names at once.
+    O_TMPFILE with a link would leave nothing after a kill, but NFS does not have it.
+
+    syncs: whether sync() will be called.
     """
 
     def __init__(self, trees, syncs, say):
@@ -1659,7 +1672,7 @@ class Maker:
         self._building = None       # the outermost new folder around where the walk is
         self._at_work = []          # temporary names of files in the folder that the walk is in
         self._written = {}          # device -> a descriptor of a folder on it, to sync
-        self._locks = []             # descriptors of the folder that is locked
+        self._locks = []            # descriptors of the folder that is locked
 
     @property
     def _folder(self):
@@ -1669,7 +1682,7 @@ class Maker:
     # -- Folders --
 
     def begin_dest(self, root):
-        """Make the folder that will be dest under a temporary name; it is ours alone."""
+        """Make the folder that will be dest under a temporary name, and lock it."""
         place = self._trees.place
         temporary = temporary_name(place.name)
         while True:
@@ -1682,7 +1695,7 @@ class Maker:
                 break
             os.close(descriptor)            # it has become dest, or was removed, while we waited
         cursor = self._trees.cursors[0] = Cursor(place.path, descriptor)
-        self._locks.append(os.dup(descriptor))       # the cursor's own does not stay the same
+        self._locks.append(os.dup(descriptor))      # the cursor's own does not stay the same
         self._building = Building(root, os.dup(place.base), temporary)
         for name, _ in list(cursor.entries()):
             discard(descriptor, name)       # a killed run left it
@@ -1700,13 +1713,13 @@ class Maker:
         folder.members = ((0, name), *folder.members)
 
     def finish_folder(self, folder):
-        """Nothing comes into the folder any more: give it the attributes of the first source's."""
+        """Give a folder that is complete the attributes that it has in the first source."""
         source = self._trees.cursors[next(tree for tree, _ in folder.members if tree)]
         if not source.at_prefix():
             copy_attributes(self._folder, os.fstat(source.fd))
 
     def show_folder(self, folder):
-        """Give a folder that was filled under a temporary name its own."""
+        """Rename the folder, if it has a temporary name, to its own."""
         building = self._building
         if building and building.folder is folder:
             rename_new(building.above, building.name, folder.name or self._trees.place.name)
@@ -1716,7 +1729,7 @@ class Maker:
     # -- Files --
 
     def prepare(self, leftovers):
-        """Begin with the folder that the cursors are in: remove what a killed run left there."""
+        """Remove what a killed run left in the folder, before this run writes there."""
         for name in leftovers:
             discard(self._folder, name)
         if self._syncs and (device := os.fstat(self._folder).st_dev) not in self._written:
@@ -1738,7 +1751,10 @@ class Maker:
             self._at_work.remove(made)
 
     def make_link(self, name, source_folder, source_name):
-        """Return whether a hard link could be made: at once and whole, it replaces nothing."""
+        """Return whether a hard link could be made.
+
+        It needs no temporary name: a link is there at once, and replaces nothing.
+        """
         try:
             os.link(source_name, name, src_dir_fd=source_folder,
                     dst_dir_fd=self._folder, follow_symlinks=False)
@@ -1749,7 +1765,7 @@ class Maker:
         return True
 
     def begin_copies(self, copies):
-        """Return whether the files get their own names at once."""
+        """Return whether the files get their own names at once; if not, note the temporary ones."""
         if not self._building:
             self._at_work += [temporary_name(copy.new) for copy in copies]
         return self._building is not None
@@ -1762,7 +1778,7 @@ class Maker:
     def sync(self):
         """Wait until all that was made is on disk.
 
-        Without --move nobody needs that: the sources are still there.
+        Only --move needs that: without it the sources are still there.
         """
         for descriptor in self._written.values():
             sync_file_system(descriptor)
@@ -1785,25 +1801,25 @@ class Maker:
             os.close(descriptor)
 
 
-# ---- Report: what is shown while it goes on ----
+# ---- Report: hears how the work goes on ----
 
 class Report:
-    """Hears what happens; this one says nothing.  The one for terminals stands below."""
+    """Hears what happens, and says nothing; Terminal, below, is a Report that prints."""
 
     def say(self, line):
-        """One event: its word, a colon, and what happened."""
+        """An event happened: its word, a colon, and the rest."""
 
     def begin(self, doing, total_bytes=0):
-        """A pass over all files begins; its bytes, where they are known."""
+        """A pass over all files begins; total_bytes: of its files, where that is known."""
 
     def step(self, files, size):
-        """So many files more, and bytes."""
+        """The pass has done `files` more files, and `size` more bytes."""
 
     def end(self):
         """No pass goes on any more."""
 
 
-# ---- Function: what main calls, and other programs may ----
+# ---- Function: combine_folders, for main and for other programs ----
 
 def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_conflict='error',
                     exclude=(), prefix=False, skip_special=False, report=None):
@@ -1811,7 +1827,7 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
 
     dest and sources are paths.  The keywords are the options of the command; exclude is a list of
     patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears what goes on.
-    What execute_batch keeps for itself in job_results is left out; see the usage text.
+    Files that execute_batch keeps for itself in job_results are left out; see the usage text.
 
     All errors are CombineErrors whose text is for users.  Nothing was written after
     ConflictsFound, whose `conflicts` has them all, and after Refused and UsageError.  After
@@ -1839,7 +1855,10 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
 
 
 def run_passes(trees, options, report, stream_files, opened):
-    """Compare, write and empty, and return the Result.  opened: an ExitStack."""
+    """Run the three passes, and return the Result.
+
+    stream_files: how many sources were left out.  opened: an ExitStack, which closes the parts.
+    """
     with_ctime = not options.makes_links
     comparer = Comparer(trees, with_ctime, report)
     maker = Maker(trees, options.move, report.say)
@@ -1920,7 +1939,7 @@ def no_folder(error):
         error.errno, f'cannot be used: {reason_of(error)}.')
 
 
-# ---- Options: argv -> what combine_folders takes ----
+# ---- Options: from argv to the arguments of combine_folders ----
 
 def option_kinds():
     """Return {option: 'flag' | 'value'} as the usage text describes them."""
@@ -2080,7 +2099,7 @@ def summary(word, result, dest, conflicts, sources):
             f'{many(conflicts, "conflict")}{skipped} -> {printable(dest)}')
 
 
-# ---- Command ----
+# ---- Command: from argv to the exit status ----
 
 class Terminated(BaseException):
     """SIGTERM or SIGHUP: like Ctrl-C, but the exit status says which."""
