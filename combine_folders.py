@@ -38,9 +38,10 @@ As usual, some things make this less simple:
   * Whether names that differ only in case can be together is asked of dest itself, by trying,
     and only when a folder has two such names.
 
-Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts: Names,
-System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function, Options,
-Terminal, Command.  A section uses only what stands above it: the passes get their parts as arguments.
+Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
+Names, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function,
+Options, Terminal, Command.  A section uses only what stands above it: the passes get their parts
+as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -324,7 +325,7 @@ class Findings:
 
 def members_of(versions):
     """Return the versions without their kinds."""
-    return tuple((tree, name) for tree, name, _ in versions)
+    return tuple([(tree, name) for tree, name, _ in versions])
 
 
 def is_missing(versions):
@@ -1086,8 +1087,7 @@ class Trees:
         self._sources = {identity(source.fd): source.path for source in sources}
         self._kinds = {}                    # bits of a name -> ((tree, kind), ...)
         self._tells_case = None             # what dest answered, once it was asked
-        self._way = [self.root(False)]      # the Folders from the top to where the walk is
-        self._event = IN                    # of the walk, the latest
+        self._way = [self.root(False)]      # the Folders from the top to where the cursors are
 
     # -- The walk --
 
@@ -1100,31 +1100,27 @@ class Trees:
         """Yield (event, Folder): the cursors go through all folders together, depth first."""
         way = self._way = [root]
         count = 1
-        yield self._now(IN, root)
+        yield IN, root
         while True:
             here = way[-1]
             if here.below:
                 below = here.below.pop()
                 below.number = count
                 count += 1
-                way.append(below)
-                yield self._now(GOING_IN, below)    # the write pass adds dest to its members
+                yield GOING_IN, below       # the write pass adds dest to its members
                 for tree, name in below.members:
                     self.cursors[tree].enter(name)
-                yield self._now(IN, below)
+                way.append(below)
+                yield IN, below
                 below.below.reverse()
                 continue
-            yield self._now(OUT, here)
+            yield OUT, here
             if here is root:
                 return
             for tree, _ in here.members:
                 self.cursors[tree].leave()
-            yield self._now(GONE_OUT, here)
             way.pop()
-
-    def _now(self, event, folder):
-        self._event = event
-        return event, folder
+            yield GONE_OUT, here
 
     def descriptors(self):
         """Return {tree: descriptor} of the folder that the cursors are in."""
@@ -1152,20 +1148,18 @@ class Trees:
 
     def path_in(self, tree, *name):
         """Return the path in a tree of the folder, or of a name in it, as a user would write it."""
-        return self._path(self._way, tree, *name)
+        return '/'.join([self.path_of(tree).rstrip('/'), *self._names(tree), *name]) or '/'
 
     def below_dest(self, name):
-        return '/'.join([*self._names(self._way, 0), name])
+        """Return the path below dest of a name in the folder."""
+        return '/'.join([*self._names(0), name])
 
-    def _path(self, way, tree, *name):
-        return '/'.join([self.path_of(tree).rstrip('/'), *self._names(way, tree), *name]) or '/'
-
-    def _names(self, way, tree):
-        """Return the names that lead from the top of a tree to the last Folder of the way."""
+    def _names(self, tree):
+        """Return the names that lead from the top of a tree to the folder."""
         if tree == 0:
-            return [folder.name for folder in way[1:]]
+            return [folder.name for folder in self._way[1:]]
         top = 1 if self.cursors[tree].prefix is None else 2
-        return [dict(folder.members)[tree] for folder in way[top:]]
+        return [dict(folder.members)[tree] for folder in self._way[top:]]
 
     @contextlib.contextmanager
     def failing(self, kind):
@@ -1174,9 +1168,8 @@ class Trees:
             yield
         except OSError as error:
             name = error.filename if isinstance(error.filename, str) else ''
-            is_above = self._event in (GOING_IN, GONE_OUT)
-            path = self._path(self._way[:-1] if is_above else self._way, 0, *[name] * (
-                bool(name) and not TEMPORARY.fullmatch(name)))
+            is_shown = name and not TEMPORARY.fullmatch(name)
+            path = self.path_in(0, name) if is_shown else self.path_in(0)
             advice = f' {self.place.advice()}' if kind is Stopped else ''
             raise kind(f'{printable(path)}: {reason_of(error)}.{advice}') from None
 
@@ -1194,7 +1187,7 @@ class Trees:
         cursor, found, top = self.cursors[tree], listing.found, None
         in_source = tree > 0 and not cursor.at_prefix()
         if in_source and self._excluded:
-            top = ''.join(name + '/' for name in self._names(self._way, tree))
+            top = ''.join(name + '/' for name in self._names(tree))
         for name, kind in cursor.entries():
             if name.startswith('.combine_folders.') and TEMPORARY.fullmatch(name):
                 listing.leftovers.append((tree, name))
