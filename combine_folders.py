@@ -276,21 +276,27 @@ class Content:
         return tuple(version for version, _ in self.found)
 
 
-class Plan(NamedTuple):
-    """The items of a folder that its names do not tell: special files, renamed conflicts."""
-    kept: dict              # name -> the versions that go by it, which may be none
-    extra: dict             # new name -> the versions that are renamed to it
+class Plan:
+    """The items of a folder that its names do not tell: special files, renamed conflicts.
+
+    kept: {name: the versions that go by it, which may be none}.  extra: {new name: the versions
+    that are renamed to it}.
+    """
+    __slots__ = ('kept', 'extra')
+
+    def __init__(self):
+        self.kept, self.extra = {}, {}
 
 
 class Draft:
     """The items of a folder while the first pass compares it.
 
-    found: {name: bits}.  kept, extra: as in its Plan.  below: {name: versions} of the folders.
+    found: {name: bits}.  plan: its Plan so far.  below: {name: versions} of the folders in it.
     """
-    __slots__ = ('found', 'kept', 'extra', 'below')
+    __slots__ = ('found', 'plan', 'below')
 
     def __init__(self, found):
-        self.found, self.kept, self.extra, self.below = found, {}, {}, {}
+        self.found, self.plan, self.below = found, Plan(), {}
 
 
 class Copy(NamedTuple):
@@ -405,8 +411,8 @@ class ComparePass:
                 others += self.compare_item(names, draft)
         for content in others:
             self.rename(content, draft)
-        if draft.kept or draft.extra:
-            self.findings.plans[folder.number] = Plan(draft.kept, draft.extra)
+        if draft.plan.kept or draft.plan.extra:
+            self.findings.plans[folder.number] = draft.plan
         is_changed = self.findings.files > files_before or any(
             map(is_missing, draft.below.values()))
         if is_changed and folder.is_in_dest() and not self.trees.cursors[0].can_change():
@@ -431,9 +437,9 @@ class ComparePass:
     def enter_later(self, folder, below):
         """Let the walk enter those of the folders below, {name: versions}, that can be read."""
         for name, versions in below.items():
-            for tree, there, _ in versions:
-                if not self.trees.cursors[tree].can_enter(there):
-                    self.add_trouble(f'{self.trees.path_in(tree, there)}: cannot be read: '
+            for tree, its_name, _ in versions:
+                if not self.trees.cursors[tree].can_enter(its_name):
+                    self.add_trouble(f'{self.trees.path_in(tree, its_name)}: cannot be read: '
                                      'Permission denied.')
                     break
             else:
@@ -478,11 +484,11 @@ class ComparePass:
                 return []
         is_plain = len(names) == len(contents) == 1 and len(contents[0].found) == len(versions)
         if not is_plain:
-            draft.kept.update(dict.fromkeys(names, ()))
+            draft.plan.kept.update(dict.fromkeys(names, ()))
         if contents:
             (_, name, _), _ = contents[0].found[0]
             if not is_plain:
-                draft.kept[name] = contents[0].versions()
+                draft.plan.kept[name] = contents[0].versions()
             self.add_item(name, contents[0], draft)
         return contents[1:]
 
@@ -494,7 +500,7 @@ class ComparePass:
         return contents
 
     def add_version(self, contents, version):
-        """Add the version to the Content that it has, or to a new one; note why it has none."""
+        """Add the version to the Content that it has, or to a new one; note why that fails."""
         tree, name, _ = version
         try:
             status, data = self.comparer.read(version)
@@ -529,12 +535,12 @@ class ComparePass:
 
     def add_item(self, name, content, draft):
         """Note an item that dest will have under the name."""
-        (tree, there, kind), status = content.found[0]
+        (tree, its_name, kind), status = content.found[0]
         if kind == FOLDER_KIND:
             draft.below[name] = content.versions()
             self.findings.looks.append(look_of_uncopied(name, tree))
         else:
-            look = self.comparer.look_of(there, status, content.data)
+            look = self.comparer.look_of(its_name, status, content.data)
             self.add_file(status.st_size, look, content.versions())
 
     def add_file(self, size, look, versions):
@@ -572,17 +578,18 @@ class ComparePass:
     def rename(self, content, draft):
         """Let the content go by its name and its source's, and a number if others have that name.
 
-        If the same content has the name already, as when a user repeats the command, it joins it.
+        If versions of the same content hold the name, as when a user repeats the command, the
+        content joins them.
         """
-        trees = self.trees
+        trees, plan = self.trees, draft.plan
         first, _ = content.found[0]
         tree, name, _ = first
         for number in itertools.count(1):
             new = f'{name}.{trees.short_names[tree]}' + (f'.{number}' if number > 1 else '')
-            holder = draft.extra.get(new) or draft.kept.get(new) or (
+            holder = plan.extra.get(new) or plan.kept.get(new) or (
                 trees.versions(draft.found, new) if new in draft.found else None)
             if holder is None:
-                draft.extra[new] = content.versions()
+                plan.extra[new] = content.versions()
                 self.add_item(new, content, draft)
                 break
             if self.comparer.same(holder[0], first) and self.can_join(content, holder):
@@ -602,13 +609,13 @@ class ComparePass:
 
     def join(self, content, holder, new, draft):
         """Let the content go by the name `new`, as the versions of the holder do already."""
-        joined = holder + content.versions()
-        if new in draft.extra:
-            draft.extra[new] = joined
-        elif new in draft.kept or draft.found[new] > ONLY_IN_DEST:
-            draft.kept[new] = joined
+        plan, joined = draft.plan, holder + content.versions()
+        if new in plan.extra:
+            plan.extra[new] = joined
+        elif new in plan.kept or draft.found[new] > ONLY_IN_DEST:
+            plan.kept[new] = joined
         else:                               # no source had the name, so it has no look yet
-            draft.extra[new] = joined
+            plan.extra[new] = joined
             self.findings.looks.append(look_of_uncopied(new, 0))
         if joined[0][2] == FOLDER_KIND:
             draft.below[new] = joined
@@ -673,11 +680,11 @@ class WritePass:
         Also choose the folders to enter.
         """
         for name, versions in self.trees.items(found, self.findings.plans.get(folder.number)):
-            tree, there, kind = versions[0]
+            tree, its_name, kind = versions[0]
             look = next(self.looks, None)
             is_kept = kind == FOLDER_KIND or not tree
             if look is None or is_kept and look != look_of_uncopied(name, tree):
-                raise Changed(self.trees.path_in(tree, there))
+                raise Changed(self.trees.path_in(tree, its_name))
             if kind == FOLDER_KIND:
                 folder.below.append(Folder(name, members_of(versions)))
             elif not tree:
@@ -685,24 +692,24 @@ class WritePass:
             elif kind == OTHER_KIND:
                 self.make_symlink(versions[0], name, look)
             elif not (self.options.makes_links and self.make_link(versions[0], name, look)):
-                yield Copy(tree, there, look, name)
+                yield Copy(tree, its_name, look, name)
 
     def make_symlink(self, version, name, look):
-        tree, there, _ = version
+        tree, its_name, _ = version
         status, target = self.comparer.read(version)
-        if target is None or self.comparer.look_of(there, status, target) != look:
-            raise Changed(self.trees.path_in(tree, there))
+        if target is None or self.comparer.look_of(its_name, status, target) != look:
+            raise Changed(self.trees.path_in(tree, its_name))
         self.maker.make_symlink(name, target, status)
         self.report.step(1, 0)
 
     def make_link(self, version, name, look):
         """Return whether a hard link could be made."""
-        tree, there, _ = version
+        tree, its_name, _ = version
         folder = self.trees.cursors[tree].fd
-        status = os.lstat(there, dir_fd=folder)
-        if self.comparer.look_of(there, status, None) != look:
-            raise Changed(self.trees.path_in(tree, there))
-        is_made = self.maker.make_link(name, folder, there)
+        status = os.lstat(its_name, dir_fd=folder)
+        if self.comparer.look_of(its_name, status, None) != look:
+            raise Changed(self.trees.path_in(tree, its_name))
+        is_made = self.maker.make_link(name, folder, its_name)
         if is_made:
             self.report.step(1, status.st_size)
         return is_made
@@ -1644,11 +1651,15 @@ class Workers:
 
 # ---- Making: things in dest, first under a temporary name ----
 
-class Building(NamedTuple):
-    """A new folder that is being filled under a temporary name."""
-    folder: Folder
-    above: int              # a descriptor of the folder that it lies in
-    name: str               # the temporary one
+class Building:
+    """A new Folder that is being filled.
+
+    above: a descriptor of the folder that it lies in.  name: its temporary one, there.
+    """
+    __slots__ = ('folder', 'above', 'name')
+
+    def __init__(self, folder, above, name):
+        self.folder, self.above, self.name = folder, above, name
 
 
 class Maker:
