@@ -2492,11 +2492,12 @@ REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
 
 REMOTE_RUNNER = r'''
 # The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
-# Its stdin: this text and a NUL; then NUL-terminated fields: the header, then requests.
+# Its stdin: this text; then the header, and requests, of which each is VERB COUNT FIELD..., a NUL
+# behind each.
 # Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a
 # line "data".  Nothing but speak() writes there, so that events never mix.
 #
-# shellcheck disable=SC2015     # A && B || break: each field must come, or the channel was cut
+# shellcheck disable=SC2015     # A && B || continue: either is a reason to
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
 ''' + REMOTE_CLEAN + r'''
 JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
@@ -2505,12 +2506,34 @@ OLD_DAYS=14                 # after which what was sent is forgotten
 LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
 NO_BOOT_ID=00000000-0000-0000-0000-000000000000         # where the machine does not say it
 
-# bash exports a local variable if the environment has its name.  Those below are in lowercase.
+# A variable that the environment has is exported for ever.  Those below are in lowercase.
 while IFS= read -rd '' entry; do
   entry=${entry%%=*}
-  # shellcheck disable=SC2163            # what it says is a name
-  [[ $entry == *[!a-z0-9_]* ]] || export -n "$entry"
+  [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
 done <"/proc/$$/environ" 2>/dev/null
+
+LC_ALL=C IFS=$' \t\n'
+
+# What the functions share.  The header:
+token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_environment=()
+# Where things are: the folder of the project, in it that of this runner, and those of the system.
+home='' run='' claims='' proc='' sys='' shared=''
+# Who this is, as `identify` and `mkdir` find out.
+self='' uid='' account='' boot_id='' mask=''
+# File descriptors: what is asked, what is said, and what tells that a login or nvidia-smi is done.
+requests='' events='' signals='' waiting=0 capturing=''
+# What the machine has: the numbers of a probe, the environment of jobs, the limits for new ones.
+cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
+environment=() assignments='' by_env=() dropped=()
+# What jobs of a stage find, so that they did not make it: "STAGE ENTRY", "STAGE ./PATH".
+declare -A sent=() linked=()
+# Jobs: those begun here, with the files of their claims, and those that are about to begin.
+tied='' arrived=() removing=() survivors=''
+declare -A begun=() unbegun=()
+# Jobs that were asked for since the last start_pending, in order, and their fields by KEY.
+pending=()
+declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+declare -A paths_of=()
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -2593,10 +2616,11 @@ no_process() {              # REPLY: that no process can be started; starts none
 }
 
 # Where bash cannot fork, it tries for 15 s and then ends, and only this is run.
-last_words() {              # for main, whose variables are gone: says why, and what never began
-  local run=$1 events=$2 claims=$3 project=$4 name
-  [[ -e $run ]] && ! complaint || return 0
-  for name in "${unbegun[@]}"; do
+last_words() {              # says why, and what never began
+  local name
+  [[ -e $run ]] || return 0
+  ! complaint || return 0
+  for name in "${!unbegun[@]}"; do
     : >"$claims/$project.$name"
     tell refused "$name" "$REPLY"
   done
@@ -3136,9 +3160,10 @@ find_list() {               # REPLY: the file with what the job job.attempt $1 l
 # ---- Jobs ----
 
 run_job() {                 # in its own process and group; says how it went, and leaves that
-  local name=$1 id=$2 gpus=$3 back=$4 dir=$home/jobs/$1 status=125 started used left
+  local name=$1 dir=$home/jobs/$1 id=${stage_of[$1]} gpus=${gpus_of[$1]} mode=${mode_of[$1]}
+  local limit=${limit_of[$1]} back=${back_of[$1]} status=125 started used left
   local alive input keeper='' watchdog='' program=../cmd own
-  shift 4                   # $back: none | changed | paths, which are what is left
+  eval "set -- ${paths_of[$1]}"
   trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
   exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
   exec {alive}<>"$dir/alive"            # what the job starts has it open: so it can be found
@@ -3153,9 +3178,9 @@ run_job() {                 # in its own process and group; says how it went, an
     printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
   else
     exec {input}</dev/null
-    [[ ${modes[$name]-} != stdin ]] || keep_input
-    [[ ! ${limits_s[$name]-} ]] || keep_time
-    [[ ${modes[$name]-} != tty ]] || program=../wait
+    [[ $mode != stdin ]] || keep_input
+    [[ ! $limit ]] || keep_time
+    [[ $mode != tty ]] || program=../wait
     (
       exec {held}>"$dir/alive" {alive}<&- {input}<&-
       umask "$mask"
@@ -3204,8 +3229,8 @@ keep_time() {               # for run_job: ends it, as a cancel does, when its t
   {
     trap '' TERM
     exec {input}<&-
-    read -r -t "${limits_s[$name]}" <&"$alive"          # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "${limits_s[$name]}" >>"$dir/err"
+    read -r -t "$limit" <&"$alive"      # nothing ever comes
+    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
     : >"$dir/late"
     cancel 5 "$name"
   } &
@@ -3311,19 +3336,18 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
 }
 
 start_pending() {           # starts what was read of "start" requests since the last time
-  local index dirs=() pipes=() started='' name dir command claimed=() held=
-  for index in "${!names[@]}"; do
-    dirs+=("$home/jobs/${names[index]}")
-    [[ ${stages[index]} ]] || dirs+=("$home/jobs/${names[index]}/work")
-    pipes+=("$home/jobs/${names[index]}/alive")
+  local dirs=() pipes=() started='' name dir command claimed=() held=
+  for name in "${pending[@]}"; do
+    dirs+=("$home/jobs/$name")
+    [[ ${stage_of[$name]} ]] || dirs+=("$home/jobs/$name/work")
+    pipes+=("$home/jobs/$name/alive")
   done
   if ((${#dirs[@]})); then
     LC_ALL=C mkdir -p -- "${dirs[@]}"
     mkfifo -- "${pipes[@]}" 2>/dev/null         # some are there, where it was started before
   fi
   announce || held=1
-  for index in "${!names[@]}"; do
-    name=${names[index]}
+  for name in "${pending[@]}"; do
     dir=$home/jobs/$name
     if [[ $held && ! -e $dir/cmd ]]; then
       : >"$claims/$project.$name"
@@ -3336,18 +3360,17 @@ start_pending() {           # starts what was read of "start" requests since the
     if : >"$dir/cmd"; then
       set +C
       if printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
-        printf '%s\n' "${commands[index]}" >"$dir/cmd"; then
+        printf '%s\n' "${command_of[$name]}" >"$dir/cmd"; then
         ((${#started} < 3000)) || { say "started$started"; started=; }
         started+=$'\t'$name
-        claimed+=("$index") unbegun[index]=$name
+        claimed+=("$name") unbegun[$name]=1
         begun[$name]=$claims/$project.$name
         continue
       fi
       rm -f -- "$dir/cmd"   # the disk is full: nothing was started
     elif set +C; command=$(<"$dir/cmd"); [[ -e $dir/cmd &&
-      (! $command || $command == "${commands[index]}") ]]; then
-      report "$name" </dev/null &
-      disown "$!"
+      (! $command || $command == "${command_of[$name]}") ]]; then
+      beside report "$name"
       continue
     fi
     [[ -e $dir/cmd ]] || : >"$claims/$project.$name"
@@ -3355,19 +3378,18 @@ start_pending() {           # starts what was read of "start" requests since the
     tell refused "$name" "$REPLY"
   done
   [[ ! $started ]] || say "started$started"     # before the first can say that it ended
-  for index in "${claimed[@]}"; do
-    run_job "${names[index]}" "${stages[index]}" "${gpus[index]}" "${backs[index]}" \
-      "${paths[@]:offsets[index]:counts[index]}" </dev/null &
-    disown "$!"
-    unset -v "unbegun[index]"
+  for name in "${claimed[@]}"; do
+    beside run_job "$name"
+    unset -v "unbegun[$name]"
   done
-  names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
+  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+  paths_of=()
 }
 
 # A job that wants a terminal has it from a session of its own, which runs "tty".  What waits in its
 # place hands over its environment and is told its exit status, or that the session was cut off.
 prepare_tty() {             # for start_pending: where the job $name wants that
-  [[ ${modes[$name]-} == tty ]] || return 0
+  [[ ${mode_of[$name]} == tty ]] || return 0
   cat >"$dir/wait" <<'EOF' && cat >"$dir/tty" <<'EOF'
 mkfifo ../code
 read -r code <../code || code=129
@@ -3393,17 +3415,16 @@ claims_are_ours() {         # others may write where their folder lies: what is 
 } 2>/dev/null
 
 announce() {                # claims what the pending jobs need; fails if others leave no room
-  local index file
-  ((${#names[@]})) || return 0
+  local name file
+  ((${#pending[@]})) || return 0
   claims_are_ours           # another batch that ended may have taken the folder away
   umask 022
-  for index in "${!names[@]}"; do
-    file=$claims/$project.${names[index]}
-    [[ -e $home/jobs/${names[index]}/cmd ]] ||                 # it was started before
-      printf '%-80s%s\n' "$self" "${needs[index]}" >"$file"
+  for name in "${pending[@]}"; do
+    [[ -e $home/jobs/$name/cmd ]] ||    # it was started before
+      printf '%-80s%s\n' "$self" "${need_of[$name]}" >"$claims/$project.$name"
   done
   umask 077
-  [[ $limits ]] || return 0
+  ((${#limits[@]})) || return 0
   for file in "$shared"/ssh_scheduler.*/*; do
     [[ $file == "$claims/$project."* ]] || { room; return; }
   done
@@ -3701,27 +3722,38 @@ remove() {                  # jobs whose results are safe over there
 # ---- The channel ----
 
 main() {
-  local LC_ALL=C IFS=$' \t\n' verb field count bytes
-  local token workdir project owner client setup want_gpus machine_environment=() environment=()
-  local assignments='' by_env=() dropped=() smi=nvidia-smi
-  local home run self uid account mask events signals waiting=0 capturing boot_id
-  local busy_before total_before busy total
-  # A container may have better numbers elsewhere; and so have the machines of the tests.
-  local cores proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
-  local shared=${SSH_SCHEDULER_SHARED:-/dev/shm} claims limits=()
-  local names=() stages=() gpus=() needs=() backs=() paths=() offsets=() counts=() commands=()
-  local arrived=() removing=() tied='' survivors
-  local -A sent linked modes limits_s begun     # begun: job.attempt -> its claim
+  exec {requests}<&0 </dev/null         # nothing else may read what is asked
+  read_header || return
+  printf '\n%s\n' "$token"              # before anything that can take long, or fail
+  find_home
+  oust
+  settle_in || return 0
+  tell account "$account"
+  look_around
+  serve
+  start_pending
+  leave
+  trap - EXIT
+  say bye
+}
 
-  unbegun=()                # outlives this function, see last_words
+read_header() {             # fails where the channel was cut
+  local field count
   for field in token workdir project owner client setup want_gpus count; do
-    IFS= read -rd '' "$field" || return
+    IFS= read -rd '' -u "$requests" "$field" || return
   done
+  machine_environment=()
   while ((count-- > 0)); do
-    IFS= read -rd '' field || return
+    IFS= read -rd '' -u "$requests" field || return
     machine_environment+=("$field")
   done
-  printf '\n%s\n' "$token"              # before anything that can take long, or fail
+}
+
+find_home() {               # sets home, run and self, and what tells this account from others
+  local field
+  # A container may have better numbers elsewhere; and so have the machines of the tests.
+  proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
+  shared=${SSH_SCHEDULER_SHARED:-/dev/shm}
   workdir=${workdir:-'~/.ssh_scheduler'}
   # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
@@ -3735,17 +3767,20 @@ main() {
   boot_id=${boot_id:-$NO_BOOT_ID}
   identify "$$"
   self=$REPLY
-  oust
-  if ! field=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
+}
+
+settle_in() {               # makes the folders and the way for events; fails where that cannot be
+  local said
+  if ! said=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
     { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
-    field=${field##*$'\n'}
-    if [[ $field == *fork:* ]]; then no_process; else explain_full "cannot write there: $field"; fi
+    said=${said##*$'\n'}
+    if [[ $said == *fork:* ]]; then no_process; else explain_full "cannot write there: $said"; fi
     escape "$REPLY"
     printf 'broken\t%s\n' "$REPLY"
-    return
+    return 1
   fi
-  account="${HOSTNAME-} $boot_id $uid $field"
+  account="${HOSTNAME-} $boot_id $uid $said"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$uid
   claims_are_ours
@@ -3753,152 +3788,162 @@ main() {
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
-  speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- &
+  speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
-  printf -v field 'last_words %q %q %q %q' "$run" "$events" "$claims" "$project"
-  # shellcheck disable=SC2064
-  trap "$field" EXIT
+  trap last_words EXIT
   shopt -s nullglob dotglob
-  tell account "$account"
+}
 
+look_around() {             # begins what takes long, before anybody asks for it
   read_ticks
   busy_before=$busy total_before=$total
-  { capture; echo environment >&"$signals"; } </dev/null {events}>&- &
+  { capture; echo environment >&"$signals"; } {events}>&- {requests}<&- &
   capturing=$!
   disown "$!"
   waiting=1
-  if [[ $want_gpus == 1 ]]; then
-    { query_gpus; echo gpus >&"$signals"; } </dev/null {events}>&- &
-    disown "$!"
-    waiting=2
-  fi
-
-  while :; do
-    if ((${#names[@]})) && ! read -r -t 0; then start_pending; fi
-    IFS= read -rd '' verb || break
-    case $verb in
-      probe) probe measure </dev/null ;;
-      enter) probe '' </dev/null ;;
-      tie) tied=1 ;;        # the jobs end with the channel
-      limit)                # JOB.ATTEMPT SECONDS, before its "start"
-        IFS= read -rd '' field && IFS= read -rd '' "limits_s[$field]" || break ;;
-      mode)                 # JOB.ATTEMPT stdin|tty, before its "start"
-        IFS= read -rd '' field && IFS= read -rd '' "modes[$field]" || break ;;
-      measure)              # NUMBER
-        IFS= read -rd '' field || break
-        measure_again "$field" </dev/null &
-        disown "$!" ;;
-      limits)               # COUNT, then: CORES (thousandths) MB GPU:MB:THOUSANDTHS...
-        IFS= read -rd '' count && read_fields "$count" || break
-        limits=("${fields[@]}") ;;
-      unpack)               # ID BYTES, then that many bytes of tar
-        IFS= read -rd '' field && IFS= read -rd '' bytes || break
-        arrived+=("$home/stage/$field")
-        mkdir -p -- "$home/stage/$field"
-        # What is left of an archive that could not be unpacked must not be taken for requests.
-        head -c "$bytes" |
-          { tar -xpo -f - -C "$home/stage/$field" || { cat >/dev/null; false; }; } ||
-          unstored "$field" ;;
-      folder)               # PATH below the project's folder
-        IFS= read -rd '' field || break
-        arrived+=("$home/${field%/*}")
-        mkdir -p -- "$home/$field" ;;
-      unsent)               # WHY it could not be filled
-        IFS= read -rd '' field || break
-        explain_full "$field" </dev/null
-        tell broken "$REPLY" ;;
-      freeze)               # ID COUNT LINK...
-        IFS= read -rd '' field && IFS= read -rd '' count || break
-        read_fields "$count" || break
-        freeze "$field" "${fields[@]}" </dev/null ;;
-      start)                # JOB.ATTEMPT STAGE GPUS NEED COMMAND none|changed|paths COUNT PATH...
-        IFS= read -rd '' field && names+=("$field") || break
-        IFS= read -rd '' field && stages+=("$field") || break
-        IFS= read -rd '' field && gpus+=("$field") || break
-        IFS= read -rd '' field && needs+=("$field") || break
-        IFS= read -rd '' field && commands+=("$field") || break
-        IFS= read -rd '' field && backs+=("$field") || break
-        IFS= read -rd '' count && read_fields "$count" || break
-        offsets+=("${#paths[@]}")
-        counts+=("$count")
-        paths+=("${fields[@]}") ;;
-      cancel)               # SECONDS COUNT JOB.ATTEMPT...
-        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
-        start_pending
-        { cancel "$field" "${fields[@]}"; say "cancelled"$'\t'"$survivors"; } </dev/null &
-        disown "$!" ;;
-      adopt)                # COUNT JOB.ATTEMPT..., which may have been started
-        IFS= read -rd '' count && read_fields "$count" || break
-        for field in "${fields[@]}"; do
-          revoke "$field" </dev/null && say "absent"$'\t'"$field" || report "$field" </dev/null &
-          disown "$!"
-        done ;;
-      revoke)               # COUNT JOB.ATTEMPT..., of which nothing may run or be left
-        IFS= read -rd '' count && read_fields "$count" || break
-        {
-          for field in "${fields[@]}"; do revoke "$field"; done
-          end_living 5 "${fields[@]}"
-          (cd -- "$home/jobs" && remove "${fields[@]}")
-        } </dev/null &
-        removing+=("$!") ;;
-      others)               # IDENTITY of the client's journal
-        IFS= read -rd '' field || break
-        tell_others "$field" </dev/null &
-        disown "$!" ;;
-      ping)                 # NUMBER
-        IFS= read -rd '' field || break
-        say "pong"$'\t'"$field" ;;
-      eof)                  # JOB.ATTEMPT, whose input is complete
-        IFS= read -rd '' field || break
-        [[ ! -p $home/jobs/$field/eof ]] || echo 1<>"$home/jobs/$field/eof" ;;
-      watch)                # COUNT, then triples: JOB.ATTEMPT OUT ERR
-        IFS= read -rd '' count && read_fields "$((3 * count))" || break
-        watch "${fields[@]}" </dev/null &
-        disown "$!" ;;
-      list)                 # JOB.ATTEMPT
-        IFS= read -rd '' field || break
-        find_list "$field"
-        send_list "$field" "$REPLY" ;;
-      again)                # JOB.ATTEMPT COUNT PATH..., which could not be fetched before
-        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
-        list_again "$field" "${fields[@]}" </dev/null &
-        disown "$!" ;;
-      clean)                # COUNT JOB.ATTEMPT...
-        IFS= read -rd '' count && read_fields "$count" || break
-        local gone=("${fields[@]}")
-        for field in "${fields[@]}"; do gone+=("$claims/$project.$field"{,.back}); done
-        (cd -- "$home/jobs" && remove "${gone[@]}") </dev/null &
-        removing+=("$!") ;;
-      finish)               # STAGE that becomes the cache, or "", COUNT STAGE... to remove
-        IFS= read -rd '' field && IFS= read -rd '' count && read_fields "$count" || break
-        give_up_gpus
-        settle
-        if [[ $field ]]; then
-          mv -T -- "$home/cache" "$run/cache"
-          mv -T -- "$home/stage/$field" "$home/cache"
-        fi
-        tidy "${fields[@]/#/$home/stage/}" </dev/null
-        begun=()            # what lies there now is kept
-        say finished
-        forget_old </dev/null ;;
-      *) tell broken "unknown request: $verb" ;;
-    esac
-  done
-  names=("${names[@]:0:${#counts[@]}}") # the last request may have been cut off
-  start_pending
-  leave </dev/null
-  trap - EXIT
-  say bye
+  [[ $want_gpus == 1 ]] || return
+  { query_gpus; echo gpus >&"$signals"; } {events}>&- {requests}<&- &
+  disown "$!"
+  waiting=2
 }
 
-read_fields() {             # fields: the next $1 fields of the channel
-  local field count=$1
+serve() {                   # does what is asked for, until the channel ends
+  local verb fields
+  while :; do
+    # Those starts that came together share a mkdir and a mkfifo.
+    if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
+    read_request || return
+    if declare -F "do_$verb"; then      # stdout is nowhere
+      "do_$verb" "${fields[@]}"
+    else
+      tell broken "unknown request: $verb"
+    fi
+  done
+}
+
+read_request() {            # verb and fields: the next request; fails where it was cut off
+  local count field
   fields=()
+  IFS= read -rd '' -u "$requests" verb && IFS= read -rd '' -u "$requests" count || return
   while ((count-- > 0)); do
-    IFS= read -rd '' field || return
+    IFS= read -rd '' -u "$requests" field || return
     fields+=("$field")
   done
+}
+
+beside() {                  # runs $@ in the background, where it does not hold up what is asked
+  "$@" {requests}<&- &
+  disown "$!"
+}
+
+do_probe() { probe measure; }
+
+do_enter() { probe ''; }
+
+do_tie() { tied=1; }        # the jobs end with the channel
+
+do_measure() { beside measure_again "$1"; }             # NUMBER
+
+do_limits() { limits=("$@"); }          # CORES (thousandths) MB GPU:MB:THOUSANDTHS...
+
+do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
+  arrived+=("$home/stage/$1")
+  mkdir -p -- "$home/stage/$1"
+  # What is left of an archive that could not be unpacked must not be taken for requests.
+  head -c "$2" <&"$requests" |
+    { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
+    unstored "$1"
+}
+
+do_folder() {               # PATH below the project's folder
+  arrived+=("$home/${1%/*}")
+  mkdir -p -- "$home/$1"
+}
+
+do_unsent() {               # WHY a folder could not be filled
+  explain_full "$1"
+  tell broken "$REPLY"
+}
+
+do_freeze() { freeze "$@"; }            # STAGE LINK...
+
+do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND none|changed|paths PATH...
+  pending+=("$1")
+  stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
+  back_of[$1]=$8 REPLY=
+  (($# == 8)) || printf -v REPLY '%q ' "${@:9}"
+  paths_of[$1]=$REPLY
+}
+
+do_cancel() {               # SECONDS KEY...
+  start_pending
+  beside cancel_all "$@"
+}
+
+cancel_all() {
+  cancel "$@"
+  say "cancelled"$'\t'"$survivors"
+}
+
+do_adopt() {                # KEY..., which may have been started
+  local key
+  for key; do beside adopt "$key"; done
+}
+
+adopt() {                   # KEY
+  if revoke "$1"; then say "absent"$'\t'"$1"; else report "$1"; fi
+}
+
+do_revoke() {               # KEY..., of which nothing may run or be left
+  revoke_all "$@" &
+  removing+=("$!")
+}
+
+revoke_all() {
+  local key
+  for key; do revoke "$key"; done
+  end_living 5 "$@"
+  cd -- "$home/jobs" && remove "$@"
+}
+
+do_others() { beside tell_others "$1"; }                # IDENTITY of the client's journal
+
+do_ping() { say "pong"$'\t'"$1"; }      # NUMBER
+
+do_eof() {                  # KEY, whose input is complete
+  [[ ! -p $home/jobs/$1/eof ]] || echo 1<>"$home/jobs/$1/eof"
+}
+
+do_watch() { beside watch "$@"; }       # triples: KEY OUT ERR
+
+do_list() {                 # KEY
+  find_list "$1"
+  send_list "$1" "$REPLY"
+}
+
+do_again() { beside list_again "$@"; }  # KEY PATH..., which could not be fetched before
+
+do_clean() {                # KEY..., whose results are safe over there
+  local key gone=("$@")
+  for key; do gone+=("$claims/$project.$key"{,.back}); done
+  (cd -- "$home/jobs" && remove "${gone[@]}") &
+  removing+=("$!")
+}
+
+do_finish() {               # STAGE that becomes the cache, or "", STAGE... to remove
+  local kept=$1
+  shift
+  give_up_gpus
+  settle
+  if [[ $kept ]]; then
+    mv -T -- "$home/cache" "$run/cache"
+    mv -T -- "$home/stage/$kept" "$home/cache"
+  fi
+  tidy "${@/#/$home/stage/}"
+  begun=()                  # what lies there now is kept
+  say finished
+  forget_old
 }
 
 main
@@ -4277,8 +4322,13 @@ class WireError(Exception):
     """The other side said something that is not of this language."""
 
 
-def request(*fields):
-    """Return the bytes of a request: each field ends with a NUL."""
+def request(verb, *fields):
+    """Return the bytes of a request: its verb, the number of its fields, and these."""
+    return nul_ended(verb, len(fields), *fields)
+
+
+def nul_ended(*fields):
+    """Return the fields as bytes, with a NUL behind each."""
     data = bytearray()
     for field in fields:
         raw = field if isinstance(field, bytes) else os.fsencode(str(field))
@@ -5142,14 +5192,14 @@ class Channel:
             cwd=None if machine.host else os.path.expanduser('~'))
         runner = REMOTE_RUNNER.encode()
         env = [f'{name}={value}' for name, value in machine.env]
-        self.send(request(REMOTE_LOADER, len(runner)), runner,
-                  request(self.token, machine.workdir, self._session.project, self._session.owner,
-                          self._client, machine.setup, int(want_gpus), len(env), *env))
+        self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
+            self.token, machine.workdir, self._session.project, self._session.owner,
+            self._client, machine.setup, int(want_gpus), len(env), *env))
 
-    def send(self, *pieces):
-        """Queue bytes for the remote runner."""
-        for piece in pieces:
-            self._process.write(piece)
+    def send(self, verb, *fields, data=b''):
+        """Queue a request for the remote runner, and the bytes that belong to it."""
+        self._process.write(request(verb, *fields))
+        self._process.write(data)
 
     def close(self):
         """Close it when all is sent; the remote runner then ends by itself."""
@@ -5254,7 +5304,7 @@ class Sender:
             if stage.ready:
                 pass
             elif stage.small:
-                self._channel.send(request('unpack', stage.id, len(data)), data)
+                self._channel.send('unpack', stage.id, len(data), data=data)
                 self._freeze(stage)
             elif self._may_copy:
                 self._copy(stage)
@@ -5279,8 +5329,7 @@ class Sender:
                 self._signal('sent', stage)
 
     def _freeze(self, stage):
-        self._channel.send(request('freeze', stage.id, len(stage.forwards.link),
-                                   *stage.forwards.link))
+        self._channel.send('freeze', stage.id, *stage.forwards.link)
 
     def _copied(self, stage):
         """Freeze a stage that was copied; copy it again if files changed here meanwhile."""
@@ -5340,13 +5389,13 @@ class Sender:
             elif self._changed(stage):      # as where a file was removed
                 self._copy(stage)
             else:
-                channel.send(request('unsent', 'the files could not be sent: '
-                                     f'{last_line(text) or status}'))
+                channel.send('unsent',
+                             f'the files could not be sent: {last_line(text) or status}')
 
         connection, folder = self._channel.connection, f'stage/{stage.id}/{part}'
         target = f'{self._channel.home}/{folder}'
         if stage.by_rsync:
-            self._channel.send(request('folder', folder))
+            self._channel.send('folder', folder)
             paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
                                                  self.before[-3:] if other.by_rsync)]
@@ -5355,7 +5404,7 @@ class Sender:
             feed = iter([paths])
         else:
             argv = connection.copy()
-            feed = chain_bytes(bytes(request(REMOTE_UNPACK, self._channel.token, target)),
+            feed = chain_bytes(bytes(nul_ended(REMOTE_UNPACK, self._channel.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
         self._session.processes.start(argv, answer.extend, done, feed=feed,
                                       deadline_s=COPY_LIMIT_S, env=self._session.rsync_env())
@@ -5427,7 +5476,7 @@ class Follower:
         self._process = session.processes.start(
             channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
             on_error=lambda data: self._take('err', data), keep_stdin=True)
-        self._process.write(request(
+        self._process.write(nul_ended(
             REMOTE_FOLLOW, channel.token, f'{channel.home}/jobs/{order.key}',
             order.offsets['out'], order.offsets['err']))
 
@@ -5478,8 +5527,10 @@ class Fetcher:
             self._add_listed(order, order.entries)
 
     def _ask(self, order):
-        self._channel.send(request('again', order.key, len(order.again), *order.again)
-                           if order.again else request('list', order.key))
+        if order.again:
+            self._channel.send('again', order.key, *order.again)
+        else:
+            self._channel.send('list', order.key)
 
     def add_kept(self, results):
         """Try to fetch what could not be fetched before; results: as ResultStore.kept has them."""
@@ -5538,7 +5589,7 @@ class Fetcher:
         """Have the folders of collected jobs removed, many at a time."""
         if len(self._cleanable) > least:
             self._session.results.sync(results=True)
-            self._channel.send(request('clean', len(self._cleanable), *self._cleanable))
+            self._channel.send('clean', *self._cleanable)
             self._cleanable = []
 
     def fetch_if_due(self):
@@ -5655,7 +5706,7 @@ class Fetcher:
             feed = iter([listed])
         else:
             argv = connection.copy()
-            feed = iter([bytes(request(REMOTE_PACK, self._channel.token, source)), listed])
+            feed = iter([bytes(nul_ended(REMOTE_PACK, self._channel.token, source)), listed])
         process = self._session.processes.start(
             argv, spool.take if spool else (lambda data: None), done, feed=feed,
             deadline_s=COPY_LIMIT_S, env=self._session.rsync_env(), confined=confined)
@@ -6075,7 +6126,7 @@ class MachineRunner:
         self._open()
         if self._tied:
             self.tie()
-        self._channel.send(request(self._entry))
+        self._channel.send(self._entry)
 
     def prepare(self, forwards):
         """Send the files of these Forwards, if that was not done."""
@@ -6089,17 +6140,17 @@ class MachineRunner:
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
         self._entry = 'probe'
-        self._channel.send(request('probe'))
+        self._channel.send('probe')
 
     def enter(self):
         """The same without the asking: there is no `capacity` then."""
         self._entry = 'enter'
-        self._channel.send(request('enter'))
+        self._channel.send('enter')
 
     def tie(self):
         """Have the jobs ended over there when the connection ends."""
         self._tied = True
-        self._channel.send(request('tie'))
+        self._channel.send('tie')
 
     def measure(self, within_s=0.0):
         """Ask again what is free, within so many seconds; the answer is the signal measured().
@@ -6125,7 +6176,7 @@ class MachineRunner:
         if self.state == 'ready' and due is not None and due <= now + 0.001 and not self._facts:
             self._asked, self._asked_at = self._asked + 1, time.monotonic()
             self._facts = [('asked', str(self._asked))]
-            self._channel.send(request('measure', self._asked))
+            self._channel.send('measure', self._asked)
 
     def close(self):
         """Have the machine tidied up and the channel closed; jobs that run go on."""
@@ -6136,8 +6187,8 @@ class MachineRunner:
             kept = [stage.id for stage in stages if stage.by_rsync and stage.ready]
             self._fetcher.clean()
             if not self.busy:
-                self._channel.send(request('finish', kept[0] if kept else '', len(stages),
-                                           *(stage.id for stage in stages)))
+                self._channel.send('finish', kept[0] if kept else '',
+                                   *(stage.id for stage in stages))
             self._channel.close()
             self.session.processes.call_later(FAREWELL_S, self._channel.end)
         elif self.state != 'closing':
@@ -6204,7 +6255,7 @@ class MachineRunner:
             self._fail('it does not answer any more', 'later')
             return
         if silent_s > BEAT_S / 2:
-            self._channel.send(request('ping', 0))
+            self._channel.send('ping', 0)
         self._later('beat', BEAT_S, self._beat)
 
     def _on_pong(self, _):
@@ -6292,11 +6343,11 @@ class MachineRunner:
             self._signal('returned', self._queue.popleft().job_name, 'interrupted')
         if self._running:
             self.cancelling = True
-            self._channel.send(request('cancel', KILL_GRACE_S, len(self._running), *self._running))
+            self._channel.send('cancel', KILL_GRACE_S, *self._running)
 
     def remove(self, keys):
         """Stop the jobs with these keys where they run, and remove what the machine has of them."""
-        self._channel.send(request('revoke', len(keys), *keys))
+        self._channel.send('revoke', *keys)
 
     def leave_rest(self):
         """Do without what jobs that were cancelled had said, and that has not come."""
@@ -6316,13 +6367,13 @@ class MachineRunner:
         if self.state != 'ready':
             return
         waiting, now = collections.deque(), time.monotonic()
-        starts = bytearray()                # sent once the journal is safe
+        starts = []                         # sent once the journal is safe
         while self._queue:
             order = self._queue.popleft()
             if order.stage is None:
                 self._running[order.key] = order
                 self._adopted.add(order.key)
-                self._channel.send(request('adopt', 1, order.key))
+                self._channel.send('adopt', order.key)
                 self._watch_later()
                 continue
             if not order.stage.ready or now < self._next_start:
@@ -6336,19 +6387,16 @@ class MachineRunner:
             if former.get('kept') and former['machine'] == self.machine.address:
                 self._fetcher.forget(former['key'])     # its results were deleted here
             self._running[order.key] = order
-            if order.mode:
-                starts += request('mode', order.key, order.mode)
-            if order.timeout_s is not None:
-                starts += request('limit', order.key, f'{order.timeout_s:.3f}')
+            limit = '' if order.timeout_s is None else f'{order.timeout_s:.3f}'
             how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
-            paths = order.backwards or ()
-            starts += request(
-                'start', order.key, order.stage.id, '-' if order.gpus is None else order.gpus,
-                order.need, order.command, how, len(paths), *paths)
+            starts.append((
+                order.key, order.stage.id, '-' if order.gpus is None else order.gpus, order.need,
+                order.mode, limit, order.command, how, *(order.backwards or ())))
             self._watch_later()
         if starts:
             self.session.results.sync()
-            self._channel.send(starts)
+        for fields in starts:
+            self._channel.send('start', *fields)
         self._queue = waiting
         if waiting and now < self._next_start:
             self._later('start', self._next_start - now, self._start_queued)
@@ -6363,7 +6411,7 @@ class MachineRunner:
             for order in self._running.values():        # what is followed comes by itself
                 known = (BEYOND, BEYOND) if order.follower else order.offsets.values()
                 triples += [order.key, *known]
-            self._channel.send(request('watch', len(self._running), *triples))
+            self._channel.send('watch', *triples)
             self._watch_later()
 
     # Events of the remote runner, in the order in which they come
@@ -6414,17 +6462,17 @@ class MachineRunner:
         if self._facts:
             self._understand()
         if self._callbacks['others'] and not self._was_ready:
-            channel.send(request('others', self.session.results.identity))
+            channel.send('others', self.session.results.identity)
         self.state, self._was_ready = 'ready', True
         self._tries, self._away_since = 0, None
         if self.session.results:        # of runs that were killed before they could tidy up
             useless, stray = self.session.results.remains(self.machine.address)
             self._fetcher.forget(*useless)
             if stray:
-                channel.send(request('revoke', len(stray), *stray))
+                channel.send('revoke', *stray)
         self._sender.begin()
         if self._running:               # their starts may not have arrived
-            channel.send(request('adopt', len(self._running), *self._running))
+            channel.send('adopt', *self._running)
             self._watch_later()
         self._adopted, self._killed = set(self._running), set()
         self._later('killed', SETTLED_S, self._explain_killed)
@@ -6449,7 +6497,7 @@ class MachineRunner:
                 order.peak_gpu_mb = max(mb, order.peak_gpu_mb or 0)
         self._facts, self._ended_ticks = [], 0
         if self.session.live:
-            self._channel.send(request('limits', len(self.capacity.limits), *self.capacity.limits))
+            self._channel.send('limits', *self.capacity.limits)
 
     def _on_measured(self, number, cost_cs):
         if int(number) == self._asked and self._facts:
@@ -6538,13 +6586,13 @@ class MachineRunner:
                     why = last_line(complaint.decode('utf-8', 'replace')) or 'ssh has failed'
                     self._signal('warning', f'{order.job_name}: its input could not be passed on: '
                                  f'{sentence(why)} It is ended')
-                    self._channel.send(request('cancel', KILL_GRACE_S, 1, order.key))
+                    self._channel.send('cancel', KILL_GRACE_S, order.key)
                 else:
-                    self._channel.send(request('eof', order.key))
+                    self._channel.send('eof', order.key)
 
         process = self.session.processes.start(
             self._channel.connection.copy(), lambda data: None, done)
-        process.write(request(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
+        process.write(nul_ended(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
         self.session.processes.pass_on(source, process)
 
     def _on_refused(self, key, why):

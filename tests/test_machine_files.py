@@ -295,7 +295,7 @@ def test_any_file_is_a_machine_or_one_sentence(home, data):
     else:
         assert machine.host and not machine.host.startswith('-')
         assert all(isinstance(v, str) for pair in machine.env + machine.ssh_options for v in pair)
-        ssh_scheduler.request(machine.workdir, machine.setup, *map('='.join, machine.env))
+        ssh_scheduler.nul_ended(machine.workdir, machine.setup, *map('='.join, machine.env))
 
 
 # ---- Finding a machine ----

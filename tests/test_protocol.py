@@ -233,13 +233,6 @@ class Line:
 class FieldReader:
     """Fields that end with NUL; the client sends whole requests only."""
 
-    MORE = {'limit': 2, 'mode': 2, 'measure': 1, 'unpack': 2, 'folder': 1, 'freeze': 2, 'start': 7,
-            'cancel': 2, 'ping': 1, 'eof': 1, 'list': 1, 'finish': 2, 'limits': 1, 'adopt': 1,
-            'again': 2, 'revoke': 1, 'watch': 1, 'clean': 1, 'others': 1, 'probe': 0, 'enter': 0,
-            'tie': 0}
-    COUNTED = {'freeze': 1, 'start': 1, 'cancel': 1, 'finish': 1, 'limits': 1, 'adopt': 1,
-               'again': 1, 'revoke': 1, 'watch': 3, 'clean': 1}      # where the last says how many
-
     def __init__(self, data, place=0):
         self.data, self.place = data, place
 
@@ -252,12 +245,10 @@ class FieldReader:
         return found
 
     def request(self):
-        (verb,) = self.fields(1)
-        fields = self.fields(self.MORE[verb])
+        verb, count = self.fields(2)
+        fields = self.fields(int(count))
         if verb == 'unpack':
             self.place += int(fields[-1])
-        if verb in self.COUNTED:
-            fields += self.fields(self.COUNTED[verb] * int(fields[-1]))
         return [verb, *fields]
 
 
@@ -542,7 +533,7 @@ class World:
         if not line.runner.process.stdin.closed:
             line.runner.sync()
         for (verb, *fields), _ in arrived:
-            for key in {'start': fields[:1], 'adopt': fields[1:]}.get(verb, ()):
+            for key in {'start': fields[:1], 'adopt': fields}.get(verb, ()):
                 self.until(lambda key=key: self.is_known(line.runner, key), f'a word of {key}')
         if line.closed and not line.requests and not line.runner.process.stdin.closed:
             line.runner.close()

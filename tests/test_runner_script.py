@@ -63,29 +63,30 @@ class Channel:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
         script = (functions + s.REMOTE_RUNNER).encode()
-        self.write(s.request(s.REMOTE_LOADER, len(script)) + script)
-        self.send(TOKEN, workdir, project, owner or f'owner-{id(self)}', client, setup,
-                  int(gpus), len(variables), *variables)
+        self.write(s.nul_ended(s.REMOTE_LOADER, len(script)) + script + s.nul_ended(
+            TOKEN, workdir, project, owner or f'owner-{id(self)}', client, setup,
+            int(gpus), len(variables), *variables))
 
     def write(self, data):
         self.process.stdin.write(data)
         self.process.stdin.flush()
 
-    def send(self, *fields):
-        self.write(s.request(*fields))
+    def send(self, verb, *fields):
+        self.write(s.request(verb, *fields))
 
-    def start(self, name, command, stage='', gpus='-', need='0 0 0', back='none', paths=()):
-        self.send('start', f'{name}.1', stage, gpus, need, command, back, len(paths), *paths)
+    def start(self, name, command, stage='', gpus='-', need='0 0 0', mode='', back='none',
+              paths=()):
+        self.send('start', f'{name}.1', stage, gpus, need, mode, '', command, back, *paths)
 
     def watch(self, *names):
-        self.send('watch', len(names), *(word for name in names
+        self.send('watch', *(word for name in names
                                          for word in (f'{name}.1', s.BEYOND, s.BEYOND)))
 
     def stage(self, number, files, links=()):
         """Send files, {'copy/path': text}, and freeze them."""
         data = tar_of(files)
         self.write(s.request('unpack', number, len(data)) + data)
-        self.send('freeze', number, len(links), *links)
+        self.send('freeze', number, *links)
         self.until('staged', number)
 
     def ready(self):
@@ -142,7 +143,7 @@ class Channel:
 
     def finish(self):
         """Have it tidy up, and wait for its end."""
-        self.send('finish', '', 0)
+        self.send('finish', '')
         self.until('finished')
         return self.close()
 
@@ -388,7 +389,7 @@ def test_a_job_claims_what_it_needs_until_it_ends(runner, gate, shared):
         fifo.write('go\n')
     assert runner.ended('job')[0] == 0
     assert claims_in(shared) == [] and s.read_claims(measured(runner, 2)) == []
-    runner.send('clean', 1, 'job.1')
+    runner.send('clean', 'job.1')
     runner.finish()
     assert not [*shared.glob('ssh_scheduler.*')]
 
@@ -409,7 +410,7 @@ def test_what_a_job_uses_is_measured_with_all_its_descendants(runner, gate):
                 break
             assert time.monotonic() < deadline, claim
         assert claim.used_mb < 200
-        runner.send('watch', 1, 'job.1', 0, 0)
+        runner.send('watch', 'job.1', 0, 0)
         assert int(runner.until('used', 'job.1')[0]) > 60_000
         fifo.write('\n')
     status, _wall, cpu, *_ = runner.until('ended', 'job.1')
@@ -420,7 +421,7 @@ def test_a_start_beyond_the_limits_is_held_if_another_batch_is_there(channel, ga
     one, two = channel(project='one'), channel(project='two')
     for runner in (one, two):
         runner.ready()
-        runner.send('limits', 3, 12000, 500, '0:16000:1200')
+        runner.send('limits', 12000, 500, '0:16000:1200')
     one.start('job', gate.wait, need=NEED)
     one.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
@@ -460,7 +461,7 @@ def test_of_two_that_start_at_once_never_both_do(channel, gate, tmp_path):
     runners = [channel(project='one'), channel(project='two')]
     for runner in runners:
         runner.ready()
-        runner.send('limits', 3, 12000, 500, '0:16000:1200')
+        runner.send('limits', 12000, 500, '0:16000:1200')
     held = 0
     for turn in range(40):
         for runner in runners:
@@ -493,7 +494,7 @@ def test_a_claim_that_makes_no_sense_claims_nothing(channel, env, shared, text):
     garble(file, text.format(me=me, gone='999999999') if '{' in text else text)
     runner = channel()
     runner.ready()
-    runner.send('limits', 2, 12000, 500)
+    runner.send('limits', 12000, 500)
     runner.start('job', 'true', need='1000 400 1')
     assert runner.ended('job')[0] == 0
     assert s.read_claims(measured(runner)) == []
@@ -537,7 +538,7 @@ def test_a_fifo_among_the_claims_holds_nobody_up(runner, shared):
     os.mkfifo(shared / 'ssh_scheduler.12345/other.job.1')
     (shared / 'ssh_scheduler.12345/other.job.2').symlink_to('/dev/zero')
     runner.ready()
-    runner.send('limits', 2, 12000, 500)
+    runner.send('limits', 12000, 500)
     runner.start('job', 'true', need=NEED)
     assert runner.ended('job')[0] == 0
     assert s.read_claims(measured(runner)) == []
@@ -606,7 +607,7 @@ def test_a_channel_that_ends_in_its_greeting_leaves_nothing(env):
     process = subprocess.Popen([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     script = s.REMOTE_RUNNER.encode()
-    head = s.request(s.REMOTE_LOADER, len(script)) + script + s.request(TOKEN, '', 'project')
+    head = s.nul_ended(s.REMOTE_LOADER, len(script)) + script + s.nul_ended(TOKEN, '', 'project')
     assert process.communicate(head, rig.SAFETY_NET_S) == (b'', None)
     assert not os.path.exists(os.path.join(env['HOME'], '.ssh_scheduler'))
 
@@ -704,11 +705,11 @@ def test_what_is_shut_is_opened_and_its_mode_is_told(runner):
 def test_what_could_not_be_fetched_is_listed_again(runner):
     runner.start('job', 'mkdir a; echo >a/b; echo >c', back='changed')
     runner.ended('job')
-    runner.send('again', 'job.1', 2, 'a', 'no\nsuch')
+    runner.send('again', 'job.1', 'a', 'no\nsuch')
     listed = runner.until('data', 'back', 'job.1')[0].split('\0')
     assert sorted(listed) == ['', '!no\nsuch', '+./a', '+./a/b']
     shutil.rmtree(runner.path('job'))
-    runner.send('again', 'job.1', 1, 'a')
+    runner.send('again', 'job.1', 'a')
     assert runner.until('data', 'back', 'job.1') == ['!a\0']       # it is gone with its folder
 
 
@@ -768,8 +769,11 @@ def test_a_job_has_an_empty_stdin(runner):
     assert runner.ended('job')[1] == '=/dev/null\n'
 
 
-def test_of_a_request_that_is_cut_off_nothing_is_started(channel):
-    whole = s.request('start', 'b.1', '', '-', '0 0 0', 'echo b', 'paths', 1, 'b')
+@pytest.mark.parametrize('fields', [
+    ('start', 'b.1', '', '-', '0 0 0', '', '', 'echo b', 'paths', 'b'),
+    ('folder', 'jobs/b.1/x'), ('clean', 'a.1'), ('adopt', 'b.1')], ids=lambda fields: fields[0])
+def test_a_request_that_is_cut_off_is_not_acted_on(channel, fields):
+    whole = s.request(*fields)
     for length in range(0, len(whole), 2):
         runner = channel(project=f'cut{length}')
         runner.start('a', 'echo a')
@@ -864,7 +868,7 @@ def open_files(pid):
 def test_a_daemon_that_a_job_leaves_does_not_hold_up_its_end(runner, gate):
     runner.start('job', f'({gate.wait}; exec true) & echo left')
     assert runner.ended('job')[:2] == (0, '=left\n')
-    runner.send('finish', '', 0)
+    runner.send('finish', '')
     runner.until('finished')
     runner.close()
     gate.open()
@@ -878,12 +882,12 @@ def test_watch_tells_what_was_added_to_streams(runner, gate, tmp_path):
     runner.start('job', f'printf abc; printf de >&2; {gate.wait}; printf f; {last.wait}')
     runner.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:          # so the job has written, and waits
-        runner.send('watch', 1, 'job.1', 0, 0)
+        runner.send('watch', 'job.1', 0, 0)
         assert runner.until('data', 'growth', 'job.1', 'out') == ['0', 'abc']
         assert runner.until('data', 'growth', 'job.1', 'err') == ['0', 'de']
         fifo.write('go\n')
     with open(last.path, 'w') as fifo:          # so it has written more
-        runner.send('watch', 1, 'job.1', 1, 2)
+        runner.send('watch', 'job.1', 1, 2)
         assert runner.until('data', 'growth', 'job.1') == ['out', '1', 'bcf']
         fifo.write('go\n')
     assert runner.ended('job')[:3] == (0, '=abcf', '=de')
@@ -897,7 +901,7 @@ def test_cancel_ends_the_whole_group(runner, gate):
     with open(gate.path, 'w'):
         group = runner.record('job')[1]
         members = group_members(group)
-        runner.send('cancel', 20, 1, 'job.1')
+        runner.send('cancel', 20, 'job.1')
         assert runner.ended('job')[0] == 143
     assert len(members) >= 3 and all(map(rig.ends, members))
 
@@ -907,7 +911,7 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     runner.until('started', 'job.1')
     with open(gate.path, 'w'):
         members = group_members(runner.record('job')[1])
-    runner.send('cancel', 0, 1, 'job.1')
+    runner.send('cancel', 0, 'job.1')
     status, _out, err, _back = runner.ended('job')
     assert (status, runner.record('job')) == (137, ['ended', '137'])
     assert 'it did not end when it was told to, and was killed' in err
@@ -925,7 +929,7 @@ def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, tmp_path):
     while not begun.exists() or begun.read_text().count('\n') < 8:
         assert time.monotonic() < limit
         time.sleep(0.01)
-    runner.send('cancel', 20, 1, 'job.1')
+    runner.send('cancel', 20, 'job.1')
     runner.until('cancelled', '')
     order = begun.read_text().split()
     terms, = (line.split() for line in told.read_text().splitlines() if line.startswith('-TERM '))
@@ -936,8 +940,8 @@ def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, tmp_path):
 def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
     runner.start('job', 'true')
     runner.ended('job')
-    runner.send('cancel', 5, 1, 'job.1')
-    runner.send('cancel', 5, 1, 'unknown.1')
+    runner.send('cancel', 5, 'job.1')
+    runner.send('cancel', 5, 'unknown.1')
     runner.finish()
     assert {event[0] for event in runner.events} <= {'started', 'cancelled'}
 
@@ -951,7 +955,7 @@ def test_cancel_kills_only_what_the_record_proves(runner, gate, record):
         runner.ended('job')
         with open(runner.path('job', 'status'), 'w') as file:
             file.write(record.format(pid=bystander.pid) + '\n')
-        runner.send('cancel', 0, 1, 'job.1')
+        runner.send('cancel', 0, 'job.1')
         runner.start('next', 'true')
         runner.ended('next')
         runner.finish()
@@ -967,7 +971,7 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
     runner.start('witness', 'true')
     runner.ended('witness')
     while True:                         # each watch is answered by a job behind it, at the latest
-        runner.send('watch', 1, 'job.1', 0, 0)
+        runner.send('watch', 'job.1', 0, 0)
         runner.start(f'witness{len(runner.events)}', 'true')
         runner.ended(f'witness{len(runner.events)}')
         ended = [event for event in runner.events if event[:2] == ['ended', 'job.1']]
@@ -984,7 +988,7 @@ def script(text, env, *fields):
     with subprocess.Popen([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, bufsize=0,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
-        process.stdin.write(bytes(s.request(text, *fields)))
+        process.stdin.write(bytes(s.nul_ended(text, *fields)))
         try:
             yield process
         finally:
@@ -1059,8 +1063,7 @@ def test_a_follower_ends_with_its_session(runner, env, gate):
 
 
 def test_input_comes_from_what_is_fed_and_ends_when_it_is_said(runner, env):
-    runner.send('mode', 'job.1', 'stdin')
-    runner.start('job', 'while read -r line; do echo "<$line>"; done; echo end')
+    runner.start('job', 'while read -r line; do echo "<$line>"; done; echo end', mode='stdin')
     runner.until('started', 'job.1')
     for line in (b'one\n', b'two\n'):       # each fed by another session: no end is between them
         with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
@@ -1079,8 +1082,7 @@ def test_input_that_comes_while_its_fifo_is_made_is_not_lost(channel, env, tmp_p
                                          '[[ ${!#} != */in* ]] || sleep 0.3\n')
     (tmp_path / 'bin/mkfifo').chmod(0o755)
     runner = channel(env={**env, 'PATH': f'{tmp_path}/bin:{env["PATH"]}'})
-    runner.send('mode', 'job.1', 'stdin')
-    runner.start('job', 'wc -c')
+    runner.start('job', 'wc -c', mode='stdin')
     runner.until('started', 'job.1')
     with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
         feeder.stdin.write(b'x' * 60000)
@@ -1091,8 +1093,7 @@ def test_input_that_comes_while_its_fifo_is_made_is_not_lost(channel, env, tmp_p
 
 
 def test_what_feeds_a_job_that_ended_ends_too(runner, env, gate):
-    runner.send('mode', 'job.1', 'stdin')
-    runner.start('job', 'head -c 1')
+    runner.start('job', 'head -c 1', mode='stdin')
     runner.until('started', 'job.1')
     with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
         feeder.stdin.write(b'xyz')
@@ -1108,8 +1109,7 @@ def test_what_feeds_a_job_that_ended_ends_too(runner, env, gate):
 @pytest.mark.parametrize('command, status', [
     ('[ -t 0 ] && [ -t 1 ] && exit 5', 5), ('exit 0', 0), ('kill -INT $$', 130)])
 def test_a_job_with_a_terminal_records_its_end(runner, env, command, status):
-    runner.send('mode', 'job.1', 'tty')
-    runner.start('job', command + '; echo "$SSH_SCHEDULER_JOB" >ran')
+    runner.start('job', command + '; echo "$SSH_SCHEDULER_JOB" >ran', mode='tty')
     runner.until('started', 'job.1')
     ours, theirs = os.openpty()
     try:
@@ -1124,8 +1124,7 @@ def test_a_job_with_a_terminal_records_its_end(runner, env, command, status):
 
 
 def test_a_terminal_that_is_cut_off_ends_its_job(runner, env):
-    runner.send('mode', 'job.1', 'tty')
-    runner.start('job', 'trap "" HUP; sleep 1000')
+    runner.start('job', 'trap "" HUP; sleep 1000', mode='tty')
     runner.until('started', 'job.1')
     with subprocess.Popen(['bash', runner.path('job', 'tty')], env=env, stdin=subprocess.DEVNULL,
                           stdout=subprocess.DEVNULL, start_new_session=True) as session:
@@ -1143,15 +1142,15 @@ def test_adopt_tells_what_became_of_a_job(channel, gate):
     with open(gate.path, 'w') as fifo:
         first.close()
         second = channel()
-        second.send('adopt', 1, 'job.1')
+        second.send('adopt', 'job.1')
         second.until('started', 'job.1')
         fifo.write('go\n')
     assert second.ended('job', adopted=True)[:2] == (4, '=out\n')
     third = channel()
-    third.send('adopt', 1, 'job.1')
+    third.send('adopt', 'job.1')
     assert third.ended('job')[:2] == (4, '=out\n')
     assert third.events == []
-    third.send('adopt', 1, 'job.2')            # another attempt
+    third.send('adopt', 'job.2')            # another attempt
     third.until('absent', 'job.2')
 
 
@@ -1169,12 +1168,12 @@ def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
     first.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
         second = channel(env=nameless, owner='batch')
-        second.send('adopt', 2, 'job.1', 'long.1')
+        second.send('adopt', 'job.1', 'long.1')
         second.until('started', 'job.1')
         second.until('started', 'long.1')
         assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always, of the same owner
         assert [c.key for c in s.read_claims(measured(second))] == ['job.1', 'long.1']
-        second.send('cancel', 5, 1, 'long.1')
+        second.send('cancel', 5, 'long.1')
         second.until('cancelled', '')
         assert second.ended('long', adopted=True)[0] == 143
         fifo.write('go\n')
@@ -1196,7 +1195,7 @@ def test_without_a_boot_id_a_restart_is_told_by_what_began_later_than_now(
         f'{f"running {pid} {int(start) + 100 * began_s} {boot}":95}\n')
     runner.close()
     runner = channel(env=nameless)
-    runner.send('adopt', 1, 'job.1')
+    runner.send('adopt', 'job.1')
     if event[0] == 'ended':             # its processes may still be on their way out
         assert runner.ended('job', adopted=True)[0] == 137
     else:
@@ -1216,7 +1215,7 @@ def test_what_is_adopted_and_runs_needs_no_process_of_ours(channel, env, gate):
         second = channel()
         second.ready()
         before = set(rig.knowing(env['HOME'])) - jobs
-        second.send('adopt', len(names), *(f'{name}.1' for name in names))
+        second.send('adopt', *(f'{name}.1' for name in names))
         for name in names:
             second.until('started', f'{name}.1')
         wait_until(lambda: set(rig.knowing(env['HOME'])) - jobs <= before, 'the end of the others')
@@ -1248,7 +1247,7 @@ def test_a_look_tells_what_became_of_an_adopted_job_without_an_end(channel, gate
     with open(gate.path, 'w'):
         first.close()
         second = channel()
-        second.send('adopt', 1, 'job.1')
+        second.send('adopt', 'job.1')
         second.until('started', 'job.1')
         _, wrapper, *_ = second.record('job')
         if how == 'it was killed with its group':
@@ -1269,14 +1268,14 @@ def test_what_never_began_is_told_again(channel):
     """The first answer may have been lost with the connection."""
     for _ in range(2):
         runner = channel()
-        runner.send('adopt', 1, 'job.1')
+        runner.send('adopt', 'job.1')
         runner.until('absent', 'job.1')
         runner.close()
 
 
 def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path):
     first = channel()
-    first.send('adopt', 2, 'job.1', 'other.1')
+    first.send('adopt', 'job.1', 'other.1')
     assert sorted(first.until('absent')[0] for _ in range(2)) == ['job.1', 'other.1']
     first.start('job', f'touch {tmp_path}/ran')
     first.start('after', 'true')
@@ -1284,7 +1283,7 @@ def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path
     first.until('absent', 'job.1')          # as it is said to each that asks
     assert not (tmp_path / 'ran').exists() and first.events == [['started', 'after.1']]
     first.send('revoke', 2, 'job.1', 'other.1')
-    first.send('clean', 1, 'after.1')
+    first.send('clean', 'after.1')
     first.finish()
     assert not os.path.exists(first.folder)
 
@@ -1294,12 +1293,12 @@ def test_a_runner_ends_the_one_before_of_the_same_owner(channel, gate):
     first.start('job', f'{gate.wait}; echo out')
     first.until('started', 'job.1')
     second = channel(owner='batch')
-    second.send('adopt', 1, 'job.1')
+    second.send('adopt', 'job.1')
     second.until('started', 'job.1')
     assert first.process.wait(rig.SAFETY_NET_S) == -9
     gate.open()
     assert second.ended('job', adopted=True)[:2] == (0, '=out\n')
-    second.send('clean', 1, 'job.1')
+    second.send('clean', 'job.1')
     second.finish()
     other.finish()
 
@@ -1347,7 +1346,7 @@ def test_many_that_outlive_their_job_are_counted(runner):
     (text,) = runner.until('left', 'job.1')
     runner.ended('job')
     assert text.count('sleep (') == 5 and text.endswith(' and 3 more')
-    runner.send('cancel', 5, 1, 'job.1')    # they are its, though it has ended
+    runner.send('cancel', 5, 'job.1')    # they are its, though it has ended
     runner.until('cancelled')
     assert not [pid for pid in rig.pids() if b'SSH_SCHEDULER_JOB=job\0' in
                 rig.read_proc(pid, 'environ') and rig.cmdline(pid) == 'sleep 1000']
@@ -1367,7 +1366,7 @@ def test_cancel_of_many_ends_all_they_started(runner, tmp_path):
     while len(ledger.read_text().split()) < 4:
         assert time.monotonic() < limit
         time.sleep(0.01)
-    runner.send('cancel', 5, 4, *(f'job{number}.1' for number in range(4)))
+    runner.send('cancel', 5, *(f'job{number}.1' for number in range(4)))
     runner.until('cancelled', '')
     assert all(rig.ends(int(pid), timeout_s=1) for pid in ledger.read_text().split())
     assert all(runner.record(f'job{number}')[0] == 'ended' for number in range(4))
@@ -1392,8 +1391,8 @@ def test_clean_removes_job_folders_even_read_only_ones(runner):
     for name in ('one', 'two', 'kept'):
         runner.start(name, 'mkdir -p a/b; touch a/b/c; chmod 500 a/b a')
         runner.ended(name)
-    runner.send('clean', 2, 'one.1', 'two.1')
-    runner.send('finish', '', 0)
+    runner.send('clean', 'one.1', 'two.1')
+    runner.send('finish', '')
     runner.until('finished')
     assert os.listdir(os.path.join(runner.folder, 'jobs')) == ['kept.1']
 
@@ -1402,8 +1401,8 @@ def test_finish_leaves_nothing(runner):
     runner.stage('one', {'copy/file': 'x'})
     runner.start('job', 'true', stage='one')
     runner.ended('job')
-    runner.send('clean', 1, 'job.1')
-    runner.send('finish', '', 1, 'one')
+    runner.send('clean', 'job.1')
+    runner.send('finish', '', 'one')
     runner.until('finished')
     runner.close()
     assert not os.path.exists(runner.folder)
@@ -1413,7 +1412,7 @@ def test_finish_can_keep_a_stage_as_the_cache(channel):
     for number in ('one', 'two'):
         runner = channel()
         runner.stage(number, {f'copy/{number}': 'x', 'link/data': 'y'}, links=['data'])
-        runner.send('finish', number, 1, number)
+        runner.send('finish', number, number)
         runner.until('finished')
         runner.close()
         assert os.listdir(runner.folder) == ['cache']
@@ -1426,7 +1425,7 @@ def test_finish_leaves_the_files_of_another_run(channel, gate):
     first.start('job', f'{gate.wait}; cat file', stage='one')
     first.until('started', 'job.1')
     second.stage('two', {'copy/file': 'other\n'})
-    second.send('finish', '', 1, 'two')
+    second.send('finish', '', 'two')
     second.until('finished')
     second.close()
     gate.open()
@@ -1599,13 +1598,13 @@ def test_a_job_that_cannot_be_stored_is_refused(channel, small_disk):
 
 def run_script(script, data, env):
     done = subprocess.run([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, capture_output=True,
-                          input=bytes(s.request(script)) + data, timeout=rig.SAFETY_NET_S)
+                          input=bytes(s.nul_ended(script)) + data, timeout=rig.SAFETY_NET_S)
     return done.stdout
 
 
 def test_unpack_confirms_what_it_did(env, tmp_path):
     data = tar_of({'a b': 'text', 'folder/x': 'y'})
-    head = bytes(s.request(TOKEN, tmp_path / 'new/folder'))
+    head = bytes(s.nul_ended(TOKEN, tmp_path / 'new/folder'))
     assert run_script(s.REMOTE_UNPACK, head + data, env) == f'\n{TOKEN} 0\n'.encode()
     assert (tmp_path / 'new/folder/a b').read_text() == 'text'
     assert run_script(s.REMOTE_UNPACK, head + b'no tar' * 200, env) == f'\n{TOKEN} 2\n'.encode()
@@ -1615,7 +1614,7 @@ def test_pack_gives_exactly_the_named_paths(env, tmp_path):
     for name in ('-x', 'new\nline', 'folder/in'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    head = bytes(s.request(TOKEN, tmp_path))
+    head = bytes(s.nul_ended(TOKEN, tmp_path))
     paths = b'./-x\0./new\nline\0./folder\0'
     _, mark, data = run_script(s.REMOTE_PACK, head + paths, env).partition(f'\n{TOKEN}\n'.encode())
     assert mark
@@ -1724,10 +1723,10 @@ def test_what_bash_and_programs_heed_does_not_bend_the_runner(channel, env, shar
     runner.start('long', 'sleep 1000', need=NEED)
     runner.until('started', 'long.1')
     assert [path.parent.name for path in claims_in(shared)] == [f'ssh_scheduler.{os.getuid()}']
-    runner.send('cancel', 5, 1, 'long.1')
+    runner.send('cancel', 5, 'long.1')
     runner.until('cancelled', '')
-    runner.send('clean', 2, 'job.1', 'long.1')
-    runner.send('finish', '', 1, 'one')
+    runner.send('clean', 'job.1', 'long.1')
+    runner.send('finish', '', 'one')
     runner.until('finished')
     runner.close()
     assert not os.path.exists(runner.folder) or os.listdir(runner.folder) == []
@@ -1747,9 +1746,9 @@ def test_tar_is_told_nothing_by_the_environment(env, tmp_path):
     """Where it takes files and gives them, beside the channel."""
     env = {**env, 'TAR_OPTIONS': '--exclude=*', 'TMOUT': '1'}
     data = tar_of({'folder/file': 'text\n'})
-    run_script(s.REMOTE_UNPACK, bytes(s.request(TOKEN, tmp_path)) + data, env)
+    run_script(s.REMOTE_UNPACK, bytes(s.nul_ended(TOKEN, tmp_path)) + data, env)
     assert (tmp_path / 'folder/file').read_text() == 'text\n'
-    got = run_script(s.REMOTE_PACK, bytes(s.request(TOKEN, tmp_path)) + b'./folder/file\0', env)
+    got = run_script(s.REMOTE_PACK, bytes(s.nul_ended(TOKEN, tmp_path)) + b'./folder/file\0', env)
     assert b'text\n' in got
 
 
@@ -1794,8 +1793,8 @@ def test_older_bashes_run_jobs(channel, bash):
     runner.stage('one', {'copy/file': 'text\n'})
     runner.start('job', 'cat file; echo >new; exit 3', stage='one', back='changed')
     assert runner.ended('job') == (3, '=text\n', '=', ['+./new'])
-    runner.send('clean', 1, 'job.1')
-    runner.send('finish', '', 1, 'one')
+    runner.send('clean', 'job.1')
+    runner.send('finish', '', 'one')
     runner.until('finished')
     assert os.listdir(runner.folder) == []
 

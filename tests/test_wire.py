@@ -98,9 +98,11 @@ def test_endless_noise_is_refused():
             list(reader.feed(b'y\n' * 2048))
 
 
-def test_a_request_is_fields_that_end_with_nul():
-    fields = ('start', 7, b'\xff', 'a\udcff')
-    assert ssh_scheduler.request(*fields) == b'start\x007\x00\xff\x00a\xff\x00'
+def test_a_request_is_a_verb_a_count_and_fields_that_end_with_nul():
+    fields = (7, b'\xff', 'a\udcff')
+    assert ssh_scheduler.request('start', *fields) == b'start\x003\x007\x00\xff\x00a\xff\x00'
+    assert ssh_scheduler.request('probe') == b'probe\x000\x00'
+    assert ssh_scheduler.nul_ended(*fields) == b'7\x00\xff\x00a\xff\x00'
     with pytest.raises(ValueError):
         ssh_scheduler.request('a\0b')
 
