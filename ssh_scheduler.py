@@ -2493,9 +2493,8 @@ REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
 REMOTE_RUNNER = r'''
 # The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
 # Its stdin: this text; then the header, and requests, of which each is VERB COUNT FIELD..., a NUL
-# behind each.
-# Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a
-# line "data".  Nothing but speak() writes there, so that events never mix.
+# behind each.  Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes
+# after a line "data".  Only `writer` writes there, so that events never mix.
 #
 # shellcheck disable=SC2015     # A && B || continue: either is a reason to
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
@@ -2504,7 +2503,9 @@ JOB_OOM_SCORE=500           # so that a job is ended before what others run, whe
 GPU_LIMIT_S=20              # for nvidia-smi's answer
 OLD_DAYS=14                 # after which what was sent is forgotten
 LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
-NO_BOOT_ID=00000000-0000-0000-0000-000000000000         # where the machine does not say it
+# A machine that does not say its boot id has this one.  The time of the boot (btime) could not
+# stand for it: that changes when the clock is set.
+NO_BOOT_ID=00000000-0000-0000-0000-000000000000
 
 # A variable that the environment has is exported for ever.  Those below are in lowercase.
 while IFS= read -rd '' entry; do
@@ -2516,21 +2517,23 @@ LC_ALL=C IFS=$' \t\n'
 
 # What the functions share.  The header:
 token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_environment=()
-# Where things are: the folder of the project, in it that of this runner, and those of the system.
+# The folders: of the project, of this runner, of the claims, and those of the system.
 home='' run='' claims='' proc='' sys='' shared=''
-# Who this is, as `identify` and `mkdir` find out.
+# This runner: PID START BOOT_ID, its user and account, and the umask that jobs get.
 self='' uid='' account='' boot_id='' mask=''
-# File descriptors: what is asked, what is said, and what tells that a login or nvidia-smi is done.
+# File descriptors: of the requests, of the events, and of what tells that a login or nvidia-smi is
+# done; so many of these are waited for, and the process group of the login.
 requests='' events='' signals='' waiting=0 capturing=''
-# What the machine has: the numbers of a probe, the environment of jobs, the limits for new ones.
+# What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
-# What jobs of a stage find, so that they did not make it: "STAGE ENTRY", "STAGE ./PATH".
+# What the jobs of a stage find, so that they did not make it: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
-# Jobs: those begun here, with the files of their claims, and those that are about to begin.
+# Whether the jobs end with the channel; stages that came; processes that remove something; pids.
 tied='' arrived=() removing=() survivors=''
-declare -A begun=() unbegun=()
-# Jobs that were asked for since the last start_pending, in order, and their fields by KEY.
+declare -A begun=()         # the jobs that began under this runner: KEY -> the file of its claim
+declare -A unbegun=()       # those of them that have no process yet
+# The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
 pending=()
 declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
 declare -A paths_of=()
@@ -2539,7 +2542,7 @@ say() {                     # $1: an event of at most 4096 bytes, which a pipe n
   printf '%s\n' "$1" >&"$events"
 }
 
-tell() {                    # says the event $1 with the free texts that follow, escaped
+say_text() {                # says the event $1 with the free texts that follow, escaped
   local event=$1 text
   shift
   for text; do
@@ -2555,34 +2558,13 @@ escape() {                  # REPLY: the text $1 without tab and newline
   REPLY=${REPLY//$'\n'/\\n}
 }
 
-speak() {                   # the only writer to the channel; reads what was said from stdin
-  local line file size ready=
-  while IFS= read -r line; do
-    case $line in
-      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
-        printf %s "$ready"
-        ready=
-        line=${line#*$'\t'}
-        file=${line%%$'\t'*}
-        {                   # opened first: it may be removed at any moment
-          size=$(stat -L -c %s /dev/stdin) && printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}" &&
-            cat
-        } <"$file"
-        rm -f -- "$file" ;;
-      bye) break ;;
-      *)                    # what was said in one go crosses the network in one go
-        ready+=$line$'\n'
-        if ((${#ready} > 8000)) || ! read -r -t 0; then
-          printf %s "$ready"
-          ready=
-        fi ;;
-    esac
-  done
-  printf %s "$ready"
+beside() {                  # runs $@ in the background, so that the next request need not wait
+  "$@" {requests}<&- &
+  disown "$!"
 }
 
-# REPLY: what was complained of last, without where in this text it was.  Fails, and starts no
-complaint() {               # process itself, where none can be started.
+complaint() {               # REPLY: the last complaint in the log, without "line 7: " in front
+  # Fails, and starts no process itself, where none can be started.
   local line said=
   while IFS= read -r line; do           # tar's summary never has the reason
     case $line in
@@ -2615,37 +2597,12 @@ no_process() {              # REPLY: that no process can be started; starts none
   REPLY="this account can start no more processes (ulimit -u: $limit)"
 }
 
-# Where bash cannot fork, it tries for 15 s and then ends, and only this is run.
-last_words() {              # says why, and what never began
-  local name
-  [[ -e $run ]] || return 0
-  ! complaint || return 0
-  for name in "${!unbegun[@]}"; do
-    : >"$claims/$project.$name"
-    tell refused "$name" "$REPLY"
-  done
-  tell broken "$REPLY" later
-}
-
-stranded() {                # for the run_job of $1: the same; $2: the exit status, if it has ended
-  local dir=$home/jobs/$1
-  : >"$claims/$project.$1"
-  if [[ $2 ]]; then
-    record "$dir" "ended $2"
-    : >"$dir/untold"        # the next look at it says so
-  else
-    record "$dir" lost
-    no_process
-    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
-  fi
-}
-
 identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
   local stat fields
   { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
   # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
   fields=(${stat##*) })
-  [[ ${fields[0]} != Z ]] || return 1   # nobody has waited for it yet, but it has ended
+  [[ ${fields[0]} != Z ]] || return 1   # it has ended, though nobody has waited for it yet
   REPLY="$1 ${fields[19]} $boot_id"
 }
 
@@ -2654,13 +2611,13 @@ centiseconds() {            # REPLY: hundredths of a second since boot
   REPLY=${REPLY/./}
 }
 
-# ---- What the machine is and has ----
+# ---- Machine ----
 
-# Text that stands in front of a command in one line, NAME=VALUE NAME=VALUE ... COMMAND, is assigned
-# after the words of the command were expanded.  So no name can meet a variable of this shell; it
-# costs no process; and, other than what env(1) is given, ps shows it to nobody.
-enter() {                   # becomes the program $@ in the environment that "assign" was told
-  exec 3>&2 2>/dev/null     # of a locale that is missing the program warns, too
+# Text in front of a command in one line, NAME=VALUE ... COMMAND, is assigned after the words of the
+# command were expanded.  So no name can meet a variable of this shell.  Unlike env(1) it costs no
+# process (0.45 ms a job), and ps shows the values to nobody.
+enter() {                   # becomes the program $@ in the environment that `assign` prepared
+  exec 3>&2 2>/dev/null     # the program warns of a locale that is missing, too
   export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
   eval "$assignments"'exec "${by_env[@]}" "$@" 2>&3 3>&-'
 }
@@ -2698,7 +2655,7 @@ read_entries() {            # entries: what the file $1 holds, in which each end
   while IFS= read -rd '' entry; do [[ $entry != [!=]*=* ]] || entries+=("$entry"); done <"$1"
 }
 
-read_environment() {        # environment: the same, without what each job has of its own
+read_environment() {        # environment: the entries of $1, without what each job has of its own
   local name entry entries word
   environment=()
   read_entries "$1"
@@ -2720,23 +2677,34 @@ read_environment() {        # environment: the same, without what each job has o
   done
 }
 
-capture() {                 # leaves the environment of an interactive login in $run/environment
-  local shell=${SHELL:-$BASH} to=$run/environment dump probe next how=-l entries
-  local functions='{
+DUMP_FUNCTIONS='{
     \builtin echo shopt -s extglob; \builtin declare -f; \builtin shopt -p extglob
   } >"$SSH_SCHEDULER_CAPTURE.functions"'
+
+capture_login() {           # leaves the environment of an interactive login in $run/environment
+  local to=$run/environment shell=${SHELL:-$BASH} entries
+  [[ ! $setup ]] || to=$run/login       # setup has the last word
+  read_entries "/proc/$$/environ"
+  ask_shell
+  if [[ ! -s $to ]]; then
+    printf '%s\0' "${entries[@]}" >"$to"
+    printf '%s\n' "$shell" >"$run/login.silent"
+  fi
+  [[ ! $setup ]] || run_setup
+}
+
+ask_shell() {               # for capture_login: fills $to; sets shell to the one that was last
+  local dump probe next how=-l
   # A start file may put another shell in the place of this one.  That shell reads its stdin.
   probe='(readlink "/proc/$PPID/exe"; tr "\0" " " <"/proc/$PPID/cmdline")'
   probe+=' >"$SSH_SCHEDULER_CAPTURE.shell"; exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.before"'
   probe="/bin/sh -c '$probe'"
-  [[ ! $setup ]] || to=$run/login       # setup has the last word
-  read_entries "/proc/$$/environ"
   for _ in 1 2 3; do
     environment=("${entries[@]}" "SSH_SCHEDULER_CAPTURE=$to")
     assign
     next=
     dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
-    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$functions
+    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$DUMP_FUNCTIONS
     case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
       *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
       *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
@@ -2748,59 +2716,60 @@ capture() {                 # leaves the environment of an interactive login in 
     shell=$next
     rm -f -- "$to" "$to.shell"
   done
-  if [[ ! -s $to ]]; then
-    printf '%s\0' "${entries[@]}" >"$to"
-    printf '%s\n' "$shell" >"$run/login.silent"
-  fi
-  if [[ $setup ]]; then
-    read_environment "$to"
-    environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
-    assign
-    (enter "$BASH" -c '
-      if [ -e "$2" ]; then . "$2"; fi
-      eval "$1" || exit
-      /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
-    '"$functions" setup "$setup" "$to.functions") >"$run/setup.err" 2>&1
-    echo "$?" >"$run/setup.status"
-    mv -- "$run/environment.new" "$run/environment" 2>/dev/null
-  fi
 }
 
-load_environment() {        # fills environment, for "enter"; tells where a part could not be had
-  local entry name=$run/environment status bash_env=''
+run_setup() {               # for capture_login: $to, and what the setup of the machine file adds
+  read_environment "$to"
+  environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
+  assign
+  (enter "$BASH" -c '
+    if [ -e "$2" ]; then . "$2"; fi
+    eval "$1" || exit
+    /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
+  '"$DUMP_FUNCTIONS" setup "$setup" "$to.functions") >"$run/setup.err" 2>&1
+  echo "$?" >"$run/setup.status"
+  mv -- "$run/environment.new" "$run/environment" 2>/dev/null
+}
+
+load_environment() {        # fills environment, for `enter`; tells where a part could not be had
+  local entry name=$run/environment status
   if [[ $setup && ! -s $name ]]; then
     { read -r status <"$run/setup.status"; } || status='no answer in time'
-    tell broken "setup failed ($status): $(tail -n 1 "$run/setup.err")"
+    say_text broken "setup failed ($status): $(tail -n 1 "$run/setup.err")"
     return
   fi
   if [[ ! -s $name ]]; then
-    tell note 'the login shell did not give its environment in time'
+    say_text note 'the login shell did not give its environment in time'
     name=/proc/$$/environ
   elif IFS= read -r entry <"$run/login.silent"; then
-    tell note "the login shell did not give its environment: a start file of $entry ends it, or \
-starts another program. So jobs have the environment of a command over ssh"
+    say_text note "the login shell did not give its environment: a start file of $entry ends it, \
+or starts another program. So jobs have the environment of a command over ssh"
   fi
   read_environment "$name"
   environment+=("${machine_environment[@]}")
-  for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
-  # bash reads the functions at its start; programs that it runs inherit those that are exported
-  if [[ $bash_env || -s $run/environment.functions ]]; then
-    {
-      if [[ $bash_env ]]; then          # it may choose GPUs, too, as .bashrc does for people
-        printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
-        printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
-        printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
-        printf 'unset -v ssh_scheduler_gpus\n'
-      else
-        printf 'builtin unset -v BASH_ENV\n'
-      fi
-      cat -- "$run/environment.functions"
-    } >"$run/functions"
-    environment+=("BASH_ENV=$run/functions")
-  fi
+  load_functions
   environment=(PYTHONUNBUFFERED=1 "${environment[@]}")
   assign
 } 2>/dev/null
+
+# bash reads the functions at its start; programs that it runs inherit those that are exported.
+load_functions() {          # for load_environment: has the bash of a job read them, by BASH_ENV
+  local entry bash_env=
+  for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
+  [[ $bash_env || -s $run/environment.functions ]] || return
+  {
+    if [[ $bash_env ]]; then            # it may choose GPUs, too, as .bashrc does for people
+      printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
+      printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
+      printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
+      printf 'unset -v ssh_scheduler_gpus\n'
+    else
+      printf 'builtin unset -v BASH_ENV\n'
+    fi
+    cat -- "$run/environment.functions"
+  } >"$run/functions"
+  environment+=("BASH_ENV=$run/functions")
+}
 
 read_ticks() {              # sets busy and total: processor ticks since boot
   local user nice system idle wait irq softirq steal
@@ -2817,7 +2786,7 @@ count_cores() {             # REPLY: the cores that this login may use
   [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 }
 
-nvidia() {                  # asks nvidia-smi $1; its answer and its words go to files
+nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, its words to gpus.err
   {
     set -- "$smi" "$1" --format=csv,noheader,nounits
     [[ $smi != /* ]] || enter "$@"
@@ -2830,7 +2799,9 @@ nvidia() {                  # asks nvidia-smi $1; its answer and its words go to
   return "$status"
 }
 
-query_gpus() {              # can hang beyond kill, so it is never waited for but with a deadline
+# nvidia-smi may hang beyond kill.  So it is never waited for without a deadline, and its pid is in
+# a file: when its time is over it is killed, and while that did not help nobody asks again.
+query_gpus() {              # leaves what nvidia-smi says in $run/gpus.*
   local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
   type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
   nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
@@ -2843,7 +2814,7 @@ query_gpus() {              # can hang beyond kill, so it is never waited for bu
   [[ $status != 137 ]] || return        # it was given up
   : >"$run/gpus.apps"
   case $status in
-    0 | old | 14 | 15)      # where nothing is taken, nobody is there to be asked for
+    0 | old | 14 | 15)      # where nothing of a GPU is taken, nobody is there to be asked for
       while IFS=', ' read -r _ _ total free busy _; do
         [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
         nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || (($? == 15)) ||
@@ -2874,73 +2845,85 @@ give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be 
   [[ ! -e $run/gpus.status ]] || rm -f -- "$run/gpus.status"
 } 2>/dev/null
 
-tell_gpus() {               # says what query_gpus found; knows the processes of claims by now
-  local status line uuid pid used index pids=() names=() vendor cards=
+say_gpus() {                # says what query_gpus found; say_claims has filled claim_of by now
+  local status line
   { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
-  tell probe nvidia_smi "$status"
+  say_text probe nvidia_smi "$status"
   case $status in
-    absent)                 # others are at least named; those of bus 0 drive the screen
-      for line in "$sys"/class/drm/card*/device; do
-        [[ $line != */card*-*/* && $(readlink -f "$line") != */0000:00:* ]] || continue
-        { read -r vendor <"$line/vendor"; } 2>/dev/null || continue
-        case $vendor in 0x1002) cards+=' AMD' ;; 0x8086) cards+=' Intel' ;; esac
-      done
-      [[ ! $cards ]] || tell probe other_gpus "${cards# }" ;;
+    absent) say_other_gpus ;;
     timeout) ;;
     0 | old | 14 | 15)      # 14: a warning about its infoROM, with a valid answer; 15: one is lost
-      while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus.list"
-      ((status != 15)) || while IFS= read -r line; do tell probe gpu "$line"; done <"$run/gpus.err"
-      while IFS=', ' read -r uuid pid used; do
-        [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
-      done <"$run/gpus.apps"
-      ((${#pids[@]} == 0)) || while read -r pid line; do
-        names[${pid#/proc/}]=$line
-      done < <(stat -c '%n %U' -- "${pids[@]}" 2>/dev/null)
-      while IFS=', ' read -r uuid pid used; do
-        [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
-        tell probe gpu_process "$uuid $used ${names[pid]:-?} ${claim_of[$pid]-}"
-      done <"$run/gpus.apps" ;;
+      while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.list"
+      ((status != 15)) ||
+        while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.err"
+      say_gpu_processes ;;
     *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus.list")
-       tell probe gpu_error "$line" ;;
+       say_text probe gpu_error "$line" ;;
   esac
 }
 
-tell_limits() {             # what control groups, of version 1 or 2, leave of cores and memory
-  local number controllers path folder quota period limit used key value cache
-  while IFS=: read -r number controllers path; do
+say_other_gpus() {          # names GPUs that are not Nvidia's; those of bus 0 drive the screen
+  local card vendor cards=
+  for card in "$sys"/class/drm/card*/device; do
+    [[ $card != */card*-*/* && $(readlink -f "$card") != */0000:00:* ]] || continue
+    { read -r vendor <"$card/vendor"; } 2>/dev/null || continue
+    case $vendor in 0x1002) cards+=' AMD' ;; 0x8086) cards+=' Intel' ;; esac
+  done
+  [[ ! $cards ]] || say_text probe other_gpus "${cards# }"
+}
+
+say_gpu_processes() {       # says who uses how much of which GPU
+  local uuid pid used user pids=() users=()
+  while IFS=', ' read -r uuid pid used; do
+    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
+  done <"$run/gpus.apps"
+  ((${#pids[@]} == 0)) || while read -r pid user; do
+    users[${pid#/proc/}]=$user
+  done < <(stat -c '%n %U' -- "${pids[@]}" 2>/dev/null)
+  while IFS=', ' read -r uuid pid used; do
+    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
+    say_text probe gpu_process "$uuid $used ${users[pid]:-?} ${claim_of[$pid]-}"
+  done <"$run/gpus.apps"
+}
+
+say_cgroups() {             # what control groups, of version 1 or 2, leave of cores and memory
+  local controllers path folder
+  while IFS=: read -r _ controllers path; do
     case ,$controllers, in
       ,, | *,cpu,* | *,memory,*) folder=$sys/fs/cgroup${controllers:+/$controllers} ;;
       *) continue ;;
     esac
     [[ $controllers || ! -d $folder/unified ]] || folder+=/unified
     while :; do             # a container does not see the folders above its own
-      if { read -r quota period <"$folder$path/cpu.max"; } && [[ $quota != max ]]; then
-        tell probe cgroup_cores "$quota/$period"
-      elif { read -r quota <"$folder$path/cpu.cfs_quota_us"; } && ((quota > 0)); then
-        read -r period <"$folder$path/cpu.cfs_period_us"
-        tell probe cgroup_cores "$quota/$period"
-      fi
-      if ! { read -r limit <"$folder$path/memory.max" &&
-        read -r used <"$folder$path/memory.current"; }; then
-        read -r limit <"$folder$path/memory.limit_in_bytes" &&
-          read -r used <"$folder$path/memory.usage_in_bytes" || limit=max
-      fi
-      # "unlimited" is a very large number in version 1
-      if [[ $limit != max ]] && ((${#limit} < 17)); then
-        cache=0             # what was read from files counts as used, and gives way
-        while read -r key value; do
-          [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
-        done <"$folder$path/memory.stat"
-        tell probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
-      fi
+      say_cgroup "$folder$path"
       [[ $path == /?* ]] || break
       path=${path%/*}
     done
   done <"$proc/self/cgroup"
 } 2>/dev/null
 
-# Forks share memory: of what they have taken the largest alone is certain, what they may need is at
-# most the sum.  Too little taken only holds back other jobs; too much would promise it twice.
+say_cgroup() {              # for say_cgroups: what the group with the folder $1 leaves
+  local quota period limit used key value cache=0
+  if { read -r quota period <"$1/cpu.max"; } && [[ $quota != max ]]; then
+    say_text probe cgroup_cores "$quota/$period"
+  elif { read -r quota <"$1/cpu.cfs_quota_us"; } && ((quota > 0)); then
+    read -r period <"$1/cpu.cfs_period_us"
+    say_text probe cgroup_cores "$quota/$period"
+  fi
+  if ! { read -r limit <"$1/memory.max" && read -r used <"$1/memory.current"; }; then
+    read -r limit <"$1/memory.limit_in_bytes" && read -r used <"$1/memory.usage_in_bytes" ||
+      limit=max
+  fi
+  # "unlimited" is a very large number in version 1
+  [[ $limit != max ]] && ((${#limit} < 17)) || return
+  while read -r key value; do           # what was read from files counts as used, and gives way
+    [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
+  done <"$1/memory.stat"
+  say_text probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
+}
+
+# Processes that were forked share memory: the largest alone is certain to be taken, and at most the
+# sum may be needed.  Too little taken only holds back other jobs; too much would promise it twice.
 use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
   local pid stat fields lines line file index
   pids=("$1") rss=0 peak=0 ticks=0
@@ -2965,49 +2948,21 @@ use_of() {                  # what process $1 and its descendants use: pids, rss
   done
 } 2>/dev/null
 
-read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
-  local pid start boot number error
-  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
-  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
-  # One of another user may say anything.
-  number='(0|[1-9][0-9]{0,8})'
-  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
-  [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
-  process=$pid key=
-  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
-  if identify "$pid"; then
-    [[ $REPLY == "$pid $start $boot" ]]
-  else                      # where /proc hides the processes of others, kill tells
-    error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
-    [[ $error == *permitted* && $boot == "$boot_id" ]]
-  fi
-}
-
-tell_claims() {             # says of each job of ours or of other batches what it claims, and uses
-  local file process need key pids rss peak ticks pid
-  for file in "$shared"/ssh_scheduler.*/*; do
-    read_claim "$file" || continue
-    use_of "$process"
-    for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
-    tell probe claim "$rss $ticks ${key:--} $need"
-  done
-}
-
-measure() {                 # says what is here and free; $1: seconds for nvidia-smi's answer
-  local key value line busy total
-  local -A claim_of=()
+measure() {                 # says what the machine has, and what of it is free
+  local key value busy total
+  local -A claim_of=()      # pid -> the key of the job, or "other"
   read_ticks
-  tell probe ticks "$busy/$total"
+  say_text probe ticks "$busy/$total"
   [[ $cores ]] || { count_cores; cores=$REPLY; }        # a process: once is enough
-  tell probe cores "$cores"
+  say_text probe cores "$cores"
   read -r value _ <"$proc/loadavg"
-  tell probe load "$value"
+  say_text probe load "$value"
   while read -r key value _; do
-    case $key in MemTotal: | MemAvailable:) tell probe "${key%:}" "$value" ;; esac
+    case $key in MemTotal: | MemAvailable:) say_text probe "${key%:}" "$value" ;; esac
   done <"$proc/meminfo"
-  tell_limits
-  tell_claims
-  [[ $want_gpus != 1 ]] || tell_gpus
+  say_cgroups
+  say_claims
+  [[ $want_gpus != 1 ]] || say_gpus
 }
 
 measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
@@ -3021,11 +2976,11 @@ measure_again() {           # $1: its number; beside the loop, since nvidia-smi 
   began=$REPLY
   measure
   centiseconds
-  tell measured "$1" "$((REPLY - began))"
+  say_text measured "$1" "$((REPLY - began))"
 } 2>/dev/null
 
 probe() {                   # says what is here and free, if $1 is not empty, then "ready"
-  local value word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
+  local rsync word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
@@ -3038,19 +2993,19 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   load_environment
   [[ $want_gpus != 1 ]] || query_gpus_again
   if [[ $1 ]]; then
-    tell probe ticks_before "$busy_before/$total_before"
+    say_text probe ticks_before "$busy_before/$total_before"
     measure
   fi
   for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
-  ((${#missing[@]} == 0)) || tell broken "this program is missing there: ${missing[*]}"
-  type -P rsync >/dev/null && value=1 || value=0
-  tell ready "$home" "$value"
+  ((${#missing[@]} == 0)) || say_text broken "this program is missing there: ${missing[*]}"
+  type -P rsync >/dev/null && rsync=1 || rsync=0
+  say_text ready "$home" "$rsync"
 }
 
-# ---- Files for jobs ----
+# ---- Files ----
 
-unstored() {                # says why the files of stage $1 could not be stored
-  if complaint; then tell stage_failed "$1" "$REPLY"; else tell broken "$REPLY" later; fi
+say_unstored() {            # says why the files of stage $1 could not be stored
+  if complaint; then say_text stage_failed "$1" "$REPLY"; else say_text broken "$REPLY" later; fi
 }
 
 freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
@@ -3064,13 +3019,14 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
       linked["$id ./$path"]=1
     done
     (cd -- "$stage/copy" && listing .) >"$stage/list"
-  } || { unstored "$id"; return; }
+  } || { say_unstored "$id"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
-  tell staged "$id"
+  say_text staged "$id"
 } 2>>"$run/log"
 
-# What cannot be read is opened, where the login may do that; an "m" with its mode stands before it.
-# Else it is "-", or an empty folder would stand for all that lies in it.
+# What cannot be read is opened, where the login may do that, since rsync and tar need the bits.  An
+# "m" with the mode that it had stands before it.  What stays shut is "-": an empty folder would
+# stand for all that lies in it.
 listing() {                 # what lies below $1 in the current folder, as rsync sees changes
   find "$1" -mindepth "${2:-1}" "${@:3}" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
@@ -3080,6 +3036,8 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
+# No job has a folder of results there: its end lists what it made or changed in its own folder, and
+# one rsync fetches that of many jobs by a list of files.
 # $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
 list_back() {               # fails if the list cannot be written
   local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
@@ -3127,7 +3085,12 @@ entries_of() {              # lists the paths $@ as rsync sees changes, or all; 
   done
 }
 
-send_list() {               # sends the list $2 of the job job.attempt $1
+find_list() {               # REPLY: the file that lists what the job $1 left
+  REPLY=$home/jobs/$1/back
+  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
+}
+
+send_list() {               # sends the list $2 of the job $1
   local bytes
   bytes=$(stat -c %s -- "$2")
   if ((${bytes:-0} > LONGEST_LIST)); then
@@ -3139,105 +3102,176 @@ send_list() {               # sends the list $2 of the job job.attempt $1
   say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
 }
 
-list_again() {              # sends what there is now of paths of job.attempt $1
-  local name=$1 to=$run/again.$1
+list_again() {              # sends what there is now of some paths ($2...) of the job $1
+  local key=$1 to=$run/again.$1
   shift
   mkdir -p -- "$to"
   : >"$to/back"
-  if [[ -d $home/jobs/$name/work ]]; then
-    (list_back "$home/jobs/$name" '' "$to" "$@")
+  if [[ -d $home/jobs/$key/work ]]; then
+    (list_back "$home/jobs/$key" '' "$to" "$@")
   else
     printf '!%s\0' "$@" >"$to/back"
   fi
-  send_list "$name" "$to/back"
+  send_list "$key" "$to/back"
 } 2>/dev/null
-
-find_list() {               # REPLY: the file with what the job job.attempt $1 left
-  REPLY=$home/jobs/$1/back
-  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
-}
 
 # ---- Jobs ----
 
-run_job() {                 # in its own process and group; says how it went, and leaves that
-  local name=$1 dir=$home/jobs/$1 id=${stage_of[$1]} gpus=${gpus_of[$1]} mode=${mode_of[$1]}
-  local limit=${limit_of[$1]} back=${back_of[$1]} status=125 started used left
-  local alive input keeper='' watchdog='' program=../cmd own
-  eval "set -- ${paths_of[$1]}"
-  trap : TERM INT HUP       # the job may end its group ("kill 0"); this must live to record how
-  exec {events}>&- {signals}>&-         # or the speaker would outlive a runner that was killed
-  exec {alive}<>"$dir/alive"            # what the job starts has it open: so it can be found
+start_pending() {           # starts the jobs that were asked for since the last time
+  local key dir held='' said='' starting=()
+  ((${#pending[@]})) || return 0
+  make_job_folders
+  claim_needs || held=1
+  for key in "${pending[@]}"; do
+    dir=$home/jobs/$key
+    if [[ $held && ! -e $dir/cmd ]]; then
+      hold
+    elif take; then
+      ((${#said} < 3000)) || { say "started$said"; said=; }
+      said+=$'\t'$key
+      starting+=("$key") unbegun[$key]=1
+      begun[$key]=$claims/$project.$key
+    elif is_taken; then
+      beside ask_about "$key"
+    else
+      refuse
+    fi
+  done
+  [[ ! $said ]] || say "started$said"   # before the first can say that it ended
+  for key in "${starting[@]}"; do
+    beside run_job "$key"
+    unset -v "unbegun[$key]"
+  done
+  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+  paths_of=()
+}
+
+make_job_folders() {        # for start_pending: those of all pending jobs, with two processes
+  local key dirs=() pipes=()
+  for key in "${pending[@]}"; do
+    dirs+=("$home/jobs/$key")
+    [[ ${stage_of[$key]} ]] || dirs+=("$home/jobs/$key/work")
+    pipes+=("$home/jobs/$key/alive")
+  done
+  mkdir -p -- "${dirs[@]}"
+  mkfifo -- "${pipes[@]}" 2>/dev/null   # some are there, where the job was started before
+}
+
+hold() {                    # for start_pending: other batches leave no room for the job $key
+  : >"$claims/$project.$key"
+  rm -f -- "$dir/alive"
+  rmdir -- "$dir/work" "$dir"
+  say "held"$'\t'"$key"
+}
+
+# Whoever creates `cmd` begins the job, and nobody else ever does.  It is created exclusively, as
+# mkdir does it, on NFS (version 3 and later) too; but bash can do that itself, so that one mkdir
+# makes the folders of many jobs.
+take() {                    # for start_pending: begins the job $key; fails if that cannot be
+  set -C
+  if ! : >"$dir/cmd"; then
+    set +C
+    return 1
+  fi
+  set +C
+  printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
+    printf '%s\n' "${command_of[$key]}" >"$dir/cmd" && return
+  rm -f -- "$dir/cmd"       # the disk is full: nothing was started
+  return 1
+}
+
+is_taken() {                # for start_pending: tells whether the job $key was begun before
+  local command
+  command=$(<"$dir/cmd")
+  [[ -e $dir/cmd && (! $command || $command == "${command_of[$key]}") ]]
+} 2>/dev/null
+
+refuse() {                  # for start_pending: says why the job $key could not be begun
+  [[ -e $dir/cmd ]] || : >"$claims/$project.$key"
+  complaint
+  say_text refused "$key" "$REPLY"
+}
+
+# What waits in the place of a job that wants a terminal hands over the environment of the job, and
+# is told its exit status through a FIFO, or that the session was cut off.  So a job has one record
+# of its end, whether it had a terminal or not.
+prepare_tty() {             # for take: what a session with a terminal runs, and what waits for that
+  [[ ${mode_of[$key]} == tty ]] || return 0
+  cat >"$dir/wait" <<'END' && cat >"$dir/tty" <<'END'
+mkfifo ../code
+read -r code <../code || code=129
+exit "$code"
+END
+cd -- "${0%/*}/work" || exit
+until [[ -p ../code ]]; do sleep 0.02; done
+exec 8>../code 9>../alive
+{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
+set -- "$TERM" "$BASH"
+eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
+echo "$?" >&8
+END
+}
+
+# This process shares the process group of the job, and ignores what a job sends its own group
+# ("kill 0" is common in scripts), since it must live to record how the job ended.  If it is killed
+# all the same, the next `look` notices, and records 137.
+run_job() {                 # KEY, in a process and a group of its own: runs it, and records its end
+  local key=$1 dir=$home/jobs/$1 stage=${stage_of[$1]} mode=${mode_of[$1]} limit=${limit_of[$1]}
+  local alive input keeper='' watchdog='' status=125 began
+  trap : TERM INT HUP
+  exec {events}>&- {signals}>&-         # or the writer would outlive a runner that was killed
+  exec {alive}<>"$dir/alive"            # all that the job starts has it open, and is found by it
   centiseconds
-  started=$REPLY
+  began=$REPLY
   identify "$BASHPID"
   record "$dir" "running $REPLY"
-  printf '%-80s' "$REPLY" 1<>"$claims/$project.$name"   # was announced; see start_pending
-  # shellcheck disable=SC2064            # when it is run, there is no $name any more
-  trap "stranded $name" EXIT
-  if [[ $id ]] && ! cp -a --reflink=auto -- "$home/stage/$id/copy" "$dir/work" 2>>"$dir/err"; then
-    printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
-  else
+  printf '%-80s' "$REPLY" 1<>"$claims/$project.$key"    # the claim was the runner's until now
+  # shellcheck disable=SC2064            # when it is run, there is no $key any more
+  trap "last_words_of $key" EXIT
+  if copy_stage; then
     exec {input}</dev/null
     [[ $mode != stdin ]] || keep_input
     [[ ! $limit ]] || keep_time
-    [[ $mode != tty ]] || program=../wait
-    (
-      exec {held}>"$dir/alive" {alive}<&- {input}<&-
-      umask "$mask"
-      read -r status </proc/self/oom_score_adj && ((status >= JOB_OOM_SCORE)) ||
-        echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
-      cd -- "$dir/work" || exit
-      printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${name%.*}" SSH_SCHEDULER_ID "$project.$name"
-      [[ $gpus == - ]] || own+="CUDA_VISIBLE_DEVICES=$gpus CUDA_DEVICE_ORDER=PCI_BUS_ID "
-      assignments+=$own
-      [[ $program == ../cmd ]] ||
-        printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
-      enter "$BASH" "$program"
-    ) <&"$input" >>"$dir/out" 2>>"$dir/err"
+    # Its streams go to files, so that no job waits for a slow reader or a broken link, and a client
+    # can be killed at any byte and come back.
+    (become_job) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
     # shellcheck disable=SC2064
-    trap "stranded $name $status" EXIT
-    exec {input}<&-
-    [[ ! $keeper ]] || kill -KILL "$keeper"
-    if [[ -e $dir/late ]]; then
-      wait "$watchdog"
-      status=124            # as timeout(1) has it
-    elif [[ $watchdog ]]; then
-      kill -KILL "$watchdog"
-    fi
+    trap "last_words_of $key $status" EXIT
+    end_keepers
   fi
-  # The 16th and 17th field: the time of the children for which this has waited.
-  IFS= read -r used </proc/self/stat
-  # shellcheck disable=SC2206
-  used=(${used##*) })
-  if [[ $back != none ]] && ! list_back "$dir" "$id" "$dir" "$@"; then
-    printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${name%.*}" \
-      1<>"$run/events"
-    left=$claims/$project.$name.back    # this lies in memory
-    mkdir -p -- "$left" && list_back "$dir" "$id" "$left" "$@" || ((status)) || status=125
-  fi
-  : >"$claims/$project.$name"           # first: who reads the record may remove that
-  record "$dir" "ended $status"
-  centiseconds
-  started=$((REPLY - started))
-  tell_left
-  tell_ended "$name" "$status" "$started" "$((used[13] + used[14]))"
-  trap - EXIT
+  conclude
 } 2>/dev/null
 
-keep_time() {               # for run_job: ends it, as a cancel does, when its time is over
-  {
-    trap '' TERM
-    exec {input}<&-
-    read -r -t "$limit" <&"$alive"      # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
-    : >"$dir/late"
-    cancel 5 "$name"
-  } &
-  watchdog=$!
+copy_stage() {              # for run_job: gives the job its copy of what was sent
+  [[ $stage ]] || return 0
+  cp -a --reflink=auto -- "$home/stage/$stage/copy" "$dir/work" 2>>"$dir/err" && return
+  printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
+  return 1
 }
 
-keep_input() {              # for run_job: its input ends when "eof" says so, not with a connection
+become_job() {              # for run_job: becomes the bash of the job
+  local own program=../cmd score
+  exec {held}>"$dir/alive" {alive}<&- {input}<&-
+  umask "$mask"
+  read -r score </proc/self/oom_score_adj && ((score >= JOB_OOM_SCORE)) ||
+    echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
+  cd -- "$dir/work" || exit
+  printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
+  [[ ${gpus_of[$key]} == - ]] ||
+    own+="CUDA_VISIBLE_DEVICES=${gpus_of[$key]} CUDA_DEVICE_ORDER=PCI_BUS_ID "
+  assignments+=$own
+  if [[ $mode == tty ]]; then
+    program=../wait
+    printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
+  fi
+  enter "$BASH" "$program"
+}
+
+# The input is a FIFO that a process of ours holds open until `eof` says that there is no more: so a
+# broken connection is no end of file.
+keep_input() {              # for run_job: sets input and keeper
   local eof both
   mkfifo -- "$dir/eof" "$dir/in.new"
   # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
@@ -3251,7 +3285,57 @@ keep_input() {              # for run_job: its input ends when "eof" says so, no
   exec {eof}<&- {both}<&-
 }
 
-tell_left() {               # for run_job: says what the job started and did not wait for
+# The time limit is kept here, beside what records the end, so that it holds when nobody listens.
+keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
+  {
+    trap '' TERM
+    exec {input}<&-
+    read -r -t "$limit" <&"$alive"      # nothing ever comes
+    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
+    : >"$dir/late"
+    end_jobs 5 "$key"
+  } &
+  watchdog=$!
+}
+
+end_keepers() {             # for run_job: the job has ended; changes status if its time was over
+  exec {input}<&-
+  [[ ! $keeper ]] || kill -KILL "$keeper"
+  if [[ -e $dir/late ]]; then
+    wait "$watchdog"
+    status=124              # as timeout(1) has it
+  elif [[ $watchdog ]]; then
+    kill -KILL "$watchdog"
+  fi
+}
+
+conclude() {                # for run_job: records how the job ended, and says so
+  local used wall
+  # The 16th and 17th field: the time of the children for which this has waited.
+  IFS= read -r used </proc/self/stat
+  # shellcheck disable=SC2206
+  used=(${used##*) })
+  [[ ${back_of[$key]} == none ]] || list_results
+  : >"$claims/$project.$key"            # first: who reads the record may remove that
+  record "$dir" "ended $status"
+  centiseconds
+  wall=$((REPLY - began))
+  say_left
+  say_ended "$key" "$status" "$wall" "$((used[13] + used[14]))"
+  trap - EXIT
+}
+
+list_results() {            # for conclude: what the job left; if that cannot be, its status is 125
+  local paths left=$claims/$project.$key.back   # this lies in memory
+  eval "paths=(${paths_of[$key]})"
+  ! list_back "$dir" "$stage" "$dir" "${paths[@]}" || return 0
+  printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
+    1<>"$run/events"
+  mkdir -p -- "$left" && list_back "$dir" "$stage" "$left" "${paths[@]}" || ((status)) ||
+    status=125
+}
+
+say_left() {                # for conclude: says what the job started and did not wait for
   local left pid comm text='' count=0
   exec {left}<"$dir/alive" {alive}<&-
   # Nobody else has it open: that is known at once.  What is about to end is given a moment.
@@ -3262,29 +3346,30 @@ tell_left() {               # for run_job: says what the job started and did not
     count=$((count + 1))
     escape "$comm"
     ((count > 5)) || text+="${text:+, }$REPLY ($pid)"
-  done < <(exec {left}<&-; holders "$name")
+  done < <(exec {left}<&-; holders "$key")
   ((count < 6)) || text+=" and $((count - 5)) more"
-  ((count == 0)) || printf 'left\t%s\t%s\n' "$name" "$text" 1<>"$run/events"
+  ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
 }
 
-holders() {                 # prints the pids of what the jobs job.attempt $@ started
-  local name pattern tests=() marks=()
-  for name; do
-    pattern=$home/jobs/$name/alive
-    pattern=${pattern//\\/\\\\}
-    pattern=${pattern//\[/\\[}
-    pattern=${pattern//\*/\\*}
-    tests+=(-o -lname "${pattern//\?/\\?}" -print)
-    marks+=(-e "SSH_SCHEDULER_ID=$project.$name")
-  done
-  {
-    find /proc/[1-9]*/fd "${tests[@]:1}"
-    grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
-  } | while IFS=/ read -r _ _ name _; do printf '%s\n' "$name"; done | sort -u
-} 2>/dev/null
+# An exit trap: where bash cannot fork, it tries for 15 s and then ends, and only this is run.
+last_words_of() {           # KEY, the exit status if the job has ended: for its run_job
+  local dir=$home/jobs/$1
+  : >"$claims/$project.$1"
+  if [[ $2 ]]; then
+    record "$dir" "ended $2"
+    : >"$dir/untold"        # the next look at it says so
+  else
+    record "$dir" lost
+    no_process
+    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
+  fi
+}
 
+# A record is written over the one before, not renamed into its place.  A rename costs a process,
+# and a full disk refuses a new file, but not these 96 bytes, which were paid for when the job was
+# taken.  A record that is not whole says nothing.
 record() {                  # $1: job folder, $2: how the job stands, or how it ended
-  # On a full disk nothing can be added, but this line was paid for, and a new name costs nothing.
+  # Where even that fails, the result goes into the name of the file, which costs nothing.
   printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
 }
 
@@ -3304,24 +3389,22 @@ read_record() {             # $1: job folder; sets word and value from its recor
   fi
 }
 
-stream() {                  # REPLY: "=text" of the file $1 where it is short text, else "@bytes"
-  local text=
-  if [[ ! -s $1 ]]; then
-    REPLY='='
-  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
-    REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
-  else
-    escape "$text"
-    REPLY="=$REPLY"
-  fi
+lives() {                   # tells whether the job with the record $1 $2 has a process left
+  local pid=${2%% *}
+  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
+  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
+} 2>/dev/null
+
+is_runner() {               # tells whether the process that `identify` once named $1 is still there
+  identify "${1%% *}" && [[ $REPLY == "$1" ]]
 }
 
-tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and processor time (cs)
+say_ended() {               # $1: key, $2: exit status, $3, $4: wall and processor time (cs)
   local dir=$home/jobs/$1 event entry back=
   event=ended$'\t'$1$'\t'$2$'\t'$3$'\t'$4
-  stream "$dir/out"
+  stream_text "$dir/out"
   event+=$'\t'$REPLY
-  stream "$dir/err"
+  stream_text "$dir/err"
   event+=$'\t'$REPLY
   find_list "$1"
   if [[ -s $REPLY ]]; then
@@ -3335,102 +3418,141 @@ tell_ended() {              # $1: job.attempt, $2: exit status, $3, $4: wall and
   printf '%s\n' "$event$back" 1<>"$run/events"
 }
 
-start_pending() {           # starts what was read of "start" requests since the last time
-  local dirs=() pipes=() started='' name dir command claimed=() held=
-  for name in "${pending[@]}"; do
-    dirs+=("$home/jobs/$name")
-    [[ ${stage_of[$name]} ]] || dirs+=("$home/jobs/$name/work")
-    pipes+=("$home/jobs/$name/alive")
-  done
-  if ((${#dirs[@]})); then
-    LC_ALL=C mkdir -p -- "${dirs[@]}"
-    mkfifo -- "${pipes[@]}" 2>/dev/null         # some are there, where it was started before
+stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short text, else "@BYTES"
+  local text=
+  if [[ ! -s $1 ]]; then
+    REPLY='='
+  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
+    REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
+  else
+    escape "$text"
+    REPLY="=$REPLY"
   fi
-  announce || held=1
-  for name in "${pending[@]}"; do
-    dir=$home/jobs/$name
-    if [[ $held && ! -e $dir/cmd ]]; then
-      : >"$claims/$project.$name"
-      rm -f -- "$dir/alive"
-      rmdir -- "$dir/work" "$dir"
-      say "held"$'\t'"$name"
-      continue
-    fi
-    set -C                  # "cmd" is the claim: only one can create it, on NFS too
-    if : >"$dir/cmd"; then
-      set +C
-      if printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
-        printf '%s\n' "${command_of[$name]}" >"$dir/cmd"; then
-        ((${#started} < 3000)) || { say "started$started"; started=; }
-        started+=$'\t'$name
-        claimed+=("$name") unbegun[$name]=1
-        begun[$name]=$claims/$project.$name
-        continue
-      fi
-      rm -f -- "$dir/cmd"   # the disk is full: nothing was started
-    elif set +C; command=$(<"$dir/cmd"); [[ -e $dir/cmd &&
-      (! $command || $command == "${command_of[$name]}") ]]; then
-      beside report "$name"
-      continue
-    fi
-    [[ -e $dir/cmd ]] || : >"$claims/$project.$name"
-    complaint
-    tell refused "$name" "$REPLY"
-  done
-  [[ ! $started ]] || say "started$started"     # before the first can say that it ended
-  for name in "${claimed[@]}"; do
-    beside run_job "$name"
-    unset -v "unbegun[$name]"
-  done
-  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
-  paths_of=()
 }
 
-# A job that wants a terminal has it from a session of its own, which runs "tty".  What waits in its
-# place hands over its environment and is told its exit status, or that the session was cut off.
-prepare_tty() {             # for start_pending: where the job $name wants that
-  [[ ${mode_of[$name]} == tty ]] || return 0
-  cat >"$dir/wait" <<'EOF' && cat >"$dir/tty" <<'EOF'
-mkfifo ../code
-read -r code <../code || code=129
-exit "$code"
-EOF
-cd -- "${0%/*}/work" || exit
-until [[ -p ../code ]]; do sleep 0.02; done
-exec 8>../code 9>../alive
-{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
-trap : INT QUIT                         # what is typed is for the job; this tells how that ended
-set -- "$TERM" "$BASH"
-eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
-echo "$?" >&8
-EOF
+# How a job stands is decided once: if it runs, `look` notices its end, at most 2 s later.  To ask
+# in a loop took 1.6 % of a core for each job.
+ask_about() {               # says how the job $1 stands, which was begun before
+  local key=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
+  for ((tries = 0; tries < 20; tries++)); do
+    is_runner "$self" || return         # nobody listens
+    read_record "$dir"
+    if [[ $word == revoked ]]; then
+      say "absent"$'\t'"$key"           # again: who was told so may have lost contact before
+      return
+    elif [[ $word == ended ]]; then
+      say_ended "$key" "$value" 0 0
+      return
+    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
+      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
+      why='the machine was restarted'
+      break
+    elif lives "$word" "$value"; then
+      say "started"$'\t'"$key"
+      return
+    elif [[ $word == running ]]; then
+      read_record "$dir"                # what ends records that before it is gone
+      [[ $word == ended ]] || { record_killed "$key"; return; }
+      tries=0
+    elif [[ $word == lost ]]; then
+      break
+    elif [[ $word == starting ]] && is_runner "$value"; then
+      tries=0               # another runner will begin it, and has much to do
+    fi
+    sleep 0.1
+  done
+  record "$dir" lost        # so that it is not taken for one that was killed
+  end_processes 5 "$key"    # what it started elsewhere may live, and it may be started again
+  say_text lost "$key" "$why"
+} 2>/dev/null
+
+look() {                    # triples KEY OUT ERR, the known bytes of its streams: says the rest
+  local files=() size file chunk count=0
+  local -A since what
+  while (($#)); do
+    look_at "$1"
+    for file in "out $2" "err $3"; do
+      files+=("$home/jobs/$1/${file% *}")
+      since["$home/jobs/$1/${file% *}"]=${file#* }
+      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
+    done
+    shift 3
+  done
+  while read -r size file; do
+    ((size > since["$file"])) || continue
+    count=$((count + 1))
+    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
+    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
+    say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
+  done < <(stat -c '%s %n' -- "${files[@]}")
+} 2>/dev/null
+
+look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
+  local word value pids rss peak ticks
+  read_record "$home/jobs/$1"
+  if lives "$word" "$value"; then
+    use_of "${value%% *}"
+    ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
+  elif [[ $word == running || -e $home/jobs/$1/untold ||
+    ($word != starting && ! ${begun[$1]-}) ]]; then
+    ask_about "$1" &        # but of what began here run_job tells the end, and more of it
+  fi
 }
 
-# Every batch on this machine, whoever's it is, says in a file for each of its jobs what that needs,
-# and looks at the others' only then.  Of two that do so at a time, at least one sees the other and
-# steps back.  A file whose process is gone, or that is empty, claims nothing.
-claims_are_ours() {         # others may write where their folder lies: what is not ours is not used
+list_others() {             # says which jobs lie here that journals other than $1 claimed
+  local dir id runner who word value list=$run/others.$RANDOM
+  local -A led=()           # identities of journals whose clients are connected
+  for dir in "$home"/run.*; do
+    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
+    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
+  done
+  for dir in "$home"/jobs/*; do
+    id=${dir##*.}
+    [[ $id == *-* ]] && id=${id##*-} || id=none         # journals had no identity once
+    [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
+    read_record "$dir"
+    if [[ $word == running ]] && ! lives "$word" "$value"; then
+      read_record "$dir"                # it may have ended at this moment
+      word=${word/running/lost}
+    fi
+    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
+  done >"$list"
+  if [[ -s $list ]]; then
+    say "bulk"$'\t'"$list"$'\t'"others"
+  else
+    say others
+  fi
+} 2>/dev/null
+
+# ---- Needs of others ----
+
+# Batches see each other by claims.  For each job a file says which process stands for it and what
+# it needs, in a folder of the machine where no user can change another's files.  A start claims
+# first and looks then; if all claims together are beyond the limits that the last probe gave, it
+# takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
+# needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
+# that makes no sense claims nothing.
+own_claims() {              # makes the folder of claims; what another user may write is not used
   [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
   [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
 } 2>/dev/null
 
-announce() {                # claims what the pending jobs need; fails if others leave no room
-  local name file
-  ((${#pending[@]})) || return 0
-  claims_are_ours           # another batch that ended may have taken the folder away
+claim_needs() {             # claims what the pending jobs need; fails if others leave no room
+  local key file
+  own_claims                # another batch that ended may have taken the folder away
   umask 022
-  for name in "${pending[@]}"; do
-    [[ -e $home/jobs/$name/cmd ]] ||    # it was started before
-      printf '%-80s%s\n' "$self" "${need_of[$name]}" >"$claims/$project.$name"
+  for key in "${pending[@]}"; do
+    [[ -e $home/jobs/$key/cmd ]] ||     # it was started before
+      printf '%-80s%s\n' "$self" "${need_of[$key]}" >"$claims/$project.$key"
   done
   umask 077
   ((${#limits[@]})) || return 0
   for file in "$shared"/ssh_scheduler.*/*; do
-    [[ $file == "$claims/$project."* ]] || { room; return; }
+    [[ $file == "$claims/$project."* ]] || { fits_all; return; }
   done
 }
 
-room() {                    # tells whether all that is claimed here is within the limits
+fits_all() {                # tells whether all that is claimed here is within the limits
   local file process need key word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
   local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
   for file in "$shared"/ssh_scheduler.*/*; do
@@ -3457,71 +3579,47 @@ room() {                    # tells whether all that is claimed here is within t
   done
 }
 
-report() {                  # says how job.attempt $1 stands, which was claimed before
-  local name=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
-  for ((tries = 0; tries < 20; tries++)); do
-    is_runner "$self" || return         # nobody listens
-    read_record "$dir"
-    if [[ $word == revoked ]]; then
-      say "absent"$'\t'"$name"   # who was told so may have lost contact before it arrived
-      return
-    elif [[ $word == ended ]]; then
-      tell_ended "$name" "$value" 0 0
-      return
-    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
-      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
-      why='the machine was restarted'
-      break
-    elif lives "$word" "$value"; then
-      say "started"$'\t'"$name"         # "watch" notices its end
-      return
-    elif [[ $word == running ]]; then
-      read_record "$dir"                # what ends records that before it is gone
-      [[ $word == ended ]] || { bury "$name"; return; }
-      tries=0
-    elif [[ $word == lost ]]; then
-      break
-    elif [[ $word == starting ]] && is_runner "$value"; then
-      tries=0               # another runner will, and has much to do
-    fi
-    sleep 0.1
-  done
-  record "$dir" lost        # so that it is not taken for one that was killed
-  end_living 5 "$name"      # what it started elsewhere may live, and it may be started again
-  tell lost "$name" "$why"
-} 2>/dev/null
-
-# The key of a job is NAME.ATTEMPT-IDENTITY, with the identity of the journal that claimed it, or
-# NAME.ATTEMPT where that had none yet.
-tell_others() {             # says which jobs lie here that journals other than $1 claimed
-  local dir id runner who word value list=$run/others.$RANDOM
-  local -A led=()           # identities of journals whose clients are connected
-  for dir in "$home"/run.*; do
-    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
-    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
-  done
-  for dir in "$home"/jobs/*; do
-    id=${dir##*.}
-    [[ $id == *-* ]] && id=${id##*-} || id=none
-    [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
-    read_record "$dir"
-    if [[ $word == running ]] && ! lives "$word" "$value"; then
-      read_record "$dir"                # it may have ended at this moment
-      word=${word/running/lost}
-    fi
-    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
-  done >"$list"
-  if [[ -s $list ]]; then
-    say "bulk"$'\t'"$list"$'\t'"others"
-  else
-    say others
+read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
+  local pid start boot number error
+  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
+  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
+  # One of another user may say anything.
+  number='(0|[1-9][0-9]{0,8})'
+  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
+  [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
+  process=$pid key=
+  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
+  if identify "$pid"; then
+    [[ $REPLY == "$pid $start $boot" ]]
+  else                      # where /proc hides the processes of others, kill tells
+    error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
+    [[ $error == *permitted* && $boot == "$boot_id" ]]
   fi
+}
+
+say_claims() {              # says of each job, ours or another batch's, what it claims and uses
+  local file process need key pids rss peak ticks pid
+  for file in "$shared"/ssh_scheduler.*/*; do
+    read_claim "$file" || continue
+    use_of "$process"
+    for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
+    say_text probe claim "$rss $ticks ${key:--} $need"
+  done
+}
+
+# ---- Ending ----
+
+revoke() {                  # begins the job $1 itself, so that it never starts; fails if it did
+  local dir=$home/jobs/$1
+  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
+    printf '%-95s\n' revoked >"$dir/status"
 } 2>/dev/null
 
-# Who holds the lock of its results over there is the only one; a runner that another run of it had,
-# or its own before contact was lost, must not act any more: what it would start is placed again.
+# The client that holds the lock of a job_results owns its runners.  A runner that an earlier client
+# had, or this one before contact was lost (sshd keeps that for minutes), must not act any more on
+# what is left in its pipe: what it would start is placed again.
 # The same client may have come by another name of this account: it hears so, and leaves one out.
-oust() {                    # ends such runners; the jobs that they started run on
+end_old_runners() {         # ends such runners; the jobs that they started run on
   local dir runner who which tries
   for dir in "$home/run.${HOSTNAME:-here}."*; do
     which=                  # SESSION.MACHINE.CONNECTION
@@ -3536,45 +3634,32 @@ oust() {                    # ends such runners; the jobs that they started run 
   done
 } 2>/dev/null
 
-revoke() {                  # claims job.attempt $1, so that it never starts; fails if it did
-  local dir=$home/jobs/$1
-  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
-    printf '%-95s\n' revoked >"$dir/status"
+end_jobs() {                # $1: seconds from TERM to KILL, the rest: keys; sets survivors
+  local key word value
+  end_processes "$@"
+  shift
+  for key; do
+    read_record "$home/jobs/$key"
+    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    read_record "$home/jobs/$key"       # what ends records that before it is gone
+    [[ $word == ended ]] || record_killed "$key"
+  done
 } 2>/dev/null
 
-is_runner() {               # tells whether the process that identify once named $1 is still there
-  identify "${1%% *}" && [[ $REPLY == "$1" ]]
+record_killed() {           # records the end of the job $1, of which nobody else is left to do so
+  local dir=$home/jobs/$1
+  echo 'ssh-scheduler: it was killed with its whole process group' >>"$dir/err"
+  (list_back "$dir" '' "$dir" .)        # all: what was sent is not known any more
+  record "$dir" 'ended 137'
+  say_ended "$1" 137 0 0
 }
 
-lives() {                   # tells whether the job with the record $1 $2 has a process left
-  local pid=${2%% *}
-  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
-  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
-} 2>/dev/null
-
-cancel() {                  # $1: seconds from TERM to KILL, the rest: job.attempt; sets survivors
-  local name word value
-  end_living "$@"
-  shift
-  for name; do
-    read_record "$home/jobs/$name"
-    [[ $word == running ]] && ! lives "$word" "$value" || continue
-    read_record "$home/jobs/$name"      # what ends records that before it is gone
-    [[ $word == ended ]] || bury "$name"
-  done
-} 2>/dev/null
-
-end_living() {              # the same, but nothing is recorded
-  local until=$((SECONDS + $1)) name word value signal=TERM tries=0 clear=0 pause=5
-  local -A wrappers=()                  # pid of what records the end -> job.attempt
+end_processes() {           # end_jobs without a record: ends all that the jobs started
+  local until=$((SECONDS + $1)) key signal=TERM tries=0 clear=0 pause=5 seconds
+  local -A wrappers=()                  # pid of the run_job of a job -> its key
   local living=()
   shift
-  for name; do
-    while read_record "$home/jobs/$name"; [[ $word == starting ]] && is_runner "$value"; do
-      sleep 0.02            # it is about to run
-    done
-    lives "$word" "$value" && wrappers[${value%% *}]=$name
-  done
+  for key; do find_wrapper; done
   # What a job started while it was looked for is found the next time.
   while ((clear < 2 && tries < 40)); do
     living=()
@@ -3586,40 +3671,44 @@ end_living() {              # the same, but nothing is recorded
     clear=0
     if ((tries && SECONDS >= until)) && [[ $signal == TERM ]]; then
       signal=KILL
-      for name in "${wrappers[@]}"; do  # before it can end
-        echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
-          >>"$home/jobs/$name/err"
-      done
+      say_killed
     fi
     if [[ $signal == KILL || $tries == 0 ]]; then
       kill "-$signal" "${living[@]}"
       tries=$((tries + 1))
     fi
-    printf -v word '0.%02d' "$pause"
-    sleep "$word"
+    printf -v seconds '0.%02d' "$pause"
+    sleep "$seconds"
     pause=$((pause < 30 ? pause + 5 : pause))
   done
   survivors=${living[*]}
 } 2>/dev/null
 
-# In the order in which they began: a shell that is told to end after what it waits for has gone on
-# to its next command by then.
-find_living() {             # living: the pids of jobs job.attempt $@; not what records their end
-  local pid stat fields index since=()  # by start time and pid
-  local -A parent=() mine=()
-  for pid in "${!wrappers[@]}"; do mine[$pid]=1; done
-  for pid in $(holders "$@"); do mine[$pid]=1; done
-  for stat in /proc/[1-9]*/stat; do
-    { IFS= read -r fields <"$stat"; } || continue
-    pid=${fields%% *}
-    # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
-    fields=(${fields##*) })
-    [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
-    [[ $pid != "$BASHPID" ]] || continue
-    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
-    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1  # of its process group
+find_wrapper() {            # for end_processes: adds the process that records the end of $key
+  local word value
+  while read_record "$home/jobs/$key"; [[ $word == starting ]] && is_runner "$value"; do
+    sleep 0.02              # it is about to run
   done
-  for ((index = 1; index;)); do
+  lives "$word" "$value" && wrappers[${value%% *}]=$key
+}
+
+say_killed() {              # for end_processes: in the streams of the jobs, before they can end
+  local key
+  for key in "${wrappers[@]}"; do
+    echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
+      >>"$home/jobs/$key/err"
+  done
+}
+
+# Processes are told to end in the order in which they began: a shell that hears of it after its
+# child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
+# between, they would stand for ever.
+find_living() {             # living: the pids of what the jobs $@ started, but not their wrappers
+  local pid fields index since=()       # by start time and pid
+  local -A parent=() mine=()
+  for pid in "${!wrappers[@]}" $(holders "$@"); do mine[$pid]=1; done
+  read_processes
+  for ((index = 1; index;)); do         # until no more child of theirs is found
     index=0
     for pid in "${!parent[@]}"; do
       [[ ! ${mine[$pid]-} && ${mine[${parent[$pid]}]-} ]] || continue
@@ -3631,52 +3720,49 @@ find_living() {             # living: the pids of jobs job.attempt $@; not what 
   done
 }
 
-bury() {                    # records the end of job.attempt $1, of which nobody else is left to
-  echo 'ssh-scheduler: it was killed with its whole process group' >>"$home/jobs/$1/err"
-  (list_back "$home/jobs/$1" '' "$home/jobs/$1" .)      # all: what was sent is not known any more
-  record "$home/jobs/$1" 'ended 137'
-  tell_ended "$1" 137 0 0
+read_processes() {          # for find_living: parent and since of all; mine, if of a job's group
+  local pid stat fields
+  for stat in /proc/[1-9]*/stat; do
+    { IFS= read -r fields <"$stat"; } || continue
+    pid=${fields%% *}
+    # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
+    fields=(${fields##*) })
+    [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
+    [[ $pid != "$BASHPID" ]] || continue
+    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
+    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1
+  done
 }
 
-watch() {                   # triples job.attempt, bytes of out and of err that are known: the rest
-  local files=() size file chunk count=0 word value pids rss peak ticks
-  local -A since what
-  while (($#)); do
-    read_record "$home/jobs/$1"
-    if lives "$word" "$value"; then
-      use_of "${value%% *}"
-      ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
-    elif [[ $word == running || -e $home/jobs/$1/untold ||
-      ($word != starting && ! ${begun[$1]-}) ]]; then
-      report "$1" &         # but of what began here run_job tells the end, and more of it
-    fi
-    for file in "out $2" "err $3"; do
-      files+=("$home/jobs/$1/${file% *}")
-      since["$home/jobs/$1/${file% *}"]=${file#* }
-      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
-    done
-    shift 3
+# What leaves its session, its parent and its environment still has the FIFO `alive` open, as it was
+# inherited.  Only control groups could find what closes all files and clears its environment.
+holders() {                 # prints the pids of what the jobs $@ started
+  local key pattern tests=() marks=()
+  for key; do
+    pattern=$home/jobs/$key/alive
+    pattern=${pattern//\\/\\\\}
+    pattern=${pattern//\[/\\[}
+    pattern=${pattern//\*/\\*}
+    tests+=(-o -lname "${pattern//\?/\\?}" -print)
+    marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
   done
-  while read -r size file; do
-    ((size > since["$file"])) || continue
-    count=$((count + 1))
-    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
-    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
-    say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
-  done < <(stat -c '%s %n' -- "${files[@]}")
+  {
+    find /proc/[1-9]*/fd "${tests[@]:1}"
+    grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
+  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done | sort -u
 } 2>/dev/null
 
 # By name: a bare wait is for all children, and for ever for a <(...) that has just ended.
-settle() {                  # waits until what is being removed is gone
+wait_removed() {            # waits until what is being removed is gone
   ((${#removing[@]} == 0)) || wait "${removing[@]}"
   removing=()
 }
 
-leave() {                   # where no job needs it, what came goes, though nobody said "finish"
-  settle
+farewell() {                # where no job needs it, what came goes, though nobody said "finish"
+  wait_removed
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
-    cancel 5 "${!begun[@]}"
+    end_jobs 5 "${!begun[@]}"
     (cd -- "$home/jobs" && remove "${!begun[@]}")
   fi
   rmdir -- "$home/jobs"
@@ -3698,7 +3784,8 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
   rmdir -- "$claims" "$home/stage" "$home"
 } 2>/dev/null
 
-# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay.
+# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay:
+# a user may be away for three weeks.
 forget_old() {              # removes what other folders' batches left, where that is two weeks old
   local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
   while IFS= read -rd '' dir; do
@@ -3715,24 +3802,26 @@ forget_old() {              # removes what other folders' batches left, where th
     -mtime "+$OLD_DAYS" -print0)
 } 2>/dev/null
 
-remove() {                  # jobs whose results are safe over there
+remove() {                  # also what a job has shut
   rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
 } 2>/dev/null
 
-# ---- The channel ----
+# ---- Channel ----
 
 main() {
   exec {requests}<&0 </dev/null         # nothing else may read what is asked
   read_header || return
-  printf '\n%s\n' "$token"              # before anything that can take long, or fail
+  # This comes first, so that the client can tell "bash runs" from "ready".
+  printf '\n%s\n' "$token"
   find_home
-  oust
-  settle_in || return 0
-  tell account "$account"
+  end_old_runners
+  make_folders || return 0
+  open_events
+  say_text account "$account"
   look_around
   serve
   start_pending
-  leave
+  farewell
   trap - EXIT
   say bye
 }
@@ -3742,14 +3831,13 @@ read_header() {             # fails where the channel was cut
   for field in token workdir project owner client setup want_gpus count; do
     IFS= read -rd '' -u "$requests" "$field" || return
   done
-  machine_environment=()
   while ((count-- > 0)); do
     IFS= read -rd '' -u "$requests" field || return
     machine_environment+=("$field")
   done
 }
 
-find_home() {               # sets home, run and self, and what tells this account from others
+find_home() {               # sets where things are, and who this is
   local field
   # A container may have better numbers elsewhere; and so have the machines of the tests.
   proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
@@ -3769,7 +3857,9 @@ find_home() {               # sets home, run and self, and what tells this accou
   self=$REPLY
 }
 
-settle_in() {               # makes the folders and the way for events; fails where that cannot be
+# The client compares the accounts of its machines: to look for living runners here would miss two
+# that run one after the other.
+make_folders() {            # sets account and claims; says why, and fails, where that cannot be
   local said
   if ! said=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
     mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
@@ -3783,22 +3873,62 @@ settle_in() {               # makes the folders and the way for events; fails wh
   account="${HOSTNAME-} $boot_id $uid $said"
   [[ -w $shared ]] || shared=/tmp
   claims=$shared/ssh_scheduler.$uid
-  claims_are_ours
+  own_claims
+}
+
+open_events() {             # from now on all is said through `writer`, and complaints go to the log
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
   # It must not hold its own pipe open: it ends when nobody is left who could say something.
-  speak <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
+  writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
   trap last_words EXIT
   shopt -s nullglob dotglob
 }
 
+writer() {                  # the only writer to the channel; reads from stdin what was said
+  local line file size ready=
+  while IFS= read -r line; do
+    case $line in
+      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
+        printf %s "$ready"
+        ready=
+        line=${line#*$'\t'}
+        file=${line%%$'\t'*}
+        {                   # opened first: it may be removed at any moment
+          size=$(stat -L -c %s /dev/stdin) && printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}" &&
+            cat
+        } <"$file"
+        rm -f -- "$file" ;;
+      bye) break ;;
+      *)                    # what was said in one go crosses the network in one go
+        ready+=$line$'\n'
+        if ((${#ready} > 8000)) || ! read -r -t 0; then
+          printf %s "$ready"
+          ready=
+        fi ;;
+    esac
+  done
+  printf %s "$ready"
+}
+
+last_words() {              # the exit trap: bash ends where it cannot fork, and only this is run
+  local key
+  [[ -e $run ]] || return 0
+  ! complaint || return 0
+  for key in "${!unbegun[@]}"; do
+    : >"$claims/$project.$key"
+    say_text refused "$key" "$REPLY"
+  done
+  say_text broken "$REPLY" later
+}
+
 look_around() {             # begins what takes long, before anybody asks for it
   read_ticks
   busy_before=$busy total_before=$total
-  { capture; echo environment >&"$signals"; } {events}>&- {requests}<&- &
+  { capture_login; echo environment >&"$signals"; } {events}>&- {requests}<&- &
   capturing=$!
   disown "$!"
   waiting=1
@@ -3811,13 +3941,13 @@ look_around() {             # begins what takes long, before anybody asks for it
 serve() {                   # does what is asked for, until the channel ends
   local verb fields
   while :; do
-    # Those starts that came together share a mkdir and a mkfifo.
+    # Starts that came together share two processes, which make their folders.
     if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
     read_request || return
     if declare -F "do_$verb"; then      # stdout is nowhere
       "do_$verb" "${fields[@]}"
     else
-      tell broken "unknown request: $verb"
+      say_text broken "unknown request: $verb"
     fi
   done
 }
@@ -3832,20 +3962,15 @@ read_request() {            # verb and fields: the next request; fails where it 
   done
 }
 
-beside() {                  # runs $@ in the background, where it does not hold up what is asked
-  "$@" {requests}<&- &
-  disown "$!"
-}
-
 do_probe() { probe measure; }
 
 do_enter() { probe ''; }
 
-do_tie() { tied=1; }        # the jobs end with the channel
+do_tie() { tied=1; }
 
-do_measure() { beside measure_again "$1"; }             # NUMBER
+do_measure() { beside measure_again "$1"; }
 
-do_limits() { limits=("$@"); }          # CORES (thousandths) MB GPU:MB:THOUSANDTHS...
+do_limits() { limits=("$@"); }
 
 do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   arrived+=("$home/stage/$1")
@@ -3853,49 +3978,52 @@ do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   # What is left of an archive that could not be unpacked must not be taken for requests.
   head -c "$2" <&"$requests" |
     { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
-    unstored "$1"
+    say_unstored "$1"
 }
 
-do_folder() {               # PATH below the project's folder
+do_folder() {               # PATH below the project's folder, which rsync will fill
   arrived+=("$home/${1%/*}")
   mkdir -p -- "$home/$1"
 }
 
 do_unsent() {               # WHY a folder could not be filled
   explain_full "$1"
-  tell broken "$REPLY"
+  say_text broken "$REPLY"
 }
 
-do_freeze() { freeze "$@"; }            # STAGE LINK...
+do_freeze() { freeze "$@"; }
 
-do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND none|changed|paths PATH...
+do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
   pending+=("$1")
   stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
-  back_of[$1]=$8 REPLY=
+  back_of[$1]=$8
+  REPLY=
   (($# == 8)) || printf -v REPLY '%q ' "${@:9}"
   paths_of[$1]=$REPLY
 }
 
 do_cancel() {               # SECONDS KEY...
-  start_pending
-  beside cancel_all "$@"
+  start_pending             # one of them may have come just now
+  beside cancel "$@"
 }
 
-cancel_all() {
-  cancel "$@"
+cancel() {
+  end_jobs "$@"
   say "cancelled"$'\t'"$survivors"
 }
 
-do_adopt() {                # KEY..., which may have been started
+do_adopt() {                # KEY...
   local key
-  for key; do beside adopt "$key"; done
+  for key; do beside revoke_or_ask "$key"; done
 }
 
-adopt() {                   # KEY
-  if revoke "$1"; then say "absent"$'\t'"$1"; else report "$1"; fi
+# A job that may have been started is begun here before it is asked about.  If that succeeds, it
+# never began and never will, and the client places it again as a new attempt.
+revoke_or_ask() {
+  if revoke "$1"; then say "absent"$'\t'"$1"; else ask_about "$1"; fi
 }
 
-do_revoke() {               # KEY..., of which nothing may run or be left
+do_revoke() {               # KEY...
   revoke_all "$@" &
   removing+=("$!")
 }
@@ -3903,28 +4031,28 @@ do_revoke() {               # KEY..., of which nothing may run or be left
 revoke_all() {
   local key
   for key; do revoke "$key"; done
-  end_living 5 "$@"
+  end_processes 5 "$@"
   cd -- "$home/jobs" && remove "$@"
 }
 
-do_others() { beside tell_others "$1"; }                # IDENTITY of the client's journal
+do_others() { beside list_others "$1"; }
 
-do_ping() { say "pong"$'\t'"$1"; }      # NUMBER
+do_ping() { say "pong"$'\t'"$1"; }
 
-do_eof() {                  # KEY, whose input is complete
+do_eof() {                  # KEY
   [[ ! -p $home/jobs/$1/eof ]] || echo 1<>"$home/jobs/$1/eof"
 }
 
-do_watch() { beside watch "$@"; }       # triples: KEY OUT ERR
+do_watch() { beside look "$@"; }
 
 do_list() {                 # KEY
   find_list "$1"
   send_list "$1" "$REPLY"
 }
 
-do_again() { beside list_again "$@"; }  # KEY PATH..., which could not be fetched before
+do_again() { beside list_again "$@"; }
 
-do_clean() {                # KEY..., whose results are safe over there
+do_clean() {                # KEY...
   local key gone=("$@")
   for key; do gone+=("$claims/$project.$key"{,.back}); done
   (cd -- "$home/jobs" && remove "${gone[@]}") &
@@ -3935,7 +4063,7 @@ do_finish() {               # STAGE that becomes the cache, or "", STAGE... to r
   local kept=$1
   shift
   give_up_gpus
-  settle
+  wait_removed
   if [[ $kept ]]; then
     mv -T -- "$home/cache" "$run/cache"
     mv -T -- "$home/stage/$kept" "$home/cache"
