@@ -2480,7 +2480,122 @@ def place_of(host, port):
 
 # ---- The remote runner: runs there ----
 
-# Variables that change what bash, or a program that the scripts below use, does.
+# One runner serves one contact with a machine: it reads requests, starts jobs, and says what
+# becomes of them.  A running job does not need it, since a process beside the job (run_job) records
+# how it ends.  So all that must outlive the runner is in files.
+#
+# The folder of a project, WORKDIR/PROJECT:
+#
+#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is that of the journal that claimed
+#               the job, since attempts alone begin anew when a job_results is removed
+#   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
+#               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
+#   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
+#               next stage with it (--link-dest), so nothing is ever deleted in it
+#   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
+#     self                      PID START BOOT_ID; its owner; SESSION.MACHINE.CONNECTION
+#     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
+#     environment*, functions   what jobs get from the login and the setup
+#     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
+#     back.*, chunk.*, others.*, again.KEY/     bytes on their way to the client
+#     cache/, claims/           the cache before, while it is removed; claims if /dev/shm has none
+#
+# The folder of a job, and who writes what:
+#
+#   cmd         the command.  The runner that creates it begins the job (take); one that creates it
+#               with no command sees to it that the job never begins (revoke)
+#   status      the record, see below (record); where a full disk refused that, its name says it
+#   work/       where the job runs: empty (make_job_folders) or a copy of its stage (copy_stage)
+#   alive       a FIFO that all that the job started has open (make_job_folders)
+#   out, err    what the job writes, and in err a line of ours if we ended it (run_job)
+#   back        the list of what the job left, when it has ended (list_back)
+#   in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
+#   wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
+#               other runs the job in the session that has the terminal (prepare_tty)
+#   exports     with a terminal: the environment of the job, for tty (become_job)
+#   code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
+#   late        exists if the time limit was over (keep_time)
+#   untold      exists if the job ended and nobody could be told (last_words_of)
+#
+# The folder of claims of a user, /dev/shm/ssh_scheduler.UID, for the batches of all users to read:
+#
+#   PROJECT.KEY             80 bytes: PID START BOOT_ID of the runner (claim_needs), then of the job
+#                           (run_job); then CORES MB RESERVE GPU:MB:TIME:RESERVE..., which it needs.
+#                           Empty when the job has ended; removed by `clean`
+#   PROJECT.KEY.back/back   the list of what the job left, if the disk there is full (list_results)
+#
+# The record of a job, and what may follow:
+#
+#   starting PID START BOOT_ID    the runner has begun the job (take)           -> running, lost
+#   running PID START BOOT_ID     the process that will record its end (run_job)  -> ended, lost
+#   ended STATUS                  its exit status, 137 if its processes were killed with run_job
+#   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
+#   revoked                       it never began, and never will (revoke)
+#   damaged                       is no record, but what one that is not whole is taken for  -> lost
+#
+# Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
+#
+#   probe                   say what the machine has, then do as `enter` does  -> probe
+#   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
+#   tie                     end all jobs with the channel
+#   measure NUMBER          say again what the machine has  -> probe, measured
+#   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
+#   unpack ID BYTES         take so many bytes of tar, which follow  -> stage_failed, broken
+#   folder PATH             make a folder that rsync will fill
+#   unsent WHY              say why files could not be sent, with what is known here  -> broken
+#   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
+#   start KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
+#                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
+#                           changed or paths  -> started, held, refused, left, note, and as `adopt`
+#   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
+#   adopt KEY...            see to it that a job never begins, or say how it stands
+#                           -> absent, started, ended, lost
+#   revoke KEY...           see to it that a job never begins, or end it, and remove it
+#   others IDENTITY         say which jobs of other journals are here  -> others, data
+#   ping NUMBER             say something  -> pong
+#   eof KEY                 the input of a job is complete
+#   watch (KEY OUT ERR)...  look at jobs, of whose streams so many bytes are known
+#                           -> used, data, and as `adopt`
+#   list KEY                send the list of what a job left  -> data, unlistable
+#   again KEY PATH...       send a list of what is there now of these paths  -> data, unlistable
+#   clean KEY...            remove jobs whose results are safe
+#   finish STAGE STAGE...   make the first, if it is not '', the cache; remove all  -> finished
+#
+# Events.  Each is a line of fields with tabs between them.
+#
+#   account WHICH           the first one; it is equal for two names of one account
+#   broken WHY              the machine cannot be used; with `later` behind it, it may be later
+#   note TEXT               a warning
+#   probe NAME VALUE        something that the machine has
+#   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
+#   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
+#   staged ID               jobs can have this stage
+#   stage_failed ID WHY     the stage could not be stored
+#   started KEY...          jobs run
+#   held KEY                a job did not start, since other batches leave no room
+#   refused KEY WHY         a job did not start
+#   absent KEY              a job never began, and never will
+#   lost KEY WHY            a job is gone without a result
+#   ended KEY STATUS WALL CPU OUT ERR ENTRY...
+#                           a job has ended.  WALL, CPU: hundredths of a second, 0 where a record is
+#                           all there is; OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what
+#                           the job left, or only @ if that is long
+#   left KEY PIDS           processes that a job started run on after it
+#   used KEY KB             the most memory that a running job had
+#   cancelled PIDS          `cancel` is done, and could not end these
+#   unlistable KEY          the list is too long to be sent
+#   others                  no job of other journals is here
+#   pong NUMBER             the runner lives
+#   finished                all is removed that nobody needs
+#   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
+#                           SIZE bytes follow: a list; what a stream has grown by; of each job of
+#                           another journal KEY, word, number and command.  A NUL ends each
+#
+# A list has +PATH, what was made; -PATH, what cannot be read; mMODE PATH, of what was opened to be
+# read; !PATH, what is not there; ?PATH, what is no file, folder or link; sBYTES, how much it is.
+
+# These variables change what bash, or a program that the scripts below use, does.  Tools keep all
+# others of the login: LD_* and the like are how programs work on some machines.
 REMOTE_CLEAN = r'''
 set +o posix
 unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \

@@ -46,6 +46,49 @@ def test_it_can_cross_the_channel(name):
     assert '\0' not in SCRIPTS[name] and SCRIPTS[name].isascii()
 
 
+def page(begin, end):
+    """{first word: rest} of the entries of a table on the page that opens the section."""
+    source = Path(s.__file__).read_text()
+    table = source.split(f'\n# {begin}', 1)[1].split(f'\n# {end}', 1)[0]
+    entries = re.split(r'\n#   (?! )', table)[1:]
+    return dict(entry.replace('\n#', ' ').partition(' ')[::2] for entry in entries)
+
+
+def code():
+    """The text of the runner without its comments."""
+    return re.sub(r'(^| )# .*$', '', s.REMOTE_RUNNER, flags=re.M)
+
+
+def test_the_page_has_each_request():
+    verbs = page('Requests.', 'Events.').keys()
+    assert verbs == set(re.findall(r'^do_(\w+)\(\) {', code(), re.M))
+    assert verbs == set(re.findall(r"\bsend\('(\w+)'", Path(s.__file__).read_text()))
+
+
+def test_the_page_has_each_event():
+    said = set(re.findall(r'\b(?:say|say_text) "?([a-z_]+)', code())) - {'bulk', 'bye'}
+    said |= set(re.findall(r"(?:printf '|event=)([a-z]+)(?:\\t|\$)", code()))
+    assert page('Events.', 'A list').keys() == said == s.EVENTS
+    answers = [entry.partition('->')[2] for entry in page('Requests.', 'Events.').values()]
+    assert said >= {word for answer in answers for word in re.findall(r'\w+', answer)
+                    if word not in ('and', 'as', 'adopt')}
+
+
+def test_the_page_has_each_word_of_a_record():
+    words = re.search(r"file='\^(.*)\$'", s.REMOTE_RUNNER)[1]
+    assert page('The record', 'Requests.').keys() == {
+        *re.findall('[a-z]{4,}', words), 'damaged'}
+
+
+def test_the_page_has_each_file():
+    """Those of a job's folder; $dir is also that of a project and of a runner."""
+    names = set(re.findall(r'(?:\$dir|jobs/\$(?:key|1)|\.\.)/([a-z]+)', code()))
+    described = {name for entry in page('The folder of a job', 'The folder of claims')
+                 for name in re.findall(r'[a-z]+', entry)}
+    described |= {'in', 'tty', 'err', 'eof'}            # which stand beside another
+    assert names - {'cache', 'self'} == described
+
+
 # ---- The channel, as the client has it ----
 
 class Channel:
