@@ -2486,8 +2486,8 @@ def place_of(host, port):
 #
 # The folder of a project, WORKDIR/PROJECT:
 #
-#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is that of the journal that claimed
-#               the job, since attempts alone begin anew when a job_results is removed
+#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is 8 random digits of the journal
+#               that claimed the job, since attempts begin anew when a job_results is removed
 #   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
 #               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
 #   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
@@ -2602,7 +2602,7 @@ unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH
   TAR_OPTIONS TAPE GREP_OPTIONS QUOTING_STYLE TIME_STYLE BLOCK_SIZE BLOCKSIZE _POSIX2_VERSION
 '''
 
-# Read a byte at a time, as bash must read a pipe, the runner would take 10 ms.
+# bash must read a pipe byte by byte, which would take 10 ms for the runner; head does not.
 REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
 
 REMOTE_RUNNER = r'''
@@ -2622,7 +2622,8 @@ LONGEST_LIST=60000000       # bytes: the names of what a job left, about a milli
 # stand for it: that changes when the clock is set.
 NO_BOOT_ID=00000000-0000-0000-0000-000000000000
 
-# A variable that the environment has is exported for ever.  Those below are in lowercase.
+# A variable that came with the environment stays exported, even if it gets another value.  The
+# names of variables below are in lowercase.
 while IFS= read -rd '' entry; do
   entry=${entry%%=*}
   [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
@@ -2630,22 +2631,25 @@ done <"/proc/$$/environ" 2>/dev/null
 
 LC_ALL=C IFS=$' \t\n'
 
-# What the functions share.  The header:
+# The functions share these variables.  First, the header:
 token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_environment=()
 # The folders: of the project, of this runner, of the claims, and those of the system.
 home='' run='' claims='' proc='' sys='' shared=''
 # This runner: PID START BOOT_ID, its user and account, and the umask that jobs get.
 self='' uid='' account='' boot_id='' mask=''
-# File descriptors: of the requests, of the events, and of what tells that a login or nvidia-smi is
-# done; so many of these are waited for, and the process group of the login.
+# File descriptors: of the requests, of the events, and of the FIFO that tells that the login shell
+# or nvidia-smi is done.  How many of these two are waited for; the process group of the login
+# shell.
 requests='' events='' signals='' waiting=0 capturing=''
 # What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
-# What the jobs of a stage find, so that they did not make it: "STAGE ENTRY" and "STAGE ./PATH".
+# What the jobs of a stage find, and so did not make: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
-# Whether the jobs end with the channel; stages that came; processes that remove something; pids.
-tied='' arrived=() removing=() survivors=''
+tied=''                     # 1 if the jobs end with the channel
+arrived=()                  # the stages that came
+removing=()                 # the pids of what removes something
+survivors=''                # the pids of what end_processes could not end
 declare -A begun=()         # the jobs that began under this runner: KEY -> the file of its claim
 declare -A unbegun=()       # those of them that have no process yet
 # The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
@@ -3139,9 +3143,9 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
   say_text staged "$id"
 } 2>>"$run/log"
 
-# What cannot be read is opened, where the login may do that, since rsync and tar need the bits.  An
-# "m" with the mode that it had stands before it.  What stays shut is "-": an empty folder would
-# stand for all that lies in it.
+# A file that cannot be read is opened, where the login may do that, since rsync and tar need the
+# bits; an "m" with the mode that it had stands before it.  A file that stays shut is "-": otherwise
+# an empty folder would stand for all that lies in it.
 listing() {                 # what lies below $1 in the current folder, as rsync sees changes
   find "$1" -mindepth "${2:-1}" "${@:3}" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
@@ -3151,8 +3155,8 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
-# No job has a folder of results there: its end lists what it made or changed in its own folder, and
-# one rsync fetches that of many jobs by a list of files.
+# A job has no folder for its results: at its end it lists what it made or changed in its own
+# folder, and one rsync with a list of files fetches that of many jobs.
 # $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
 list_back() {               # fails if the list cannot be written
   local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
@@ -3279,9 +3283,9 @@ hold() {                    # for start_pending: other batches leave no room for
   say "held"$'\t'"$key"
 }
 
-# Whoever creates `cmd` begins the job, and nobody else ever does.  It is created exclusively, as
-# mkdir does it, on NFS (version 3 and later) too; but bash can do that itself, so that one mkdir
-# makes the folders of many jobs.
+# The runner that creates `cmd` begins the job, and no other ever does.  O_EXCL (set -C) is as
+# atomic as mkdir, on NFS (version 3 and later) too, and needs no process: so one mkdir makes the
+# folders of many jobs.
 take() {                    # for start_pending: begins the job $key; fails if that cannot be
   set -C
   if ! : >"$dir/cmd"; then
@@ -3307,10 +3311,10 @@ refuse() {                  # for start_pending: says why the job $key could not
   say_text refused "$key" "$REPLY"
 }
 
-# What waits in the place of a job that wants a terminal hands over the environment of the job, and
-# is told its exit status through a FIFO, or that the session was cut off.  So a job has one record
-# of its end, whether it had a terminal or not.
-prepare_tty() {             # for take: what a session with a terminal runs, and what waits for that
+# A terminal is a session of its own beside the channel, and runs `tty`.  `wait` stands in the place
+# of the job; a FIFO tells it the exit status, or that the session was cut off.  So a job has one
+# record of its end, whether it had a terminal or not.
+prepare_tty() {             # for take: writes these two, if the job $key wants a terminal
   [[ ${mode_of[$key]} == tty ]] || return 0
   cat >"$dir/wait" <<'END' && cat >"$dir/tty" <<'END'
 mkfifo ../code
@@ -3348,8 +3352,8 @@ run_job() {                 # KEY, in a process and a group of its own: runs it,
     exec {input}</dev/null
     [[ $mode != stdin ]] || keep_input
     [[ ! $limit ]] || keep_time
-    # Its streams go to files, so that no job waits for a slow reader or a broken link, and a client
-    # can be killed at any byte and come back.
+    # The streams go to files, so that no job waits for a slow reader or a broken link, and a client
+    # can be killed at any byte and come back.  The price is disk on both sides.
     (become_job) <&"$input" >>"$dir/out" 2>>"$dir/err"
     status=$?
     # shellcheck disable=SC2064
@@ -3384,8 +3388,8 @@ become_job() {              # for run_job: becomes the bash of the job
   enter "$BASH" "$program"
 }
 
-# The input is a FIFO that a process of ours holds open until `eof` says that there is no more: so a
-# broken connection is no end of file.
+# The input is a FIFO that a process beside the job holds open until `eof` says that it is complete:
+# so a broken connection is no end of file.
 keep_input() {              # for run_job: sets input and keeper
   local eof both
   mkfifo -- "$dir/eof" "$dir/in.new"
@@ -3393,14 +3397,14 @@ keep_input() {              # for run_job: sets input and keeper
   exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
   exec {input}<"$dir/in.new"
   mv -- "$dir/in.new" "$dir/in"
-  # Told to end, it would end the input: what reads that must not take it for complete.
+  # A cancel must not end this: the job would take its input for complete.
   { trap '' TERM; exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
   exec {eof}<&- {both}<&-
 }
 
-# The time limit is kept here, beside what records the end, so that it holds when nobody listens.
+# The time limit is kept beside the job, so that it holds when no client is connected.
 keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
   {
     trap '' TERM
@@ -3426,7 +3430,7 @@ end_keepers() {             # for run_job: the job has ended; changes status if 
 
 conclude() {                # for run_job: records how the job ended, and says so
   local used wall
-  # The 16th and 17th field: the time of the children for which this has waited.
+  # The 16th and 17th field are the time of the children for which this process has waited.
   IFS= read -r used </proc/self/stat
   # shellcheck disable=SC2206
   used=(${used##*) })
@@ -3453,7 +3457,7 @@ list_results() {            # for conclude: what the job left; if that cannot be
 say_left() {                # for conclude: says what the job started and did not wait for
   local left pid comm text='' count=0
   exec {left}<"$dir/alive" {alive}<&-
-  # Nobody else has it open: that is known at once.  What is about to end is given a moment.
+  # If nobody else has it open, that is known at once.  What is about to end is given a moment.
   read -r -t 0.1 <&"$left"
   (($? > 128)) || return
   while read -r pid; do
@@ -3466,8 +3470,7 @@ say_left() {                # for conclude: says what the job started and did no
   ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
 }
 
-# An exit trap: where bash cannot fork, it tries for 15 s and then ends, and only this is run.
-last_words_of() {           # KEY, the exit status if the job has ended: for its run_job
+last_words_of() {           # the same for the run_job of $1; $2: the exit status, if the job ended
   local dir=$home/jobs/$1
   : >"$claims/$project.$1"
   if [[ $2 ]]; then
@@ -3529,7 +3532,7 @@ say_ended() {               # $1: key, $2: exit status, $3, $4: wall and process
     done <"$REPLY"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
-  # By name, since a job does not hold the pipe open; when the runner is gone, nobody listens.
+  # The FIFO is opened by name, since a job does not hold it open; without a runner nobody listens.
   printf '%s\n' "$event$back" 1<>"$run/events"
 }
 
@@ -3646,7 +3649,7 @@ list_others() {             # says which jobs lie here that journals other than 
 # first and looks then; if all claims together are beyond the limits that the last probe gave, it
 # takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
 # needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
-# that makes no sense claims nothing.
+# that makes no sense claims nothing.  No probe can see what is promised and not yet taken.
 own_claims() {              # makes the folder of claims; what another user may write is not used
   [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
   [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
@@ -3698,7 +3701,7 @@ read_claim() {              # what the file $1 claims: process, need, key; fails
   local pid start boot number error
   [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
   { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
-  # One of another user may say anything.
+  # The claim of another user may say anything.
   number='(0|[1-9][0-9]{0,8})'
   [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
   [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
@@ -3712,7 +3715,7 @@ read_claim() {              # what the file $1 claims: process, need, key; fails
   fi
 }
 
-say_claims() {              # says of each job, ours or another batch's, what it claims and uses
+say_claims() {              # says of each job, of whatever batch, what it claims and uses
   local file process need key pids rss peak ticks pid
   for file in "$shared"/ssh_scheduler.*/*; do
     read_claim "$file" || continue
@@ -3849,8 +3852,9 @@ read_processes() {          # for find_living: parent and since of all; mine, if
   done
 }
 
-# What leaves its session, its parent and its environment still has the FIFO `alive` open, as it was
-# inherited.  Only control groups could find what closes all files and clears its environment.
+# A process that leaves its session, its parent and its environment still has the FIFO `alive` open,
+# since it inherited that.  One that closes all files and clears its environment is not found; only
+# control groups could do that.
 holders() {                 # prints the pids of what the jobs $@ started
   local key pattern tests=() marks=()
   for key; do
@@ -3867,13 +3871,13 @@ holders() {                 # prints the pids of what the jobs $@ started
   } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done | sort -u
 } 2>/dev/null
 
-# By name: a bare wait is for all children, and for ever for a <(...) that has just ended.
+# Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
 wait_removed() {            # waits until what is being removed is gone
   ((${#removing[@]} == 0)) || wait "${removing[@]}"
   removing=()
 }
 
-farewell() {                # where no job needs it, what came goes, though nobody said "finish"
+farewell() {                # removes what came, if no job needs it, though nobody said "finish"
   wait_removed
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
@@ -3904,7 +3908,7 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
 forget_old() {              # removes what other folders' batches left, where that is two weeks old
   local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
   while IFS= read -rd '' dir; do
-    # Each run changes the time of its folder.  What has anything that is not ours is not ours.
+    # Each run changes the time of its folder.  One that holds anything else is of somebody else.
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
       case ${entry#"$dir/"} in
@@ -3926,7 +3930,8 @@ remove() {                  # also what a job has shut
 main() {
   exec {requests}<&0 </dev/null         # nothing else may read what is asked
   read_header || return
-  # This comes first, so that the client can tell "bash runs" from "ready".
+  # The token comes before all that can take long: so the client can tell "logged in" (from the
+  # socket of ssh), "bash runs" and "ready" apart.
   printf '\n%s\n' "$token"
   find_home
   end_old_runners
@@ -3995,7 +4000,8 @@ open_events() {             # from now on all is said through `writer`, and comp
   exec {events}<>"$run/events" {signals}<>"$run/signals"
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
-  # It must not hold its own pipe open: it ends when nobody is left who could say something.
+  # The writer does not hold its own pipe open: so it ends when nobody is left who could say
+  # something.
   writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
@@ -4029,7 +4035,8 @@ writer() {                  # the only writer to the channel; reads from stdin w
   printf %s "$ready"
 }
 
-last_words() {              # the exit trap: bash ends where it cannot fork, and only this is run
+# Where bash cannot fork, it tries for 15 s and then ends.  It runs nothing more but its exit trap.
+last_words() {              # says why the runner ends, and which jobs it did not begin
   local key
   [[ -e $run ]] || return 0
   ! complaint || return 0
@@ -4059,7 +4066,7 @@ serve() {                   # does what is asked for, until the channel ends
     # Starts that came together share two processes, which make their folders.
     if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
     read_request || return
-    if declare -F "do_$verb"; then      # stdout is nowhere
+    if declare -F "do_$verb"; then      # stdout is /dev/null
       "do_$verb" "${fields[@]}"
     else
       say_text broken "unknown request: $verb"
@@ -4081,7 +4088,7 @@ do_probe() { probe measure; }
 
 do_enter() { probe ''; }
 
-do_tie() { tied=1; }
+do_tie() { tied=1; }        # so the jobs of execute_to end even if the client is killed
 
 do_measure() { beside measure_again "$1"; }
 
@@ -4192,7 +4199,7 @@ do_finish() {               # STAGE that becomes the cache, or "", STAGE... to r
 main
 '''
 
-# Runs there, beside a job: the rest of its streams, and what they grow by, until nobody listens.
+# Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
 REMOTE_FOLLOW = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, folder of the job, known bytes of out and of err
   local token dir out err
