@@ -2478,1787 +2478,6 @@ def place_of(host, port):
     return f'{host} port {port}' if port else host
 
 
-# ---- The remote runner: runs there ----
-
-# One runner serves one contact with a machine: it reads requests, starts jobs, and says what
-# becomes of them.  A running job does not need it, since a process beside the job (run_job) records
-# how it ends.  So all that must outlive the runner is in files.
-#
-# The folder of a project, WORKDIR/PROJECT:
-#
-#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is 8 random digits of the journal
-#               that claimed the job, since attempts begin anew when a job_results is removed
-#   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
-#               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
-#   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
-#               next stage with it (--link-dest), so nothing is ever deleted in it
-#   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
-#     self                      PID START BOOT_ID; its owner; SESSION.MACHINE.CONNECTION
-#     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
-#     environment*, functions   what jobs get from the login and the setup
-#     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
-#     back.*, chunk.*, others.*, again.KEY/     bytes on their way to the client
-#     cache/, claims/           the cache before, while it is removed; claims if /dev/shm has none
-#
-# The folder of a job, and who writes what:
-#
-#   cmd         the command.  The runner that creates it begins the job (take); one that creates it
-#               with no command sees to it that the job never begins (revoke)
-#   status      the record, see below (record); where a full disk refused that, its name says it
-#   work/       where the job runs: empty (make_job_folders) or a copy of its stage (copy_stage)
-#   alive       a FIFO that all that the job started has open (make_job_folders)
-#   out, err    what the job writes, and in err a line of ours if we ended it (run_job)
-#   back        the list of what the job left, when it has ended (list_back)
-#   in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
-#   wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
-#               other runs the job in the session that has the terminal (prepare_tty)
-#   exports     with a terminal: the environment of the job, for tty (become_job)
-#   code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
-#   late        exists if the time limit was over (keep_time)
-#   untold      exists if the job ended and nobody could be told (last_words_of)
-#
-# The folder of claims of a user, /dev/shm/ssh_scheduler.UID, for the batches of all users to read:
-#
-#   PROJECT.KEY             80 bytes: PID START BOOT_ID of the runner (claim_needs), then of the job
-#                           (run_job); then CORES MB RESERVE GPU:MB:TIME:RESERVE..., which it needs.
-#                           Empty when the job has ended; removed by `clean`
-#   PROJECT.KEY.back/back   the list of what the job left, if the disk there is full (list_results)
-#
-# The record of a job, and what may follow:
-#
-#   starting PID START BOOT_ID    the runner has begun the job (take)           -> running, lost
-#   running PID START BOOT_ID     the process that will record its end (run_job)  -> ended, lost
-#   ended STATUS                  its exit status, 137 if its processes were killed with run_job
-#   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
-#   revoked                       it never began, and never will (revoke)
-#   damaged                       is no record, but what one that is not whole is taken for  -> lost
-#
-# Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
-#
-#   probe                   say what the machine has, then do as `enter` does  -> probe
-#   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
-#   tie                     end all jobs with the channel
-#   measure NUMBER          say again what the machine has  -> probe, measured
-#   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
-#   unpack ID BYTES         take so many bytes of tar, which follow  -> stage_failed, broken
-#   folder PATH             make a folder that rsync will fill
-#   unsent WHY              say why files could not be sent, with what is known here  -> broken
-#   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
-#   start KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
-#                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
-#                           changed or paths  -> started, held, refused, left, note, and as `adopt`
-#   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
-#   adopt KEY...            see to it that a job never begins, or say how it stands
-#                           -> absent, started, ended, lost
-#   revoke KEY...           see to it that a job never begins, or end it, and remove it
-#   others IDENTITY         say which jobs of other journals are here  -> others, data
-#   ping NUMBER             say something  -> pong
-#   eof KEY                 the input of a job is complete
-#   watch (KEY OUT ERR)...  look at jobs, of whose streams so many bytes are known
-#                           -> used, data, and as `adopt`
-#   list KEY                send the list of what a job left  -> data, unlistable
-#   again KEY PATH...       send a list of what is there now of these paths  -> data, unlistable
-#   clean KEY...            remove jobs whose results are safe
-#   finish STAGE STAGE...   make the first, if it is not '', the cache; remove all  -> finished
-#
-# Events.  Each is a line of fields with tabs between them.
-#
-#   account WHICH           the first one; it is equal for two names of one account
-#   broken WHY              the machine cannot be used; with `later` behind it, it may be later
-#   note TEXT               a warning
-#   probe NAME VALUE        something that the machine has
-#   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
-#   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
-#   staged ID               jobs can have this stage
-#   stage_failed ID WHY     the stage could not be stored
-#   started KEY...          jobs run
-#   held KEY                a job did not start, since other batches leave no room
-#   refused KEY WHY         a job did not start
-#   absent KEY              a job never began, and never will
-#   lost KEY WHY            a job is gone without a result
-#   ended KEY STATUS WALL CPU OUT ERR ENTRY...
-#                           a job has ended.  WALL, CPU: hundredths of a second, 0 where a record is
-#                           all there is; OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what
-#                           the job left, or only @ if that is long
-#   left KEY PIDS           processes that a job started run on after it
-#   used KEY KB             the most memory that a running job had
-#   cancelled PIDS          `cancel` is done, and could not end these
-#   unlistable KEY          the list is too long to be sent
-#   others                  no job of other journals is here
-#   pong NUMBER             the runner lives
-#   finished                all is removed that nobody needs
-#   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
-#                           SIZE bytes follow: a list; what a stream has grown by; of each job of
-#                           another journal KEY, word, number and command.  A NUL ends each
-#
-# A list has +PATH, what was made; -PATH, what cannot be read; mMODE PATH, of what was opened to be
-# read; !PATH, what is not there; ?PATH, what is no file, folder or link; sBYTES, how much it is.
-
-# These variables change what bash, or a program that the scripts below use, does.  Tools keep all
-# others of the login: LD_* and the like are how programs work on some machines.
-REMOTE_CLEAN = r'''
-set +o posix
-unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \
-  TAR_OPTIONS TAPE GREP_OPTIONS QUOTING_STYLE TIME_STYLE BLOCK_SIZE BLOCKSIZE _POSIX2_VERSION
-'''
-
-# bash must read a pipe byte by byte, which would take 10 ms for the runner; head does not.
-REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
-
-REMOTE_RUNNER = r'''
-# The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
-# Its stdin: this text; then the header, and requests, of which each is VERB COUNT FIELD..., a NUL
-# behind each.  Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes
-# after a line "data".  Only `writer` writes there, so that events never mix.
-#
-# shellcheck disable=SC2015     # A && B || continue: either is a reason to
-# shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
-''' + REMOTE_CLEAN + r'''
-JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
-GPU_LIMIT_S=20              # for nvidia-smi's answer
-OLD_DAYS=14                 # after which what was sent is forgotten
-LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
-# A machine that does not say its boot id has this one.  The time of the boot (btime) could not
-# stand for it: that changes when the clock is set.
-NO_BOOT_ID=00000000-0000-0000-0000-000000000000
-
-# A variable that came with the environment stays exported, even if it gets another value.  The
-# names of variables below are in lowercase.
-while IFS= read -rd '' entry; do
-  entry=${entry%%=*}
-  [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
-done <"/proc/$$/environ" 2>/dev/null
-
-LC_ALL=C IFS=$' \t\n'
-
-# The functions share these variables.  First, the header:
-token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_environment=()
-# The folders: of the project, of this runner, of the claims, and those of the system.
-home='' run='' claims='' proc='' sys='' shared=''
-# This runner: PID START BOOT_ID, its user and account, and the umask that jobs get.
-self='' uid='' account='' boot_id='' mask=''
-# File descriptors: of the requests, of the events, and of the FIFO that tells that the login shell
-# or nvidia-smi is done.  How many of these two are waited for; the process group of the login
-# shell.
-requests='' events='' signals='' waiting=0 capturing=''
-# What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
-cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
-environment=() assignments='' by_env=() dropped=()
-# What the jobs of a stage find, and so did not make: "STAGE ENTRY" and "STAGE ./PATH".
-declare -A sent=() linked=()
-tied=''                     # 1 if the jobs end with the channel
-arrived=()                  # the stages that came
-removing=()                 # the pids of what removes something
-survivors=''                # the pids of what end_processes could not end
-declare -A begun=()         # the jobs that began under this runner: KEY -> the file of its claim
-declare -A unbegun=()       # those of them that have no process yet
-# The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
-pending=()
-declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
-declare -A paths_of=()
-
-say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
-  printf '%s\n' "$1" >&"$events"
-}
-
-say_text() {                # says the event $1 with the free texts that follow, escaped
-  local event=$1 text
-  shift
-  for text; do
-    escape "${text:0:1000}"
-    event+=$'\t'$REPLY
-  done
-  say "$event"
-}
-
-escape() {                  # REPLY: the text $1 without tab and newline
-  REPLY=${1//\\/\\\\}
-  REPLY=${REPLY//$'\t'/\\t}
-  REPLY=${REPLY//$'\n'/\\n}
-}
-
-beside() {                  # runs $@ in the background, so that the next request need not wait
-  "$@" {requests}<&- &
-  disown "$!"
-}
-
-complaint() {               # REPLY: the last complaint in the log, without "line 7: " in front
-  # Fails, and starts no process itself, where none can be started.
-  local line said=
-  while IFS= read -r line; do           # tar's summary never has the reason
-    case $line in
-      *': Exiting with failure status'* | *': wait_for: No record of'*) ;;
-      *) said=${line#*: line *: } ;;
-    esac
-  done <"$run/log"
-  if [[ $said == *'fork: '* ]]; then
-    no_process
-    return 1
-  fi
-  explain_full "$said"
-}
-
-explain_full() {            # REPLY: the complaint $1, and what else than bytes is used up there
-  local dir=$home total left blocks
-  while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
-  IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
-  REPLY=$1
-  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk there is full)'
-  [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
-  [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
-}
-
-no_process() {              # REPLY: that no process can be started; starts none
-  local line limit=
-  while read -r line; do
-    [[ $line != 'Max processes'* ]] || read -r _ _ limit _ <<<"$line"
-  done </proc/self/limits
-  REPLY="this account can start no more processes (ulimit -u: $limit)"
-}
-
-identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
-  local stat fields
-  { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
-  # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
-  fields=(${stat##*) })
-  [[ ${fields[0]} != Z ]] || return 1   # it has ended, though nobody has waited for it yet
-  REPLY="$1 ${fields[19]} $boot_id"
-}
-
-centiseconds() {            # REPLY: hundredths of a second since boot
-  read -r REPLY _ </proc/uptime
-  REPLY=${REPLY/./}
-}
-
-# ---- Machine ----
-
-# Text in front of a command in one line, NAME=VALUE ... COMMAND, is assigned after the words of the
-# command were expanded.  So no name can meet a variable of this shell.  Unlike env(1) it costs no
-# process (0.45 ms a job), and ps shows the values to nobody.
-enter() {                   # becomes the program $@ in the environment that `assign` prepared
-  exec 3>&2 2>/dev/null     # the program warns of a locale that is missing, too
-  export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
-  eval "$assignments"'exec "${by_env[@]}" "$@" 2>&3 3>&-'
-}
-
-assign() {                  # sets assignments, by_env and dropped from $environment
-  local entry name entries
-  local -A given=()
-  assignments='' by_env=() dropped=()
-  for entry in "${environment[@]}"; do
-    name=${entry%%=*}
-    case $name in
-      # bash cannot assign to these, or does more than that
-      [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
-        BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
-      *)
-        given[$name]=1
-        printf -v entry '%s=%q ' "$name" "${entry#*=}"
-        assignments+=$entry ;;
-    esac
-  done
-  ((${#by_env[@]} == 0)) || by_env=(/usr/bin/env -- "${by_env[@]}")
-  read_entries "/proc/$$/environ"
-  for entry in "${entries[@]}"; do
-    name=${entry%%=*}
-    case $name in
-      '' | [0-9]* | *[!A-Za-z0-9_]* | PWD | OLDPWD | SHLVL | _) ;;
-      *) [[ ${given[$name]-} ]] || dropped+=("$name") ;;
-    esac
-  done
-}
-
-read_entries() {            # entries: what the file $1 holds, in which each ends with a NUL
-  local entry
-  entries=()
-  while IFS= read -rd '' entry; do [[ $entry != [!=]*=* ]] || entries+=("$entry"); done <"$1"
-}
-
-read_environment() {        # environment: the entries of $1, without what each job has of its own
-  local name entry entries word
-  environment=()
-  read_entries "$1"
-  for entry in "${entries[@]}"; do
-    name=${entry%%=*}
-    case $name in
-      PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
-      SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
-      BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
-      SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
-        entry=:${entry#*=}:
-        for word in monitor history histexpand emacs vi login_shell expand_aliases; do
-          entry=${entry/:"$word":/:}
-        done
-        entry=${entry#:}
-        entry=$name=${entry%:} ;;
-    esac
-    environment+=("$entry")
-  done
-}
-
-DUMP_FUNCTIONS='{
-    \builtin echo shopt -s extglob; \builtin declare -f; \builtin shopt -p extglob
-  } >"$SSH_SCHEDULER_CAPTURE.functions"'
-
-capture_login() {           # leaves the environment of an interactive login in $run/environment
-  local to=$run/environment shell=${SHELL:-$BASH} entries
-  [[ ! $setup ]] || to=$run/login       # setup has the last word
-  read_entries "/proc/$$/environ"
-  ask_shell
-  if [[ ! -s $to ]]; then
-    printf '%s\0' "${entries[@]}" >"$to"
-    printf '%s\n' "$shell" >"$run/login.silent"
-  fi
-  [[ ! $setup ]] || run_setup
-}
-
-ask_shell() {               # for capture_login: fills $to; sets shell to the one that was last
-  local dump probe next how=-l
-  # A start file may put another shell in the place of this one.  That shell reads its stdin.
-  probe='(readlink "/proc/$PPID/exe"; tr "\0" " " <"/proc/$PPID/cmdline")'
-  probe+=' >"$SSH_SCHEDULER_CAPTURE.shell"; exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.before"'
-  probe="/bin/sh -c '$probe'"
-  for _ in 1 2 3; do
-    environment=("${entries[@]}" "SSH_SCHEDULER_CAPTURE=$to")
-    assign
-    next=
-    dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
-    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$DUMP_FUNCTIONS
-    case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
-      *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
-      *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
-    esac 2>"$run/login.err"
-    { IFS= read -r next && IFS= read -r how; } 2>/dev/null <"$to.shell"
-    [[ $next && ! $next -ef $shell ]] || break
-    [[ $how =~ ^-|\ -[a-z]*l|\ --login ]] && how=-l || how=-i
-    read_entries "$to.before"
-    shell=$next
-    rm -f -- "$to" "$to.shell"
-  done
-}
-
-run_setup() {               # for capture_login: $to, and what the setup of the machine file adds
-  read_environment "$to"
-  environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
-  assign
-  (enter "$BASH" -c '
-    if [ -e "$2" ]; then . "$2"; fi
-    eval "$1" || exit
-    /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
-  '"$DUMP_FUNCTIONS" setup "$setup" "$to.functions") >"$run/setup.err" 2>&1
-  echo "$?" >"$run/setup.status"
-  mv -- "$run/environment.new" "$run/environment" 2>/dev/null
-}
-
-load_environment() {        # fills environment, for `enter`; tells where a part could not be had
-  local entry name=$run/environment status
-  if [[ $setup && ! -s $name ]]; then
-    { read -r status <"$run/setup.status"; } || status='no answer in time'
-    say_text broken "setup failed ($status): $(tail -n 1 "$run/setup.err")"
-    return
-  fi
-  if [[ ! -s $name ]]; then
-    say_text note 'the login shell did not give its environment in time'
-    name=/proc/$$/environ
-  elif IFS= read -r entry <"$run/login.silent"; then
-    say_text note "the login shell did not give its environment: a start file of $entry ends it, \
-or starts another program. So jobs have the environment of a command over ssh"
-  fi
-  read_environment "$name"
-  environment+=("${machine_environment[@]}")
-  load_functions
-  environment=(PYTHONUNBUFFERED=1 "${environment[@]}")
-  assign
-} 2>/dev/null
-
-# bash reads the functions at its start; programs that it runs inherit those that are exported.
-load_functions() {          # for load_environment: has the bash of a job read them, by BASH_ENV
-  local entry bash_env=
-  for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
-  [[ $bash_env || -s $run/environment.functions ]] || return
-  {
-    if [[ $bash_env ]]; then            # it may choose GPUs, too, as .bashrc does for people
-      printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
-      printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
-      printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
-      printf 'unset -v ssh_scheduler_gpus\n'
-    else
-      printf 'builtin unset -v BASH_ENV\n'
-    fi
-    cat -- "$run/environment.functions"
-  } >"$run/functions"
-  environment+=("BASH_ENV=$run/functions")
-}
-
-read_ticks() {              # sets busy and total: processor ticks since boot
-  local user nice system idle wait irq softirq steal
-  read -r _ user nice system idle wait irq softirq steal _ <"$proc/stat"
-  busy=$((user + nice + system + irq + softirq + steal))
-  total=$((busy + idle + wait))
-}
-
-count_cores() {             # REPLY: the cores that this login may use
-  local line count=0
-  while read -r line _; do [[ $line == cpu[0-9]* ]] && count=$((count + 1)); done <"$proc/stat"
-  REPLY=$count
-  # nproc knows about affinity, but believes OMP_NUM_THREADS
-  [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
-}
-
-nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, its words to gpus.err
-  {
-    set -- "$smi" "$1" --format=csv,noheader,nounits
-    [[ $smi != /* ]] || enter "$@"
-    exec "$@"
-  } >"$run/gpus.$2" 2>"$run/gpus.err" &
-  echo "$!" >"$run/gpus.pid"
-  wait "$!"
-  local status=$?
-  : >"$run/gpus.pid"
-  return "$status"
-}
-
-# nvidia-smi may hang beyond kill.  So it is never waited for without a deadline, and its pid is in
-# a file: when its time is over it is killed, and while that did not help nobody asks again.
-query_gpus() {              # leaves what nvidia-smi says in $run/gpus.*
-  local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
-  type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
-  nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
-  status=$?
-  if ((status == 2)); then  # an old driver refuses all for one field that it does not know
-    nvidia --query-gpu="$core,name" list
-    status=$?
-    ((status)) || status=old
-  fi
-  [[ $status != 137 ]] || return        # it was given up
-  : >"$run/gpus.apps"
-  case $status in
-    0 | old | 14 | 15)      # where nothing of a GPU is taken, nobody is there to be asked for
-      while IFS=', ' read -r _ _ total free busy _; do
-        [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
-        nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || (($? == 15)) ||
-          : >"$run/gpus.apps"
-        break
-      done <"$run/gpus.list" ;;
-  esac
-  echo "$status" >"$run/gpus.status"
-}
-
-query_gpus_again() {        # with the environment of the jobs, where it is found only so
-  local status line
-  { read -r status <"$run/gpus.status"; } 2>/dev/null
-  case $status in
-    absent | 12 | 12[67]) ;;            # 12: it does not find its library
-    *) return ;;
-  esac
-  line=$(enter /bin/sh -c 'command -v nvidia-smi')
-  [[ $line == /* ]] || return
-  smi=$line
-  rm -f -- "$run/gpus.status"
-  read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
-}
-
-give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
-  local pid
-  read -r pid <"$run/gpus.pid" && kill -KILL "$pid"
-  [[ ! -e $run/gpus.status ]] || rm -f -- "$run/gpus.status"
-} 2>/dev/null
-
-say_gpus() {                # says what query_gpus found; say_claims has filled claim_of by now
-  local status line
-  { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
-  say_text probe nvidia_smi "$status"
-  case $status in
-    absent) say_other_gpus ;;
-    timeout) ;;
-    0 | old | 14 | 15)      # 14: a warning about its infoROM, with a valid answer; 15: one is lost
-      while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.list"
-      ((status != 15)) ||
-        while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.err"
-      say_gpu_processes ;;
-    *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus.list")
-       say_text probe gpu_error "$line" ;;
-  esac
-}
-
-say_other_gpus() {          # names GPUs that are not Nvidia's; those of bus 0 drive the screen
-  local card vendor cards=
-  for card in "$sys"/class/drm/card*/device; do
-    [[ $card != */card*-*/* && $(readlink -f "$card") != */0000:00:* ]] || continue
-    { read -r vendor <"$card/vendor"; } 2>/dev/null || continue
-    case $vendor in 0x1002) cards+=' AMD' ;; 0x8086) cards+=' Intel' ;; esac
-  done
-  [[ ! $cards ]] || say_text probe other_gpus "${cards# }"
-}
-
-say_gpu_processes() {       # says who uses how much of which GPU
-  local uuid pid used user pids=() users=()
-  while IFS=', ' read -r uuid pid used; do
-    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
-  done <"$run/gpus.apps"
-  ((${#pids[@]} == 0)) || while read -r pid user; do
-    users[${pid#/proc/}]=$user
-  done < <(stat -c '%n %U' -- "${pids[@]}" 2>/dev/null)
-  while IFS=', ' read -r uuid pid used; do
-    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
-    say_text probe gpu_process "$uuid $used ${users[pid]:-?} ${claim_of[$pid]-}"
-  done <"$run/gpus.apps"
-}
-
-say_cgroups() {             # what control groups, of version 1 or 2, leave of cores and memory
-  local controllers path folder
-  while IFS=: read -r _ controllers path; do
-    case ,$controllers, in
-      ,, | *,cpu,* | *,memory,*) folder=$sys/fs/cgroup${controllers:+/$controllers} ;;
-      *) continue ;;
-    esac
-    [[ $controllers || ! -d $folder/unified ]] || folder+=/unified
-    while :; do             # a container does not see the folders above its own
-      say_cgroup "$folder$path"
-      [[ $path == /?* ]] || break
-      path=${path%/*}
-    done
-  done <"$proc/self/cgroup"
-} 2>/dev/null
-
-say_cgroup() {              # for say_cgroups: what the group with the folder $1 leaves
-  local quota period limit used key value cache=0
-  if { read -r quota period <"$1/cpu.max"; } && [[ $quota != max ]]; then
-    say_text probe cgroup_cores "$quota/$period"
-  elif { read -r quota <"$1/cpu.cfs_quota_us"; } && ((quota > 0)); then
-    read -r period <"$1/cpu.cfs_period_us"
-    say_text probe cgroup_cores "$quota/$period"
-  fi
-  if ! { read -r limit <"$1/memory.max" && read -r used <"$1/memory.current"; }; then
-    read -r limit <"$1/memory.limit_in_bytes" && read -r used <"$1/memory.usage_in_bytes" ||
-      limit=max
-  fi
-  # "unlimited" is a very large number in version 1
-  [[ $limit != max ]] && ((${#limit} < 17)) || return
-  while read -r key value; do           # what was read from files counts as used, and gives way
-    [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
-  done <"$1/memory.stat"
-  say_text probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
-}
-
-# Processes that were forked share memory: the largest alone is certain to be taken, and at most the
-# sum may be needed.  Too little taken only holds back other jobs; too much would promise it twice.
-use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
-  local pid stat fields lines line file index
-  pids=("$1") rss=0 peak=0 ticks=0
-  for ((index = 0; index < ${#pids[@]} && index < 1000; index++)); do
-    pid=${pids[index]}
-    { IFS= read -r stat <"/proc/$pid/stat"; } || continue
-    # shellcheck disable=SC2206          # numbers, behind a name with any blanks and brackets
-    fields=(${stat##*) })
-    # its own time, and that of the children for which it has waited
-    ticks=$((ticks + fields[11] + fields[12] + fields[13] + fields[14]))
-    mapfile -t lines <"/proc/$pid/status"
-    for line in "${lines[@]:10:25}"; do
-      case $line in
-        VmHWM:*) line=${line//[!0-9]/}; peak=$((peak + line)) ;;
-        VmRSS:*) line=${line//[!0-9]/}; rss=$((line > rss ? line : rss)); break ;;
-      esac
-    done
-    for file in "/proc/$pid/task/"*/children; do
-      read -ra fields <"$file"
-      pids+=("${fields[@]}")
-    done
-  done
-} 2>/dev/null
-
-measure() {                 # says what the machine has, and what of it is free
-  local key value busy total
-  local -A claim_of=()      # pid -> the key of the job, or "other"
-  read_ticks
-  say_text probe ticks "$busy/$total"
-  [[ $cores ]] || { count_cores; cores=$REPLY; }        # a process: once is enough
-  say_text probe cores "$cores"
-  read -r value _ <"$proc/loadavg"
-  say_text probe load "$value"
-  while read -r key value _; do
-    case $key in MemTotal: | MemAvailable:) say_text probe "${key%:}" "$value" ;; esac
-  done <"$proc/meminfo"
-  say_cgroups
-  say_claims
-  [[ $want_gpus != 1 ]] || say_gpus
-}
-
-measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
-  local began line pid
-  if [[ $want_gpus == 1 ]]; then
-    # where the last one still hangs, not even a kill has helped
-    { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
-      read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
-  fi
-  centiseconds
-  began=$REPLY
-  measure
-  centiseconds
-  say_text measured "$1" "$((REPLY - began))"
-} 2>/dev/null
-
-probe() {                   # says what is here and free, if $1 is not empty, then "ready"
-  local rsync word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
-  while ((waiting > 0 && SECONDS < deadline)) &&
-    read -r -t $((deadline - SECONDS)) word <&"$signals"; do
-    waiting=$((waiting - 1))
-    [[ $word != environment ]] || capturing=
-  done
-  # a login shell that waits for somebody would do so for ever
-  [[ ! $capturing ]] || kill -KILL -- "-$capturing"
-  capturing=
-  [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
-  load_environment
-  [[ $want_gpus != 1 ]] || query_gpus_again
-  if [[ $1 ]]; then
-    say_text probe ticks_before "$busy_before/$total_before"
-    measure
-  fi
-  for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
-  ((${#missing[@]} == 0)) || say_text broken "this program is missing there: ${missing[*]}"
-  type -P rsync >/dev/null && rsync=1 || rsync=0
-  say_text ready "$home" "$rsync"
-}
-
-# ---- Files ----
-
-say_unstored() {            # says why the files of stage $1 could not be stored
-  if complaint; then say_text stage_failed "$1" "$REPLY"; else say_text broken "$REPLY" later; fi
-}
-
-freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
-  local stage=$home/stage/$1 id=$1 path entry
-  shift
-  {
-    mkdir -p -- "$stage/copy"
-    for path; do
-      [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
-      ln -s -- "$stage/link/$path" "$stage/copy/$path"
-      linked["$id ./$path"]=1
-    done
-    (cd -- "$stage/copy" && listing .) >"$stage/list"
-  } || { say_unstored "$id"; return; }
-  while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
-  say_text staged "$id"
-} 2>>"$run/log"
-
-# A file that cannot be read is opened, where the login may do that, since rsync and tar need the
-# bits; an "m" with the mode that it had stands before it.  A file that stays shut is "-": otherwise
-# an empty folder would stand for all that lies in it.
-listing() {                 # what lies below $1 in the current folder, as rsync sees changes
-  find "$1" -mindepth "${2:-1}" "${@:3}" \
-    '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
-    -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
-    '(' '(' ! -readable -o -type d ! -executable ')' -printf '- %p\0' -prune -o \
-    -printf 'm%m %p\0' ! -true ')' -o \
-    -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
-}
-
-# A job has no folder for its results: at its end it lists what it made or changed in its own
-# folder, and one rsync with a list of files fetches that of many jobs.
-# $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
-list_back() {               # fails if the list cannot be written
-  local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
-  shift 3
-  [[ -r $dir/work && -x $dir/work ]] || chmod u+rwx -- "$dir/work"
-  [[ -d $dir/work ]] || return 0
-  cd -- "$dir/work" && [[ -r . ]] || { printf -- '-./.\0' >"$to/back"; return; }
-  found=(*)
-  (($# || ${#found[@]})) || return 0
-  : >"$to/back" || return
-  while IFS= read -rd '' entry; do
-    (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
-    kind=${entry%% *}
-    path=./${entry#*./}
-    [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
-    case $kind in
-      f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
-      [fdl]) printf '+%s\0' "$path" ;;
-      -) printf -- '-%s\0' "$path" ;;
-      m*) printf '%s %s\0' "$kind" "$path" ;;
-      '!'*) printf '%s\0' "$entry" ;;
-      *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
-    esac || failed=1
-  done < <(entries_of "$@") >>"$to/back"
-  ((size < 1000000)) || printf 's%s\0' "$size" >>"$to/back" || failed=1
-  [[ ! $failed ]]
-}
-
-entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
-  local path above rest
-  (($#)) || listing .
-  for path; do
-    above=. rest=$path
-    while [[ -x $above && $rest == */* ]]; do
-      above+=/${rest%%/*} rest=${rest#*/}
-      [[ ! -d $above || -x $above ]] || listing "$above" 0 -maxdepth 0
-    done
-    if [[ $path == . ]]; then
-      listing .
-    elif [[ -e $path || -L $path ]]; then
-      listing "./$path" 0
-    elif [[ ! -d $above || -x $above ]]; then   # else it may be there
-      printf '!%s\0' "$path"
-    fi
-  done
-}
-
-find_list() {               # REPLY: the file that lists what the job $1 left
-  REPLY=$home/jobs/$1/back
-  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
-}
-
-send_list() {               # sends the list $2 of the job $1
-  local bytes
-  bytes=$(stat -c %s -- "$2")
-  if ((${bytes:-0} > LONGEST_LIST)); then
-    say "unlistable"$'\t'"$1"
-    return
-  fi
-  bytes=$run/back.$1.$RANDOM            # the last one of it may still be on its way
-  cp -- "$2" "$bytes" || { bytes=$2.sent; cp -- "$2" "$bytes"; }
-  say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
-}
-
-list_again() {              # sends what there is now of some paths ($2...) of the job $1
-  local key=$1 to=$run/again.$1
-  shift
-  mkdir -p -- "$to"
-  : >"$to/back"
-  if [[ -d $home/jobs/$key/work ]]; then
-    (list_back "$home/jobs/$key" '' "$to" "$@")
-  else
-    printf '!%s\0' "$@" >"$to/back"
-  fi
-  send_list "$key" "$to/back"
-} 2>/dev/null
-
-# ---- Jobs ----
-
-start_pending() {           # starts the jobs that were asked for since the last time
-  local key dir held='' said='' starting=()
-  ((${#pending[@]})) || return 0
-  make_job_folders
-  claim_needs || held=1
-  for key in "${pending[@]}"; do
-    dir=$home/jobs/$key
-    if [[ $held && ! -e $dir/cmd ]]; then
-      hold
-    elif take; then
-      ((${#said} < 3000)) || { say "started$said"; said=; }
-      said+=$'\t'$key
-      starting+=("$key") unbegun[$key]=1
-      begun[$key]=$claims/$project.$key
-    elif is_taken; then
-      beside ask_about "$key"
-    else
-      refuse
-    fi
-  done
-  [[ ! $said ]] || say "started$said"   # before the first can say that it ended
-  for key in "${starting[@]}"; do
-    beside run_job "$key"
-    unset -v "unbegun[$key]"
-  done
-  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
-  paths_of=()
-}
-
-make_job_folders() {        # for start_pending: those of all pending jobs, with two processes
-  local key dirs=() pipes=()
-  for key in "${pending[@]}"; do
-    dirs+=("$home/jobs/$key")
-    [[ ${stage_of[$key]} ]] || dirs+=("$home/jobs/$key/work")
-    pipes+=("$home/jobs/$key/alive")
-  done
-  mkdir -p -- "${dirs[@]}"
-  mkfifo -- "${pipes[@]}" 2>/dev/null   # some are there, where the job was started before
-}
-
-hold() {                    # for start_pending: other batches leave no room for the job $key
-  : >"$claims/$project.$key"
-  rm -f -- "$dir/alive"
-  rmdir -- "$dir/work" "$dir"
-  say "held"$'\t'"$key"
-}
-
-# The runner that creates `cmd` begins the job, and no other ever does.  O_EXCL (set -C) is as
-# atomic as mkdir, on NFS (version 3 and later) too, and needs no process: so one mkdir makes the
-# folders of many jobs.
-take() {                    # for start_pending: begins the job $key; fails if that cannot be
-  set -C
-  if ! : >"$dir/cmd"; then
-    set +C
-    return 1
-  fi
-  set +C
-  printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
-    printf '%s\n' "${command_of[$key]}" >"$dir/cmd" && return
-  rm -f -- "$dir/cmd"       # the disk is full: nothing was started
-  return 1
-}
-
-is_taken() {                # for start_pending: tells whether the job $key was begun before
-  local command
-  command=$(<"$dir/cmd")
-  [[ -e $dir/cmd && (! $command || $command == "${command_of[$key]}") ]]
-} 2>/dev/null
-
-refuse() {                  # for start_pending: says why the job $key could not be begun
-  [[ -e $dir/cmd ]] || : >"$claims/$project.$key"
-  complaint
-  say_text refused "$key" "$REPLY"
-}
-
-# A terminal is a session of its own beside the channel, and runs `tty`.  `wait` stands in the place
-# of the job; a FIFO tells it the exit status, or that the session was cut off.  So a job has one
-# record of its end, whether it had a terminal or not.
-prepare_tty() {             # for take: writes these two, if the job $key wants a terminal
-  [[ ${mode_of[$key]} == tty ]] || return 0
-  cat >"$dir/wait" <<'END' && cat >"$dir/tty" <<'END'
-mkfifo ../code
-read -r code <../code || code=129
-exit "$code"
-END
-cd -- "${0%/*}/work" || exit
-until [[ -p ../code ]]; do sleep 0.02; done
-exec 8>../code 9>../alive
-{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
-trap : INT QUIT                         # what is typed is for the job; this tells how that ended
-set -- "$TERM" "$BASH"
-eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
-echo "$?" >&8
-END
-}
-
-# This process shares the process group of the job, and ignores what a job sends its own group
-# ("kill 0" is common in scripts), since it must live to record how the job ended.  If it is killed
-# all the same, the next `look` notices, and records 137.
-run_job() {                 # KEY, in a process and a group of its own: runs it, and records its end
-  local key=$1 dir=$home/jobs/$1 stage=${stage_of[$1]} mode=${mode_of[$1]} limit=${limit_of[$1]}
-  local alive input keeper='' watchdog='' status=125 began
-  trap : TERM INT HUP
-  exec {events}>&- {signals}>&-         # or the writer would outlive a runner that was killed
-  exec {alive}<>"$dir/alive"            # all that the job starts has it open, and is found by it
-  centiseconds
-  began=$REPLY
-  identify "$BASHPID"
-  record "$dir" "running $REPLY"
-  printf '%-80s' "$REPLY" 1<>"$claims/$project.$key"    # the claim was the runner's until now
-  # shellcheck disable=SC2064            # when it is run, there is no $key any more
-  trap "last_words_of $key" EXIT
-  if copy_stage; then
-    exec {input}</dev/null
-    [[ $mode != stdin ]] || keep_input
-    [[ ! $limit ]] || keep_time
-    # The streams go to files, so that no job waits for a slow reader or a broken link, and a client
-    # can be killed at any byte and come back.  The price is disk on both sides.
-    (become_job) <&"$input" >>"$dir/out" 2>>"$dir/err"
-    status=$?
-    # shellcheck disable=SC2064
-    trap "last_words_of $key $status" EXIT
-    end_keepers
-  fi
-  conclude
-} 2>/dev/null
-
-copy_stage() {              # for run_job: gives the job its copy of what was sent
-  [[ $stage ]] || return 0
-  cp -a --reflink=auto -- "$home/stage/$stage/copy" "$dir/work" 2>>"$dir/err" && return
-  printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
-  return 1
-}
-
-become_job() {              # for run_job: becomes the bash of the job
-  local own program=../cmd score
-  exec {held}>"$dir/alive" {alive}<&- {input}<&-
-  umask "$mask"
-  read -r score </proc/self/oom_score_adj && ((score >= JOB_OOM_SCORE)) ||
-    echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
-  cd -- "$dir/work" || exit
-  printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
-  [[ ${gpus_of[$key]} == - ]] ||
-    own+="CUDA_VISIBLE_DEVICES=${gpus_of[$key]} CUDA_DEVICE_ORDER=PCI_BUS_ID "
-  assignments+=$own
-  if [[ $mode == tty ]]; then
-    program=../wait
-    printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
-  fi
-  enter "$BASH" "$program"
-}
-
-# The input is a FIFO that a process beside the job holds open until `eof` says that it is complete:
-# so a broken connection is no end of file.
-keep_input() {              # for run_job: sets input and keeper
-  local eof both
-  mkfifo -- "$dir/eof" "$dir/in.new"
-  # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
-  exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
-  exec {input}<"$dir/in.new"
-  mv -- "$dir/in.new" "$dir/in"
-  # A cancel must not end this: the job would take its input for complete.
-  { trap '' TERM; exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
-  keeper=$!
-  disown "$keeper"
-  exec {eof}<&- {both}<&-
-}
-
-# The time limit is kept beside the job, so that it holds when no client is connected.
-keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
-  {
-    trap '' TERM
-    exec {input}<&-
-    read -r -t "$limit" <&"$alive"      # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
-    : >"$dir/late"
-    end_jobs 5 "$key"
-  } &
-  watchdog=$!
-}
-
-end_keepers() {             # for run_job: the job has ended; changes status if its time was over
-  exec {input}<&-
-  [[ ! $keeper ]] || kill -KILL "$keeper"
-  if [[ -e $dir/late ]]; then
-    wait "$watchdog"
-    status=124              # as timeout(1) has it
-  elif [[ $watchdog ]]; then
-    kill -KILL "$watchdog"
-  fi
-}
-
-conclude() {                # for run_job: records how the job ended, and says so
-  local used wall
-  # The 16th and 17th field are the time of the children for which this process has waited.
-  IFS= read -r used </proc/self/stat
-  # shellcheck disable=SC2206
-  used=(${used##*) })
-  [[ ${back_of[$key]} == none ]] || list_results
-  : >"$claims/$project.$key"            # first: who reads the record may remove that
-  record "$dir" "ended $status"
-  centiseconds
-  wall=$((REPLY - began))
-  say_left
-  say_ended "$key" "$status" "$wall" "$((used[13] + used[14]))"
-  trap - EXIT
-}
-
-list_results() {            # for conclude: what the job left; if that cannot be, its status is 125
-  local paths left=$claims/$project.$key.back   # this lies in memory
-  eval "paths=(${paths_of[$key]})"
-  ! list_back "$dir" "$stage" "$dir" "${paths[@]}" || return 0
-  printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
-    1<>"$run/events"
-  mkdir -p -- "$left" && list_back "$dir" "$stage" "$left" "${paths[@]}" || ((status)) ||
-    status=125
-}
-
-say_left() {                # for conclude: says what the job started and did not wait for
-  local left pid comm text='' count=0
-  exec {left}<"$dir/alive" {alive}<&-
-  # If nobody else has it open, that is known at once.  What is about to end is given a moment.
-  read -r -t 0.1 <&"$left"
-  (($? > 128)) || return
-  while read -r pid; do
-    [[ $pid != "$BASHPID" ]] && { read -r comm <"/proc/$pid/comm"; } || continue
-    count=$((count + 1))
-    escape "$comm"
-    ((count > 5)) || text+="${text:+, }$REPLY ($pid)"
-  done < <(exec {left}<&-; holders "$key")
-  ((count < 6)) || text+=" and $((count - 5)) more"
-  ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
-}
-
-last_words_of() {           # the same for the run_job of $1; $2: the exit status, if the job ended
-  local dir=$home/jobs/$1
-  : >"$claims/$project.$1"
-  if [[ $2 ]]; then
-    record "$dir" "ended $2"
-    : >"$dir/untold"        # the next look at it says so
-  else
-    record "$dir" lost
-    no_process
-    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
-  fi
-}
-
-# A record is written over the one before, not renamed into its place.  A rename costs a process,
-# and a full disk refuses a new file, but not these 96 bytes, which were paid for when the job was
-# taken.  A record that is not whole says nothing.
-record() {                  # $1: job folder, $2: how the job stands, or how it ended
-  # Where even that fails, the result goes into the name of the file, which costs nothing.
-  printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
-}
-
-read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
-  local file now
-  word='' value=''
-  for file in "$1/status" "$1/status ended "*; do
-    [[ $file == */status ]] || { word=ended value=${file##* }; return; }
-    read -r word value <"$file"
-  done
-  file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
-  [[ "$word $value" =~ $file ]] || word=damaged value=''
-  if [[ $value == *" $NO_BOOT_ID" ]]; then      # what began later than now began before a restart
-    file=${value#* }
-    read -r now _ </proc/uptime
-    ((10#${file%% *} <= 10#${now/./})) || value=${value%% *}" ${file%% *} ${NO_BOOT_ID//0/f}"
-  fi
-}
-
-lives() {                   # tells whether the job with the record $1 $2 has a process left
-  local pid=${2%% *}
-  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
-  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
-} 2>/dev/null
-
-is_runner() {               # tells whether the process that `identify` once named $1 is still there
-  identify "${1%% *}" && [[ $REPLY == "$1" ]]
-}
-
-say_ended() {               # $1: key, $2: exit status, $3, $4: wall and processor time (cs)
-  local dir=$home/jobs/$1 event entry back=
-  event=ended$'\t'$1$'\t'$2$'\t'$3$'\t'$4
-  stream_text "$dir/out"
-  event+=$'\t'$REPLY
-  stream_text "$dir/err"
-  event+=$'\t'$REPLY
-  find_list "$1"
-  if [[ -s $REPLY ]]; then
-    while ((${#back} < 1000)) && IFS= read -rd '' entry; do
-      escape "$entry"
-      back+=$'\t'$REPLY
-    done <"$REPLY"
-    ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
-  fi
-  # The FIFO is opened by name, since a job does not hold it open; without a runner nobody listens.
-  printf '%s\n' "$event$back" 1<>"$run/events"
-}
-
-stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short text, else "@BYTES"
-  local text=
-  if [[ ! -s $1 ]]; then
-    REPLY='='
-  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
-    REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
-  else
-    escape "$text"
-    REPLY="=$REPLY"
-  fi
-}
-
-# How a job stands is decided once: if it runs, `look` notices its end, at most 2 s later.  To ask
-# in a loop took 1.6 % of a core for each job.
-ask_about() {               # says how the job $1 stands, which was begun before
-  local key=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
-  for ((tries = 0; tries < 20; tries++)); do
-    is_runner "$self" || return         # nobody listens
-    read_record "$dir"
-    if [[ $word == revoked ]]; then
-      say "absent"$'\t'"$key"           # again: who was told so may have lost contact before
-      return
-    elif [[ $word == ended ]]; then
-      say_ended "$key" "$value" 0 0
-      return
-    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
-      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
-      why='the machine was restarted'
-      break
-    elif lives "$word" "$value"; then
-      say "started"$'\t'"$key"
-      return
-    elif [[ $word == running ]]; then
-      read_record "$dir"                # what ends records that before it is gone
-      [[ $word == ended ]] || { record_killed "$key"; return; }
-      tries=0
-    elif [[ $word == lost ]]; then
-      break
-    elif [[ $word == starting ]] && is_runner "$value"; then
-      tries=0               # another runner will begin it, and has much to do
-    fi
-    sleep 0.1
-  done
-  record "$dir" lost        # so that it is not taken for one that was killed
-  end_processes 5 "$key"    # what it started elsewhere may live, and it may be started again
-  say_text lost "$key" "$why"
-} 2>/dev/null
-
-look() {                    # triples KEY OUT ERR, the known bytes of its streams: says the rest
-  local files=() size file chunk count=0
-  local -A since what
-  while (($#)); do
-    look_at "$1"
-    for file in "out $2" "err $3"; do
-      files+=("$home/jobs/$1/${file% *}")
-      since["$home/jobs/$1/${file% *}"]=${file#* }
-      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
-    done
-    shift 3
-  done
-  while read -r size file; do
-    ((size > since["$file"])) || continue
-    count=$((count + 1))
-    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
-    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
-    say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
-  done < <(stat -c '%s %n' -- "${files[@]}")
-} 2>/dev/null
-
-look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
-  local word value pids rss peak ticks
-  read_record "$home/jobs/$1"
-  if lives "$word" "$value"; then
-    use_of "${value%% *}"
-    ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
-  elif [[ $word == running || -e $home/jobs/$1/untold ||
-    ($word != starting && ! ${begun[$1]-}) ]]; then
-    ask_about "$1" &        # but of what began here run_job tells the end, and more of it
-  fi
-}
-
-list_others() {             # says which jobs lie here that journals other than $1 claimed
-  local dir id runner who word value list=$run/others.$RANDOM
-  local -A led=()           # identities of journals whose clients are connected
-  for dir in "$home"/run.*; do
-    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
-    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
-  done
-  for dir in "$home"/jobs/*; do
-    id=${dir##*.}
-    [[ $id == *-* ]] && id=${id##*-} || id=none         # journals had no identity once
-    [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
-    read_record "$dir"
-    if [[ $word == running ]] && ! lives "$word" "$value"; then
-      read_record "$dir"                # it may have ended at this moment
-      word=${word/running/lost}
-    fi
-    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
-  done >"$list"
-  if [[ -s $list ]]; then
-    say "bulk"$'\t'"$list"$'\t'"others"
-  else
-    say others
-  fi
-} 2>/dev/null
-
-# ---- Needs of others ----
-
-# Batches see each other by claims.  For each job a file says which process stands for it and what
-# it needs, in a folder of the machine where no user can change another's files.  A start claims
-# first and looks then; if all claims together are beyond the limits that the last probe gave, it
-# takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
-# needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
-# that makes no sense claims nothing.  No probe can see what is promised and not yet taken.
-own_claims() {              # makes the folder of claims; what another user may write is not used
-  [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
-  [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
-} 2>/dev/null
-
-claim_needs() {             # claims what the pending jobs need; fails if others leave no room
-  local key file
-  own_claims                # another batch that ended may have taken the folder away
-  umask 022
-  for key in "${pending[@]}"; do
-    [[ -e $home/jobs/$key/cmd ]] ||     # it was started before
-      printf '%-80s%s\n' "$self" "${need_of[$key]}" >"$claims/$project.$key"
-  done
-  umask 077
-  ((${#limits[@]})) || return 0
-  for file in "$shared"/ssh_scheduler.*/*; do
-    [[ $file == "$claims/$project."* ]] || { fits_all; return; }
-  done
-}
-
-fits_all() {                # tells whether all that is claimed here is within the limits
-  local file process need key word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
-  local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
-  for file in "$shared"/ssh_scheduler.*/*; do
-    read_claim "$file" || continue
-    # shellcheck disable=SC2086          # numbers and colons: read_claim saw to that
-    set -- $need
-    all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
-    [[ ! $key ]] || ours=$((ours + 1))
-    shift 3
-    for word; do
-      IFS=: read -r gpu mb time reserved <<<"$word"
-      [[ ! $key ]] || mine[gpu]=1
-      ((jobs[gpu] += 1, gpu_mb[gpu] += mb, gpu_time[gpu] += time, gpu_alone[gpu] += reserved))
-    done
-  done
-  ((alone == 0 || all == 1)) || return
-  # one job may start on a machine however busy its processors are
-  ((memory <= limits[1] && (cores <= limits[0] || ours == 1))) || return
-  for word in "${limits[@]:2}"; do
-    IFS=: read -r gpu mb time <<<"$word"
-    [[ ${mine[gpu]-} ]] || continue
-    ((jobs[gpu] == 1 || (gpu_alone[gpu] == 0 && gpu_time[gpu] <= time))) || return
-    ((gpu_mb[gpu] <= mb)) || return
-  done
-}
-
-read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
-  local pid start boot number error
-  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
-  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
-  # The claim of another user may say anything.
-  number='(0|[1-9][0-9]{0,8})'
-  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
-  [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
-  process=$pid key=
-  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
-  if identify "$pid"; then
-    [[ $REPLY == "$pid $start $boot" ]]
-  else                      # where /proc hides the processes of others, kill tells
-    error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
-    [[ $error == *permitted* && $boot == "$boot_id" ]]
-  fi
-}
-
-say_claims() {              # says of each job, of whatever batch, what it claims and uses
-  local file process need key pids rss peak ticks pid
-  for file in "$shared"/ssh_scheduler.*/*; do
-    read_claim "$file" || continue
-    use_of "$process"
-    for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
-    say_text probe claim "$rss $ticks ${key:--} $need"
-  done
-}
-
-# ---- Ending ----
-
-revoke() {                  # begins the job $1 itself, so that it never starts; fails if it did
-  local dir=$home/jobs/$1
-  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
-    printf '%-95s\n' revoked >"$dir/status"
-} 2>/dev/null
-
-# The client that holds the lock of a job_results owns its runners.  A runner that an earlier client
-# had, or this one before contact was lost (sshd keeps that for minutes), must not act any more on
-# what is left in its pipe: what it would start is placed again.
-# The same client may have come by another name of this account: it hears so, and leaves one out.
-end_old_runners() {         # ends such runners; the jobs that they started run on
-  local dir runner who which tries
-  for dir in "$home/run.${HOSTNAME:-here}."*; do
-    which=                  # SESSION.MACHINE.CONNECTION
-    { read -r runner && IFS= read -r who && { read -r which || :; }; } <"$dir/self" &&
-      [[ $who == "$owner" ]] || continue
-    [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
-    for ((tries = 0; tries < 100; tries++)); do
-      is_runner "$runner" || break
-      kill -KILL "${runner%% *}"
-      sleep 0.02
-    done
-  done
-} 2>/dev/null
-
-end_jobs() {                # $1: seconds from TERM to KILL, the rest: keys; sets survivors
-  local key word value
-  end_processes "$@"
-  shift
-  for key; do
-    read_record "$home/jobs/$key"
-    [[ $word == running ]] && ! lives "$word" "$value" || continue
-    read_record "$home/jobs/$key"       # what ends records that before it is gone
-    [[ $word == ended ]] || record_killed "$key"
-  done
-} 2>/dev/null
-
-record_killed() {           # records the end of the job $1, of which nobody else is left to do so
-  local dir=$home/jobs/$1
-  echo 'ssh-scheduler: it was killed with its whole process group' >>"$dir/err"
-  (list_back "$dir" '' "$dir" .)        # all: what was sent is not known any more
-  record "$dir" 'ended 137'
-  say_ended "$1" 137 0 0
-}
-
-end_processes() {           # end_jobs without a record: ends all that the jobs started
-  local until=$((SECONDS + $1)) key signal=TERM tries=0 clear=0 pause=5 seconds
-  local -A wrappers=()                  # pid of the run_job of a job -> its key
-  local living=()
-  shift
-  for key; do find_wrapper; done
-  # What a job started while it was looked for is found the next time.
-  while ((clear < 2 && tries < 40)); do
-    living=()
-    find_living "$@"
-    if ((${#living[@]} == 0)); then
-      clear=$((clear + 1))
-      continue
-    fi
-    clear=0
-    if ((tries && SECONDS >= until)) && [[ $signal == TERM ]]; then
-      signal=KILL
-      say_killed
-    fi
-    if [[ $signal == KILL || $tries == 0 ]]; then
-      kill "-$signal" "${living[@]}"
-      tries=$((tries + 1))
-    fi
-    printf -v seconds '0.%02d' "$pause"
-    sleep "$seconds"
-    pause=$((pause < 30 ? pause + 5 : pause))
-  done
-  survivors=${living[*]}
-} 2>/dev/null
-
-find_wrapper() {            # for end_processes: adds the process that records the end of $key
-  local word value
-  while read_record "$home/jobs/$key"; [[ $word == starting ]] && is_runner "$value"; do
-    sleep 0.02              # it is about to run
-  done
-  lives "$word" "$value" && wrappers[${value%% *}]=$key
-}
-
-say_killed() {              # for end_processes: in the streams of the jobs, before they can end
-  local key
-  for key in "${wrappers[@]}"; do
-    echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
-      >>"$home/jobs/$key/err"
-  done
-}
-
-# Processes are told to end in the order in which they began: a shell that hears of it after its
-# child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
-# between, they would stand for ever.
-find_living() {             # living: the pids of what the jobs $@ started, but not their wrappers
-  local pid fields index since=()       # by start time and pid
-  local -A parent=() mine=()
-  for pid in "${!wrappers[@]}" $(holders "$@"); do mine[$pid]=1; done
-  read_processes
-  for ((index = 1; index;)); do         # until no more child of theirs is found
-    index=0
-    for pid in "${!parent[@]}"; do
-      [[ ! ${mine[$pid]-} && ${mine[${parent[$pid]}]-} ]] || continue
-      mine[$pid]=1 index=1
-    done
-  done
-  for pid in "${since[@]}"; do
-    [[ ! ${mine[$pid]-} || ${wrappers[$pid]-} ]] || living+=("$pid")
-  done
-}
-
-read_processes() {          # for find_living: parent and since of all; mine, if of a job's group
-  local pid stat fields
-  for stat in /proc/[1-9]*/stat; do
-    { IFS= read -r fields <"$stat"; } || continue
-    pid=${fields%% *}
-    # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
-    fields=(${fields##*) })
-    [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
-    [[ $pid != "$BASHPID" ]] || continue
-    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
-    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1
-  done
-}
-
-# A process that leaves its session, its parent and its environment still has the FIFO `alive` open,
-# since it inherited that.  One that closes all files and clears its environment is not found; only
-# control groups could do that.
-holders() {                 # prints the pids of what the jobs $@ started
-  local key pattern tests=() marks=()
-  for key; do
-    pattern=$home/jobs/$key/alive
-    pattern=${pattern//\\/\\\\}
-    pattern=${pattern//\[/\\[}
-    pattern=${pattern//\*/\\*}
-    tests+=(-o -lname "${pattern//\?/\\?}" -print)
-    marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
-  done
-  {
-    find /proc/[1-9]*/fd "${tests[@]:1}"
-    grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
-  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done | sort -u
-} 2>/dev/null
-
-# Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
-wait_removed() {            # waits until what is being removed is gone
-  ((${#removing[@]} == 0)) || wait "${removing[@]}"
-  removing=()
-}
-
-farewell() {                # removes what came, if no job needs it, though nobody said "finish"
-  wait_removed
-  give_up_gpus
-  if [[ $tied ]] && ((${#begun[@]})); then
-    end_jobs 5 "${!begun[@]}"
-    (cd -- "$home/jobs" && remove "${!begun[@]}")
-  fi
-  rmdir -- "$home/jobs"
-  [[ -e $home/jobs ]] || tidy "${arrived[@]}"
-}
-
-tidy() {                    # removes what is of use to nobody any more; $@: and this
-  local dir value others='' gone=("$@" "$run" "${begun[@]}")
-  [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
-  if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
-    for dir in "$home"/run.*; do
-      [[ $dir != "$run" ]] || continue
-      { read -r value <"$dir/self"; } && ! is_runner "$value" &&
-        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
-    done
-    [[ $others ]] || gone+=("$home/stage" "$claims/$project."*)
-  fi
-  remove "${gone[@]}"
-  rmdir -- "$claims" "$home/stage" "$home"
-} 2>/dev/null
-
-# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay:
-# a user may be away for three weeks.
-forget_old() {              # removes what other folders' batches left, where that is two weeks old
-  local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
-  while IFS= read -rd '' dir; do
-    # Each run changes the time of its folder.  One that holds anything else is of somebody else.
-    [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
-    for entry in "$dir"/* "$dir"/cache/*; do
-      case ${entry#"$dir/"} in
-        cache | cache/copy | cache/link | stage | run.*) ;;
-        *) continue 2 ;;
-      esac
-    done
-    remove "$dir"
-  done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
-    -mtime "+$OLD_DAYS" -print0)
-} 2>/dev/null
-
-remove() {                  # also what a job has shut
-  rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
-} 2>/dev/null
-
-# ---- Channel ----
-
-main() {
-  exec {requests}<&0 </dev/null         # nothing else may read what is asked
-  read_header || return
-  # The token comes before all that can take long: so the client can tell "logged in" (from the
-  # socket of ssh), "bash runs" and "ready" apart.
-  printf '\n%s\n' "$token"
-  find_home
-  end_old_runners
-  make_folders || return 0
-  open_events
-  say_text account "$account"
-  look_around
-  serve
-  start_pending
-  farewell
-  trap - EXIT
-  say bye
-}
-
-read_header() {             # fails where the channel was cut
-  local field count
-  for field in token workdir project owner client setup want_gpus count; do
-    IFS= read -rd '' -u "$requests" "$field" || return
-  done
-  while ((count-- > 0)); do
-    IFS= read -rd '' -u "$requests" field || return
-    machine_environment+=("$field")
-  done
-}
-
-find_home() {               # sets where things are, and who this is
-  local field
-  # A container may have better numbers elsewhere; and so have the machines of the tests.
-  proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
-  shared=${SSH_SCHEDULER_SHARED:-/dev/shm}
-  workdir=${workdir:-'~/.ssh_scheduler'}
-  # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
-  [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
-  home=$workdir/$project
-  { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # it may come from elsewhere
-  while read -r field uid _ && [[ $field != Uid: ]]; do :; done </proc/self/status
-  run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
-  mask=$(umask)
-  umask 077
-  { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
-  boot_id=${boot_id:-$NO_BOOT_ID}
-  identify "$$"
-  self=$REPLY
-}
-
-# The client compares the accounts of its machines: to look for living runners here would miss two
-# that run one after the other.
-make_folders() {            # sets account and claims; says why, and fails, where that cannot be
-  local said
-  if ! said=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
-    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
-    { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
-    said=${said##*$'\n'}
-    if [[ $said == *fork:* ]]; then no_process; else explain_full "cannot write there: $said"; fi
-    escape "$REPLY"
-    printf 'broken\t%s\n' "$REPLY"
-    return 1
-  fi
-  account="${HOSTNAME-} $boot_id $uid $said"
-  [[ -w $shared ]] || shared=/tmp
-  claims=$shared/ssh_scheduler.$uid
-  own_claims
-}
-
-open_events() {             # from now on all is said through `writer`, and complaints go to the log
-  exec {events}<>"$run/events" {signals}<>"$run/signals"
-  printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
-  set -m                    # every background process in a process group of its own
-  # The writer does not hold its own pipe open: so it ends when nobody is left who could say
-  # something.
-  writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
-  disown "$!"
-  exec >/dev/null 2>>"$run/log"
-  trap last_words EXIT
-  shopt -s nullglob dotglob
-}
-
-writer() {                  # the only writer to the channel; reads from stdin what was said
-  local line file size ready=
-  while IFS= read -r line; do
-    case $line in
-      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
-        printf %s "$ready"
-        ready=
-        line=${line#*$'\t'}
-        file=${line%%$'\t'*}
-        {                   # opened first: it may be removed at any moment
-          size=$(stat -L -c %s /dev/stdin) && printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}" &&
-            cat
-        } <"$file"
-        rm -f -- "$file" ;;
-      bye) break ;;
-      *)                    # what was said in one go crosses the network in one go
-        ready+=$line$'\n'
-        if ((${#ready} > 8000)) || ! read -r -t 0; then
-          printf %s "$ready"
-          ready=
-        fi ;;
-    esac
-  done
-  printf %s "$ready"
-}
-
-# Where bash cannot fork, it tries for 15 s and then ends.  It runs nothing more but its exit trap.
-last_words() {              # says why the runner ends, and which jobs it did not begin
-  local key
-  [[ -e $run ]] || return 0
-  ! complaint || return 0
-  for key in "${!unbegun[@]}"; do
-    : >"$claims/$project.$key"
-    say_text refused "$key" "$REPLY"
-  done
-  say_text broken "$REPLY" later
-}
-
-look_around() {             # begins what takes long, before anybody asks for it
-  read_ticks
-  busy_before=$busy total_before=$total
-  { capture_login; echo environment >&"$signals"; } {events}>&- {requests}<&- &
-  capturing=$!
-  disown "$!"
-  waiting=1
-  [[ $want_gpus == 1 ]] || return
-  { query_gpus; echo gpus >&"$signals"; } {events}>&- {requests}<&- &
-  disown "$!"
-  waiting=2
-}
-
-serve() {                   # does what is asked for, until the channel ends
-  local verb fields
-  while :; do
-    # Starts that came together share two processes, which make their folders.
-    if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
-    read_request || return
-    if declare -F "do_$verb"; then      # stdout is /dev/null
-      "do_$verb" "${fields[@]}"
-    else
-      say_text broken "unknown request: $verb"
-    fi
-  done
-}
-
-read_request() {            # verb and fields: the next request; fails where it was cut off
-  local count field
-  fields=()
-  IFS= read -rd '' -u "$requests" verb && IFS= read -rd '' -u "$requests" count || return
-  while ((count-- > 0)); do
-    IFS= read -rd '' -u "$requests" field || return
-    fields+=("$field")
-  done
-}
-
-do_probe() { probe measure; }
-
-do_enter() { probe ''; }
-
-do_tie() { tied=1; }        # so the jobs of execute_to end even if the client is killed
-
-do_measure() { beside measure_again "$1"; }
-
-do_limits() { limits=("$@"); }
-
-do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
-  arrived+=("$home/stage/$1")
-  mkdir -p -- "$home/stage/$1"
-  # What is left of an archive that could not be unpacked must not be taken for requests.
-  head -c "$2" <&"$requests" |
-    { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
-    say_unstored "$1"
-}
-
-do_folder() {               # PATH below the project's folder, which rsync will fill
-  arrived+=("$home/${1%/*}")
-  mkdir -p -- "$home/$1"
-}
-
-do_unsent() {               # WHY a folder could not be filled
-  explain_full "$1"
-  say_text broken "$REPLY"
-}
-
-do_freeze() { freeze "$@"; }
-
-do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
-  pending+=("$1")
-  stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
-  back_of[$1]=$8
-  REPLY=
-  (($# == 8)) || printf -v REPLY '%q ' "${@:9}"
-  paths_of[$1]=$REPLY
-}
-
-do_cancel() {               # SECONDS KEY...
-  start_pending             # one of them may have come just now
-  beside cancel "$@"
-}
-
-cancel() {
-  end_jobs "$@"
-  say "cancelled"$'\t'"$survivors"
-}
-
-do_adopt() {                # KEY...
-  local key
-  for key; do beside revoke_or_ask "$key"; done
-}
-
-# A job that may have been started is begun here before it is asked about.  If that succeeds, it
-# never began and never will, and the client places it again as a new attempt.
-revoke_or_ask() {
-  if revoke "$1"; then say "absent"$'\t'"$1"; else ask_about "$1"; fi
-}
-
-do_revoke() {               # KEY...
-  revoke_all "$@" &
-  removing+=("$!")
-}
-
-revoke_all() {
-  local key
-  for key; do revoke "$key"; done
-  end_processes 5 "$@"
-  cd -- "$home/jobs" && remove "$@"
-}
-
-do_others() { beside list_others "$1"; }
-
-do_ping() { say "pong"$'\t'"$1"; }
-
-do_eof() {                  # KEY
-  [[ ! -p $home/jobs/$1/eof ]] || echo 1<>"$home/jobs/$1/eof"
-}
-
-do_watch() { beside look "$@"; }
-
-do_list() {                 # KEY
-  find_list "$1"
-  send_list "$1" "$REPLY"
-}
-
-do_again() { beside list_again "$@"; }
-
-do_clean() {                # KEY...
-  local key gone=("$@")
-  for key; do gone+=("$claims/$project.$key"{,.back}); done
-  (cd -- "$home/jobs" && remove "${gone[@]}") &
-  removing+=("$!")
-}
-
-do_finish() {               # STAGE that becomes the cache, or "", STAGE... to remove
-  local kept=$1
-  shift
-  give_up_gpus
-  wait_removed
-  if [[ $kept ]]; then
-    mv -T -- "$home/cache" "$run/cache"
-    mv -T -- "$home/stage/$kept" "$home/cache"
-  fi
-  tidy "${@/#/$home/stage/}"
-  begun=()                  # what lies there now is kept
-  say finished
-  forget_old
-}
-
-main
-'''
-
-# Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
-REMOTE_FOLLOW = REMOTE_CLEAN + r'''
-main() {                    # stdin: token, folder of the job, known bytes of out and of err
-  local token dir out err
-  IFS= read -rd '' token && IFS= read -rd '' dir && IFS= read -rd '' out && IFS= read -rd '' err ||
-    return
-  printf '\n%s\n' "$token"
-  printf '\n%s\n' "$token" >&2
-  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
-    read -r -t 0.02
-    (($? > 128)) || return
-  done
-  tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
-  tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
-  read -r
-  kill %1 %2
-}
-set -m
-main
-'''
-
-# Runs there, beside a job: takes what comes for its standard input.
-REMOTE_FEED = REMOTE_CLEAN + r'''
-main() {                    # stdin: folder of the job, then its input
-  local dir
-  IFS= read -rd '' dir || return
-  until [[ -p $dir/in ]]; do
-    [[ -e $dir ]] || return
-    sleep 0.02
-  done
-  # Opened for both it does not block; then this side is closed, so that it is told when none reads.
-  exec {both}<>"$dir/in"
-  exec 1>"/dev/fd/$both" {both}<&-
-  exec cat
-}
-main
-'''
-
-# Runs there, for one copy: takes a tar archive from stdin, or gives one of the paths on stdin.
-REMOTE_UNPACK = REMOTE_CLEAN + r'''
-main() {                    # stdin: token, folder, tar
-  local token folder
-  IFS= read -rd '' token && IFS= read -rd '' folder || return
-  mkdir -p -- "$folder" && tar -xpo -f - -C "$folder"
-  printf '\n%s %s\n' "$token" "$?"
-}
-main
-'''
-REMOTE_PACK = REMOTE_CLEAN + r'''
-main() {                    # stdin: token, folder, paths that end with NUL
-  local token folder
-  IFS= read -rd '' token && IFS= read -rd '' folder || return
-  printf '\n%s\n' "$token"
-  exec tar -c -f - --format=posix --pax-option=delete=atime,delete=ctime --hard-dereference \
-    -C "$folder" --null --no-recursion -T -
-}
-main
-'''
-
-
 # ---- Processes: the one place that starts them and the one that waits ----
 
 TICK_S = 1.0                # a child whose pipe is held open by another is noticed after so long
@@ -9410,6 +7629,1787 @@ def main(argv=None):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(status)
+
+
+# ---- The remote runner: runs there ----
+
+# One runner serves one contact with a machine: it reads requests, starts jobs, and says what
+# becomes of them.  A running job does not need it, since a process beside the job (run_job) records
+# how it ends.  So all that must outlive the runner is in files.
+#
+# The folder of a project, WORKDIR/PROJECT:
+#
+#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is 8 random digits of the journal
+#               that claimed the job, since attempts begin anew when a job_results is removed
+#   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
+#               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
+#   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
+#               next stage with it (--link-dest), so nothing is ever deleted in it
+#   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
+#     self                      PID START BOOT_ID; its owner; SESSION.MACHINE.CONNECTION
+#     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
+#     environment*, functions   what jobs get from the login and the setup
+#     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
+#     back.*, chunk.*, others.*, again.KEY/     bytes on their way to the client
+#     cache/, claims/           the cache before, while it is removed; claims if /dev/shm has none
+#
+# The folder of a job, and who writes what:
+#
+#   cmd         the command.  The runner that creates it begins the job (take); one that creates it
+#               with no command sees to it that the job never begins (revoke)
+#   status      the record, see below (record); where a full disk refused that, its name says it
+#   work/       where the job runs: empty (make_job_folders) or a copy of its stage (copy_stage)
+#   alive       a FIFO that all that the job started has open (make_job_folders)
+#   out, err    what the job writes, and in err a line of ours if we ended it (run_job)
+#   back        the list of what the job left, when it has ended (list_back)
+#   in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
+#   wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
+#               other runs the job in the session that has the terminal (prepare_tty)
+#   exports     with a terminal: the environment of the job, for tty (become_job)
+#   code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
+#   late        exists if the time limit was over (keep_time)
+#   untold      exists if the job ended and nobody could be told (last_words_of)
+#
+# The folder of claims of a user, /dev/shm/ssh_scheduler.UID, for the batches of all users to read:
+#
+#   PROJECT.KEY             80 bytes: PID START BOOT_ID of the runner (claim_needs), then of the job
+#                           (run_job); then CORES MB RESERVE GPU:MB:TIME:RESERVE..., which it needs.
+#                           Empty when the job has ended; removed by `clean`
+#   PROJECT.KEY.back/back   the list of what the job left, if the disk there is full (list_results)
+#
+# The record of a job, and what may follow:
+#
+#   starting PID START BOOT_ID    the runner has begun the job (take)           -> running, lost
+#   running PID START BOOT_ID     the process that will record its end (run_job)  -> ended, lost
+#   ended STATUS                  its exit status, 137 if its processes were killed with run_job
+#   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
+#   revoked                       it never began, and never will (revoke)
+#   damaged                       is no record, but what one that is not whole is taken for  -> lost
+#
+# Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
+#
+#   probe                   say what the machine has, then do as `enter` does  -> probe
+#   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
+#   tie                     end all jobs with the channel
+#   measure NUMBER          say again what the machine has  -> probe, measured
+#   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
+#   unpack ID BYTES         take so many bytes of tar, which follow  -> stage_failed, broken
+#   folder PATH             make a folder that rsync will fill
+#   unsent WHY              say why files could not be sent, with what is known here  -> broken
+#   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
+#   start KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
+#                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
+#                           changed or paths  -> started, held, refused, left, note, and as `adopt`
+#   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
+#   adopt KEY...            see to it that a job never begins, or say how it stands
+#                           -> absent, started, ended, lost
+#   revoke KEY...           see to it that a job never begins, or end it, and remove it
+#   others IDENTITY         say which jobs of other journals are here  -> others, data
+#   ping NUMBER             say something  -> pong
+#   eof KEY                 the input of a job is complete
+#   watch (KEY OUT ERR)...  look at jobs, of whose streams so many bytes are known
+#                           -> used, data, and as `adopt`
+#   list KEY                send the list of what a job left  -> data, unlistable
+#   again KEY PATH...       send a list of what is there now of these paths  -> data, unlistable
+#   clean KEY...            remove jobs whose results are safe
+#   finish STAGE STAGE...   make the first, if it is not '', the cache; remove all  -> finished
+#
+# Events.  Each is a line of fields with tabs between them.
+#
+#   account WHICH           the first one; it is equal for two names of one account
+#   broken WHY              the machine cannot be used; with `later` behind it, it may be later
+#   note TEXT               a warning
+#   probe NAME VALUE        something that the machine has
+#   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
+#   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
+#   staged ID               jobs can have this stage
+#   stage_failed ID WHY     the stage could not be stored
+#   started KEY...          jobs run
+#   held KEY                a job did not start, since other batches leave no room
+#   refused KEY WHY         a job did not start
+#   absent KEY              a job never began, and never will
+#   lost KEY WHY            a job is gone without a result
+#   ended KEY STATUS WALL CPU OUT ERR ENTRY...
+#                           a job has ended.  WALL, CPU: hundredths of a second, 0 where a record is
+#                           all there is; OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what
+#                           the job left, or only @ if that is long
+#   left KEY PIDS           processes that a job started run on after it
+#   used KEY KB             the most memory that a running job had
+#   cancelled PIDS          `cancel` is done, and could not end these
+#   unlistable KEY          the list is too long to be sent
+#   others                  no job of other journals is here
+#   pong NUMBER             the runner lives
+#   finished                all is removed that nobody needs
+#   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
+#                           SIZE bytes follow: a list; what a stream has grown by; of each job of
+#                           another journal KEY, word, number and command.  A NUL ends each
+#
+# A list has +PATH, what was made; -PATH, what cannot be read; mMODE PATH, of what was opened to be
+# read; !PATH, what is not there; ?PATH, what is no file, folder or link; sBYTES, how much it is.
+
+# These variables change what bash, or a program that the scripts below use, does.  Tools keep all
+# others of the login: LD_* and the like are how programs work on some machines.
+REMOTE_CLEAN = r'''
+set +o posix
+unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \
+  TAR_OPTIONS TAPE GREP_OPTIONS QUOTING_STYLE TIME_STYLE BLOCK_SIZE BLOCKSIZE _POSIX2_VERSION
+'''
+
+# bash must read a pipe byte by byte, which would take 10 ms for the runner; head does not.
+REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
+
+REMOTE_RUNNER = r'''
+# The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
+# Its stdin: this text; then the header, and requests, of which each is VERB COUNT FIELD..., a NUL
+# behind each.  Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes
+# after a line "data".  Only `writer` writes there, so that events never mix.
+#
+# shellcheck disable=SC2015     # A && B || continue: either is a reason to
+# shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
+''' + REMOTE_CLEAN + r'''
+JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
+GPU_LIMIT_S=20              # for nvidia-smi's answer
+OLD_DAYS=14                 # after which what was sent is forgotten
+LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
+# A machine that does not say its boot id has this one.  The time of the boot (btime) could not
+# stand for it: that changes when the clock is set.
+NO_BOOT_ID=00000000-0000-0000-0000-000000000000
+
+# A variable that came with the environment stays exported, even if it gets another value.  The
+# names of variables below are in lowercase.
+while IFS= read -rd '' entry; do
+  entry=${entry%%=*}
+  [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
+done <"/proc/$$/environ" 2>/dev/null
+
+LC_ALL=C IFS=$' \t\n'
+
+# The functions share these variables.  First, the header:
+token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_environment=()
+# The folders: of the project, of this runner, of the claims, and those of the system.
+home='' run='' claims='' proc='' sys='' shared=''
+# This runner: PID START BOOT_ID, its user and account, and the umask that jobs get.
+self='' uid='' account='' boot_id='' mask=''
+# File descriptors: of the requests, of the events, and of the FIFO that tells that the login shell
+# or nvidia-smi is done.  How many of these two are waited for; the process group of the login
+# shell.
+requests='' events='' signals='' waiting=0 capturing=''
+# What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
+cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
+environment=() assignments='' by_env=() dropped=()
+# What the jobs of a stage find, and so did not make: "STAGE ENTRY" and "STAGE ./PATH".
+declare -A sent=() linked=()
+tied=''                     # 1 if the jobs end with the channel
+arrived=()                  # the stages that came
+removing=()                 # the pids of what removes something
+survivors=''                # the pids of what end_processes could not end
+declare -A begun=()         # the jobs that began under this runner: KEY -> the file of its claim
+declare -A unbegun=()       # those of them that have no process yet
+# The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
+pending=()
+declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+declare -A paths_of=()
+
+say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
+  printf '%s\n' "$1" >&"$events"
+}
+
+say_text() {                # says the event $1 with the free texts that follow, escaped
+  local event=$1 text
+  shift
+  for text; do
+    escape "${text:0:1000}"
+    event+=$'\t'$REPLY
+  done
+  say "$event"
+}
+
+escape() {                  # REPLY: the text $1 without tab and newline
+  REPLY=${1//\\/\\\\}
+  REPLY=${REPLY//$'\t'/\\t}
+  REPLY=${REPLY//$'\n'/\\n}
+}
+
+beside() {                  # runs $@ in the background, so that the next request need not wait
+  "$@" {requests}<&- &
+  disown "$!"
+}
+
+complaint() {               # REPLY: the last complaint in the log, without "line 7: " in front
+  # Fails, and starts no process itself, where none can be started.
+  local line said=
+  while IFS= read -r line; do           # tar's summary never has the reason
+    case $line in
+      *': Exiting with failure status'* | *': wait_for: No record of'*) ;;
+      *) said=${line#*: line *: } ;;
+    esac
+  done <"$run/log"
+  if [[ $said == *'fork: '* ]]; then
+    no_process
+    return 1
+  fi
+  explain_full "$said"
+}
+
+explain_full() {            # REPLY: the complaint $1, and what else than bytes is used up there
+  local dir=$home total left blocks
+  while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
+  IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
+  REPLY=$1
+  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk there is full)'
+  [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
+  [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
+}
+
+no_process() {              # REPLY: that no process can be started; starts none
+  local line limit=
+  while read -r line; do
+    [[ $line != 'Max processes'* ]] || read -r _ _ limit _ <<<"$line"
+  done </proc/self/limits
+  REPLY="this account can start no more processes (ulimit -u: $limit)"
+}
+
+identify() {                # REPLY: pid, start time and boot id of process $1; fails if it is gone
+  local stat fields
+  { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
+  # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
+  fields=(${stat##*) })
+  [[ ${fields[0]} != Z ]] || return 1   # it has ended, though nobody has waited for it yet
+  REPLY="$1 ${fields[19]} $boot_id"
+}
+
+centiseconds() {            # REPLY: hundredths of a second since boot
+  read -r REPLY _ </proc/uptime
+  REPLY=${REPLY/./}
+}
+
+# ---- Machine ----
+
+# Text in front of a command in one line, NAME=VALUE ... COMMAND, is assigned after the words of the
+# command were expanded.  So no name can meet a variable of this shell.  Unlike env(1) it costs no
+# process (0.45 ms a job), and ps shows the values to nobody.
+enter() {                   # becomes the program $@ in the environment that `assign` prepared
+  exec 3>&2 2>/dev/null     # the program warns of a locale that is missing, too
+  export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
+  eval "$assignments"'exec "${by_env[@]}" "$@" 2>&3 3>&-'
+}
+
+assign() {                  # sets assignments, by_env and dropped from $environment
+  local entry name entries
+  local -A given=()
+  assignments='' by_env=() dropped=()
+  for entry in "${environment[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      # bash cannot assign to these, or does more than that
+      [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
+        BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
+      *)
+        given[$name]=1
+        printf -v entry '%s=%q ' "$name" "${entry#*=}"
+        assignments+=$entry ;;
+    esac
+  done
+  ((${#by_env[@]} == 0)) || by_env=(/usr/bin/env -- "${by_env[@]}")
+  read_entries "/proc/$$/environ"
+  for entry in "${entries[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      '' | [0-9]* | *[!A-Za-z0-9_]* | PWD | OLDPWD | SHLVL | _) ;;
+      *) [[ ${given[$name]-} ]] || dropped+=("$name") ;;
+    esac
+  done
+}
+
+read_entries() {            # entries: what the file $1 holds, in which each ends with a NUL
+  local entry
+  entries=()
+  while IFS= read -rd '' entry; do [[ $entry != [!=]*=* ]] || entries+=("$entry"); done <"$1"
+}
+
+read_environment() {        # environment: the entries of $1, without what each job has of its own
+  local name entry entries word
+  environment=()
+  read_entries "$1"
+  for entry in "${entries[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
+      SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
+      BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
+      SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
+        entry=:${entry#*=}:
+        for word in monitor history histexpand emacs vi login_shell expand_aliases; do
+          entry=${entry/:"$word":/:}
+        done
+        entry=${entry#:}
+        entry=$name=${entry%:} ;;
+    esac
+    environment+=("$entry")
+  done
+}
+
+DUMP_FUNCTIONS='{
+    \builtin echo shopt -s extglob; \builtin declare -f; \builtin shopt -p extglob
+  } >"$SSH_SCHEDULER_CAPTURE.functions"'
+
+capture_login() {           # leaves the environment of an interactive login in $run/environment
+  local to=$run/environment shell=${SHELL:-$BASH} entries
+  [[ ! $setup ]] || to=$run/login       # setup has the last word
+  read_entries "/proc/$$/environ"
+  ask_shell
+  if [[ ! -s $to ]]; then
+    printf '%s\0' "${entries[@]}" >"$to"
+    printf '%s\n' "$shell" >"$run/login.silent"
+  fi
+  [[ ! $setup ]] || run_setup
+}
+
+ask_shell() {               # for capture_login: fills $to; sets shell to the one that was last
+  local dump probe next how=-l
+  # A start file may put another shell in the place of this one.  That shell reads its stdin.
+  probe='(readlink "/proc/$PPID/exe"; tr "\0" " " <"/proc/$PPID/cmdline")'
+  probe+=' >"$SSH_SCHEDULER_CAPTURE.shell"; exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.before"'
+  probe="/bin/sh -c '$probe'"
+  for _ in 1 2 3; do
+    environment=("${entries[@]}" "SSH_SCHEDULER_CAPTURE=$to")
+    assign
+    next=
+    dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
+    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$DUMP_FUNCTIONS
+    case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
+      *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
+      *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
+    esac 2>"$run/login.err"
+    { IFS= read -r next && IFS= read -r how; } 2>/dev/null <"$to.shell"
+    [[ $next && ! $next -ef $shell ]] || break
+    [[ $how =~ ^-|\ -[a-z]*l|\ --login ]] && how=-l || how=-i
+    read_entries "$to.before"
+    shell=$next
+    rm -f -- "$to" "$to.shell"
+  done
+}
+
+run_setup() {               # for capture_login: $to, and what the setup of the machine file adds
+  read_environment "$to"
+  environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
+  assign
+  (enter "$BASH" -c '
+    if [ -e "$2" ]; then . "$2"; fi
+    eval "$1" || exit
+    /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.new"
+  '"$DUMP_FUNCTIONS" setup "$setup" "$to.functions") >"$run/setup.err" 2>&1
+  echo "$?" >"$run/setup.status"
+  mv -- "$run/environment.new" "$run/environment" 2>/dev/null
+}
+
+load_environment() {        # fills environment, for `enter`; tells where a part could not be had
+  local entry name=$run/environment status
+  if [[ $setup && ! -s $name ]]; then
+    { read -r status <"$run/setup.status"; } || status='no answer in time'
+    say_text broken "setup failed ($status): $(tail -n 1 "$run/setup.err")"
+    return
+  fi
+  if [[ ! -s $name ]]; then
+    say_text note 'the login shell did not give its environment in time'
+    name=/proc/$$/environ
+  elif IFS= read -r entry <"$run/login.silent"; then
+    say_text note "the login shell did not give its environment: a start file of $entry ends it, \
+or starts another program. So jobs have the environment of a command over ssh"
+  fi
+  read_environment "$name"
+  environment+=("${machine_environment[@]}")
+  load_functions
+  environment=(PYTHONUNBUFFERED=1 "${environment[@]}")
+  assign
+} 2>/dev/null
+
+# bash reads the functions at its start; programs that it runs inherit those that are exported.
+load_functions() {          # for load_environment: has the bash of a job read them, by BASH_ENV
+  local entry bash_env=
+  for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
+  [[ $bash_env || -s $run/environment.functions ]] || return
+  {
+    if [[ $bash_env ]]; then            # it may choose GPUs, too, as .bashrc does for people
+      printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
+      printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
+      printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
+      printf 'unset -v ssh_scheduler_gpus\n'
+    else
+      printf 'builtin unset -v BASH_ENV\n'
+    fi
+    cat -- "$run/environment.functions"
+  } >"$run/functions"
+  environment+=("BASH_ENV=$run/functions")
+}
+
+read_ticks() {              # sets busy and total: processor ticks since boot
+  local user nice system idle wait irq softirq steal
+  read -r _ user nice system idle wait irq softirq steal _ <"$proc/stat"
+  busy=$((user + nice + system + irq + softirq + steal))
+  total=$((busy + idle + wait))
+}
+
+count_cores() {             # REPLY: the cores that this login may use
+  local line count=0
+  while read -r line _; do [[ $line == cpu[0-9]* ]] && count=$((count + 1)); done <"$proc/stat"
+  REPLY=$count
+  # nproc knows about affinity, but believes OMP_NUM_THREADS
+  [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+}
+
+nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, its words to gpus.err
+  {
+    set -- "$smi" "$1" --format=csv,noheader,nounits
+    [[ $smi != /* ]] || enter "$@"
+    exec "$@"
+  } >"$run/gpus.$2" 2>"$run/gpus.err" &
+  echo "$!" >"$run/gpus.pid"
+  wait "$!"
+  local status=$?
+  : >"$run/gpus.pid"
+  return "$status"
+}
+
+# nvidia-smi may hang beyond kill.  So it is never waited for without a deadline, and its pid is in
+# a file: when its time is over it is killed, and while that did not help nobody asks again.
+query_gpus() {              # leaves what nvidia-smi says in $run/gpus.*
+  local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
+  type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
+  nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
+  status=$?
+  if ((status == 2)); then  # an old driver refuses all for one field that it does not know
+    nvidia --query-gpu="$core,name" list
+    status=$?
+    ((status)) || status=old
+  fi
+  [[ $status != 137 ]] || return        # it was given up
+  : >"$run/gpus.apps"
+  case $status in
+    0 | old | 14 | 15)      # where nothing of a GPU is taken, nobody is there to be asked for
+      while IFS=', ' read -r _ _ total free busy _; do
+        [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
+        nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || (($? == 15)) ||
+          : >"$run/gpus.apps"
+        break
+      done <"$run/gpus.list" ;;
+  esac
+  echo "$status" >"$run/gpus.status"
+}
+
+query_gpus_again() {        # with the environment of the jobs, where it is found only so
+  local status line
+  { read -r status <"$run/gpus.status"; } 2>/dev/null
+  case $status in
+    absent | 12 | 12[67]) ;;            # 12: it does not find its library
+    *) return ;;
+  esac
+  line=$(enter /bin/sh -c 'command -v nvidia-smi')
+  [[ $line == /* ]] || return
+  smi=$line
+  rm -f -- "$run/gpus.status"
+  read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
+}
+
+give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
+  local pid
+  read -r pid <"$run/gpus.pid" && kill -KILL "$pid"
+  [[ ! -e $run/gpus.status ]] || rm -f -- "$run/gpus.status"
+} 2>/dev/null
+
+say_gpus() {                # says what query_gpus found; say_claims has filled claim_of by now
+  local status line
+  { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
+  say_text probe nvidia_smi "$status"
+  case $status in
+    absent) say_other_gpus ;;
+    timeout) ;;
+    0 | old | 14 | 15)      # 14: a warning about its infoROM, with a valid answer; 15: one is lost
+      while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.list"
+      ((status != 15)) ||
+        while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.err"
+      say_gpu_processes ;;
+    *) IFS= read -r line < <(cat "$run/gpus.err" "$run/gpus.list")
+       say_text probe gpu_error "$line" ;;
+  esac
+}
+
+say_other_gpus() {          # names GPUs that are not Nvidia's; those of bus 0 drive the screen
+  local card vendor cards=
+  for card in "$sys"/class/drm/card*/device; do
+    [[ $card != */card*-*/* && $(readlink -f "$card") != */0000:00:* ]] || continue
+    { read -r vendor <"$card/vendor"; } 2>/dev/null || continue
+    case $vendor in 0x1002) cards+=' AMD' ;; 0x8086) cards+=' Intel' ;; esac
+  done
+  [[ ! $cards ]] || say_text probe other_gpus "${cards# }"
+}
+
+say_gpu_processes() {       # says who uses how much of which GPU
+  local uuid pid used user pids=() users=()
+  while IFS=', ' read -r uuid pid used; do
+    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
+  done <"$run/gpus.apps"
+  ((${#pids[@]} == 0)) || while read -r pid user; do
+    users[${pid#/proc/}]=$user
+  done < <(stat -c '%n %U' -- "${pids[@]}" 2>/dev/null)
+  while IFS=', ' read -r uuid pid used; do
+    [[ $pid == [1-9]* && $pid != *[!0-9]* ]] || continue
+    say_text probe gpu_process "$uuid $used ${users[pid]:-?} ${claim_of[$pid]-}"
+  done <"$run/gpus.apps"
+}
+
+say_cgroups() {             # what control groups, of version 1 or 2, leave of cores and memory
+  local controllers path folder
+  while IFS=: read -r _ controllers path; do
+    case ,$controllers, in
+      ,, | *,cpu,* | *,memory,*) folder=$sys/fs/cgroup${controllers:+/$controllers} ;;
+      *) continue ;;
+    esac
+    [[ $controllers || ! -d $folder/unified ]] || folder+=/unified
+    while :; do             # a container does not see the folders above its own
+      say_cgroup "$folder$path"
+      [[ $path == /?* ]] || break
+      path=${path%/*}
+    done
+  done <"$proc/self/cgroup"
+} 2>/dev/null
+
+say_cgroup() {              # for say_cgroups: what the group with the folder $1 leaves
+  local quota period limit used key value cache=0
+  if { read -r quota period <"$1/cpu.max"; } && [[ $quota != max ]]; then
+    say_text probe cgroup_cores "$quota/$period"
+  elif { read -r quota <"$1/cpu.cfs_quota_us"; } && ((quota > 0)); then
+    read -r period <"$1/cpu.cfs_period_us"
+    say_text probe cgroup_cores "$quota/$period"
+  fi
+  if ! { read -r limit <"$1/memory.max" && read -r used <"$1/memory.current"; }; then
+    read -r limit <"$1/memory.limit_in_bytes" && read -r used <"$1/memory.usage_in_bytes" ||
+      limit=max
+  fi
+  # "unlimited" is a very large number in version 1
+  [[ $limit != max ]] && ((${#limit} < 17)) || return
+  while read -r key value; do           # what was read from files counts as used, and gives way
+    [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
+  done <"$1/memory.stat"
+  say_text probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
+}
+
+# Processes that were forked share memory: the largest alone is certain to be taken, and at most the
+# sum may be needed.  Too little taken only holds back other jobs; too much would promise it twice.
+use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
+  local pid stat fields lines line file index
+  pids=("$1") rss=0 peak=0 ticks=0
+  for ((index = 0; index < ${#pids[@]} && index < 1000; index++)); do
+    pid=${pids[index]}
+    { IFS= read -r stat <"/proc/$pid/stat"; } || continue
+    # shellcheck disable=SC2206          # numbers, behind a name with any blanks and brackets
+    fields=(${stat##*) })
+    # its own time, and that of the children for which it has waited
+    ticks=$((ticks + fields[11] + fields[12] + fields[13] + fields[14]))
+    mapfile -t lines <"/proc/$pid/status"
+    for line in "${lines[@]:10:25}"; do
+      case $line in
+        VmHWM:*) line=${line//[!0-9]/}; peak=$((peak + line)) ;;
+        VmRSS:*) line=${line//[!0-9]/}; rss=$((line > rss ? line : rss)); break ;;
+      esac
+    done
+    for file in "/proc/$pid/task/"*/children; do
+      read -ra fields <"$file"
+      pids+=("${fields[@]}")
+    done
+  done
+} 2>/dev/null
+
+measure() {                 # says what the machine has, and what of it is free
+  local key value busy total
+  local -A claim_of=()      # pid -> the key of the job, or "other"
+  read_ticks
+  say_text probe ticks "$busy/$total"
+  [[ $cores ]] || { count_cores; cores=$REPLY; }        # a process: once is enough
+  say_text probe cores "$cores"
+  read -r value _ <"$proc/loadavg"
+  say_text probe load "$value"
+  while read -r key value _; do
+    case $key in MemTotal: | MemAvailable:) say_text probe "${key%:}" "$value" ;; esac
+  done <"$proc/meminfo"
+  say_cgroups
+  say_claims
+  [[ $want_gpus != 1 ]] || say_gpus
+}
+
+measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
+  local began line pid
+  if [[ $want_gpus == 1 ]]; then
+    # where the last one still hangs, not even a kill has helped
+    { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
+      read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
+  fi
+  centiseconds
+  began=$REPLY
+  measure
+  centiseconds
+  say_text measured "$1" "$((REPLY - began))"
+} 2>/dev/null
+
+probe() {                   # says what is here and free, if $1 is not empty, then "ready"
+  local rsync word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
+  while ((waiting > 0 && SECONDS < deadline)) &&
+    read -r -t $((deadline - SECONDS)) word <&"$signals"; do
+    waiting=$((waiting - 1))
+    [[ $word != environment ]] || capturing=
+  done
+  # a login shell that waits for somebody would do so for ever
+  [[ ! $capturing ]] || kill -KILL -- "-$capturing"
+  capturing=
+  [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
+  load_environment
+  [[ $want_gpus != 1 ]] || query_gpus_again
+  if [[ $1 ]]; then
+    say_text probe ticks_before "$busy_before/$total_before"
+    measure
+  fi
+  for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
+  ((${#missing[@]} == 0)) || say_text broken "this program is missing there: ${missing[*]}"
+  type -P rsync >/dev/null && rsync=1 || rsync=0
+  say_text ready "$home" "$rsync"
+}
+
+# ---- Files ----
+
+say_unstored() {            # says why the files of stage $1 could not be stored
+  if complaint; then say_text stage_failed "$1" "$REPLY"; else say_text broken "$REPLY" later; fi
+}
+
+freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
+  local stage=$home/stage/$1 id=$1 path entry
+  shift
+  {
+    mkdir -p -- "$stage/copy"
+    for path; do
+      [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
+      ln -s -- "$stage/link/$path" "$stage/copy/$path"
+      linked["$id ./$path"]=1
+    done
+    (cd -- "$stage/copy" && listing .) >"$stage/list"
+  } || { say_unstored "$id"; return; }
+  while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
+  say_text staged "$id"
+} 2>>"$run/log"
+
+# A file that cannot be read is opened, where the login may do that, since rsync and tar need the
+# bits; an "m" with the mode that it had stands before it.  A file that stays shut is "-": otherwise
+# an empty folder would stand for all that lies in it.
+listing() {                 # what lies below $1 in the current folder, as rsync sees changes
+  find "$1" -mindepth "${2:-1}" "${@:3}" \
+    '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
+    -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
+    '(' '(' ! -readable -o -type d ! -executable ')' -printf '- %p\0' -prune -o \
+    -printf 'm%m %p\0' ! -true ')' -o \
+    -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
+}
+
+# A job has no folder for its results: at its end it lists what it made or changed in its own
+# folder, and one rsync with a list of files fetches that of many jobs.
+# $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
+list_back() {               # fails if the list cannot be written
+  local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
+  shift 3
+  [[ -r $dir/work && -x $dir/work ]] || chmod u+rwx -- "$dir/work"
+  [[ -d $dir/work ]] || return 0
+  cd -- "$dir/work" && [[ -r . ]] || { printf -- '-./.\0' >"$to/back"; return; }
+  found=(*)
+  (($# || ${#found[@]})) || return 0
+  : >"$to/back" || return
+  while IFS= read -rd '' entry; do
+    (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
+    kind=${entry%% *}
+    path=./${entry#*./}
+    [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
+    case $kind in
+      f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
+      [fdl]) printf '+%s\0' "$path" ;;
+      -) printf -- '-%s\0' "$path" ;;
+      m*) printf '%s %s\0' "$kind" "$path" ;;
+      '!'*) printf '%s\0' "$entry" ;;
+      *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
+    esac || failed=1
+  done < <(entries_of "$@") >>"$to/back"
+  ((size < 1000000)) || printf 's%s\0' "$size" >>"$to/back" || failed=1
+  [[ ! $failed ]]
+}
+
+entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
+  local path above rest
+  (($#)) || listing .
+  for path; do
+    above=. rest=$path
+    while [[ -x $above && $rest == */* ]]; do
+      above+=/${rest%%/*} rest=${rest#*/}
+      [[ ! -d $above || -x $above ]] || listing "$above" 0 -maxdepth 0
+    done
+    if [[ $path == . ]]; then
+      listing .
+    elif [[ -e $path || -L $path ]]; then
+      listing "./$path" 0
+    elif [[ ! -d $above || -x $above ]]; then   # else it may be there
+      printf '!%s\0' "$path"
+    fi
+  done
+}
+
+find_list() {               # REPLY: the file that lists what the job $1 left
+  REPLY=$home/jobs/$1/back
+  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
+}
+
+send_list() {               # sends the list $2 of the job $1
+  local bytes
+  bytes=$(stat -c %s -- "$2")
+  if ((${bytes:-0} > LONGEST_LIST)); then
+    say "unlistable"$'\t'"$1"
+    return
+  fi
+  bytes=$run/back.$1.$RANDOM            # the last one of it may still be on its way
+  cp -- "$2" "$bytes" || { bytes=$2.sent; cp -- "$2" "$bytes"; }
+  say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
+}
+
+list_again() {              # sends what there is now of some paths ($2...) of the job $1
+  local key=$1 to=$run/again.$1
+  shift
+  mkdir -p -- "$to"
+  : >"$to/back"
+  if [[ -d $home/jobs/$key/work ]]; then
+    (list_back "$home/jobs/$key" '' "$to" "$@")
+  else
+    printf '!%s\0' "$@" >"$to/back"
+  fi
+  send_list "$key" "$to/back"
+} 2>/dev/null
+
+# ---- Jobs ----
+
+start_pending() {           # starts the jobs that were asked for since the last time
+  local key dir held='' said='' starting=()
+  ((${#pending[@]})) || return 0
+  make_job_folders
+  claim_needs || held=1
+  for key in "${pending[@]}"; do
+    dir=$home/jobs/$key
+    if [[ $held && ! -e $dir/cmd ]]; then
+      hold
+    elif take; then
+      ((${#said} < 3000)) || { say "started$said"; said=; }
+      said+=$'\t'$key
+      starting+=("$key") unbegun[$key]=1
+      begun[$key]=$claims/$project.$key
+    elif is_taken; then
+      beside ask_about "$key"
+    else
+      refuse
+    fi
+  done
+  [[ ! $said ]] || say "started$said"   # before the first can say that it ended
+  for key in "${starting[@]}"; do
+    beside run_job "$key"
+    unset -v "unbegun[$key]"
+  done
+  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+  paths_of=()
+}
+
+make_job_folders() {        # for start_pending: those of all pending jobs, with two processes
+  local key dirs=() pipes=()
+  for key in "${pending[@]}"; do
+    dirs+=("$home/jobs/$key")
+    [[ ${stage_of[$key]} ]] || dirs+=("$home/jobs/$key/work")
+    pipes+=("$home/jobs/$key/alive")
+  done
+  mkdir -p -- "${dirs[@]}"
+  mkfifo -- "${pipes[@]}" 2>/dev/null   # some are there, where the job was started before
+}
+
+hold() {                    # for start_pending: other batches leave no room for the job $key
+  : >"$claims/$project.$key"
+  rm -f -- "$dir/alive"
+  rmdir -- "$dir/work" "$dir"
+  say "held"$'\t'"$key"
+}
+
+# The runner that creates `cmd` begins the job, and no other ever does.  O_EXCL (set -C) is as
+# atomic as mkdir, on NFS (version 3 and later) too, and needs no process: so one mkdir makes the
+# folders of many jobs.
+take() {                    # for start_pending: begins the job $key; fails if that cannot be
+  set -C
+  if ! : >"$dir/cmd"; then
+    set +C
+    return 1
+  fi
+  set +C
+  printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
+    printf '%s\n' "${command_of[$key]}" >"$dir/cmd" && return
+  rm -f -- "$dir/cmd"       # the disk is full: nothing was started
+  return 1
+}
+
+is_taken() {                # for start_pending: tells whether the job $key was begun before
+  local command
+  command=$(<"$dir/cmd")
+  [[ -e $dir/cmd && (! $command || $command == "${command_of[$key]}") ]]
+} 2>/dev/null
+
+refuse() {                  # for start_pending: says why the job $key could not be begun
+  [[ -e $dir/cmd ]] || : >"$claims/$project.$key"
+  complaint
+  say_text refused "$key" "$REPLY"
+}
+
+# A terminal is a session of its own beside the channel, and runs `tty`.  `wait` stands in the place
+# of the job; a FIFO tells it the exit status, or that the session was cut off.  So a job has one
+# record of its end, whether it had a terminal or not.
+prepare_tty() {             # for take: writes these two, if the job $key wants a terminal
+  [[ ${mode_of[$key]} == tty ]] || return 0
+  cat >"$dir/wait" <<'END' && cat >"$dir/tty" <<'END'
+mkfifo ../code
+read -r code <../code || code=129
+exit "$code"
+END
+cd -- "${0%/*}/work" || exit
+until [[ -p ../code ]]; do sleep 0.02; done
+exec 8>../code 9>../alive
+{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
+trap : INT QUIT                         # what is typed is for the job; this tells how that ended
+set -- "$TERM" "$BASH"
+eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
+echo "$?" >&8
+END
+}
+
+# This process shares the process group of the job, and ignores what a job sends its own group
+# ("kill 0" is common in scripts), since it must live to record how the job ended.  If it is killed
+# all the same, the next `look` notices, and records 137.
+run_job() {                 # KEY, in a process and a group of its own: runs it, and records its end
+  local key=$1 dir=$home/jobs/$1 stage=${stage_of[$1]} mode=${mode_of[$1]} limit=${limit_of[$1]}
+  local alive input keeper='' watchdog='' status=125 began
+  trap : TERM INT HUP
+  exec {events}>&- {signals}>&-         # or the writer would outlive a runner that was killed
+  exec {alive}<>"$dir/alive"            # all that the job starts has it open, and is found by it
+  centiseconds
+  began=$REPLY
+  identify "$BASHPID"
+  record "$dir" "running $REPLY"
+  printf '%-80s' "$REPLY" 1<>"$claims/$project.$key"    # the claim was the runner's until now
+  # shellcheck disable=SC2064            # when it is run, there is no $key any more
+  trap "last_words_of $key" EXIT
+  if copy_stage; then
+    exec {input}</dev/null
+    [[ $mode != stdin ]] || keep_input
+    [[ ! $limit ]] || keep_time
+    # The streams go to files, so that no job waits for a slow reader or a broken link, and a client
+    # can be killed at any byte and come back.  The price is disk on both sides.
+    (become_job) <&"$input" >>"$dir/out" 2>>"$dir/err"
+    status=$?
+    # shellcheck disable=SC2064
+    trap "last_words_of $key $status" EXIT
+    end_keepers
+  fi
+  conclude
+} 2>/dev/null
+
+copy_stage() {              # for run_job: gives the job its copy of what was sent
+  [[ $stage ]] || return 0
+  cp -a --reflink=auto -- "$home/stage/$stage/copy" "$dir/work" 2>>"$dir/err" && return
+  printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
+  return 1
+}
+
+become_job() {              # for run_job: becomes the bash of the job
+  local own program=../cmd score
+  exec {held}>"$dir/alive" {alive}<&- {input}<&-
+  umask "$mask"
+  read -r score </proc/self/oom_score_adj && ((score >= JOB_OOM_SCORE)) ||
+    echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
+  cd -- "$dir/work" || exit
+  printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
+  [[ ${gpus_of[$key]} == - ]] ||
+    own+="CUDA_VISIBLE_DEVICES=${gpus_of[$key]} CUDA_DEVICE_ORDER=PCI_BUS_ID "
+  assignments+=$own
+  if [[ $mode == tty ]]; then
+    program=../wait
+    printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
+  fi
+  enter "$BASH" "$program"
+}
+
+# The input is a FIFO that a process beside the job holds open until `eof` says that it is complete:
+# so a broken connection is no end of file.
+keep_input() {              # for run_job: sets input and keeper
+  local eof both
+  mkfifo -- "$dir/eof" "$dir/in.new"
+  # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
+  exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
+  exec {input}<"$dir/in.new"
+  mv -- "$dir/in.new" "$dir/in"
+  # A cancel must not end this: the job would take its input for complete.
+  { trap '' TERM; exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
+  keeper=$!
+  disown "$keeper"
+  exec {eof}<&- {both}<&-
+}
+
+# The time limit is kept beside the job, so that it holds when no client is connected.
+keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
+  {
+    trap '' TERM
+    exec {input}<&-
+    read -r -t "$limit" <&"$alive"      # nothing ever comes
+    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
+    : >"$dir/late"
+    end_jobs 5 "$key"
+  } &
+  watchdog=$!
+}
+
+end_keepers() {             # for run_job: the job has ended; changes status if its time was over
+  exec {input}<&-
+  [[ ! $keeper ]] || kill -KILL "$keeper"
+  if [[ -e $dir/late ]]; then
+    wait "$watchdog"
+    status=124              # as timeout(1) has it
+  elif [[ $watchdog ]]; then
+    kill -KILL "$watchdog"
+  fi
+}
+
+conclude() {                # for run_job: records how the job ended, and says so
+  local used wall
+  # The 16th and 17th field are the time of the children for which this process has waited.
+  IFS= read -r used </proc/self/stat
+  # shellcheck disable=SC2206
+  used=(${used##*) })
+  [[ ${back_of[$key]} == none ]] || list_results
+  : >"$claims/$project.$key"            # first: who reads the record may remove that
+  record "$dir" "ended $status"
+  centiseconds
+  wall=$((REPLY - began))
+  say_left
+  say_ended "$key" "$status" "$wall" "$((used[13] + used[14]))"
+  trap - EXIT
+}
+
+list_results() {            # for conclude: what the job left; if that cannot be, its status is 125
+  local paths left=$claims/$project.$key.back   # this lies in memory
+  eval "paths=(${paths_of[$key]})"
+  ! list_back "$dir" "$stage" "$dir" "${paths[@]}" || return 0
+  printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
+    1<>"$run/events"
+  mkdir -p -- "$left" && list_back "$dir" "$stage" "$left" "${paths[@]}" || ((status)) ||
+    status=125
+}
+
+say_left() {                # for conclude: says what the job started and did not wait for
+  local left pid comm text='' count=0
+  exec {left}<"$dir/alive" {alive}<&-
+  # If nobody else has it open, that is known at once.  What is about to end is given a moment.
+  read -r -t 0.1 <&"$left"
+  (($? > 128)) || return
+  while read -r pid; do
+    [[ $pid != "$BASHPID" ]] && { read -r comm <"/proc/$pid/comm"; } || continue
+    count=$((count + 1))
+    escape "$comm"
+    ((count > 5)) || text+="${text:+, }$REPLY ($pid)"
+  done < <(exec {left}<&-; holders "$key")
+  ((count < 6)) || text+=" and $((count - 5)) more"
+  ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
+}
+
+last_words_of() {           # the same for the run_job of $1; $2: the exit status, if the job ended
+  local dir=$home/jobs/$1
+  : >"$claims/$project.$1"
+  if [[ $2 ]]; then
+    record "$dir" "ended $2"
+    : >"$dir/untold"        # the next look at it says so
+  else
+    record "$dir" lost
+    no_process
+    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
+  fi
+}
+
+# A record is written over the one before, not renamed into its place.  A rename costs a process,
+# and a full disk refuses a new file, but not these 96 bytes, which were paid for when the job was
+# taken.  A record that is not whole says nothing.
+record() {                  # $1: job folder, $2: how the job stands, or how it ended
+  # Where even that fails, the result goes into the name of the file, which costs nothing.
+  printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
+}
+
+read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
+  local file now
+  word='' value=''
+  for file in "$1/status" "$1/status ended "*; do
+    [[ $file == */status ]] || { word=ended value=${file##* }; return; }
+    read -r word value <"$file"
+  done
+  file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
+  [[ "$word $value" =~ $file ]] || word=damaged value=''
+  if [[ $value == *" $NO_BOOT_ID" ]]; then      # what began later than now began before a restart
+    file=${value#* }
+    read -r now _ </proc/uptime
+    ((10#${file%% *} <= 10#${now/./})) || value=${value%% *}" ${file%% *} ${NO_BOOT_ID//0/f}"
+  fi
+}
+
+lives() {                   # tells whether the job with the record $1 $2 has a process left
+  local pid=${2%% *}
+  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
+  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
+} 2>/dev/null
+
+is_runner() {               # tells whether the process that `identify` once named $1 is still there
+  identify "${1%% *}" && [[ $REPLY == "$1" ]]
+}
+
+say_ended() {               # $1: key, $2: exit status, $3, $4: wall and processor time (cs)
+  local dir=$home/jobs/$1 event entry back=
+  event=ended$'\t'$1$'\t'$2$'\t'$3$'\t'$4
+  stream_text "$dir/out"
+  event+=$'\t'$REPLY
+  stream_text "$dir/err"
+  event+=$'\t'$REPLY
+  find_list "$1"
+  if [[ -s $REPLY ]]; then
+    while ((${#back} < 1000)) && IFS= read -rd '' entry; do
+      escape "$entry"
+      back+=$'\t'$REPLY
+    done <"$REPLY"
+    ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
+  fi
+  # The FIFO is opened by name, since a job does not hold it open; without a runner nobody listens.
+  printf '%s\n' "$event$back" 1<>"$run/events"
+}
+
+stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short text, else "@BYTES"
+  local text=
+  if [[ ! -s $1 ]]; then
+    REPLY='='
+  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
+    REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
+  else
+    escape "$text"
+    REPLY="=$REPLY"
+  fi
+}
+
+# How a job stands is decided once: if it runs, `look` notices its end, at most 2 s later.  To ask
+# in a loop took 1.6 % of a core for each job.
+ask_about() {               # says how the job $1 stands, which was begun before
+  local key=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
+  for ((tries = 0; tries < 20; tries++)); do
+    is_runner "$self" || return         # nobody listens
+    read_record "$dir"
+    if [[ $word == revoked ]]; then
+      say "absent"$'\t'"$key"           # again: who was told so may have lost contact before
+      return
+    elif [[ $word == ended ]]; then
+      say_ended "$key" "$value" 0 0
+      return
+    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
+      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
+      why='the machine was restarted'
+      break
+    elif lives "$word" "$value"; then
+      say "started"$'\t'"$key"
+      return
+    elif [[ $word == running ]]; then
+      read_record "$dir"                # what ends records that before it is gone
+      [[ $word == ended ]] || { record_killed "$key"; return; }
+      tries=0
+    elif [[ $word == lost ]]; then
+      break
+    elif [[ $word == starting ]] && is_runner "$value"; then
+      tries=0               # another runner will begin it, and has much to do
+    fi
+    sleep 0.1
+  done
+  record "$dir" lost        # so that it is not taken for one that was killed
+  end_processes 5 "$key"    # what it started elsewhere may live, and it may be started again
+  say_text lost "$key" "$why"
+} 2>/dev/null
+
+look() {                    # triples KEY OUT ERR, the known bytes of its streams: says the rest
+  local files=() size file chunk count=0
+  local -A since what
+  while (($#)); do
+    look_at "$1"
+    for file in "out $2" "err $3"; do
+      files+=("$home/jobs/$1/${file% *}")
+      since["$home/jobs/$1/${file% *}"]=${file#* }
+      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
+    done
+    shift 3
+  done
+  while read -r size file; do
+    ((size > since["$file"])) || continue
+    count=$((count + 1))
+    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
+    tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
+    say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
+  done < <(stat -c '%s %n' -- "${files[@]}")
+} 2>/dev/null
+
+look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
+  local word value pids rss peak ticks
+  read_record "$home/jobs/$1"
+  if lives "$word" "$value"; then
+    use_of "${value%% *}"
+    ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
+  elif [[ $word == running || -e $home/jobs/$1/untold ||
+    ($word != starting && ! ${begun[$1]-}) ]]; then
+    ask_about "$1" &        # but of what began here run_job tells the end, and more of it
+  fi
+}
+
+list_others() {             # says which jobs lie here that journals other than $1 claimed
+  local dir id runner who word value list=$run/others.$RANDOM
+  local -A led=()           # identities of journals whose clients are connected
+  for dir in "$home"/run.*; do
+    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
+    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
+  done
+  for dir in "$home"/jobs/*; do
+    id=${dir##*.}
+    [[ $id == *-* ]] && id=${id##*-} || id=none         # journals had no identity once
+    [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
+    read_record "$dir"
+    if [[ $word == running ]] && ! lives "$word" "$value"; then
+      read_record "$dir"                # it may have ended at this moment
+      word=${word/running/lost}
+    fi
+    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
+  done >"$list"
+  if [[ -s $list ]]; then
+    say "bulk"$'\t'"$list"$'\t'"others"
+  else
+    say others
+  fi
+} 2>/dev/null
+
+# ---- Needs of others ----
+
+# Batches see each other by claims.  For each job a file says which process stands for it and what
+# it needs, in a folder of the machine where no user can change another's files.  A start claims
+# first and looks then; if all claims together are beyond the limits that the last probe gave, it
+# takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
+# needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
+# that makes no sense claims nothing.  No probe can see what is promised and not yet taken.
+own_claims() {              # makes the folder of claims; what another user may write is not used
+  [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
+  [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
+} 2>/dev/null
+
+claim_needs() {             # claims what the pending jobs need; fails if others leave no room
+  local key file
+  own_claims                # another batch that ended may have taken the folder away
+  umask 022
+  for key in "${pending[@]}"; do
+    [[ -e $home/jobs/$key/cmd ]] ||     # it was started before
+      printf '%-80s%s\n' "$self" "${need_of[$key]}" >"$claims/$project.$key"
+  done
+  umask 077
+  ((${#limits[@]})) || return 0
+  for file in "$shared"/ssh_scheduler.*/*; do
+    [[ $file == "$claims/$project."* ]] || { fits_all; return; }
+  done
+}
+
+fits_all() {                # tells whether all that is claimed here is within the limits
+  local file process need key word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
+  local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
+  for file in "$shared"/ssh_scheduler.*/*; do
+    read_claim "$file" || continue
+    # shellcheck disable=SC2086          # numbers and colons: read_claim saw to that
+    set -- $need
+    all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
+    [[ ! $key ]] || ours=$((ours + 1))
+    shift 3
+    for word; do
+      IFS=: read -r gpu mb time reserved <<<"$word"
+      [[ ! $key ]] || mine[gpu]=1
+      ((jobs[gpu] += 1, gpu_mb[gpu] += mb, gpu_time[gpu] += time, gpu_alone[gpu] += reserved))
+    done
+  done
+  ((alone == 0 || all == 1)) || return
+  # one job may start on a machine however busy its processors are
+  ((memory <= limits[1] && (cores <= limits[0] || ours == 1))) || return
+  for word in "${limits[@]:2}"; do
+    IFS=: read -r gpu mb time <<<"$word"
+    [[ ${mine[gpu]-} ]] || continue
+    ((jobs[gpu] == 1 || (gpu_alone[gpu] == 0 && gpu_time[gpu] <= time))) || return
+    ((gpu_mb[gpu] <= mb)) || return
+  done
+}
+
+read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
+  local pid start boot number error
+  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
+  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
+  # The claim of another user may say anything.
+  number='(0|[1-9][0-9]{0,8})'
+  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
+  [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
+  process=$pid key=
+  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
+  if identify "$pid"; then
+    [[ $REPLY == "$pid $start $boot" ]]
+  else                      # where /proc hides the processes of others, kill tells
+    error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
+    [[ $error == *permitted* && $boot == "$boot_id" ]]
+  fi
+}
+
+say_claims() {              # says of each job, of whatever batch, what it claims and uses
+  local file process need key pids rss peak ticks pid
+  for file in "$shared"/ssh_scheduler.*/*; do
+    read_claim "$file" || continue
+    use_of "$process"
+    for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
+    say_text probe claim "$rss $ticks ${key:--} $need"
+  done
+}
+
+# ---- Ending ----
+
+revoke() {                  # begins the job $1 itself, so that it never starts; fails if it did
+  local dir=$home/jobs/$1
+  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
+    printf '%-95s\n' revoked >"$dir/status"
+} 2>/dev/null
+
+# The client that holds the lock of a job_results owns its runners.  A runner that an earlier client
+# had, or this one before contact was lost (sshd keeps that for minutes), must not act any more on
+# what is left in its pipe: what it would start is placed again.
+# The same client may have come by another name of this account: it hears so, and leaves one out.
+end_old_runners() {         # ends such runners; the jobs that they started run on
+  local dir runner who which tries
+  for dir in "$home/run.${HOSTNAME:-here}."*; do
+    which=                  # SESSION.MACHINE.CONNECTION
+    { read -r runner && IFS= read -r who && { read -r which || :; }; } <"$dir/self" &&
+      [[ $who == "$owner" ]] || continue
+    [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
+    for ((tries = 0; tries < 100; tries++)); do
+      is_runner "$runner" || break
+      kill -KILL "${runner%% *}"
+      sleep 0.02
+    done
+  done
+} 2>/dev/null
+
+end_jobs() {                # $1: seconds from TERM to KILL, the rest: keys; sets survivors
+  local key word value
+  end_processes "$@"
+  shift
+  for key; do
+    read_record "$home/jobs/$key"
+    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    read_record "$home/jobs/$key"       # what ends records that before it is gone
+    [[ $word == ended ]] || record_killed "$key"
+  done
+} 2>/dev/null
+
+record_killed() {           # records the end of the job $1, of which nobody else is left to do so
+  local dir=$home/jobs/$1
+  echo 'ssh-scheduler: it was killed with its whole process group' >>"$dir/err"
+  (list_back "$dir" '' "$dir" .)        # all: what was sent is not known any more
+  record "$dir" 'ended 137'
+  say_ended "$1" 137 0 0
+}
+
+end_processes() {           # end_jobs without a record: ends all that the jobs started
+  local until=$((SECONDS + $1)) key signal=TERM tries=0 clear=0 pause=5 seconds
+  local -A wrappers=()                  # pid of the run_job of a job -> its key
+  local living=()
+  shift
+  for key; do find_wrapper; done
+  # What a job started while it was looked for is found the next time.
+  while ((clear < 2 && tries < 40)); do
+    living=()
+    find_living "$@"
+    if ((${#living[@]} == 0)); then
+      clear=$((clear + 1))
+      continue
+    fi
+    clear=0
+    if ((tries && SECONDS >= until)) && [[ $signal == TERM ]]; then
+      signal=KILL
+      say_killed
+    fi
+    if [[ $signal == KILL || $tries == 0 ]]; then
+      kill "-$signal" "${living[@]}"
+      tries=$((tries + 1))
+    fi
+    printf -v seconds '0.%02d' "$pause"
+    sleep "$seconds"
+    pause=$((pause < 30 ? pause + 5 : pause))
+  done
+  survivors=${living[*]}
+} 2>/dev/null
+
+find_wrapper() {            # for end_processes: adds the process that records the end of $key
+  local word value
+  while read_record "$home/jobs/$key"; [[ $word == starting ]] && is_runner "$value"; do
+    sleep 0.02              # it is about to run
+  done
+  lives "$word" "$value" && wrappers[${value%% *}]=$key
+}
+
+say_killed() {              # for end_processes: in the streams of the jobs, before they can end
+  local key
+  for key in "${wrappers[@]}"; do
+    echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
+      >>"$home/jobs/$key/err"
+  done
+}
+
+# Processes are told to end in the order in which they began: a shell that hears of it after its
+# child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
+# between, they would stand for ever.
+find_living() {             # living: the pids of what the jobs $@ started, but not their wrappers
+  local pid fields index since=()       # by start time and pid
+  local -A parent=() mine=()
+  for pid in "${!wrappers[@]}" $(holders "$@"); do mine[$pid]=1; done
+  read_processes
+  for ((index = 1; index;)); do         # until no more child of theirs is found
+    index=0
+    for pid in "${!parent[@]}"; do
+      [[ ! ${mine[$pid]-} && ${mine[${parent[$pid]}]-} ]] || continue
+      mine[$pid]=1 index=1
+    done
+  done
+  for pid in "${since[@]}"; do
+    [[ ! ${mine[$pid]-} || ${wrappers[$pid]-} ]] || living+=("$pid")
+  done
+}
+
+read_processes() {          # for find_living: parent and since of all; mine, if of a job's group
+  local pid stat fields
+  for stat in /proc/[1-9]*/stat; do
+    { IFS= read -r fields <"$stat"; } || continue
+    pid=${fields%% *}
+    # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
+    fields=(${fields##*) })
+    [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
+    [[ $pid != "$BASHPID" ]] || continue
+    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
+    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1
+  done
+}
+
+# A process that leaves its session, its parent and its environment still has the FIFO `alive` open,
+# since it inherited that.  One that closes all files and clears its environment is not found; only
+# control groups could do that.
+holders() {                 # prints the pids of what the jobs $@ started
+  local key pattern tests=() marks=()
+  for key; do
+    pattern=$home/jobs/$key/alive
+    pattern=${pattern//\\/\\\\}
+    pattern=${pattern//\[/\\[}
+    pattern=${pattern//\*/\\*}
+    tests+=(-o -lname "${pattern//\?/\\?}" -print)
+    marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
+  done
+  {
+    find /proc/[1-9]*/fd "${tests[@]:1}"
+    grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
+  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done | sort -u
+} 2>/dev/null
+
+# Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
+wait_removed() {            # waits until what is being removed is gone
+  ((${#removing[@]} == 0)) || wait "${removing[@]}"
+  removing=()
+}
+
+farewell() {                # removes what came, if no job needs it, though nobody said "finish"
+  wait_removed
+  give_up_gpus
+  if [[ $tied ]] && ((${#begun[@]})); then
+    end_jobs 5 "${!begun[@]}"
+    (cd -- "$home/jobs" && remove "${!begun[@]}")
+  fi
+  rmdir -- "$home/jobs"
+  [[ -e $home/jobs ]] || tidy "${arrived[@]}"
+}
+
+tidy() {                    # removes what is of use to nobody any more; $@: and this
+  local dir value others='' gone=("$@" "$run" "${begun[@]}")
+  [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
+  if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
+    for dir in "$home"/run.*; do
+      [[ $dir != "$run" ]] || continue
+      { read -r value <"$dir/self"; } && ! is_runner "$value" &&
+        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
+    done
+    [[ $others ]] || gone+=("$home/stage" "$claims/$project."*)
+  fi
+  remove "${gone[@]}"
+  rmdir -- "$claims" "$home/stage" "$home"
+} 2>/dev/null
+
+# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay:
+# a user may be away for three weeks.
+forget_old() {              # removes what other folders' batches left, where that is two weeks old
+  local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
+  while IFS= read -rd '' dir; do
+    # Each run changes the time of its folder.  One that holds anything else is of somebody else.
+    [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
+    for entry in "$dir"/* "$dir"/cache/*; do
+      case ${entry#"$dir/"} in
+        cache | cache/copy | cache/link | stage | run.*) ;;
+        *) continue 2 ;;
+      esac
+    done
+    remove "$dir"
+  done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
+    -mtime "+$OLD_DAYS" -print0)
+} 2>/dev/null
+
+remove() {                  # also what a job has shut
+  rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
+} 2>/dev/null
+
+# ---- Channel ----
+
+main() {
+  exec {requests}<&0 </dev/null         # nothing else may read what is asked
+  read_header || return
+  # The token comes before all that can take long: so the client can tell "logged in" (from the
+  # socket of ssh), "bash runs" and "ready" apart.
+  printf '\n%s\n' "$token"
+  find_home
+  end_old_runners
+  make_folders || return 0
+  open_events
+  say_text account "$account"
+  look_around
+  serve
+  start_pending
+  farewell
+  trap - EXIT
+  say bye
+}
+
+read_header() {             # fails where the channel was cut
+  local field count
+  for field in token workdir project owner client setup want_gpus count; do
+    IFS= read -rd '' -u "$requests" "$field" || return
+  done
+  while ((count-- > 0)); do
+    IFS= read -rd '' -u "$requests" field || return
+    machine_environment+=("$field")
+  done
+}
+
+find_home() {               # sets where things are, and who this is
+  local field
+  # A container may have better numbers elsewhere; and so have the machines of the tests.
+  proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
+  shared=${SSH_SCHEDULER_SHARED:-/dev/shm}
+  workdir=${workdir:-'~/.ssh_scheduler'}
+  # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
+  [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
+  home=$workdir/$project
+  { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # it may come from elsewhere
+  while read -r field uid _ && [[ $field != Uid: ]]; do :; done </proc/self/status
+  run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
+  mask=$(umask)
+  umask 077
+  { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
+  boot_id=${boot_id:-$NO_BOOT_ID}
+  identify "$$"
+  self=$REPLY
+}
+
+# The client compares the accounts of its machines: to look for living runners here would miss two
+# that run one after the other.
+make_folders() {            # sets account and claims; says why, and fails, where that cannot be
+  local said
+  if ! said=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
+    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
+    { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
+    said=${said##*$'\n'}
+    if [[ $said == *fork:* ]]; then no_process; else explain_full "cannot write there: $said"; fi
+    escape "$REPLY"
+    printf 'broken\t%s\n' "$REPLY"
+    return 1
+  fi
+  account="${HOSTNAME-} $boot_id $uid $said"
+  [[ -w $shared ]] || shared=/tmp
+  claims=$shared/ssh_scheduler.$uid
+  own_claims
+}
+
+open_events() {             # from now on all is said through `writer`, and complaints go to the log
+  exec {events}<>"$run/events" {signals}<>"$run/signals"
+  printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
+  set -m                    # every background process in a process group of its own
+  # The writer does not hold its own pipe open: so it ends when nobody is left who could say
+  # something.
+  writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
+  disown "$!"
+  exec >/dev/null 2>>"$run/log"
+  trap last_words EXIT
+  shopt -s nullglob dotglob
+}
+
+writer() {                  # the only writer to the channel; reads from stdin what was said
+  local line file size ready=
+  while IFS= read -r line; do
+    case $line in
+      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
+        printf %s "$ready"
+        ready=
+        line=${line#*$'\t'}
+        file=${line%%$'\t'*}
+        {                   # opened first: it may be removed at any moment
+          size=$(stat -L -c %s /dev/stdin) && printf 'data\t%s\t%s\n' "$size" "${line#*$'\t'}" &&
+            cat
+        } <"$file"
+        rm -f -- "$file" ;;
+      bye) break ;;
+      *)                    # what was said in one go crosses the network in one go
+        ready+=$line$'\n'
+        if ((${#ready} > 8000)) || ! read -r -t 0; then
+          printf %s "$ready"
+          ready=
+        fi ;;
+    esac
+  done
+  printf %s "$ready"
+}
+
+# Where bash cannot fork, it tries for 15 s and then ends.  It runs nothing more but its exit trap.
+last_words() {              # says why the runner ends, and which jobs it did not begin
+  local key
+  [[ -e $run ]] || return 0
+  ! complaint || return 0
+  for key in "${!unbegun[@]}"; do
+    : >"$claims/$project.$key"
+    say_text refused "$key" "$REPLY"
+  done
+  say_text broken "$REPLY" later
+}
+
+look_around() {             # begins what takes long, before anybody asks for it
+  read_ticks
+  busy_before=$busy total_before=$total
+  { capture_login; echo environment >&"$signals"; } {events}>&- {requests}<&- &
+  capturing=$!
+  disown "$!"
+  waiting=1
+  [[ $want_gpus == 1 ]] || return
+  { query_gpus; echo gpus >&"$signals"; } {events}>&- {requests}<&- &
+  disown "$!"
+  waiting=2
+}
+
+serve() {                   # does what is asked for, until the channel ends
+  local verb fields
+  while :; do
+    # Starts that came together share two processes, which make their folders.
+    if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
+    read_request || return
+    if declare -F "do_$verb"; then      # stdout is /dev/null
+      "do_$verb" "${fields[@]}"
+    else
+      say_text broken "unknown request: $verb"
+    fi
+  done
+}
+
+read_request() {            # verb and fields: the next request; fails where it was cut off
+  local count field
+  fields=()
+  IFS= read -rd '' -u "$requests" verb && IFS= read -rd '' -u "$requests" count || return
+  while ((count-- > 0)); do
+    IFS= read -rd '' -u "$requests" field || return
+    fields+=("$field")
+  done
+}
+
+do_probe() { probe measure; }
+
+do_enter() { probe ''; }
+
+do_tie() { tied=1; }        # so the jobs of execute_to end even if the client is killed
+
+do_measure() { beside measure_again "$1"; }
+
+do_limits() { limits=("$@"); }
+
+do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
+  arrived+=("$home/stage/$1")
+  mkdir -p -- "$home/stage/$1"
+  # What is left of an archive that could not be unpacked must not be taken for requests.
+  head -c "$2" <&"$requests" |
+    { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
+    say_unstored "$1"
+}
+
+do_folder() {               # PATH below the project's folder, which rsync will fill
+  arrived+=("$home/${1%/*}")
+  mkdir -p -- "$home/$1"
+}
+
+do_unsent() {               # WHY a folder could not be filled
+  explain_full "$1"
+  say_text broken "$REPLY"
+}
+
+do_freeze() { freeze "$@"; }
+
+do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
+  pending+=("$1")
+  stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
+  back_of[$1]=$8
+  REPLY=
+  (($# == 8)) || printf -v REPLY '%q ' "${@:9}"
+  paths_of[$1]=$REPLY
+}
+
+do_cancel() {               # SECONDS KEY...
+  start_pending             # one of them may have come just now
+  beside cancel "$@"
+}
+
+cancel() {
+  end_jobs "$@"
+  say "cancelled"$'\t'"$survivors"
+}
+
+do_adopt() {                # KEY...
+  local key
+  for key; do beside revoke_or_ask "$key"; done
+}
+
+# A job that may have been started is begun here before it is asked about.  If that succeeds, it
+# never began and never will, and the client places it again as a new attempt.
+revoke_or_ask() {
+  if revoke "$1"; then say "absent"$'\t'"$1"; else ask_about "$1"; fi
+}
+
+do_revoke() {               # KEY...
+  revoke_all "$@" &
+  removing+=("$!")
+}
+
+revoke_all() {
+  local key
+  for key; do revoke "$key"; done
+  end_processes 5 "$@"
+  cd -- "$home/jobs" && remove "$@"
+}
+
+do_others() { beside list_others "$1"; }
+
+do_ping() { say "pong"$'\t'"$1"; }
+
+do_eof() {                  # KEY
+  [[ ! -p $home/jobs/$1/eof ]] || echo 1<>"$home/jobs/$1/eof"
+}
+
+do_watch() { beside look "$@"; }
+
+do_list() {                 # KEY
+  find_list "$1"
+  send_list "$1" "$REPLY"
+}
+
+do_again() { beside list_again "$@"; }
+
+do_clean() {                # KEY...
+  local key gone=("$@")
+  for key; do gone+=("$claims/$project.$key"{,.back}); done
+  (cd -- "$home/jobs" && remove "${gone[@]}") &
+  removing+=("$!")
+}
+
+do_finish() {               # STAGE that becomes the cache, or "", STAGE... to remove
+  local kept=$1
+  shift
+  give_up_gpus
+  wait_removed
+  if [[ $kept ]]; then
+    mv -T -- "$home/cache" "$run/cache"
+    mv -T -- "$home/stage/$kept" "$home/cache"
+  fi
+  tidy "${@/#/$home/stage/}"
+  begun=()                  # what lies there now is kept
+  say finished
+  forget_old
+}
+
+main
+'''
+
+# Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
+REMOTE_FOLLOW = REMOTE_CLEAN + r'''
+main() {                    # stdin: token, folder of the job, known bytes of out and of err
+  local token dir out err
+  IFS= read -rd '' token && IFS= read -rd '' dir && IFS= read -rd '' out && IFS= read -rd '' err ||
+    return
+  printf '\n%s\n' "$token"
+  printf '\n%s\n' "$token" >&2
+  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
+    read -r -t 0.02
+    (($? > 128)) || return
+  done
+  tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
+  tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
+  read -r
+  kill %1 %2
+}
+set -m
+main
+'''
+
+# Runs there, beside a job: takes what comes for its standard input.
+REMOTE_FEED = REMOTE_CLEAN + r'''
+main() {                    # stdin: folder of the job, then its input
+  local dir
+  IFS= read -rd '' dir || return
+  until [[ -p $dir/in ]]; do
+    [[ -e $dir ]] || return
+    sleep 0.02
+  done
+  # Opened for both it does not block; then this side is closed, so that it is told when none reads.
+  exec {both}<>"$dir/in"
+  exec 1>"/dev/fd/$both" {both}<&-
+  exec cat
+}
+main
+'''
+
+# Runs there, for one copy: takes a tar archive from stdin, or gives one of the paths on stdin.
+REMOTE_UNPACK = REMOTE_CLEAN + r'''
+main() {                    # stdin: token, folder, tar
+  local token folder
+  IFS= read -rd '' token && IFS= read -rd '' folder || return
+  mkdir -p -- "$folder" && tar -xpo -f - -C "$folder"
+  printf '\n%s %s\n' "$token" "$?"
+}
+main
+'''
+REMOTE_PACK = REMOTE_CLEAN + r'''
+main() {                    # stdin: token, folder, paths that end with NUL
+  local token folder
+  IFS= read -rd '' token && IFS= read -rd '' folder || return
+  printf '\n%s\n' "$token"
+  exec tar -c -f - --format=posix --pax-option=delete=atime,delete=ctime --hard-dereference \
+    -C "$folder" --null --no-recursion -T -
+}
+main
+'''
 
 
 if __name__ == '__main__':
