@@ -103,6 +103,12 @@ Files:
                               folder. A dot: all of it. With no path: nothing.
 """
 
+COMMON_OPTIONS = """\
+  --verbose                   Show every command run and every event, on stderr.
+  -h --help                   Show this.
+  --version                   Show the version.
+"""
+
 EXECUTE_BATCH_USAGE = """\
 Run each line of a batch file on one of many machines, where there is room.
 
@@ -138,13 +144,11 @@ Other:
                               show them, collect those that have ended, under free names, or
                               remove them (running ones are stopped).
   --dry-run                   Ask the machines, show what would start where, start nothing.
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong, 2 wrong usage or
 configuration, 130 interrupted.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
+           common=COMMON_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
 Run one command on one machine, show its output, and exit with its exit status.
@@ -181,13 +185,10 @@ once, and CUDA_VISIBLE_DEVICES is not set.
 Other:
   --nice=<number>             Niceness over there, 0 to 19 [default: 0].
   --away-limit=<seconds>      So long contact with the machine is looked for [default: 600].
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: the command's own; 125 if the machine could not be reached, or contact was lost; 2
 wrong usage or configuration, 130 interrupted.
-""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
 
 EXECUTE_TO_USAGE = """\
 Run one command on many machines, on all at the same time.
@@ -217,13 +218,10 @@ Other:
   --fanout=<number>           At most so many machines at a time [default: 64].
   --timeout=<seconds>         So long each machine may take, from login to end.
   --nice=<number>             Niceness over there, 0 to 19 [default: 0].
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage or configuration,
 130 interrupted.
-""".format(machines=MACHINE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
 Show what is free on machines, and who uses their GPUs.
@@ -239,12 +237,9 @@ With one of these given: how many such jobs would fit now.
 Other:
   --watch=<seconds>...        Look again every so many seconds, 5 if no number follows.
   --json                      One JSON object for each machine, a line each.
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
 
 OVERVIEW = """\
 Run many commands on a handful of machines that can be reached with ssh.
@@ -259,11 +254,15 @@ that leads to ssh_scheduler.py is that command.
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
 
 
-# ---- Errors: each a sentence, with what to do ----
+# ---- Errors: each a sentence, with what to do; how sentences are written ----
 
 class SchedulerError(Exception):
     """Anything that a user can cause; shown without a traceback."""
     exit_code = 2
+
+
+class HelpAsked(Exception):
+    """The command line asks for help or the version: main prints the text and exits."""
 
 
 class UsageError(SchedulerError):
@@ -271,7 +270,7 @@ class UsageError(SchedulerError):
 
     def __init__(self, text, usage=''):
         super().__init__(text)
-        self.usage = usage              # the text that says how it should be
+        self.usage = usage              # the text that says how to write the command line
 
 
 class MachineFileError(SchedulerError):
@@ -291,32 +290,38 @@ class ResultsError(SchedulerError):
 
 
 class DoesNotFit(SchedulerError):
-    """What was asked for is more than there is."""
+    """A job asks for more than the machine has free."""
 
 
 def nearest(word, known):
     """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
 
-    It may be the beginning of one, have typing errors, or name its parts in another order.
-    --no-x never stands for x, nor the other way round.
+    The word may be the beginning of a known one, have typing errors, or name its parts in another
+    order.
     """
     import difflib
 
     def parts(text):
         return re.findall('[^-_]+', text.lower())
 
+    typed, found = ''.join(parts(word)), {}
+
+    def opposite(other):
+        """Tell whether one of them says no to something: --no-x never stands for x."""
+        if 'no' in parts(other):
+            return not typed.startswith('no')
+        # The word may be a known one that begins with n: noce for nice.
+        return typed.startswith('no') and (parts(word)[0] == 'no' or parts(other)[0][0] != 'n')
+
     def likeness(other):
         for order in itertools.permutations(parts(other)):
             spelled = ''.join(order)
             for beginning in {spelled, spelled[:len(typed)]}:
-                share = difflib.SequenceMatcher(None, typed, beginning).ratio()
-                yield share, list(order) == parts(other), beginning == spelled
+                ratio = difflib.SequenceMatcher(None, typed, beginning).ratio()
+                yield ratio, list(order) == parts(other), beginning == spelled
 
-    typed, found = ''.join(parts(word)), {}
     for other in sorted(known) if typed else ():
-        negates = 'no' in parts(other)
-        if negates == typed.startswith('no') or not negates and parts(word)[0] != 'no' and (
-                parts(other)[0][0] == 'n'):
+        if not opposite(other):
             found.setdefault(max(likeness(other)), []).append(other)
     best = max(found, default=(0,))
     alike = found[best] if best[0] >= 0.7 else []
@@ -340,11 +345,13 @@ def library(name):
 def sentence(text):
     """Return the text with the one mark that ends it: a full stop, unless it has one.
 
-    The end of it may come from elsewhere, with a full stop or without, or be a question or a
-    command to type, behind 'Try: '.
+    The reason at its end may come from elsewhere, with a full stop or without.  A question keeps
+    its mark, and a command to type, which stands last behind 'Try: ', gets none.
     """
     end = text.rstrip('. ')
-    return end if end.endswith(('?', '!')) else text if 'Try: ' in text else f'{end}.'
+    if end.endswith(('?', '!')):
+        return end
+    return text if 'Try: ' in text else f'{end}.'
 
 
 def printable(text):
@@ -360,12 +367,25 @@ def reason_of(error):
     return error.strerror or str(error)
 
 
+def count_of(number, noun):
+    """Return '1 file', '2 files', '3 processes'."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
+
+
+def size_of(size):
+    """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
+    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
+        if size < 1000 or unit == 'TB':
+            return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
+        size /= 1000
+
+
 # ---- Options: argv -> dict; strings die here ----
 
 class Options(dict):
-    """Option or <positional> -> value.  Lists are tuples, or None where they were not given.
+    """Option or <positional> -> value.  A list is a tuple, or None where it was not given.
 
-    given: the names of those that stood on the command line, not only in a default.
+    given: the names of the options that the command line has; the others have their defaults.
     """
     given = frozenset()
 
@@ -405,66 +425,71 @@ def option_kinds(usage):
 
 
 def spell_out(argv, kinds, positionals):
-    """Return argv as docopt reads it: --option=value, one word of a list each, -- and the rest.
+    """Return (argv as docopt reads it, the names of the options in it).
 
+    docopt reads --option=value, with one word of a list each, then -- and the other words.
     A list has all words up to the next option; `--` ends it; one without words is `--option=`.
     Words that are missing at the end are taken back from the last list: `--machines a b batch.sh`.
     """
-    options, words, last_list = [], [], None
-    taking, index = None, 0
-    while index < len(argv):
-        word = argv[index]
-        index += 1
+    options, words = [], []             # options: (name, its values, or None for a flag)
+    unread = collections.deque(argv)
+    values = words                      # where the next word belongs
+    while unread:
+        word = unread.popleft()
         if word == '--':
-            words += argv[index:]
+            words += unread
             break
         if word.startswith('-') and word != '-':
-            name, equals, value = word.partition('=')
-            if name not in kinds:
-                raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
-            taking = None
-            if kinds[name] == 'list':
-                taking = last_list = [name, [value] if value else []]
-                options.append(taking)
-            elif any(name == other for other, _ in options):
-                raise UsageError(f'{name} is there twice.')
-            elif kinds[name] == 'flag':
-                if equals:
-                    raise UsageError(f'{name} takes no value.')
-                options.append([name, None])
-            else:
-                if not equals:
-                    if index == len(argv):
-                        raise UsageError(f'{name} needs a value.')
-                    value = argv[index]
-                    index += 1
-                options.append([name, [value]])
-        elif taking:
-            taking[1].append(word)
+            options.append(read_option(word, unread, kinds, {name for name, _ in options}))
+            name, values = options[-1]
+            values = values if kinds[name] == 'list' else words
         else:
-            words.append(word)
-    if last_list and len(words) < positionals:
-        values = last_list[1]
-        kept = max(len(values) - (positionals - len(words)), 0)
-        words += values[kept:]
-        del values[kept:]
+            values.append(word)
+    lists = [values for name, values in options if kinds[name] == 'list']
+    missing = positionals - len(words)
+    if lists and missing > 0:
+        kept = max(len(lists[-1]) - missing, 0)
+        words += lists[-1][kept:]
+        del lists[-1][kept:]
     spelled = []
     for name, values in options:
         spelled += [name] if values is None else [f'{name}={value}' for value in values or ['']]
     return [*spelled, '--', *words], {name for name, _ in options}
 
 
-def show_help(usage, command, words):
-    """Where the words ask for help or the version, show it and exit."""
-    shown = (usage.rstrip() if {'-h', '--help'} & {*words} else
-             f'{command} {__version__}' if '--version' in words else None)
-    if shown:
-        Reporter().line(shown)
-        raise SystemExit(0)
+def read_option(word, unread, kinds, before):
+    """Return (name, its values, or None for a flag) of an option.
+
+    unread: the words behind it, from which its value is taken; before: the options before it
+    """
+    name, equals, value = word.partition('=')
+    if name not in kinds:
+        raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
+    if kinds[name] == 'list':
+        return name, [value] if value else []
+    if name in before:
+        raise UsageError(f'{name} is there twice.')
+    if kinds[name] == 'flag':
+        if equals:
+            raise UsageError(f'{name} takes no value.')
+        return name, None
+    if not equals:
+        if not unread:
+            raise UsageError(f'{name} needs a value.')
+        value = unread.popleft()
+    return name, [value]
+
+
+def check_for_help(usage, command, words):
+    """Raise HelpAsked if the words ask for help or the version."""
+    if {'-h', '--help'} & {*words}:
+        raise HelpAsked(usage.rstrip())
+    if '--version' in words:
+        raise HelpAsked(f'{command} {__version__}')
 
 
 def read_options(usage, argv, may_help=True):
-    """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
+    """Return the Options of argv (without the program's name) by the usage text."""
     try:
         return parse_options(usage, argv, may_help)
     except UsageError as error:
@@ -473,17 +498,18 @@ def read_options(usage, argv, may_help=True):
 
 
 def parse_options(usage, argv, may_help):
-    """The same; what is wrong is a UsageError."""
+    """Return the Options of argv; a UsageError of it does not have the usage text yet."""
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
     positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
-    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))     # (--this | --that)
+    # Options that stand in the place of a word, as in (<word> | --this) or (--this | --that).
+    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))
     if spell_out(argv, kinds, 0)[1] & instead:
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if may_help:
-        show_help(usage, command, given)
+        check_for_help(usage, command, given)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
@@ -493,6 +519,7 @@ def parse_options(usage, argv, may_help):
     try:
         if not positionals:
             spelled.remove('--')        # docopt takes it for a word
+        # docopt and docopt-ng name these differently: no help, no version, options anywhere.
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
         unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
@@ -511,8 +538,14 @@ def parse_options(usage, argv, may_help):
 
 # ---- Records: frozen ----
 
+USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
+JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
+# Two machines with the same host are different ones where these options differ.
+LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
+
+
 class Machine(NamedTuple):
-    """What a machine's file or name says.  host is '' for this machine, which needs no ssh."""
+    """A machine as its file or name describes it.  host is '' for this one, which needs no ssh."""
     name: str                       # as the user wrote it, or `name:` of the file
     host: str = ''
     username: Optional[str] = None
@@ -521,15 +554,15 @@ class Machine(NamedTuple):
     proxy_jump: Optional[str] = None
     ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
     workdir: str = ''               # where jobs live over there; ~/.ssh_scheduler by default
-    setup: str = ''                 # bash, run once a connection; what it exports, jobs have
+    setup: str = ''                 # bash, run once a connection; jobs have what it exports
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
-    word: str = ''                  # what find_machine was given, by which it is found again
+    word: str = ''                  # of the command line; find_machine finds the machine by it
 
     @property
     def address(self):
-        """The account, as the journal knows it: user@host:port, and by which way; or localhost."""
+        """The account, as the journal names it: user@host:port and the way there; or localhost."""
         user = f'{self.username}@' if self.username else ''
         port = f':{self.port}' if self.port else ''
         way = f' via {self.proxy_jump}' if self.proxy_jump else ''
@@ -539,16 +572,20 @@ class Machine(NamedTuple):
 
     @property
     def jump(self):
-        """The value of ProxyJump that leads to it, as far as its file says."""
+        """The value of ProxyJump in the machine's file, or ''."""
         return self.proxy_jump or next((value for name, value in self.ssh_options
                                         if name.lower() == 'proxyjump'), '')
 
     @property
     def hops(self):
-        """The jump hosts, the first one first: (user, host, port), each but the host may be ''."""
+        """The jump hosts, the first one first: (user, host, port); user and port may be ''.
+
+        Empty where ssh jumps over none, or has to find out what is wrong with them.
+        """
         matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
-        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:])
-                for match in matches] if all(matches) and self.jump.lower() != 'none' else []
+        if not all(matches) or self.jump.lower() == 'none':
+            return []
+        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:]) for match in matches]
 
 
 class Gpu(NamedTuple):
@@ -559,31 +596,36 @@ class Gpu(NamedTuple):
     total_memory_mb: int = 0
     uuid: str = ''
     name: str = ''
-    others: int = 0                 # processes there that are none of this batch
-    users: tuple = ()               # whose they are
-    claimed: int = 0                # jobs of other batches that were placed there
-    reserved: bool = False          # one of them has it to itself
+    others: int = 0                 # processes on it that are not of this batch
+    users: tuple = ()               # the owners of those
+    batch_jobs: int = 0             # jobs of other batches that were placed on it
+    reserved: bool = False          # one of those jobs has the GPU to itself
     exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
     unified: bool = False           # its memory is the machine's
 
 
 class Capacity(NamedTuple):
-    """What a machine would have free if no job of this batch ran there, and what it has in all."""
+    """A machine's resources: in all, and free if no job of this batch ran there.
+
+    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
+    subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
+    room in the books is room in the latest probe, and nothing is counted twice.
+    """
     cores: float
     memory_mb: int
     gpus: tuple = ()
     total_cores: float = 0.0
     total_memory_mb: int = 0
     max_jobs: Optional[int] = None
-    gpu_trouble: str = ''           # why no GPU is known: '' where they are
-    lost_gpus: str = ''             # why others than these cannot be used
-    claimed: int = 0                # jobs of other batches there
-    reserved: bool = False          # one of them has the machine to itself
+    gpu_trouble: str = ''           # why no GPU is known; '' where any is
+    lost_gpus: str = ''             # why further GPUs cannot be used
+    batch_jobs: int = 0             # jobs of other batches on the machine
+    reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
 
 
 class Allocation(NamedTuple):
-    """What a job asks for."""
+    """The resources that a job asks for."""
     cores: float = 1.0
     memory_mb: int = 2000
     reserve: bool = False           # the machine to itself
@@ -594,7 +636,7 @@ class Allocation(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """What a job got: `gpus` are indices.  A token, to be given back once."""
+    """The resources that a job got, a token to be given back once.  gpus: their indices."""
     number: int
     allocation: Allocation
     gpus: tuple
@@ -617,7 +659,7 @@ class Forwards(NamedTuple):
 class Job(NamedTuple):
     """One line of a batch.  backwards: None what changed, () nothing, else these paths.
 
-    own: what the line itself, an execute_remote command, says of files and hardware, as text
+    own: the options for files and hardware of a line that is an execute_remote command, as text
     """
     name: str
     command: str
@@ -629,7 +671,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and what it used: None is unknown.  Memory is what was seen at most."""
+    """How a job ended, and the resources that it used: None is unknown, memory the peak seen."""
     name: str
     machine: str
     exit_code: int
@@ -643,67 +685,105 @@ class JobResult(NamedTuple):
 # ---- Machine files ----
 
 MACHINE_FOLDER = '~/.local/var'
-# Of these ssh takes the rest of the line as it stands, quotes included.
+# ssh takes the rest of the line as the value of these options, quotes included.
 UNQUOTED_SSH_OPTIONS = ('proxycommand', 'localcommand', 'remotecommand', 'knownhostscommand',
                         'proxyjump')
-# And by these it may come elsewhere than another machine of the same address.
-LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
 HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|(?=.*:.*:)[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?')
-USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
-JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
 
 
-def machine_keys():
-    """Return {key: (what it must be, test)} of a machine's file."""
-    def text(value):
-        return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
+def is_text(value):
+    """Tell whether the value is text that can cross to a machine."""
+    return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
 
-    def word(value):
-        return text(value) and value and not value.startswith('-') and value.isprintable()
 
-    def count(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_word(value):
+    """Tell whether the value is printable text that no program takes for an option."""
+    return is_text(value) and value and not value.startswith('-') and value.isprintable()
 
-    def scalars(value):
-        return isinstance(value, dict) and all(
-            text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
-            and (isinstance(v, (int, float)) or text(v)) for k, v in value.items())
 
-    def ssh_options(value):
-        return scalars(value) and all(
-            name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
-            and (name.lower() in UNQUOTED_SSH_OPTIONS or not re.search(r'["\\]', str(v)))
-            for name, v in value.items())
+def fits_quotes(value):
+    """Tell whether the value can stand between quotes in an ssh_config, which has no escapes."""
+    return not re.search(r'["\\]', str(value))
 
-    return {
-        'ip': ('a host name or address', lambda v: text(v) and HOST.fullmatch(v)),
-        'username': ('a user name', lambda v: text(v) and USER.fullmatch(v)),
-        'port': ('a number from 1 to 65535', lambda v: count(v) and v <= 65535),
-        'ssh_key_path': ('the path of a private key, without quotes or backslashes',
-                         lambda v: word(v) and not re.search(r'["\\]', v)),
-        'name': ('a name without control characters', word),
-        'proxy_jump': ('[user@]host[:port], or several with commas', lambda v: word(v) and all(
-            JUMP.fullmatch(part) for part in v.split(','))),
-        'ssh_options': ('a mapping of ssh_config(5) options to values', ssh_options),
-        'workdir': ('an absolute path, or one that begins with ~/',
-                    lambda v: word(v) and re.match(r'/|~/|~$', v)),
-        'setup': ('bash commands', text),
-        'env': ('a mapping of variables to values', scalars),
-        'gpus': ('a list of GPU numbers', lambda v: isinstance(v, list) and all(
-            isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in v)),
-        'max_jobs': ('a number of at least 1', count),
-    }
+
+def is_whole_number(value, least=1, most=math.inf):
+    """Tell whether the value is an int (True is one of Python's) within the bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def are_variables(value):
+    """Tell whether the value is a mapping of names of variables to text or numbers."""
+    return isinstance(value, dict) and all(
+        is_text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
+        and (isinstance(v, (int, float)) or is_text(v)) for k, v in value.items())
+
+
+def are_ssh_options(value):
+    """Tell whether the value is a mapping of ssh_config(5) options that may stand in ours."""
+    return are_variables(value) and all(
+        name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
+        and (name.lower() in UNQUOTED_SSH_OPTIONS or fits_quotes(v)) for name, v in value.items())
+
+
+def are_jumps(value):
+    """Tell whether the value is a list of jump hosts, as ProxyJump has it."""
+    return is_word(value) and all(JUMP.fullmatch(part) for part in value.split(','))
+
+
+def are_gpus(value):
+    """Tell whether the value is a list of indices of GPUs."""
+    return isinstance(value, list) and all(is_whole_number(index, least=0) for index in value)
+
+
+# Key of a machine's file -> (a description of its value for messages, the test of the value).
+MACHINE_KEYS = {
+    'ip': ('a host name or address', lambda v: is_text(v) and HOST.fullmatch(v)),
+    'username': ('a user name', lambda v: is_text(v) and USER.fullmatch(v)),
+    'port': ('a number from 1 to 65535', lambda v: is_whole_number(v, most=65535)),
+    'ssh_key_path': ('the path of a private key, without quotes or backslashes',
+                     lambda v: is_word(v) and fits_quotes(v)),
+    'name': ('a name without control characters', is_word),
+    'proxy_jump': ('[user@]host[:port], or several with commas', are_jumps),
+    'ssh_options': ('a mapping of ssh_config(5) options to values', are_ssh_options),
+    'workdir': ('an absolute path, or one that begins with ~/',
+                lambda v: is_word(v) and re.match(r'/|~/|~$', v)),
+    'setup': ('bash commands', is_text),
+    'env': ('a mapping of variables to values', are_variables),
+    'gpus': ('a list of GPU numbers', are_gpus),
+    'max_jobs': ('a number of at least 1', is_whole_number),
+}
 
 
 def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
+    yaml = library('yaml')
+    loader, node = parse_yaml(path)
+    if not isinstance(node, yaml.MappingNode):
+        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
+    values = {}
+    for key_node, value_node in node.value:
+        key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
+        if not isinstance(key, str):
+            raise MachineFileError(f'{where}: a key must be a word.')
+        if key not in MACHINE_KEYS:
+            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, MACHINE_KEYS)}.')
+        if key in values:
+            raise MachineFileError(f'{where}: {key} is there twice.')
+        values[key] = read_machine_value(loader, key, value_node, where)
+    if 'ip' not in values:
+        raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
+    return machine_from(values, name, path)
+
+
+def parse_yaml(path):
+    """Return (loader, root node) of a YAML file; nodes know their lines."""
     yaml = library('yaml')
     try:
         with open(path, 'rb') as file:
             data = file.read()
         text = data.decode()
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
+        return loader, loader.get_single_node()
     except OSError as error:
         raise MachineFileError(f'{path}: cannot be read: {reason_of(error)}.') from None
     except UnicodeDecodeError as error:
@@ -719,32 +799,22 @@ def read_machine_file(path, name):
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
     except (ValueError, OverflowError):     # of chr(), for "\UFFFFFFFF"
         raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
-    if not isinstance(node, yaml.MappingNode):
-        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
-    known, values = machine_keys(), {}
-    for key_node, value_node in node.value:
-        key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
-        if not isinstance(key, str):
-            raise MachineFileError(f'{where}: a key must be a word.')
-        if key not in known:
-            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, known)}.')
-        if key in values:
-            raise MachineFileError(f'{where}: {key} is there twice.')
-        try:
-            value = loader.construct_object(value_node, deep=True)
-        except yaml.YAMLError as error:
-            raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
-        except Exception:       # yaml itself fails at, say, 2020-13-32 or !!int x
-            raise MachineFileError(f'{where}: {key}: its value is not YAML.') from None
-        expected, fits = known[key]
-        if not fits(value):
-            raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
-        if isinstance(value, dict):     # as it was written: 010 and 1.10 are no numbers here
-            value = {name.value: text.value for name, text in value_node.value}
-        values[key] = value
-    if 'ip' not in values:
-        raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
-    return machine_from(values, name, path)
+
+
+def read_machine_value(loader, key, node, where):
+    """Return the checked value of a key.  where: the file and the line, for messages."""
+    try:
+        value = loader.construct_object(node, deep=True)
+    except library('yaml').YAMLError as error:
+        raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
+    except Exception:       # yaml itself fails at, say, 2020-13-32 or !!int x
+        raise MachineFileError(f'{where}: {key}: its value is not YAML.') from None
+    expected, fits = MACHINE_KEYS[key]
+    if not fits(value):
+        raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
+    if isinstance(value, dict):     # as text, since the file may say 010 or 1.10
+        return {name.value: text.value for name, text in node.value}
+    return value
 
 
 def explain_yaml(error, text):
@@ -761,16 +831,18 @@ def explain_yaml(error, text):
                 scalars.append(token.start_mark)
     unended = error.context_mark and re.match('while (scanning|parsing a flow)', error.context)
     begins = error.context_mark if unended else scalars[-1] if scalars else mark
-    before, line = (re.split(r'[\r\n\x85\u2028\u2029]', part)[end]
-                    for part, end in ((text[:begins.index], -1), (text[begins.index:], 0)))
+    line_break = r'[\r\n\x85\u2028\u2029]'
+    before = re.split(line_break, text[:begins.index])[-1]
+    line = re.split(line_break, text[begins.index:])[0]
     line = re.split(r'\s#', line)[0].rstrip()
-    if not before.strip() and not re.search(r':(\s|$)|^[\[{]', line):    # a key, had it a colon
+    is_key = not before.strip() and not re.search(r':(\s|$)|^[\[{]', line)     # but for a colon
+    if is_key:
         return begins.line + 1, f'this is not "key: value": {line!r:.200}'
     return (begins if unended else mark).line + 1, what
 
 
 def machine_from(values, name, path):
-    """Return the Machine of checked file values; its key file is checked too."""
+    """Return the Machine that a file's checked values describe; check its key file."""
     key_path = values.get('ssh_key_path')
     if key_path is not None:
         key_path = os.path.expanduser(key_path)
@@ -785,7 +857,10 @@ def machine_from(values, name, path):
 
 
 def check_key(key_path, path):
-    """Raise if ssh could not use this private key without asking; ssh itself says less clearly."""
+    """Raise if ssh could not use this private key without a question; ssh's words are less clear.
+
+    path: the machine's file
+    """
     where = f'{path}: the key {key_path}'
     try:
         with open(key_path, 'rb') as file:
@@ -827,7 +902,7 @@ def key_has_passphrase(text):
 
 
 def machine_paths(word):
-    """Return where the machine file of this name may be."""
+    """Return the paths at which a machine file of this name may be."""
     folder = os.path.expanduser(MACHINE_FOLDER)
     return [word, f'{word}.yaml', os.path.join(folder, word), os.path.join(folder, f'{word}.yaml')]
 
@@ -845,6 +920,11 @@ def find_machine(word):
             return read_machine_file(path, word)
     if word.endswith(('.yaml', '.yml')) or '/' in word:
         raise MachineFileError(f'there is no machine file {word}, nor {candidates[2]}.')
+    return machine_at(word)
+
+
+def machine_at(word):
+    """Return the Machine that [user@]host[:port] names."""
     user, at, host = word.rpartition('@')
     match = re.fullmatch(r'\[(.+)\](?::([0-9]{1,9}))?|([^:]*)(?::([0-9]{1,9}))?', host)
     host, port = (match[1] or match[3], match[2] or match[4]) if match else (host, None)
@@ -855,7 +935,7 @@ def find_machine(word):
 
 
 def machine_words(words):
-    """Yield the words; for each @file those that stand in it, one a line."""
+    """Yield the words, and in the place of each @file its lines."""
     for word in words:
         if not word.startswith('@'):
             yield word
@@ -878,7 +958,7 @@ HERE_TOO = ' localhost is one.' if LINUX else ''
 
 
 def check_machines(options, positional=None):
-    """Raise unless machines are named; what follows them may have taken the last word."""
+    """Raise unless machines are named.  positional: the word that may be missing instead."""
     if options['--machines'] is None:
         raise UsageError(f'--machines is missing: which machines?{HERE_TOO}')
     if not options['--machines']:
@@ -887,9 +967,11 @@ def check_machines(options, positional=None):
 
 
 def find_machines(words):
-    """Return (the Machines, what is wrong with the files of others); raise where all are wrong.
+    """Return (the Machines, sentences on wrong machine files); raise where all files are wrong.
 
-    A word that names nothing is an error, and so is a machine that is named twice.
+    A machine whose file is wrong is left out, so that the others can work.  A word that names
+    nothing is an error, since a typing error should be seen before hours of work, and so is a
+    machine that is named twice.
     """
     machines, wrong = [], {}
     for word in machine_words(words):
@@ -937,10 +1019,10 @@ def read_batch_text(path, stdin):
 
 
 def split_batch(text):
-    """Yield (number of its first line, command) of each command of a batch file.
+    """Yield (number of the first line, command) of each command of a batch file.
 
     Blank lines and lines that begin with # count, but are no commands.  A backslash at the end of
-    a line continues the command; it stays in it, since bash reads it in the same way.
+    a line continues the command; the command keeps it, since bash reads it in the same way.
     """
     command, first = '', 0
     for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
@@ -959,7 +1041,7 @@ def split_batch(text):
 
 
 def name_of_batch(path):
-    """Return the stem of job names: example/batch.sh -> example_batch.sh, - -> stdin."""
+    """Return how names of jobs begin: example/batch.sh -> example_batch.sh, - -> stdin."""
     if path == '-':
         return 'stdin'
     parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
@@ -969,7 +1051,7 @@ def name_of_batch(path):
 def check_job_name(name, where, most=180):
     """Raise unless the name is a file name that is safe here and on machines.
 
-    most: what a user may give; the program adds to it, as in NAME-2.
+    most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
     """
     if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
@@ -1051,13 +1133,15 @@ def read_jobs(path, text, options, warn):
     return jobs
 
 
-# What a line may say that changes what its job computes; memory, for one, does not.
+# Options of a line that change the results of its job.  With its command they identify it in a
+# later run of the batch.  Memory is not among them, nor are the options of the whole batch: more
+# memory for all lines must not run 400 of them again.
 DECISIVE_OPTIONS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
                     '--num-gpus', '--no-gpu-required', '--reserve')
 
 
 def without_continuations(command):
-    """Return the command with continued lines joined, as bash reads them; shlex does not."""
+    """Return the command with continued lines joined as bash joins them; shlex would not."""
     def join(quoted):
         if quoted[0][0] == "'":
             return quoted[0]
@@ -1067,7 +1151,7 @@ def without_continuations(command):
 
 
 def read_partial(job, where, warn):
-    """Return the job with what its line, an execute_remote command, says otherwise."""
+    """Return the job as its line, an execute_remote command, changes it."""
     import shlex
     try:
         words = shlex.split(without_continuations(job.command))
@@ -1091,12 +1175,13 @@ def read_partial(job, where, warn):
 
 
 def read_backwards(options):
-    """Return the paths that a job brings back; None for what it made or changed."""
+    """Return the paths that a job brings back; None for all files that it made or changed."""
     paths = options['--copy-backwards']
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
 
-# Simple commands with plain words: nothing that bash could refuse, so nobody has to ask it.
+# Simple commands with plain words, which bash accepts for certain.  They need no SYNTAX_CHECK, in
+# which each line costs a fork: 0.2 s for 400 lines.
 PLAIN_WORD = r"""(?:[^\s\\"'`$&|;<>(){}[\]!#]|\$\w+|"(?:[^"\\`$]|\$\w+)*"|'[^']*')+"""
 PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|case|esac|in|function|'
                  r'time|coproc)(?![^\s;&|<>]))' + PLAIN_WORD +
@@ -1105,7 +1190,8 @@ PLAIN_LINE = re.compile(
     rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
 
 # Reads commands that end with NUL; prints, also with a NUL, the number of each that bash refuses
-# and why.  Behind set -n nothing is run.  A bash before 4.0, as on macOS, would refuse too much.
+# and why.  Behind set -n nothing is run.  Each command has a subshell of its own, since one could
+# complete another if they were read together.  A bash before 4.0, as on macOS, refuses too much.
 SYNTAX_CHECK = r"""
 ((BASH_VERSINFO[0] >= 4)) || exit
 number=0
@@ -1120,7 +1206,8 @@ def refuse_syntax(path, jobs, said):
     """Raise if bash refuses a command of the jobs.  said: what SYNTAX_CHECK printed (bytes)."""
     complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
     if complaints:
-        why = printable(complaints[0][1].split('\n')[0].rpartition(': line ')[2].partition(': ')[2])
+        first_line = complaints[0][1].split('\n')[0]       # bash: eval: line 2: why
+        why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
         where = lines_of([jobs[int(number)] for number, _ in complaints])
         raise BatchFileError(
             sentence(f'{path}, {where}: bash refuses this: {why}') + ' Each line runs by itself: '
@@ -1128,7 +1215,8 @@ def refuse_syntax(path, jobs, said):
             'with a backslash.')
 
 
-# What changes only the shell that runs it -> whether a machine's `setup` can do the same.
+# (Pattern of commands that change only the shell that runs them, whether `setup` of a machine file
+# can have them instead).
 SETTINGS = (
     (r'(export|source|\.|declare|typeset|unset|eval) .+', True),
     (r'((?:conda|mamba|micromamba|pyenv) (?:activate|deactivate|shell)|(?:spack|ml|module) '
@@ -1139,8 +1227,10 @@ SETTINGS = (
 
 
 def setting_of(command):
-    """Return (what the command begins with, whether `setup` can do it), if all that it does is to
-    change its own shell; else None."""
+    """Return (how the command begins, whether `setup` can have it) if it only changes its shell.
+
+    None for any other command.
+    """
     import shlex
     lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
     lexer.whitespace_split = True
@@ -1156,14 +1246,21 @@ def setting_of(command):
                                  re.sub(r'\s', '_', word))
     except ValueError:
         return None
-    found = [next(((match[1], by_setup) for pattern, by_setup in SETTINGS
-                   if (match := re.fullmatch(pattern, ' '.join(part)))), None)
-             for part in parts if part]
+    found = [match_setting(' '.join(part)) for part in parts if part]
     return found[0] if found and all(found) else None
 
 
+def match_setting(command):
+    """Return (how the command begins, whether `setup` can have it) by SETTINGS, or None."""
+    for pattern, by_setup in SETTINGS:
+        match = re.fullmatch(pattern, command)
+        if match:
+            return match[1], by_setup
+    return None
+
+
 def warn_of_settings(path, jobs, warn):
-    """Warn of lines that do nothing, since each line has a shell of its own: once for each kind."""
+    """Warn, once for each kind, of lines that do nothing since each line has its own shell."""
     kinds = collections.defaultdict(list)
     for job in jobs:
         kinds[setting_of(job.command)].append(job)
@@ -1179,8 +1276,9 @@ def lines_of(jobs):
     numbers = [str(job.line) for job in jobs]
     if len(numbers) > 5:
         numbers[4:] = [f'{len(numbers) - 4} more']
-    return f'line{"s" if len(jobs) > 1 else ""} ' + ' and '.join(
-        filter(None, (', '.join(numbers[:-1]), numbers[-1])))
+    if len(numbers) == 1:
+        return f'line {numbers[0]}'
+    return f'lines {", ".join(numbers[:-1])} and {numbers[-1]}'
 
 
 # ---- Resources: what a machine has left ----
@@ -1301,7 +1399,7 @@ class MachineResources:
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
-        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.claimed)):
+        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.batch_jobs)):
             return 'machine'
         if allocation.memory_mb > have.memory_mb - self._taken_mb():
             return 'memory'
@@ -1324,7 +1422,7 @@ class MachineResources:
         for gpu in self.available.gpus:
             use = self._gpus[gpu.index]
             alone = allocation.reserve_gpu or gpu.exclusive
-            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.claimed))
+            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.batch_jobs))
                     or (gpu.exclusive and gpu.others)):
                 continue
             left_mb = gpu.memory_mb - use.memory_mb
@@ -1377,7 +1475,7 @@ class MachineResources:
                 return self.why_not(allocation)
             held = sum(1 for gpu in have.gpus if self._gpus[gpu.index].jobs)
             others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
-                gpu.others or gpu.claimed or gpu.utilization or gpu.memory_mb <
+                gpu.others or gpu.batch_jobs or gpu.utilization or gpu.memory_mb <
                 min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
             parts = [f'has {others} in use by others'] if others else []
             parts += [f'holds {held} of ours'] if held else []
@@ -1402,12 +1500,12 @@ def idle(capacity):
     """
     gpus = tuple(gpu._replace(
         memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
-        gpu.total_memory_mb, utilization=0.0, others=0, claimed=0, reserved=False)
+        gpu.total_memory_mb, utilization=0.0, others=0, batch_jobs=0, reserved=False)
         for gpu in capacity.gpus)
     return capacity._replace(
         cores=max(capacity.total_cores, capacity.cores),
-        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus, claimed=0,
-        reserved=False)
+        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus,
+        batch_jobs=0, reserved=False)
 
 
 def room_for(capacity, allocation):
@@ -1509,7 +1607,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
         cores=free_cores, memory_mb=free_mb, gpus=gpus, total_cores=usable,
         total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs,
         gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
-        claimed=len(others), reserved=any(claim.reserve for claim in others),
+        batch_jobs=len(others), reserved=any(claim.reserve for claim in others),
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
 
 
@@ -1621,7 +1719,7 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
         gpus[gpu.index] = gpu._replace(
             memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
             utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
-            others=len(foreign), users=tuple(dict.fromkeys(foreign)), claimed=len(theirs),
+            others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
             reserved=any(alone for *_, alone in theirs))
     trouble = '; '.join(dict.fromkeys(filter(None, refused)))
     return (tuple(gpus[index] for index in sorted(gpus)), tuple(limits),
@@ -2082,19 +2180,6 @@ def check_forwards(forwards):
         check_named(path, '--copy-forwards')
     for path in forwards.link:
         check_named(path, '--link-forwards')
-
-
-def count_of(number, noun):
-    """Return '1 file', '2 files', '3 processes'."""
-    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
-
-
-def size_of(size):
-    """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
-    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
-        if size < 1000 or unit == 'TB':
-            return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
-        size /= 1000
 
 
 # ---- Archives: tar, where rsync is not at both ends, and for what is small ----
@@ -8970,11 +9055,11 @@ def json_lines(runners, allocation):
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
-            batch_jobs=have.claimed, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
+            batch_jobs=have.batch_jobs, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
             gpus=[{'index': gpu.index, 'name': gpu.name, 'uuid': gpu.uuid,
                    'memory_free_mb': gpu.memory_mb, 'memory_total_mb': gpu.total_memory_mb,
                    'utilization': round(gpu.utilization, 3), 'users': list(gpu.users),
-                   'processes': gpu.others, 'batch_jobs': gpu.claimed} for gpu in have.gpus])
+                   'processes': gpu.others, 'batch_jobs': gpu.batch_jobs} for gpu in have.gpus])
         if allocation:
             found['jobs_fit'] = room_for(have, allocation)[0]
         yield json.dumps(found)
@@ -9007,7 +9092,7 @@ def machine_table(runners, allocation, paint):
                 break
             users = ', '.join(map(printable, gpu.users)) + (
                 f' ({count_of(gpu.others, "process")})' if gpu.others else '')
-            users += f' {count_of(gpu.claimed, "batch job")}' if gpu.claimed else ''
+            users += f' {count_of(gpu.batch_jobs, "batch job")}' if gpu.batch_jobs else ''
             rows.append([*cells, printable(f'{gpu.index} {gpu.name}'),
                          free_of(gpu.memory_mb, gpu.total_memory_mb, paint),
                          paint(f'{gpu.utilization:.0%}', 1 - gpu.utilization), users.strip()])
@@ -9093,10 +9178,13 @@ def main(argv=None):
     try:
         check_surroundings()
         if name not in COMMANDS:
-            show_help(OVERVIEW, 'ssh_scheduler', [name])
+            check_for_help(OVERVIEW, 'ssh_scheduler', [name])
             raise UsageError(f'there is no command {printable(name)}{nearest(name, COMMANDS)}.'
                              if name else '<command> is missing.', OVERVIEW)
         status = COMMANDS[name](words)
+    except HelpAsked as asked:
+        Reporter().line(str(asked))
+        status = 0
     except SchedulerError as error:
         reporter = Reporter()
         reporter.note(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}')
