@@ -1289,12 +1289,12 @@ NO_ROOM = -math.inf
 
 
 def thousandths(value):
-    """Return the value in thousandths: what is added in whole numbers is given back exactly."""
+    """Return the value in thousandths, a whole number: sums of these are exact, either way."""
     return round(value * 1000)
 
 
 class GpuUse:
-    """What is promised of one GPU: a mutable tally of MachineResources."""
+    """The promises on one GPU: a mutable tally of MachineResources."""
     __slots__ = ('jobs', 'memory_mb', 'time', 'reserved')
 
     def __init__(self):
@@ -1302,30 +1302,30 @@ class GpuUse:
 
 
 class MachineResources:
-    """What is free on one machine; the only owner of that.
+    """The books of one machine: they alone know what is free there, and what is promised.
 
     available_resources: a Capacity, or anything with its fields.
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
     allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
     deallocate(placement)   gives back what allocate gave; each placement once
-    update(available_resources)     there is more or less of it now; what is taken stays taken
+    update(available_resources)     the machine has more or less now; what is taken stays taken
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
     may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
-    a machine on which nothing of ours runs takes one job however busy its processors are.
+    a machine on which none of our jobs runs takes one, however busy its processors are.
     """
 
     def __init__(self, available_resources):
         self._placements = {}
         self._number = 0
-        self._cores = 0                             # thousandths in use
-        self._memory_mb = 0
+        self._cores = 0                             # thousandths that are promised
+        self._memory_mb = 0                         # promised, apart from memory of GPUs
         self._reserved = 0                          # placements that have the machine to themselves
         self._gpus = collections.defaultdict(GpuUse)        # by index
         self.update(available_resources)
 
     def update(self, available_resources):
-        """Take note of what is there now, apart from what is taken here."""
+        """Note the machine's new Capacity; what is taken stays taken."""
         self.available = have = as_record(Capacity, available_resources)._replace(
             gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
         self._total_cores = max(have.total_cores, have.cores)
@@ -1335,13 +1335,14 @@ class MachineResources:
 
     @property
     def jobs(self):
-        """How many placements are out."""
+        """The number of placements that were not given back yet."""
         return len(self._placements)
 
     def score(self, allocation):
-        """Return the share that stays free of what gets scarcest; GPU machines last for others.
+        """Return the share that stays free of the resource that gets scarcest.
 
-        A GPU that somebody else uses, too, is the last choice of all.
+        A machine with GPUs scores less for a job without, so that GPUs last for others.  It scores
+        least of all where the job would get a GPU that somebody else uses, too.
         """
         if self.short_of(allocation):
             return NO_ROOM
@@ -1360,7 +1361,7 @@ class MachineResources:
         return score
 
     def allocate(self, allocation):
-        """Take what the allocation asks for and return the Placement."""
+        """Take the resources of the allocation and return the Placement."""
         why = self.why_not(allocation)
         if why:
             raise DoesNotFit(f'the machine {why}')
@@ -1368,7 +1369,7 @@ class MachineResources:
             gpu.index for gpu in self._gpus_for(allocation))))
 
     def adopt(self, allocation, gpus):
-        """Take it whether it fits or not, with these GPUs: for a job that runs there already."""
+        """Take the resources of a job that runs there already, on these GPUs, fit or no fit."""
         self._number += 1
         placement = Placement(self._number, allocation, gpus)
         self._placements[self._number] = placement
@@ -1376,7 +1377,7 @@ class MachineResources:
         return placement
 
     def deallocate(self, placement):
-        """Give back what allocate gave."""
+        """Give back a placement of allocate or adopt."""
         if self._placements.get(placement.number) != placement:
             raise ValueError(f'{placement} is not allocated here [this is a bug]')
         del self._placements[placement.number]
@@ -1395,7 +1396,7 @@ class MachineResources:
             use.reserved += sign * wanted.reserve_gpu
 
     def short_of(self, allocation):
-        """Return what there is too little of: jobs, machine, memory, cores, gpu; '' if it fits."""
+        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
@@ -1411,13 +1412,13 @@ class MachineResources:
         return ''
 
     def _taken_mb(self):
-        """Return how much of the machine's memory is promised, to GPUs that share it, too."""
+        """Return how much memory of the machine is promised, that of unified GPUs included."""
         if not self._unified:
             return self._memory_mb
         return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
 
     def _gpus_for(self, allocation):
-        """Return the GPUs for the allocation, none if there are too few."""
+        """Return the best GPUs for the allocation; none where too few have room."""
         fitting = []
         for gpu in self.available.gpus:
             use = self._gpus[gpu.index]
@@ -1433,7 +1434,7 @@ class MachineResources:
         if len(fitting) < allocation.gpus:
             return []
         chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
-        if self._unified:       # what those promise comes out of the machine's memory
+        if self._unified:       # the memory of those is the machine's
             shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
             if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
                 return []
@@ -1467,7 +1468,8 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who has what the allocation lacks here: '2 in use by others, holds 1 of ours'."""
+        """Return who holds what the allocation lacks, as 'has 2 in use by others, holds 1 of ours'.
+        """
         have, short = self.available, self.short_of(allocation)
         ours = f'holds {self.jobs} of ours'
         if short == 'gpu':
@@ -1488,7 +1490,7 @@ class MachineResources:
 
 
 def as_record(kind, value):
-    """Return the value as such a record, if it is only something with its fields."""
+    """Return the value, or a record of this kind with those of its fields that the value has."""
     return value if isinstance(value, kind) else kind(**{
         name: getattr(value, name) for name in kind._fields if hasattr(value, name)})
 
@@ -1496,7 +1498,9 @@ def as_record(kind, value):
 def idle(capacity):
     """Return the Capacity that the machine would have if nobody used it.
 
-    The driver keeps a part of a GPU's memory, so where next to nothing is taken, that is all.
+    It decides which jobs are impossible there: what is free does not, since others may go.
+    The driver keeps a part of a GPU's memory; where no more than 10 % is taken, all the rest is
+    free for jobs.
     """
     gpus = tuple(gpu._replace(
         memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
@@ -1513,13 +1517,16 @@ def room_for(capacity, allocation):
     own, gpus, count = MachineResources(capacity), [], 0
     while count < 10000 and not own.short_of(allocation):
         indices = own.allocate(allocation).gpus
-        gpus += indices if allocation.gpus == 1 else [list(indices)] if indices else []
+        if allocation.gpus == 1:
+            gpus += indices
+        elif indices:
+            gpus.append(list(indices))
         count += 1
     return count, gpus
 
 
 def describe(allocation):
-    """Return what is asked for in words: '1 core, 2000 MB of memory and a GPU of its own …'."""
+    """Return the allocation in words: '1 core and 2000 MB of memory and a GPU of its own …'."""
     cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
     text = f'{cores} and {allocation.memory_mb} MB of memory'
     if allocation.gpus:
@@ -1529,7 +1536,7 @@ def describe(allocation):
 
 
 def describe_gpu(allocation):
-    """Return what is asked for of GPUs in words, without their time: 'a GPU of its own with …'."""
+    """Return the GPUs of an allocation in words, without their time: 'a GPU of its own with …'."""
     if allocation.gpus == 1:
         text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
     else:
@@ -1538,14 +1545,17 @@ def describe_gpu(allocation):
     return f'{text} with {allocation.gpu_memory_mb} MB'
 
 
-# ---- Probe: what was said of a machine -> Capacity ----
+# ---- Probe: what a machine said of itself -> Capacity ----
 
-FEWEST_TICKS = 4            # of processor time that are a share and not a coin's side
+FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
 UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
 
 
-class Claim(NamedTuple):
-    """What one job of any batch claims on a machine, and what its processes were seen to use."""
+class Need(NamedTuple):
+    """The resources that one job of any batch needs on a machine, and those it was seen to use.
+
+    The job's runner notes it there, so that other batches see what was promised and not yet taken.
+    """
     key: str                        # job.attempt of this project's jobs, '' of others'
     cores: float
     memory_mb: int
@@ -1556,111 +1566,115 @@ class Claim(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a probe found that the next one is compared with."""
+    """The numbers of a probe with which those of the next one are compared."""
     busy: int                       # processor ticks since boot, of all processors
     total: int
-    ticks: dict                     # key of a claim -> its ticks; of others' under ''
+    ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
     gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
 
 
 def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
 
-    ours: the keys (job.attempt) of this batch's jobs there, which is added to what is free
-    before: the Sample of the last probe; ended_ticks: what our jobs that ended since then used
+    ours: the keys (job.attempt) of this batch's jobs there, whose use is added to what is free
+    before: the Sample of the last probe
+    ended_ticks: the ticks that those of our jobs used that ended since then
 
-    Never raises: what cannot be read is unknown, and unknown is not there.
+    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
     """
+    values, needs = dict(facts), read_needs(facts)
+    others = [need for need in needs if need.key not in ours]
+    processors, usable_cores, total_mb, available_mb = read_size(facts)
+    # all_mb, all_cores: what all batches may use together.  Others' needs are subtracted whether
+    # their jobs have taken them yet or not.
+    all_mb = available_mb + sum(min(need.used_mb, need.memory_mb) for need in needs)
+    all_mb = min(all_mb, total_mb)
+    free_mb = max(all_mb - sum(need.memory_mb for need in others), 0)
+    busy = busy_cores(values, needs, processors, before, ended_ticks)
+    all_cores = max(min(usable_cores, processors - busy), 0.0)
+    free_cores = max(all_cores - sum(need.cores for need in others) / CORES_OVERLOAD, 0.0)
+    first_free_mb = before.gpu_free_mb if before else {}
+    gpus, limits, trouble = parse_gpus(facts, machine, needs, ours, first_free_mb, free_mb)
+    for index in [gpu.index for gpu in gpus if gpu.unified]:     # others need the machine's memory
+        free_mb -= sum(need.gpus[index][0] for need in others if index in need.gpus)
+    if machine.gpus is not None:
+        gpus, trouble = only_listed(gpus, machine.gpus, trouble)
+    return Capacity(
+        cores=free_cores, memory_mb=max(free_mb, 0), gpus=gpus, total_cores=usable_cores,
+        total_memory_mb=total_mb, max_jobs=machine.max_jobs,
+        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
+        batch_jobs=len(others), reserved=any(need.reserve for need in others),
+        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+
+
+def read_size(facts):
+    """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
     values = dict(facts)
-    claims = read_claims(facts)
-    others = [claim for claim in claims if claim.key not in ours]
-    cores = whole_number(values.get('cores'))
-    total_memory_mb = whole_number(values.get('MemTotal')) // 1024
-    memory_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_memory_mb)
-    usable = float(cores)
+    processors = whole_number(values.get('cores'))
+    total_mb = whole_number(values.get('MemTotal')) // 1024
+    available_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_mb)
+    usable = float(processors)
     for key, text in facts:
         first, _, second = text.partition('/')
         if key == 'cgroup_cores' and whole_number(second):
             usable = min(usable, whole_number(first) / whole_number(second))
         elif key == 'cgroup_memory':
-            memory_mb = min(memory_mb, whole_number(first) // 2**20)
+            available_mb = min(available_mb, whole_number(first) // 2**20)
             if whole_number(second):
-                total_memory_mb = min(total_memory_mb, whole_number(second) // 2**20)
-    # What is promised and not yet taken is not free; what is ours and taken is ours already.
-    all_mb = memory_mb + sum(min(claim.used_mb, claim.memory_mb) for claim in claims)
-    all_mb = min(all_mb, total_memory_mb)
-    free_mb = max(all_mb - sum(claim.memory_mb for claim in others), 0)
-    busy = busy_cores(values, claims, cores, before, ended_ticks)
-    all_cores = max(min(usable, cores - busy), 0.0)
-    free_cores = max(all_cores - sum(claim.cores for claim in others) / CORES_OVERLOAD, 0.0)
-    first_free = before.gpu_free_mb if before else {}
-    gpus, limits, trouble = parse_gpus(facts, values, machine, claims, ours, first_free, free_mb)
-    for gpu in gpus:
-        if gpu.unified:             # what other batches claim of it is the machine's memory
-            free_mb -= sum(claim.gpus[gpu.index][0] for claim in others if gpu.index in claim.gpus)
-    free_mb = max(free_mb, 0)
-    if machine.gpus is not None:
-        gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
-        trouble = '' if len(gpus) == len(machine.gpus) else trouble
-        trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
-    return Capacity(
-        cores=free_cores, memory_mb=free_mb, gpus=gpus, total_cores=usable,
-        total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs,
-        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
-        batch_jobs=len(others), reserved=any(claim.reserve for claim in others),
-        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+                total_mb = min(total_mb, whole_number(second) // 2**20)
+    return processors, usable, total_mb, available_mb
 
 
-def busy_cores(values, claims, cores, before, ended_ticks):
-    """Return how many cores are in use by what no batch has claimed."""
-    load = share(values.get('load'), math.inf)
+def busy_cores(values, needs, processors, before, ended_ticks):
+    """Return how many cores are in use by processes of no batch."""
     now = two_numbers(values.get('ticks'))
-    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     if before:
         used, total = now[0] - before.busy, now[1] - before.total
         if total >= FEWEST_TICKS:
-            known = ended_ticks + sum(max(claim.ticks - before.ticks.get(claim.key, 0), 0)
-                                      for claim in claims if claim.key)
-            known += max(sum(claim.ticks for claim in claims if not claim.key)
+            known = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
+                                      for need in needs if need.key)
+            known += max(sum(need.ticks for need in needs if not need.key)
                          - before.ticks.get('', 0), 0)
-            return min(max(used - known, 0) / total, 1) * cores
+            return min(max(used - known, 0) / total, 1) * processors
+    load = decimal(values.get('load'), math.inf)
+    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     used, total = now[0] - begun[0], now[1] - begun[1]
-    # Over so short a time the login itself shows, in the last minute's load a job that has just
-    # ended does; who really uses the machine shows in both.
-    busy = min(load, used / total * cores) if total >= FEWEST_TICKS and used >= 0 else load
-    busy = min(busy, cores) if math.isfinite(busy) else 0.0
-    return max(busy - sum(claim.cores for claim in claims), 0.0)
+    # Since the login began is a short time, in which the login itself shows; in the last minute's
+    # load a job shows that has just ended.  Whoever really uses the machine shows in both.
+    busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
+    busy = min(busy, processors) if math.isfinite(busy) else 0.0
+    return max(busy - sum(need.cores for need in needs), 0.0)
 
 
-def read_sample(facts, first_free=None):
-    """Return the Sample that the facts give.  first_free: that of the first probe, if not this."""
-    values, ticks, free = dict(facts), collections.Counter(), {}
-    for claim in read_claims(facts):
-        ticks[claim.key] += claim.ticks
+def read_sample(facts, first_free_mb=None):
+    """Return the Sample that the facts give.  first_free_mb: gpu_free_mb of an earlier one."""
+    values, ticks, free_mb = dict(facts), collections.Counter(), {}
+    for need in read_needs(facts):
+        ticks[need.key] += need.ticks
     for key, line in facts:
         fields = line.split(',')
         if key == 'gpu' and len(fields) > 3:
-            free[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
-    return Sample(*two_numbers(values.get('ticks')), ticks, free if first_free is None else
-                  first_free)
+            free_mb[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
+    return Sample(*two_numbers(values.get('ticks')), ticks,
+                  free_mb if first_free_mb is None else first_free_mb)
 
 
-def read_claims(facts):
-    """Return the Claims among the facts."""
-    claims = []
+def read_needs(facts):
+    """Return the Needs among the facts; a text that makes no sense needs nothing."""
+    needs = []
     for key, text in facts:
         match = key == 'claim' and re.fullmatch(
             r'(\d{1,15}) (\d{1,15}) (\S{1,400}) (\d{1,9}) (\d{1,9}) ([01])((?: [\d:]{7,40})*)',
             text, re.ASCII)
         if not match:
             continue
-        words = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in match[7].split()]
-        gpus = {int(word[1]): (int(word[2]), int(word[3]) / 1000, word[4] == '1')
-                for word in words if word}
-        claims.append(Claim('' if match[3] == '-' else match[3], int(match[4]) / 1000,
-                            int(match[5]), match[6] == '1', gpus, int(match[1]) // 1024,
-                            int(match[2])))
-    return claims
+        used_kb, ticks, job, cores, memory_mb, reserve, words = match.groups()
+        parts = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in words.split()]
+        gpus = {int(part[1]): (int(part[2]), int(part[3]) / 1000, part[4] == '1')
+                for part in parts if part}
+        needs.append(Need('' if job == '-' else job, int(cores) / 1000, int(memory_mb),
+                          reserve == '1', gpus, int(used_kb) // 1024, int(ticks)))
+    return needs
 
 
 def whole_number(text):
@@ -1674,16 +1688,18 @@ def two_numbers(text):
     return whole_number(first), whole_number(second)
 
 
-def share(text, unknown):
-    """Return the non-negative decimal number that the text is."""
+def decimal(text, unknown):
+    """Return the non-negative decimal number that the text is, `unknown` for anything else."""
     return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
 
 
-def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
-    """Return (Gpus, their limits, why there are none) from what nvidia-smi said and how it ended.
+def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
+    """Return (the Gpus, their limits as text, why there are no others) of the facts of a probe.
 
-    memory_mb: the machine's, for GPUs that share it.
+    first_free_mb: {index: MB} when none of our jobs was there yet
+    memory_mb: free memory of the machine, for GPUs that share it
     """
+    values = dict(facts)
     trouble = gpu_trouble(values)
     if trouble:
         return (), (), trouble
@@ -1694,43 +1710,61 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
         if key != 'gpu' or 'No devices were found' in line:
             continue
         gpu = parse_gpu(line, extended, memory_mb, machine.gpus or ())
-        if isinstance(gpu, str) or gpu.index in gpus:
-            refused.append(gpu if isinstance(gpu, str) else '')
-            continue
-        foreign = [user for _, user, owner in processes[gpu.uuid] if owner not in ours]
-        mine = [claim.gpus[gpu.index] for claim in claims
-                if claim.key in ours and gpu.index in claim.gpus]
-        theirs = [claim.gpus[gpu.index] for claim in claims
-                  if claim.key not in ours and gpu.index in claim.gpus]
-        used = {}                                   # key of a claim -> MB that its processes have
-        for mb, _, owner in processes[gpu.uuid]:
-            used[owner] = used.get(owner, 0) + mb
-        if processes[gpu.uuid]:
-            asked = collections.Counter()           # the same, but what they ask for
-            for claim in claims:
-                asked[claim.key or 'other'] += claim.gpus.get(gpu.index, (0,))[0]
-            taken = sum(min(used.get(key, 0), mb) for key, mb in asked.items())
-        else:           # in a container it names no process: then what went since we came is ours
-            taken = min(max(first_free.get(gpu.index, gpu.memory_mb) - gpu.memory_mb, 0),
-                        sum(mb for mb, *_ in mine))
-        all_mb = min(gpu.memory_mb + taken, max(gpu.total_memory_mb, gpu.memory_mb))
-        busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
-        limits.append(f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}')
-        gpus[gpu.index] = gpu._replace(
-            memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
-            utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
-            others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
-            reserved=any(alone for *_, alone in theirs))
-    trouble = '; '.join(dict.fromkeys(filter(None, refused)))
-    return (tuple(gpus[index] for index in sorted(gpus)), tuple(limits),
-            trouble or ('' if gpus else 'has lost its GPUs' if values.get('nvidia_smi') == '15'
-                        else 'has an nvidia-smi, but no GPU'))
+        if isinstance(gpu, str):
+            refused.append(gpu)
+        elif gpu.index not in gpus:
+            gpus[gpu.index], limit = share_gpu(gpu, processes[gpu.uuid], needs, ours,
+                                               first_free_mb.get(gpu.index, gpu.memory_mb))
+            limits.append(limit)
+    trouble = '; '.join(dict.fromkeys(refused))
+    if not gpus and not trouble:
+        trouble = ('has lost its GPUs' if values.get('nvidia_smi') == '15' else
+                   'has an nvidia-smi, but no GPU')
+    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), trouble
+
+
+def share_gpu(gpu, processes, needs, ours, first_free_mb):
+    """Return (the Gpu as it is for this batch, its limits for all batches as text).
+
+    gpu: as nvidia-smi tells of it; processes: those on it, as gpu_processes has them
+    """
+    here = [need for need in needs if gpu.index in need.gpus]
+    mine = [need.gpus[gpu.index] for need in here if need.key in ours]
+    theirs = [need.gpus[gpu.index] for need in here if need.key not in ours]
+    if processes:
+        used, asked = collections.Counter(), collections.Counter()      # key of a Need -> MB
+        for mb, _, key in processes:
+            used[key] += mb
+        for need in here:
+            asked[need.key or 'other'] += need.gpus[gpu.index][0]
+        taken_mb = sum(min(used[key], mb) for key, mb in asked.items())
+    else:
+        # In a container nvidia-smi names no process.  Our jobs are taken to have what is no longer
+        # free since we came, up to what they were promised.
+        taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
+    foreign = [user for _, user, key in processes if key not in ours]
+    all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
+    busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
+    limit = f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}'
+    return gpu._replace(
+        memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
+        utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
+        others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
+        reserved=any(alone for *_, alone in theirs)), limit
+
+
+def only_listed(gpus, listed, trouble):
+    """Return (those of the Gpus that the machine's file lists, why one of these is missing)."""
+    found = tuple(gpu for gpu in gpus if gpu.index in listed)
+    trouble = '' if len(found) == len(listed) else trouble
+    return found, trouble or ('' if found else 'has none of the GPUs that its file lists')
 
 
 def gpu_processes(facts):
-    """Return {GPU's uuid: [(MB, whose it is, key of its job or other)]} of the facts of a probe.
+    """Return {GPU's uuid: [(MB, owner, key of its Need)]} of the processes among the facts.
 
-    MB is 0 where nvidia-smi does not tell.  The key is '' where no batch claims the process.
+    MB is 0 where nvidia-smi does not tell.  The key is 'other' for a job of another project, and
+    '' for a process of no batch.
     """
     found = collections.defaultdict(list)
     for key, line in facts:
@@ -1765,25 +1799,22 @@ def gpu_trouble(values):
 def parse_gpu(line, extended, memory_mb, listed):
     """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
 
-    extended: the line has compute and MIG mode, too; listed: the indices that the machine's file
-    names, so that the user vouches for what nvidia-smi does not tell of them.
+    extended: the line has compute and MIG mode, too
+    listed: the indices in the machine's file, whose user vouches for what nvidia-smi does not tell
     """
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
             fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
-        lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
-        return (f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
-                if lost else 'has GPUs of which nvidia-smi tells nothing that can be read')
+        return explain_gpu_line(line)
     index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
-    mode, mig = (fields[5:7] if extended else ('', ''))
+    mode, mig = fields[5:7] if extended else ('', '')
     if mig == 'Enabled':
         return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
     if mode == 'Prohibited':
         return f'has GPU {index} in compute mode Prohibited'
     if 'lost' in ' '.join(fields[2:5]):
         return f'has lost GPU {index} (nvidia-smi: {printable(fields[2])[:100]})'
-    total, free, used = (int(field) if field.isascii() and field.isdigit() and len(field) < 12
-                         else None for field in fields[2:5])
+    total, free, used = map(number_or_none, fields[2:5])
     unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
     if unified:
         total, free = memory_mb, memory_mb          # as on GB10 and Jetson
@@ -1792,11 +1823,24 @@ def parse_gpu(line, extended, memory_mb, listed):
     if used is None and index not in listed:
         return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
                 f'"gpus: [{index}]" in its file vouches for it')
-    used = 0 if used is None else used
+    used = used or 0
     if free > total or used > 100:
         return f'has GPU {index}, of which nvidia-smi tells what cannot be'
     return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
                unified=unified)
+
+
+def number_or_none(text):
+    """Return the number that a field of nvidia-smi is, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+
+def explain_gpu_line(line):
+    """Return which GPUs cannot be used, of a line of nvidia-smi that describes none."""
+    lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
+    if lost:
+        return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
+    return 'has GPUs of which nvidia-smi tells nothing that can be read'
 
 
 # ---- Files to send: a walk with rsync's rules ----

@@ -980,15 +980,15 @@ def test_where_no_process_is_listed_what_went_since_we_came_is_ours():
     f'{"9" * 16} 2 job.1 1000 100 0', '1 2 job.1 1000 9999999999 0', '1 2 job.1 1000 100 0 ',
     '1 2 job.1 1000 100 0\n'])
 def test_what_is_no_claim_claims_nothing(text):
-    assert ssh_scheduler.read_claims([('claim', text), ('other', '1 2 job.1 1000 100 0')]) == []
+    assert ssh_scheduler.read_needs([('claim', text), ('other', '1 2 job.1 1000 100 0')]) == []
 
 
 def test_a_claim_is_read():
-    assert ssh_scheduler.read_claims([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
-                                      claim(key='-')]) == [
-        ssh_scheduler.Claim('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
-                            5, 70),
-        ssh_scheduler.Claim('', 1.0, 1000, False, {}, 0, 0)]
+    assert ssh_scheduler.read_needs([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
+                                     claim(key='-')]) == [
+        ssh_scheduler.Need('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
+                           5, 70),
+        ssh_scheduler.Need('', 1.0, 1000, False, {}, 0, 0)]
 
 
 # ---- Any facts ----
@@ -1033,7 +1033,7 @@ def check_a_capacity(facts, machine, ours, before, ended_ticks):
     assert 0 <= capacity.cores <= capacity.total_cores <= float(number_in(said.get('cores', '')))
     assert 0 <= capacity.memory_mb <= capacity.total_memory_mb
     assert capacity.total_memory_mb * 1024 <= number_in(said.get('MemTotal', ''))
-    claims = ssh_scheduler.read_claims(facts)
+    claims = ssh_scheduler.read_needs(facts)
     mine = [one for one in claims if one.key in ours]
     taken_kb = 1024 * sum(min(one.used_mb, one.memory_mb) for one in mine)
     assert capacity.memory_mb * 1024 <= number_in(said.get('MemAvailable', '')) + taken_kb
@@ -1135,7 +1135,7 @@ def test_what_machines_said_is_understood(name, expected):
 
 def test_jobs_of_this_batch_on_a_shared_gpu_are_counted_once():
     facts = recorded(Path(__file__).with_name('fixtures') / 'h200_shared.probe')
-    ours = {claim.key for claim in ssh_scheduler.read_claims(facts)}
+    ours = {claim.key for claim in ssh_scheduler.read_needs(facts)}
     capacity = ssh_scheduler.parse_probe(facts, LAB, ours)
     (gpu,) = capacity.gpus
     assert (gpu.memory_mb, gpu.utilization) == (129306 + 3 * 4610, 0)
