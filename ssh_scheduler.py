@@ -1850,18 +1850,21 @@ FILTER_FILE = '.rsync-filter'
 
 
 class Rule(NamedTuple):
-    """One exclude (or include) rule of rsync's; `base` is '' or 'folder/' whose file has it."""
+    """One exclude (or include) rule of rsync's.
+
+    base: '', or 'folder/' of the folder whose filter file has the rule
+    """
     include: bool
     folders_only: bool
-    elements: int                   # how many of the path's last names it is about; 0: all
-    below_base: bool                # all are counted from the base, else from the current folder
-    slash_before: bool              # so that **/a is about a too
-    slash_behind: bool              # and a/*** about the folder a
+    elements: int                   # how many of the path's last names it compares; 0: all
+    below_base: bool                # names are counted from the base, else from the current folder
+    slash_before: bool              # so that **/a matches a, too
+    slash_behind: bool              # so that a/*** matches the folder a
     matches: object                 # a compiled pattern, of bytes as characters
     base: str
 
     def applies(self, path, is_folder):
-        """Tell whether the rule is about this path (bytes_as_text), from the current folder."""
+        """Tell whether the rule matches this path (bytes_as_text), from the current folder."""
         if self.folders_only and not is_folder or not path.startswith(self.base):
             return False
         path = path[len(self.base):] if self.below_base else path
@@ -1958,9 +1961,9 @@ FILTER_WORDS = {'exclude': '-', 'include': '+', 'hide': 'H', 'show': 'S', 'prote
 
 
 def read_filter_file(folder, path):
-    """Return (rules, cleared) of a folder's .rsync-filter; [] where it has none.
+    """Return (the Rules of a folder's .rsync-filter, whether it clears those of folders above).
 
-    path: the folder relative to the current one, '' for that itself.
+    path: the folder relative to the current one, '' for that itself
     """
     name = os.path.join(folder, FILTER_FILE)
     try:
@@ -1974,17 +1977,27 @@ def read_filter_file(folder, path):
     for number, line in enumerate(lines, 1):
         if not line.strip() or line[0] in '#;':
             continue
-        word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
-        kind = word and FILTER_WORDS.get(word[1], word[1])
-        if not word or kind not in '-+HSPR!' or (
-                line != word[1] if kind == '!' else not word[3]):
+        rule = parse_filter_line(line)
+        if rule is None:
             raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
                              'hide, show, protect, risk and clear rules are understood here.')
+        kind, modifiers, pattern = rule
+        only_receiver = 'r' in modifiers and 's' not in modifiers
         if kind == '!':
             rules, cleared = [], True
-        elif kind in '-+HS' and not ('r' in word[2] and 's' not in word[2]):    # r: the receiver's
-            rules.append(compile_rule(word[3], kind in '+S', base))
+        elif kind in '-+HS' and not only_receiver:      # P and R are the receiver's, too
+            rules.append(compile_rule(pattern, kind in '+S', base))
     return rules, cleared
+
+
+def parse_filter_line(line):
+    """Return (a sign of FILTER_WORDS, its modifiers, pattern) of a rule; None if it is no rule."""
+    match = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
+    kind = match and FILTER_WORDS.get(match[1], match[1])
+    if not match or kind not in '-+HSPR!':
+        return None
+    complete = line == match[1] if kind == '!' else match[3]
+    return (kind, match[2], match[3]) if complete else None
 
 
 class Entry(NamedTuple):
@@ -1998,19 +2011,90 @@ class Entry(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What is sent: entries in an order in which each folder comes before what it holds."""
+    """The files to send: entries in an order in which each folder comes before what it holds."""
     entries: tuple
-    left_out: tuple                 # why some were not sent, in words
+    left_out: tuple                 # why some are not sent, in words
 
     @property
     def files(self):
-        """How many files and links there are."""
+        """The number of files and links."""
         return sum(1 for entry in self.entries if entry.kind != 'd')
 
     @property
     def size(self):
-        """Their bytes."""
+        """The bytes of all files."""
         return sum(entry.size for entry in self.entries)
+
+
+class Walk:
+    """A walk through the files to send: it collects Entries, and why others are left out."""
+
+    def __init__(self, exclude, option):
+        self.entries = {}               # path -> Entry
+        self.left_out = set()           # in words
+        self._option = option           # for messages: who named the paths
+        self._exclude = [compile_rule(pattern) for pattern in exclude]
+        self._rules = {}                # folder -> the rules that hold inside it
+
+    def add(self, path):
+        """Add the path, the folders that lead to it, and what it holds; '' is the current folder.
+        """
+        parts = path.split('/')
+        for count in range(1, len(parts)):
+            parent = '/'.join(parts[:count])
+            self._note(parent, os.stat(parent), 'd')
+        stack = [path]
+        while stack:
+            path = stack.pop()
+            info = os.lstat(path or '.')
+            kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(
+                stat.S_IFMT(info.st_mode))
+            if path and not self._wanted(path, kind == 'd'):
+                continue
+            if kind is None:
+                self.left_out.add('sockets, fifos and devices')
+                continue
+            self._check_readable(path, kind)
+            if path:
+                self._note(path, info, kind)
+            if kind == 'd':
+                names = os.listdir(path or '.')
+                stack += [os.path.join(path, name) for name in sorted(names, reverse=True)]
+
+    def _note(self, path, info, kind):
+        target = os.readlink(path) if kind == 'l' else ''
+        self.entries[path] = Entry(path, kind, info.st_size if kind == 'f' else 0,
+                                   info.st_mtime_ns, stat.S_IMODE(info.st_mode), target)
+
+    def _check_readable(self, path, kind):
+        if kind == 'f' and not os.access(path, os.R_OK):
+            raise FilesError(f'{self._option}: {path} may not be read. Leave it out with '
+                             '--exclude.')
+        if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
+            raise FilesError(f'{self._option}: the folder {path or "."} may not be read. Leave it '
+                             'out with --exclude.')
+
+    def _wanted(self, path, is_folder):
+        """Tell whether the path is to be sent; note why not."""
+        folder, _, name = path.rpartition('/')
+        if name in NEVER_SENT:
+            if path != 'job_results':       # that of this folder is ours, and always there
+                self.left_out.add(name)
+            return False
+        text = bytes_as_text(path)
+        for rule in [*self._exclude, *self._rules_inside(folder)]:
+            if rule.applies(text, is_folder):
+                if not rule.include:
+                    self.left_out.add('what the exclude rules say')
+                return rule.include
+        return True
+
+    def _rules_inside(self, folder):
+        if folder not in self._rules:
+            inherited = self._rules_inside(os.path.dirname(folder)) if folder else []
+            own, cleared = read_filter_file(folder or '.', folder)
+            self._rules[folder] = own if cleared else own + inherited
+        return self._rules[folder]
 
 
 def scan_tree(paths, exclude, option='--copy-forwards'):
@@ -2019,82 +2103,28 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
     First .git and job_results are left out, then what `exclude` says, then what each folder's
     .rsync-filter does, nearest folder first; in each the first rule that applies decides.
     """
-    entries, skipped = {}, collections.Counter()
-    fixed = [compile_rule(pattern) for pattern in exclude]
-    chains = {}
-
-    def rules_of(path):
-        """Return the rules that hold inside the folder `path`."""
-        if path not in chains:
-            inherited = rules_of(os.path.dirname(path)) if path else []
-            own, cleared = read_filter_file(path or '.', path)
-            chains[path] = own if cleared else own + inherited
-        return chains[path]
-
-    def wanted(path, is_folder):
-        if path.rpartition('/')[2] in NEVER_SENT:
-            if path != 'job_results':       # that one is ours, and always there
-                skipped[path.rpartition('/')[2]] += 1
-            return False
-        text = bytes_as_text(path)
-        for rule in [*fixed, *rules_of(os.path.dirname(path))]:
-            if rule.applies(text, is_folder):
-                skipped['what the exclude rules say'] += not rule.include
-                return rule.include
-        return True
-
-    def add(path, info, kind):
-        target = os.readlink(path) if kind == 'l' else ''
-        entries[path] = Entry(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
-                              stat.S_IMODE(info.st_mode), target)
-
-    def visit(path):
-        stack = [path]
-        while stack:
-            path = stack.pop()
-            info = os.lstat(path or '.')
-            kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(
-                stat.S_IFMT(info.st_mode))
-            if path and not wanted(path, kind == 'd'):
-                continue
-            if kind is None:
-                skipped['sockets, fifos and devices'] += 1
-                continue
-            if kind == 'f' and not os.access(path, os.R_OK):
-                raise FilesError(f'{option}: {path} may not be read. Leave it out with --exclude.')
-            if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
-                raise FilesError(f'{option}: the folder {path or "."} may not be read. Leave it '
-                                 'out with --exclude.')
-            if path:
-                add(path, info, kind)
-            if kind == 'd':
-                names = os.listdir(path or '.')
-                stack += [os.path.join(path, name) for name in sorted(names, reverse=True)]
-
+    walk = Walk(exclude, option)
     for path in paths:
         check_named(path, option)
-        path = '' if path == '.' else path
-        parts = path.split('/')
         try:
-            for count in range(1, len(parts)):
-                parent = '/'.join(parts[:count])
-                add(parent, os.stat(parent), 'd')
-            visit(path)
+            walk.add('' if path == '.' else path)
         except OSError as error:
-            raise FilesError(f'{option} {path or "."}: {error.filename} cannot be read: '
+            raise FilesError(f'{option} {path}: {error.filename} cannot be read: '
                              f'{reason_of(error)}.') from None
-    return Tree(tuple(entries.values()), tuple(sorted(skipped)))
+    return Tree(tuple(walk.entries.values()), tuple(sorted(walk.left_out)))
 
 
+# A Manifest reads contents while logins are under way, and no more than it has time for then: of
+# files up to CONTENT_BYTES, the CONTENTS smallest of them, CONTENTS_BYTES in all.
 CONTENT_BYTES, CONTENTS, CONTENTS_BYTES = 64 * 1024, 5000, 32 * 2**20
 
 
 class Manifest:
-    """Which files a job was given: what is compared when a batch is continued later.
+    """The files that a job was given, to be compared when a batch is continued later.
 
-    files: {path: [mode, size, time of change in ns, digest of the content or '']}; of large files,
-    and beyond the CONTENTS smallest, the content is not read.  digest: 16 hex digits of all that,
-    without the times of those that have a digest.
+    files: {path: [mode, size, time of change in ns, digest of the content or '']}; files without a
+    digest of their content are told apart by size and time
+    digest: 16 hex digits of all that, without the times of files that have a digest
     """
 
     def __init__(self, files):
@@ -2106,7 +2136,7 @@ class Manifest:
 
     @classmethod
     def of(cls, *trees):
-        """Return the Manifest of what these Trees send."""
+        """Return the Manifest of the files of these Trees."""
         import hashlib
         entries = [entry for tree in trees for entry in tree.entries if entry.kind != 'd']
         read, total = {}, 0
@@ -2114,7 +2144,7 @@ class Manifest:
             total += entry.size
             if entry.size > CONTENT_BYTES or total > CONTENTS_BYTES:
                 break
-            with contextlib.suppress(OSError):          # it is gone; sending it tells so
+            with contextlib.suppress(OSError):          # a file that is gone fails when it is sent
                 content = os.fsencode(entry.target) if entry.kind == 'l' else None
                 if content is None:
                     with open(entry.path, 'rb') as file:
@@ -2124,7 +2154,7 @@ class Manifest:
                     for entry in entries})
 
     def changed(self, older):
-        """Return the paths that are not as they are in an older Manifest, sorted."""
+        """Return the paths that differ from an older Manifest, sorted."""
         def differ(path):
             one, other = self.files.get(path), older.files.get(path)
             if not (one and other) or one[:2] != other[:2]:
@@ -2138,15 +2168,18 @@ SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/'
 
 
 def is_as_seen(entry):
-    """Tell whether what an Entry describes is as it was when it was looked at."""
-    with contextlib.suppress(OSError):
+    """Tell whether the file, folder or link of an Entry is as it was when the Entry was made."""
+    try:
         info = os.lstat(entry.path)
-        return info.st_mtime_ns == entry.mtime_ns and stat.S_IMODE(info.st_mode) == entry.mode and (
-            entry.kind != 'f' or info.st_size == entry.size)
+    except OSError:
+        return False
+    same_size = entry.kind != 'f' or info.st_size == entry.size
+    return (same_size and info.st_mtime_ns == entry.mtime_ns
+            and stat.S_IMODE(info.st_mode) == entry.mode)
 
 
 def present(entries):
-    """Yield the Entries of what is still there, with the size, time and mode of files now."""
+    """Yield the Entries whose paths still exist, with the size, time and mode of files now."""
     for entry in entries:
         with contextlib.suppress(OSError):
             info = os.lstat(entry.path)
@@ -2158,46 +2191,49 @@ def lost_links(copy, link, linked):
     """Return the paths of the links in these Trees that lead somewhere here, and not on a machine.
 
     linked: the paths of --link-forwards, which are links from the one Tree into the other there.
-    What they lead to is not sent, or its path is that of this computer; each machine has its own
-    SYSTEM_FOLDERS.
+    A link is lost if its target is not sent, or is a path of this computer; each machine has its
+    own SYSTEM_FOLDERS.
     """
-    known = {}                          # path on the machine -> None, or where the link there leads
+    # Path on the machine -> None, or the target of the link there; a tuple is from the top.
+    targets = {}
     for part, tree in (('copy', copy), ('link', link)):
         for entry in tree.entries:
-            known[f'{part}/{entry.path}'] = entry.target if entry.kind == 'l' else None
+            targets[f'{part}/{entry.path}'] = entry.target if entry.kind == 'l' else None
     for path in linked:
         parts = path.split('/')
-        known.update((f'copy/{"/".join(parts[:count])}', None) for count in range(1, len(parts)))
-        known[f'copy/{path}'] = ('link', *parts)
-
-    def arrives(path):
-        (place, *rest), jumps = path.split('/'), 0
-        place, rest = [place], rest[::-1]
-        while rest:
-            name = rest.pop()
-            if name == '..' and len(place) == 1:
-                return False            # out of all that was sent
-            if name == '..':
-                place.pop()
-            if name in ('', '.', '..'):
-                continue
-            here, jumps = '/'.join([*place, name]), jumps + 1
-            if here not in known or jumps > 10000:
-                return False
-            target = known[here]
-            if target is None:
-                place.append(name)
-            elif isinstance(target, tuple):
-                place, rest = ['link'], rest + [*reversed(target[1:])]
-            elif target.startswith('/'):
-                return target.startswith(SYSTEM_FOLDERS)
-            else:
-                rest += reversed(target.split('/'))
-        return True
-
+        targets.update((f'copy/{"/".join(parts[:count])}', None) for count in range(1, len(parts)))
+        targets[f'copy/{path}'] = ('link', *parts)
     return [entry.path for part, tree in (('copy', copy), ('link', link)) for entry in tree.entries
             if entry.kind == 'l' and os.path.exists(entry.path)
-            and not arrives(f'{part}/{entry.path}')]
+            and not arrives(f'{part}/{entry.path}', targets)]
+
+
+def arrives(path, targets):
+    """Tell whether a path on the machine leads to something there.  targets: see lost_links."""
+    top, *names = path.split('/')
+    place, names = [top], names[::-1]       # the folder that was reached, and the names to come
+    steps = 0
+    while names:
+        name = names.pop()
+        if name == '..' and len(place) == 1:
+            return False                    # out of all that was sent
+        if name == '..':
+            place.pop()
+        if name in ('', '.', '..'):
+            continue
+        here, steps = '/'.join([*place, name]), steps + 1
+        if here not in targets or steps > 10000:
+            return False
+        target = targets[here]
+        if target is None:
+            place.append(name)
+        elif isinstance(target, tuple):
+            place, names = ['link'], names + [*reversed(target[1:])]
+        elif target.startswith('/'):
+            return target.startswith(SYSTEM_FOLDERS)
+        else:
+            names += reversed(target.split('/'))
+    return True
 
 
 def check_named(path, option):
@@ -2219,7 +2255,7 @@ def check_named(path, option):
 
 
 def check_forwards(forwards):
-    """The same for all paths of the Forwards."""
+    """Raise unless all paths of the Forwards exist and lie in the current folder."""
     for path in forwards.copy:
         check_named(path, '--copy-forwards')
     for path in forwards.link:
@@ -2268,7 +2304,7 @@ def padded_file(file, size):
 
 
 def mtime_ns(member):
-    """Return the time of change of a member of an archive; tarfile itself has it as a float."""
+    """Return the time of change of an archive's member in ns; tarfile itself has it as a float."""
     text = member.pax_headers.get('mtime', '')
     match = re.fullmatch(r'(-?)([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?', text)
     if not match:
@@ -2280,7 +2316,7 @@ def mtime_ns(member):
 def make_parents(folder, names):
     """Return the folder with these names below `folder`, made as needed; None if one is no folder.
 
-    Each is looked at by itself: os.makedirs would go through a link, and out of the folder.
+    Each is checked by itself: os.makedirs would go through a link, and out of the folder.
     """
     for name in names:
         folder = os.path.join(folder, name)
@@ -2292,47 +2328,63 @@ def make_parents(folder, names):
     return folder
 
 
-def unpack_archive(path, folder):
-    """Extract the tar file at `path` into `folder`, which is empty; return what was refused.
+def target_of(member, folder):
+    """Return the path of an archive's member below `folder`; None if it is refused.
 
-    Only files, folders and links, all inside, and nothing through a link: tarfile's own filter
-    is no boundary (CVE-2025-4517 and its like).
+    The folders that lead to it are made, and itself where it is one.
+    """
+    names = [name for name in member.name.split('/') if name not in ('', '.')]
+    known = member.isreg() or member.isdir() or member.issym()
+    if (not known or '..' in names or member.name.startswith('/')
+            or '\0' in member.name + member.linkname):
+        return None
+    if not names:
+        return folder
+    parent = make_parents(folder, names[:-1])
+    if parent is None or member.isdir() and make_parents(parent, names[-1:]) is None:
+        return None
+    return os.path.join(parent, names[-1])
+
+
+def unpack_file(tar, member, target):
+    """Make the file or link `target`, which is not there yet, of an archive's member."""
+    times = (mtime_ns(member),) * 2
+    if member.issym():
+        os.symlink(member.linkname, target)
+        os.utime(target, ns=times, follow_symlinks=False)
+        return
+    with open(target, 'xb') as out, tar.extractfile(member) as data:
+        while True:
+            piece = data.read(2**20)
+            if not piece:
+                break
+            out.write(piece)
+    os.chmod(target, member.mode & 0o777)
+    os.utime(target, ns=times)
+
+
+def unpack_archive(path, folder):
+    """Extract the tar file at `path` into `folder`, which is empty; return the refused names.
+
+    Only files, folders and links are made, all inside, and nothing through a link: tarfile's own
+    filter is no boundary (CVE-2025-4517 and its like).
     """
     import tarfile
     refused, folders = [], []
     with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
         for member in tar:
-            parts = [part for part in member.name.split('/') if part not in ('', '.')]
-            kinds = member.isreg() or member.isdir() or member.issym()
-            bad = ('..' in parts or member.name.startswith('/') or not kinds
-                   or '\0' in member.name + member.linkname)
-            if not parts and not bad:
-                continue        # the folder itself
-            parent = None if bad else make_parents(folder, parts[:-1])
-            if parent is None or member.isdir() and make_parents(parent, parts[-1:]) is None:
+            target = target_of(member, folder)
+            if target is None:
                 refused.append(member.name)
+            elif target == folder:
                 continue
-            target = os.path.join(parent, parts[-1])
-            times = (mtime_ns(member),) * 2
-            if member.isdir():
-                folders.append((target, member.mode & 0o777, times))
-            elif os.path.lexists(target):
-                continue        # named twice
-            elif member.issym():
-                os.symlink(member.linkname, target)
-                os.utime(target, ns=times, follow_symlinks=False)
-            else:
-                with open(target, 'xb') as out, tar.extractfile(member) as data:
-                    while True:
-                        piece = data.read(2**20)
-                        if not piece:
-                            break
-                        out.write(piece)
-                os.chmod(target, member.mode & 0o777)
-                os.utime(target, ns=times)
-    for target, mode, times in reversed(folders):
-        os.chmod(target, mode)
-        os.utime(target, ns=times)
+            elif member.isdir():
+                folders.append((target, member))
+            elif not os.path.lexists(target):       # else it is named twice
+                unpack_file(tar, member, target)
+    for target, member in reversed(folders):        # last, since files change the time of theirs
+        os.chmod(target, member.mode & 0o777)
+        os.utime(target, ns=(mtime_ns(member),) * 2)
     return refused
 
 
