@@ -2392,11 +2392,11 @@ def unpack_archive(path, folder):
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
-COPY_SILENCE_S = 600                    # an rsync from which nothing comes for so long has failed
-ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login of its own
+COPY_SILENCE_S = 600                    # an rsync that is silent for this time has failed
+ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # a copy has a login of its own
 
-# What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
-# stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
+# This text crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows
+# on stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
 # -p: exported functions, BASH_ENV and SHELLOPTS do not change this bash; -t: nor does TMOUT.
 BOOTSTRAP = 'read -rt 9999 -d ""; eval "$REPLY"'
 BOOTSTRAP_BASH = ('bash', '-pc')
@@ -2418,10 +2418,11 @@ FORCED_SSH_OPTIONS = """\
   ControlPersist no
 """
 
-HOP_LIMIT_S = 15        # for a connection; what comes through a jump host may take that more
-# An ssh before OpenSSH 8.7 does not know these options of that list, and behaves as they ask.
+HOP_LIMIT_S = 15        # for a connection; one through a jump host has more time
+# An ssh before OpenSSH 8.7 does not know these forced options, and behaves as they ask.
 LATER_SSH_OPTIONS = ('SessionType', 'StdinNull', 'ForkAfterAuthentication')
 
+# LogLevel is that of jump hosts; with less than INFO ssh does not tell why it could not go further.
 COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
@@ -2431,22 +2432,32 @@ Host *
   ServerAliveInterval 15
   ServerAliveCountMax 4
   LogLevel INFO
-"""                     # of a jump host; with less ssh does not tell why it could not go further
+"""
 
 
 class Connection:
-    """How one machine is reached: pure text and argument lists."""
+    """The way to one machine: pure text and argument lists.
+
+    A copy (an rsync, a tar, a follower) is a session beside the channel: through its login, or
+    alone, with a login of its own.  It is alone where sshd allows one session a login: a tar
+    through the channel would need a second protocol for the same thing.
+    """
 
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
+        # The whole remote runner is niced, and each copy: so no job costs a process for it.  Jobs
+        # leave others their cores by placement; niceness counts at the moment when others come.
         self._nice = ['nice', '-n', str(nice)] if nice else []
-        self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.jump_path = os.path.join(run_folder, f'{number}.jump')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
     def config(self):
-        """Return the text of the ssh_config.  Of each option ssh takes the first value."""
+        """Return the text of the ssh_config.  ssh takes the first value of each option.
+
+        IgnoreUnknown names the options that an older ssh does not know, and repeats what the files
+        of the user name there, which would come second.
+        """
         machine, hops = self.machine, self.machine.hops
         ignored = [words for path in self.user_configs() for words in ignored_options(path)]
         lines = ['IgnoreUnknown ' + ','.join([*LATER_SSH_OPTIONS, *ignored])]
@@ -2459,14 +2470,14 @@ class Connection:
         if machine.ssh_key_path:
             path = machine.ssh_key_path.replace('%', '%%')
             lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
-        options = ((('ProxyJump', machine.proxy_jump),) if machine.proxy_jump else ()
-                   ) + machine.ssh_options
-        for name, value in options:
+        options = [('ProxyJump', machine.proxy_jump)] if machine.proxy_jump else []
+        for name, value in [*options, *machine.ssh_options]:
             if name.lower() == 'proxyjump' and hops:
                 lines += [f'  ProxyCommand {self._through(hops)}', '  ProxyUseFdpass no']
+            elif name.lower() in UNQUOTED_SSH_OPTIONS:
+                lines.append(f'  {name} {value}')
             else:
-                lines.append(f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
-                             f'  {name} "{value}"')
+                lines.append(f'  {name} "{value}"')
         lines += [f'  ConnectTimeout {HOP_LIMIT_S + 5 * len(hops)}', '  LogLevel ERROR']
         lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
                   f'  ControlPath "{self.socket_path}"', '  LogLevel ERROR',
@@ -2474,13 +2485,17 @@ class Connection:
         return '\n'.join(lines)
 
     def jump_config(self):
-        """Return the text of the ssh_config of jump hosts: nothing in it is the machine's alone."""
+        """Return the text of the ssh_config of jump hosts, which has nothing of the machine's own.
+        """
         return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
             f'"{path}"' for path in self.user_configs()) + '\n'
 
     def _through(self, hops):
-        """Return what ProxyJump does, but with a configuration in which no `Host` is the machine's:
-        a jump host may have its address.  What fails first is to be heard first, hence the times.
+        """Return the ProxyCommand that does what ProxyJump would do.
+
+        With ProxyJump ssh gives a jump host the -F of the machine, and so the machine's `Host`
+        block, which matches the jump host, too, where both have one address.  The first hop times
+        out first, so that its complaint is heard: it says most.
         """
         *before, (user, host, port) = hops
         words = ['ssh', '-F', self.jump_path, '-o',
@@ -2492,28 +2507,24 @@ class Connection:
 
     @staticmethod
     def user_configs():
-        """Return the configurations of the user and of the computer, which go on to hold."""
+        """Return the paths of the configurations of the user and of the computer."""
         return [os.path.expanduser('~/.ssh/config'), '/etc/ssh/ssh_config']
 
     def channel(self):
         """Return the argv of the channel."""
         return self._reach(self.machine.host, '-T')
 
-    def copy(self):
+    def copy(self, alone=False):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
-        if not self._shares:
+        if alone:
             return self._reach(self.machine.host, '-T', *ALONE)
         return self._reach(COPY_ALIAS, '-T')
 
-    def refused(self, complaint):
-        """Tell whether sshd refused a session beside the channel (MaxSessions); from now on a copy
-        has a login of its own."""
-        news = self._shares and 'open refused by peer' in complaint
-        self._shares = self._shares and not news
-        return news
-
     def terminal(self, path):
-        """Return the argv of a bash script there that has our terminal.  path: it is plain."""
+        """Return the argv of a bash script there that has our terminal.
+
+        path: of the script, without characters that a shell would read
+        """
         if not self.machine.host:
             return [*self._nice, 'bash', '-p', path]
         return ['ssh', '-F', self.config_path, '-tt', '-o', 'EscapeChar ~', '--', COPY_ALIAS,
@@ -2525,26 +2536,30 @@ class Connection:
         return ['ssh', '-F', self.config_path, *options, '--', alias,
                 ' '.join(['exec', *self._nice, *BOOTSTRAP_BASH, f"'{BOOTSTRAP}'"])]
 
-    def rsync(self, options, source, target, remote):
+    def rsync(self, options, source, target, remote, alone=False):
         """Return the argv of an rsync; its list of paths comes on stdin, NUL-terminated.
 
-        remote: which of source and target is over there, 'source' or 'target'.
+        remote: the side that is on the machine, 'source' or 'target'
         """
         argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-',
                 f'--timeout={COPY_SILENCE_S}', *options]
         if self.machine.host:
-            alone = [] if self._shares else ALONE
-            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *alone])]
+            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *(ALONE if alone else ())])]
             argv += ['--rsync-path', ' '.join([*self._nice, 'rsync'])] if self._nice else []
-            host = COPY_ALIAS if self._shares else self.machine.host
+            host = self.machine.host if alone else COPY_ALIAS
             host = f'[{host}]' if ':' in host else host
             source = f'{host}:{source}' if remote == 'source' else source
             target = f'{host}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
 
 
+def session_refused(complaint):
+    """Tell whether sshd refused a session beside the channel (MaxSessions).  complaint: stderr."""
+    return 'open refused by peer' in complaint
+
+
 def ignored_options(path, depth=0):
-    """Yield what IgnoreUnknown says in an ssh_config, and in the files that it includes."""
+    """Yield the values of IgnoreUnknown in an ssh_config and in the files that it includes."""
     import glob
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as file:
@@ -2561,9 +2576,9 @@ def ignored_options(path, depth=0):
                     yield from ignored_options(inner, depth + 1)
 
 
-# Someone else's words -> ours, and when to try again: 'again' at once, since it was only too busy,
-# 'later', or 'never', since a second try is no better and may be taken for an attack.  Nothing else
-# is decided by them.
+# (Pattern of ssh's words, when to try again, our sentence).  'again' is at once, since sshd was
+# only too busy; 'never', since a second try is no better and may be taken for an attack.  These
+# words decide nothing else.
 SSH_COMPLAINTS = (
     (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
      'the host key of {at} is not the one that is known, so this may be another machine. Was '
@@ -2620,38 +2635,49 @@ FORCED = ('another command forced on this login, by ForceCommand in sshd_config 
 
 
 def explain_login(machine, status, noise, complaint):
-    """Return why no channel came up, in one sentence without a full stop, and when to try again.
+    """Return (why no channel came up, when to try again); the sentence has no full stop.
 
-    status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
+    status: ssh's exit status; noise: what it wrote on stdout; complaint: its stderr
     """
-    # Where a jump host fails, its ssh tells why; then each ssh behind it, that it was cut off.
+    # Where a jump host fails, its ssh tells why.  Then each ssh behind it says that it was cut off;
+    # these are counted, since messages do not always have names, and names may be equal.
     why, *cuts = CUT_OFF.split(complaint)
     if not any(re.search(pattern, why) for pattern, *_ in SSH_COMPLAINTS):
         why, cuts = complaint, []
-    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
-    hops = [*ways, (machine.username, machine.host, machine.port)]
-    place = max(len(ways) - len(cuts), 0)
-    user, host, port = hops[place]
-    kind = 'jump host' if place < len(ways) else 'host'
-    who = re.search(r'(\S+)@(\S+): Permission denied', why)
-    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
-    if not port:            # then ~/.ssh/config may say more, and ssh knows
-        host, port = where.groups() if where else (who[2] if who else host, '')
-    words = {'user': who[1] if who else user or 'you', 'kind': kind,
-             'at': place_of(f'{kind} {host}'.rstrip() if kind == 'jump host' else host, port),
-             'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+    words = name_hops(machine, why, len(cuts))
     for table, text in ((LOGIN_COMPLAINTS, '' if cuts else noise + complaint),
                         (SSH_COMPLAINTS, why)):
-        for pattern, again, sentence in table:
+        for pattern, retry, template in table:
             match = re.search(pattern, text)
             if match:
-                return sentence.format(*match.groups(''), **words), again
+                return template.format(*match.groups(''), **words), retry
     last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
     said = f', after saying: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
+
+
+def name_hops(machine, why, cuts):
+    """Return {word: text} for the sentences of SSH_COMPLAINTS: they name the hop that failed.
+
+    why: the complaint of its ssh; cuts: how many ssh behind it were cut off
+    """
+    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
+    hops = [*ways, (machine.username, machine.host, machine.port)]
+    place = max(len(ways) - cuts, 0)
+    user, host, port = hops[place]
+    kind = 'jump host' if place < len(ways) else 'host'
+    who = re.search(r'(\S+)@(\S+): Permission denied', why)
+    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
+    if not port and where:              # ~/.ssh/config may say more, and ssh knows
+        host, port = where.groups()
+    elif not port:
+        host, port = who[2] if who else host, ''
+    name = f'{kind} {host}'.rstrip() if kind == 'jump host' else host
+    return {'user': who[1] if who else user or 'you', 'kind': kind, 'at': place_of(name, port),
+            'next': place_of(*hops[min(place + 1, len(ways))][1:])}
 
 
 def place_of(host, port):
@@ -5294,6 +5320,7 @@ class Channel:
         self.home = ''                      # the project's folder over there, when it is known
         self.heard = time.monotonic()       # when something came
         self.rsync_works = False            # at both ends, as far as we know
+        self.alone = False                  # sshd allows one session a login: see Connection
         self._machine, self._session = machine, session
         self._on_event, self._on_end = on_event, on_end
         self._reader = EventReader(self.token)
@@ -5499,7 +5526,7 @@ class Sender:
         tree, part = parts[0]
         answer = bytearray()
 
-        channel = self._channel
+        channel, alone = self._channel, self._channel.alone
 
         def done(status, complaint):
             if channel is not self._channel or channel.gone:
@@ -5512,7 +5539,8 @@ class Sender:
                              f'{last_line(text)}')
             if status in (0, 24) and (stage.by_rsync or confirmed):
                 self._copy_parts(stage, parts[1:])
-            elif self._channel.connection.refused(text):
+            elif session_refused(text) and not alone:
+                channel.alone = True
                 self._copy_parts(stage, parts)
             elif stage.by_rsync and status != 23:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
@@ -5532,10 +5560,10 @@ class Sender:
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
                                                  self.before[-3:] if other.by_rsync)]
             argv = connection.rsync(['-@-1', *(f'--link-dest={base}' for base in bases)],
-                                    '.', f'{target}/', 'target')
+                                    '.', f'{target}/', 'target', alone)
             feed = iter([paths])
         else:
-            argv = connection.copy()
+            argv = connection.copy(alone)
             feed = chain_bytes(bytes(request(REMOTE_UNPACK, self._channel.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
         self._session.processes.start(argv, answer.extend, done, feed=feed,
@@ -5604,10 +5632,10 @@ class Follower:
     def __init__(self, order, channel, session, on_bytes, on_end):
         self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
         self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
-        self._connection = channel.connection
+        self._channel, self._alone = channel, channel.alone
         self._process = session.processes.start(
-            channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
-            on_error=lambda data: self._take('err', data), keep_stdin=True)
+            channel.connection.copy(channel.alone), lambda data: self._take('out', data),
+            self._on_exit, on_error=lambda data: self._take('err', data), keep_stdin=True)
         self._process.write(request(
             REMOTE_FOLLOW, channel.token, f'{channel.home}/jobs/{order.key}',
             order.offsets['out'], order.offsets['err']))
@@ -5625,7 +5653,9 @@ class Follower:
     def _on_exit(self, status, _):
         noise = self._heads['err'].head.decode('utf-8', 'replace')
         self._trace(f'a follower ended with {status}: {last_line(noise)}')
-        self._on_end(self._connection.refused(noise))
+        refused = session_refused(noise) and not self._alone
+        self._channel.alone = self._channel.alone or refused
+        self._on_end(refused)
 
 
 class Fetcher:
@@ -5780,7 +5810,7 @@ class Fetcher:
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
         connection, source = self._channel.connection, f'{self._channel.home}/jobs'
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
-        channel, full = self._channel, False
+        channel, alone, full = self._channel, self._channel.alone, False
 
         def again(by_rsync, may_trust=True):
             self._session.results.discard(incoming)
@@ -5794,7 +5824,8 @@ class Fetcher:
                 self._under_way = False
                 self.fetch_if_due()
                 return
-            if status and not full and channel.connection.refused(text):
+            if status and not full and session_refused(text) and not alone:
+                channel.alone = True
                 again(by_rsync)
                 return
             if status == 1 and trusts:          # an rsync before 3.2.5, which checks less
@@ -5832,10 +5863,10 @@ class Fetcher:
             trusts = bool(confined and may_trust and len(paths) > MANY_NAMES)
             options = [*([] if limit is None else [f'--max-size={limit}']),
                        *(['--trust-sender'] if trusts else [])]
-            argv = connection.rsync(options, f'{source}/', f'{incoming}/', 'source')
+            argv = connection.rsync(options, f'{source}/', f'{incoming}/', 'source', alone)
             feed = iter([listed])
         else:
-            argv = connection.copy()
+            argv = connection.copy(alone)
             feed = iter([bytes(request(REMOTE_PACK, self._channel.token, source)), listed])
         process = self._session.processes.start(
             argv, spool.take if spool else (lambda data: None), done, feed=feed,
@@ -6724,7 +6755,7 @@ class MachineRunner:
                     self._channel.send(request('eof', order.key))
 
         process = self.session.processes.start(
-            self._channel.connection.copy(), lambda data: None, done)
+            self._channel.connection.copy(self._channel.alone), lambda data: None, done)
         process.write(request(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
         self.session.processes.pass_on(source, process)
 

@@ -709,6 +709,11 @@ def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
     assert argv[-3:] == ['--', 'from', f'{ssh_scheduler.COPY_ALIAS}:to']
     assert connection.rsync([], 'from', 'to', 'source')[-2:] == [
         f'{ssh_scheduler.COPY_ALIAS}:from', 'to']
+    alone = ['-o', 'ControlMaster=no', '-o', 'ControlPath=none']
+    assert connection.copy(alone=True) == ['ssh', '-F', config, '-T', *alone, '--', 'lab1', run]
+    argv = connection.rsync([], 'from', 'to', 'target', alone=True)
+    assert argv[argv.index('-e') + 1] == f'ssh -F {config} {" ".join(alone)}'
+    assert argv[-2:] == ['from', 'lab1:to']
 
 
 def test_this_machine_is_reached_by_bash_alone(tmp_path):
