@@ -545,7 +545,7 @@ LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
 
 
 class Machine(NamedTuple):
-    """A machine as its file or name describes it.  host is '' for this one, which needs no ssh."""
+    """A machine as its file or name describes it.  host is '' for localhost, which needs no ssh."""
     name: str                       # as the user wrote it, or `name:` of the file
     host: str = ''
     username: Optional[str] = None
@@ -553,7 +553,7 @@ class Machine(NamedTuple):
     ssh_key_path: Optional[str] = None
     proxy_jump: Optional[str] = None
     ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
-    workdir: str = ''               # where jobs live over there; ~/.ssh_scheduler by default
+    workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
     setup: str = ''                 # bash, run once a connection; jobs have what it exports
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
@@ -650,15 +650,16 @@ class Placement(NamedTuple):
 
 
 class Forwards(NamedTuple):
-    """Which files go along: paths relative to the current folder, patterns as in rsync."""
+    """The files that a job gets: paths relative to the current folder, patterns as in rsync."""
     copy: tuple = ('.',)
     link: tuple = ()
     exclude: tuple = ()
 
 
 class Job(NamedTuple):
-    """One line of a batch.  backwards: None what changed, () nothing, else these paths.
+    """One line of a batch.
 
+    backwards: the paths to bring back; None: all that the job made or changed
     own: the options for files and hardware of a line that is an execute_remote command, as text
     """
     name: str
@@ -671,7 +672,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and the resources that it used: None is unknown, memory the peak seen."""
+    """How a job ended, and the resources that it used; None is unknown, a peak the most seen."""
     name: str
     machine: str
     exit_code: int
@@ -1093,7 +1094,7 @@ def read_forwards(options, base=None):
 
 
 def inside_paths(paths, option):
-    """Return the paths normalised; each must lie inside the current folder, here or over there."""
+    """Return the paths normalised; each must lie inside the current folder."""
     inside = []
     for path in paths:
         normal = os.path.normpath(path)
@@ -1289,7 +1290,7 @@ NO_ROOM = -math.inf
 
 
 def thousandths(value):
-    """Return the value in thousandths, a whole number: sums of these are exact, either way."""
+    """Return the value in thousandths, as a whole number, which adds and subtracts exactly."""
     return round(value * 1000)
 
 
@@ -1369,7 +1370,7 @@ class MachineResources:
             gpu.index for gpu in self._gpus_for(allocation))))
 
     def adopt(self, allocation, gpus):
-        """Take the resources of a job that runs there already, on these GPUs, fit or no fit."""
+        """Take the resources of a job that runs there, on these GPUs, whether they fit or not."""
         self._number += 1
         placement = Placement(self._number, allocation, gpus)
         self._placements[self._number] = placement
@@ -1468,8 +1469,7 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who holds what the allocation lacks, as 'has 2 in use by others, holds 1 of ours'.
-        """
+        """Return who holds what is short, as 'has 2 in use by others, holds 1 of ours'."""
         have, short = self.available, self.short_of(allocation)
         ours = f'holds {self.jobs} of ours'
         if short == 'gpu':
@@ -1631,11 +1631,13 @@ def busy_cores(values, needs, processors, before, ended_ticks):
     if before:
         used, total = now[0] - before.busy, now[1] - before.total
         if total >= FEWEST_TICKS:
-            known = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
-                                      for need in needs if need.key)
-            known += max(sum(need.ticks for need in needs if not need.key)
-                         - before.ticks.get('', 0), 0)
-            return min(max(used - known, 0) / total, 1) * processors
+            # The ticks of batches: /proc tells those of each job and its descendants, and the end
+            # event of a job that ended meanwhile told its own.
+            by_jobs = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
+                                        for need in needs if need.key)
+            by_jobs += max(sum(need.ticks for need in needs if not need.key)
+                           - before.ticks.get('', 0), 0)
+            return min(max(used - by_jobs, 0) / total, 1) * processors
     load = decimal(values.get('load'), math.inf)
     begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     used, total = now[0] - begun[0], now[1] - begun[1]
@@ -1922,7 +1924,7 @@ def wildcards(pattern):
     return ''.join(out)
 
 
-NOTHING = '(?!)'            # what is not a whole pattern matches nothing
+NOTHING = '(?!)'            # an incomplete pattern matches nothing
 CLASSES = {'alpha': 'A-Za-z', 'digit': '0-9', 'alnum': 'A-Za-z0-9', 'upper': 'A-Z', 'lower': 'a-z',
            'space': r' \t-\r', 'xdigit': '0-9A-Fa-f', 'punct': r'!-/:-@\[-`{-~', 'blank': r' \t',
            'cntrl': r'\x00-\x1f\x7f', 'graph': '!-~', 'print': ' -~'}
@@ -1932,7 +1934,7 @@ def bracket(pattern, index):
     """Return (regular expression, next index) of the [...] whose [ stands before `index`."""
     negate = pattern[index:index + 1] in ('!', '^')
     first = index = index + negate
-    out, low = [], ''           # low: what a - would make a range of
+    out, low = [], ''           # low: the character with which a - begins a range
     while index < len(pattern) and (pattern[index] != ']' or index == first):
         char, index = pattern[index], index + 1
         name = re.match(r':([^]]*):\]', pattern[index:]) if char == '[' else None
@@ -2037,8 +2039,7 @@ class Walk:
         self._rules = {}                # folder -> the rules that hold inside it
 
     def add(self, path):
-        """Add the path, the folders that lead to it, and what it holds; '' is the current folder.
-        """
+        """Add the path, the folders that lead to it, and what it holds; '': the current folder."""
         parts = path.split('/')
         for count in range(1, len(parts)):
             parent = '/'.join(parts[:count])
@@ -2130,9 +2131,9 @@ class Manifest:
     def __init__(self, files):
         import hashlib
         self.files = files
-        known = [[path, mode, size, content or ns]
-                 for path, (mode, size, ns, content) in sorted(files.items())]
-        self.digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
+        rows = [[path, mode, size, content or ns]
+                for path, (mode, size, ns, content) in sorted(files.items())]
+        self.digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
     @classmethod
     def of(cls, *trees):
@@ -2262,7 +2263,7 @@ def check_forwards(forwards):
         check_named(path, '--link-forwards')
 
 
-# ---- Archives: tar, where rsync is not at both ends, and for what is small ----
+# ---- Archives: tar, for small trees, and where rsync is not at both ends ----
 
 def archive(placed):
     """Yield a tar archive (POSIX pax) of (name in it, Entry) pairs, in pieces.
@@ -2334,8 +2335,8 @@ def target_of(member, folder):
     The folders that lead to it are made, and itself where it is one.
     """
     names = [name for name in member.name.split('/') if name not in ('', '.')]
-    known = member.isreg() or member.isdir() or member.issym()
-    if (not known or '..' in names or member.name.startswith('/')
+    plain = member.isreg() or member.isdir() or member.issym()
+    if (not plain or '..' in names or member.name.startswith('/')
             or '\0' in member.name + member.linkname):
         return None
     if not names:
@@ -2388,7 +2389,7 @@ def unpack_archive(path, folder):
     return refused
 
 
-# ---- Connection: what is said to ssh and rsync; starts nothing ----
+# ---- Connection: argument lists and configuration of ssh and rsync; starts nothing ----
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
@@ -2439,8 +2440,9 @@ class Connection:
     """The way to one machine: pure text and argument lists.
 
     A copy (an rsync, a tar, a follower) is a session beside the channel: through its login, or
-    alone, with a login of its own.  It is alone where sshd allows one session a login: a tar
+    alone, with a login of its own.  Copies are alone where sshd allows one session a login: a tar
     through the channel would need a second protocol for the same thing.
+    nice: an increment, as nice(1) has it
     """
 
     def __init__(self, machine, run_folder, number, nice=0):
@@ -2485,8 +2487,7 @@ class Connection:
         return '\n'.join(lines)
 
     def jump_config(self):
-        """Return the text of the ssh_config of jump hosts, which has nothing of the machine's own.
-        """
+        """Return the text of the ssh_config of jump hosts: none of it is the machine's own."""
         return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
             f'"{path}"' for path in self.user_configs()) + '\n'
 
@@ -2681,7 +2682,7 @@ def name_hops(machine, why, cuts):
 
 
 def place_of(host, port):
-    """Return how a sentence names the place."""
+    """Return how a sentence names a host and its port."""
     return f'{host} port {port}' if port else host
 
 
