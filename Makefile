@@ -22,10 +22,11 @@ demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
 test: packages  ## run the tests; as root on Debian, install what they need first
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(MADE)  ## lint, and compile on the oldest and the newest Python here
-	$(BIN)/ruff check .
-	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py
-	bash .ci/compile ssh_scheduler.py combine_folders.py
+check: $(MADE)  ## lint, compile on the oldest and the newest Python here, and measure
+	$(BIN)/ruff check . .ci/measure
+	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py .ci/measure
+	bash .ci/compile ssh_scheduler.py combine_folders.py .ci/measure
+	$(BIN)/python .ci/measure ssh_scheduler.py combine_folders.py
 
 soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)

@@ -103,6 +103,12 @@ Files:
                               folder. A dot: all of it. With no path: nothing.
 """
 
+COMMON_OPTIONS = """\
+  --verbose                   Show every command run and every event, on stderr.
+  -h --help                   Show this.
+  --version                   Show the version.
+"""
+
 EXECUTE_BATCH_USAGE = """\
 Run each line of a batch file on one of many machines, where there is room.
 
@@ -138,13 +144,11 @@ Other:
                               show them, collect those that have ended, under free names, or
                               remove them (running ones are stopped).
   --dry-run                   Ask the machines, show what would start where, start nothing.
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong, 2 wrong usage or
 configuration, 130 interrupted.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
+           common=COMMON_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
 Run one command on one machine, show its output, and exit with its exit status.
@@ -181,13 +185,10 @@ once, and CUDA_VISIBLE_DEVICES is not set.
 Other:
   --nice=<number>             Niceness over there, 0 to 19 [default: 0].
   --away-limit=<seconds>      So long contact with the machine is looked for [default: 600].
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: the command's own; 125 if the machine could not be reached, or contact was lost; 2
 wrong usage or configuration, 130 interrupted.
-""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS)
+""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
 
 EXECUTE_TO_USAGE = """\
 Run one command on many machines, on all at the same time.
@@ -217,13 +218,10 @@ Other:
   --fanout=<number>           At most so many machines at a time [default: 64].
   --timeout=<seconds>         So long each machine may take, from login to end.
   --nice=<number>             Niceness over there, 0 to 19 [default: 0].
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage or configuration,
 130 interrupted.
-""".format(machines=MACHINE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
 Show what is free on machines, and who uses their GPUs.
@@ -239,12 +237,9 @@ With one of these given: how many such jobs would fit now.
 Other:
   --watch=<seconds>...        Look again every so many seconds, 5 if no number follows.
   --json                      One JSON object for each machine, a line each.
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
-
+{common}
 Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS)
+""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
 
 OVERVIEW = """\
 Run many commands on a handful of machines that can be reached with ssh.
@@ -259,11 +254,15 @@ that leads to ssh_scheduler.py is that command.
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
 
 
-# ---- Errors: each a sentence, with what to do ----
+# ---- Errors: each a sentence, with what to do; how sentences are written ----
 
 class SchedulerError(Exception):
     """Anything that a user can cause; shown without a traceback."""
     exit_code = 2
+
+
+class HelpAsked(Exception):
+    """The command line asks for help or the version: main prints the text and exits."""
 
 
 class UsageError(SchedulerError):
@@ -271,7 +270,7 @@ class UsageError(SchedulerError):
 
     def __init__(self, text, usage=''):
         super().__init__(text)
-        self.usage = usage              # the text that says how it should be
+        self.usage = usage              # the text that says how to write the command line
 
 
 class MachineFileError(SchedulerError):
@@ -291,32 +290,38 @@ class ResultsError(SchedulerError):
 
 
 class DoesNotFit(SchedulerError):
-    """What was asked for is more than there is."""
+    """A job asks for more than the machine has free."""
 
 
 def nearest(word, known):
     """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
 
-    It may be the beginning of one, have typing errors, or name its parts in another order.
-    --no-x never stands for x, nor the other way round.
+    The word may be the beginning of a known one, have typing errors, or name its parts in another
+    order.
     """
     import difflib
 
     def parts(text):
         return re.findall('[^-_]+', text.lower())
 
+    typed, found = ''.join(parts(word)), {}
+
+    def opposite(other):
+        """Tell whether one of them says no to something: --no-x never stands for x."""
+        if 'no' in parts(other):
+            return not typed.startswith('no')
+        # The word may be a known one that begins with n: noce for nice.
+        return typed.startswith('no') and (parts(word)[0] == 'no' or parts(other)[0][0] != 'n')
+
     def likeness(other):
         for order in itertools.permutations(parts(other)):
             spelled = ''.join(order)
             for beginning in {spelled, spelled[:len(typed)]}:
-                share = difflib.SequenceMatcher(None, typed, beginning).ratio()
-                yield share, list(order) == parts(other), beginning == spelled
+                ratio = difflib.SequenceMatcher(None, typed, beginning).ratio()
+                yield ratio, list(order) == parts(other), beginning == spelled
 
-    typed, found = ''.join(parts(word)), {}
     for other in sorted(known) if typed else ():
-        negates = 'no' in parts(other)
-        if negates == typed.startswith('no') or not negates and parts(word)[0] != 'no' and (
-                parts(other)[0][0] == 'n'):
+        if not opposite(other):
             found.setdefault(max(likeness(other)), []).append(other)
     best = max(found, default=(0,))
     alike = found[best] if best[0] >= 0.7 else []
@@ -340,11 +345,13 @@ def library(name):
 def sentence(text):
     """Return the text with the one mark that ends it: a full stop, unless it has one.
 
-    The end of it may come from elsewhere, with a full stop or without, or be a question or a
-    command to type, behind 'Try: '.
+    The reason at its end may come from elsewhere, with a full stop or without.  A question keeps
+    its mark, and a command to type, which stands last behind 'Try: ', gets none.
     """
     end = text.rstrip('. ')
-    return end if end.endswith(('?', '!')) else text if 'Try: ' in text else f'{end}.'
+    if end.endswith(('?', '!')):
+        return end
+    return text if 'Try: ' in text else f'{end}.'
 
 
 def printable(text):
@@ -360,12 +367,25 @@ def reason_of(error):
     return error.strerror or str(error)
 
 
+def count_of(number, noun):
+    """Return '1 file', '2 files', '3 processes'."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
+
+
+def size_of(size):
+    """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
+    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
+        if size < 1000 or unit == 'TB':
+            return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
+        size /= 1000
+
+
 # ---- Options: argv -> dict; strings die here ----
 
 class Options(dict):
-    """Option or <positional> -> value.  Lists are tuples, or None where they were not given.
+    """Option or <positional> -> value.  A list is a tuple, or None where it was not given.
 
-    given: the names of those that stood on the command line, not only in a default.
+    given: the names of the options that the command line has; the others have their defaults.
     """
     given = frozenset()
 
@@ -405,66 +425,71 @@ def option_kinds(usage):
 
 
 def spell_out(argv, kinds, positionals):
-    """Return argv as docopt reads it: --option=value, one word of a list each, -- and the rest.
+    """Return (argv as docopt reads it, the names of the options in it).
 
+    docopt reads --option=value, with one word of a list each, then -- and the other words.
     A list has all words up to the next option; `--` ends it; one without words is `--option=`.
     Words that are missing at the end are taken back from the last list: `--machines a b batch.sh`.
     """
-    options, words, last_list = [], [], None
-    taking, index = None, 0
-    while index < len(argv):
-        word = argv[index]
-        index += 1
+    options, words = [], []             # options: (name, its values, or None for a flag)
+    unread = collections.deque(argv)
+    values = words                      # where the next word belongs
+    while unread:
+        word = unread.popleft()
         if word == '--':
-            words += argv[index:]
+            words += unread
             break
         if word.startswith('-') and word != '-':
-            name, equals, value = word.partition('=')
-            if name not in kinds:
-                raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
-            taking = None
-            if kinds[name] == 'list':
-                taking = last_list = [name, [value] if value else []]
-                options.append(taking)
-            elif any(name == other for other, _ in options):
-                raise UsageError(f'{name} is there twice.')
-            elif kinds[name] == 'flag':
-                if equals:
-                    raise UsageError(f'{name} takes no value.')
-                options.append([name, None])
-            else:
-                if not equals:
-                    if index == len(argv):
-                        raise UsageError(f'{name} needs a value.')
-                    value = argv[index]
-                    index += 1
-                options.append([name, [value]])
-        elif taking:
-            taking[1].append(word)
+            options.append(read_option(word, unread, kinds, {name for name, _ in options}))
+            name, values = options[-1]
+            values = values if kinds[name] == 'list' else words
         else:
-            words.append(word)
-    if last_list and len(words) < positionals:
-        values = last_list[1]
-        kept = max(len(values) - (positionals - len(words)), 0)
-        words += values[kept:]
-        del values[kept:]
+            values.append(word)
+    lists = [values for name, values in options if kinds[name] == 'list']
+    missing = positionals - len(words)
+    if lists and missing > 0:
+        kept = max(len(lists[-1]) - missing, 0)
+        words += lists[-1][kept:]
+        del lists[-1][kept:]
     spelled = []
     for name, values in options:
         spelled += [name] if values is None else [f'{name}={value}' for value in values or ['']]
     return [*spelled, '--', *words], {name for name, _ in options}
 
 
-def show_help(usage, command, words):
-    """Where the words ask for help or the version, show it and exit."""
-    shown = (usage.rstrip() if {'-h', '--help'} & {*words} else
-             f'{command} {__version__}' if '--version' in words else None)
-    if shown:
-        Reporter().line(shown)
-        raise SystemExit(0)
+def read_option(word, unread, kinds, before):
+    """Return (name, its values, or None for a flag) of an option.
+
+    unread: the words behind it, from which its value is taken; before: the options before it
+    """
+    name, equals, value = word.partition('=')
+    if name not in kinds:
+        raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
+    if kinds[name] == 'list':
+        return name, [value] if value else []
+    if name in before:
+        raise UsageError(f'{name} is there twice.')
+    if kinds[name] == 'flag':
+        if equals:
+            raise UsageError(f'{name} takes no value.')
+        return name, None
+    if not equals:
+        if not unread:
+            raise UsageError(f'{name} needs a value.')
+        value = unread.popleft()
+    return name, [value]
+
+
+def check_for_help(usage, command, words):
+    """Raise HelpAsked if the words ask for help or the version."""
+    if {'-h', '--help'} & {*words}:
+        raise HelpAsked(usage.rstrip())
+    if '--version' in words:
+        raise HelpAsked(f'{command} {__version__}')
 
 
 def read_options(usage, argv, may_help=True):
-    """Parse argv (without the program's name) by the usage text; --help prints it and exits."""
+    """Return the Options of argv (without the program's name) by the usage text."""
     try:
         return parse_options(usage, argv, may_help)
     except UsageError as error:
@@ -473,17 +498,18 @@ def read_options(usage, argv, may_help=True):
 
 
 def parse_options(usage, argv, may_help):
-    """The same; what is wrong is a UsageError."""
+    """Return the Options of argv; a UsageError of it does not have the usage text yet."""
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
     positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
-    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))     # (--this | --that)
+    # Options that stand in the place of a word, as in (<word> | --this) or (--this | --that).
+    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))
     if spell_out(argv, kinds, 0)[1] & instead:
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if may_help:
-        show_help(usage, command, given)
+        check_for_help(usage, command, given)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
@@ -493,6 +519,7 @@ def parse_options(usage, argv, may_help):
     try:
         if not positionals:
             spelled.remove('--')        # docopt takes it for a word
+        # docopt and docopt-ng name these differently: no help, no version, options anywhere.
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
         unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
@@ -511,8 +538,14 @@ def parse_options(usage, argv, may_help):
 
 # ---- Records: frozen ----
 
+USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
+JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
+# Two machines with the same host are different ones where these options differ.
+LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
+
+
 class Machine(NamedTuple):
-    """What a machine's file or name says.  host is '' for this machine, which needs no ssh."""
+    """A machine as its file or name describes it.  host is '' for localhost, which needs no ssh."""
     name: str                       # as the user wrote it, or `name:` of the file
     host: str = ''
     username: Optional[str] = None
@@ -520,16 +553,16 @@ class Machine(NamedTuple):
     ssh_key_path: Optional[str] = None
     proxy_jump: Optional[str] = None
     ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
-    workdir: str = ''               # where jobs live over there; ~/.ssh_scheduler by default
-    setup: str = ''                 # bash, run once a connection; what it exports, jobs have
+    workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
+    setup: str = ''                 # bash, run once a connection; jobs have what it exports
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
-    word: str = ''                  # what find_machine was given, by which it is found again
+    word: str = ''                  # of the command line; find_machine finds the machine by it
 
     @property
     def address(self):
-        """The account, as the journal knows it: user@host:port, and by which way; or localhost."""
+        """The account, as the journal names it: user@host:port and the way there; or localhost."""
         user = f'{self.username}@' if self.username else ''
         port = f':{self.port}' if self.port else ''
         way = f' via {self.proxy_jump}' if self.proxy_jump else ''
@@ -539,16 +572,20 @@ class Machine(NamedTuple):
 
     @property
     def jump(self):
-        """The value of ProxyJump that leads to it, as far as its file says."""
+        """The value of ProxyJump in the machine's file, or ''."""
         return self.proxy_jump or next((value for name, value in self.ssh_options
                                         if name.lower() == 'proxyjump'), '')
 
     @property
     def hops(self):
-        """The jump hosts, the first one first: (user, host, port), each but the host may be ''."""
+        """The jump hosts, the first one first: (user, host, port); user and port may be ''.
+
+        Empty where ssh jumps over none, or has to find out what is wrong with them.
+        """
         matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
-        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:])
-                for match in matches] if all(matches) and self.jump.lower() != 'none' else []
+        if not all(matches) or self.jump.lower() == 'none':
+            return []
+        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:]) for match in matches]
 
 
 class Gpu(NamedTuple):
@@ -559,31 +596,36 @@ class Gpu(NamedTuple):
     total_memory_mb: int = 0
     uuid: str = ''
     name: str = ''
-    others: int = 0                 # processes there that are none of this batch
-    users: tuple = ()               # whose they are
-    claimed: int = 0                # jobs of other batches that were placed there
-    reserved: bool = False          # one of them has it to itself
+    others: int = 0                 # processes on it that are not of this batch
+    users: tuple = ()               # the owners of those
+    batch_jobs: int = 0             # jobs of other batches that were placed on it
+    reserved: bool = False          # one of those jobs has the GPU to itself
     exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
     unified: bool = False           # its memory is the machine's
 
 
 class Capacity(NamedTuple):
-    """What a machine would have free if no job of this batch ran there, and what it has in all."""
+    """A machine's resources: in all, and free if no job of this batch ran there.
+
+    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
+    subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
+    room in the books is room in the latest probe, and nothing is counted twice.
+    """
     cores: float
     memory_mb: int
     gpus: tuple = ()
     total_cores: float = 0.0
     total_memory_mb: int = 0
     max_jobs: Optional[int] = None
-    gpu_trouble: str = ''           # why no GPU is known: '' where they are
-    lost_gpus: str = ''             # why others than these cannot be used
-    claimed: int = 0                # jobs of other batches there
-    reserved: bool = False          # one of them has the machine to itself
+    gpu_trouble: str = ''           # why no GPU is known; '' where any is
+    lost_gpus: str = ''             # why further GPUs cannot be used
+    batch_jobs: int = 0             # jobs of other batches on the machine
+    reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
 
 
 class Allocation(NamedTuple):
-    """What a job asks for."""
+    """The resources that a job asks for."""
     cores: float = 1.0
     memory_mb: int = 2000
     reserve: bool = False           # the machine to itself
@@ -594,7 +636,7 @@ class Allocation(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """What a job got: `gpus` are indices.  A token, to be given back once."""
+    """The resources that a job got, a token to be given back once.  gpus: their indices."""
     number: int
     allocation: Allocation
     gpus: tuple
@@ -608,16 +650,17 @@ class Placement(NamedTuple):
 
 
 class Forwards(NamedTuple):
-    """Which files go along: paths relative to the current folder, patterns as in rsync."""
+    """The files that a job gets: paths relative to the current folder, patterns as in rsync."""
     copy: tuple = ('.',)
     link: tuple = ()
     exclude: tuple = ()
 
 
 class Job(NamedTuple):
-    """One line of a batch.  backwards: None what changed, () nothing, else these paths.
+    """One line of a batch.
 
-    own: what the line itself, an execute_remote command, says of files and hardware, as text
+    backwards: the paths to bring back; None: all that the job made or changed
+    own: the options for files and hardware of a line that is an execute_remote command, as text
     """
     name: str
     command: str
@@ -629,7 +672,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and what it used: None is unknown.  Memory is what was seen at most."""
+    """How a job ended, and the resources that it used; None is unknown, a peak the most seen."""
     name: str
     machine: str
     exit_code: int
@@ -643,67 +686,105 @@ class JobResult(NamedTuple):
 # ---- Machine files ----
 
 MACHINE_FOLDER = '~/.local/var'
-# Of these ssh takes the rest of the line as it stands, quotes included.
+# ssh takes the rest of the line as the value of these options, quotes included.
 UNQUOTED_SSH_OPTIONS = ('proxycommand', 'localcommand', 'remotecommand', 'knownhostscommand',
                         'proxyjump')
-# And by these it may come elsewhere than another machine of the same address.
-LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
 HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|(?=.*:.*:)[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?')
-USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
-JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
 
 
-def machine_keys():
-    """Return {key: (what it must be, test)} of a machine's file."""
-    def text(value):
-        return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
+def is_text(value):
+    """Tell whether the value is text that can cross to a machine."""
+    return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
 
-    def word(value):
-        return text(value) and value and not value.startswith('-') and value.isprintable()
 
-    def count(value):
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_word(value):
+    """Tell whether the value is printable text that no program takes for an option."""
+    return is_text(value) and value and not value.startswith('-') and value.isprintable()
 
-    def scalars(value):
-        return isinstance(value, dict) and all(
-            text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
-            and (isinstance(v, (int, float)) or text(v)) for k, v in value.items())
 
-    def ssh_options(value):
-        return scalars(value) and all(
-            name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
-            and (name.lower() in UNQUOTED_SSH_OPTIONS or not re.search(r'["\\]', str(v)))
-            for name, v in value.items())
+def fits_quotes(value):
+    """Tell whether the value can stand between quotes in an ssh_config, which has no escapes."""
+    return not re.search(r'["\\]', str(value))
 
-    return {
-        'ip': ('a host name or address', lambda v: text(v) and HOST.fullmatch(v)),
-        'username': ('a user name', lambda v: text(v) and USER.fullmatch(v)),
-        'port': ('a number from 1 to 65535', lambda v: count(v) and v <= 65535),
-        'ssh_key_path': ('the path of a private key, without quotes or backslashes',
-                         lambda v: word(v) and not re.search(r'["\\]', v)),
-        'name': ('a name without control characters', word),
-        'proxy_jump': ('[user@]host[:port], or several with commas', lambda v: word(v) and all(
-            JUMP.fullmatch(part) for part in v.split(','))),
-        'ssh_options': ('a mapping of ssh_config(5) options to values', ssh_options),
-        'workdir': ('an absolute path, or one that begins with ~/',
-                    lambda v: word(v) and re.match(r'/|~/|~$', v)),
-        'setup': ('bash commands', text),
-        'env': ('a mapping of variables to values', scalars),
-        'gpus': ('a list of GPU numbers', lambda v: isinstance(v, list) and all(
-            isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in v)),
-        'max_jobs': ('a number of at least 1', count),
-    }
+
+def is_whole_number(value, least=1, most=math.inf):
+    """Tell whether the value is an int (True is one of Python's) within the bounds."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def are_variables(value):
+    """Tell whether the value is a mapping of names of variables to text or numbers."""
+    return isinstance(value, dict) and all(
+        is_text(k) and re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]*', k)
+        and (isinstance(v, (int, float)) or is_text(v)) for k, v in value.items())
+
+
+def are_ssh_options(value):
+    """Tell whether the value is a mapping of ssh_config(5) options that may stand in ours."""
+    return are_variables(value) and all(
+        name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
+        and (name.lower() in UNQUOTED_SSH_OPTIONS or fits_quotes(v)) for name, v in value.items())
+
+
+def are_jumps(value):
+    """Tell whether the value is a list of jump hosts, as ProxyJump has it."""
+    return is_word(value) and all(JUMP.fullmatch(part) for part in value.split(','))
+
+
+def are_gpus(value):
+    """Tell whether the value is a list of indices of GPUs."""
+    return isinstance(value, list) and all(is_whole_number(index, least=0) for index in value)
+
+
+# Key of a machine's file -> (a description of its value for messages, the test of the value).
+MACHINE_KEYS = {
+    'ip': ('a host name or address', lambda v: is_text(v) and HOST.fullmatch(v)),
+    'username': ('a user name', lambda v: is_text(v) and USER.fullmatch(v)),
+    'port': ('a number from 1 to 65535', lambda v: is_whole_number(v, most=65535)),
+    'ssh_key_path': ('the path of a private key, without quotes or backslashes',
+                     lambda v: is_word(v) and fits_quotes(v)),
+    'name': ('a name without control characters', is_word),
+    'proxy_jump': ('[user@]host[:port], or several with commas', are_jumps),
+    'ssh_options': ('a mapping of ssh_config(5) options to values', are_ssh_options),
+    'workdir': ('an absolute path, or one that begins with ~/',
+                lambda v: is_word(v) and re.match(r'/|~/|~$', v)),
+    'setup': ('bash commands', is_text),
+    'env': ('a mapping of variables to values', are_variables),
+    'gpus': ('a list of GPU numbers', are_gpus),
+    'max_jobs': ('a number of at least 1', is_whole_number),
+}
 
 
 def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
+    yaml = library('yaml')
+    loader, node = parse_yaml(path)
+    if not isinstance(node, yaml.MappingNode):
+        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
+    values = {}
+    for key_node, value_node in node.value:
+        key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
+        if not isinstance(key, str):
+            raise MachineFileError(f'{where}: a key must be a word.')
+        if key not in MACHINE_KEYS:
+            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, MACHINE_KEYS)}.')
+        if key in values:
+            raise MachineFileError(f'{where}: {key} is there twice.')
+        values[key] = read_machine_value(loader, key, value_node, where)
+    if 'ip' not in values:
+        raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
+    return machine_from(values, name, path)
+
+
+def parse_yaml(path):
+    """Return (loader, root node) of a YAML file; nodes know their lines."""
     yaml = library('yaml')
     try:
         with open(path, 'rb') as file:
             data = file.read()
         text = data.decode()
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
+        return loader, loader.get_single_node()
     except OSError as error:
         raise MachineFileError(f'{path}: cannot be read: {reason_of(error)}.') from None
     except UnicodeDecodeError as error:
@@ -719,32 +800,22 @@ def read_machine_file(path, name):
         raise MachineFileError(f'{path}: this is nested too deeply.') from None
     except (ValueError, OverflowError):     # of chr(), for "\UFFFFFFFF"
         raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
-    if not isinstance(node, yaml.MappingNode):
-        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
-    known, values = machine_keys(), {}
-    for key_node, value_node in node.value:
-        key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
-        if not isinstance(key, str):
-            raise MachineFileError(f'{where}: a key must be a word.')
-        if key not in known:
-            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, known)}.')
-        if key in values:
-            raise MachineFileError(f'{where}: {key} is there twice.')
-        try:
-            value = loader.construct_object(value_node, deep=True)
-        except yaml.YAMLError as error:
-            raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
-        except Exception:       # yaml itself fails at, say, 2020-13-32 or !!int x
-            raise MachineFileError(f'{where}: {key}: its value is not YAML.') from None
-        expected, fits = known[key]
-        if not fits(value):
-            raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
-        if isinstance(value, dict):     # as it was written: 010 and 1.10 are no numbers here
-            value = {name.value: text.value for name, text in value_node.value}
-        values[key] = value
-    if 'ip' not in values:
-        raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
-    return machine_from(values, name, path)
+
+
+def read_machine_value(loader, key, node, where):
+    """Return the checked value of a key.  where: the file and the line, for messages."""
+    try:
+        value = loader.construct_object(node, deep=True)
+    except library('yaml').YAMLError as error:
+        raise MachineFileError(f'{where}: {key}: {error.problem}.') from None
+    except Exception:       # yaml itself fails at, say, 2020-13-32 or !!int x
+        raise MachineFileError(f'{where}: {key}: its value is not YAML.') from None
+    expected, fits = MACHINE_KEYS[key]
+    if not fits(value):
+        raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
+    if isinstance(value, dict):     # as text, since the file may say 010 or 1.10
+        return {name.value: text.value for name, text in node.value}
+    return value
 
 
 def explain_yaml(error, text):
@@ -761,16 +832,18 @@ def explain_yaml(error, text):
                 scalars.append(token.start_mark)
     unended = error.context_mark and re.match('while (scanning|parsing a flow)', error.context)
     begins = error.context_mark if unended else scalars[-1] if scalars else mark
-    before, line = (re.split(r'[\r\n\x85\u2028\u2029]', part)[end]
-                    for part, end in ((text[:begins.index], -1), (text[begins.index:], 0)))
+    line_break = r'[\r\n\x85\u2028\u2029]'
+    before = re.split(line_break, text[:begins.index])[-1]
+    line = re.split(line_break, text[begins.index:])[0]
     line = re.split(r'\s#', line)[0].rstrip()
-    if not before.strip() and not re.search(r':(\s|$)|^[\[{]', line):    # a key, had it a colon
+    is_key = not before.strip() and not re.search(r':(\s|$)|^[\[{]', line)     # but for a colon
+    if is_key:
         return begins.line + 1, f'this is not "key: value": {line!r:.200}'
     return (begins if unended else mark).line + 1, what
 
 
 def machine_from(values, name, path):
-    """Return the Machine of checked file values; its key file is checked too."""
+    """Return the Machine that a file's checked values describe; check its key file."""
     key_path = values.get('ssh_key_path')
     if key_path is not None:
         key_path = os.path.expanduser(key_path)
@@ -785,7 +858,10 @@ def machine_from(values, name, path):
 
 
 def check_key(key_path, path):
-    """Raise if ssh could not use this private key without asking; ssh itself says less clearly."""
+    """Raise if ssh could not use this private key without a question; ssh's words are less clear.
+
+    path: the machine's file
+    """
     where = f'{path}: the key {key_path}'
     try:
         with open(key_path, 'rb') as file:
@@ -827,7 +903,7 @@ def key_has_passphrase(text):
 
 
 def machine_paths(word):
-    """Return where the machine file of this name may be."""
+    """Return the paths at which a machine file of this name may be."""
     folder = os.path.expanduser(MACHINE_FOLDER)
     return [word, f'{word}.yaml', os.path.join(folder, word), os.path.join(folder, f'{word}.yaml')]
 
@@ -845,6 +921,11 @@ def find_machine(word):
             return read_machine_file(path, word)
     if word.endswith(('.yaml', '.yml')) or '/' in word:
         raise MachineFileError(f'there is no machine file {word}, nor {candidates[2]}.')
+    return machine_at(word)
+
+
+def machine_at(word):
+    """Return the Machine that [user@]host[:port] names."""
     user, at, host = word.rpartition('@')
     match = re.fullmatch(r'\[(.+)\](?::([0-9]{1,9}))?|([^:]*)(?::([0-9]{1,9}))?', host)
     host, port = (match[1] or match[3], match[2] or match[4]) if match else (host, None)
@@ -855,7 +936,7 @@ def find_machine(word):
 
 
 def machine_words(words):
-    """Yield the words; for each @file those that stand in it, one a line."""
+    """Yield the words, and in the place of each @file its lines."""
     for word in words:
         if not word.startswith('@'):
             yield word
@@ -878,7 +959,7 @@ HERE_TOO = ' localhost is one.' if LINUX else ''
 
 
 def check_machines(options, positional=None):
-    """Raise unless machines are named; what follows them may have taken the last word."""
+    """Raise unless machines are named.  positional: the word that may be missing instead."""
     if options['--machines'] is None:
         raise UsageError(f'--machines is missing: which machines?{HERE_TOO}')
     if not options['--machines']:
@@ -887,9 +968,11 @@ def check_machines(options, positional=None):
 
 
 def find_machines(words):
-    """Return (the Machines, what is wrong with the files of others); raise where all are wrong.
+    """Return (the Machines, sentences on wrong machine files); raise where all files are wrong.
 
-    A word that names nothing is an error, and so is a machine that is named twice.
+    A machine whose file is wrong is left out, so that the others can work.  A word that names
+    nothing is an error, since a typing error should be seen before hours of work, and so is a
+    machine that is named twice.
     """
     machines, wrong = [], {}
     for word in machine_words(words):
@@ -937,10 +1020,10 @@ def read_batch_text(path, stdin):
 
 
 def split_batch(text):
-    """Yield (number of its first line, command) of each command of a batch file.
+    """Yield (number of the first line, command) of each command of a batch file.
 
     Blank lines and lines that begin with # count, but are no commands.  A backslash at the end of
-    a line continues the command; it stays in it, since bash reads it in the same way.
+    a line continues the command; the command keeps it, since bash reads it in the same way.
     """
     command, first = '', 0
     for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
@@ -959,7 +1042,7 @@ def split_batch(text):
 
 
 def name_of_batch(path):
-    """Return the stem of job names: example/batch.sh -> example_batch.sh, - -> stdin."""
+    """Return how names of jobs begin: example/batch.sh -> example_batch.sh, - -> stdin."""
     if path == '-':
         return 'stdin'
     parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
@@ -969,7 +1052,7 @@ def name_of_batch(path):
 def check_job_name(name, where, most=180):
     """Raise unless the name is a file name that is safe here and on machines.
 
-    most: what a user may give; the program adds to it, as in NAME-2.
+    most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
     """
     if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
@@ -1011,7 +1094,7 @@ def read_forwards(options, base=None):
 
 
 def inside_paths(paths, option):
-    """Return the paths normalised; each must lie inside the current folder, here or over there."""
+    """Return the paths normalised; each must lie inside the current folder."""
     inside = []
     for path in paths:
         normal = os.path.normpath(path)
@@ -1051,13 +1134,15 @@ def read_jobs(path, text, options, warn):
     return jobs
 
 
-# What a line may say that changes what its job computes; memory, for one, does not.
+# Options of a line that change the results of its job.  With its command they identify it in a
+# later run of the batch.  Memory is not among them, nor are the options of the whole batch: more
+# memory for all lines must not run 400 of them again.
 DECISIVE_OPTIONS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
                     '--num-gpus', '--no-gpu-required', '--reserve')
 
 
 def without_continuations(command):
-    """Return the command with continued lines joined, as bash reads them; shlex does not."""
+    """Return the command with continued lines joined as bash joins them; shlex would not."""
     def join(quoted):
         if quoted[0][0] == "'":
             return quoted[0]
@@ -1067,7 +1152,7 @@ def without_continuations(command):
 
 
 def read_partial(job, where, warn):
-    """Return the job with what its line, an execute_remote command, says otherwise."""
+    """Return the job as its line, an execute_remote command, changes it."""
     import shlex
     try:
         words = shlex.split(without_continuations(job.command))
@@ -1091,12 +1176,13 @@ def read_partial(job, where, warn):
 
 
 def read_backwards(options):
-    """Return the paths that a job brings back; None for what it made or changed."""
+    """Return the paths that a job brings back; None for all files that it made or changed."""
     paths = options['--copy-backwards']
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
 
-# Simple commands with plain words: nothing that bash could refuse, so nobody has to ask it.
+# Simple commands with plain words, which bash accepts for certain.  They need no SYNTAX_CHECK, in
+# which each line costs a fork: 0.2 s for 400 lines.
 PLAIN_WORD = r"""(?:[^\s\\"'`$&|;<>(){}[\]!#]|\$\w+|"(?:[^"\\`$]|\$\w+)*"|'[^']*')+"""
 PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|case|esac|in|function|'
                  r'time|coproc)(?![^\s;&|<>]))' + PLAIN_WORD +
@@ -1105,7 +1191,8 @@ PLAIN_LINE = re.compile(
     rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
 
 # Reads commands that end with NUL; prints, also with a NUL, the number of each that bash refuses
-# and why.  Behind set -n nothing is run.  A bash before 4.0, as on macOS, would refuse too much.
+# and why.  Behind set -n nothing is run.  Each command has a subshell of its own, since one could
+# complete another if they were read together.  A bash before 4.0, as on macOS, refuses too much.
 SYNTAX_CHECK = r"""
 ((BASH_VERSINFO[0] >= 4)) || exit
 number=0
@@ -1120,7 +1207,8 @@ def refuse_syntax(path, jobs, said):
     """Raise if bash refuses a command of the jobs.  said: what SYNTAX_CHECK printed (bytes)."""
     complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
     if complaints:
-        why = printable(complaints[0][1].split('\n')[0].rpartition(': line ')[2].partition(': ')[2])
+        first_line = complaints[0][1].split('\n')[0]       # bash: eval: line 2: why
+        why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
         where = lines_of([jobs[int(number)] for number, _ in complaints])
         raise BatchFileError(
             sentence(f'{path}, {where}: bash refuses this: {why}') + ' Each line runs by itself: '
@@ -1128,7 +1216,8 @@ def refuse_syntax(path, jobs, said):
             'with a backslash.')
 
 
-# What changes only the shell that runs it -> whether a machine's `setup` can do the same.
+# (Pattern of commands that change only the shell that runs them, whether `setup` of a machine file
+# can have them instead).
 SETTINGS = (
     (r'(export|source|\.|declare|typeset|unset|eval) .+', True),
     (r'((?:conda|mamba|micromamba|pyenv) (?:activate|deactivate|shell)|(?:spack|ml|module) '
@@ -1139,8 +1228,10 @@ SETTINGS = (
 
 
 def setting_of(command):
-    """Return (what the command begins with, whether `setup` can do it), if all that it does is to
-    change its own shell; else None."""
+    """Return (how the command begins, whether `setup` can have it) if it only changes its shell.
+
+    None for any other command.
+    """
     import shlex
     lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
     lexer.whitespace_split = True
@@ -1156,14 +1247,21 @@ def setting_of(command):
                                  re.sub(r'\s', '_', word))
     except ValueError:
         return None
-    found = [next(((match[1], by_setup) for pattern, by_setup in SETTINGS
-                   if (match := re.fullmatch(pattern, ' '.join(part)))), None)
-             for part in parts if part]
+    found = [match_setting(' '.join(part)) for part in parts if part]
     return found[0] if found and all(found) else None
 
 
+def match_setting(command):
+    """Return (how the command begins, whether `setup` can have it) by SETTINGS, or None."""
+    for pattern, by_setup in SETTINGS:
+        match = re.fullmatch(pattern, command)
+        if match:
+            return match[1], by_setup
+    return None
+
+
 def warn_of_settings(path, jobs, warn):
-    """Warn of lines that do nothing, since each line has a shell of its own: once for each kind."""
+    """Warn, once for each kind, of lines that do nothing since each line has its own shell."""
     kinds = collections.defaultdict(list)
     for job in jobs:
         kinds[setting_of(job.command)].append(job)
@@ -1179,8 +1277,9 @@ def lines_of(jobs):
     numbers = [str(job.line) for job in jobs]
     if len(numbers) > 5:
         numbers[4:] = [f'{len(numbers) - 4} more']
-    return f'line{"s" if len(jobs) > 1 else ""} ' + ' and '.join(
-        filter(None, (', '.join(numbers[:-1]), numbers[-1])))
+    if len(numbers) == 1:
+        return f'line {numbers[0]}'
+    return f'lines {", ".join(numbers[:-1])} and {numbers[-1]}'
 
 
 # ---- Resources: what a machine has left ----
@@ -1191,12 +1290,12 @@ NO_ROOM = -math.inf
 
 
 def thousandths(value):
-    """Return the value in thousandths: what is added in whole numbers is given back exactly."""
+    """Return the value in thousandths, as a whole number, which adds and subtracts exactly."""
     return round(value * 1000)
 
 
 class GpuUse:
-    """What is promised of one GPU: a mutable tally of MachineResources."""
+    """The promises on one GPU: a mutable tally of MachineResources."""
     __slots__ = ('jobs', 'memory_mb', 'time', 'reserved')
 
     def __init__(self):
@@ -1204,30 +1303,30 @@ class GpuUse:
 
 
 class MachineResources:
-    """What is free on one machine; the only owner of that.
+    """The books of one machine: they alone know what is free there, and what is promised.
 
     available_resources: a Capacity, or anything with its fields.
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
     allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
     deallocate(placement)   gives back what allocate gave; each placement once
-    update(available_resources)     there is more or less of it now; what is taken stays taken
+    update(available_resources)     the machine has more or less now; what is taken stays taken
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
     may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
-    a machine on which nothing of ours runs takes one job however busy its processors are.
+    a machine on which none of our jobs runs takes one, however busy its processors are.
     """
 
     def __init__(self, available_resources):
         self._placements = {}
         self._number = 0
-        self._cores = 0                             # thousandths in use
-        self._memory_mb = 0
+        self._cores = 0                             # thousandths that are promised
+        self._memory_mb = 0                         # promised, apart from memory of GPUs
         self._reserved = 0                          # placements that have the machine to themselves
         self._gpus = collections.defaultdict(GpuUse)        # by index
         self.update(available_resources)
 
     def update(self, available_resources):
-        """Take note of what is there now, apart from what is taken here."""
+        """Note the machine's new Capacity; what is taken stays taken."""
         self.available = have = as_record(Capacity, available_resources)._replace(
             gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
         self._total_cores = max(have.total_cores, have.cores)
@@ -1237,13 +1336,14 @@ class MachineResources:
 
     @property
     def jobs(self):
-        """How many placements are out."""
+        """The number of placements that were not given back yet."""
         return len(self._placements)
 
     def score(self, allocation):
-        """Return the share that stays free of what gets scarcest; GPU machines last for others.
+        """Return the share that stays free of the resource that gets scarcest.
 
-        A GPU that somebody else uses, too, is the last choice of all.
+        A machine with GPUs scores less for a job without, so that GPUs last for others.  It scores
+        least of all where the job would get a GPU that somebody else uses, too.
         """
         if self.short_of(allocation):
             return NO_ROOM
@@ -1262,7 +1362,7 @@ class MachineResources:
         return score
 
     def allocate(self, allocation):
-        """Take what the allocation asks for and return the Placement."""
+        """Take the resources of the allocation and return the Placement."""
         why = self.why_not(allocation)
         if why:
             raise DoesNotFit(f'the machine {why}')
@@ -1270,7 +1370,7 @@ class MachineResources:
             gpu.index for gpu in self._gpus_for(allocation))))
 
     def adopt(self, allocation, gpus):
-        """Take it whether it fits or not, with these GPUs: for a job that runs there already."""
+        """Take the resources of a job that runs there, on these GPUs, whether they fit or not."""
         self._number += 1
         placement = Placement(self._number, allocation, gpus)
         self._placements[self._number] = placement
@@ -1278,7 +1378,7 @@ class MachineResources:
         return placement
 
     def deallocate(self, placement):
-        """Give back what allocate gave."""
+        """Give back a placement of allocate or adopt."""
         if self._placements.get(placement.number) != placement:
             raise ValueError(f'{placement} is not allocated here [this is a bug]')
         del self._placements[placement.number]
@@ -1297,11 +1397,11 @@ class MachineResources:
             use.reserved += sign * wanted.reserve_gpu
 
     def short_of(self, allocation):
-        """Return what there is too little of: jobs, machine, memory, cores, gpu; '' if it fits."""
+        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
-        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.claimed)):
+        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.batch_jobs)):
             return 'machine'
         if allocation.memory_mb > have.memory_mb - self._taken_mb():
             return 'memory'
@@ -1313,18 +1413,18 @@ class MachineResources:
         return ''
 
     def _taken_mb(self):
-        """Return how much of the machine's memory is promised, to GPUs that share it, too."""
+        """Return how much memory of the machine is promised, that of unified GPUs included."""
         if not self._unified:
             return self._memory_mb
         return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
 
     def _gpus_for(self, allocation):
-        """Return the GPUs for the allocation, none if there are too few."""
+        """Return the best GPUs for the allocation; none where too few have room."""
         fitting = []
         for gpu in self.available.gpus:
             use = self._gpus[gpu.index]
             alone = allocation.reserve_gpu or gpu.exclusive
-            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.claimed))
+            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.batch_jobs))
                     or (gpu.exclusive and gpu.others)):
                 continue
             left_mb = gpu.memory_mb - use.memory_mb
@@ -1335,7 +1435,7 @@ class MachineResources:
         if len(fitting) < allocation.gpus:
             return []
         chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
-        if self._unified:       # what those promise comes out of the machine's memory
+        if self._unified:       # the memory of those is the machine's
             shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
             if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
                 return []
@@ -1369,7 +1469,7 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who has what the allocation lacks here: '2 in use by others, holds 1 of ours'."""
+        """Return who holds what is short, as 'has 2 in use by others, holds 1 of ours'."""
         have, short = self.available, self.short_of(allocation)
         ours = f'holds {self.jobs} of ours'
         if short == 'gpu':
@@ -1377,7 +1477,7 @@ class MachineResources:
                 return self.why_not(allocation)
             held = sum(1 for gpu in have.gpus if self._gpus[gpu.index].jobs)
             others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
-                gpu.others or gpu.claimed or gpu.utilization or gpu.memory_mb <
+                gpu.others or gpu.batch_jobs or gpu.utilization or gpu.memory_mb <
                 min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
             parts = [f'has {others} in use by others'] if others else []
             parts += [f'holds {held} of ours'] if held else []
@@ -1390,7 +1490,7 @@ class MachineResources:
 
 
 def as_record(kind, value):
-    """Return the value as such a record, if it is only something with its fields."""
+    """Return the value, or a record of this kind with those of its fields that the value has."""
     return value if isinstance(value, kind) else kind(**{
         name: getattr(value, name) for name in kind._fields if hasattr(value, name)})
 
@@ -1398,16 +1498,18 @@ def as_record(kind, value):
 def idle(capacity):
     """Return the Capacity that the machine would have if nobody used it.
 
-    The driver keeps a part of a GPU's memory, so where next to nothing is taken, that is all.
+    It decides which jobs are impossible there: what is free does not, since others may go.
+    The driver keeps a part of a GPU's memory; where no more than 10 % is taken, all the rest is
+    free for jobs.
     """
     gpus = tuple(gpu._replace(
         memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
-        gpu.total_memory_mb, utilization=0.0, others=0, claimed=0, reserved=False)
+        gpu.total_memory_mb, utilization=0.0, others=0, batch_jobs=0, reserved=False)
         for gpu in capacity.gpus)
     return capacity._replace(
         cores=max(capacity.total_cores, capacity.cores),
-        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus, claimed=0,
-        reserved=False)
+        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus,
+        batch_jobs=0, reserved=False)
 
 
 def room_for(capacity, allocation):
@@ -1415,13 +1517,16 @@ def room_for(capacity, allocation):
     own, gpus, count = MachineResources(capacity), [], 0
     while count < 10000 and not own.short_of(allocation):
         indices = own.allocate(allocation).gpus
-        gpus += indices if allocation.gpus == 1 else [list(indices)] if indices else []
+        if allocation.gpus == 1:
+            gpus += indices
+        elif indices:
+            gpus.append(list(indices))
         count += 1
     return count, gpus
 
 
 def describe(allocation):
-    """Return what is asked for in words: '1 core, 2000 MB of memory and a GPU of its own …'."""
+    """Return the allocation in words: '1 core and 2000 MB of memory and a GPU of its own …'."""
     cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
     text = f'{cores} and {allocation.memory_mb} MB of memory'
     if allocation.gpus:
@@ -1431,7 +1536,7 @@ def describe(allocation):
 
 
 def describe_gpu(allocation):
-    """Return what is asked for of GPUs in words, without their time: 'a GPU of its own with …'."""
+    """Return the GPUs of an allocation in words, without their time: 'a GPU of its own with …'."""
     if allocation.gpus == 1:
         text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
     else:
@@ -1440,14 +1545,17 @@ def describe_gpu(allocation):
     return f'{text} with {allocation.gpu_memory_mb} MB'
 
 
-# ---- Probe: what was said of a machine -> Capacity ----
+# ---- Probe: what a machine said of itself -> Capacity ----
 
-FEWEST_TICKS = 4            # of processor time that are a share and not a coin's side
+FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
 UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
 
 
-class Claim(NamedTuple):
-    """What one job of any batch claims on a machine, and what its processes were seen to use."""
+class Need(NamedTuple):
+    """The resources that one job of any batch needs on a machine, and those it was seen to use.
+
+    The job's runner notes it there, so that other batches see what was promised and not yet taken.
+    """
     key: str                        # job.attempt of this project's jobs, '' of others'
     cores: float
     memory_mb: int
@@ -1458,111 +1566,117 @@ class Claim(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a probe found that the next one is compared with."""
+    """The numbers of a probe with which those of the next one are compared."""
     busy: int                       # processor ticks since boot, of all processors
     total: int
-    ticks: dict                     # key of a claim -> its ticks; of others' under ''
+    ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
     gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
 
 
 def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
 
-    ours: the keys (job.attempt) of this batch's jobs there, which is added to what is free
-    before: the Sample of the last probe; ended_ticks: what our jobs that ended since then used
+    ours: the keys (job.attempt) of this batch's jobs there, whose use is added to what is free
+    before: the Sample of the last probe
+    ended_ticks: the ticks that those of our jobs used that ended since then
 
-    Never raises: what cannot be read is unknown, and unknown is not there.
+    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
     """
+    values, needs = dict(facts), read_needs(facts)
+    others = [need for need in needs if need.key not in ours]
+    processors, usable_cores, total_mb, available_mb = read_size(facts)
+    # all_mb, all_cores: what all batches may use together.  Others' needs are subtracted whether
+    # their jobs have taken them yet or not.
+    all_mb = available_mb + sum(min(need.used_mb, need.memory_mb) for need in needs)
+    all_mb = min(all_mb, total_mb)
+    free_mb = max(all_mb - sum(need.memory_mb for need in others), 0)
+    busy = busy_cores(values, needs, processors, before, ended_ticks)
+    all_cores = max(min(usable_cores, processors - busy), 0.0)
+    free_cores = max(all_cores - sum(need.cores for need in others) / CORES_OVERLOAD, 0.0)
+    first_free_mb = before.gpu_free_mb if before else {}
+    gpus, limits, trouble = parse_gpus(facts, machine, needs, ours, first_free_mb, free_mb)
+    for index in [gpu.index for gpu in gpus if gpu.unified]:     # others need the machine's memory
+        free_mb -= sum(need.gpus[index][0] for need in others if index in need.gpus)
+    if machine.gpus is not None:
+        gpus, trouble = only_listed(gpus, machine.gpus, trouble)
+    return Capacity(
+        cores=free_cores, memory_mb=max(free_mb, 0), gpus=gpus, total_cores=usable_cores,
+        total_memory_mb=total_mb, max_jobs=machine.max_jobs,
+        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
+        batch_jobs=len(others), reserved=any(need.reserve for need in others),
+        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+
+
+def read_size(facts):
+    """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
     values = dict(facts)
-    claims = read_claims(facts)
-    others = [claim for claim in claims if claim.key not in ours]
-    cores = whole_number(values.get('cores'))
-    total_memory_mb = whole_number(values.get('MemTotal')) // 1024
-    memory_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_memory_mb)
-    usable = float(cores)
+    processors = whole_number(values.get('cores'))
+    total_mb = whole_number(values.get('MemTotal')) // 1024
+    available_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_mb)
+    usable = float(processors)
     for key, text in facts:
         first, _, second = text.partition('/')
         if key == 'cgroup_cores' and whole_number(second):
             usable = min(usable, whole_number(first) / whole_number(second))
         elif key == 'cgroup_memory':
-            memory_mb = min(memory_mb, whole_number(first) // 2**20)
+            available_mb = min(available_mb, whole_number(first) // 2**20)
             if whole_number(second):
-                total_memory_mb = min(total_memory_mb, whole_number(second) // 2**20)
-    # What is promised and not yet taken is not free; what is ours and taken is ours already.
-    all_mb = memory_mb + sum(min(claim.used_mb, claim.memory_mb) for claim in claims)
-    all_mb = min(all_mb, total_memory_mb)
-    free_mb = max(all_mb - sum(claim.memory_mb for claim in others), 0)
-    busy = busy_cores(values, claims, cores, before, ended_ticks)
-    all_cores = max(min(usable, cores - busy), 0.0)
-    free_cores = max(all_cores - sum(claim.cores for claim in others) / CORES_OVERLOAD, 0.0)
-    first_free = before.gpu_free_mb if before else {}
-    gpus, limits, trouble = parse_gpus(facts, values, machine, claims, ours, first_free, free_mb)
-    for gpu in gpus:
-        if gpu.unified:             # what other batches claim of it is the machine's memory
-            free_mb -= sum(claim.gpus[gpu.index][0] for claim in others if gpu.index in claim.gpus)
-    free_mb = max(free_mb, 0)
-    if machine.gpus is not None:
-        gpus = tuple(gpu for gpu in gpus if gpu.index in machine.gpus)
-        trouble = '' if len(gpus) == len(machine.gpus) else trouble
-        trouble = trouble or ('' if gpus else 'has none of the GPUs that its file lists')
-    return Capacity(
-        cores=free_cores, memory_mb=free_mb, gpus=gpus, total_cores=usable,
-        total_memory_mb=total_memory_mb, max_jobs=machine.max_jobs,
-        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
-        claimed=len(others), reserved=any(claim.reserve for claim in others),
-        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+                total_mb = min(total_mb, whole_number(second) // 2**20)
+    return processors, usable, total_mb, available_mb
 
 
-def busy_cores(values, claims, cores, before, ended_ticks):
-    """Return how many cores are in use by what no batch has claimed."""
-    load = share(values.get('load'), math.inf)
+def busy_cores(values, needs, processors, before, ended_ticks):
+    """Return how many cores are in use by processes of no batch."""
     now = two_numbers(values.get('ticks'))
-    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     if before:
         used, total = now[0] - before.busy, now[1] - before.total
         if total >= FEWEST_TICKS:
-            known = ended_ticks + sum(max(claim.ticks - before.ticks.get(claim.key, 0), 0)
-                                      for claim in claims if claim.key)
-            known += max(sum(claim.ticks for claim in claims if not claim.key)
-                         - before.ticks.get('', 0), 0)
-            return min(max(used - known, 0) / total, 1) * cores
+            # The ticks of batches: /proc tells those of each job and its descendants, and the end
+            # event of a job that ended meanwhile told its own.
+            by_jobs = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
+                                        for need in needs if need.key)
+            by_jobs += max(sum(need.ticks for need in needs if not need.key)
+                           - before.ticks.get('', 0), 0)
+            return min(max(used - by_jobs, 0) / total, 1) * processors
+    load = decimal(values.get('load'), math.inf)
+    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     used, total = now[0] - begun[0], now[1] - begun[1]
-    # Over so short a time the login itself shows, in the last minute's load a job that has just
-    # ended does; who really uses the machine shows in both.
-    busy = min(load, used / total * cores) if total >= FEWEST_TICKS and used >= 0 else load
-    busy = min(busy, cores) if math.isfinite(busy) else 0.0
-    return max(busy - sum(claim.cores for claim in claims), 0.0)
+    # Since the login began is a short time, in which the login itself shows; in the last minute's
+    # load a job shows that has just ended.  Whoever really uses the machine shows in both.
+    busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
+    busy = min(busy, processors) if math.isfinite(busy) else 0.0
+    return max(busy - sum(need.cores for need in needs), 0.0)
 
 
-def read_sample(facts, first_free=None):
-    """Return the Sample that the facts give.  first_free: that of the first probe, if not this."""
-    values, ticks, free = dict(facts), collections.Counter(), {}
-    for claim in read_claims(facts):
-        ticks[claim.key] += claim.ticks
+def read_sample(facts, first_free_mb=None):
+    """Return the Sample that the facts give.  first_free_mb: gpu_free_mb of an earlier one."""
+    values, ticks, free_mb = dict(facts), collections.Counter(), {}
+    for need in read_needs(facts):
+        ticks[need.key] += need.ticks
     for key, line in facts:
         fields = line.split(',')
         if key == 'gpu' and len(fields) > 3:
-            free[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
-    return Sample(*two_numbers(values.get('ticks')), ticks, free if first_free is None else
-                  first_free)
+            free_mb[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
+    return Sample(*two_numbers(values.get('ticks')), ticks,
+                  free_mb if first_free_mb is None else first_free_mb)
 
 
-def read_claims(facts):
-    """Return the Claims among the facts."""
-    claims = []
+def read_needs(facts):
+    """Return the Needs among the facts; a text that makes no sense needs nothing."""
+    needs = []
     for key, text in facts:
         match = key == 'claim' and re.fullmatch(
             r'(\d{1,15}) (\d{1,15}) (\S{1,400}) (\d{1,9}) (\d{1,9}) ([01])((?: [\d:]{7,40})*)',
             text, re.ASCII)
         if not match:
             continue
-        words = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in match[7].split()]
-        gpus = {int(word[1]): (int(word[2]), int(word[3]) / 1000, word[4] == '1')
-                for word in words if word}
-        claims.append(Claim('' if match[3] == '-' else match[3], int(match[4]) / 1000,
-                            int(match[5]), match[6] == '1', gpus, int(match[1]) // 1024,
-                            int(match[2])))
-    return claims
+        used_kb, ticks, job, cores, memory_mb, reserve, words = match.groups()
+        parts = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in words.split()]
+        gpus = {int(part[1]): (int(part[2]), int(part[3]) / 1000, part[4] == '1')
+                for part in parts if part}
+        needs.append(Need('' if job == '-' else job, int(cores) / 1000, int(memory_mb),
+                          reserve == '1', gpus, int(used_kb) // 1024, int(ticks)))
+    return needs
 
 
 def whole_number(text):
@@ -1576,16 +1690,18 @@ def two_numbers(text):
     return whole_number(first), whole_number(second)
 
 
-def share(text, unknown):
-    """Return the non-negative decimal number that the text is."""
+def decimal(text, unknown):
+    """Return the non-negative decimal number that the text is, `unknown` for anything else."""
     return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
 
 
-def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
-    """Return (Gpus, their limits, why there are none) from what nvidia-smi said and how it ended.
+def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
+    """Return (the Gpus, their limits as text, why there are no others) of the facts of a probe.
 
-    memory_mb: the machine's, for GPUs that share it.
+    first_free_mb: {index: MB} when none of our jobs was there yet
+    memory_mb: free memory of the machine, for GPUs that share it
     """
+    values = dict(facts)
     trouble = gpu_trouble(values)
     if trouble:
         return (), (), trouble
@@ -1596,43 +1712,61 @@ def parse_gpus(facts, values, machine, claims, ours, first_free, memory_mb):
         if key != 'gpu' or 'No devices were found' in line:
             continue
         gpu = parse_gpu(line, extended, memory_mb, machine.gpus or ())
-        if isinstance(gpu, str) or gpu.index in gpus:
-            refused.append(gpu if isinstance(gpu, str) else '')
-            continue
-        foreign = [user for _, user, owner in processes[gpu.uuid] if owner not in ours]
-        mine = [claim.gpus[gpu.index] for claim in claims
-                if claim.key in ours and gpu.index in claim.gpus]
-        theirs = [claim.gpus[gpu.index] for claim in claims
-                  if claim.key not in ours and gpu.index in claim.gpus]
-        used = {}                                   # key of a claim -> MB that its processes have
-        for mb, _, owner in processes[gpu.uuid]:
-            used[owner] = used.get(owner, 0) + mb
-        if processes[gpu.uuid]:
-            asked = collections.Counter()           # the same, but what they ask for
-            for claim in claims:
-                asked[claim.key or 'other'] += claim.gpus.get(gpu.index, (0,))[0]
-            taken = sum(min(used.get(key, 0), mb) for key, mb in asked.items())
-        else:           # in a container it names no process: then what went since we came is ours
-            taken = min(max(first_free.get(gpu.index, gpu.memory_mb) - gpu.memory_mb, 0),
-                        sum(mb for mb, *_ in mine))
-        all_mb = min(gpu.memory_mb + taken, max(gpu.total_memory_mb, gpu.memory_mb))
-        busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
-        limits.append(f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}')
-        gpus[gpu.index] = gpu._replace(
-            memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
-            utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
-            others=len(foreign), users=tuple(dict.fromkeys(foreign)), claimed=len(theirs),
-            reserved=any(alone for *_, alone in theirs))
-    trouble = '; '.join(dict.fromkeys(filter(None, refused)))
-    return (tuple(gpus[index] for index in sorted(gpus)), tuple(limits),
-            trouble or ('' if gpus else 'has lost its GPUs' if values.get('nvidia_smi') == '15'
-                        else 'has an nvidia-smi, but no GPU'))
+        if isinstance(gpu, str):
+            refused.append(gpu)
+        elif gpu.index not in gpus:
+            gpus[gpu.index], limit = share_gpu(gpu, processes[gpu.uuid], needs, ours,
+                                               first_free_mb.get(gpu.index, gpu.memory_mb))
+            limits.append(limit)
+    trouble = '; '.join(dict.fromkeys(refused))
+    if not gpus and not trouble:
+        trouble = ('has lost its GPUs' if values.get('nvidia_smi') == '15' else
+                   'has an nvidia-smi, but no GPU')
+    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), trouble
+
+
+def share_gpu(gpu, processes, needs, ours, first_free_mb):
+    """Return (the Gpu as it is for this batch, its limits for all batches as text).
+
+    gpu: as nvidia-smi tells of it; processes: those on it, as gpu_processes has them
+    """
+    here = [need for need in needs if gpu.index in need.gpus]
+    mine = [need.gpus[gpu.index] for need in here if need.key in ours]
+    theirs = [need.gpus[gpu.index] for need in here if need.key not in ours]
+    if processes:
+        used, asked = collections.Counter(), collections.Counter()      # key of a Need -> MB
+        for mb, _, key in processes:
+            used[key] += mb
+        for need in here:
+            asked[need.key or 'other'] += need.gpus[gpu.index][0]
+        taken_mb = sum(min(used[key], mb) for key, mb in asked.items())
+    else:
+        # In a container nvidia-smi names no process.  Our jobs are taken to have what is no longer
+        # free since we came, up to what they were promised.
+        taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
+    foreign = [user for _, user, key in processes if key not in ours]
+    all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
+    busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
+    limit = f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}'
+    return gpu._replace(
+        memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
+        utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
+        others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
+        reserved=any(alone for *_, alone in theirs)), limit
+
+
+def only_listed(gpus, listed, trouble):
+    """Return (those of the Gpus that the machine's file lists, why one of these is missing)."""
+    found = tuple(gpu for gpu in gpus if gpu.index in listed)
+    trouble = '' if len(found) == len(listed) else trouble
+    return found, trouble or ('' if found else 'has none of the GPUs that its file lists')
 
 
 def gpu_processes(facts):
-    """Return {GPU's uuid: [(MB, whose it is, key of its job or other)]} of the facts of a probe.
+    """Return {GPU's uuid: [(MB, owner, key of its Need)]} of the processes among the facts.
 
-    MB is 0 where nvidia-smi does not tell.  The key is '' where no batch claims the process.
+    MB is 0 where nvidia-smi does not tell.  The key is 'other' for a job of another project, and
+    '' for a process of no batch.
     """
     found = collections.defaultdict(list)
     for key, line in facts:
@@ -1667,25 +1801,22 @@ def gpu_trouble(values):
 def parse_gpu(line, extended, memory_mb, listed):
     """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
 
-    extended: the line has compute and MIG mode, too; listed: the indices that the machine's file
-    names, so that the user vouches for what nvidia-smi does not tell of them.
+    extended: the line has compute and MIG mode, too
+    listed: the indices in the machine's file, whose user vouches for what nvidia-smi does not tell
     """
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
             fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
-        lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
-        return (f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
-                if lost else 'has GPUs of which nvidia-smi tells nothing that can be read')
+        return explain_gpu_line(line)
     index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
-    mode, mig = (fields[5:7] if extended else ('', ''))
+    mode, mig = fields[5:7] if extended else ('', '')
     if mig == 'Enabled':
         return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
     if mode == 'Prohibited':
         return f'has GPU {index} in compute mode Prohibited'
     if 'lost' in ' '.join(fields[2:5]):
         return f'has lost GPU {index} (nvidia-smi: {printable(fields[2])[:100]})'
-    total, free, used = (int(field) if field.isascii() and field.isdigit() and len(field) < 12
-                         else None for field in fields[2:5])
+    total, free, used = map(number_or_none, fields[2:5])
     unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
     if unified:
         total, free = memory_mb, memory_mb          # as on GB10 and Jetson
@@ -1694,11 +1825,24 @@ def parse_gpu(line, extended, memory_mb, listed):
     if used is None and index not in listed:
         return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
                 f'"gpus: [{index}]" in its file vouches for it')
-    used = 0 if used is None else used
+    used = used or 0
     if free > total or used > 100:
         return f'has GPU {index}, of which nvidia-smi tells what cannot be'
     return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
                unified=unified)
+
+
+def number_or_none(text):
+    """Return the number that a field of nvidia-smi is, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+
+def explain_gpu_line(line):
+    """Return which GPUs cannot be used, of a line of nvidia-smi that describes none."""
+    lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
+    if lost:
+        return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
+    return 'has GPUs of which nvidia-smi tells nothing that can be read'
 
 
 # ---- Files to send: a walk with rsync's rules ----
@@ -1708,18 +1852,21 @@ FILTER_FILE = '.rsync-filter'
 
 
 class Rule(NamedTuple):
-    """One exclude (or include) rule of rsync's; `base` is '' or 'folder/' whose file has it."""
+    """One exclude (or include) rule of rsync's.
+
+    base: '', or 'folder/' of the folder whose filter file has the rule
+    """
     include: bool
     folders_only: bool
-    elements: int                   # how many of the path's last names it is about; 0: all
-    below_base: bool                # all are counted from the base, else from the current folder
-    slash_before: bool              # so that **/a is about a too
-    slash_behind: bool              # and a/*** about the folder a
+    elements: int                   # how many of the path's last names it compares; 0: all
+    below_base: bool                # names are counted from the base, else from the current folder
+    slash_before: bool              # so that **/a matches a, too
+    slash_behind: bool              # so that a/*** matches the folder a
     matches: object                 # a compiled pattern, of bytes as characters
     base: str
 
     def applies(self, path, is_folder):
-        """Tell whether the rule is about this path (bytes_as_text), from the current folder."""
+        """Tell whether the rule matches this path (bytes_as_text), from the current folder."""
         if self.folders_only and not is_folder or not path.startswith(self.base):
             return False
         path = path[len(self.base):] if self.below_base else path
@@ -1777,7 +1924,7 @@ def wildcards(pattern):
     return ''.join(out)
 
 
-NOTHING = '(?!)'            # what is not a whole pattern matches nothing
+NOTHING = '(?!)'            # an incomplete pattern matches nothing
 CLASSES = {'alpha': 'A-Za-z', 'digit': '0-9', 'alnum': 'A-Za-z0-9', 'upper': 'A-Z', 'lower': 'a-z',
            'space': r' \t-\r', 'xdigit': '0-9A-Fa-f', 'punct': r'!-/:-@\[-`{-~', 'blank': r' \t',
            'cntrl': r'\x00-\x1f\x7f', 'graph': '!-~', 'print': ' -~'}
@@ -1787,7 +1934,7 @@ def bracket(pattern, index):
     """Return (regular expression, next index) of the [...] whose [ stands before `index`."""
     negate = pattern[index:index + 1] in ('!', '^')
     first = index = index + negate
-    out, low = [], ''           # low: what a - would make a range of
+    out, low = [], ''           # low: the character with which a - begins a range
     while index < len(pattern) and (pattern[index] != ']' or index == first):
         char, index = pattern[index], index + 1
         name = re.match(r':([^]]*):\]', pattern[index:]) if char == '[' else None
@@ -1816,9 +1963,9 @@ FILTER_WORDS = {'exclude': '-', 'include': '+', 'hide': 'H', 'show': 'S', 'prote
 
 
 def read_filter_file(folder, path):
-    """Return (rules, cleared) of a folder's .rsync-filter; [] where it has none.
+    """Return (the Rules of a folder's .rsync-filter, whether it clears those of folders above).
 
-    path: the folder relative to the current one, '' for that itself.
+    path: the folder relative to the current one, '' for that itself
     """
     name = os.path.join(folder, FILTER_FILE)
     try:
@@ -1832,17 +1979,27 @@ def read_filter_file(folder, path):
     for number, line in enumerate(lines, 1):
         if not line.strip() or line[0] in '#;':
             continue
-        word = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
-        kind = word and FILTER_WORDS.get(word[1], word[1])
-        if not word or kind not in '-+HSPR!' or (
-                line != word[1] if kind == '!' else not word[3]):
+        rule = parse_filter_line(line)
+        if rule is None:
             raise FilesError(f'{name}, line {number}: {printable(line)!r}: only include, exclude, '
                              'hide, show, protect, risk and clear rules are understood here.')
+        kind, modifiers, pattern = rule
+        only_receiver = 'r' in modifiers and 's' not in modifiers
         if kind == '!':
             rules, cleared = [], True
-        elif kind in '-+HS' and not ('r' in word[2] and 's' not in word[2]):    # r: the receiver's
-            rules.append(compile_rule(word[3], kind in '+S', base))
+        elif kind in '-+HS' and not only_receiver:      # P and R are the receiver's, too
+            rules.append(compile_rule(pattern, kind in '+S', base))
     return rules, cleared
+
+
+def parse_filter_line(line):
+    """Return (a sign of FILTER_WORDS, its modifiers, pattern) of a rule; None if it is no rule."""
+    match = re.match(r'([a-z]+|[-+HSPR!])(?:,?([spr]*))(?:[ _](.*))?$', line, re.DOTALL)
+    kind = match and FILTER_WORDS.get(match[1], match[1])
+    if not match or kind not in '-+HSPR!':
+        return None
+    complete = line == match[1] if kind == '!' else match[3]
+    return (kind, match[2], match[3]) if complete else None
 
 
 class Entry(NamedTuple):
@@ -1856,19 +2013,89 @@ class Entry(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What is sent: entries in an order in which each folder comes before what it holds."""
+    """The files to send: entries in an order in which each folder comes before what it holds."""
     entries: tuple
-    left_out: tuple                 # why some were not sent, in words
+    left_out: tuple                 # why some are not sent, in words
 
     @property
     def files(self):
-        """How many files and links there are."""
+        """The number of files and links."""
         return sum(1 for entry in self.entries if entry.kind != 'd')
 
     @property
     def size(self):
-        """Their bytes."""
+        """The bytes of all files."""
         return sum(entry.size for entry in self.entries)
+
+
+class Walk:
+    """A walk through the files to send: it collects Entries, and why others are left out."""
+
+    def __init__(self, exclude, option):
+        self.entries = {}               # path -> Entry
+        self.left_out = set()           # in words
+        self._option = option           # for messages: who named the paths
+        self._exclude = [compile_rule(pattern) for pattern in exclude]
+        self._rules = {}                # folder -> the rules that hold inside it
+
+    def add(self, path):
+        """Add the path, the folders that lead to it, and what it holds; '': the current folder."""
+        parts = path.split('/')
+        for count in range(1, len(parts)):
+            parent = '/'.join(parts[:count])
+            self._note(parent, os.stat(parent), 'd')
+        stack = [path]
+        while stack:
+            path = stack.pop()
+            info = os.lstat(path or '.')
+            kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(
+                stat.S_IFMT(info.st_mode))
+            if path and not self._wanted(path, kind == 'd'):
+                continue
+            if kind is None:
+                self.left_out.add('sockets, fifos and devices')
+                continue
+            self._check_readable(path, kind)
+            if path:
+                self._note(path, info, kind)
+            if kind == 'd':
+                names = os.listdir(path or '.')
+                stack += [os.path.join(path, name) for name in sorted(names, reverse=True)]
+
+    def _note(self, path, info, kind):
+        target = os.readlink(path) if kind == 'l' else ''
+        self.entries[path] = Entry(path, kind, info.st_size if kind == 'f' else 0,
+                                   info.st_mtime_ns, stat.S_IMODE(info.st_mode), target)
+
+    def _check_readable(self, path, kind):
+        if kind == 'f' and not os.access(path, os.R_OK):
+            raise FilesError(f'{self._option}: {path} may not be read. Leave it out with '
+                             '--exclude.')
+        if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
+            raise FilesError(f'{self._option}: the folder {path or "."} may not be read. Leave it '
+                             'out with --exclude.')
+
+    def _wanted(self, path, is_folder):
+        """Tell whether the path is to be sent; note why not."""
+        folder, _, name = path.rpartition('/')
+        if name in NEVER_SENT:
+            if path != 'job_results':       # that of this folder is ours, and always there
+                self.left_out.add(name)
+            return False
+        text = bytes_as_text(path)
+        for rule in [*self._exclude, *self._rules_inside(folder)]:
+            if rule.applies(text, is_folder):
+                if not rule.include:
+                    self.left_out.add('what the exclude rules say')
+                return rule.include
+        return True
+
+    def _rules_inside(self, folder):
+        if folder not in self._rules:
+            inherited = self._rules_inside(os.path.dirname(folder)) if folder else []
+            own, cleared = read_filter_file(folder or '.', folder)
+            self._rules[folder] = own if cleared else own + inherited
+        return self._rules[folder]
 
 
 def scan_tree(paths, exclude, option='--copy-forwards'):
@@ -1877,94 +2104,40 @@ def scan_tree(paths, exclude, option='--copy-forwards'):
     First .git and job_results are left out, then what `exclude` says, then what each folder's
     .rsync-filter does, nearest folder first; in each the first rule that applies decides.
     """
-    entries, skipped = {}, collections.Counter()
-    fixed = [compile_rule(pattern) for pattern in exclude]
-    chains = {}
-
-    def rules_of(path):
-        """Return the rules that hold inside the folder `path`."""
-        if path not in chains:
-            inherited = rules_of(os.path.dirname(path)) if path else []
-            own, cleared = read_filter_file(path or '.', path)
-            chains[path] = own if cleared else own + inherited
-        return chains[path]
-
-    def wanted(path, is_folder):
-        if path.rpartition('/')[2] in NEVER_SENT:
-            if path != 'job_results':       # that one is ours, and always there
-                skipped[path.rpartition('/')[2]] += 1
-            return False
-        text = bytes_as_text(path)
-        for rule in [*fixed, *rules_of(os.path.dirname(path))]:
-            if rule.applies(text, is_folder):
-                skipped['what the exclude rules say'] += not rule.include
-                return rule.include
-        return True
-
-    def add(path, info, kind):
-        target = os.readlink(path) if kind == 'l' else ''
-        entries[path] = Entry(path, kind, info.st_size if kind == 'f' else 0, info.st_mtime_ns,
-                              stat.S_IMODE(info.st_mode), target)
-
-    def visit(path):
-        stack = [path]
-        while stack:
-            path = stack.pop()
-            info = os.lstat(path or '.')
-            kind = {stat.S_IFREG: 'f', stat.S_IFDIR: 'd', stat.S_IFLNK: 'l'}.get(
-                stat.S_IFMT(info.st_mode))
-            if path and not wanted(path, kind == 'd'):
-                continue
-            if kind is None:
-                skipped['sockets, fifos and devices'] += 1
-                continue
-            if kind == 'f' and not os.access(path, os.R_OK):
-                raise FilesError(f'{option}: {path} may not be read. Leave it out with --exclude.')
-            if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
-                raise FilesError(f'{option}: the folder {path or "."} may not be read. Leave it '
-                                 'out with --exclude.')
-            if path:
-                add(path, info, kind)
-            if kind == 'd':
-                names = os.listdir(path or '.')
-                stack += [os.path.join(path, name) for name in sorted(names, reverse=True)]
-
+    walk = Walk(exclude, option)
     for path in paths:
         check_named(path, option)
-        path = '' if path == '.' else path
-        parts = path.split('/')
         try:
-            for count in range(1, len(parts)):
-                parent = '/'.join(parts[:count])
-                add(parent, os.stat(parent), 'd')
-            visit(path)
+            walk.add('' if path == '.' else path)
         except OSError as error:
-            raise FilesError(f'{option} {path or "."}: {error.filename} cannot be read: '
+            raise FilesError(f'{option} {path}: {error.filename} cannot be read: '
                              f'{reason_of(error)}.') from None
-    return Tree(tuple(entries.values()), tuple(sorted(skipped)))
+    return Tree(tuple(walk.entries.values()), tuple(sorted(walk.left_out)))
 
 
+# A Manifest reads contents while logins are under way, and no more than it has time for then: of
+# files up to CONTENT_BYTES, the CONTENTS smallest of them, CONTENTS_BYTES in all.
 CONTENT_BYTES, CONTENTS, CONTENTS_BYTES = 64 * 1024, 5000, 32 * 2**20
 
 
 class Manifest:
-    """Which files a job was given: what is compared when a batch is continued later.
+    """The files that a job was given, to be compared when a batch is continued later.
 
-    files: {path: [mode, size, time of change in ns, digest of the content or '']}; of large files,
-    and beyond the CONTENTS smallest, the content is not read.  digest: 16 hex digits of all that,
-    without the times of those that have a digest.
+    files: {path: [mode, size, time of change in ns, digest of the content or '']}; files without a
+    digest of their content are told apart by size and time
+    digest: 16 hex digits of all that, without the times of files that have a digest
     """
 
     def __init__(self, files):
         import hashlib
         self.files = files
-        known = [[path, mode, size, content or ns]
-                 for path, (mode, size, ns, content) in sorted(files.items())]
-        self.digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=8).hexdigest()
+        rows = [[path, mode, size, content or ns]
+                for path, (mode, size, ns, content) in sorted(files.items())]
+        self.digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
     @classmethod
     def of(cls, *trees):
-        """Return the Manifest of what these Trees send."""
+        """Return the Manifest of the files of these Trees."""
         import hashlib
         entries = [entry for tree in trees for entry in tree.entries if entry.kind != 'd']
         read, total = {}, 0
@@ -1972,7 +2145,7 @@ class Manifest:
             total += entry.size
             if entry.size > CONTENT_BYTES or total > CONTENTS_BYTES:
                 break
-            with contextlib.suppress(OSError):          # it is gone; sending it tells so
+            with contextlib.suppress(OSError):          # a file that is gone fails when it is sent
                 content = os.fsencode(entry.target) if entry.kind == 'l' else None
                 if content is None:
                     with open(entry.path, 'rb') as file:
@@ -1982,7 +2155,7 @@ class Manifest:
                     for entry in entries})
 
     def changed(self, older):
-        """Return the paths that are not as they are in an older Manifest, sorted."""
+        """Return the paths that differ from an older Manifest, sorted."""
         def differ(path):
             one, other = self.files.get(path), older.files.get(path)
             if not (one and other) or one[:2] != other[:2]:
@@ -1996,15 +2169,18 @@ SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/'
 
 
 def is_as_seen(entry):
-    """Tell whether what an Entry describes is as it was when it was looked at."""
-    with contextlib.suppress(OSError):
+    """Tell whether the file, folder or link of an Entry is as it was when the Entry was made."""
+    try:
         info = os.lstat(entry.path)
-        return info.st_mtime_ns == entry.mtime_ns and stat.S_IMODE(info.st_mode) == entry.mode and (
-            entry.kind != 'f' or info.st_size == entry.size)
+    except OSError:
+        return False
+    same_size = entry.kind != 'f' or info.st_size == entry.size
+    return (same_size and info.st_mtime_ns == entry.mtime_ns
+            and stat.S_IMODE(info.st_mode) == entry.mode)
 
 
 def present(entries):
-    """Yield the Entries of what is still there, with the size, time and mode of files now."""
+    """Yield the Entries whose paths still exist, with the size, time and mode of files now."""
     for entry in entries:
         with contextlib.suppress(OSError):
             info = os.lstat(entry.path)
@@ -2016,46 +2192,49 @@ def lost_links(copy, link, linked):
     """Return the paths of the links in these Trees that lead somewhere here, and not on a machine.
 
     linked: the paths of --link-forwards, which are links from the one Tree into the other there.
-    What they lead to is not sent, or its path is that of this computer; each machine has its own
-    SYSTEM_FOLDERS.
+    A link is lost if its target is not sent, or is a path of this computer; each machine has its
+    own SYSTEM_FOLDERS.
     """
-    known = {}                          # path on the machine -> None, or where the link there leads
+    # Path on the machine -> None, or the target of the link there; a tuple is from the top.
+    targets = {}
     for part, tree in (('copy', copy), ('link', link)):
         for entry in tree.entries:
-            known[f'{part}/{entry.path}'] = entry.target if entry.kind == 'l' else None
+            targets[f'{part}/{entry.path}'] = entry.target if entry.kind == 'l' else None
     for path in linked:
         parts = path.split('/')
-        known.update((f'copy/{"/".join(parts[:count])}', None) for count in range(1, len(parts)))
-        known[f'copy/{path}'] = ('link', *parts)
-
-    def arrives(path):
-        (place, *rest), jumps = path.split('/'), 0
-        place, rest = [place], rest[::-1]
-        while rest:
-            name = rest.pop()
-            if name == '..' and len(place) == 1:
-                return False            # out of all that was sent
-            if name == '..':
-                place.pop()
-            if name in ('', '.', '..'):
-                continue
-            here, jumps = '/'.join([*place, name]), jumps + 1
-            if here not in known or jumps > 10000:
-                return False
-            target = known[here]
-            if target is None:
-                place.append(name)
-            elif isinstance(target, tuple):
-                place, rest = ['link'], rest + [*reversed(target[1:])]
-            elif target.startswith('/'):
-                return target.startswith(SYSTEM_FOLDERS)
-            else:
-                rest += reversed(target.split('/'))
-        return True
-
+        targets.update((f'copy/{"/".join(parts[:count])}', None) for count in range(1, len(parts)))
+        targets[f'copy/{path}'] = ('link', *parts)
     return [entry.path for part, tree in (('copy', copy), ('link', link)) for entry in tree.entries
             if entry.kind == 'l' and os.path.exists(entry.path)
-            and not arrives(f'{part}/{entry.path}')]
+            and not arrives(f'{part}/{entry.path}', targets)]
+
+
+def arrives(path, targets):
+    """Tell whether a path on the machine leads to something there.  targets: see lost_links."""
+    top, *names = path.split('/')
+    place, names = [top], names[::-1]       # the folder that was reached, and the names to come
+    steps = 0
+    while names:
+        name = names.pop()
+        if name == '..' and len(place) == 1:
+            return False                    # out of all that was sent
+        if name == '..':
+            place.pop()
+        if name in ('', '.', '..'):
+            continue
+        here, steps = '/'.join([*place, name]), steps + 1
+        if here not in targets or steps > 10000:
+            return False
+        target = targets[here]
+        if target is None:
+            place.append(name)
+        elif isinstance(target, tuple):
+            place, names = ['link'], names + [*reversed(target[1:])]
+        elif target.startswith('/'):
+            return target.startswith(SYSTEM_FOLDERS)
+        else:
+            names += reversed(target.split('/'))
+    return True
 
 
 def check_named(path, option):
@@ -2077,27 +2256,14 @@ def check_named(path, option):
 
 
 def check_forwards(forwards):
-    """The same for all paths of the Forwards."""
+    """Raise unless all paths of the Forwards exist and lie in the current folder."""
     for path in forwards.copy:
         check_named(path, '--copy-forwards')
     for path in forwards.link:
         check_named(path, '--link-forwards')
 
 
-def count_of(number, noun):
-    """Return '1 file', '2 files', '3 processes'."""
-    return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
-
-
-def size_of(size):
-    """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
-    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
-        if size < 1000 or unit == 'TB':
-            return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
-        size /= 1000
-
-
-# ---- Archives: tar, where rsync is not at both ends, and for what is small ----
+# ---- Archives: tar, for small trees, and where rsync is not at both ends ----
 
 def archive(placed):
     """Yield a tar archive (POSIX pax) of (name in it, Entry) pairs, in pieces.
@@ -2139,7 +2305,7 @@ def padded_file(file, size):
 
 
 def mtime_ns(member):
-    """Return the time of change of a member of an archive; tarfile itself has it as a float."""
+    """Return the time of change of an archive's member in ns; tarfile itself has it as a float."""
     text = member.pax_headers.get('mtime', '')
     match = re.fullmatch(r'(-?)([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?', text)
     if not match:
@@ -2151,7 +2317,7 @@ def mtime_ns(member):
 def make_parents(folder, names):
     """Return the folder with these names below `folder`, made as needed; None if one is no folder.
 
-    Each is looked at by itself: os.makedirs would go through a link, and out of the folder.
+    Each is checked by itself: os.makedirs would go through a link, and out of the folder.
     """
     for name in names:
         folder = os.path.join(folder, name)
@@ -2163,59 +2329,75 @@ def make_parents(folder, names):
     return folder
 
 
-def unpack_archive(path, folder):
-    """Extract the tar file at `path` into `folder`, which is empty; return what was refused.
+def target_of(member, folder):
+    """Return the path of an archive's member below `folder`; None if it is refused.
 
-    Only files, folders and links, all inside, and nothing through a link: tarfile's own filter
-    is no boundary (CVE-2025-4517 and its like).
+    The folders that lead to it are made, and itself where it is one.
+    """
+    names = [name for name in member.name.split('/') if name not in ('', '.')]
+    plain = member.isreg() or member.isdir() or member.issym()
+    if (not plain or '..' in names or member.name.startswith('/')
+            or '\0' in member.name + member.linkname):
+        return None
+    if not names:
+        return folder
+    parent = make_parents(folder, names[:-1])
+    if parent is None or member.isdir() and make_parents(parent, names[-1:]) is None:
+        return None
+    return os.path.join(parent, names[-1])
+
+
+def unpack_file(tar, member, target):
+    """Make the file or link `target`, which is not there yet, of an archive's member."""
+    times = (mtime_ns(member),) * 2
+    if member.issym():
+        os.symlink(member.linkname, target)
+        os.utime(target, ns=times, follow_symlinks=False)
+        return
+    with open(target, 'xb') as out, tar.extractfile(member) as data:
+        while True:
+            piece = data.read(2**20)
+            if not piece:
+                break
+            out.write(piece)
+    os.chmod(target, member.mode & 0o777)
+    os.utime(target, ns=times)
+
+
+def unpack_archive(path, folder):
+    """Extract the tar file at `path` into `folder`, which is empty; return the refused names.
+
+    Only files, folders and links are made, all inside, and nothing through a link: tarfile's own
+    filter is no boundary (CVE-2025-4517 and its like).
     """
     import tarfile
     refused, folders = [], []
     with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
         for member in tar:
-            parts = [part for part in member.name.split('/') if part not in ('', '.')]
-            kinds = member.isreg() or member.isdir() or member.issym()
-            bad = ('..' in parts or member.name.startswith('/') or not kinds
-                   or '\0' in member.name + member.linkname)
-            if not parts and not bad:
-                continue        # the folder itself
-            parent = None if bad else make_parents(folder, parts[:-1])
-            if parent is None or member.isdir() and make_parents(parent, parts[-1:]) is None:
+            target = target_of(member, folder)
+            if target is None:
                 refused.append(member.name)
+            elif target == folder:
                 continue
-            target = os.path.join(parent, parts[-1])
-            times = (mtime_ns(member),) * 2
-            if member.isdir():
-                folders.append((target, member.mode & 0o777, times))
-            elif os.path.lexists(target):
-                continue        # named twice
-            elif member.issym():
-                os.symlink(member.linkname, target)
-                os.utime(target, ns=times, follow_symlinks=False)
-            else:
-                with open(target, 'xb') as out, tar.extractfile(member) as data:
-                    while True:
-                        piece = data.read(2**20)
-                        if not piece:
-                            break
-                        out.write(piece)
-                os.chmod(target, member.mode & 0o777)
-                os.utime(target, ns=times)
-    for target, mode, times in reversed(folders):
-        os.chmod(target, mode)
-        os.utime(target, ns=times)
+            elif member.isdir():
+                folders.append((target, member))
+            elif not os.path.lexists(target):       # else it is named twice
+                unpack_file(tar, member, target)
+    for target, member in reversed(folders):        # last, since files change the time of theirs
+        os.chmod(target, member.mode & 0o777)
+        os.utime(target, ns=(mtime_ns(member),) * 2)
     return refused
 
 
-# ---- Connection: what is said to ssh and rsync; starts nothing ----
+# ---- Connection: argument lists and configuration of ssh and rsync; starts nothing ----
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
 NO_MASTER = 'SSH_SCHEDULER_NO_MASTER'
-COPY_SILENCE_S = 600                    # an rsync from which nothing comes for so long has failed
-ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # with a login of its own
+COPY_SILENCE_S = 600                    # an rsync that is silent for this time has failed
+ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # a copy has a login of its own
 
-# What crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows on
-# stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
+# This text crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows
+# on stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
 # -p: exported functions, BASH_ENV and SHELLOPTS do not change this bash; -t: nor does TMOUT.
 BOOTSTRAP = 'read -rt 9999 -d ""; eval "$REPLY"'
 BOOTSTRAP_BASH = ('bash', '-pc')
@@ -2237,10 +2419,11 @@ FORCED_SSH_OPTIONS = """\
   ControlPersist no
 """
 
-HOP_LIMIT_S = 15        # for a connection; what comes through a jump host may take that more
-# An ssh before OpenSSH 8.7 does not know these options of that list, and behaves as they ask.
+HOP_LIMIT_S = 15        # for a connection; one through a jump host has more time
+# An ssh before OpenSSH 8.7 does not know these forced options, and behaves as they ask.
 LATER_SSH_OPTIONS = ('SessionType', 'StdinNull', 'ForkAfterAuthentication')
 
+# LogLevel is that of jump hosts; with less than INFO ssh does not tell why it could not go further.
 COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
@@ -2250,22 +2433,33 @@ Host *
   ServerAliveInterval 15
   ServerAliveCountMax 4
   LogLevel INFO
-"""                     # of a jump host; with less ssh does not tell why it could not go further
+"""
 
 
 class Connection:
-    """How one machine is reached: pure text and argument lists."""
+    """The way to one machine: pure text and argument lists.
+
+    A copy (an rsync, a tar, a follower) is a session beside the channel: through its login, or
+    alone, with a login of its own.  Copies are alone where sshd allows one session a login: a tar
+    through the channel would need a second protocol for the same thing.
+    nice: an increment, as nice(1) has it
+    """
 
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
+        # The whole remote runner is niced, and each copy: so no job costs a process for it.  Jobs
+        # leave others their cores by placement; niceness counts at the moment when others come.
         self._nice = ['nice', '-n', str(nice)] if nice else []
-        self._shares = True                 # copies go through the master
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.jump_path = os.path.join(run_folder, f'{number}.jump')
         self.socket_path = os.path.join(run_folder, f'{number}')
 
     def config(self):
-        """Return the text of the ssh_config.  Of each option ssh takes the first value."""
+        """Return the text of the ssh_config.  ssh takes the first value of each option.
+
+        IgnoreUnknown names the options that an older ssh does not know, and repeats what the files
+        of the user name there, which would come second.
+        """
         machine, hops = self.machine, self.machine.hops
         ignored = [words for path in self.user_configs() for words in ignored_options(path)]
         lines = ['IgnoreUnknown ' + ','.join([*LATER_SSH_OPTIONS, *ignored])]
@@ -2278,14 +2472,14 @@ class Connection:
         if machine.ssh_key_path:
             path = machine.ssh_key_path.replace('%', '%%')
             lines += [f'  IdentityFile "{path}"', '  IdentitiesOnly yes']
-        options = ((('ProxyJump', machine.proxy_jump),) if machine.proxy_jump else ()
-                   ) + machine.ssh_options
-        for name, value in options:
+        options = [('ProxyJump', machine.proxy_jump)] if machine.proxy_jump else []
+        for name, value in [*options, *machine.ssh_options]:
             if name.lower() == 'proxyjump' and hops:
                 lines += [f'  ProxyCommand {self._through(hops)}', '  ProxyUseFdpass no']
+            elif name.lower() in UNQUOTED_SSH_OPTIONS:
+                lines.append(f'  {name} {value}')
             else:
-                lines.append(f'  {name} {value}' if name.lower() in UNQUOTED_SSH_OPTIONS else
-                             f'  {name} "{value}"')
+                lines.append(f'  {name} "{value}"')
         lines += [f'  ConnectTimeout {HOP_LIMIT_S + 5 * len(hops)}', '  LogLevel ERROR']
         lines += [f'Host {COPY_ALIAS}', FORCED_SSH_OPTIONS.rstrip(), '  ControlMaster no',
                   f'  ControlPath "{self.socket_path}"', '  LogLevel ERROR',
@@ -2293,13 +2487,16 @@ class Connection:
         return '\n'.join(lines)
 
     def jump_config(self):
-        """Return the text of the ssh_config of jump hosts: nothing in it is the machine's alone."""
+        """Return the text of the ssh_config of jump hosts: none of it is the machine's own."""
         return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
             f'"{path}"' for path in self.user_configs()) + '\n'
 
     def _through(self, hops):
-        """Return what ProxyJump does, but with a configuration in which no `Host` is the machine's:
-        a jump host may have its address.  What fails first is to be heard first, hence the times.
+        """Return the ProxyCommand that does what ProxyJump would do.
+
+        With ProxyJump ssh gives a jump host the -F of the machine, and so the machine's `Host`
+        block, which matches the jump host, too, where both have one address.  The first hop times
+        out first, so that its complaint is heard: it says most.
         """
         *before, (user, host, port) = hops
         words = ['ssh', '-F', self.jump_path, '-o',
@@ -2311,28 +2508,24 @@ class Connection:
 
     @staticmethod
     def user_configs():
-        """Return the configurations of the user and of the computer, which go on to hold."""
+        """Return the paths of the configurations of the user and of the computer."""
         return [os.path.expanduser('~/.ssh/config'), '/etc/ssh/ssh_config']
 
     def channel(self):
         """Return the argv of the channel."""
         return self._reach(self.machine.host, '-T')
 
-    def copy(self):
+    def copy(self, alone=False):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
-        if not self._shares:
+        if alone:
             return self._reach(self.machine.host, '-T', *ALONE)
         return self._reach(COPY_ALIAS, '-T')
 
-    def refused(self, complaint):
-        """Tell whether sshd refused a session beside the channel (MaxSessions); from now on a copy
-        has a login of its own."""
-        news = self._shares and 'open refused by peer' in complaint
-        self._shares = self._shares and not news
-        return news
-
     def terminal(self, path):
-        """Return the argv of a bash script there that has our terminal.  path: it is plain."""
+        """Return the argv of a bash script there that has our terminal.
+
+        path: of the script, without characters that a shell would read
+        """
         if not self.machine.host:
             return [*self._nice, 'bash', '-p', path]
         return ['ssh', '-F', self.config_path, '-tt', '-o', 'EscapeChar ~', '--', COPY_ALIAS,
@@ -2344,26 +2537,30 @@ class Connection:
         return ['ssh', '-F', self.config_path, *options, '--', alias,
                 ' '.join(['exec', *self._nice, *BOOTSTRAP_BASH, f"'{BOOTSTRAP}'"])]
 
-    def rsync(self, options, source, target, remote):
+    def rsync(self, options, source, target, remote, alone=False):
         """Return the argv of an rsync; its list of paths comes on stdin, NUL-terminated.
 
-        remote: which of source and target is over there, 'source' or 'target'.
+        remote: the side that is on the machine, 'source' or 'target'
         """
         argv = ['rsync', '-lpt', '--no-D', '--from0', '--files-from=-',
                 f'--timeout={COPY_SILENCE_S}', *options]
         if self.machine.host:
-            alone = [] if self._shares else ALONE
-            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *alone])]
+            argv += ['-e', ' '.join(['ssh', '-F', self.config_path, *(ALONE if alone else ())])]
             argv += ['--rsync-path', ' '.join([*self._nice, 'rsync'])] if self._nice else []
-            host = COPY_ALIAS if self._shares else self.machine.host
+            host = self.machine.host if alone else COPY_ALIAS
             host = f'[{host}]' if ':' in host else host
             source = f'{host}:{source}' if remote == 'source' else source
             target = f'{host}:{target}' if remote == 'target' else target
         return [*argv, '--', source, target]
 
 
+def session_refused(complaint):
+    """Tell whether sshd refused a session beside the channel (MaxSessions).  complaint: stderr."""
+    return 'open refused by peer' in complaint
+
+
 def ignored_options(path, depth=0):
-    """Yield what IgnoreUnknown says in an ssh_config, and in the files that it includes."""
+    """Yield the values of IgnoreUnknown in an ssh_config and in the files that it includes."""
     import glob
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as file:
@@ -2380,9 +2577,9 @@ def ignored_options(path, depth=0):
                     yield from ignored_options(inner, depth + 1)
 
 
-# Someone else's words -> ours, and when to try again: 'again' at once, since it was only too busy,
-# 'later', or 'never', since a second try is no better and may be taken for an attack.  Nothing else
-# is decided by them.
+# (Pattern of ssh's words, when to try again, our sentence).  'again' is at once, since sshd was
+# only too busy; 'never', since a second try is no better and may be taken for an attack.  These
+# words decide nothing else.
 SSH_COMPLAINTS = (
     (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
      'the host key of {at} is not the one that is known, so this may be another machine. Was '
@@ -2439,32 +2636,22 @@ FORCED = ('another command forced on this login, by ForceCommand in sshd_config 
 
 
 def explain_login(machine, status, noise, complaint):
-    """Return why no channel came up, in one sentence without a full stop, and when to try again.
+    """Return (why no channel came up, when to try again); the sentence has no full stop.
 
-    status: ssh's exit status; noise: what came on stdout; complaint: its stderr.
+    status: ssh's exit status; noise: what it wrote on stdout; complaint: its stderr
     """
-    # Where a jump host fails, its ssh tells why; then each ssh behind it, that it was cut off.
+    # Where a jump host fails, its ssh tells why.  Then each ssh behind it says that it was cut off;
+    # these are counted, since messages do not always have names, and names may be equal.
     why, *cuts = CUT_OFF.split(complaint)
     if not any(re.search(pattern, why) for pattern, *_ in SSH_COMPLAINTS):
         why, cuts = complaint, []
-    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
-    hops = [*ways, (machine.username, machine.host, machine.port)]
-    place = max(len(ways) - len(cuts), 0)
-    user, host, port = hops[place]
-    kind = 'jump host' if place < len(ways) else 'host'
-    who = re.search(r'(\S+)@(\S+): Permission denied', why)
-    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
-    if not port:            # then ~/.ssh/config may say more, and ssh knows
-        host, port = where.groups() if where else (who[2] if who else host, '')
-    words = {'user': who[1] if who else user or 'you', 'kind': kind,
-             'at': place_of(f'{kind} {host}'.rstrip() if kind == 'jump host' else host, port),
-             'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+    words = name_hops(machine, why, len(cuts))
     for table, text in ((LOGIN_COMPLAINTS, '' if cuts else noise + complaint),
                         (SSH_COMPLAINTS, why)):
-        for pattern, again, sentence in table:
+        for pattern, retry, template in table:
             match = re.search(pattern, text)
             if match:
-                return sentence.format(*match.groups(''), **words), again
+                return template.format(*match.groups(''), **words), retry
     last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
@@ -2473,8 +2660,29 @@ def explain_login(machine, status, noise, complaint):
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
 
 
+def name_hops(machine, why, cuts):
+    """Return {word: text} for the sentences of SSH_COMPLAINTS: they name the hop that failed.
+
+    why: the complaint of its ssh; cuts: how many ssh behind it were cut off
+    """
+    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
+    hops = [*ways, (machine.username, machine.host, machine.port)]
+    place = max(len(ways) - cuts, 0)
+    user, host, port = hops[place]
+    kind = 'jump host' if place < len(ways) else 'host'
+    who = re.search(r'(\S+)@(\S+): Permission denied', why)
+    where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
+    if not port and where:              # ~/.ssh/config may say more, and ssh knows
+        host, port = where.groups()
+    elif not port:
+        host, port = who[2] if who else host, ''
+    name = f'{kind} {host}'.rstrip() if kind == 'jump host' else host
+    return {'user': who[1] if who else user or 'you', 'kind': kind, 'at': place_of(name, port),
+            'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+
+
 def place_of(host, port):
-    """Return how a sentence names the place."""
+    """Return how a sentence names a host and its port."""
     return f'{host} port {port}' if port else host
 
 
@@ -3632,6 +3840,7 @@ class Channel:
         self.home = ''                      # the project's folder over there, when it is known
         self.heard = time.monotonic()       # when something came
         self.rsync_works = False            # at both ends, as far as we know
+        self.alone = False                  # sshd allows one session a login: see Connection
         self._machine, self._session = machine, session
         self._on_event, self._on_end = on_event, on_end
         self._reader = EventReader(self.token)
@@ -3836,7 +4045,7 @@ class Sender:
         tree, part = parts[0]
         answer = bytearray()
 
-        channel = self._channel
+        channel, alone = self._channel, self._channel.alone
 
         def done(status, complaint):
             if channel is not self._channel or channel.gone:
@@ -3849,7 +4058,8 @@ class Sender:
                              f'{last_line(text)}')
             if status in (0, 24) and (stage.by_rsync or confirmed):
                 self._copy_parts(stage, parts[1:])
-            elif self._channel.connection.refused(text):
+            elif session_refused(text) and not alone:
+                channel.alone = True
                 self._copy_parts(stage, parts)
             elif stage.by_rsync and status != 23:
                 self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
@@ -3869,10 +4079,10 @@ class Sender:
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
                                                  self.before[-3:] if other.by_rsync)]
             argv = connection.rsync(['-@-1', *(f'--link-dest={base}' for base in bases)],
-                                    '.', f'{target}/', 'target')
+                                    '.', f'{target}/', 'target', alone)
             feed = iter([paths])
         else:
-            argv = connection.copy()
+            argv = connection.copy(alone)
             feed = chain_bytes(bytes(nul_ended(REMOTE_UNPACK, self._channel.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
         self._session.processes.start(argv, answer.extend, done, feed=feed,
@@ -3941,10 +4151,10 @@ class Follower:
     def __init__(self, order, channel, session, on_bytes, on_end):
         self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
         self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
-        self._connection = channel.connection
+        self._channel, self._alone = channel, channel.alone
         self._process = session.processes.start(
-            channel.connection.copy(), lambda data: self._take('out', data), self._on_exit,
-            on_error=lambda data: self._take('err', data), keep_stdin=True)
+            channel.connection.copy(channel.alone), lambda data: self._take('out', data),
+            self._on_exit, on_error=lambda data: self._take('err', data), keep_stdin=True)
         self._process.write(nul_ended(
             REMOTE_FOLLOW, channel.token, f'{channel.home}/jobs/{order.key}',
             order.offsets['out'], order.offsets['err']))
@@ -3962,7 +4172,9 @@ class Follower:
     def _on_exit(self, status, _):
         noise = self._heads['err'].head.decode('utf-8', 'replace')
         self._trace(f'a follower ended with {status}: {last_line(noise)}')
-        self._on_end(self._connection.refused(noise))
+        refused = session_refused(noise) and not self._alone
+        self._channel.alone = self._channel.alone or refused
+        self._on_end(refused)
 
 
 class Fetcher:
@@ -4119,7 +4331,7 @@ class Fetcher:
         listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
         connection, source = self._channel.connection, f'{self._channel.home}/jobs'
         spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
-        channel, full = self._channel, False
+        channel, alone, full = self._channel, self._channel.alone, False
 
         def again(by_rsync, may_trust=True):
             self._session.results.discard(incoming)
@@ -4133,7 +4345,8 @@ class Fetcher:
                 self._under_way = False
                 self.fetch_if_due()
                 return
-            if status and not full and channel.connection.refused(text):
+            if status and not full and session_refused(text) and not alone:
+                channel.alone = True
                 again(by_rsync)
                 return
             if status == 1 and trusts:          # an rsync before 3.2.5, which checks less
@@ -4171,10 +4384,10 @@ class Fetcher:
             trusts = bool(confined and may_trust and len(paths) > MANY_NAMES)
             options = [*([] if limit is None else [f'--max-size={limit}']),
                        *(['--trust-sender'] if trusts else [])]
-            argv = connection.rsync(options, f'{source}/', f'{incoming}/', 'source')
+            argv = connection.rsync(options, f'{source}/', f'{incoming}/', 'source', alone)
             feed = iter([listed])
         else:
-            argv = connection.copy()
+            argv = connection.copy(alone)
             feed = iter([bytes(nul_ended(REMOTE_PACK, self._channel.token, source)), listed])
         process = self._session.processes.start(
             argv, spool.take if spool else (lambda data: None), done, feed=feed,
@@ -5060,7 +5273,7 @@ class MachineRunner:
                     self._channel.send('eof', order.key)
 
         process = self.session.processes.start(
-            self._channel.connection.copy(), lambda data: None, done)
+            self._channel.connection.copy(self._channel.alone), lambda data: None, done)
         process.write(nul_ended(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
         self.session.processes.pass_on(source, process)
 
@@ -7487,11 +7700,11 @@ def json_lines(runners, allocation):
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
-            batch_jobs=have.claimed, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
+            batch_jobs=have.batch_jobs, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
             gpus=[{'index': gpu.index, 'name': gpu.name, 'uuid': gpu.uuid,
                    'memory_free_mb': gpu.memory_mb, 'memory_total_mb': gpu.total_memory_mb,
                    'utilization': round(gpu.utilization, 3), 'users': list(gpu.users),
-                   'processes': gpu.others, 'batch_jobs': gpu.claimed} for gpu in have.gpus])
+                   'processes': gpu.others, 'batch_jobs': gpu.batch_jobs} for gpu in have.gpus])
         if allocation:
             found['jobs_fit'] = room_for(have, allocation)[0]
         yield json.dumps(found)
@@ -7524,7 +7737,7 @@ def machine_table(runners, allocation, paint):
                 break
             users = ', '.join(map(printable, gpu.users)) + (
                 f' ({count_of(gpu.others, "process")})' if gpu.others else '')
-            users += f' {count_of(gpu.claimed, "batch job")}' if gpu.claimed else ''
+            users += f' {count_of(gpu.batch_jobs, "batch job")}' if gpu.batch_jobs else ''
             rows.append([*cells, printable(f'{gpu.index} {gpu.name}'),
                          free_of(gpu.memory_mb, gpu.total_memory_mb, paint),
                          paint(f'{gpu.utilization:.0%}', 1 - gpu.utilization), users.strip()])
@@ -7610,10 +7823,13 @@ def main(argv=None):
     try:
         check_surroundings()
         if name not in COMMANDS:
-            show_help(OVERVIEW, 'ssh_scheduler', [name])
+            check_for_help(OVERVIEW, 'ssh_scheduler', [name])
             raise UsageError(f'there is no command {printable(name)}{nearest(name, COMMANDS)}.'
                              if name else '<command> is missing.', OVERVIEW)
         status = COMMANDS[name](words)
+    except HelpAsked as asked:
+        Reporter().line(str(asked))
+        status = 0
     except SchedulerError as error:
         reporter = Reporter()
         reporter.note(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}')

@@ -404,6 +404,17 @@ def test_one_session_is_enough_for_small_batches(batches, lab):
     assert_clean(machine)
 
 
+@pytest.mark.parametrize('leave_out', [(), ('rsync',)])
+def test_copies_that_are_refused_at_once_log_in_by_themselves(batches, lab, project, leave_out):
+    for name in 'abc':
+        (project / name).write_bytes(bytes(300_000))
+    machine = lab(sshd_options='MaxSessions 1', leave_out=leave_out)
+    lines = [f"execute_remote --copy-forwards {name} -- 'wc -c <{name}'" for name in 'abc']
+    done = batches.run(lines, [machine], *NO_GPU)
+    assert (done.returncode, machine.logins()) == (0, 4), done.stderr
+    assert all(result(f'batch.sh.{n}') == b'300000\n' for n in (1, 2, 3))
+
+
 def test_localhost_and_ssh_share_a_batch(batches, lab1, gate, client_home):
     lines = [f'{gate.wait("a")}; echo "${{RIG_MACHINE-here}}"',
              f'{gate.pull("a")}; echo "${{RIG_MACHINE-here}}"']

@@ -188,6 +188,16 @@ def test_what_was_left_out_is_said(spare):
     assert ssh_scheduler.scan_tree(('.',), ()).left_out == ('.git',)
 
 
+def test_a_rule_that_includes_leaves_nothing_out(spare):
+    spare()
+    make(['a', 'b'])
+    with open('.rsync-filter', 'w') as file:
+        file.write('include b\n')
+    tree = ssh_scheduler.scan_tree(('.',), ())
+    assert {entry.path for entry in tree.entries} == {'.rsync-filter', 'a', 'b'}
+    assert tree.left_out == ()
+
+
 def test_a_wrong_filter_file_is_named(spare):
     spare()
     make(['d/a'], {'d': '- x\n\n?? \x1b[m\n'})

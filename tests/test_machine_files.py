@@ -107,7 +107,7 @@ max_jobs: 4
         workdir='~/scratch', setup='module load cuda\nexport A=1\n',
         env=(('A', 'x y'), ('VERSION', '1.10'), ('MODE', '0755'), ('FLAG', 'true'), ('EMPTY', '')),
         gpus=(2, 0), max_jobs=4)
-    assert set(ssh_scheduler.machine_keys()) == {
+    assert set(ssh_scheduler.MACHINE_KEYS) == {
         'ip', 'username', 'port', 'ssh_key_path', 'name', 'proxy_jump', 'ssh_options', 'workdir',
         'setup', 'env', 'gpus', 'max_jobs'}
 
@@ -165,7 +165,7 @@ def test_good_values(home, key_, values):
 def test_a_bad_value_is_named(home, key_, values):
     for value in values:
         values = {'name': 'a', 'ip': 'a', key_: value}
-        expected, _ = ssh_scheduler.machine_keys()[key_]
+        expected, _ = ssh_scheduler.MACHINE_KEYS[key_]
         # escaped, as YAML itself takes some characters in no other way
         text = '\n'.join(f'{name}: {json_like(values[name])}' for name in values)
         line = list(values).index(key_) + 1
@@ -261,7 +261,7 @@ def test_a_file_that_cannot_be_read(home):
 
 # ---- Any text ----
 
-KEYS = st.sampled_from([*ssh_scheduler.machine_keys(), 'user', '<<', '? a'])
+KEYS = st.sampled_from([*ssh_scheduler.MACHINE_KEYS, 'user', '<<', '? a'])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.dates()
     | st.sampled_from(['a', '-a', '22', '*', '!!int x', '~/a', '&x', '2020-99-99', '0b', '1:99',
@@ -709,6 +709,11 @@ def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
     assert argv[-3:] == ['--', 'from', f'{ssh_scheduler.COPY_ALIAS}:to']
     assert connection.rsync([], 'from', 'to', 'source')[-2:] == [
         f'{ssh_scheduler.COPY_ALIAS}:from', 'to']
+    alone = ['-o', 'ControlMaster=no', '-o', 'ControlPath=none']
+    assert connection.copy(alone=True) == ['ssh', '-F', config, '-T', *alone, '--', 'lab1', run]
+    argv = connection.rsync([], 'from', 'to', 'target', alone=True)
+    assert argv[argv.index('-e') + 1] == f'ssh -F {config} {" ".join(alone)}'
+    assert argv[-2:] == ['from', 'lab1:to']
 
 
 def test_this_machine_is_reached_by_bash_alone(tmp_path):

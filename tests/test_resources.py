@@ -166,14 +166,14 @@ def machines_of(unified):
     gpus = st.lists(st.builds(
         Gpu, index=st.integers(0, 5), memory_mb=st.integers(0, 9000), others=st.sampled_from(
             [0, 0, 0, 1]), utilization=st.sampled_from([0.0, 0.0, 0.3, 1.0]),
-        claimed=st.sampled_from([0, 0, 0, 1]), reserved=st.integers(0, 5).map(
+        batch_jobs=st.sampled_from([0, 0, 0, 1]), reserved=st.integers(0, 5).map(
             lambda number: number == 0), exclusive=st.integers(0, 3).map(
             lambda number: number == 0), unified=st.just(unified)),
         max_size=4, unique_by=lambda gpu: gpu.index).map(tuple)
     return st.builds(
         Capacity, cores=st.integers(0, 8000).map(lambda number: number / 1000),
         memory_mb=st.integers(0, 12000), gpus=gpus, total_cores=st.sampled_from([2, 8]),
-        max_jobs=st.none() | st.integers(0, 5), claimed=st.sampled_from([0, 0, 1]),
+        max_jobs=st.none() | st.integers(0, 5), batch_jobs=st.sampled_from([0, 0, 1]),
         reserved=st.integers(0, 7).map(lambda number: number == 0))
 
 
@@ -197,7 +197,7 @@ def fitting_gpus(capacity, out, wanted):
         left_mb = gpu.memory_mb - sum(a.gpu_memory_mb for a in there)
         time = round((1 - gpu.utilization) * 1200) - sum(
             round(1000 * a.gpu_utilization) for a in there)
-        company = len(there) + gpu.claimed
+        company = len(there) + gpu.batch_jobs
         if not (gpu.reserved or any(a.reserve_gpu for a in there)
                 or company and wanted.reserve_gpu
                 or gpu.exclusive and (company or gpu.others)
@@ -217,7 +217,7 @@ def has_room(capacity, out, wanted):
     return not (
         (capacity.max_jobs is not None and len(out) >= capacity.max_jobs)
         or capacity.reserved or any(p.allocation.reserve for p in out)
-        or wanted.reserve and (out or capacity.claimed)
+        or wanted.reserve and (out or capacity.batch_jobs)
         or taken_mb + wanted_mb > capacity.memory_mb
         or wanted.cores > max(capacity.total_cores, capacity.cores)
         or out and cores > round(1500 * capacity.cores)
@@ -407,7 +407,7 @@ def test_an_exclusive_card_has_one_job_and_none_beside_others():
     resources = free(gpus=[Gpu(0, 9000, exclusive=True)])
     assert fits(resources, **shared) and not fits(resources, **shared)
     assert not fits(free(gpus=[Gpu(0, 9000, exclusive=True, others=1)]), **shared)
-    assert not fits(free(gpus=[Gpu(0, 9000, exclusive=True, claimed=1)]), **shared)
+    assert not fits(free(gpus=[Gpu(0, 9000, exclusive=True, batch_jobs=1)]), **shared)
     assert fits(free(gpus=[Gpu(0, 9000, others=1)]), **shared)
 
 
@@ -430,11 +430,11 @@ def test_the_memory_of_a_unified_card_is_the_machines():
 
 def test_what_other_batches_claim_keeps_ours_away():
     shared = {'gpus': 1, 'gpu_utilization': 0.1, 'reserve_gpu': False}
-    assert not fits(free(reserved=True, claimed=1))
-    assert not fits(free(claimed=1), reserve=True) and fits(free(claimed=1))
-    assert not fits(free(gpus=[Gpu(0, 9000, claimed=1, reserved=True)]), **shared)
-    assert fits(free(gpus=[Gpu(0, 9000, claimed=1)]), **shared)
-    assert not fits(free(gpus=[Gpu(0, 9000, claimed=1)]), gpus=1)
+    assert not fits(free(reserved=True, batch_jobs=1))
+    assert not fits(free(batch_jobs=1), reserve=True) and fits(free(batch_jobs=1))
+    assert not fits(free(gpus=[Gpu(0, 9000, batch_jobs=1, reserved=True)]), **shared)
+    assert fits(free(gpus=[Gpu(0, 9000, batch_jobs=1)]), **shared)
+    assert not fits(free(gpus=[Gpu(0, 9000, batch_jobs=1)]), gpus=1)
 
 
 def test_a_card_that_others_use_is_the_last_choice_of_all():
@@ -454,7 +454,7 @@ MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
 @pytest.mark.parametrize(('resources', 'ours', 'wanted', 'expected'), [
     (free(gpus=[Gpu(0, 9000)]), [MINE], Allocation(), 'holds 1 of ours'),
     (free(gpus=[Gpu(0, 9000), Gpu(1, 500, 0.0, 9000), Gpu(2, 9000, 0.9), Gpu(3, 9000, others=1),
-                Gpu(4, 9000, claimed=1)]), [MINE], Allocation(gpus=5),
+                Gpu(4, 9000, batch_jobs=1)]), [MINE], Allocation(gpus=5),
      'has 4 in use by others, holds 1 of ours'),
     (free(gpus=[Gpu(0, 500, 0.0, 9000)]), [], Allocation(), 'has 1 in use by others'),
     (free(gpus=[Gpu(0, 9000)]), [], Allocation(gpus=2), 'has 1 GPU'),
@@ -464,7 +464,7 @@ MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
     (free(gpus=[Gpu(0, 500, 0.0, 500)]), [], Allocation(),
      'has too little GPU (GPU 0 has 500 MB and 100% of its time free)'),
     (free(reserved=True), [], NO_GPU, 'is in use by another batch'),
-    (free(claimed=1), [], NO_GPU._replace(reserve=True), 'is in use by another batch'),
+    (free(batch_jobs=1), [], NO_GPU._replace(reserve=True), 'is in use by another batch'),
     (free(), [NO_GPU, NO_GPU], NO_GPU._replace(reserve=True), 'holds 2 of ours'),
     (free(max_jobs=1), [NO_GPU], NO_GPU, 'holds 1 of ours'),
     (free(), [NO_GPU], NO_GPU._replace(memory_mb=7001),
@@ -834,7 +834,7 @@ def test_memory_that_our_jobs_took_is_ours_and_memory_promised_to_others_is_gone
 def test_claims_of_others_are_told_and_ours_are_not():
     def told(*claims):
         capacity = probe(*claims, ours=OURS)
-        return capacity.claimed, capacity.reserved
+        return capacity.batch_jobs, capacity.reserved
 
     assert told() == told(claim(), claim(key='two.1', reserve=1)) == (0, False)
     assert told(claim(), claim(key='-'), claim(key='x.1')) == (2, False)
@@ -923,7 +923,7 @@ def test_memory_of_a_card_that_our_jobs_took_is_ours():
                      process(1, 100, 'me', 'two.1'))
     assert (one.memory_mb, two.memory_mb) == (10000, 10000)
     assert (one.utilization, two.utilization) == (0, 0)
-    assert (one.reserved, one.claimed, one.others) == (False, 0, 0)
+    assert (one.reserved, one.batch_jobs, one.others) == (False, 0, 0)
     (one, _) = cards(4000, 9900, 90, 10, *claims, process(0, 5000, 'me', 'job.1'),
                      process(0, 1000, 'ann'))
     assert one.memory_mb == 7000                # it took more than it asked for
@@ -934,9 +934,9 @@ def test_memory_of_a_card_that_our_jobs_took_is_ours():
 def test_memory_of_a_card_that_others_claim_is_gone_and_counted_once():
     theirs = claim(key='-', gpus='0:3000:300:0')
     (one, two) = cards(10000, 10000, 0, 0, theirs)
-    assert (one.memory_mb, one.claimed, one.reserved) == (7000, 1, False)
+    assert (one.memory_mb, one.batch_jobs, one.reserved) == (7000, 1, False)
     assert one.utilization == pytest.approx(0.25)           # 0.3 of 1.2
-    assert (two.memory_mb, two.claimed, two.utilization) == (10000, 0, 0)
+    assert (two.memory_mb, two.batch_jobs, two.utilization) == (10000, 0, 0)
     (one, _) = cards(8000, 10000, 30, 0, theirs, process(0, 2000, 'ann', 'other'))
     assert (one.memory_mb, one.others) == (7000, 1)
     assert one.utilization == pytest.approx(0.25)
@@ -980,15 +980,15 @@ def test_where_no_process_is_listed_what_went_since_we_came_is_ours():
     f'{"9" * 16} 2 job.1 1000 100 0', '1 2 job.1 1000 9999999999 0', '1 2 job.1 1000 100 0 ',
     '1 2 job.1 1000 100 0\n'])
 def test_what_is_no_claim_claims_nothing(text):
-    assert ssh_scheduler.read_claims([('claim', text), ('other', '1 2 job.1 1000 100 0')]) == []
+    assert ssh_scheduler.read_needs([('claim', text), ('other', '1 2 job.1 1000 100 0')]) == []
 
 
 def test_a_claim_is_read():
-    assert ssh_scheduler.read_claims([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
-                                      claim(key='-')]) == [
-        ssh_scheduler.Claim('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
-                            5, 70),
-        ssh_scheduler.Claim('', 1.0, 1000, False, {}, 0, 0)]
+    assert ssh_scheduler.read_needs([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
+                                     claim(key='-')]) == [
+        ssh_scheduler.Need('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
+                           5, 70),
+        ssh_scheduler.Need('', 1.0, 1000, False, {}, 0, 0)]
 
 
 # ---- Any facts ----
@@ -1033,11 +1033,11 @@ def check_a_capacity(facts, machine, ours, before, ended_ticks):
     assert 0 <= capacity.cores <= capacity.total_cores <= float(number_in(said.get('cores', '')))
     assert 0 <= capacity.memory_mb <= capacity.total_memory_mb
     assert capacity.total_memory_mb * 1024 <= number_in(said.get('MemTotal', ''))
-    claims = ssh_scheduler.read_claims(facts)
+    claims = ssh_scheduler.read_needs(facts)
     mine = [one for one in claims if one.key in ours]
     taken_kb = 1024 * sum(min(one.used_mb, one.memory_mb) for one in mine)
     assert capacity.memory_mb * 1024 <= number_in(said.get('MemAvailable', '')) + taken_kb
-    assert capacity.claimed == len(claims) - len(mine)
+    assert capacity.batch_jobs == len(claims) - len(mine)
     indices = [gpu.index for gpu in capacity.gpus]
     assert indices == sorted(set(indices))
     assert machine.gpus is None or set(indices) <= set(machine.gpus)
@@ -1135,10 +1135,11 @@ def test_what_machines_said_is_understood(name, expected):
 
 def test_jobs_of_this_batch_on_a_shared_gpu_are_counted_once():
     facts = recorded(Path(__file__).with_name('fixtures') / 'h200_shared.probe')
-    ours = {claim.key for claim in ssh_scheduler.read_claims(facts)}
+    ours = {claim.key for claim in ssh_scheduler.read_needs(facts)}
     capacity = ssh_scheduler.parse_probe(facts, LAB, ours)
     (gpu,) = capacity.gpus
-    assert (gpu.memory_mb, gpu.utilization, gpu.others, gpu.claimed) == (129306 + 3 * 4610, 0, 0, 0)
+    assert (gpu.memory_mb, gpu.utilization) == (129306 + 3 * 4610, 0)
+    assert (gpu.others, gpu.batch_jobs) == (0, 0)
     assert ssh_scheduler.gpu_memory(facts) == dict.fromkeys(ours, 4610) and len(ours) == 3
 
 

@@ -426,12 +426,12 @@ def test_a_job_claims_what_it_needs_until_it_ends(runner, gate, shared):
         assert claim.parent.stat().st_mode & 0o777 == 0o755
         pid, _start, _boot, *need = claim.read_text().split()
         assert (pid, ' '.join(need)) == (runner.record('job')[1], NEED)
-        found = s.read_claims(measured(runner))
+        found = s.read_needs(measured(runner))
         assert [(c.key, c.cores, c.memory_mb, c.gpus) for c in found] == [
             ('job.1', 1.5, 300, {0: (1000, 0.75, True)})]
         fifo.write('go\n')
     assert runner.ended('job')[0] == 0
-    assert claims_in(shared) == [] and s.read_claims(measured(runner, 2)) == []
+    assert claims_in(shared) == [] and s.read_needs(measured(runner, 2)) == []
     runner.send('clean', 'job.1')
     runner.finish()
     assert not [*shared.glob('ssh_scheduler.*')]
@@ -448,7 +448,7 @@ def test_what_a_job_uses_is_measured_with_all_its_descendants(runner, gate):
         number = 0
         while True:
             number += 1
-            (claim,) = s.read_claims(measured(runner, number))
+            (claim,) = s.read_needs(measured(runner, number))
             if claim.used_mb > 60 and claim.ticks >= 15:
                 break
             assert time.monotonic() < deadline, claim
@@ -540,7 +540,7 @@ def test_a_claim_that_makes_no_sense_claims_nothing(channel, env, shared, text):
     runner.send('limits', 12000, 500)
     runner.start('job', 'true', need='1000 400 1')
     assert runner.ended('job')[0] == 0
-    assert s.read_claims(measured(runner)) == []
+    assert s.read_needs(measured(runner)) == []
     # the same with sense is heard
     garble(file, f'{me} 1000 400 1')
     runner.start('again', 'true', need='1000 400 1')
@@ -584,7 +584,7 @@ def test_a_fifo_among_the_claims_holds_nobody_up(runner, shared):
     runner.send('limits', 12000, 500)
     runner.start('job', 'true', need=NEED)
     assert runner.ended('job')[0] == 0
-    assert s.read_claims(measured(runner)) == []
+    assert s.read_needs(measured(runner)) == []
     runner.finish()
 
 
@@ -1215,7 +1215,7 @@ def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
         second.until('started', 'job.1')
         second.until('started', 'long.1')
         assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always, of the same owner
-        assert [c.key for c in s.read_claims(measured(second))] == ['job.1', 'long.1']
+        assert [c.key for c in s.read_needs(measured(second))] == ['job.1', 'long.1']
         second.send('cancel', 5, 'long.1')
         second.until('cancelled', '')
         assert second.ended('long', adopted=True)[0] == 143

@@ -31,7 +31,7 @@ ROOMS = (
     Capacity(0.5, 16000, total_cores=8), Capacity(8, 900, total_cores=8),
     Capacity(8, 16000, CARDS, 8), Capacity(8, 16000, CARDS[:1], 8),
     Capacity(8, 16000, total_cores=8, max_jobs=2), Capacity(8, 16000, total_cores=8, reserved=True),
-    Capacity(8, 16000, (Gpu(0, 16000, claimed=1), Gpu(1, 16000)), 8, claimed=1))
+    Capacity(8, 16000, (Gpu(0, 16000, batch_jobs=1), Gpu(1, 16000)), 8, batch_jobs=1))
 
 
 def job_of(line, allocation):
@@ -378,7 +378,7 @@ WORDS = ('--num-cpus=4', '--num-cpus=0.5', '--memory-required=3000', '--memory-r
          '--reserve')
 WHOLE = Capacity(8, 4000, total_cores=8, total_memory_mb=4000)
 LEFT = (WHOLE, WHOLE._replace(cores=0.5), WHOLE._replace(memory_mb=600), WHOLE._replace(
-    reserved=True, claimed=1), WHOLE._replace(max_jobs=1))
+    reserved=True, batch_jobs=1), WHOLE._replace(max_jobs=1))
 
 
 class AnyBatch(RuleBasedStateMachine):
