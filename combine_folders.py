@@ -592,7 +592,11 @@ class ComparePass:
                 plan.extra[new] = content.versions()
                 self.add_item(new, content, draft)
                 break
-            if self.comparer.same(holder[0], first) and self.can_join(content, holder):
+            try:
+                is_same = self.comparer.same(holder[0], first)
+            except (LooksChanged, FileNotFoundError):
+                raise Changed(trees.path_in(tree, name)) from None
+            if is_same and self.can_join(content, holder):
                 self.join(content, holder, new, draft)
                 break
         if len(os.fsencode(new)) > 255:
@@ -2027,9 +2031,9 @@ def size_in_words(count):
 class Terminal(Report):
     """Events go to stdout, a line each; the bar goes to stderr, where that is a terminal."""
 
-    def __init__(self, out, err, quiet):
-        self._out, self._err, self._quiet = out, err, quiet
-        self._shows_bar = not quiet and err.isatty()
+    def __init__(self, quiet):
+        self._out, self._err, self._quiet = sys.stdout, sys.stderr, quiet
+        self._shows_bar = not quiet and self._err.isatty()
         self._doing, self._shown_at = None, 0.0
         self._files = self._bytes = self._total = 0
 
@@ -2079,6 +2083,11 @@ def write_line(stream, line):
         stream.flush()
     except BrokenPipeError:             # as in `| head`: what is being done matters more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def show_usage():
+    """Print the usage text."""
+    print(USAGE, end='')
 
 
 def conflict_lines(conflict):
@@ -2150,7 +2159,7 @@ def main():
     argv = sys.argv[1:]
     before_end = argv[:argv.index('--')] if '--' in argv else argv
     if '--help' in before_end or '-h' in before_end:
-        print(USAGE, end='')
+        show_usage()
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
@@ -2159,7 +2168,7 @@ def main():
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    terminal = Terminal(sys.stdout, sys.stderr, '--quiet' in before_end)
+    terminal = Terminal('--quiet' in before_end)
     try:
         return run(argv, terminal)
     except CombineError as error:

@@ -6,43 +6,68 @@
 # ///
 """Run many commands on a handful of machines that can be reached with ssh.
 
-     usage text --> options --+
-     machine.yaml -> Machine  +-> Connection (argv only) -> MachineRunner <--- Batch: the loop
-     batch.sh ----> [Job] ----+                                |   ^  |          |  ^
-                                  one ssh: master and channel  |   |  +- rsync --+> ResultStore
-                                                               v   | events      v
-                                         REMOTE_RUNNER (bash, over there)    Reporter (prints)
+            here                                            on each machine
 
-Each machine has ONE long-lived ssh.  It is the master that copies share, and its standard streams
-are the channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.
-So the number of ssh processes does not grow with the number of jobs, and a machine sees one login
-a batch.  Jobs are started over there, in process groups of their own, with their streams in files;
-they do not depend on the channel.  When this program dies, the channel ends, and the runner with
-it, but the jobs run on and leave their exit status in a file; the same command again asks for it.
-When contact is lost, a new channel is opened and asks in the same way.  A runner over there that
-was left behind is ended by the next one of the same owner, which also claims each start that may
-not have arrived, so that no job can ever begin twice.  A command for one machine or for many is a
-job, too: then Fanout, which places nothing, stands where Batch does.
+     usage, files --> jobs, machines, policy
+                          |
+      View <--changed--- Run <--> Scheduler       REMOTE_RUNNER (bash), one for each contact
+                          |  ^                       |  creates, watches and ends
+                   start  |  | changed               v
+                          v  |        requests     jobs, each in a process group of its own,
+     Journal <--move-- Worker ----- Contact ---->  with their streams in files
+     ResultStore          |       <---- events           |
+          ^               +-- flows: rsync, tar, follow <+
+          +---------------------------+
 
-The life of a job, and who owns each step:
+Each contact is ONE ssh.  It is the master that copies share, and its standard streams are the
+channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.  So the
+number of ssh processes does not grow with the number of jobs, and a batch costs one login on each
+machine.  Jobs do not depend on the channel.  When this program dies, the channel ends, and the
+remote runner with it, but the jobs run on and leave their exit status in a file.
 
-    waiting   Scheduler      which lines are left, and where there is room for the next
-    placed    MachineResources  what a machine has left; score, allocate, deallocate
-    claimed   ResultStore    the journal says where it goes BEFORE the request is sent
-    running   REMOTE_RUNNER  creates jobs/KEY/cmd exclusively: at most one can start it
-    ended     MachineRunner  its exit status came up; what it held is free again
-    collected ResultStore    streams and folder lie in job_results/, and never replaced anything
-    cleaned   REMOTE_RUNNER  only now is its folder over there removed
+The life of a job on a machine is the life of an Attempt.  Its states stand in the table LIFE, and
+only Lives.move changes them: it asserts the order, and writes the journal before anybody hears.
 
-KEY is NAME.ATTEMPT-IDENTITY: the identity is that of the journal.  Which lines of a batch file are
-left is decided by match_lines: a line is done when its own command was done.
+     waiting -> placed -> claimed -> running -> ended -> collected   then its folder there goes
+                  |          |          |         +----> kept        results could not be fetched
+                  v          +----------+
+               returned                 +-> refused, held, absent    it never began, for certain
+                                        +-> lost        gone, for certain, without a result
+                                        +-> abandoned   no contact for too long (--lost-after)
+                                        +-> stopping -> stopped -> cancelled    told to end
+                                                    +-> dropped     and not seen to end
 
-Only Processes starts and waits for processes, in one thread.  Only Reporter prints.  Text meant
-for a shell over there stands in constants; all else crosses as data, between NULs.
+After returned, refused, held, absent, lost or abandoned the job may wait again, as a new Attempt.
 
-Sections: Usage, Errors, Options, Records, Machine files, Batch files, Resources, Probe, Files to
-send, Archives, Connection, The remote runner, Processes, Wire, Results, Machine runner, Report,
-Scheduler, Batch, Fan-out, Commands.
+The promises, and the functions that keep them:
+
+    A job runs at most once.  The journal is on the disk before the start is sent (Lives.move,
+    Journal.sync), and on the machine a job begins when its file cmd is created, which succeeds
+    once (take).
+    A rerun, a reconnect and an attach are one thing.  At contact, the machine is asked about each
+    attempt that is claimed or running there (JobControl.ask); a start that never arrived is
+    revoked with the same question, so that it never will.
+    A result replaces nothing.  It arrives in a folder of its own, and appears by one rename
+    (ResultStore.commit).  Only then may the original go (Collector.clean).
+    Nothing of a contact outlives it.  Its processes and flows end with it (Flows.close); contact
+    that is found again is a new Contact.
+    Results belong to the command and the files that made them.  A line of a batch file is looked
+    up by its command (match_lines), and the key of a job on a machine, NAME.ATTEMPT-IDENTITY,
+    names the journal that claimed it.
+
+Only Processes starts and waits for processes, in one thread.  Only Report prints.  Text meant for
+a shell on a machine stands in constants: BOOTSTRAP in Connection, the programs at the end of the
+file.  All else crosses as data, between NULs.  A section uses only what stands above it, but for
+those programs.
+
+    The promise    Usage, Errors
+    The heart      Records, Life, Resources, Scheduler, Run
+    What is seen   Report, Lines, Views
+    The edges      Options, Machine files, Batch files, Files to send, Archives, Probe
+    The work       Results, Processes, Wire, Connection, Client, Copies, Contact, Results on their
+                   way, Worker, As a library
+    The commands   Commands
+    On a machine   The remote runner, which opens with the files of a job, requests and events
 
 As a library: MachineResources and MachineRunner keep their documented methods; everything else may
 change.  Importing has no effect: nothing is read, printed or started.
@@ -367,9 +392,21 @@ def reason_of(error):
     return error.strerror or str(error)
 
 
+def complaint_line(text, index=0):
+    """Return the most telling line of a program's complaint: the first, not rsync's summary."""
+    lines = [line for line in text.splitlines() if line.strip()
+             and not line.startswith('--link-dest arg does not exist')]     # that is usual
+    return printable(lines[index].strip())[:300] if lines else ''
+
+
 def count_of(number, noun):
     """Return '1 file', '2 files', '3 processes'."""
     return f'{number:,} {noun}' + ('' if number == 1 else 'es' if noun.endswith('s') else 's')
+
+
+def names_of(names):
+    """Return 'a', 'a, b' or 'a and 5 more': for a line on the screen."""
+    return ', '.join(names) if len(names) < 4 else f'{names[0]} and {len(names) - 1} more'
 
 
 def size_of(size):
@@ -378,6 +415,2585 @@ def size_of(size):
         if size < 1000 or unit == 'TB':
             return f'{size:.0f} {unit}' if unit == 'bytes' else f'{size:.1f} {unit}'
         size /= 1000
+
+
+# ---- Records: frozen ----
+
+USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
+JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
+# Two machines with the same host are different ones where these options differ.
+LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
+
+
+class Machine(NamedTuple):
+    """A machine as its file or name describes it.  host is '' for localhost, which needs no ssh."""
+    name: str                       # as the user wrote it, or `name:` of the file
+    host: str = ''
+    username: Optional[str] = None
+    port: Optional[int] = None
+    ssh_key_path: Optional[str] = None
+    proxy_jump: Optional[str] = None
+    ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
+    workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
+    setup: str = ''                 # bash, run once a connection; jobs have what it exports
+    env: tuple = ()                 # pairs (name, value)
+    gpus: Optional[tuple] = None    # the indices that may be used; None: all
+    max_jobs: Optional[int] = None
+    word: str = ''                  # of the command line; find_machine finds the machine by it
+
+    @property
+    def address(self):
+        """The account, as the journal names it: user@host:port and the way there; or localhost."""
+        user = f'{self.username}@' if self.username else ''
+        port = f':{self.port}' if self.port else ''
+        way = f' via {self.proxy_jump}' if self.proxy_jump else ''
+        way += ''.join(f' {name}={value}' for name, value in self.ssh_options
+                       if name.lower() in LEADING_SSH_OPTIONS)
+        return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
+
+    @property
+    def jump(self):
+        """The value of ProxyJump in the machine's file, or ''."""
+        return self.proxy_jump or next((value for name, value in self.ssh_options
+                                        if name.lower() == 'proxyjump'), '')
+
+    @property
+    def hops(self):
+        """The jump hosts, the first one first: (user, host, port); user and port may be ''.
+
+        Empty where ssh jumps over none, or has to find out what is wrong with them.
+        """
+        matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
+        if not all(matches) or self.jump.lower() == 'none':
+            return []
+        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:]) for match in matches]
+
+
+class Gpu(NamedTuple):
+    """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
+    index: int                      # nvidia-smi's, which is the order of the PCI bus
+    memory_mb: int                  # free
+    utilization: float = 0.0
+    total_memory_mb: int = 0
+    uuid: str = ''
+    name: str = ''
+    others: int = 0                 # processes on it that are not of this batch
+    users: tuple = ()               # the owners of those
+    batch_jobs: int = 0             # jobs of other batches that were placed on it
+    reserved: bool = False          # one of those jobs has the GPU to itself
+    exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
+    unified: bool = False           # its memory is the machine's
+
+
+class Capacity(NamedTuple):
+    """A machine's resources: in all, and free if no job of this batch ran there.
+
+    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
+    subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
+    room in the books is room in the latest probe, and nothing is counted twice.
+    """
+    cores: float
+    memory_mb: int
+    gpus: tuple = ()
+    total_cores: float = 0.0
+    total_memory_mb: int = 0
+    max_jobs: Optional[int] = None
+    gpu_trouble: str = ''           # why no GPU is known; '' where any is
+    lost_gpus: str = ''             # why further GPUs cannot be used
+    batch_jobs: int = 0             # jobs of other batches on the machine
+    reserved: bool = False          # one of those jobs has the machine to itself
+    limits: tuple = ()              # of all batches together, as the request "limits" has them
+
+
+class Allocation(NamedTuple):
+    """The resources that a job asks for."""
+    cores: float = 1.0
+    memory_mb: int = 2000
+    reserve: bool = False           # the machine to itself
+    gpus: int = 1
+    gpu_memory_mb: int = 1000
+    gpu_utilization: float = 0.75   # a share of one GPU's time
+    reserve_gpu: bool = True
+
+
+class Placement(NamedTuple):
+    """The resources that a job got, a token to be given back once.  gpus: their indices."""
+    number: int
+    allocation: Allocation
+    gpus: tuple
+
+    @property
+    def visible_gpus(self):
+        """The value of CUDA_VISIBLE_DEVICES, or None where it is not set."""
+        if self.allocation.reserve or not self.gpus:
+            return None
+        return ','.join(map(str, self.gpus))
+
+
+class Forwards(NamedTuple):
+    """The files that a job gets: paths relative to the current folder, patterns as in rsync."""
+    copy: tuple = ('.',)
+    link: tuple = ()
+    exclude: tuple = ()
+
+
+class Job(NamedTuple):
+    """One line of a batch.
+
+    backwards: the paths to bring back; None: all that the job made or changed
+    own: the options for files and hardware of a line that is an execute_remote command, as text
+    """
+    name: str
+    command: str
+    line: int
+    allocation: Allocation
+    forwards: Optional[Forwards]    # None: the line is gone, and the job is only collected
+    backwards: Optional[tuple] = None
+    own: str = ''
+
+    @property
+    def may_start(self):
+        """Tell whether it may be started; else an earlier run has, and it is only collected."""
+        return self.forwards is not None
+
+
+class JobResult(NamedTuple):
+    """How a job ended, and the resources that it used; None is unknown, a peak the most seen."""
+    name: str
+    machine: str
+    exit_code: int
+    wall_s: float
+    gpus: Optional[str] = None
+    cpu_s: Optional[float] = None
+    peak_memory_mb: Optional[int] = None
+    peak_gpu_memory_mb: Optional[int] = None
+
+
+# ---- Life: how far each job is; the journal has it first ----
+
+class State(NamedTuple):
+    """One state of an attempt."""
+    then: tuple                     # the states that may follow
+    written: str = ''               # the journal's event of it, before anybody hears of it
+    holds: bool = False             # the attempt holds its room on the machine
+
+
+# A machine may say any of these, at any time, of an attempt that it was sent.
+SAID_OF_FAILURE = ('refused', 'held', 'absent', 'lost')
+
+LIFE = {
+    'waiting':    State(('placed',)),           # inside Run.start only: who waits has no Attempt
+    'placed':     State(('claimed', 'returned'), holds=True),   # its files are on their way
+    'claimed':    State(('running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE), 'claimed',
+                        holds=True),
+    'running':    State(('ended', 'stopping', 'abandoned', *SAID_OF_FAILURE), holds=True),
+    'ended':      State(('collected', 'kept'), 'ended'),        # its exit status is known
+    'collected':  State((), 'collected'),       # its results lie in job_results
+    'incomplete': State(('collected', 'unfetched')),    # it was collected but for some paths
+    'unfetched':  State(()),                    # those paths stay on the machine
+    'kept':       State(('cancelled', 'dropped')),      # its results stay there for the next run
+
+    'returned':   State(()),                    # its start was never sent
+    'refused':    State(('cancelled',), 'lost'),        # the machine could not start it
+    'held':       State(('cancelled',), 'lost'),        # another batch took its room first
+    'absent':     State(('cancelled',), 'lost'),        # its start never arrived, for certain
+    'lost':       State(('cancelled',), 'lost'),        # it is gone, for certain, without a result
+    'abandoned':  State((), 'lost'),            # there was no contact for too long (--lost-after)
+
+    'stopping':   State(('stopped', 'dropped', *SAID_OF_FAILURE), holds=True),      # told to end
+    'stopped':    State(('cancelled', 'dropped', 'kept')),      # it has ended, since it was told to
+    'cancelled':  State((), 'cancelled'),       # what it left is set aside
+    'dropped':    State((), 'cancelled'),       # told to end, and nobody waits: it may run on
+}
+UNSEEN = ('claimed', 'running')     # it runs, as far as is known, and nobody has told it to end
+ALIVE = (*UNSEEN, 'stopping')       # at contact its machine is asked about it
+UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still come
+ARRIVING = ('ended', 'stopped', 'incomplete')       # its results are on their way
+HOLDING = tuple(word for word, state in LIFE.items() if state.holds)
+AWAITED = (*HOLDING, *ARRIVING)     # something is still to come of it
+FORGOTTEN = ('collected', 'unfetched', 'returned', 'refused', 'held', 'absent', 'lost',
+             'abandoned')
+
+
+class Stream:
+    """One output of an attempt, stdout or stderr: its first `here` bytes have arrived.
+
+    Whoever brings bytes (a look, a follower, the event of the end, a copy) says from which byte on;
+    bytes that arrived before are passed over.  So it does not matter who comes first.
+
+    store: a function that adds bytes to job_results and tells whether it could, or None
+    show: a function that is called with the bytes as they come, or None
+    """
+
+    def __init__(self, store=None, show=None):
+        self.here = 0
+        self.size = None                    # of the whole stream, once the job has ended
+        self.content = None                 # the whole stream, if it came with the end
+        self.stored = True                  # all that is here was stored, too
+        self._store, self._show = store, show
+
+    @property
+    def shown(self):
+        """Tell whether its bytes are passed on as they come."""
+        return self._show is not None
+
+    @property
+    def whole(self):
+        """Tell whether all of it is here."""
+        return self.content is not None or self.here == self.size
+
+    def bring(self, offset, data):
+        """Take the bytes from `offset` on, as far as they are new."""
+        new = data[self.here - offset:] if offset <= self.here else b''
+        if not new:
+            return
+        if self.stored and self._store:
+            self.stored = self._store(new)
+        if self._show:
+            self.here += len(new)
+            self._show(new)
+        elif self.stored:
+            self.here += len(new)
+        else:
+            self.stored = True              # these bytes are brought again
+
+    def complete(self, content, size):
+        """Note the size, once the job has ended; content: all bytes, None if they come apart."""
+        self.content, self.size = content, size
+        if content is not None:
+            self.show_rest([content[self.here:]])
+
+    def show_rest(self, pieces):
+        """Pass on the bytes that had not come, which are stored already."""
+        for data in pieces if self._show else ():
+            self.here += len(data)
+            self._show(data)
+
+
+class How(NamedTuple):
+    """How an attempt is run, beside its command."""
+    mode: str = ''                  # stdin: its input is what comes from `source`; tty: a terminal
+    source: Optional[int] = None    # a file descriptor of this process
+    timeout_s: Optional[float] = None
+    keep: bool = True               # its streams are put into job_results
+    show: Optional[object] = None   # called with ('out' or 'err', bytes) as they come
+
+
+class Attempt:
+    """One start of a job on a machine: the only record of how far it is.  See LIFE."""
+
+    def __init__(self, job, machine, key, record, how=None):
+        self.job, self.machine, self.how = job, machine, how or How()
+        self.key = key                      # the name of its folder there
+        self.record = record                # of its claim, as the journal has it or will have it
+        self.state, self.why = 'waiting', ''
+        self.placement = None               # what it holds, of MachineResources
+        self.stage = None                   # its files; None if an earlier run has started it
+        self.streams = {}                   # 'out', 'err' -> Stream
+        self.peaks_mb = [None, None]        # the memory that was seen in use, and that of its GPUs
+        self.result = None                  # a JobResult, once it has ended
+        self.leavings = None                # Leavings: what it left there, once that is known
+
+    @property
+    def name(self):
+        """The name of the job, and of its results."""
+        return self.job.name
+
+    @property
+    def gpus(self):
+        """The value of CUDA_VISIBLE_DEVICES, or None."""
+        return self.record.get('gpus')
+
+    @property
+    def is_inherited(self):
+        """Tell whether an earlier run has started it."""
+        return self.stage is None
+
+    @property
+    def is_heard(self):
+        """Tell whether all of its output is here."""
+        return all(stream.whole for stream in self.streams.values())
+
+
+class Lives:
+    """All attempts of this run, by machine and state.
+
+    Only `move` changes a state; `restore` sets the first one of an attempt of an earlier run.
+
+    changed(attempt, before) is called after each change; before: the state that it was in.
+    """
+
+    def __init__(self, journal, changed):
+        self._journal, self._changed = journal, changed
+        self._attempts = collections.defaultdict(dict)        # (machine, state) -> {key: Attempt}
+
+    def of(self, machine, *states):
+        """Return the attempts on this machine that are in one of these states."""
+        return [attempt for state in states
+                for attempt in self._attempts.get((machine, state), {}).values()]
+
+    def any_of(self, machine, *states):
+        """Tell whether an attempt on this machine is in one of these states."""
+        return any(self._attempts.get((machine, state)) for state in states)
+
+    def all_of(self, *states):
+        """Return the attempts on all machines that are in one of these states."""
+        return [attempt for (_, state), found in list(self._attempts.items()) if state in states
+                for attempt in found.values()]
+
+    def get(self, machine, key, *states):
+        """Return the attempt with this key, if it is in one of these states there; else None."""
+        for state in states:
+            attempt = self._attempts.get((machine, state), {}).get(key)
+            if attempt:
+                return attempt
+        return None
+
+    def restore(self, attempt, state):
+        """Take up an attempt of an earlier run, in the state that the journal has."""
+        attempt.state = state
+        self._attempts[attempt.machine, state][attempt.key] = attempt
+
+    def rebind(self, attempt, machine):
+        """The attempt is found by another name of the same account."""
+        self._attempts[attempt.machine, attempt.state].pop(attempt.key)
+        attempt.machine = machine
+        self._attempts[machine, attempt.state][attempt.key] = attempt
+
+    def move(self, attempt, state, why='', /, **facts):
+        """Put the attempt into this state; the journal has it, with the facts, before anybody.
+
+        The facts may have the names of the parameters, such as attempt=2.
+        """
+        before = attempt.state
+        assert state in LIFE[before].then, f'{attempt.key}: {before} -> {state} [this is a bug]'
+        if LIFE[state].written:
+            self._journal.write(event=LIFE[state].written, job=attempt.name, **facts)
+        self._attempts[attempt.machine, before].pop(attempt.key, None)
+        if state not in FORGOTTEN:          # nobody asks for them
+            self._attempts[attempt.machine, state][attempt.key] = attempt
+        attempt.state, attempt.why = state, why
+        self._changed(attempt, before)
+
+
+class Journal:
+    """The events of the jobs of a job_results: a JSON object a line.  Each event is written before
+    anything follows from it.
+
+    jobs: name of a job -> its record, a dict: command, machine, attempt, key, state, …
+    identity: 8 random hex digits of this journal, which its first line tells.  The folder of a job
+    on a machine has them in its name.  So a job that another journal started, such as that of a
+    job_results which was removed, is never taken for a job of this one.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.jobs = {}
+        self.identity, self._noted_identity = '', False
+        self._remains = {}              # machine -> {key: state} of which folders are there
+        self._fd = None
+        self._unsynced = False
+
+    # Reading and writing it
+
+    def open(self):
+        """Read what earlier runs did, and be ready to add to it.  Raises OSError."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self._read()
+        self._noted_identity = bool(self.identity)
+        self.identity = self.identity or os.urandom(4).hex()
+
+    def peek(self):
+        """Only read what earlier runs did; another run may use the folder.  Raises OSError."""
+        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self._read(cut=False)
+        finally:
+            self.close()
+
+    def close(self):
+        """Close the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
+
+    @property
+    def is_empty(self):
+        """Tell whether the open journal has no line."""
+        return self._fd is not None and not os.fstat(self._fd).st_size
+
+    def write(self, **event):
+        """Add an event.  Before an act that cannot be undone the caller waits for `sync`, too."""
+        self.check()
+        event['time'] = round(time.time(), 2)
+        line = json.dumps(event).encode() + b'\n'
+        if not self._noted_identity:
+            first = {'event': 'journal', 'identity': self.identity}
+            line = json.dumps(first).encode() + b'\n' + line
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):     # the disk is full; what follows must not be glued to it
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise self.unwritable(error) from None
+        self._noted_identity = self._unsynced = True
+        self._apply(event)
+
+    def sync(self, results=False):
+        """Have all events on the disk, even if the power fails; with results: the results, too.
+
+        A start, and the removal of results from a machine, cannot be taken back: they wait for it.
+        """
+        try:
+            if results:
+                sync_file_system(self._fd)
+            elif self._unsynced:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise self.unwritable(error) from None
+        self._unsynced = False
+
+    def check(self):
+        """Raise if the file is not in its place any more: then nobody would find what follows."""
+        try:
+            in_place = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            in_place = False
+        if not in_place:
+            folder = self.path.partition('/.ssh_scheduler/')[0]
+            raise ResultsError(f'{folder} was removed or moved away while it was in use. Jobs '
+                               'that run keep running: move it back, and the same command collects '
+                               'them. If it is gone: execute_batch --earlier=show --machines …')
+
+    def unwritable(self, error):
+        """Return the exception that says so."""
+        return ResultsError(f'{self.path} cannot be written: {reason_of(error)}. Jobs that run go '
+                            'on; the same command collects them.')
+
+    def _read(self, cut=True):
+        """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
+        with open(self._fd, 'rb', closefd=False) as file:
+            whole = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b'\n'):
+                    break
+                try:
+                    self._apply(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise ResultsError(
+                        f'{self.path}, line {number} cannot be read. It says what runs where: look '
+                        'at it, or move job_results away to start afresh.') from None
+                whole += len(line)
+        if cut:
+            os.ftruncate(self._fd, whole)
+        for record in self.jobs.values():
+            record['resumed'] = record['state'] != 'collected'
+
+    def _apply(self, event):
+        """Have the records tell what the event says."""
+        if event['event'] == 'journal':
+            self.identity = event['identity']
+        elif event['event'] == 'claimed':
+            if not {'command', 'machine', 'attempt'} <= event.keys():
+                raise KeyError(event)
+            former = self.jobs.get(event['job'], {})
+            if former.get('kept'):      # its results were deleted here, so these may go, too
+                self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
+            self.jobs[event['job']] = {
+                'key': self.key(event['job'], event['attempt']), **event, 'state': 'claimed',
+                'resumed': former.get('resumed')}       # its streams here are an earlier run's
+        elif event['event'] == 'tidied':
+            self._remains.pop(event['machine'], None)
+        elif event['event'] == 'committing':
+            self.jobs[event['job']].update(inode=event['inode'], kept=event['kept'])
+        else:
+            record = self.jobs[event['job']]
+            record['state'], record['kept'] = event['event'], event.get('kept')
+            if event['event'] == 'ended':
+                record['exit_code'] = event['exit_code']
+            elif not event.get('kept'):
+                self._remains.setdefault(record['machine'], {})[record['key']] = event['event']
+
+    # Questions
+
+    def record(self, name):
+        """Return the record of a job; an empty dict if it was never claimed."""
+        return self.jobs.get(name, {})
+
+    def is_begun(self, name):
+        """Tell whether the job was claimed, and neither collected nor given up."""
+        return self.record(name).get('state') in ('claimed', 'ended')
+
+    def key(self, name, attempt):
+        """Return the name of the job's folder on a machine, for an attempt that is to be claimed.
+
+        Attempts that a journal claimed before it had an identity have keys without one.
+        """
+        return f'{name}.{attempt}-{self.identity}' if self.identity else f'{name}.{attempt}'
+
+    def new_attempt(self, job, worker, how, gpus, **noted):
+        """Return the next Attempt of a job on a machine.
+
+        gpus: the value of CUDA_VISIBLE_DEVICES, or None; noted: more that its record has
+        """
+        number = self.record(job.name).get('attempt', 0) + 1
+        record = {'attempt': number, 'machine': worker.machine.address, 'gpus': gpus,
+                  'command': job.command, 'where': worker.machine.word or worker.name, **noted}
+        return Attempt(job, worker, self.key(job.name, number), record, how)
+
+    def may_have_streams(self, name):
+        """Tell whether an earlier attempt, or a run before, may have written the job's streams."""
+        record = self.record(name)
+        return record.get('attempt', 1) > 1 or bool(record.get('resumed'))
+
+    def remains(self, machine):
+        """Return (keys, keys) of folders that may lie on the machine and are of no use any more:
+
+        those of collected jobs, and those of jobs that may even run (lost, cancelled).
+        """
+        found = self._remains.get(machine, {})
+        return ([key for key, state in found.items() if state == 'collected'],
+                [key for key, state in found.items() if state != 'collected'])
+
+    def tidied(self, machine):
+        """Note that no such folder lies on the machine any more."""
+        if self._remains.get(machine):
+            self.write(event='tidied', machine=machine)
+
+
+def sync_file_system(fd):
+    """Write to the disk what lies in the file system of this file: one call for many files."""
+    syncfs = getattr(c_library(), 'syncfs', None)
+    if syncfs is None:              # only Linux has it
+        os.sync()
+    elif syncfs(fd):
+        import ctypes
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def c_library():
+    """Return the C library, or None where this Python cannot call it."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        return None
+
+
+# ---- Resources: what a machine has left ----
+
+CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
+GPU_OVERLOAD = 1.2          # and so may a GPU's; memory never
+NO_ROOM = -math.inf
+
+
+def thousandths(value):
+    """Return the value in thousandths, as a whole number, which adds and subtracts exactly."""
+    return round(value * 1000)
+
+
+class GpuUse:
+    """The promises on one GPU: a mutable tally of MachineResources."""
+    __slots__ = ('jobs', 'memory_mb', 'time', 'reserved')
+
+    def __init__(self):
+        self.jobs = self.memory_mb = self.time = self.reserved = 0     # time in thousandths
+
+
+class MachineResources:
+    """The books of one machine: they alone know what is free there, and what is promised.
+
+    available_resources: a Capacity, or anything with its fields.
+    score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
+    allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
+    deallocate(placement)   gives back what allocate gave; each placement once
+    update(available_resources)     the machine has more or less now; what is taken stays taken
+
+    Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
+    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
+    a machine on which none of our jobs runs takes one, however busy its processors are.
+    """
+
+    def __init__(self, available_resources):
+        self._placements = {}
+        self._number = 0
+        self._cores = 0                             # thousandths that are promised
+        self._memory_mb = 0                         # promised, apart from memory of GPUs
+        self._reserved = 0                          # placements that have the machine to themselves
+        self._gpus = collections.defaultdict(GpuUse)        # by index
+        self.update(available_resources)
+
+    def update(self, available_resources):
+        """Note the machine's new Capacity; what is taken stays taken."""
+        self.available = have = as_record(Capacity, available_resources)._replace(
+            gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
+        self._total_cores = max(have.total_cores, have.cores)
+        self._cores_limit = thousandths(have.cores * CORES_OVERLOAD)
+        self._unified = frozenset(gpu.index for gpu in have.gpus if gpu.unified)
+        self._others = any(gpu.others for gpu in have.gpus)
+
+    @property
+    def jobs(self):
+        """The number of placements that were not given back yet."""
+        return len(self._placements)
+
+    def score(self, allocation):
+        """Return the share that stays free of the resource that gets scarcest.
+
+        A machine with GPUs scores less for a job without, so that GPUs last for others.  It scores
+        least of all where the job would get a GPU that somebody else uses, too.
+        """
+        if self.short_of(allocation):
+            return NO_ROOM
+        have = self.available
+        score = min(
+            1 - (self._memory_mb + allocation.memory_mb) / max(have.memory_mb, 1),
+            1 - (self._cores + 1000 * allocation.cores) /
+            max(self._cores_limit, 1000 * self._total_cores, 1))
+        if allocation.gpus:
+            used = sum(1 for use in self._gpus.values() if use.jobs)
+            score = min(score, 1 - (used + allocation.gpus) / len(have.gpus))
+            if self._others and any(gpu.others for gpu in self._gpus_for(allocation)):
+                score -= 2
+        elif have.gpus:
+            score -= 1
+        return score
+
+    def allocate(self, allocation):
+        """Take the resources of the allocation and return the Placement."""
+        why = self.why_not(allocation)
+        if why:
+            raise DoesNotFit(f'the machine {why}')
+        return self.take(allocation, tuple(sorted(
+            gpu.index for gpu in self._gpus_for(allocation))))
+
+    def take(self, allocation, gpus):
+        """Take the resources of a job that runs there, on these GPUs, whether they fit or not."""
+        self._number += 1
+        placement = Placement(self._number, allocation, gpus)
+        self._placements[self._number] = placement
+        self._count(placement, 1)
+        return placement
+
+    def deallocate(self, placement):
+        """Give back a placement of allocate or take."""
+        if self._placements.get(placement.number) != placement:
+            raise ValueError(f'{placement} is not allocated here [this is a bug]')
+        del self._placements[placement.number]
+        self._count(placement, -1)
+
+    def _count(self, placement, sign):
+        wanted = placement.allocation
+        self._cores += sign * thousandths(wanted.cores)
+        self._memory_mb += sign * wanted.memory_mb
+        self._reserved += sign * wanted.reserve
+        for index in placement.gpus:
+            use = self._gpus[index]
+            use.jobs += sign
+            use.memory_mb += sign * wanted.gpu_memory_mb
+            use.time += sign * thousandths(wanted.gpu_utilization)
+            use.reserved += sign * wanted.reserve_gpu
+
+    def short_of(self, allocation):
+        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
+        have, jobs = self.available, len(self._placements)
+        if have.max_jobs is not None and jobs >= have.max_jobs:
+            return 'jobs'
+        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.batch_jobs)):
+            return 'machine'
+        if allocation.memory_mb > have.memory_mb - self._taken_mb():
+            return 'memory'
+        if allocation.cores > self._total_cores or (
+                jobs and self._cores + thousandths(allocation.cores) > self._cores_limit):
+            return 'cores'
+        if allocation.gpus and not self._gpus_for(allocation):
+            return 'gpu'
+        return ''
+
+    def _taken_mb(self):
+        """Return how much memory of the machine is promised, that of unified GPUs included."""
+        if not self._unified:
+            return self._memory_mb
+        return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
+
+    def _gpus_for(self, allocation):
+        """Return the best GPUs for the allocation; none where too few have room."""
+        fitting = []
+        for gpu in self.available.gpus:
+            use = self._gpus[gpu.index]
+            alone = allocation.reserve_gpu or gpu.exclusive
+            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.batch_jobs))
+                    or (gpu.exclusive and gpu.others)):
+                continue
+            left_mb = gpu.memory_mb - use.memory_mb
+            left = thousandths((1 - gpu.utilization) * GPU_OVERLOAD) - use.time
+            if left_mb >= allocation.gpu_memory_mb and (
+                    left >= thousandths(allocation.gpu_utilization)):
+                fitting.append((gpu.others > 0, use.jobs, -left, -left_mb, gpu.index, gpu))
+        if len(fitting) < allocation.gpus:
+            return []
+        chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
+        if self._unified:       # the memory of those is the machine's
+            shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
+            if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
+                return []
+        return chosen
+
+    # In words
+
+    def why_not(self, allocation):
+        """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
+        have, short = self.available, self.short_of(allocation)
+        if short == 'jobs':
+            return f'has its {have.max_jobs} jobs'
+        if short == 'machine':
+            return 'is in use, and was to be reserved'
+        if short == 'memory':
+            return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
+        if short == 'cores':
+            return (f'has {max(have.cores - self._cores / 1000, 0):.1f} of '
+                    f'{self._total_cores:g} cores free')
+        if short == 'gpu':
+            return have.gpu_trouble or ' and '.join(filter(None, (
+                have.lost_gpus, self._gpu_shortage(allocation))))
+        return ''
+
+    def _gpu_shortage(self, allocation):
+        gpus = self.available.gpus
+        if len(gpus) < allocation.gpus:
+            return f'has {count_of(len(gpus), "GPU")}' if gpus else 'has no GPU'
+        states = [f'GPU {gpu.index} has {max(gpu.memory_mb - self._gpus[gpu.index].memory_mb, 0)} '
+                  f'MB and {1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
+        return f'has too little GPU ({"; ".join(states)})'
+
+    def holder(self, allocation):
+        """Return who holds what is short, as 'has 2 in use by others, holds 1 of ours'."""
+        have, short = self.available, self.short_of(allocation)
+        ours = f'holds {self.jobs} of ours'
+        if short == 'gpu':
+            if len(have.gpus) < allocation.gpus:
+                return self.why_not(allocation)
+            held = sum(1 for gpu in have.gpus if self._gpus[gpu.index].jobs)
+            others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
+                gpu.others or gpu.batch_jobs or gpu.utilization or gpu.memory_mb <
+                min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
+            parts = [f'has {others} in use by others'] if others else []
+            parts += [f'holds {held} of ours'] if held else []
+            return ', '.join(parts) or self.why_not(allocation)
+        if short == 'machine' and not self.jobs:
+            return 'is in use by another batch'
+        if short in ('jobs', 'machine'):
+            return ours
+        return self.why_not(allocation) + (f', {ours}' if short and self.jobs else '')
+
+
+def as_record(kind, value):
+    """Return the value, or a record of this kind with those of its fields that the value has."""
+    return value if isinstance(value, kind) else kind(**{
+        name: getattr(value, name) for name in kind._fields if hasattr(value, name)})
+
+
+def idle(capacity):
+    """Return the Capacity that the machine would have if nobody used it.
+
+    It decides which jobs are impossible there: what is free does not, since others may go.
+    The driver keeps a part of a GPU's memory; where no more than 10 % is taken, all the rest is
+    free for jobs.
+    """
+    gpus = tuple(gpu._replace(
+        memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
+        gpu.total_memory_mb, utilization=0.0, others=0, batch_jobs=0, reserved=False)
+        for gpu in capacity.gpus)
+    return capacity._replace(
+        cores=max(capacity.total_cores, capacity.cores),
+        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus,
+        batch_jobs=0, reserved=False)
+
+
+def room_for(capacity, allocation):
+    """Return (how many such jobs fit at a time, the GPU or GPUs of each)."""
+    own, gpus, count = MachineResources(capacity), [], 0
+    while count < 10000 and not own.short_of(allocation):
+        indices = own.allocate(allocation).gpus
+        if allocation.gpus == 1:
+            gpus += indices
+        elif indices:
+            gpus.append(list(indices))
+        count += 1
+    return count, gpus
+
+
+def describe(allocation):
+    """Return the allocation in words: '1 core and 2000 MB of memory and a GPU of its own …'."""
+    cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
+    text = f'{cores} and {allocation.memory_mb} MB of memory'
+    if allocation.gpus:
+        text += (f' and {describe_gpu(allocation)} and {allocation.gpu_utilization:.0%} of its '
+                 'time free')
+    return text + (' on a machine of its own' if allocation.reserve else '')
+
+
+def describe_gpu(allocation):
+    """Return the GPUs of an allocation in words, without their time: 'a GPU of its own with …'."""
+    if allocation.gpus == 1:
+        text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
+    else:
+        text = f'{allocation.gpus} GPUs' + (' of its own, each' if allocation.reserve_gpu else
+                                            ', a share of each,')
+    return f'{text} with {allocation.gpu_memory_mb} MB'
+
+
+# ---- Scheduler: what waits, and where there is room; starts nothing ----
+
+PATIENCE = 20               # later jobs that may start before a job that waits for its room
+
+
+def gpus_of(text):
+    """Return the GPUs' indices of a value of CUDA_VISIBLE_DEVICES, or of None."""
+    return tuple(map(int, re.findall('[0-9]+', text or '')))
+
+
+class Hold(NamedTuple):
+    """A machine that is kept for a job: others start there only beside it."""
+    allocation: Allocation          # what the job needs
+    machine: object
+    after: MachineResources         # the machine with that job, once what runs there now has ended
+    beside: dict                    # number of a Placement -> its Placement in `after`
+
+
+class Scheduler:
+    """Owns what waits and what is free.  Machines are any hashable things.
+
+    Jobs start in the order of their lines, but a job that finds room passes those that do not: no
+    machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
+    on which it fits held: from then on only what fits beside it starts there.
+
+    Jobs that need the same wait in one queue.  For each such kind there is a heap of the machines
+    by score.  Its entries may be too good, as scores fall with each job that is placed, and are
+    looked at again when they come up; where a score may have risen, the entry is replaced by one
+    that is better than any.  So placing a job costs about log(machines), however many wait.
+    """
+
+    def __init__(self):
+        self.resources = {}         # machine -> MachineResources, in the user's order
+        self._places = {}           # machine -> its place in that order: ties break by it
+        self._versions = {}         # machine -> how often its scores may have risen
+        self._waiting = {}          # Allocation -> deque of jobs, in the order of their lines
+        self._heaps = {}            # Allocation -> heap of (-score, place, version, machine)
+        self._passed = collections.Counter()        # Allocation -> starts of later jobs
+        self._hold = None
+
+    # Machines
+
+    def add_machine(self, machine, place, capacity):
+        """Use this machine, too."""
+        self._places[machine], self._versions[machine] = place, 0
+        self.resources[machine] = MachineResources(capacity)
+        self.resources = {m: self.resources[m] for m in sorted(
+            self.resources, key=self._places.get)}
+        self._risen(machine)
+
+    def remove_machine(self, machine):
+        """Place nothing there from now on."""
+        self.resources.pop(machine, None)
+        self._versions.pop(machine, None)
+        if self._hold and self._hold.machine == machine:
+            self._hold = None
+
+    def update(self, machine, capacity):
+        """Note that the machine has more or less free than before."""
+        if machine not in self.resources:
+            return
+        self.resources[machine].update(capacity)
+        self._risen(machine)
+        if self._hold and self._hold.machine == machine:
+            self._hold.after.update(capacity)
+            if MachineResources(capacity).short_of(self._hold.allocation):
+                self._hold = None
+
+    def give_back(self, machine, placement):
+        """Give back the room of a job on a machine."""
+        if machine not in self.resources:
+            return
+        self.resources[machine].deallocate(placement)
+        self._risen(machine)
+        if self._hold and self._hold.machine == machine:
+            beside = self._hold.beside.pop(placement.number, None)
+            if beside:
+                self._hold.after.deallocate(beside)
+
+    def _risen(self, machine):
+        self._versions[machine] += 1
+        entry = (-math.inf, self._places[machine], self._versions[machine], machine)
+        for allocation, heap in self._heaps.items():
+            heapq.heappush(heap, entry)
+            if len(heap) > 4 * len(self.resources) + 100:       # most are out of date
+                self._heaps[allocation] = self._new_heap()
+
+    def _new_heap(self):
+        heap = [(-math.inf, self._places[machine], self._versions[machine], machine)
+                for machine in self.resources]
+        heapq.heapify(heap)
+        return heap
+
+    # Jobs
+
+    def add(self, job, first=False):
+        """Have the job wait behind its kind; first: at the place of its line."""
+        queue = self._waiting.setdefault(job.allocation, collections.deque())
+        place = 0 if first else len(queue)
+        while place < len(queue) and queue[place].line < job.line:
+            place += 1
+        queue.insert(place, job)
+        if job.allocation not in self._heaps:
+            self._heaps[job.allocation] = self._new_heap()
+
+    @property
+    def waits(self):
+        """How many jobs wait."""
+        return sum(map(len, self._waiting.values()))
+
+    def kinds(self):
+        """Return {Allocation: the jobs that wait for it}, the first line first."""
+        return dict(sorted(((allocation, tuple(queue)) for allocation, queue
+                            in self._waiting.items()), key=lambda item: item[1][0].line))
+
+    def choose(self):
+        """Take and place each job for which there is room; yield (job, machine, Placement)."""
+        held, begun = self._hold, False
+        while not begun or (held and self._hold is not held):   # what was held back may start now
+            held, begun = self._hold, True
+            yield from self._choose()
+
+    def _choose(self):
+        kinds = [(queue[0].line, number, allocation, queue) for number, (allocation, queue)
+                 in enumerate(self._waiting.items())]
+        heapq.heapify(kinds)
+        blocked = []
+        while kinds:
+            _, number, allocation, queue = kinds[0]
+            machine = self._best(allocation)
+            if machine is None:
+                blocked.append(heapq.heappop(kinds)[2])
+                continue
+            job = queue.popleft()
+            placement = self.resources[machine].allocate(allocation)
+            self._passed.pop(allocation, None)
+            if self._hold and allocation == self._hold.allocation:
+                self._hold = None
+            elif self._hold and machine == self._hold.machine:
+                self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
+            if queue:
+                heapq.heapreplace(kinds, (queue[0].line, number, allocation, queue))
+            else:
+                heapq.heappop(kinds)
+                del self._waiting[allocation], self._heaps[allocation]
+            for other in blocked:
+                self._pass(other)
+            yield job, machine, placement
+
+    def _best(self, allocation):
+        """Return the machine that has the best score, None where none has room."""
+        heap, aside, best = self._heaps[allocation], [], None
+        while heap:
+            bound, place, version, machine = heap[0]
+            if version != self._versions.get(machine):
+                heapq.heappop(heap)
+                continue
+            score = self.resources[machine].score(allocation)
+            if score == NO_ROOM:
+                heapq.heappop(heap)
+            elif -score > bound:
+                heapq.heapreplace(heap, (-score, place, version, machine))
+            elif self.keeps_from(machine, allocation):
+                aside.append(heapq.heappop(heap))
+            else:
+                best = machine
+                break
+        for entry in aside:
+            heapq.heappush(heap, entry)
+        return best
+
+    def keeps_from(self, machine, allocation):
+        """Tell whether the machine is kept for a job that this allocation would delay."""
+        hold = self._hold
+        return bool(hold and machine == hold.machine and allocation != hold.allocation
+                    and hold.after.short_of(allocation))
+
+    def _pass(self, allocation):
+        """A later job starts while the first of this kind waits."""
+        self._passed[allocation] += 1
+        if self._passed[allocation] % PATIENCE or self._hold:
+            return
+        for machine, own in sorted(self.resources.items(), key=lambda item: item[1].jobs):
+            after = MachineResources(own.available)
+            if not after.short_of(allocation):
+                after.allocate(allocation)
+                self._hold = Hold(allocation, machine, after, {})
+                return
+
+
+# ---- Run: the loop ----
+
+LATECOMER_S = 2.0           # the first machine that answers waits this long for the others
+INTERRUPT_S = 10.0          # for jobs to end that were told to
+LAST_WORDS_S = 5.0          # for the output of jobs that were told to end
+LIVE_S = 5.0                # between two looks at a machine while jobs wait
+REFRESH_S = 2.0             # between two looks at what running jobs write and use
+CALM_S = 30.0               # between two looks while none waits, to see what GPU jobs use
+ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; it doubles
+TROUBLES = 3                # jobs lost in a row after which a machine gets no more for a while
+PATIENT_TROUBLES = 6        # after this many, half an hour, nobody waits for that machine alone
+
+
+class Policy(NamedTuple):
+    """The differences between the commands that run jobs."""
+    probes: bool = True             # the machines are asked what they have free
+    want_gpus: bool = False         # also of their GPUs
+    asks_late: bool = False         # jobs of an earlier run are asked about after Run.open only
+    patient: bool = False           # a machine that cannot be reached is tried again later
+    forwards: Optional[Forwards] = None     # files that most jobs get: sent before there is room
+    retries: int = 1                # starts again of a job that its machine has lost
+    halt_after: Optional[int] = None        # failed jobs after which no more are started
+    lost_after_s: Optional[float] = None    # without contact, until jobs are started elsewhere
+    timeout_s: Optional[float] = None       # of each job; the machine ends it then
+    machine_timeout_s: Optional[float] = None       # of each machine, from its login to its end
+    at_once: Optional[int] = None   # machines that are in use at a time; None: all
+    tied: bool = False              # the jobs end when we do
+    interval_s: Optional[float] = None      # between two looks while jobs wait; None: LIVE_S
+    wants_others: bool = False      # machines tell of jobs that other journals claimed
+    how: How = How()
+    noted: Optional[dict] = None    # what the journal has of each claim besides
+
+
+class Standing:
+    """How one machine stands in a Run, beside its contact."""
+
+    def __init__(self):
+        self.first = None           # its Capacity when it came
+        self.troubles = 0           # jobs, or logins, that it failed in a row
+        self.freed = False          # a job ended there, and none was placed since
+        # (word, what) of its own job, whose Attempt is forgotten by then; see Fleet.note_outcome.
+        self.outcome = None
+
+
+class Fleet:
+    """The machines of a run: when they are logged in to, which get jobs, which are tried again.
+
+    bound: {worker: the Job that is its own}
+    """
+
+    def __init__(self, run, workers, bound):
+        self.workers, self.bound = workers, bound
+        self.standing = {worker: Standing() for worker in workers}
+        self._run, self._client, self._view, self._policy = run, run.client, run.view, run.policy
+        self._lives, self._scheduler = run.lives, run.scheduler
+        for worker in workers:
+            worker.run = run
+
+    # Logging in
+
+    def log_in(self):
+        """Begin with as many machines as may be in use at a time."""
+        at_once = self._policy.at_once or len(self.workers)
+        used = sum(worker.state != 'new' and self.works(worker) for worker in self.workers)
+        fresh = [worker for worker in self.workers if worker.state == 'new']
+        fresh = fresh[:max(at_once - used, 0)]
+        for worker in fresh:
+            worker.connect(self._policy.want_gpus, self._policy.tied)
+            if self._policy.machine_timeout_s is not None:
+                self._client.processes.call_later(
+                    self._policy.machine_timeout_s, functools.partial(self._too_late, worker))
+        for worker in fresh:                # while the logins are under way
+            self._begin(worker)
+            if self._policy.probes:
+                worker.probe()
+            else:
+                worker.enter()
+
+    def _begin(self, worker):
+        """Hand over what a machine can have before it answers."""
+        if worker in self.bound:
+            self._begin_bound(worker, self.bound[worker])
+        elif self._policy.forwards and self._run.waits_with_files():
+            worker.offer(self._policy.forwards)
+
+    def _begin_bound(self, worker, job):
+        if self._lives.any_of(worker, *UNSEEN):
+            return
+        if self._policy.probes:
+            self._scheduler.add(job)
+            worker.offer(job.forwards)
+        else:
+            self._run.start(job, worker)
+
+    def meet(self):
+        """Log in, and wait until each machine answered or failed; latecomers are not waited for."""
+        self.log_in()
+        waited, late = False, []
+        while not self._run.interrupts and self.count('connecting') and not (
+                late and self.count('ready')):
+            if self.count('ready') and not waited:
+                waited = True
+                self._client.processes.call_later(LATECOMER_S, functools.partial(late.append, True))
+            self._client.processes.wait()
+        if self._run.interrupts:
+            self._view.unanswered()
+            raise KeyboardInterrupt
+        if not self.count('ready'):
+            raise SchedulerError('no machine can be used.')
+
+    def let_go(self):
+        """Close the machines of which nothing more is wanted."""
+        for worker in self.bound:
+            if worker.state in ('connecting', 'ready', 'away') and not self.works(worker):
+                self._view.parted(worker)
+                worker.close()
+
+    # Questions
+
+    def count(self, state):
+        """Return how many machines are in this state."""
+        return sum(1 for worker in self.workers if worker.state == state)
+
+    def by_address(self):
+        """Return {address: the first machine that has it}."""
+        return {worker.machine.address: worker for worker in reversed(self.workers)}
+
+    def works(self, worker):
+        """Tell whether something is still to come of this machine."""
+        if worker.state in ('connecting', 'ready', 'away') and (worker.busy or worker.is_stopping):
+            return True
+        return worker in self.bound and (
+            not self.standing[worker].outcome or worker.state == 'closing')
+
+    def at_best(self, worker):
+        """Return the Capacity that decides what is impossible.
+
+        Others may go, so that is what an idle machine has; with --no-live nobody looks again, and
+        what is free decides.
+        """
+        return idle(self.standing[worker].first) if self._client.live else worker.capacity
+
+    def resting_shortly(self):
+        """Return the machines that rest, but those that have failed for half an hour."""
+        return [worker for worker, standing in self.standing.items()
+                if worker.state == 'ready' and worker not in self._scheduler.resources
+                and standing.troubles <= PATIENT_TROUBLES]
+
+    # Changes of machines
+
+    def changed(self, worker, before):
+        """A machine is in another state now, or was measured: act on it, and show it."""
+        if worker.state == 'ready' and before == 'ready':
+            self._measured(worker)
+        elif worker.state == 'ready':
+            self._ready(worker, again=before == 'away')
+        elif worker.state == 'away':
+            self._away(worker)
+        elif worker.state == 'failed':
+            self._failed(worker)
+        if worker.state == 'ready' and worker in self.bound and self._scheduler.waits:
+            self._look_at(worker, self.bound[worker])
+
+    def _ready(self, worker, again):
+        """Use a machine with which there is contact, for the first time or again."""
+        standing = self.standing[worker]
+        standing.first = worker.capacity
+        if worker.capacity:
+            self._use(worker)
+        if again:
+            self._view.came_back(worker)
+        else:
+            if self._policy.forwards and self._run.waits_with_files(
+                    MachineResources(self.at_best(worker))):
+                worker.prepare(self._policy.forwards)       # now, though there may be no room yet
+            self._view.came(worker)
+        if self._run.is_open:
+            worker.ask()
+        if again and self._run.interrupts:      # jobs that ended meanwhile are reported first
+            self._client.processes.call_later(1, worker.stop)
+
+    def _measured(self, worker):
+        self._scheduler.update(worker, worker.capacity)
+        self._view.measured(worker)
+
+    def _use(self, worker):
+        """Have the scheduler know the machine, and the room of the jobs that it has already."""
+        self._scheduler.add_machine(worker, self.workers.index(worker), worker.capacity)
+        self._book(worker, self._lives.of(worker, *HOLDING))
+
+    def _book(self, worker, attempts):
+        """Take the room of these attempts on a machine."""
+        for attempt in attempts:
+            allocation, before = attempt.job.allocation, attempt.placement
+            attempt.placement = allocation and self._scheduler.resources[worker].take(
+                allocation, before.gpus if before else gpus_of(attempt.gpus))
+
+    def _look_at(self, worker, job):
+        """Give up the machine if the job would not even fit there when nobody else uses it."""
+        best = MachineResources(idle(worker.capacity))
+        if best.short_of(job.allocation):
+            self.note_outcome(
+                worker, 'impossible', f'the job needs {describe(job.allocation)}, and '
+                f'{worker.name} {best.why_not(job.allocation)}')
+        else:
+            worker.prepare(job.forwards)    # now, though there may be no room yet
+
+    def _away(self, worker):
+        self._scheduler.remove_machine(worker)
+        self._view.away(worker)
+        if self._policy.lost_after_s is not None:
+            self._client.processes.call_later(
+                self._policy.lost_after_s,
+                functools.partial(self._give_up, worker, worker.away_since))
+
+    def _give_up(self, worker, since):
+        """--lost-after is over: have the jobs of this machine started elsewhere."""
+        attempts = self._lives.of(worker, *UNSEEN)
+        if worker.away_since != since or not attempts:      # it was in contact meanwhile
+            return
+        self._view.given_up(worker, len(attempts))
+        for attempt in attempts:
+            self._lives.move(attempt, 'abandoned')
+
+    def _failed(self, worker):
+        """A machine cannot be used: it was never reached, or contact was looked for long enough."""
+        standing = self.standing[worker]
+        self._scheduler.remove_machine(worker)
+        self._view.failed(worker, self._lives.of(worker, *UNCOLLECTED)
+                         if worker.was_ready else [])
+        if worker.same_as:
+            self._rebind(worker, worker.same_as)
+        if worker.was_ready and self._lives.any_of(worker, *UNCOLLECTED):
+            if worker in self.bound:
+                standing.outcome = ('lost', worker.why)
+        else:
+            self.note_outcome(worker, 'left out' if worker.same_as else 'unreachable', worker.why)
+        if self._policy.patient and worker.retry == 'later' and not worker.was_ready:
+            standing.troubles += 1
+            self._later(worker, worker.reconnect)
+        self._view.after_failure(worker)
+
+    def _rebind(self, worker, other):
+        """Have the attempts of a machine found by the other name of its account."""
+        attempts = self._lives.of(worker, *UNSEEN)
+        for attempt in attempts:
+            self._lives.rebind(attempt, other)
+        if other in self._scheduler.resources:      # else it books them when it is used
+            self._book(other, attempts)
+        if other.state == 'ready' and self._run.is_open:
+            other.ask()
+
+    # Machines that fail
+
+    def attempt_changed(self, attempt):
+        """Note what the state of an attempt says of its machine."""
+        standing = self.standing[attempt.machine]
+        if attempt.state == 'placed':
+            standing.freed = False
+        elif attempt.state == 'ended':
+            standing.troubles, standing.freed = 0, True
+            self.note_outcome(attempt.machine, 'ended', attempt.result.exit_code)
+
+    def note_outcome(self, worker, word, what):
+        """Note the outcome of a machine's own job.
+
+        The first word holds, but a job that has ended may still have failed.  Words: ended (what:
+        the exit code), failed (it could not be started, or its results not be fetched),
+        impossible (it never fits there), unreachable, left out (another name of its account is
+        used), lost, timed out, or absent.
+        """
+        before = self.standing[worker].outcome
+        if worker in self.bound and (not before or before[0] == 'ended' and word == 'failed'):
+            self.standing[worker].outcome = (word, what)
+
+    def blame(self, worker):
+        """Note that a machine failed a job; return how many it has failed in a row."""
+        self.standing[worker].troubles += 1
+        return self.standing[worker].troubles
+
+    def rest(self, worker, why):
+        """Place nothing on a machine for a while; its jobs run on."""
+        if worker.state == 'ready' and worker in self._scheduler.resources:
+            self._scheduler.remove_machine(worker)
+            self._view.rests(worker, why)
+            self._later(worker, functools.partial(self.bring_back, worker))
+
+    def _later(self, worker, try_again):
+        """Try a machine again after a while, the longer the more often it failed in a row."""
+        delay_s = min(ASIDE_S * 2 ** (self.standing[worker].troubles - 1), LONGEST_ASIDE_S)
+        self._client.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
+
+    def bring_back(self, worker):
+        """Use a machine again that was to rest."""
+        if worker.state == 'ready' and worker not in self._scheduler.resources:
+            self._use(worker)
+
+    def _too_late(self, worker):
+        """A machine took longer than --timeout: end what runs there, and wait no longer for it."""
+        if self.standing[worker].outcome:
+            return
+        self.note_outcome(worker, 'timed out', f'after {self._policy.machine_timeout_s:g} s')
+        if worker.state == 'ready':
+            worker.stop()
+            self._client.processes.call_later(INTERRUPT_S, functools.partial(self._part, worker))
+        else:
+            worker.close()
+
+    def _part(self, worker):
+        """Wait no longer for the end of what took too long."""
+        if worker.state == 'ready':
+            for attempt in self._lives.of(worker, *ALIVE):
+                self._view.unconfirmed(attempt)
+            worker.jobs.give_up_output()
+            worker.close()
+
+
+class Run:
+    """Has jobs run on machines until none is left, and knows how each went.
+
+    First, start every job for which a machine has room.  Second, wait until something happened.
+    Both again, until nothing waits, runs or is on its way back.
+
+    workers: the machines, as Worker
+    client: what they share; its processes and its journal
+    view: what a person sees, a View
+    bound: {worker: the Job that is its own}, where the policy has each job on a machine of its own
+    """
+
+    def __init__(self, jobs, workers, client, view, policy, bound=None):
+        self.jobs = {job.name: job for job in jobs}
+        self.client, self.view, self.policy = client, view, policy
+        self.lives = Lives(client.journal, self.changed)
+        self.scheduler = Scheduler()
+        self.fleet = Fleet(self, workers, bound or {})
+        self.ended = {}                     # job name -> JobResult; exit code -1: it is lost
+        self.failures = []                  # those of them that failed
+        self.interrupts = 0
+        self.unconfirmed = []               # Attempts that were told to end, and may run on
+        self.is_open = not policy.asks_late
+        self._lost_by = collections.Counter()       # job name -> machines that lost it
+        view.run = self
+
+    @property
+    def workers(self):
+        """The machines."""
+        return self.fleet.workers
+
+    # Before the loop
+
+    def take_up(self, job, worker, record):
+        """Take up a job that an earlier run has claimed on this machine."""
+        attempt = Attempt(job, worker, record['key'], record, self._how(worker))
+        self.lives.restore(attempt, 'claimed')
+
+    def open(self):
+        """Ask about the jobs of an earlier run, now that the lines before theirs are printed."""
+        self.is_open = True
+        for worker in self.workers:
+            if worker.state == 'ready':
+                worker.ask()
+
+    # The loop
+
+    def loop(self, until=lambda: False):
+        """Run all jobs, at most until until() or an interrupt."""
+        while self.unfinished and not self.interrupts and not until():
+            self.fleet.log_in()
+            self.place()
+            if self.stuck():
+                self.view.stuck()
+                break
+            self.look_again()
+            self.view.progress()
+            self.client.processes.wait()
+            self.fleet.let_go()
+        self._check_books()
+
+    def interrupt(self, *_):
+        """Stop, in good order; a second time: now.  A signal handler."""
+        self.interrupts += 1
+        self.client.processes.wake()
+
+    def place(self):
+        """Start each job for which there is room."""
+        for job, worker, placement in () if self.halted else self.scheduler.choose():
+            self.start(job, worker, placement)
+
+    def start(self, job, worker, placement=None):
+        """Send one job off; the starts of one moment are sent together."""
+        attempt = self.client.journal.new_attempt(
+            job, worker, self._how(worker), placement and placement.visible_gpus,
+            own=job.own, backwards=job.backwards, **(self.policy.noted or {}))
+        attempt.placement = placement
+        self.lives.move(attempt, 'placed')
+        worker.start(attempt)
+
+    def _how(self, worker):
+        """Return how an attempt is run on a machine."""
+        return self.policy.how._replace(timeout_s=self.policy.timeout_s,
+                                        show=self.view.sink(worker))
+
+    def look_again(self):
+        """While jobs wait, see to it that machines are looked at again.
+
+        That is at once where a job ended and nothing could start in its place.
+        """
+        if not self.client.live:
+            return
+        if self.scheduler.waits:
+            for worker in self.scheduler.resources:
+                worker.measure(0 if self.fleet.standing[worker].freed else
+                               self.policy.interval_s or LIVE_S)
+        else:
+            for worker in {attempt.machine for attempt in self.lives.all_of(*HOLDING)
+                           if attempt.placement and attempt.placement.gpus}:
+                worker.measure(CALM_S)
+        for standing in self.fleet.standing.values():
+            standing.freed = False
+
+    # Questions
+
+    @property
+    def unfinished(self):
+        """Tell whether something is left to do or to wait for."""
+        waits = self.scheduler.waits and not self.fleet.bound and not self.halted
+        return bool(waits) or any(map(self.fleet.works, self.workers))
+
+    @property
+    def halted(self):
+        """Tell whether as many jobs have failed as --halt-after allows."""
+        return bool(self.policy.halt_after and len(self.failures) >= self.policy.halt_after)
+
+    def waits_with_files(self, books=None):
+        """Tell whether a job waits that gets the batch's own files, and fits these resources."""
+        return any(job.forwards == self.policy.forwards
+                   for allocation, jobs in self.scheduler.kinds().items()
+                   if books is None or not books.short_of(allocation) for job in jobs)
+
+    def stuck(self):
+        """Tell whether jobs wait that no machine that is left could take."""
+        fleet = self.fleet
+        if fleet.bound or not self.scheduler.waits or self.halted or fleet.count(
+                'connecting') or fleet.count('away') or any(map(fleet.works, fleet.workers)):
+            return False
+        usable = [MachineResources(fleet.at_best(worker))
+                  for worker in (*self.scheduler.resources, *fleet.resting_shortly())]
+        return all(books.short_of(kind) for books in usable for kind in self.scheduler.kinds())
+
+    def _check_books(self):
+        """Every allocation was given back, or its machine is gone."""
+        for worker, books in self.scheduler.resources.items():
+            if worker.state == 'ready':
+                out = sum(1 for attempt in self.lives.of(worker, *HOLDING) if attempt.placement)
+                assert books.jobs == out, f'{worker.name}: allocations leaked [this is a bug]'
+
+    # Changes of attempts
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now: act on it, and show it."""
+        if LIFE[before].holds and not LIFE[attempt.state].holds and attempt.placement:
+            self.scheduler.give_back(attempt.machine, attempt.placement)
+        self.fleet.attempt_changed(attempt)
+        if attempt.state == 'ended':
+            self._note(attempt.result)
+        self.view.changed(attempt, before)
+        react = {'returned': self._returned, 'refused': self._refused, 'held': self._held,
+                 'absent': self._wait_again, 'lost': self._lost, 'abandoned': self._wait_again,
+                 'kept': self._kept}.get(attempt.state)
+        if react and before not in ('stopping', 'stopped'):
+            react(attempt)
+
+    def _note(self, result):
+        """Note how a job has ended."""
+        self.ended[result.name] = result
+        self.failures += [result] if result.exit_code else []
+
+    def _kept(self, attempt):
+        self.fleet.note_outcome(attempt.machine, 'failed', 'its results could not be fetched')
+
+    def _returned(self, attempt):
+        """Its start was never sent: contact was lost, or nothing is started any more."""
+        if self.interrupts:
+            return
+        if not self.fleet.bound:
+            self._wait_again(attempt)
+        elif attempt.machine.state != 'failed':
+            self.fleet.note_outcome(attempt.machine, 'failed', attempt.why)
+
+    def _refused(self, attempt):
+        """The machine could not start it."""
+        worker = attempt.machine
+        if self.interrupts:
+            return
+        if self.fleet.bound:
+            self.fleet.note_outcome(worker, 'failed', attempt.why)
+            return
+        self._wait_again(attempt)
+        if worker.state == 'ready' and worker in self.scheduler.resources:
+            self.fleet.blame(worker)
+            self.fleet.rest(worker, f'it cannot start {attempt.name}: {attempt.why}')
+
+    def _held(self, attempt):
+        """Another batch took that room first; look again before the next start there."""
+        worker = attempt.machine
+        if not self.policy.probes:          # a job that needs nothing is never held
+            self.fleet.note_outcome(worker, 'failed', 'another batch has the machine')
+            return
+        self._wait_again(attempt)
+        self.scheduler.update(worker, worker.capacity._replace(reserved=True))
+        worker.measure(random.uniform(1, 3))        # so that two do not step back for ever
+
+    def _lost(self, attempt):
+        """Its machine failed it: the job is gone there, for certain, without a result."""
+        worker, name = attempt.machine, attempt.name
+        if self.interrupts:
+            return
+        if self.fleet.bound:
+            self.fleet.note_outcome(worker, 'failed', f'it is gone: {attempt.why}')
+            return
+        self._lost_by[name] += 1
+        again = self._lost_by[name] <= self.policy.retries
+        is_over = attempt.job.may_start and not again
+        if is_over:
+            self._note(JobResult(name, worker.name, -1, 0.0))
+        self.view.lost(attempt, again)
+        if not is_over:
+            self._wait_again(attempt)
+        troubles = self.fleet.blame(worker)
+        if troubles >= TROUBLES:
+            self.fleet.rest(worker, f'it lost {troubles} in a row')
+
+    def _wait_again(self, attempt):
+        """Have the job wait that has no result, unless its line is gone from the batch file."""
+        worker, job = attempt.machine, attempt.job
+        if not job.may_start:
+            self.jobs.pop(job.name, None)
+            self.fleet.note_outcome(worker, 'absent', 'it was never started there')
+        elif self.policy.probes or not self.fleet.bound:
+            self.scheduler.add(job, first=True)
+        elif not self.interrupts:
+            self.start(job, worker)
+
+    def machine_changed(self, worker, before):
+        """A machine is in another state now, or was measured."""
+        self.fleet.changed(worker, before)
+
+    # The end
+
+    def cancel(self):
+        """End all jobs everywhere, within a time; return the Attempts that may not have ended.
+
+        What they left is set aside.
+        """
+        running = [attempt for attempt in self.lives.all_of(*ALIVE)
+                   if attempt.machine.was_ready]
+        workers = [worker for worker in self.workers if worker.state == 'ready']
+        for worker in workers:
+            worker.stop()
+        until = time.monotonic() + INTERRUPT_S
+        self._wait(until, lambda worker: worker.is_stopping or self.lives.any_of(worker, *ALIVE))
+        if any(worker.hears_output for worker in workers):
+            until = max(until, time.monotonic() + 2 * LAST_WORDS_S)
+            self._wait(time.monotonic() + LAST_WORDS_S, lambda worker: worker.hears_output)
+        for worker in workers:
+            worker.jobs.give_up_output()
+        self._wait(until, lambda worker: worker.busy)
+        self.unconfirmed = [attempt for attempt in running if LIFE[attempt.state].holds]
+        for attempt in self.unconfirmed:
+            self.view.unconfirmed(attempt)
+        for attempt in running:
+            # The journal has these as cancelled: should the next run find one ended on its machine,
+            # that is no failure of the job.  It removes what is left, and starts the job again.
+            state = next((word for word in ('dropped', 'cancelled')
+                          if word in LIFE[attempt.state].then), None)
+            if state and self.client.journal.record(attempt.name)['state'] != 'ended':
+                self.lives.move(attempt, state, kept=())
+                self.client.results.set_aside(attempt.name)
+        return self.unconfirmed
+
+    def _wait(self, until, unfinished):
+        self.client.wait_while(
+            lambda: any(worker.state == 'ready' and unfinished(worker) for worker in self.workers),
+            until, lambda: self.interrupts > 1)
+
+    def wait(self, unfinished):
+        """Wait while unfinished(worker) is true of a machine, or for an interrupt."""
+        while not self.interrupts and any(map(unfinished, self.workers)):
+            self.client.processes.wait(1)
+
+    # Jobs that are none of this run
+
+    @property
+    def wants_others(self):
+        """Tell whether machines are asked for jobs that other journals claimed."""
+        return self.policy.wants_others
+
+    def others(self, worker, jobs):
+        """A machine has these OtherJobs."""
+        self.view.others(worker, jobs)
+
+
+# ---- Report: the only place that prints ----
+
+LONGEST_PRINTED = 64 * 1024         # bytes of a line of output that is printed in one piece
+
+
+def shown_command(command, gpus):
+    """Return the command as it is shown; gpus: the value of CUDA_VISIBLE_DEVICES, or None."""
+    prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
+    return prefix + printable(command)
+
+
+class Reporter:
+    """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
+
+    def __init__(self, verbose=False, out=None, err=None, all_on_stderr=False):
+        self._err, self.verbose = err or sys.stderr, verbose
+        self._out = self._err if all_on_stderr else out or sys.stdout
+        self._bar = None
+        self.nobody_reads = False    # nobody reads any more what is printed
+        self.trouble = ''           # or why it cannot be printed
+
+    def line(self, text):
+        """Print one line on stdout, now."""
+        self._print(self._out, text)
+
+    def note(self, text):
+        """Print one line on stderr."""
+        self._print(self._err, text)
+
+    def trace(self, text):
+        """Print one line on stderr, with --verbose."""
+        if self.verbose:
+            self._print(self._err, text)
+
+    def warning(self, text):
+        """Print one line on stderr that begins with WARNING."""
+        self._print(self._err, f'WARNING: {text}')
+
+    def raw(self, stream, data):
+        """Print bytes on stdout or stderr, 'out' or 'err'."""
+        stream = self._out if stream == 'out' else self._err
+        try:
+            stream.flush()
+            stream.buffer.write(data)
+            stream.buffer.flush()
+        except OSError as error:
+            self._silence(stream, error)
+
+    def tint(self, text, number):
+        """Return the text in one of some colours, on a terminal."""
+        return self._coloured(text, 31 + number % 6)
+
+    def sent(self, machine, stage):
+        """The files of a Stage are on the machine."""
+        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
+        left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
+        note = f' (left out: {", ".join(left_out)})' if left_out else ''
+        self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{note}')
+
+    def left(self, machine, name, text):
+        """A job ended, and these processes that it started there did not."""
+        self.note(f'{machine}: {name} ended, but what it started goes on there: {text}')
+
+    def survivors(self, machine, pids):
+        """These were to be ended."""
+        self.note(f'{machine}: could not be ended: process {pids}')
+
+    def unconfirmed(self, machine, name):
+        """A job was to be ended, and nobody knows whether it has."""
+        self.note(f'{name}: could not be confirmed to have ended on {machine}')
+
+    def others(self, machine, word, jobs):
+        """A machine has these OtherJobs.  word: what finds the machine again."""
+        if jobs:
+            running = sum(job.state == 'running' for job in jobs)
+            rest = len(jobs) - running
+            run = f'{"runs" if running == 1 else "run"} there'
+            more = f', and {rest} more {"has" if rest == 1 else "have"} ended' if rest else ''
+            self.note(f'{machine}: {count_of(running or rest, "job")} of an earlier job_results of '
+                      f'this folder {run + more if running else "left results there"}. This run '
+                      'does not use them. To see them: execute_batch '
+                      f'--machines {word} --earlier=show (or =collect, =remove)')
+
+    def started(self, job, gpus, word='started'):
+        """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
+        self.line(f'{word}: {job.name};  {shown_command(job.command, gpus)}')
+
+    def running(self, name, machine, since):
+        """A job was found that an earlier run started at this time, or None."""
+        how = '%H:%M' if since and time.time() - since < 86400 / 2 else '%Y-%m-%d %H:%M'
+        since = f' since {time.strftime(how, time.localtime(since))}' if since else ''
+        self.note(f'running: {name} on {machine}{since}')
+
+    def ended(self, job, exit_code):
+        """A job ended."""
+        self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
+
+    def paint(self, text, share):
+        """Return the text in green, yellow or red by the share that is free, on a terminal."""
+        return self._coloured(text, 32 if share > 0.5 else 33 if share > 0.1 else 31)
+
+    def _coloured(self, text, code):
+        plain = not self._out.isatty() or os.environ.get('NO_COLOR')
+        return text if plain else f'\x1b[{code}m{text}\x1b[m'
+
+    def show(self, lines, again):
+        """Print the lines; `again`: in the place of those before, on a terminal."""
+        if again and self._out.isatty():
+            self._out.write('\x1b[H\x1b[2J')
+        for line in lines:
+            self.line(line)
+
+    def begin(self, total):
+        """Show a bar for this number of jobs, if there is a terminal."""
+        if self._out.isatty() and self._err.isatty():
+            try:
+                import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm.tqdm(total=total, file=self._err, unit='job', dynamic_ncols=True)
+
+    @property
+    def has_bar(self):
+        """Tell whether a bar is shown."""
+        return self._bar is not None
+
+    def progress(self, finished, failed, running, waiting):
+        """Tell the bar how things stand."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f'{finished} finished, {failed} failed, {running} running, '
+                                      f'{waiting} waiting', False)
+            self._bar.update(finished + failed - self._bar.n)
+
+    def hide(self):
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, stream, text):
+        if self._bar is not None:
+            self._bar.clear()
+        try:
+            stream.write(text + '\n')
+            stream.flush()
+        except OSError as error:    # as in `| head`, or on a full disk: the jobs matter more
+            self._silence(stream, error)
+        except UnicodeEncodeError:
+            stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
+            stream.flush()
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def _silence(self, stream, error):
+        self.nobody_reads = True
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
+            self.trouble = reason_of(error)
+            self.warning(f'what should be printed here cannot be: {self.trouble}')
+
+
+def flush_streams():
+    """Have everything written that was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+class OwnStreams:
+    """Our standard streams, for the output of a command: it is passed on unchanged."""
+
+    def __init__(self, processes):
+        self.nobody_reads = False        # nobody reads any more what is said
+        self.trouble = ''               # or why it cannot be written
+        self._processes = processes
+
+    def write(self, stream, data):
+        """Write it all, however slowly it is read; once interrupted, only what is read at once."""
+        try:
+            if not self.nobody_reads:
+                self._processes.write_out(1 if stream == 'out' else 2, data)
+        except OSError as error:
+            self.nobody_reads = True
+            if error.errno != errno.EPIPE:
+                self.trouble = f'its std{stream} cannot be written here: {reason_of(error)}'
+            self._processes.wake()
+
+    def flush(self):
+        """Nothing more comes."""
+
+
+class Prefixer:
+    """The output of a command on one machine, in whole lines that begin with the machine's name."""
+
+    def __init__(self, reporter, head):
+        self._reporter, self._head = reporter, head.encode() + b' '
+        self._rest = {'out': b'', 'err': b''}
+
+    def write(self, stream, data):
+        """Print the lines that are complete with these bytes; very long ones come in parts."""
+        *lines, rest = (self._rest[stream] + data).split(b'\n')
+        if len(rest) > LONGEST_PRINTED:
+            lines, rest = [*lines, rest], b''
+        self._rest[stream] = rest
+        self._print(stream, lines)
+
+    def flush(self):
+        """Print what is left without an end of line."""
+        for stream, rest in self._rest.items():
+            self._print(stream, [rest] if rest else [])
+        self._rest = {'out': b'', 'err': b''}
+
+    def _print(self, stream, lines):
+        # Of what a progress bar has drawn over and over, the last is left.
+        shown = [line.rstrip(b'\r').rpartition(b'\r')[2] for line in lines]
+        if shown:
+            self._reporter.raw(stream, b''.join(self._head + line + b'\n' for line in shown))
+
+
+# ---- Lines: which jobs of a batch file an earlier run has run ----
+
+class Lines(NamedTuple):
+    """The lines of a batch file by what the journal knows; each Job has the name of its results."""
+    waiting: tuple                  # Jobs to run
+    begun: tuple                    # Jobs that an earlier run started, and that are not collected
+    done: tuple                     # Jobs that have results
+    gone: tuple                     # Jobs that were started, but whose line is gone from the file
+    left: tuple                     # names of results whose line is gone
+    usual: dict                     # name of a Job's results -> the name after its line
+
+    @property
+    def jobs(self):
+        """All Jobs, in the order of the file."""
+        return sorted((*self.waiting, *self.begun, *self.done), key=lambda job: job.line)
+
+
+def match_lines(jobs, batch, results):
+    """Return the Lines: which Jobs were run before, by what they run and not by their numbers.
+
+    batch: the stem of the names of its jobs.
+
+    A line that has no results is to be run; if another command's results have its name, it gets the
+    next that is free: NAME-2.
+    """
+    journal = results.journal
+    known = journal.jobs
+    found, unmatched = find_results(jobs, batch, results)
+    taken, of_lines = set(found.values()), {job.name for job in jobs}
+
+    def is_taken(name, job):
+        return (name in taken or journal.is_begun(name) or results.exists(name)
+                or name != job.name and name in of_lines)
+
+    waiting, begun, done, usual = [], [], [], {}
+    for job in jobs:
+        name = found.get(job.name)
+        if name:
+            (begun if journal.is_begun(name) else done).append(job._replace(name=name))
+        elif job.name not in known and results.exists(job.name):        # of an unknown command
+            name = job.name
+            done.append(job)
+        else:
+            name = free_name(job.name, functools.partial(is_taken, job=job))
+            taken.add(name)
+            waiting.append(job._replace(name=name))
+        usual[name] = job.name
+    left = [name for name in unmatched if is_of_batch(name, known[name], batch)]
+    gone = [Job(name, known[name]['command'], 0, None, None, as_paths(known[name].get('backwards')))
+            for name in left if journal.is_begun(name)]
+    return Lines(*map(tuple, (waiting, begun, done, gone)),
+                 tuple(name for name in left if not journal.is_begun(name)), usual)
+
+
+def find_results(jobs, batch, results):
+    """Return ({a job's name after its line: the name of its results}, the names that are left).
+
+    A line has the results that its own command made, with the same files and hardware where the
+    line itself says which; not with those of the batch, since more memory for all lines must not
+    run all of them again.  First each line gets those with its own number, then what is left in the
+    order of the journal; so of equal lines each has its own.
+    """
+    known = results.journal.jobs
+    unmatched = dict.fromkeys(name for name in known
+                              if results.journal.is_begun(name) or results.is_done(name))
+    found = {}
+
+    def fits(job, name):
+        return known[name]['command'] == job.command and known[name].get('own', job.own) == job.own
+
+    def give(job, name):
+        found[job.name] = name
+        del unmatched[name]
+
+    for job in jobs:
+        if job.name in unmatched and fits(job, job.name):
+            give(job, job.name)
+    by_command = collections.defaultdict(list)
+    for name in unmatched:
+        if is_of_batch(name, known[name], batch):
+            by_command[known[name]['command']].append(name)
+    for job in jobs:
+        names = by_command.get(job.command, ()) if job.name not in found else ()
+        name = next((name for name in names if fits(job, name)), None)
+        if name:
+            names.remove(name)
+            give(job, name)
+    return found, list(unmatched)
+
+
+def free_name(name, is_taken):
+    """Return the first of NAME, NAME-2, NAME-3, … for which is_taken(name) is false."""
+    names = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+    return next(itertools.filterfalse(is_taken, names))
+
+
+def is_of_batch(name, record, batch):
+    """Tell whether the journal's record is of a job of this batch; old records do not say that."""
+    return (record['batch'] == batch if 'batch' in record else
+            bool(re.fullmatch(re.escape(batch) + r'\.[0-9]+', name)))
+
+
+def as_paths(value):
+    """Return the paths to bring back as the journal has them: a list, or None."""
+    return None if value is None else tuple(value)
+
+
+# ---- Views: what a person sees of a run ----
+
+EXPLAIN_S = 5.0             # without a start; then the reason is printed
+
+
+class Plan(NamedTuple):
+    """The lines of a batch file, and what a run will do with each."""
+    lines: Lines
+    failed_before: tuple            # JobResults of those jobs with results that failed
+    elsewhere: dict                 # name of a job that was begun -> its machine, which is not used
+    warnings: tuple
+
+
+def plan_lines(lines, results, addresses):
+    """Return the Plan for the Lines on machines with these addresses."""
+    journal, failed_before, elsewhere, warnings = results.journal, [], {}, []
+    for job in sorted((*lines.begun, *lines.done), key=lambda job: job.line):
+        known = journal.record(job.name)
+        if not journal.is_begun(job.name):
+            other = f' (done as {job.name})' if lines.usual[job.name] != job.name else ''
+            warnings.append(f'WARNING: job results already exists for line {job.line}{other}, '
+                            'skipping evaluation: delete if you wish to rerun')
+            if known.get('exit_code'):
+                failed_before.append(JobResult(
+                    job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
+        elif known['machine'] not in addresses:
+            warnings.append(f'WARNING: line {job.line} was started on {known["machine"]} by a run '
+                            'that was cut off; name that machine too, to collect it')
+            elsewhere[job.name] = known['machine']
+    for job in lines.gone:
+        if journal.record(job.name)['machine'] not in addresses:
+            elsewhere[job.name] = journal.record(job.name)['machine']
+    return Plan(lines, tuple(failed_before), elsewhere, tuple(warnings))
+
+
+class View:
+    """A Run calls these methods.  Each view prints what concerns its user; this one nothing."""
+
+    run = None                              # the Run, which sets this
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now; before: the state that it was in."""
+
+    def lost(self, attempt, again):
+        """A job is gone without a result by the fault of its machine; again: it starts again."""
+
+    def unconfirmed(self, attempt):
+        """A job was told to end, and may run on."""
+
+    def came(self, worker):
+        """Contact with a machine was made for the first time."""
+
+    def came_back(self, worker):
+        """Contact was made again."""
+
+    def measured(self, worker):
+        """A machine has said again what it has free."""
+
+    def away(self, worker):
+        """Contact with a machine was lost; it is looked for."""
+
+    def failed(self, worker, attempts):
+        """A machine cannot be used, or not any more; these attempts may go on there."""
+
+    def after_failure(self, worker):
+        """A machine failed, and is out of the books."""
+
+    def given_up(self, worker, jobs):
+        """--lost-after is over for this number of jobs."""
+
+    def rests(self, worker, why):
+        """A machine failed jobs, and gets no more for a while."""
+
+    def parted(self, worker):
+        """Nothing more is wanted of a machine."""
+
+    def sink(self, worker):
+        """Return what is called with ('out' or 'err', bytes) of the output of its jobs, or None."""
+
+    def others(self, worker, jobs):
+        """A machine has these OtherJobs."""
+
+    def progress(self):
+        """The run is about to wait."""
+
+    def stuck(self):
+        """Jobs are left that no machine can run."""
+
+    def unanswered(self):
+        """Nothing more is waited for: machines may not have answered."""
+
+
+class SpeakingView(View):
+    """A view with a Reporter."""
+
+    def __init__(self, reporter):
+        self._report = reporter
+
+    def unconfirmed(self, attempt):
+        """Name the job and its machine."""
+        self._report.unconfirmed(attempt.machine.name, attempt.name)
+
+    def others(self, worker, jobs):
+        """Say how many there are, and how to look at them."""
+        self._report.others(worker.name, worker.machine.word, jobs)
+
+
+class QuietView(SpeakingView):
+    """Only what is wrong: for --cancel, and where no job is started."""
+
+    def failed(self, worker, attempts):
+        """Say why the machine cannot be used."""
+        self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
+
+
+class EarlierView(QuietView):
+    """The output of execute_batch --earlier."""
+
+    def __init__(self, reporter):
+        super().__init__(reporter)
+        self.found = {}                         # worker -> its OtherJobs
+
+    def others(self, worker, jobs):
+        """Note them; `show` is called when all machines have answered."""
+        self.found[worker] = jobs
+
+    def changed(self, attempt, before):
+        """Tell of a job that was collected."""
+        if attempt.state == 'collected' and before == 'ended':
+            self._report.line(f'collected: {attempt.name}; {printable(attempt.job.command)}')
+
+    def show(self):
+        """Print a line for each job."""
+        for worker, jobs in self.found.items():
+            for job in jobs:
+                how = f' with exit code {job.exit_code}' if job.state == 'ended' else ''
+                self._report.line(f'{job.state}{how}: {job.name} on {worker.name};  '
+                                  f'{printable(job.command)}')
+
+    def summary(self, action, status):
+        """Say what was done; return the exit status, which is `status` if all is well."""
+        for worker, jobs in self.found.items() if action == 'remove' else ():
+            for job in jobs if worker.state == 'closed' else ():
+                self._report.line(f'removed: {job.name} on {worker.name}')
+        if not any(self.found.values()) and not self.run.interrupts:
+            self._report.note('no jobs of an earlier job_results of this folder were found')
+        ended = sum(job.state == 'ended' for jobs in self.found.values() for job in jobs)
+        if action == 'collect' and ended < sum(map(len, self.found.values())):
+            self._report.note('only jobs that have ended are collected')
+        if self.run.interrupts:
+            return 130
+        whole = all(worker in self.found and worker.state != 'failed'
+                    for worker in self.run.workers)
+        return status if whole else 1
+
+
+class Summary:
+    """The last lines of execute_batch."""
+
+    def __init__(self, run, reporter, results, plan):
+        self._run, self._report, self._results, self._plan = run, reporter, results, plan
+
+    def show(self, wall_s, advice):
+        """Print it; return the exit status.  advice: lines of what to ask for next time."""
+        run, report = self._run, self._report
+        fates = self._fates()
+        counted = collections.Counter(fates.values())
+        before = self._plan.failed_before
+        failed_too = f' ({len(before)} of them failed)' if before else ''
+        counts = [f'{counted[fate]} {fate}{failed_too if fate == "skipped" else ""}' for fate in (
+            'finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
+            if counted[fate] or fate in ('finished', 'failed')]
+        report.line(f'{"interrupted" if run.interrupts else "done"}: '
+                    f'{count_of(len(run.jobs), "job")}: {", ".join(counts)}, '
+                    f'{wall_s:.1f} s')
+        if counted['cancelled']:
+            report.note(
+                f'partial results of {count_of(counted["cancelled"], "cancelled job")} are in '
+                f'{self._results.inner}/cancelled. The same command runs these jobs from the start')
+        self._say_failures()
+        for text in advice:
+            report.note(text)
+        self._say_left()
+        unknown = self._not_collected()
+        for name, machine in unknown.items():
+            known = '' if self._results.journal.record(name)['state'] == 'ended' else (
+                'not known to have ')
+            report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
+                        'collect it')
+        if run.interrupts:
+            return 130
+        return 1 if run.failures or before or unknown or counted['not started'] else 0
+
+    def _not_collected(self):
+        """Return {name of a job: machine where it is or was}, of those that are not collected."""
+        left = {attempt.name: attempt.machine for attempt in self._run.lives.all_of(
+            *UNCOLLECTED, 'kept')}
+        return {**self._plan.elsewhere, **{
+            name: worker.name if worker.was_ready else worker.machine.address
+            for name, worker in left.items()}}
+
+    def _fates(self):
+        """Return {name of a job: its fate in the words of the summary}."""
+        fates = dict.fromkeys(self._run.jobs, 'not started')
+        for fate, names in (
+                ('skipped', [job.name for job in self._plan.lines.done]),
+                ('failed', [job.name for job in self._run.failures]),
+                ('finished', [name for name, result in self._run.ended.items()
+                              if not result.exit_code]),
+                ('cancelled', [attempt.name for attempt
+                               in self._run.lives.all_of('cancelled', 'dropped')]),
+                ('not collected', self._not_collected())):
+            fates.update(dict.fromkeys(names, fate))
+        return fates
+
+    def _say_failures(self):
+        before = self._plan.failed_before
+        for result in (*self._run.failures, *before):
+            if result.exit_code >= 0:
+                when = ', in an earlier run' if result in before else ''
+                err = os.path.join(self._results.folder, f'{result.name}.err')
+                self._report.line(f'{result.name}: exit code {result.exit_code} on '
+                                  f'{result.machine}{when}, see {err}')
+
+    def _say_left(self):
+        lines = self._plan.lines
+        left = [*lines.left, *(job.name for job in lines.gone
+                               if self._results.is_done(job.name))]
+        if left:
+            self._report.note(f'the results of {count_of(len(left), "line")} that '
+                              f'{"is" if len(left) == 1 else "are"} no longer in the batch file '
+                              f'stay in {self._results.folder}: {names_of(left)}')
+
+
+class BatchView(SpeakingView):
+    """The output of execute_batch: the events on stdout, all else on stderr.
+
+    allocation: what the batch's own options ask for, which the limits are said for
+    """
+
+    def __init__(self, reporter, results, plan, allocation, path=''):
+        super().__init__(reporter)
+        self._results, self._plan = results, plan
+        self._allocation, self._path = allocation, path
+        self._began = self._last_start = time.monotonic()
+        self._explained = ('', -math.inf)       # what was said last of why jobs wait, and when
+        self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
+        self._lost_gpus = {}                    # worker -> what was said of GPUs that are none
+        self._said_halt = False
+
+    # Before the first start
+
+    def names(self):
+        """Tell which results get another name, are not whole, or have no record in the journal."""
+        lines, results = self._plan.lines, self._results
+        renamed = [f'line {job.line}: {job.name}' for job in lines.waiting
+                   if lines.usual[job.name] != job.name]
+        if renamed:
+            self._report.note('new names for results, because other commands have the usual ones: '
+                              f'{names_of(renamed)}')
+        parts = [(job, here) for job in lines.done
+                 for here, missing in [results.pieces(job.name)] if missing]
+        if parts:
+            found = [f'line {job.line}: {" and ".join(here)}' for job, here in parts]
+            paths = itertools.chain.from_iterable(here for _, here in parts)
+            self._report.note(f'only a part of the results is left for {names_of(found)}. To run '
+                              f'{"this line" if len(parts) == 1 else "these lines"} again: rm -r '
+                              f'{" ".join(paths)}')
+        unknown = [job.name for job in lines.done if not results.journal.record(job.name)]
+        if unknown:
+            self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
+
+    def limits(self, workers):
+        """Say how many jobs of the batch's own kind fit on these machines, and on which GPUs."""
+        limits, choices = {}, []
+        for worker in workers:
+            count, gpus = room_for(worker.capacity, self._allocation)
+            limits[worker.name] = count
+            choices.append(gpus)
+        self._report.line(f'machine limits:  {limits}')
+        self._report.line(f'machine gpu choices: {choices}')
+
+    def check_room(self):
+        """Raise if jobs wait that would not even fit on a machine that nobody uses."""
+        run = self.run
+        empty = [(worker, MachineResources(run.fleet.at_best(worker)))
+                 for worker in run.workers if worker.state == 'ready']
+        for allocation, queue in run.scheduler.kinds().items():
+            if any(not books.short_of(allocation) for _, books in empty):
+                continue
+            lines = f'line {queue[0].line}' + (
+                f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
+            why = '; '.join(f'{worker.name} {books.why_not(allocation)}' for worker, books in empty)
+            is_cpu_only = allocation.gpus and not any(books.available.gpus for _, books in empty)
+            hint = ' For jobs that need no GPU: --no-gpu-required' if is_cpu_only else ''
+            when = 'even when nobody uses it' if run.client.live else 'free'
+            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
+                             f'{when}: {sentence(why)}{hint}')
+
+    def changed_files(self, files):
+        """Tell, in one line, if jobs that were run before had other files than jobs get now.
+
+        files: the Files that are sent
+        """
+        older, changed = [], set()
+        for job in (*self._plan.lines.done, *self._plan.lines.begun):
+            digest = self._results.journal.record(job.name).get('files')
+            now = files.manifest(job.forwards)
+            if digest not in (None, now.digest):
+                before = self._results.manifests.get(digest)
+                paths = set(now.changed(before) if before else ['(not recorded)'])
+                paths.discard(os.path.normpath(self._path))     # whose lines are compared
+                changed |= paths
+                older += [job] if paths else []
+        if not older:
+            return
+        ended = [job.name for job in older if not self._results.journal.is_begun(job.name)]
+        running = len(older) - len(ended)
+        parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
+        parts += [f'{count_of(running, "running line")} '
+                  f'{"has" if running == 1 else "have"} them'] * bool(running)
+        again = f'. To run them again: {removal_of(ended)}' if ended else ''
+        self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
+                          f'{" and ".join(parts)}{again}')
+
+    def dry_run(self):
+        """Say what would start where, now."""
+        self.unanswered()
+        for job, worker, placement in self.run.scheduler.choose():
+            self._report.line(f'would start: {job.name} on {worker.name};  '
+                              f'{shown_command(job.command, placement.visible_gpus)}')
+        for queue in self.run.scheduler.kinds().values():
+            for job in queue:
+                self._report.line(f'would wait: {job.name};  {printable(job.command)}')
+
+    def unanswered(self):
+        """Name each machine of which nothing was said yet, since it has not answered."""
+        for worker in self.run.workers:
+            standing = self.run.fleet.standing[worker]
+            if worker.state == 'connecting' and not worker.was_ready and not standing.troubles:
+                so = 'interrupted' if self.run.interrupts else 'the batch ended without it'
+                self._report.note(f'{worker.name}: {worker.unanswered(f"; {so}")}')
+
+    # Changes of attempts
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now."""
+        if attempt.state == 'placed':
+            self._last_start = time.monotonic()
+            if self._report.verbose:
+                scores = ', '.join(f'{worker.name} {books.score(attempt.job.allocation):.2f}'
+                                   for worker, books in self.run.scheduler.resources.items())
+                self._report.trace(f'{attempt.name}: to {attempt.machine.name}; scores for another '
+                                   f'such job: {scores}')
+        elif attempt.state == 'running':
+            self._report.started(attempt.job, attempt.gpus,
+                                 'running' if attempt.is_inherited else 'started')
+        elif attempt.state == 'ended':
+            self._say_halt()
+            self._ended(attempt)
+
+    def _ended(self, attempt):
+        result = attempt.result
+        self._report.ended(attempt.job, result.exit_code)
+        seen = self._peaks.setdefault(attempt.job.allocation, [[], []])
+        if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
+            for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
+                peaks += [mb] if mb is not None else []
+
+    def lost(self, attempt, again):
+        """A job is gone without a result, by the fault of its machine."""
+        name, why = attempt.name, sentence(attempt.why)
+        if not attempt.job.may_start:
+            what = 'Its line is not in the batch file any more, so it is not started again.'
+        elif again:
+            what = 'It will be started again.'
+        else:
+            what = 'The same command starts it again.'
+            self._report.line(f'failed: {name}; {printable(attempt.job.command)}')
+        self._report.note(f'{name}: lost on {attempt.machine.name}: {why} {what}')
+        self._say_halt()
+
+    def _say_halt(self):
+        if self.run.halted and not self._said_halt:
+            self._said_halt = True
+            self._report.note(f'{count_of(len(self.run.failures), "job")} failed: no more are '
+                              'started (--halt-after)')
+
+    # Changes of machines
+
+    def came(self, worker):
+        """Contact with a machine was made for the first time."""
+        self.measured(worker)
+        if self.run.is_open and worker.capacity:
+            self.limits([worker])
+
+    def came_back(self, worker):
+        """Contact was made again."""
+        self.measured(worker)
+        jobs = len(self.run.lives.of(worker, *ALIVE))
+        self._report.note(f'{worker.name}: in contact again ({count_of(jobs, "job")} there)')
+
+    def measured(self, worker):
+        """Say, when it is news, that only a part of a machine's GPUs can be used."""
+        have = worker.capacity
+        if have and have.lost_gpus and have.lost_gpus != self._lost_gpus.get(worker):
+            self._report.note(f'{worker.name} {have.lost_gpus}; '
+                              f'{count_of(len(have.gpus), "other GPU")} can be used.')
+        self._lost_gpus[worker] = have and have.lost_gpus
+
+    def away(self, worker):
+        """Contact with a machine was lost; it is looked for."""
+        jobs = len(self.run.lives.of(worker, *UNCOLLECTED))
+        self._report.note(f'{worker.name}: lost contact ({count_of(jobs, "job")} '
+                          f'{"goes" if jobs == 1 else "go"} on there): {sentence(worker.why)} '
+                          'Trying again.')
+
+    def failed(self, worker, attempts):
+        """A machine cannot be used, or not any more; these attempts may go on there."""
+        if attempts:
+            self._report.note(f'{worker.name}: lost contact ({count_of(len(attempts), "job")} may '
+                              f'go on there): {sentence(worker.why)}')
+        else:
+            self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
+
+    def after_failure(self, worker):
+        """Say it if jobs wait that fit on no machine that is left."""
+        run = self.run
+        if run.is_open and not run.fleet.count('connecting') and run.scheduler.resources:
+            try:
+                self.check_room()
+            except DoesNotFit as error:
+                self._report.note(f'{error}')
+
+    def given_up(self, worker, jobs):
+        """--lost-after is over."""
+        self._report.note(f'{worker.name}: no contact for {self.run.policy.lost_after_s:g} s: '
+                          f'{count_of(jobs, "job")} will be started elsewhere, and ended there '
+                          'when it is back')
+
+    def warn(self, text):
+        """Show a warning."""
+        self._report.warning(text)
+
+    def rests(self, worker, why):
+        """A machine failed jobs, and gets no more for a while."""
+        self._report.note(f'{worker.name}: gets no more jobs for a while: {sentence(why)}')
+
+    # While nothing happens
+
+    def begin(self):
+        """Show the bar, and from now on why nothing starts."""
+        self._report.begin(len(self.run.jobs) - len(self._plan.lines.done))
+        self.run.client.processes.call_later(EXPLAIN_S, self._explain)
+
+    def progress(self):
+        """Show how far the batch is, where there is a bar."""
+        run, failed = self.run, len(self.run.failures)
+        if not self._report.has_bar:
+            return
+        running = sum(1 for attempt in run.lives.all_of(*HOLDING) if attempt.placement)
+        self._report.progress(len(run.ended) - failed, failed, running, run.scheduler.waits)
+
+    def _explain(self):
+        """Say why nothing starts, when that is news."""
+        self.run.client.processes.call_later(EXPLAIN_S / 2, self._explain)
+        now = time.monotonic()
+        if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
+                or self.run.interrupts):
+            return
+        text = '\n'.join(self._waits_for(allocation, jobs)
+                         for allocation, jobs in self.run.scheduler.kinds().items())
+        if text != self._explained[0]:
+            self._explained = (text, now)
+            if text:
+                self._report.note(text)
+
+    def _waits_for(self, allocation, jobs):
+        """Return for what these jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by …'"""
+        reasons, shorts = collections.defaultdict(list), set()
+        for worker, books in self.run.scheduler.resources.items():
+            short = books.short_of(allocation)
+            shorts.add(short)
+            reasons[books.holder(allocation) if short else 'is kept for a job that waits longer'
+                    ].append(worker.name)
+        what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
+                'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
+                if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
+        machines = '; '.join(f'{names_of(names)} {reason}' for reason, names in reasons.items())
+        return (f'waiting: {count_of(len(jobs), "job")} for {what or describe(allocation)}: '
+                f'{machines or "no machine is there"}')
+
+    def stuck(self):
+        """Say that jobs are left which no machine can run."""
+        self._report.note(f'{count_of(self.run.scheduler.waits, "job")} not started: no machine is '
+                          'left that could run them. Run the same command again when there is one.')
+
+    # The end
+
+    def stopping(self):
+        """Say that an interrupt ends all jobs."""
+        self._report.note('interrupted: ending all jobs (once more: leave them)')
+
+    def summary(self):
+        """Print how it went; return the exit status."""
+        self.unanswered()
+        return Summary(self.run, self._report, self._results, self._plan).show(
+            time.monotonic() - self._began, advise(self.run, self._peaks))
+
+
+class BoundView(SpeakingView):
+    """The notes of execute_remote and execute_to, whose jobs each have a machine of their own.
+
+    sinks: {worker: an object that has write(stream, bytes) and flush()}, for what the job writes
+    on_running: called with an attempt when its command has begun
+    """
+
+    def __init__(self, reporter, sinks, on_running=None):
+        super().__init__(reporter)
+        self._sinks = sinks
+        self._on_running = on_running or (lambda attempt: None)
+        self._explained = False
+
+    def warn_of_links(self, files):
+        """Tell of links among the files to send that lead nowhere on a machine."""
+        lost = files.lost_links({job.forwards for job in self.run.fleet.bound.values()
+                                 if job.forwards})
+        if lost:
+            self._report.warning(lost)
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now."""
+        if attempt.state == 'running':
+            self._on_running(attempt)
+
+    def came_back(self, worker):
+        """Contact was made again."""
+        self._report.note(f'{worker.name}: in contact again')
+
+    def away(self, worker):
+        """Contact with a machine was lost; it is looked for."""
+        self._report.note(f'{worker.name}: lost contact ({worker.why}). The job goes on there; '
+                          'trying again')
+
+    def progress(self):
+        """Say once for what the job waits."""
+        for allocation in () if self._explained else self.run.scheduler.kinds():
+            for worker, books in self.run.scheduler.resources.items():
+                if self.run.fleet.standing[worker].outcome:
+                    continue                # it fits there never
+                self._explained = True
+                self._report.note(f'waiting for {describe(allocation)}: {worker.name} '
+                                  f'{books.holder(allocation)}')
+
+    def parted(self, worker):
+        """Nothing more is wanted of a machine."""
+        if worker in self._sinks:
+            self._sinks[worker].flush()
+
+    def sink(self, worker):
+        """Return what passes on the output of the job."""
+        return self._sinks[worker].write if worker in self._sinks else None
+
+    def awaited(self):
+        """Return {worker: how far it has come} of the machines without an outcome."""
+        return {worker: 'not begun' if worker.state == 'new' else
+                worker.unanswered() if worker.state == 'connecting' else
+                'the command ran' if self.run.lives.any_of(worker, 'running') else
+                'the command had not started'
+                for worker in self.run.workers if not self.run.fleet.standing[worker].outcome}
+
+
+def advise(run, peaks):
+    """Yield a line for each kind of job that asked for far more memory than it used.
+
+    peaks: {Allocation: ([MB], [MB of a GPU])} that jobs were seen to use
+    """
+    for allocation, (memory, gpu_memory) in peaks.items():
+        less = allocation._replace(
+            memory_mb=advised_mb(allocation.memory_mb, memory),
+            gpu_memory_mb=allocation.gpu_memory_mb if allocation.reserve_gpu else
+            advised_mb(allocation.gpu_memory_mb, gpu_memory))
+        options = [(option, used, asked, new) for option, used, asked, new in (
+            ('memory', memory, allocation.memory_mb, less.memory_mb),
+            ('gpu-memory', gpu_memory, allocation.gpu_memory_mb, less.gpu_memory_mb))
+            if new < asked]
+        count = sum(1 for job in run.jobs.values() if job.allocation == allocation)
+        for worker in run.scheduler.resources if options else ():
+            before, _ = room_for(worker.capacity, allocation)
+            after, _ = room_for(worker.capacity, less)
+            if after > before and count > before:
+                used = '; '.join(f'asked {asked} MB{" of a GPU" if "gpu" in option else ""}, '
+                                 f'used at most {max(used)}'
+                                 for option, used, asked, _ in options)
+                words = ' '.join(f'--{option}-required={new}' for option, *_, new in options)
+                yield f'{used}: with {words} {worker.name} would run {after} at once'
+                break
+
+
+def advised_mb(asked_mb, seen_mb):
+    """Return what to ask for after such peaks: a good deal above them; asked_mb if not far off."""
+    if not seen_mb:
+        return asked_mb
+    wanted = max(seen_mb) * 1.2
+    step = 10 ** max(len(str(int(wanted))) - 1, 2) // (2 if wanted >= 1000 else 1)
+    rounded = math.ceil(max(wanted, 1) / step) * step
+    return rounded if rounded <= asked_mb / 2 else asked_mb
+
+
+def removal_of(names):
+    """Return the shell command that removes the results of these jobs, as short as may be."""
+    numbers, words = collections.defaultdict(list), []
+    for name in names:
+        stem, _, end = name.rpartition('.')
+        if end.isdigit():
+            numbers[stem].append(int(end))
+        else:
+            words.append(name)
+    for stem, found in numbers.items():
+        ranges = []
+        for number in sorted(found):
+            if ranges and ranges[-1][1] == number - 1:
+                ranges[-1][1] = number
+            else:
+                ranges.append([number, number])
+        parts = [f'{low}' if low == high else f'{low},{high}' if high == low + 1 else
+                 f'{{{low}..{high}}}' for low, high in ranges]
+        text = ','.join(parts)
+        words.append(f'{stem}.' + (f'{{{text}}}' if ',' in text else text))
+    return 'rm -rf ' + ' '.join(f'job_results/{word}{{,.out,.err}}' for word in words)
 
 
 # ---- Options: argv -> dict; strings die here ----
@@ -534,153 +3150,6 @@ def parse_options(usage, argv, may_help):
             options[name] = values if name in given else None
     options.given = frozenset(given)
     return options
-
-
-# ---- Records: frozen ----
-
-USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
-JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
-# Two machines with the same host are different ones where these options differ.
-LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
-
-
-class Machine(NamedTuple):
-    """A machine as its file or name describes it.  host is '' for localhost, which needs no ssh."""
-    name: str                       # as the user wrote it, or `name:` of the file
-    host: str = ''
-    username: Optional[str] = None
-    port: Optional[int] = None
-    ssh_key_path: Optional[str] = None
-    proxy_jump: Optional[str] = None
-    ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
-    workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
-    setup: str = ''                 # bash, run once a connection; jobs have what it exports
-    env: tuple = ()                 # pairs (name, value)
-    gpus: Optional[tuple] = None    # the indices that may be used; None: all
-    max_jobs: Optional[int] = None
-    word: str = ''                  # of the command line; find_machine finds the machine by it
-
-    @property
-    def address(self):
-        """The account, as the journal names it: user@host:port and the way there; or localhost."""
-        user = f'{self.username}@' if self.username else ''
-        port = f':{self.port}' if self.port else ''
-        way = f' via {self.proxy_jump}' if self.proxy_jump else ''
-        way += ''.join(f' {name}={value}' for name, value in self.ssh_options
-                       if name.lower() in LEADING_SSH_OPTIONS)
-        return f'{user}{self.host}{port}{way}' if self.host else 'localhost'
-
-    @property
-    def jump(self):
-        """The value of ProxyJump in the machine's file, or ''."""
-        return self.proxy_jump or next((value for name, value in self.ssh_options
-                                        if name.lower() == 'proxyjump'), '')
-
-    @property
-    def hops(self):
-        """The jump hosts, the first one first: (user, host, port); user and port may be ''.
-
-        Empty where ssh jumps over none, or has to find out what is wrong with them.
-        """
-        matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
-        if not all(matches) or self.jump.lower() == 'none':
-            return []
-        return [((match[1] or '')[:-1], match[2], (match[3] or '')[1:]) for match in matches]
-
-
-class Gpu(NamedTuple):
-    """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
-    index: int                      # nvidia-smi's, which is the order of the PCI bus
-    memory_mb: int                  # free
-    utilization: float = 0.0
-    total_memory_mb: int = 0
-    uuid: str = ''
-    name: str = ''
-    others: int = 0                 # processes on it that are not of this batch
-    users: tuple = ()               # the owners of those
-    batch_jobs: int = 0             # jobs of other batches that were placed on it
-    reserved: bool = False          # one of those jobs has the GPU to itself
-    exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
-    unified: bool = False           # its memory is the machine's
-
-
-class Capacity(NamedTuple):
-    """A machine's resources: in all, and free if no job of this batch ran there.
-
-    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
-    subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
-    room in the books is room in the latest probe, and nothing is counted twice.
-    """
-    cores: float
-    memory_mb: int
-    gpus: tuple = ()
-    total_cores: float = 0.0
-    total_memory_mb: int = 0
-    max_jobs: Optional[int] = None
-    gpu_trouble: str = ''           # why no GPU is known; '' where any is
-    lost_gpus: str = ''             # why further GPUs cannot be used
-    batch_jobs: int = 0             # jobs of other batches on the machine
-    reserved: bool = False          # one of those jobs has the machine to itself
-    limits: tuple = ()              # of all batches together, as the request "limits" has them
-
-
-class Allocation(NamedTuple):
-    """The resources that a job asks for."""
-    cores: float = 1.0
-    memory_mb: int = 2000
-    reserve: bool = False           # the machine to itself
-    gpus: int = 1
-    gpu_memory_mb: int = 1000
-    gpu_utilization: float = 0.75   # a share of one GPU's time
-    reserve_gpu: bool = True
-
-
-class Placement(NamedTuple):
-    """The resources that a job got, a token to be given back once.  gpus: their indices."""
-    number: int
-    allocation: Allocation
-    gpus: tuple
-
-    @property
-    def visible_gpus(self):
-        """The value of CUDA_VISIBLE_DEVICES, or None where it is not set."""
-        if self.allocation.reserve or not self.gpus:
-            return None
-        return ','.join(map(str, self.gpus))
-
-
-class Forwards(NamedTuple):
-    """The files that a job gets: paths relative to the current folder, patterns as in rsync."""
-    copy: tuple = ('.',)
-    link: tuple = ()
-    exclude: tuple = ()
-
-
-class Job(NamedTuple):
-    """One line of a batch.
-
-    backwards: the paths to bring back; None: all that the job made or changed
-    own: the options for files and hardware of a line that is an execute_remote command, as text
-    """
-    name: str
-    command: str
-    line: int
-    allocation: Allocation
-    forwards: Optional[Forwards]    # None: the line is gone, and the job is only collected
-    backwards: Optional[tuple] = None
-    own: str = ''
-
-
-class JobResult(NamedTuple):
-    """How a job ended, and the resources that it used; None is unknown, a peak the most seen."""
-    name: str
-    machine: str
-    exit_code: int
-    wall_s: float
-    gpus: Optional[str] = None
-    cpu_s: Optional[float] = None
-    peak_memory_mb: Optional[int] = None
-    peak_gpu_memory_mb: Optional[int] = None
 
 
 # ---- Machine files ----
@@ -1282,569 +3751,6 @@ def lines_of(jobs):
     return f'lines {", ".join(numbers[:-1])} and {numbers[-1]}'
 
 
-# ---- Resources: what a machine has left ----
-
-CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
-GPU_OVERLOAD = 1.2          # and so may a GPU's; memory never
-NO_ROOM = -math.inf
-
-
-def thousandths(value):
-    """Return the value in thousandths, as a whole number, which adds and subtracts exactly."""
-    return round(value * 1000)
-
-
-class GpuUse:
-    """The promises on one GPU: a mutable tally of MachineResources."""
-    __slots__ = ('jobs', 'memory_mb', 'time', 'reserved')
-
-    def __init__(self):
-        self.jobs = self.memory_mb = self.time = self.reserved = 0     # time in thousandths
-
-
-class MachineResources:
-    """The books of one machine: they alone know what is free there, and what is promised.
-
-    available_resources: a Capacity, or anything with its fields.
-    score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
-    allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
-    deallocate(placement)   gives back what allocate gave; each placement once
-    update(available_resources)     the machine has more or less now; what is taken stays taken
-
-    Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
-    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
-    a machine on which none of our jobs runs takes one, however busy its processors are.
-    """
-
-    def __init__(self, available_resources):
-        self._placements = {}
-        self._number = 0
-        self._cores = 0                             # thousandths that are promised
-        self._memory_mb = 0                         # promised, apart from memory of GPUs
-        self._reserved = 0                          # placements that have the machine to themselves
-        self._gpus = collections.defaultdict(GpuUse)        # by index
-        self.update(available_resources)
-
-    def update(self, available_resources):
-        """Note the machine's new Capacity; what is taken stays taken."""
-        self.available = have = as_record(Capacity, available_resources)._replace(
-            gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
-        self._total_cores = max(have.total_cores, have.cores)
-        self._cores_limit = thousandths(have.cores * CORES_OVERLOAD)
-        self._unified = frozenset(gpu.index for gpu in have.gpus if gpu.unified)
-        self._others = any(gpu.others for gpu in have.gpus)
-
-    @property
-    def jobs(self):
-        """The number of placements that were not given back yet."""
-        return len(self._placements)
-
-    def score(self, allocation):
-        """Return the share that stays free of the resource that gets scarcest.
-
-        A machine with GPUs scores less for a job without, so that GPUs last for others.  It scores
-        least of all where the job would get a GPU that somebody else uses, too.
-        """
-        if self.short_of(allocation):
-            return NO_ROOM
-        have = self.available
-        score = min(
-            1 - (self._memory_mb + allocation.memory_mb) / max(have.memory_mb, 1),
-            1 - (self._cores + 1000 * allocation.cores) /
-            max(self._cores_limit, 1000 * self._total_cores, 1))
-        if allocation.gpus:
-            used = sum(1 for use in self._gpus.values() if use.jobs)
-            score = min(score, 1 - (used + allocation.gpus) / len(have.gpus))
-            if self._others and any(gpu.others for gpu in self._gpus_for(allocation)):
-                score -= 2
-        elif have.gpus:
-            score -= 1
-        return score
-
-    def allocate(self, allocation):
-        """Take the resources of the allocation and return the Placement."""
-        why = self.why_not(allocation)
-        if why:
-            raise DoesNotFit(f'the machine {why}')
-        return self.adopt(allocation, tuple(sorted(
-            gpu.index for gpu in self._gpus_for(allocation))))
-
-    def adopt(self, allocation, gpus):
-        """Take the resources of a job that runs there, on these GPUs, whether they fit or not."""
-        self._number += 1
-        placement = Placement(self._number, allocation, gpus)
-        self._placements[self._number] = placement
-        self._count(placement, 1)
-        return placement
-
-    def deallocate(self, placement):
-        """Give back a placement of allocate or adopt."""
-        if self._placements.get(placement.number) != placement:
-            raise ValueError(f'{placement} is not allocated here [this is a bug]')
-        del self._placements[placement.number]
-        self._count(placement, -1)
-
-    def _count(self, placement, sign):
-        wanted = placement.allocation
-        self._cores += sign * thousandths(wanted.cores)
-        self._memory_mb += sign * wanted.memory_mb
-        self._reserved += sign * wanted.reserve
-        for index in placement.gpus:
-            use = self._gpus[index]
-            use.jobs += sign
-            use.memory_mb += sign * wanted.gpu_memory_mb
-            use.time += sign * thousandths(wanted.gpu_utilization)
-            use.reserved += sign * wanted.reserve_gpu
-
-    def short_of(self, allocation):
-        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
-        have, jobs = self.available, len(self._placements)
-        if have.max_jobs is not None and jobs >= have.max_jobs:
-            return 'jobs'
-        if have.reserved or self._reserved or (allocation.reserve and (jobs or have.batch_jobs)):
-            return 'machine'
-        if allocation.memory_mb > have.memory_mb - self._taken_mb():
-            return 'memory'
-        if allocation.cores > self._total_cores or (
-                jobs and self._cores + thousandths(allocation.cores) > self._cores_limit):
-            return 'cores'
-        if allocation.gpus and not self._gpus_for(allocation):
-            return 'gpu'
-        return ''
-
-    def _taken_mb(self):
-        """Return how much memory of the machine is promised, that of unified GPUs included."""
-        if not self._unified:
-            return self._memory_mb
-        return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
-
-    def _gpus_for(self, allocation):
-        """Return the best GPUs for the allocation; none where too few have room."""
-        fitting = []
-        for gpu in self.available.gpus:
-            use = self._gpus[gpu.index]
-            alone = allocation.reserve_gpu or gpu.exclusive
-            if (gpu.reserved or use.reserved or (alone and (use.jobs or gpu.batch_jobs))
-                    or (gpu.exclusive and gpu.others)):
-                continue
-            left_mb = gpu.memory_mb - use.memory_mb
-            left = thousandths((1 - gpu.utilization) * GPU_OVERLOAD) - use.time
-            if left_mb >= allocation.gpu_memory_mb and (
-                    left >= thousandths(allocation.gpu_utilization)):
-                fitting.append((gpu.others > 0, use.jobs, -left, -left_mb, gpu.index, gpu))
-        if len(fitting) < allocation.gpus:
-            return []
-        chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
-        if self._unified:       # the memory of those is the machine's
-            shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
-            if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
-                return []
-        return chosen
-
-    # In words
-
-    def why_not(self, allocation):
-        """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
-        have, short = self.available, self.short_of(allocation)
-        if short == 'jobs':
-            return f'has its {have.max_jobs} jobs'
-        if short == 'machine':
-            return 'is in use, and was to be reserved'
-        if short == 'memory':
-            return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
-        if short == 'cores':
-            return (f'has {max(have.cores - self._cores / 1000, 0):.1f} of '
-                    f'{self._total_cores:g} cores free')
-        if short == 'gpu':
-            return have.gpu_trouble or ' and '.join(filter(None, (
-                have.lost_gpus, self._gpu_shortage(allocation))))
-        return ''
-
-    def _gpu_shortage(self, allocation):
-        gpus = self.available.gpus
-        if len(gpus) < allocation.gpus:
-            return f'has {count_of(len(gpus), "GPU")}' if gpus else 'has no GPU'
-        states = [f'GPU {gpu.index} has {max(gpu.memory_mb - self._gpus[gpu.index].memory_mb, 0)} '
-                  f'MB and {1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
-        return f'has too little GPU ({"; ".join(states)})'
-
-    def holder(self, allocation):
-        """Return who holds what is short, as 'has 2 in use by others, holds 1 of ours'."""
-        have, short = self.available, self.short_of(allocation)
-        ours = f'holds {self.jobs} of ours'
-        if short == 'gpu':
-            if len(have.gpus) < allocation.gpus:
-                return self.why_not(allocation)
-            held = sum(1 for gpu in have.gpus if self._gpus[gpu.index].jobs)
-            others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
-                gpu.others or gpu.batch_jobs or gpu.utilization or gpu.memory_mb <
-                min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
-            parts = [f'has {others} in use by others'] if others else []
-            parts += [f'holds {held} of ours'] if held else []
-            return ', '.join(parts) or self.why_not(allocation)
-        if short == 'machine' and not self.jobs:
-            return 'is in use by another batch'
-        if short in ('jobs', 'machine'):
-            return ours
-        return self.why_not(allocation) + (f', {ours}' if short and self.jobs else '')
-
-
-def as_record(kind, value):
-    """Return the value, or a record of this kind with those of its fields that the value has."""
-    return value if isinstance(value, kind) else kind(**{
-        name: getattr(value, name) for name in kind._fields if hasattr(value, name)})
-
-
-def idle(capacity):
-    """Return the Capacity that the machine would have if nobody used it.
-
-    It decides which jobs are impossible there: what is free does not, since others may go.
-    The driver keeps a part of a GPU's memory; where no more than 10 % is taken, all the rest is
-    free for jobs.
-    """
-    gpus = tuple(gpu._replace(
-        memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
-        gpu.total_memory_mb, utilization=0.0, others=0, batch_jobs=0, reserved=False)
-        for gpu in capacity.gpus)
-    return capacity._replace(
-        cores=max(capacity.total_cores, capacity.cores),
-        memory_mb=max(capacity.total_memory_mb, capacity.memory_mb), gpus=gpus,
-        batch_jobs=0, reserved=False)
-
-
-def room_for(capacity, allocation):
-    """Return (how many such jobs fit at a time, the GPU or GPUs of each)."""
-    own, gpus, count = MachineResources(capacity), [], 0
-    while count < 10000 and not own.short_of(allocation):
-        indices = own.allocate(allocation).gpus
-        if allocation.gpus == 1:
-            gpus += indices
-        elif indices:
-            gpus.append(list(indices))
-        count += 1
-    return count, gpus
-
-
-def describe(allocation):
-    """Return the allocation in words: '1 core and 2000 MB of memory and a GPU of its own …'."""
-    cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
-    text = f'{cores} and {allocation.memory_mb} MB of memory'
-    if allocation.gpus:
-        text += (f' and {describe_gpu(allocation)} and {allocation.gpu_utilization:.0%} of its '
-                 'time free')
-    return text + (' on a machine of its own' if allocation.reserve else '')
-
-
-def describe_gpu(allocation):
-    """Return the GPUs of an allocation in words, without their time: 'a GPU of its own with …'."""
-    if allocation.gpus == 1:
-        text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
-    else:
-        text = f'{allocation.gpus} GPUs' + (' of its own, each' if allocation.reserve_gpu else
-                                            ', a share of each,')
-    return f'{text} with {allocation.gpu_memory_mb} MB'
-
-
-# ---- Probe: what a machine said of itself -> Capacity ----
-
-FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
-UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
-
-
-class Need(NamedTuple):
-    """The resources that one job of any batch needs on a machine, and those it was seen to use.
-
-    The job's runner notes it there, so that other batches see what was promised and not yet taken.
-    """
-    key: str                        # job.attempt of this project's jobs, '' of others'
-    cores: float
-    memory_mb: int
-    reserve: bool
-    gpus: dict                      # index -> (MB, share of time, whether it is reserved)
-    used_mb: int
-    ticks: int                      # processor time, in 1/100 s
-
-
-class Sample(NamedTuple):
-    """The numbers of a probe with which those of the next one are compared."""
-    busy: int                       # processor ticks since boot, of all processors
-    total: int
-    ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
-    gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
-
-
-def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
-    """Return the Capacity that the probe's facts, a list of (key, text), give.
-
-    ours: the keys (job.attempt) of this batch's jobs there, whose use is added to what is free
-    before: the Sample of the last probe
-    ended_ticks: the ticks that those of our jobs used that ended since then
-
-    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
-    """
-    values, needs = dict(facts), read_needs(facts)
-    others = [need for need in needs if need.key not in ours]
-    processors, usable_cores, total_mb, available_mb = read_size(facts)
-    # all_mb, all_cores: what all batches may use together.  Others' needs are subtracted whether
-    # their jobs have taken them yet or not.
-    all_mb = available_mb + sum(min(need.used_mb, need.memory_mb) for need in needs)
-    all_mb = min(all_mb, total_mb)
-    free_mb = max(all_mb - sum(need.memory_mb for need in others), 0)
-    busy = busy_cores(values, needs, processors, before, ended_ticks)
-    all_cores = max(min(usable_cores, processors - busy), 0.0)
-    free_cores = max(all_cores - sum(need.cores for need in others) / CORES_OVERLOAD, 0.0)
-    first_free_mb = before.gpu_free_mb if before else {}
-    gpus, limits, trouble = parse_gpus(facts, machine, needs, ours, first_free_mb, free_mb)
-    for index in [gpu.index for gpu in gpus if gpu.unified]:     # others need the machine's memory
-        free_mb -= sum(need.gpus[index][0] for need in others if index in need.gpus)
-    if machine.gpus is not None:
-        gpus, trouble = only_listed(gpus, machine.gpus, trouble)
-    return Capacity(
-        cores=free_cores, memory_mb=max(free_mb, 0), gpus=gpus, total_cores=usable_cores,
-        total_memory_mb=total_mb, max_jobs=machine.max_jobs,
-        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
-        batch_jobs=len(others), reserved=any(need.reserve for need in others),
-        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
-
-
-def read_size(facts):
-    """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
-    values = dict(facts)
-    processors = whole_number(values.get('cores'))
-    total_mb = whole_number(values.get('MemTotal')) // 1024
-    available_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_mb)
-    usable = float(processors)
-    for key, text in facts:
-        first, _, second = text.partition('/')
-        if key == 'cgroup_cores' and whole_number(second):
-            usable = min(usable, whole_number(first) / whole_number(second))
-        elif key == 'cgroup_memory':
-            available_mb = min(available_mb, whole_number(first) // 2**20)
-            if whole_number(second):
-                total_mb = min(total_mb, whole_number(second) // 2**20)
-    return processors, usable, total_mb, available_mb
-
-
-def busy_cores(values, needs, processors, before, ended_ticks):
-    """Return how many cores are in use by processes of no batch."""
-    now = two_numbers(values.get('ticks'))
-    if before:
-        used, total = now[0] - before.busy, now[1] - before.total
-        if total >= FEWEST_TICKS:
-            # The ticks of batches: /proc tells those of each job and its descendants, and the end
-            # event of a job that ended meanwhile told its own.
-            by_jobs = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
-                                        for need in needs if need.key)
-            by_jobs += max(sum(need.ticks for need in needs if not need.key)
-                           - before.ticks.get('', 0), 0)
-            return min(max(used - by_jobs, 0) / total, 1) * processors
-    load = decimal(values.get('load'), math.inf)
-    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
-    used, total = now[0] - begun[0], now[1] - begun[1]
-    # Since the login began is a short time, in which the login itself shows; in the last minute's
-    # load a job shows that has just ended.  Whoever really uses the machine shows in both.
-    busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
-    busy = min(busy, processors) if math.isfinite(busy) else 0.0
-    return max(busy - sum(need.cores for need in needs), 0.0)
-
-
-def read_sample(facts, first_free_mb=None):
-    """Return the Sample that the facts give.  first_free_mb: gpu_free_mb of an earlier one."""
-    values, ticks, free_mb = dict(facts), collections.Counter(), {}
-    for need in read_needs(facts):
-        ticks[need.key] += need.ticks
-    for key, line in facts:
-        fields = line.split(',')
-        if key == 'gpu' and len(fields) > 3:
-            free_mb[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
-    return Sample(*two_numbers(values.get('ticks')), ticks,
-                  free_mb if first_free_mb is None else first_free_mb)
-
-
-def read_needs(facts):
-    """Return the Needs among the facts; a text that makes no sense needs nothing."""
-    needs = []
-    for key, text in facts:
-        match = key == 'claim' and re.fullmatch(
-            r'(\d{1,15}) (\d{1,15}) (\S{1,400}) (\d{1,9}) (\d{1,9}) ([01])((?: [\d:]{7,40})*)',
-            text, re.ASCII)
-        if not match:
-            continue
-        used_kb, ticks, job, cores, memory_mb, reserve, words = match.groups()
-        parts = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in words.split()]
-        gpus = {int(part[1]): (int(part[2]), int(part[3]) / 1000, part[4] == '1')
-                for part in parts if part}
-        needs.append(Need('' if job == '-' else job, int(cores) / 1000, int(memory_mb),
-                          reserve == '1', gpus, int(used_kb) // 1024, int(ticks)))
-    return needs
-
-
-def whole_number(text):
-    """Return the number that the text is, 0 for anything else."""
-    return int(text) if text and re.fullmatch(r'[0-9]{1,18}', text) else 0
-
-
-def two_numbers(text):
-    """Return the two numbers of 'n/m', zeros for anything else."""
-    first, _, second = (text or '').partition('/')
-    return whole_number(first), whole_number(second)
-
-
-def decimal(text, unknown):
-    """Return the non-negative decimal number that the text is, `unknown` for anything else."""
-    return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
-
-
-def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
-    """Return (the Gpus, their limits as text, why there are no others) of the facts of a probe.
-
-    first_free_mb: {index: MB} when none of our jobs was there yet
-    memory_mb: free memory of the machine, for GPUs that share it
-    """
-    values = dict(facts)
-    trouble = gpu_trouble(values)
-    if trouble:
-        return (), (), trouble
-    processes = gpu_processes(facts)
-    gpus, limits, refused = {}, [], []
-    extended = values.get('nvidia_smi') != 'old'
-    for key, line in facts:
-        if key != 'gpu' or 'No devices were found' in line:
-            continue
-        gpu = parse_gpu(line, extended, memory_mb, machine.gpus or ())
-        if isinstance(gpu, str):
-            refused.append(gpu)
-        elif gpu.index not in gpus:
-            gpus[gpu.index], limit = share_gpu(gpu, processes[gpu.uuid], needs, ours,
-                                               first_free_mb.get(gpu.index, gpu.memory_mb))
-            limits.append(limit)
-    trouble = '; '.join(dict.fromkeys(refused))
-    if not gpus and not trouble:
-        trouble = ('has lost its GPUs' if values.get('nvidia_smi') == '15' else
-                   'has an nvidia-smi, but no GPU')
-    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), trouble
-
-
-def share_gpu(gpu, processes, needs, ours, first_free_mb):
-    """Return (the Gpu as it is for this batch, its limits for all batches as text).
-
-    gpu: as nvidia-smi tells of it; processes: those on it, as gpu_processes has them
-    """
-    here = [need for need in needs if gpu.index in need.gpus]
-    mine = [need.gpus[gpu.index] for need in here if need.key in ours]
-    theirs = [need.gpus[gpu.index] for need in here if need.key not in ours]
-    if processes:
-        used, asked = collections.Counter(), collections.Counter()      # key of a Need -> MB
-        for mb, _, key in processes:
-            used[key] += mb
-        for need in here:
-            asked[need.key or 'other'] += need.gpus[gpu.index][0]
-        taken_mb = sum(min(used[key], mb) for key, mb in asked.items())
-    else:
-        # In a container nvidia-smi names no process.  Our jobs are taken to have what is no longer
-        # free since we came, up to what they were promised.
-        taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
-    foreign = [user for _, user, key in processes if key not in ours]
-    all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
-    busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
-    limit = f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}'
-    return gpu._replace(
-        memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
-        utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
-        others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
-        reserved=any(alone for *_, alone in theirs)), limit
-
-
-def only_listed(gpus, listed, trouble):
-    """Return (those of the Gpus that the machine's file lists, why one of these is missing)."""
-    found = tuple(gpu for gpu in gpus if gpu.index in listed)
-    trouble = '' if len(found) == len(listed) else trouble
-    return found, trouble or ('' if found else 'has none of the GPUs that its file lists')
-
-
-def gpu_processes(facts):
-    """Return {GPU's uuid: [(MB, owner, key of its Need)]} of the processes among the facts.
-
-    MB is 0 where nvidia-smi does not tell.  The key is 'other' for a job of another project, and
-    '' for a process of no batch.
-    """
-    found = collections.defaultdict(list)
-    for key, line in facts:
-        fields = line.split(' ')
-        if key == 'gpu_process' and len(fields) >= 4:
-            used = fields[1] if fields[1].isascii() and fields[1].isdigit() else ''
-            found[fields[0]].append((int(used[:12] or 0), fields[-2], fields[-1]))
-    return found
-
-
-def gpu_trouble(values):
-    """Return why nothing is known of GPUs; '' where nvidia-smi answered."""
-    status = values.get('nvidia_smi')
-    if status is None:
-        return 'was not asked for its GPUs'
-    if status == 'absent':
-        makers = [word for word in values.get('other_gpus', '').split() if word in ('AMD', 'Intel')]
-        what = ' and '.join(f'{count_of(makers.count(maker), "GPU")} of {maker}'
-                            for maker in dict.fromkeys(makers))
-        return ('has no nvidia-smi, so no GPU is known' if not makers else
-                f'has {what}, which cannot be scheduled yet, and no nvidia-smi')
-    if status == 'timeout':
-        return 'has an nvidia-smi that does not answer'
-    if status in ('0', 'old', '14', '15'):
-        return ''
-    words = printable(values.get('gpu_error', ''))[:200]
-    if 'No devices were found' in words:
-        return 'has an nvidia-smi, but no GPU'
-    return f'has an nvidia-smi that fails with status {printable(status)[:20]}: {words}'
-
-
-def parse_gpu(line, extended, memory_mb, listed):
-    """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
-
-    extended: the line has compute and MIG mode, too
-    listed: the indices in the machine's file, whose user vouches for what nvidia-smi does not tell
-    """
-    fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
-    if len(fields) != (8 if extended else 6) or not (
-            fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
-        return explain_gpu_line(line)
-    index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
-    mode, mig = fields[5:7] if extended else ('', '')
-    if mig == 'Enabled':
-        return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
-    if mode == 'Prohibited':
-        return f'has GPU {index} in compute mode Prohibited'
-    if 'lost' in ' '.join(fields[2:5]):
-        return f'has lost GPU {index} (nvidia-smi: {printable(fields[2])[:100]})'
-    total, free, used = map(number_or_none, fields[2:5])
-    unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
-    if unified:
-        total, free = memory_mb, memory_mb          # as on GB10 and Jetson
-    if total is None or free is None:
-        return f'has GPU {index}, of which nvidia-smi does not tell the free memory'
-    if used is None and index not in listed:
-        return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
-                f'"gpus: [{index}]" in its file vouches for it')
-    used = used or 0
-    if free > total or used > 100:
-        return f'has GPU {index}, of which nvidia-smi tells what cannot be'
-    return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
-               unified=unified)
-
-
-def number_or_none(text):
-    """Return the number that a field of nvidia-smi is, or None."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
-
-
-def explain_gpu_line(line):
-    """Return which GPUs cannot be used, of a line of nvidia-smi that describes none."""
-    lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
-    if lost:
-        return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
-    return 'has GPUs of which nvidia-smi tells nothing that can be read'
-
-
 # ---- Files to send: a walk with rsync's rules ----
 
 NEVER_SENT = ('.git', 'job_results')
@@ -2079,7 +3985,7 @@ class Walk:
         """Tell whether the path is to be sent; note why not."""
         folder, _, name = path.rpartition('/')
         if name in NEVER_SENT:
-            if path != 'job_results':       # that of this folder is ours, and always there
+            if path != 'job_results':       # the one in this folder is never sent, and always there
                 self.left_out.add(name)
             return False
         text = bytes_as_text(path)
@@ -2389,6 +4295,1301 @@ def unpack_archive(path, folder):
     return refused
 
 
+# ---- Probe: what a machine said of itself -> Capacity ----
+
+FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
+UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
+
+
+class Need(NamedTuple):
+    """The resources that one job of any batch needs on a machine, and those it was seen to use.
+
+    The job's runner notes it there, so that other batches see what was promised and not yet taken.
+    """
+    key: str                        # job.attempt of this project's jobs, '' of others'
+    cores: float
+    memory_mb: int
+    reserve: bool
+    gpus: dict                      # index -> (MB, share of time, whether it is reserved)
+    used_mb: int
+    ticks: int                      # processor time, in 1/100 s
+
+
+class Sample(NamedTuple):
+    """The numbers of a probe with which those of the next one are compared."""
+    busy: int                       # processor ticks since boot, of all processors
+    total: int
+    ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
+    gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
+
+
+def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
+    """Return the Capacity that the probe's facts, a list of (key, text), give.
+
+    ours: the keys (job.attempt) of this batch's jobs there, whose use is added to what is free
+    before: the Sample of the last probe
+    ended_ticks: the ticks that those of our jobs used that ended since then
+
+    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
+    """
+    values, needs = dict(facts), read_needs(facts)
+    others = [need for need in needs if need.key not in ours]
+    processors, usable_cores, total_mb, available_mb = read_size(facts)
+    # all_mb, all_cores: what all batches may use together.  Others' needs are subtracted whether
+    # their jobs have taken them yet or not.
+    all_mb = available_mb + sum(min(need.used_mb, need.memory_mb) for need in needs)
+    all_mb = min(all_mb, total_mb)
+    free_mb = max(all_mb - sum(need.memory_mb for need in others), 0)
+    busy = busy_cores(values, needs, processors, before, ended_ticks)
+    all_cores = max(min(usable_cores, processors - busy), 0.0)
+    free_cores = max(all_cores - sum(need.cores for need in others) / CORES_OVERLOAD, 0.0)
+    first_free_mb = before.gpu_free_mb if before else {}
+    gpus, limits, trouble = parse_gpus(facts, machine, needs, ours, first_free_mb, free_mb)
+    for index in [gpu.index for gpu in gpus if gpu.unified]:     # others need the machine's memory
+        free_mb -= sum(need.gpus[index][0] for need in others if index in need.gpus)
+    if machine.gpus is not None:
+        gpus, trouble = only_listed(gpus, machine.gpus, trouble)
+    return Capacity(
+        cores=free_cores, memory_mb=max(free_mb, 0), gpus=gpus, total_cores=usable_cores,
+        total_memory_mb=total_mb, max_jobs=machine.max_jobs,
+        gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
+        batch_jobs=len(others), reserved=any(need.reserve for need in others),
+        limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+
+
+def read_size(facts):
+    """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
+    values = dict(facts)
+    processors = whole_number(values.get('cores'))
+    total_mb = whole_number(values.get('MemTotal')) // 1024
+    available_mb = min(whole_number(values.get('MemAvailable')) // 1024, total_mb)
+    usable = float(processors)
+    for key, text in facts:
+        first, _, second = text.partition('/')
+        if key == 'cgroup_cores' and whole_number(second):
+            usable = min(usable, whole_number(first) / whole_number(second))
+        elif key == 'cgroup_memory':
+            available_mb = min(available_mb, whole_number(first) // 2**20)
+            if whole_number(second):
+                total_mb = min(total_mb, whole_number(second) // 2**20)
+    return processors, usable, total_mb, available_mb
+
+
+def busy_cores(values, needs, processors, before, ended_ticks):
+    """Return how many cores are in use by processes of no batch."""
+    now = two_numbers(values.get('ticks'))
+    if before:
+        used, total = now[0] - before.busy, now[1] - before.total
+        if total >= FEWEST_TICKS:
+            # The ticks of batches: /proc tells those of each job and its descendants, and the end
+            # event of a job that ended meanwhile told its own.
+            by_jobs = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
+                                        for need in needs if need.key)
+            by_jobs += max(sum(need.ticks for need in needs if not need.key)
+                           - before.ticks.get('', 0), 0)
+            return min(max(used - by_jobs, 0) / total, 1) * processors
+    load = decimal(values.get('load'), math.inf)
+    begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
+    used, total = now[0] - begun[0], now[1] - begun[1]
+    # Since the login began is a short time, in which the login itself shows; in the last minute's
+    # load a job shows that has just ended.  Whoever really uses the machine shows in both.
+    busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
+    busy = min(busy, processors) if math.isfinite(busy) else 0.0
+    return max(busy - sum(need.cores for need in needs), 0.0)
+
+
+def read_sample(facts, first_free_mb=None):
+    """Return the Sample that the facts give.  first_free_mb: gpu_free_mb of an earlier one."""
+    values, ticks, free_mb = dict(facts), collections.Counter(), {}
+    for need in read_needs(facts):
+        ticks[need.key] += need.ticks
+    for key, line in facts:
+        fields = line.split(',')
+        if key == 'gpu' and len(fields) > 3:
+            free_mb[whole_number(fields[0].strip())] = whole_number(fields[3].strip())
+    return Sample(*two_numbers(values.get('ticks')), ticks,
+                  free_mb if first_free_mb is None else first_free_mb)
+
+
+def read_needs(facts):
+    """Return the Needs among the facts; a text that makes no sense needs nothing."""
+    needs = []
+    for key, text in facts:
+        match = key == 'claim' and re.fullmatch(
+            r'(\d{1,15}) (\d{1,15}) (\S{1,400}) (\d{1,9}) (\d{1,9}) ([01])((?: [\d:]{7,40})*)',
+            text, re.ASCII)
+        if not match:
+            continue
+        used_kb, ticks, job, cores, memory_mb, reserve, words = match.groups()
+        parts = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in words.split()]
+        gpus = {int(part[1]): (int(part[2]), int(part[3]) / 1000, part[4] == '1')
+                for part in parts if part}
+        needs.append(Need('' if job == '-' else job, int(cores) / 1000, int(memory_mb),
+                          reserve == '1', gpus, int(used_kb) // 1024, int(ticks)))
+    return needs
+
+
+def whole_number(text):
+    """Return the number that the text is, 0 for anything else."""
+    return int(text) if text and re.fullmatch(r'[0-9]{1,18}', text) else 0
+
+
+def two_numbers(text):
+    """Return the two numbers of 'n/m', zeros for anything else."""
+    first, _, second = (text or '').partition('/')
+    return whole_number(first), whole_number(second)
+
+
+def decimal(text, unknown):
+    """Return the non-negative decimal number that the text is, `unknown` for anything else."""
+    return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
+
+
+def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
+    """Return (the Gpus, their limits as text, why there are no others) of the facts of a probe.
+
+    first_free_mb: {index: MB} when none of our jobs was there yet
+    memory_mb: free memory of the machine, for GPUs that share it
+    """
+    values = dict(facts)
+    trouble = gpu_trouble(values)
+    if trouble:
+        return (), (), trouble
+    processes = gpu_processes(facts)
+    gpus, limits, refused = {}, [], []
+    extended = values.get('nvidia_smi') != 'old'
+    for key, line in facts:
+        if key != 'gpu' or 'No devices were found' in line:
+            continue
+        gpu = parse_gpu(line, extended, memory_mb, machine.gpus or ())
+        if isinstance(gpu, str):
+            refused.append(gpu)
+        elif gpu.index not in gpus:
+            gpus[gpu.index], limit = share_gpu(gpu, processes[gpu.uuid], needs, ours,
+                                               first_free_mb.get(gpu.index, gpu.memory_mb))
+            limits.append(limit)
+    trouble = '; '.join(dict.fromkeys(refused))
+    if not gpus and not trouble:
+        trouble = ('has lost its GPUs' if values.get('nvidia_smi') == '15' else
+                   'has an nvidia-smi, but no GPU')
+    return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), trouble
+
+
+def share_gpu(gpu, processes, needs, ours, first_free_mb):
+    """Return (the Gpu as it is for this batch, its limits for all batches as text).
+
+    gpu: as nvidia-smi tells of it; processes: those on it, as gpu_processes has them
+    """
+    here = [need for need in needs if gpu.index in need.gpus]
+    mine = [need.gpus[gpu.index] for need in here if need.key in ours]
+    theirs = [need.gpus[gpu.index] for need in here if need.key not in ours]
+    if processes:
+        used, asked = collections.Counter(), collections.Counter()      # key of a Need -> MB
+        for mb, _, key in processes:
+            used[key] += mb
+        for need in here:
+            asked[need.key or 'other'] += need.gpus[gpu.index][0]
+        taken_mb = sum(min(used[key], mb) for key, mb in asked.items())
+    else:
+        # In a container nvidia-smi names no process.  Our jobs are taken to have what is no longer
+        # free since we came, up to what they were promised.
+        taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
+    foreign = [user for _, user, key in processes if key not in ours]
+    all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
+    busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
+    limit = f'{gpu.index}:{all_mb}:{thousandths((1 - busy) * GPU_OVERLOAD)}'
+    return gpu._replace(
+        memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
+        utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
+        others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
+        reserved=any(alone for *_, alone in theirs)), limit
+
+
+def only_listed(gpus, listed, trouble):
+    """Return (those of the Gpus that the machine's file lists, why one of these is missing)."""
+    found = tuple(gpu for gpu in gpus if gpu.index in listed)
+    trouble = '' if len(found) == len(listed) else trouble
+    return found, trouble or ('' if found else 'has none of the GPUs that its file lists')
+
+
+def gpu_processes(facts):
+    """Return {GPU's uuid: [(MB, owner, key of its Need)]} of the processes among the facts.
+
+    MB is 0 where nvidia-smi does not tell.  The key is 'other' for a job of another project, and
+    '' for a process of no batch.
+    """
+    found = collections.defaultdict(list)
+    for key, line in facts:
+        fields = line.split(' ')
+        if key == 'gpu_process' and len(fields) >= 4:
+            used = fields[1] if fields[1].isascii() and fields[1].isdigit() else ''
+            found[fields[0]].append((int(used[:12] or 0), fields[-2], fields[-1]))
+    return found
+
+
+def gpu_trouble(values):
+    """Return why nothing is known of GPUs; '' where nvidia-smi answered."""
+    status = values.get('nvidia_smi')
+    if status is None:
+        return 'was not asked for its GPUs'
+    if status == 'absent':
+        makers = [word for word in values.get('other_gpus', '').split() if word in ('AMD', 'Intel')]
+        what = ' and '.join(f'{count_of(makers.count(maker), "GPU")} of {maker}'
+                            for maker in dict.fromkeys(makers))
+        return ('has no nvidia-smi, so no GPU is known' if not makers else
+                f'has {what}, which cannot be scheduled yet, and no nvidia-smi')
+    if status == 'timeout':
+        return 'has an nvidia-smi that does not answer'
+    if status in ('0', 'old', '14', '15'):
+        return ''
+    words = printable(values.get('gpu_error', ''))[:200]
+    if 'No devices were found' in words:
+        return 'has an nvidia-smi, but no GPU'
+    return f'has an nvidia-smi that fails with status {printable(status)[:20]}: {words}'
+
+
+def parse_gpu(line, extended, memory_mb, listed):
+    """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
+
+    extended: the line has compute and MIG mode, too
+    listed: the indices in the machine's file, whose user vouches for what nvidia-smi does not tell
+    """
+    fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
+    if len(fields) != (8 if extended else 6) or not (
+            fields[0].isascii() and fields[0].isdigit() and len(fields[0]) < 4):
+        return explain_gpu_line(line)
+    index, uuid, name = int(fields[0]), fields[1][:60], fields[-1][:80]
+    mode, mig = fields[5:7] if extended else ('', '')
+    if mig == 'Enabled':
+        return f'has GPU {index} divided into parts (MIG), which cannot be scheduled yet'
+    if mode == 'Prohibited':
+        return f'has GPU {index} in compute mode Prohibited'
+    if 'lost' in ' '.join(fields[2:5]):
+        return f'has lost GPU {index} (nvidia-smi: {printable(fields[2])[:100]})'
+    total, free, used = map(number_or_none, fields[2:5])
+    unified = all(field.lower() in UNKNOWN_WORDS for field in fields[2:4])
+    if unified:
+        total, free = memory_mb, memory_mb          # as on GB10 and Jetson
+    if total is None or free is None:
+        return f'has GPU {index}, of which nvidia-smi does not tell the free memory'
+    if used is None and index not in listed:
+        return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
+                f'"gpus: [{index}]" in its file vouches for it')
+    used = used or 0
+    if free > total or used > 100:
+        return f'has GPU {index}, of which nvidia-smi tells what cannot be'
+    return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
+               unified=unified)
+
+
+def number_or_none(text):
+    """Return the number that a field of nvidia-smi is, or None."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
+
+
+def explain_gpu_line(line):
+    """Return which GPUs cannot be used, of a line of nvidia-smi that describes none."""
+    lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
+    if lost:
+        return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
+    return 'has GPUs of which nvidia-smi tells nothing that can be read'
+
+
+# ---- Results: the folder job_results ----
+
+class ResultStore:
+    """The folder job_results: its lock, and the files in it.  Replaces nothing.
+
+    job_results/NAME.out, NAME.err    the streams; they grow while the job runs
+    job_results/NAME/                 what it brought back; appears by one rename
+    job_results/.ssh_scheduler/       journal, lock, incoming results
+
+    part: a folder below that for the same: commands/NAME for a job of execute_remote, so that it
+    runs beside a batch, and two clients of one job cannot both collect it.
+    journal: the Journal of its jobs
+    """
+
+    def __init__(self, folder, part=''):
+        self.folder, self.part = folder, part
+        self.inner = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
+        self.journal = Journal(os.path.join(self.inner, 'journal'))
+        self.manifests = Manifests(self.inner, self.journal)
+        self._lock = None
+        self._grown = set()             # (name, stream) that we have begun to write
+        self._growing = {}              # of these the one that grew last -> its open file
+
+    # Its lock
+
+    def open(self, run=''):
+        """Make, lock and read the folder; return self.
+
+        run: the batch or job of this client, by which --cancel finds it: see take_over
+        """
+        try:
+            os.makedirs(self.inner, exist_ok=True)
+            self._lock = os.open(os.path.join(self.inner, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
+            self._take_lock(run)
+            self.journal.open()
+            self._end_commits()
+            for name in os.listdir(self.inner):
+                if name.startswith('incoming-'):        # of a run that was killed
+                    path = os.path.join(self.inner, name)
+                    if name.endswith('.tar'):
+                        os.unlink(path)
+                    else:
+                        self.discard(path)
+        except OSError as error:
+            raise ResultsError(f'{self.folder}, where results go, cannot be used: '
+                               f'{reason_of(error)}.') from None
+        return self
+
+    def peek(self):
+        """Only read what earlier runs did; another run may use the folder.  Return self."""
+        try:
+            self.journal.peek()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ResultsError(f'{self.journal.path} cannot be read: {reason_of(error)}.') from None
+        return self
+
+    def close(self):
+        """Let go of the lock; where nothing was started, leave nothing behind."""
+        if self.journal.is_empty:
+            try:
+                for name in ('journal', 'lock'):
+                    os.unlink(os.path.join(self.inner, name))
+                folder = self.inner
+                while folder != os.path.dirname(self.folder):
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+            except OSError:
+                pass            # there is something else in it
+        self._stop_growing()
+        self.journal.close()
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
+
+    def _take_lock(self, run):
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = printable(read_lock(self._lock)[0])
+            if self.part:
+                raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
+                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
+                                   'with which the job goes on, or wait for it.') from None
+            raise ResultsError(f'{self.folder} is in use by another run ({holder}). '
+                               'Wait for it, or start from another folder.') from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
+                raise
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n{run}\n'.encode())
+
+    def take_over(self, run, note):
+        """Open it, but first have a client stop that has it open for the same `run`, and wait.
+
+        note(text) tells of that.  Return what the journal said of the jobs before: name -> record.
+        """
+        before = {}
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.inner, 'lock')) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who, theirs = read_lock(lock.fileno())
+                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
+                if match and theirs == run:
+                    before = ResultStore(self.folder, self.part).peek().journal.jobs
+                    stop_client(int(match[1]), match[2], run, lock, note)
+            except OSError:         # no locks there: then none keeps us out either
+                pass
+        self.open()
+        return before
+
+    # Lists of what attempts left
+
+    def is_done(self, name):
+        """Tell whether the job was collected, and its results are still here."""
+        return self.journal.record(name).get('state') == 'collected' and self.exists(name)
+
+    def exists(self, name):
+        """Tell whether there are results of the job that a new run would have to replace."""
+        if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
+            return os.path.lexists(self._path(name))    # its streams are what is left of that
+        return any(os.path.lexists(self._path(name, end)) for end in ('', '.out', '.err'))
+
+    def pieces(self, name):
+        """Return (paths that are here, whether any is missing) of the results of a job."""
+        ends = ('', '.out', '.err') if 'inode' in self.journal.record(name) else ('.out', '.err')
+        here = [end for end in ('', '.out', '.err') if os.path.lexists(self._path(name, end))]
+        return [self._path(name, end) for end in here], not set(ends) <= set(here)
+
+    def identities(self):
+        """Return the identities of all journals in the folder; '' if one had none at first."""
+        top, found = os.path.join(self.folder, '.ssh_scheduler'), set()
+        commands = os.path.join(top, 'commands')
+        names = os.listdir(commands) if os.path.isdir(commands) else []
+        for path in (top, *(os.path.join(commands, name) for name in names)):
+            found |= identity_in(os.path.join(path, 'journal'))
+        return found | {self.journal.identity}
+
+    def kept(self, machine):
+        """Return {name: record} of the collected jobs of which something could not be fetched from
+        there; `kept` are its paths."""
+        return {name: record for name, record in self.journal.jobs.items()
+                if record['machine'] == machine and record['state'] == 'collected'
+                and record.get('kept') and record['kept'] is not True
+                and os.path.isdir(self._path(name))}
+
+    # Streams
+
+    def grow(self, name, stream, data):
+        """Add to a stream of a job that runs; return whether that could be done."""
+        key = (name, stream)
+        mode = ('ab' if key in self._grown else
+                'wb' if self.journal.may_have_streams(name) else 'xb')
+        try:
+            if key not in self._growing:
+                self._stop_growing()
+                self._growing[key] = open(self._path(name, f'.{stream}'), mode, buffering=0)
+                self._grown.add(key)
+            file, data = self._growing[key], memoryview(data)
+            while data:
+                data = data[file.write(data):]
+        except OSError:
+            self._stop_growing()
+            return False        # a copy brings all of it at the end, and tells of a failure
+        return True
+
+    def has(self, name, stream, size):
+        """Tell whether all of a stream, this many bytes, grew where it belongs."""
+        try:
+            return (name, stream) in self._grown and os.path.getsize(
+                self._path(name, f'.{stream}')) == size
+        except OSError:
+            return False
+
+    def read(self, name, stream, offset=0):
+        """Yield the stream of a job, from this byte on, in pieces."""
+        with open(self._path(name, f'.{stream}'), 'rb') as file:
+            file.seek(offset)
+            yield from iter(lambda: file.read(2**16), b'')
+
+    def _stop_growing(self):
+        for file in self._growing.values():
+            file.close()
+        self._growing = {}
+
+    # Results that arrive
+
+    def incoming(self):
+        """Return a new empty folder for results that are on their way."""
+        return private_folder(os.path.join(self.inner, 'incoming'))
+
+    def discard(self, folder):
+        """Remove what is left of an incoming folder."""
+        import shutil
+        shutil.rmtree(folder, onerror=make_removable)
+
+    def commit(self, name, streams, folder, wants_folder, kept=()):
+        """Put a job's results in place; the caller then moves the attempt to collected.
+
+        streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
+        kept: the paths that could not be fetched, so that its folder stays there, or True: it all.
+        The journal has these and not all paths, so that files deleted here do not come back.
+        """
+        self._stop_growing()
+        for stream, content in streams.items():
+            self._commit_stream(name, stream, content)
+        if not wants_folder:
+            return
+        target = self._path(name)
+        if os.path.lexists(target):
+            raise ResultsError(f'{target} was made by something else while {name} ran: move it '
+                               'away')
+        if not (folder and os.path.isdir(folder)):
+            folder = self.incoming()
+        # On the machine it was private.  A folder that its owner may not write cannot be moved.
+        os.chmod(folder, new_folder_mode())
+        # A run that is killed after the rename is found out by the inode: see _end_commits.
+        self.journal.write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
+        os.rename(folder, target)
+
+    def _commit_stream(self, name, stream, content):
+        """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
+        target = self._path(name, f'.{stream}')
+        ours = (name, stream) in self._grown or self.journal.may_have_streams(name)
+        self._grown.discard((name, stream))
+        if content is None:
+            return              # it grew there, to its end
+        if not isinstance(content, bytes):
+            if not ours and os.path.lexists(target):
+                raise ResultsError(f'{target} was made by something else while {name} ran.')
+            os.chmod(content, 0o666 & new_folder_mode())        # on the machine it was private
+            os.replace(content, target)
+            return
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
+        with open(os.open(target, flags, 0o666), 'wb') as file:
+            file.write(content)
+
+    def _end_commits(self):
+        """Note what a run that was killed had put in place and not noted: by the folder's inode."""
+        for name, record in self.journal.jobs.items():
+            if record['state'] == 'ended' and 'inode' in record:
+                with contextlib.suppress(FileNotFoundError):
+                    if os.lstat(self._path(name)).st_ino == record['inode']:
+                        self.journal.write(event='collected', job=name, kept=record['kept'])
+
+    def add(self, name, folder):
+        """Put what was kept until now to the other results of a job; return the paths that were in
+        its way."""
+        target = self._path(name)
+        return [os.path.relpath(path, target) for path in merge(folder, target)] if folder else []
+
+    def set_aside(self, name, streams=None, folder=None):
+        """Move what there is of a job that was cancelled out of the way of its next run.
+
+        streams, folder: what came of it from its machine, as for commit
+        """
+        self._stop_growing()
+        try:
+            self._move_aside(name, streams or {}, folder)
+        except OSError as error:
+            raise ResultsError(f'what {name} left could not be moved to {self.inner}/cancelled: '
+                               f'{reason_of(error)}.') from None
+
+    def _move_aside(self, name, streams, folder):
+        aside = os.path.join(self.inner, 'cancelled', f'{name}.{time.time_ns()}')
+        os.makedirs(os.path.dirname(aside), exist_ok=True)
+        for stream in ('out', 'err'):
+            path, content = self._path(name, f'.{stream}'), streams.get(stream)
+            if isinstance(content, bytes):
+                with open(f'{aside}.{stream}', 'xb') as file:
+                    file.write(content)
+            elif content is not None:
+                os.chmod(content, 0o666 & new_folder_mode())
+                os.replace(content, f'{aside}.{stream}')
+            if (name, stream) in self._grown and os.path.lexists(path):
+                if content is None:
+                    os.replace(path, f'{aside}.{stream}')
+                else:
+                    os.unlink(path)
+            self._grown.discard((name, stream))
+        if folder and os.path.isdir(folder) and os.listdir(folder):
+            os.chmod(folder, new_folder_mode())
+            os.rename(folder, aside)
+
+    def _path(self, name, end=''):
+        return os.path.join(self.folder, name + end)
+
+
+class Manifests:
+    """The digests of the files that jobs had, with what they stand for: files/DIGEST.json."""
+
+    def __init__(self, folder, journal):
+        self._folder, self._journal = os.path.join(folder, 'files'), journal
+        self._found = {}                # digest -> Manifest, None where that is not known
+
+    def keep(self, manifest):
+        """Keep what tells files apart, for the claims in the journal to refer to."""
+        if self._found.get(manifest.digest):
+            return
+        path = self._path(manifest.digest)
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+            with open(f'{path}.new', 'w', encoding='utf-8') as file:
+                json.dump(manifest.files, file)
+            os.replace(f'{path}.new', path)
+        except OSError as error:
+            raise self._journal.unwritable(error) from None
+        self._found[manifest.digest] = manifest
+
+    def get(self, digest):
+        """Return the Manifest that has this digest; None where it was not kept."""
+        if digest not in self._found:
+            self._found[digest] = None
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                with open(self._path(digest), encoding='utf-8') as file:
+                    self._found[digest] = Manifest(json.load(file))
+        return self._found[digest]
+
+    def _path(self, digest):
+        return os.path.join(self._folder, f'{digest}.json')
+
+
+def identity_in(path):
+    """Return {the identity of the journal at this path}; '' too if its first lines had none."""
+    found = set()
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        for number, line in enumerate(file):
+            match = re.match(rb'{"event": "journal", "identity": "([0-9a-f]+)"', line)
+            if match:
+                return found | {match[1].decode()}
+            found |= set() if number else {''}
+    return found
+
+
+def read_lock(fd):
+    """Return (the process that has the lock, the batch or job that it runs), as the file says."""
+    who, _, run = os.pread(fd, 1000, 0).decode('utf-8', 'replace').partition('\n')
+    return who, run.rstrip('\n')
+
+
+def stop_client(pid, computer, run, lock, note):
+    """Have the client that holds the lock stop in good order, and wait until it has.
+
+    Only who has the lock file open is sent a signal: the id alone may be another process's by now.
+    """
+    if computer != os.uname().nodename:
+        raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
+                           'there, in this folder.')
+    def is_lock(path):
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
+        except FileNotFoundError:       # it has just closed that
+            return False
+
+    fds = f'/proc/{pid}/fd'
+    try:
+        if os.path.isdir('/proc/self/fd') and not any(
+                is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
+            return
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)        # it may have been stopped with Ctrl-Z
+    except (FileNotFoundError, ProcessLookupError):     # it has just ended
+        return
+    except OSError as error:
+        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
+                           f'{reason_of(error)}.') from None
+    note(f'{run}: process {pid} runs it, and is told to cancel')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    except KeyboardInterrupt:
+        note(f'{run}: process {pid} keeps cancelling')
+        raise
+
+
+def private_folder(stem):
+    """Return the path of a new folder of mode 0700 whose name begins with `stem`."""
+    path = f'{stem}-{os.urandom(6).hex()}'
+    os.mkdir(path, 0o700)
+    return path
+
+
+def new_folder_mode():
+    """Return the mode that mkdir gives a folder here: all that the umask leaves."""
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return 0o777 & ~mask
+
+
+def merge(source, target):
+    """Move what lies in the folder `source` into another; yield the paths there that are in its
+    way: not what is the same there already, such as what an earlier try had moved.
+    """
+    for name in sorted(os.listdir(source)):
+        new, old = os.path.join(source, name), os.path.join(target, name)
+        info = os.lstat(new)
+        is_folder, there = stat.S_ISDIR(info.st_mode), os.path.lexists(old)
+        if is_folder:
+            os.chmod(new, 0o700)        # else it could neither be moved nor looked into
+        if not there:
+            os.rename(new, old)
+            if is_folder:
+                os.chmod(old, stat.S_IMODE(info.st_mode))
+            continue
+        other = os.lstat(old)
+        if is_folder and stat.S_ISDIR(other.st_mode):
+            os.chmod(old, 0o700)
+            yield from merge(new, old)
+            os.chmod(old, stat.S_IMODE(other.st_mode))
+        elif (stat.S_IFMT(info.st_mode), info.st_size, info.st_mtime_ns) != (
+                stat.S_IFMT(other.st_mode), other.st_size, other.st_mtime_ns):
+            yield old
+
+
+def make_removable(function, path, _):
+    """Give a folder that a job made read-only the permissions that removing it needs."""
+    try:
+        os.chmod(os.path.dirname(path), 0o700)
+        os.chmod(path, 0o700)
+        function(path)
+    except OSError:
+        pass
+
+
+# ---- Processes: the one place that starts them and the one that waits ----
+
+TICK_S = 1.0                # after this a child is noticed whose pipe another holds open
+KEPT_STDERR = 64 * 1024
+
+
+class Process:
+    """A child: passive.  Processes reads and writes its streams; done is: ended, and all read."""
+
+    def __init__(self, popen, on_output, on_error, on_exit, feed, keep_stdin, deadline):
+        self.popen = popen
+        self.on_output = on_output          # called with bytes
+        self.on_error = on_error            # the same for stderr, or None: it is kept
+        self.on_exit = on_exit              # called with (exit status, stderr as bytes); see Flows
+        self.feed = feed                    # iterator of bytes for its stdin, or None
+        self.source = None                  # a file descriptor, from which more of it comes
+        self.keep_stdin = keep_stdin        # else closed when all is written
+        self.deadline = deadline
+        self.unsent = bytearray()
+        self.complaint = bytearray()
+        self.reads = {}                     # open streams of the child that we read
+
+    def write(self, data):
+        """Queue data for its stdin; it goes out in the next Processes.wait."""
+        self.unsent += data
+
+    def close_stdin(self):
+        """Close its stdin as soon as all that was queued is written."""
+        self.keep_stdin = False
+
+    def kill(self):
+        """End it and what it started, now."""
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):   # macOS says so of a zombie's group
+            pass
+
+
+def deaf(_number, _frame):
+    """Ignore a signal as SIG_IGN does, which our children would inherit."""
+
+
+class Processes:
+    """All children of this program, and its timers: only here they start and are waited for."""
+
+    def __init__(self, on_start=None, clock=time.monotonic):
+        # Inherited as ignored, Popen would report success for every failure.
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # As in the background of a script: jobs on localhost would ignore them, too.
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                with contextlib.suppress(ValueError):       # only the main thread can change it
+                    signal.signal(number, deaf)
+        self._selector = selectors.DefaultSelector()
+        self._children = set()
+        self._timers = []                   # [due, function], few
+        self._clock = clock
+        self._on_start = on_start           # called with each argv
+        self._outlets = {}                  # own stream -> (descriptor to write to, bytes at once)
+        self._wakeup = os.pipe()
+        for end in self._wakeup:
+            os.set_blocking(end, False)
+        self._selector.register(self._wakeup[0], selectors.EVENT_READ)
+
+    def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
+              deadline_s=None, env=None, cwd=None, terminal=False, confined=None):
+        """Start argv in a session of its own and return its Process.
+
+        terminal: it has our streams, and with them the terminal, instead of pipes to us
+        confined: what it calls first, from confine()
+        """
+        if self._on_start:
+            self._on_start(argv)
+        pipe = None if terminal else subprocess.PIPE
+        try:
+            popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
+                                     start_new_session=not terminal, env=env, cwd=cwd,
+                                     preexec_fn=confined)
+        except FileNotFoundError as error:
+            if cwd and error.filename == cwd:
+                raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
+            package = PACKAGES.get(argv[0], argv[0])
+            raise SchedulerError(f'the program {argv[0]} is missing here. ' + (
+                f'Try: apt install {package}' if LINUX else f'Install {package}.')) from None
+        except OSError as error:
+            raise SchedulerError(f'{argv[0]} could not be started: {reason_of(error)}.') from None
+        finally:
+            if confined:
+                confined.close()
+        due = None if deadline_s is None else self._clock() + deadline_s
+        process = Process(popen, on_output, on_error, on_exit, feed, keep_stdin, due)
+        for stream in (popen.stdin, popen.stdout, popen.stderr):
+            if stream:
+                os.set_blocking(stream.fileno(), False)
+        for stream in filter(None, (popen.stdout, popen.stderr)):
+            process.reads[stream.fileno()] = stream
+            self._selector.register(stream, selectors.EVENT_READ, process)
+        self._children.add(process)
+        return process
+
+    def pass_on(self, fd, process):
+        """Feed the bytes of a file descriptor of this program to the process, to their end."""
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):      # of which kqueue does not tell the end
+                raise PermissionError
+            self._selector.register(fd, selectors.EVENT_READ, process)
+            process.source = fd
+        except OSError:                     # it never has to be waited for
+            process.feed = iter(lambda: os.read(fd, 2**16), b'')
+
+    def call_later(self, delay_s, function):
+        """Have wait() call the function once, after this many seconds."""
+        self._timers.append([self._clock() + delay_s, function])
+
+    def write_out(self, fd, data):
+        """Write to a stream of this program; wait until it is read, or for wake(); return the rest.
+
+        Raises OSError where it cannot be written.
+        """
+        import select
+        if fd not in self._outlets:
+            kind = os.fstat(fd).st_mode
+            free = fd
+            if LINUX and stat.S_ISFIFO(kind):   # its own description: others share this one
+                try:
+                    free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
+                except OSError:
+                    pass
+            # A pipe that is ready takes PIPE_BUF bytes at least; others than these take all of it.
+            slow = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(fd)
+            piece = select.PIPE_BUF if slow and free == fd else 2**20
+            self._outlets[fd] = (free, piece)
+        free, piece = self._outlets[fd]
+        poll = select.poll()
+        poll.register(free, select.POLLOUT)
+        poll.register(self._wakeup[0], select.POLLIN)
+        data = memoryview(data)
+        while data:
+            ready = [key for key, _ in poll.poll()]
+            if free in ready:
+                data = data[os.write(free, data[:piece]):]
+            else:
+                return bytes(data)          # woken, and nobody reads
+        return b''
+
+    def wake(self):
+        """End a wait() that is under way; may be called from a signal handler."""
+        try:
+            os.write(self._wakeup[1], b'!')
+        except BlockingIOError:
+            pass
+
+    def wait(self, timeout_s=None):
+        """Wait for the first event, at most timeout_s, and run its callbacks."""
+        for process in self._children:
+            self._offer(process)
+        now = self._clock()
+        dues = [due for due, _ in self._timers]
+        dues += [process.deadline for process in self._children if process.deadline is not None]
+        dues += [now + timeout_s] if timeout_s is not None else []
+        dues += [now + TICK_S] if self._children else []
+        for key, events in self._selector.select(max(min(dues) - now, 0) if dues else None):
+            if key.data and key.data not in self._children:
+                continue                    # an earlier callback has ended it
+            if key.fd == self._wakeup[0]:
+                os.read(key.fd, 4096)
+            elif key.fd == key.data.source:
+                self._read_source(key.data)
+            elif events & selectors.EVENT_WRITE:
+                self._write(key.data)
+            else:
+                self._read(key.data, key.fd)
+        now = self._clock()
+        for timer in [timer for timer in self._timers if timer[0] <= now]:
+            self._timers.remove(timer)
+            timer[1]()
+        for process in list(self._children):
+            if process not in self._children:
+                continue
+            if process.deadline is not None and process.deadline <= now:
+                process.deadline = None
+                process.kill()
+            self._reap(process)
+
+    def end(self, process):
+        """End a child now; its on_exit is not called."""
+        if process in self._children:
+            process.kill()
+            process.popen.wait()
+            self._forget(process)
+
+    def close(self):
+        """End all children that are left."""
+        for process in list(self._children):
+            self.end(process)
+        self._selector.close()
+        for fd in (*self._wakeup, *(free for fd, (free, _) in self._outlets.items() if free != fd)):
+            os.close(fd)
+
+    def _offer(self, process):
+        """See to it that what there is for the child's stdin is written when the pipe has room."""
+        stdin = process.popen.stdin
+        if not stdin or stdin.closed:
+            process.unsent.clear()
+            return
+        if process.unsent or process.feed:
+            if stdin.fileno() not in self._selector.get_map():
+                self._selector.register(stdin, selectors.EVENT_WRITE, process)
+        elif process.source is not None:
+            if process.source not in self._selector.get_map():
+                self._selector.register(process.source, selectors.EVENT_READ, process)
+        elif not process.keep_stdin:
+            self._close_stdin(process)
+
+    def _read_source(self, process):
+        """Read from its source; not again before that is written."""
+        try:
+            data = os.read(process.source, 2**16)
+        except BlockingIOError:
+            return
+        except OSError:                     # as of a terminal that is gone
+            data = b''
+        process.unsent += data
+        self._selector.unregister(process.source)
+        process.source = process.source if data else None
+        self._offer(process)
+
+    def _close_stdin(self, process):
+        if process.source is not None and process.source in self._selector.get_map():
+            self._selector.unregister(process.source)
+        process.source = None
+        stdin = process.popen.stdin
+        if stdin.fileno() in self._selector.get_map():
+            self._selector.unregister(stdin)
+        stdin.close()
+
+    def _write(self, process):
+        while process.feed and len(process.unsent) < 2**16:
+            piece = next(process.feed, None)
+            if piece is None:
+                process.feed = None
+            else:
+                process.unsent += piece
+        try:
+            count = os.write(process.popen.stdin.fileno(), process.unsent[:2**18])
+            del process.unsent[:count]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            process.feed = None
+            process.unsent.clear()
+            self._close_stdin(process)
+            return
+        if not process.unsent and not process.feed:
+            self._selector.unregister(process.popen.stdin)
+            self._offer(process)
+
+    def _read(self, process, fd):
+        try:
+            data = os.read(fd, 2**18)
+        except BlockingIOError:
+            return
+        if not data:
+            stream = process.reads.pop(fd)
+            self._selector.unregister(stream)
+            stream.close()
+        elif process.reads[fd] is process.popen.stdout:     # which may be closed before stderr is
+            process.on_output(data)
+        elif process.on_error:
+            process.on_error(data)
+        else:
+            process.complaint += data
+            del process.complaint[:-KEPT_STDERR]
+
+    def _reap(self, process):
+        """Finish with the child if it ended and all was read, or no child can write more."""
+        if process.popen.poll() is None:
+            if process.reads or not process.popen.stdout:
+                return
+            try:
+                process.popen.wait(TICK_S)  # it closed its streams, so it is about to end
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.popen.wait()
+        for fd in list(process.reads):      # what is in the pipes; another may hold them open
+            while fd in process.reads and self._readable(fd):
+                self._read(process, fd)
+        self._forget(process)
+        process.on_exit(process.popen.returncode, bytes(process.complaint))
+
+    @staticmethod
+    def _readable(fd):
+        import select
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | select.POLLHUP)
+        return bool(poll.poll(0))
+
+    def _forget(self, process):
+        self._children.discard(process)
+        for stream in list(process.reads.values()):
+            self._selector.unregister(stream)
+            stream.close()
+        process.reads.clear()
+        if process.popen.stdin and not process.popen.stdin.closed:
+            self._close_stdin(process)
+
+
+class End(NamedTuple):
+    """How a child ended."""
+    status: int                     # its exit status, negative where a signal ended it
+    text: str                       # its stderr
+    full: bool = False              # it was ended because the disk here is full
+
+
+class Flows:
+    """Generators that wait, begun together and ended together.
+
+    Such a flow yields a Process that it has started, and is sent its End; or a number of seconds,
+    and goes on after these.  When the flows are closed, their children end and each flow is closed
+    where it waits, so `finally` is the place to clean up.
+    """
+
+    def __init__(self, processes):
+        self._processes = processes
+        self._waiting = {}                  # flow -> the Process that it waits for, or None
+
+    def start(self, flow):
+        """Run a flow to its first wait."""
+        self._waiting[flow] = None
+        self._go_on(flow)
+
+    def _go_on(self, flow, value=None):
+        if flow not in self._waiting:
+            return                          # it was closed, and this was a time
+        self._waiting[flow] = None
+        try:
+            awaited = flow.send(value)
+        except StopIteration:
+            self._waiting.pop(flow, None)
+            return
+        if flow not in self._waiting:       # it had all flows closed itself
+            if isinstance(awaited, Process):
+                self._processes.end(awaited)
+            flow.close()
+        elif isinstance(awaited, Process):
+            self._waiting[flow] = awaited
+            awaited.on_exit = lambda status, complaint: self._go_on(
+                flow, End(status, complaint.decode('utf-8', 'replace')))
+        else:
+            self._processes.call_later(awaited, functools.partial(self._go_on, flow))
+
+    def close(self):
+        """End all flows."""
+        waiting, self._waiting = self._waiting, {}
+        with contextlib.ExitStack() as stack:       # all are closed, even if one cannot clean up
+            for flow, process in waiting.items():
+                if process:
+                    self._processes.end(process)
+                if not flow.gi_running:     # else it ends when it waits next
+                    stack.callback(flow.close)
+
+
+def ignore(_data):
+    """Take bytes that nobody wants."""
+
+
+PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
+
+
+# ---- Wire: the language of the channel ----
+
+LONGEST_LINE = 64 * 1024
+LONGEST_NOISE = 256 * 1024
+LONGEST_DATA = 64 * 2**20
+
+
+class WireError(Exception):
+    """The other side said something that is not of this language."""
+
+
+def request(verb, *fields):
+    """Return the bytes of a request: its verb, the number of its fields, and these."""
+    return nul_ended(verb, len(fields), *fields)
+
+
+def nul_ended(*fields):
+    """Return the fields as bytes, with a NUL behind each."""
+    data = bytearray()
+    for field in fields:
+        raw = field if isinstance(field, bytes) else os.fsencode(str(field))
+        if b'\0' in raw:
+            raise ValueError('a NUL in a request [this is a bug]')
+        data += raw + b'\0'
+    return data
+
+
+def text_of(raw):
+    """Return a field as text for people."""
+    return printable(os.fsdecode(raw))
+
+
+def number_of(raw):
+    """Return a number that is not negative, and not larger than any that makes sense."""
+    number = int(raw) if len(raw) < 20 else -1
+    if not 0 <= number < 2**60:
+        raise ValueError(f'{raw[:20]!r} is out of bounds')
+    return number
+
+
+def status_of(raw):
+    """Return the exit status of a job."""
+    number = number_of(raw)
+    if number > 999:
+        raise ValueError(f'{number} is no exit status')
+    return number
+
+
+def stream_of(raw):
+    """Return 'out' or 'err'."""
+    if raw not in (b'out', b'err'):
+        raise ValueError(f'no stream is called {raw!r}')
+    return raw.decode()
+
+
+def output_of(raw):
+    """Return (bytes of a stream, or None where they come otherwise; its size): =TEXT or @SIZE."""
+    return (raw[1:], len(raw) - 1) if raw[:1] == b'=' else (None, number_of(raw[1:]))
+
+
+def entry_of(raw):
+    """Return (mark, value) of an entry in the list of what a job left: see the remote runner.
+
+    The value is the path; of 's' the number of bytes, of 'm' (mode, path).
+    """
+    mark, text = raw[:1].decode('ascii', 'replace'), os.fsdecode(raw[1:])
+    if mark == 'm':
+        mode, _, path = text.partition(' ')
+        return mark, (int(mode, 8), path)
+    return mark, number_of(raw[1:]) if mark == 's' else text
+
+
+def list_of(raw):
+    """Return the entries of a list, each of which ends with a NUL."""
+    return [entry_of(entry) for entry in raw.split(b'\0')[:-1]]
+
+
+class Fields(NamedTuple):
+    """The fields of an event: functions that make values of them, or raise ValueError."""
+    needed: tuple = ()
+    optional: tuple = ()
+    rest: Optional[object] = None       # of all further ones
+
+
+# The events of the remote runner.  One that brings bytes is called data there, and has its own name
+# here.  Each has a method on_EVENT in Worker, JobControl, Collector or Gauge.
+EVENTS = {
+    'account': Fields((bytes,)),
+    'broken': Fields((text_of,), (bytes,)),
+    'note': Fields((text_of,)),
+    'probe': Fields((os.fsdecode, lambda raw: raw.decode('utf-8', 'replace'))),
+    'ready': Fields((os.fsdecode, bytes)),
+    'measured': Fields((number_of, number_of)),
+    'staged': Fields((os.fsdecode,)),
+    'stage_failed': Fields((os.fsdecode, text_of)),
+    'started': Fields(rest=os.fsdecode),
+    'refused': Fields((os.fsdecode, text_of)),
+    'held': Fields((os.fsdecode,)),
+    'absent': Fields((os.fsdecode,)),
+    'lost': Fields((os.fsdecode, text_of)),
+    'used': Fields((os.fsdecode, number_of)),
+    'growth': Fields((os.fsdecode, stream_of, number_of, bytes)),
+    'left': Fields((os.fsdecode, text_of)),
+    'ended': Fields((os.fsdecode, status_of, number_of, number_of, output_of, output_of),
+                    rest=entry_of),
+    'back': Fields((os.fsdecode, list_of)),
+    'unlistable': Fields((os.fsdecode,)),
+    'cancelled': Fields((text_of,)),
+    'others': Fields((), (bytes,)),
+    'pong': Fields((bytes,)),
+    'finished': Fields(),
+}
+
+
+def decode(fields):
+    """Return (event, values) of the fields of an event; raises WireError where they are none."""
+    word, *raw = (fields[1:] or [b'']) if fields[0] == b'data' else fields
+    word = word.decode('ascii', 'replace')
+    if word not in EVENTS:
+        raise WireError('it said something that no runner says')
+    needed, optional, rest = EVENTS[word]
+    kinds = [*needed, *optional, *[rest] * (len(raw) if rest else 0)]
+    try:
+        if not len(needed) <= len(raw) <= len(kinds):
+            raise ValueError(f'{len(raw)} fields')
+        if any(b'\0' in field for kind, field in zip(kinds, raw)
+               if kind not in (bytes, list_of, output_of)):
+            raise ValueError('a NUL')       # a name with it could not be sent back
+        return word, [kind(field) for kind, field in zip(kinds, raw)]
+    except ValueError as error:
+        raise WireError('it said something that cannot be understood '
+                        f'({word}: {error!r})') from error
+
+
+class EventReader:
+    """Bytes from the channel -> events: lists of fields (bytes).  Bounded in memory.
+
+    What comes before a line that is the token is noise of the login, kept in `noise`.  An event
+    "data SIZE WHAT..." is given with its SIZE bytes as one more field.
+    """
+
+    def __init__(self, token):
+        self.noise = b''
+        self.greeted = False
+        self._token = token.encode()
+        self._buffer = b''
+        self._data = None               # (fields, size) of an event whose bytes are still coming
+
+    @property
+    def pending(self):
+        """The bytes that came and are no event yet."""
+        return self._buffer
+
+    def feed(self, data):
+        """Yield the events that are complete with these bytes."""
+        self._buffer += data
+        if not self.greeted:
+            before, found, after = self._buffer.partition(b'\n' + self._token + b'\n')
+            if not found:
+                if len(before) > LONGEST_NOISE:
+                    raise WireError('its login says more than can be read')
+                self.noise = before
+                return
+            self.greeted, self.noise, self._buffer = True, before, after
+        start = 0
+        try:
+            while True:
+                if self._data:
+                    fields, size = self._data
+                    if len(self._buffer) - start < size:
+                        return
+                    self._data, body = None, self._buffer[start:start + size]
+                    start += size
+                    yield [*fields, body]
+                    continue
+                end = self._buffer.find(b'\n', start)
+                if (end if end >= 0 else len(self._buffer)) - start > LONGEST_LINE:
+                    raise WireError('it said a line without an end')
+                if end < 0:
+                    return
+                fields = [unescape(field) for field in self._buffer[start:end].split(b'\t')]
+                start = end + 1
+                if fields[0] == b'data':
+                    size = whole_number(fields[1].decode('ascii', 'replace')) if fields[1:] else 0
+                    if len(fields) < 3 or size > LONGEST_DATA:
+                        raise WireError('it announced more than can be read')
+                    self._data = (fields[:1] + fields[2:], size)
+                else:
+                    yield fields
+        finally:
+            self._buffer = self._buffer[start:]
+
+
+def unescape(field):
+    r"""Return the field with \t, \n and \\ as the characters they stand for."""
+    if b'\\' not in field:
+        return field
+    return re.sub(rb'\\(.)', lambda m: {b't': b'\t', b'n': b'\n'}.get(m[1], m[1]), field)
+
+
 # ---- Connection: argument lists and configuration of ssh and rsync; starts nothing ----
 
 COPY_ALIAS = 'ssh-scheduler-copy'       # through the master, or not at all
@@ -2686,1024 +5887,68 @@ def place_of(host, port):
     return f'{host} port {port}' if port else host
 
 
-# ---- Processes: the one place that starts them and the one that waits ----
+# ---- Client: what the machines of one run share ----
 
-TICK_S = 1.0                # a child whose pipe is held open by another is noticed after so long
-KEPT_STDERR = 64 * 1024
+class Client:
+    """All that the machines of one run share; `close` ends its processes and removes its files.
 
-
-class Process:
-    """A child: passive.  Processes reads and writes its streams; done is: ended, and all read."""
-
-    def __init__(self, popen, on_output, on_error, on_exit, feed, keep_stdin, deadline):
-        self.popen = popen
-        self.on_output = on_output          # called with bytes
-        self.on_error = on_error            # the same for stderr, or None: it is kept
-        self.on_exit = on_exit              # called with (exit status, stderr as bytes)
-        self.feed = feed                    # iterator of bytes for its stdin, or None
-        self.source = None                  # a file descriptor, from which more of it comes
-        self.keep_stdin = keep_stdin        # else closed when all is written
-        self.deadline = deadline
-        self.unsent = bytearray()
-        self.complaint = bytearray()
-        self.reads = {}                     # open streams of the child that we read
-
-    def write(self, data):
-        """Queue data for its stdin; it goes out in the next Processes.wait."""
-        self.unsent += data
-
-    def close_stdin(self):
-        """Close its stdin as soon as all that was queued is written."""
-        self.keep_stdin = False
-
-    def kill(self):
-        """End it and what it started, now."""
-        try:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):   # macOS says so of a zombie's group
-            pass
-
-
-def deaf(_number, _frame):
-    """Ignore a signal as SIG_IGN does, which our children would inherit."""
-
-
-class Processes:
-    """All children of this program, and its timers: only here they start and are waited for."""
-
-    def __init__(self, on_start=None, clock=time.monotonic):
-        # Inherited as ignored, Popen would report success for every failure.
-        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # As in the background of a script: jobs on localhost would ignore them, too.
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
-            if signal.getsignal(number) == signal.SIG_IGN:
-                with contextlib.suppress(ValueError):       # only the main thread can change it
-                    signal.signal(number, deaf)
-        self._selector = selectors.DefaultSelector()
-        self._children = set()
-        self._timers = []                   # [due, function], few
-        self._clock = clock
-        self._on_start = on_start           # called with each argv
-        self._outlets = {}                  # stream of ours -> (descriptor to write to, at once)
-        self._wakeup = os.pipe()
-        for end in self._wakeup:
-            os.set_blocking(end, False)
-        self._selector.register(self._wakeup[0], selectors.EVENT_READ)
-
-    def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
-              deadline_s=None, env=None, cwd=None, terminal=False, confined=None):
-        """Start argv in a session of its own and return its Process.
-
-        terminal: it has our streams, and with them the terminal, instead of pipes to us
-        confined: what it calls first, from confine()
-        """
-        if self._on_start:
-            self._on_start(argv)
-        pipe = None if terminal else subprocess.PIPE
-        try:
-            popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
-                                     start_new_session=not terminal, env=env, cwd=cwd,
-                                     preexec_fn=confined)
-        except FileNotFoundError as error:
-            if cwd and error.filename == cwd:
-                raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
-            package = PACKAGES.get(argv[0], argv[0])
-            raise SchedulerError(f'the program {argv[0]} is missing here. ' + (
-                f'Try: apt install {package}' if LINUX else f'Install {package}.')) from None
-        except OSError as error:
-            raise SchedulerError(f'{argv[0]} could not be started: {reason_of(error)}.') from None
-        finally:
-            if confined:
-                confined.close()
-        due = None if deadline_s is None else self._clock() + deadline_s
-        process = Process(popen, on_output, on_error, on_exit, feed, keep_stdin, due)
-        for stream in (popen.stdin, popen.stdout, popen.stderr):
-            if stream:
-                os.set_blocking(stream.fileno(), False)
-        for stream in filter(None, (popen.stdout, popen.stderr)):
-            process.reads[stream.fileno()] = stream
-            self._selector.register(stream, selectors.EVENT_READ, process)
-        self._children.add(process)
-        return process
-
-    def pass_on(self, fd, process):
-        """Feed to the process, once, what comes from a file descriptor of ours, to its end."""
-        try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):      # of which kqueue does not tell the end
-                raise PermissionError
-            self._selector.register(fd, selectors.EVENT_READ, process)
-            process.source = fd
-        except OSError:                     # it never has to be waited for
-            process.feed = iter(lambda: os.read(fd, 2**16), b'')
-
-    def call_later(self, delay_s, function):
-        """Call the function from wait(), once, after so long."""
-        self._timers.append([self._clock() + delay_s, function])
-
-    def write_out(self, fd, data):
-        """Write to a stream of ours and wait until it is read, or for wake(); return what is left.
-
-        Raises OSError where it cannot be written.
-        """
-        import select
-        if fd not in self._outlets:
-            kind = os.fstat(fd).st_mode
-            free = fd
-            if LINUX and stat.S_ISFIFO(kind):   # another description of it, since others have ours
-                try:
-                    free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
-                except OSError:
-                    pass
-            # A pipe that is ready takes PIPE_BUF bytes at least; others than these take all of it.
-            slow = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(fd)
-            piece = select.PIPE_BUF if slow and free == fd else 2**20
-            self._outlets[fd] = (free, piece)
-        free, piece = self._outlets[fd]
-        poll = select.poll()
-        poll.register(free, select.POLLOUT)
-        poll.register(self._wakeup[0], select.POLLIN)
-        data = memoryview(data)
-        while data:
-            ready = [key for key, _ in poll.poll()]
-            if free in ready:
-                data = data[os.write(free, data[:piece]):]
-            else:
-                return bytes(data)          # woken, and nobody reads
-        return b''
-
-    def wake(self):
-        """End a wait() that is under way; may be called from a signal handler."""
-        try:
-            os.write(self._wakeup[1], b'!')
-        except BlockingIOError:
-            pass
-
-    def wait(self, timeout_s=None):
-        """Wait until something happened, at most so long, and call whom it concerns."""
-        for process in self._children:
-            self._offer(process)
-        now = self._clock()
-        dues = [due for due, _ in self._timers]
-        dues += [process.deadline for process in self._children if process.deadline is not None]
-        dues += [now + timeout_s] if timeout_s is not None else []
-        dues += [now + TICK_S] if self._children else []
-        for key, events in self._selector.select(max(min(dues) - now, 0) if dues else None):
-            if key.fd == self._wakeup[0]:
-                os.read(key.fd, 4096)
-            elif key.fd == key.data.source:
-                self._take(key.data)
-            elif events & selectors.EVENT_WRITE:
-                self._write(key.data)
-            else:
-                self._read(key.data, key.fd)
-        now = self._clock()
-        for timer in [timer for timer in self._timers if timer[0] <= now]:
-            self._timers.remove(timer)
-            timer[1]()
-        for process in list(self._children):
-            if process.deadline is not None and process.deadline <= now:
-                process.deadline = None
-                process.kill()
-            self._reap(process)
-
-    def close(self):
-        """End all children that are left."""
-        for process in list(self._children):
-            process.kill()
-            process.popen.wait()
-            self._forget(process)
-        self._selector.close()
-        for fd in (*self._wakeup, *(free for fd, (free, _) in self._outlets.items() if free != fd)):
-            os.close(fd)
-
-    def _offer(self, process):
-        """See to it that what there is for the child's stdin is written when the pipe has room."""
-        stdin = process.popen.stdin
-        if not stdin or stdin.closed:
-            process.unsent.clear()
-            return
-        if process.unsent or process.feed:
-            if stdin.fileno() not in self._selector.get_map():
-                self._selector.register(stdin, selectors.EVENT_WRITE, process)
-        elif process.source is not None:
-            if process.source not in self._selector.get_map():
-                self._selector.register(process.source, selectors.EVENT_READ, process)
-        elif not process.keep_stdin:
-            self._close_stdin(process)
-
-    def _take(self, process):
-        """Read from its source; not again before that is written."""
-        try:
-            data = os.read(process.source, 2**16)
-        except BlockingIOError:
-            return
-        except OSError:                     # as of a terminal that is gone
-            data = b''
-        process.unsent += data
-        self._selector.unregister(process.source)
-        process.source = process.source if data else None
-        self._offer(process)
-
-    def _close_stdin(self, process):
-        if process.source is not None and process.source in self._selector.get_map():
-            self._selector.unregister(process.source)
-        process.source = None
-        stdin = process.popen.stdin
-        if stdin.fileno() in self._selector.get_map():
-            self._selector.unregister(stdin)
-        stdin.close()
-
-    def _write(self, process):
-        while process.feed and len(process.unsent) < 2**16:
-            piece = next(process.feed, None)
-            if piece is None:
-                process.feed = None
-            else:
-                process.unsent += piece
-        try:
-            count = os.write(process.popen.stdin.fileno(), process.unsent[:2**18])
-            del process.unsent[:count]
-        except BlockingIOError:
-            return
-        except BrokenPipeError:
-            process.feed = None
-            process.unsent.clear()
-            self._close_stdin(process)
-            return
-        if not process.unsent and not process.feed:
-            self._selector.unregister(process.popen.stdin)
-            self._offer(process)
-
-    def _read(self, process, fd):
-        try:
-            data = os.read(fd, 2**18)
-        except BlockingIOError:
-            return
-        if not data:
-            stream = process.reads.pop(fd)
-            self._selector.unregister(stream)
-            stream.close()
-        elif process.reads[fd] is process.popen.stdout:     # which may be closed before stderr is
-            process.on_output(data)
-        elif process.on_error:
-            process.on_error(data)
-        else:
-            process.complaint += data
-            del process.complaint[:-KEPT_STDERR]
-
-    def _reap(self, process):
-        """Finish with the child if it ended and all was read, or nobody of ours can write more."""
-        if process.popen.poll() is None:
-            if process.reads or not process.popen.stdout:
-                return
-            try:
-                process.popen.wait(TICK_S)  # it closed its streams, so it is about to end
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.popen.wait()
-        for fd in list(process.reads):      # what is in the pipes; another may hold them open
-            while fd in process.reads and self._readable(fd):
-                self._read(process, fd)
-        self._forget(process)
-        process.on_exit(process.popen.returncode, bytes(process.complaint))
-
-    @staticmethod
-    def _readable(fd):
-        import select
-        poll = select.poll()
-        poll.register(fd, select.POLLIN | select.POLLHUP)
-        return bool(poll.poll(0))
-
-    def _forget(self, process):
-        self._children.discard(process)
-        for stream in list(process.reads.values()):
-            self._selector.unregister(stream)
-            stream.close()
-        process.reads.clear()
-        if process.popen.stdin and not process.popen.stdin.closed:
-            self._close_stdin(process)
-
-
-PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
-
-
-# ---- Wire: the language of the channel ----
-
-LONGEST_LINE = 64 * 1024
-LONGEST_NOISE = 256 * 1024
-LONGEST_DATA = 64 * 2**20
-
-
-class WireError(Exception):
-    """The other side said something that is not of this language."""
-
-
-def request(verb, *fields):
-    """Return the bytes of a request: its verb, the number of its fields, and these."""
-    return nul_ended(verb, len(fields), *fields)
-
-
-def nul_ended(*fields):
-    """Return the fields as bytes, with a NUL behind each."""
-    data = bytearray()
-    for field in fields:
-        raw = field if isinstance(field, bytes) else os.fsencode(str(field))
-        if b'\0' in raw:
-            raise ValueError('a NUL in a request [this is a bug]')
-        data += raw + b'\0'
-    return data
-
-
-class EventReader:
-    """Bytes from the channel -> events: lists of fields (bytes).  Bounded in memory.
-
-    What comes before a line that is the token is noise of the login, kept in `noise`.  An event
-    "data SIZE WHAT..." is given with its SIZE bytes as one more field.
+    live: what the machines have free is looked at again while jobs wait
+    away_limit_s: how long contact that was lost is looked for
+    max_result_bytes: of what a job brings back; None: what has room here
     """
 
-    def __init__(self, token):
-        self.noise = b''
-        self.greeted = False
-        self._token = token.encode()
-        self._buffer = b''
-        self._data = None               # (fields, size) of an event whose bytes are still coming
-
-    @property
-    def pending(self):
-        """What came and is no event yet."""
-        return self._buffer
-
-    def feed(self, data):
-        """Yield the events that are complete with these bytes."""
-        self._buffer += data
-        if not self.greeted:
-            before, found, after = self._buffer.partition(b'\n' + self._token + b'\n')
-            if not found:
-                if len(before) > LONGEST_NOISE:
-                    raise WireError('its login says more than can be read')
-                self.noise = before
-                return
-            self.greeted, self.noise, self._buffer = True, before, after
-        start = 0
-        try:
-            while True:
-                if self._data:
-                    fields, size = self._data
-                    if len(self._buffer) - start < size:
-                        return
-                    self._data, body = None, self._buffer[start:start + size]
-                    start += size
-                    yield [*fields, body]
-                    continue
-                end = self._buffer.find(b'\n', start)
-                if (end if end >= 0 else len(self._buffer)) - start > LONGEST_LINE:
-                    raise WireError('it said a line without an end')
-                if end < 0:
-                    return
-                fields = [unescape(field) for field in self._buffer[start:end].split(b'\t')]
-                start = end + 1
-                if fields[0] == b'data':
-                    size = whole_number(fields[1].decode('ascii', 'replace')) if fields[1:] else 0
-                    if len(fields) < 3 or size > LONGEST_DATA:
-                        raise WireError('it announced more than can be read')
-                    self._data = (fields[:1] + fields[2:], size)
-                else:
-                    yield fields
-        finally:
-            self._buffer = self._buffer[start:]
-
-
-def unescape(field):
-    r"""Return the field with \t, \n and \\ as the characters they stand for."""
-    if b'\\' not in field:
-        return field
-    return re.sub(rb'\\(.)', lambda m: {b't': b'\t', b'n': b'\n'}.get(m[1], m[1]), field)
-
-
-# ---- Results: the folder job_results ----
-
-class ResultStore:
-    """The folder job_results: its lock, its journal, and what lies in it.  Replaces nothing.
-
-    job_results/NAME.out, NAME.err    the streams; they grow while the job runs
-    job_results/NAME/                 what it brought back; appears by one rename
-    job_results/.ssh_scheduler/       journal (a JSON object a line), lock, incoming results
-
-    part: a folder below that for the same, so that commands can run there beside a batch.
-
-    identity: 8 random hex digits of this journal, which its first line tells.  The folder of a job
-    on a machine has them in its name.  So a job that another journal started, such as that of a
-    job_results which was removed, is never taken for a job of this one.
-    """
-
-    def __init__(self, folder, part=''):
-        self.folder, self.part = folder, part
-        self.own = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
-        self.jobs = {}                  # name -> dict: command, machine, attempt, state, key
-        self.identity, self._noted_identity = '', False
-        self._manifests = {}            # digest -> Manifest, None where that is not known
-        self._lock = self._journal = None
-        self._unsynced = False
-        self._remains = {}              # machine -> {job.attempt: state} of which folders are there
-        self._grown = set()             # (name, stream) that we have begun to write
-        self._growing = {}              # of these the one that grew last -> its open file
-
-    def open(self, run=''):
-        """Make, lock and read the folder; return self.
-
-        run: the batch or the job that we run: who cancels that has us stop, see take_over
-        """
-        try:
-            os.makedirs(self.own, exist_ok=True)
-            self._lock = os.open(os.path.join(self.own, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
-            self._take_lock(run)
-            self._journal = os.open(os.path.join(self.own, 'journal'),
-                                    os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            self._read_journal()
-            self._noted_identity = bool(self.identity)
-            self.identity = self.identity or os.urandom(4).hex()
-            self._end_commits()
-            for name in os.listdir(self.own):
-                if name.startswith('incoming-'):        # of a run that was killed
-                    (os.unlink if name.endswith('.tar') else self.discard)(
-                        os.path.join(self.own, name))
-        except OSError as error:
-            raise ResultsError(f'{self.folder}, where results go, cannot be used: '
-                               f'{reason_of(error)}.') from None
-        return self
-
-    def peek(self):
-        """Only read what earlier runs did, beside one that goes on; return self."""
-        try:
-            self._journal = os.open(os.path.join(self.own, 'journal'), os.O_RDONLY)
-        except FileNotFoundError:
-            return self
-        except OSError as error:
-            raise ResultsError(f'{self.own}/journal cannot be read: {reason_of(error)}.') from None
-        try:
-            self._read_journal(cut=False)
-        finally:
-            os.close(self._journal)
-            self._journal = None
-        return self
-
-    def close(self):
-        """Let go of the lock; where nothing was started, leave nothing behind."""
-        if self._journal is not None and not os.fstat(self._journal).st_size:
-            try:
-                for name in ('journal', 'lock'):
-                    os.unlink(os.path.join(self.own, name))
-                folder = self.own
-                while folder != os.path.dirname(self.folder):
-                    os.rmdir(folder)
-                    folder = os.path.dirname(folder)
-            except OSError:
-                pass            # there is something else in it
-        self._let_go()
-        for fd in (self._journal, self._lock):
-            if fd is not None:
-                os.close(fd)
-        self._journal = self._lock = None
-
-    def is_begun(self, name):
-        """Tell whether the job was claimed, and neither collected nor given up."""
-        return self.jobs.get(name, {}).get('state') in ('claimed', 'ended')
-
-    def is_done(self, name):
-        """Tell whether the job was collected, and its results are still here."""
-        return self.jobs.get(name, {}).get('state') == 'collected' and self.exists(name)
-
-    def pieces(self, name):
-        """Return (paths that are here, whether any is missing) of the results of a job."""
-        ends = ('', '.out', '.err') if 'inode' in self.jobs.get(name, {}) else ('.out', '.err')
-        here = [end for end in ('', '.out', '.err') if os.path.lexists(self._path(name, end))]
-        return [self._path(name, end) for end in here], not set(ends) <= set(here)
-
-    def identities(self):
-        """Return the identities of all journals in the folder; '' if one had none at first."""
-        top, found = os.path.join(self.folder, '.ssh_scheduler'), set()
-        commands = os.path.join(top, 'commands')
-        names = os.listdir(commands) if os.path.isdir(commands) else []
-        for path in (top, *(os.path.join(commands, name) for name in names)):
-            with contextlib.suppress(OSError):
-                with open(os.path.join(path, 'journal'), 'rb') as file:
-                    for number, line in enumerate(file):
-                        match = re.match(rb'{"event": "journal", "identity": "([0-9a-f]+)"', line)
-                        found |= {match[1].decode()} if match else {''} if not number else set()
-                        if match:
-                            break
-        return found | {self.identity}
-
-    def exists(self, name):
-        """Tell whether there are results of the job that a new run would have to replace."""
-        if self.jobs.get(name, {}).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
-            return os.path.lexists(self._path(name))    # its streams are what is left of that
-        return any(os.path.lexists(self._path(name, end)) for end in ('', '.out', '.err'))
-
-    def state(self, name):
-        """Return what the journal knows of a job: dict with command, machine, attempt, state."""
-        return self.jobs.get(name, {})
-
-    def key(self, name, attempt):
-        """Return the name of the job's folder on a machine, for an attempt that is to be claimed.
-
-        Attempts that a journal claimed before it had an identity have keys without one.
-        """
-        return f'{name}.{attempt}-{self.identity}' if self.identity else f'{name}.{attempt}'
-
-    # What happens to a job, each written before its consequence
-
-    def claimed(self, name, attempt, machine, gpus, command, **more):
-        """It is about to be started there.  more: what else has to be known to go on with it."""
-        self._write(event='claimed', job=name, attempt=attempt, machine=machine, gpus=gpus,
-                    command=command, **more)
-
-    def keep_manifest(self, manifest):
-        """Keep what tells files apart, for `claimed` to refer to."""
-        if self._manifests.get(manifest.digest):
-            return
-        path = os.path.join(self.own, 'files', f'{manifest.digest}.json')
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f'{path}.new', 'w', encoding='utf-8') as file:
-                json.dump(manifest.files, file)
-            os.replace(f'{path}.new', path)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._manifests[manifest.digest] = manifest
-
-    def manifest(self, digest):
-        """Return the Manifest that has this digest; None where it was not kept."""
-        if digest not in self._manifests:
-            self._manifests[digest] = None
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                with open(os.path.join(self.own, 'files', f'{digest}.json'),
-                          encoding='utf-8') as file:
-                    self._manifests[digest] = Manifest(json.load(file))
-        return self._manifests[digest]
-
-    def ended(self, result):
-        """It ended over there; what it used is noted where it is known."""
-        used = {key: getattr(result, key) for key in ('cpu_s', 'peak_memory_mb',
-                                                      'peak_gpu_memory_mb')}
-        self._write(event='ended', job=result.name, exit_code=result.exit_code,
-                    wall_s=result.wall_s,
-                    **{key: value for key, value in used.items() if value is not None})
-
-    def lost(self, name):
-        """It is gone without a result, or was never started: it may be started again."""
-        self._write(event='lost', job=name)
-
-    def remains(self, machine):
-        """Return the keys, job.attempt, of what may still lie there and is of no use any more:
-
-        of jobs that are collected, and of those that may even run (lost, cancelled).
-        """
-        found = self._remains.get(machine, {})
-        return ([key for key, state in found.items() if state == 'collected'],
-                [key for key, state in found.items() if state != 'collected'])
-
-    def kept(self, machine):
-        """Return {name: record} of the collected jobs of which something could not be fetched from
-        there; `kept` are its paths."""
-        return {name: record for name, record in self.jobs.items()
-                if record['machine'] == machine and record['state'] == 'collected'
-                and record.get('kept') and record['kept'] is not True
-                and os.path.isdir(self._path(name))}
-
-    def tidied(self, machine):
-        """Nothing of that lies there any more."""
-        if self._remains.get(machine):
-            self._write(event='tidied', machine=machine)
-
-    def sync(self, results=False):
-        """Have what was written last even if the power fails; with results: these, too.
-
-        What follows cannot be taken back: a start, or the removal of the originals.
-        """
-        try:
-            if results:
-                sync_file_system(self._journal)
-            elif self._unsynced:
-                os.fsync(self._journal)
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._unsynced = False
-
-    def grow(self, name, stream, data):
-        """Add to a stream of a job that runs; return whether that could be done."""
-        key = (name, stream)
-        mode = 'ab' if key in self._grown else 'wb' if self._began(name) else 'xb'
-        try:
-            if key not in self._growing:
-                self._let_go()
-                self._growing[key] = open(self._path(name, f'.{stream}'), mode, buffering=0)
-                self._grown.add(key)
-            file, data = self._growing[key], memoryview(data)
-            while data:
-                data = data[file.write(data):]
-        except OSError:
-            self._let_go()
-            return False        # all of it comes at the job's end, where a failure is told
-        return True
-
-    def _let_go(self):
-        for file in self._growing.values():
-            file.close()
-        self._growing = {}
-
-    def _began(self, name):
-        """Tell whether an earlier attempt or run of ours may have written the job's streams."""
-        record = self.jobs.get(name, {})
-        return record.get('attempt', 1) > 1 or bool(record.get('resumed'))
-
-    def incoming(self):
-        """Return a new empty folder for results that are on their way."""
-        return private_folder(os.path.join(self.own, 'incoming'))
-
-    def discard(self, folder):
-        """Remove what is left of an incoming folder."""
-        import shutil
-        shutil.rmtree(folder, onerror=make_removable)
-
-    def commit(self, name, streams, folder, wants_folder, kept=()):
-        """Put a job's results in place.
-
-        streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
-        kept: the paths that could not be fetched, so that its folder stays there, or True: it all
-        """
-        self._let_go()
-        for stream, content in streams.items():
-            self._commit_stream(name, stream, content)
-        if wants_folder:
-            target = self._path(name)
-            if os.path.lexists(target):
-                raise ResultsError(f'{target} was made by something else while {name} ran: move it '
-                                   'away')
-            if not (folder and os.path.isdir(folder)):
-                folder = self.incoming()
-            # Over there it was private.  And who may not write in a folder cannot move it.
-            os.chmod(folder, new_folder_mode())
-            self._write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
-            os.rename(folder, target)
-        self._write(event='collected', job=name, kept=kept)
-
-    def add(self, name, folder, kept):
-        """Put what was kept until now to the other results of a job; return the paths that were in
-        its way.  kept: what could not be fetched this time either."""
-        target = self._path(name)
-        others = [os.path.relpath(path, target) for path in merge(folder, target)] if folder else []
-        self._write(event='collected', job=name, kept=[*kept, *others])
-        return others
-
-    def _commit_stream(self, name, stream, content):
-        """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
-        target = self._path(name, f'.{stream}')
-        ours = (name, stream) in self._grown or self._began(name)
-        self._grown.discard((name, stream))
-        if content is None:
-            return              # it grew there, to its end
-        if not isinstance(content, bytes):
-            if not ours and os.path.lexists(target):
-                raise ResultsError(f'{target} was made by something else while {name} ran.')
-            os.chmod(content, 0o666 & new_folder_mode())        # over there it was private
-            os.replace(content, target)
-            return
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if ours else os.O_EXCL)
-        with open(os.open(target, flags, 0o666), 'wb') as file:
-            file.write(content)
-
-    def set_aside(self, name, streams=None, folder=None, kept=()):
-        """Move what there is of a job that was cancelled out of the way of its next run.
-
-        streams, folder, kept: what came of it from over there, as for commit
-        """
-        self._let_go()
-        self._write(event='cancelled', job=name, kept=kept)
-        try:
-            self._move_aside(name, streams or {}, folder)
-        except OSError as error:
-            raise ResultsError(f'what {name} left could not be moved to {self.own}/cancelled: '
-                               f'{reason_of(error)}.') from None
-
-    def _move_aside(self, name, streams, folder):
-        aside = os.path.join(self.own, 'cancelled', f'{name}.{time.time_ns()}')
-        os.makedirs(os.path.dirname(aside), exist_ok=True)
-        for stream in ('out', 'err'):
-            path, content = self._path(name, f'.{stream}'), streams.get(stream)
-            if isinstance(content, bytes):
-                with open(f'{aside}.{stream}', 'xb') as file:
-                    file.write(content)
-            elif content is not None:
-                os.chmod(content, 0o666 & new_folder_mode())
-                os.replace(content, f'{aside}.{stream}')
-            if (name, stream) in self._grown and os.path.lexists(path):
-                if content is None:
-                    os.replace(path, f'{aside}.{stream}')
-                else:
-                    os.unlink(path)
-            self._grown.discard((name, stream))
-        if folder and os.path.isdir(folder) and os.listdir(folder):
-            os.chmod(folder, new_folder_mode())
-            os.rename(folder, aside)
-
-    def has(self, name, stream, size):
-        """Tell whether all of a stream, so many bytes, grew where it belongs."""
-        try:
-            return (name, stream) in self._grown and os.path.getsize(
-                self._path(name, f'.{stream}')) == size
-        except OSError:
-            return False
-
-    def read(self, name, stream, offset=0):
-        """Yield the stream of a job, from so many bytes on, in pieces."""
-        with open(self._path(name, f'.{stream}'), 'rb') as file:
-            file.seek(offset)
-            yield from iter(lambda: file.read(2**16), b'')
-
-    def _path(self, name, end=''):
-        return os.path.join(self.folder, name + end)
-
-    def _take_lock(self, run):
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = printable(read_lock(self._lock)[0])
-            if self.part:
-                raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
-                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
-                                   'with which the job goes on, or wait for it.') from None
-            raise ResultsError(f'{self.folder} is in use by another run ({holder}). '
-                               'Wait for it, or start from another folder.') from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
-                raise
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n{run}\n'.encode())
-
-    def take_over(self, run, note):
-        """Open it, but first have a client stop that has it open for the same `run`, and wait.
-
-        note(text) tells of that.  Return what the journal said of the jobs before: name -> dict.
-        """
-        before = {}
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.own, 'lock')) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who, theirs = read_lock(lock.fileno())
-                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
-                if match and theirs == run:
-                    before = ResultStore(self.folder, self.part).peek().jobs
-                    stop_client(int(match[1]), match[2], run, lock, note)
-            except OSError:         # no locks there: then none keeps us out either
-                pass
-        self.open()
-        return before
-
-    def _read_journal(self, cut=True):
-        """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
-        with open(self._journal, 'rb', closefd=False) as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b'\n'):
-                    break
-                try:
-                    self._apply(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise ResultsError(
-                        f'{self.own}/journal, line {number} cannot be read. It says what runs '
-                        'where: look at it, or move job_results away to start afresh.') from None
-                whole += len(line)
-        if cut:
-            os.ftruncate(self._journal, whole)
-        for record in self.jobs.values():
-            record['resumed'] = record['state'] != 'collected'
-
-    def _end_commits(self):
-        """Note what a run that was killed had put in place and not noted: by the folder's inode."""
-        for name, record in self.jobs.items():
-            if record['state'] == 'ended' and 'inode' in record:
-                with contextlib.suppress(FileNotFoundError):
-                    if os.lstat(self._path(name)).st_ino == record['inode']:
-                        self._write(event='collected', job=name, kept=record['kept'])
-
-    def _apply(self, event):
-        if event['event'] == 'journal':
-            self.identity = event['identity']
-        elif event['event'] == 'claimed':
-            if not {'command', 'machine', 'attempt'} <= event.keys():
-                raise KeyError(event)
-            # the streams that an earlier run began are ours
-            former = self.jobs.get(event['job'], {})
-            resumed = former.get('resumed')
-            if former.get('kept'):          # its results were deleted here, so these may go, too
-                self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
-            self.jobs[event['job']] = {'key': self.key(event['job'], event['attempt']), **event,
-                                       'state': 'claimed', 'resumed': resumed}
-        elif event['event'] == 'tidied':
-            self._remains.pop(event['machine'], None)
-        elif event['event'] == 'committing':
-            self.jobs[event['job']].update(inode=event['inode'], kept=event['kept'])
-        else:
-            record = self.jobs[event['job']]
-            record['state'], record['kept'] = event['event'], event.get('kept')
-            if event['event'] == 'ended':
-                record['exit_code'] = event['exit_code']
-            elif not event.get('kept'):
-                self._remains.setdefault(record['machine'], {})[record['key']] = event['event']
-
-    def _write(self, **event):
-        self.check()
-        self._apply(event)
-        self._unsynced = True
-        event['time'] = round(time.time(), 2)
-        line = json.dumps(event).encode() + b'\n'
-        if not self._noted_identity:
-            first = {'event': 'journal', 'identity': self.identity}
-            line = json.dumps(first).encode() + b'\n' + line
-        try:
-            written = os.write(self._journal, line)
-            if written < len(line):     # the disk is full; what follows must not be glued to it
-                os.ftruncate(self._journal, os.fstat(self._journal).st_size - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise self._unwritable(error) from None
-        self._noted_identity = True
-
-    def check(self):
-        """Raise if the folder is not there any more: then nothing that follows would be found."""
-        try:
-            in_place = os.path.samestat(os.stat(os.path.join(self.own, 'journal')),
-                                        os.fstat(self._journal))
-        except OSError:
-            in_place = False
-        if not in_place:
-            raise ResultsError(f'{self.folder} was removed or moved away while it was in use. Jobs '
-                               'that run keep running: move it back, and the same command collects '
-                               'them. If it is gone: execute_batch --earlier=show --machines …')
-
-    def _unwritable(self, error):
-        return ResultsError(f'{self.own}/journal cannot be written: {reason_of(error)}. Jobs that '
-                            'run go on; the same command collects them.')
-
-
-def read_lock(fd):
-    """Return (who has the lock, what that runs), as the file has it."""
-    who, _, run = os.pread(fd, 1000, 0).decode('utf-8', 'replace').partition('\n')
-    return who, run.rstrip('\n')
-
-
-def stop_client(pid, computer, run, lock, note):
-    """Have the client that holds the lock stop in good order, and wait until it has.
-
-    Only who has the lock file open is sent a signal: the id alone may be another process's by now.
-    """
-    if computer != os.uname().nodename:
-        raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
-                           'there, in this folder.')
-    def is_lock(path):
-        try:
-            return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
-        except FileNotFoundError:       # it has just closed that
-            return False
-
-    fds = f'/proc/{pid}/fd'
-    try:
-        if os.path.isdir('/proc/self/fd') and not any(
-                is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
-            return
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGCONT)        # it may have been stopped with Ctrl-Z
-    except (FileNotFoundError, ProcessLookupError):     # it has just ended
-        return
-    except OSError as error:
-        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
-                           f'{reason_of(error)}.') from None
-    note(f'{run}: process {pid} runs it, and is told to cancel')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    except KeyboardInterrupt:
-        note(f'{run}: process {pid} keeps cancelling')
-        raise
-
-
-def sync_file_system(fd):
-    """Write to the disk what lies in the file system of this file: one call for many files."""
-    syncfs = getattr(c_library(), 'syncfs', None)
-    if syncfs is None:              # it is Linux's own
-        os.sync()
-    elif syncfs(fd):
-        import ctypes
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def c_library():
-    """Return the C library, or None where this Python cannot call it."""
-    try:
-        import ctypes
-        return ctypes.CDLL(None, use_errno=True)
-    except (ImportError, OSError):
-        return None
-
-
-def private_folder(stem):
-    """Return the path of a new folder of mode 0700 whose name begins with `stem`."""
-    path = f'{stem}-{os.urandom(6).hex()}'
-    os.mkdir(path, 0o700)
-    return path
-
-
-def new_folder_mode():
-    """Return the mode that mkdir gives a folder here: all that the umask leaves."""
-    mask = os.umask(0o77)
-    os.umask(mask)
-    return 0o777 & ~mask
-
-
-def merge(source, target):
-    """Move what lies in the folder `source` into another; yield the paths there that are in its
-    way: not what is the same there already, such as what an earlier try had moved.
-    """
-    for name in sorted(os.listdir(source)):
-        new, old = os.path.join(source, name), os.path.join(target, name)
-        info = os.lstat(new)
-        is_folder, there = stat.S_ISDIR(info.st_mode), os.path.lexists(old)
-        if is_folder:
-            os.chmod(new, 0o700)        # else it could neither be moved nor looked into
-        if not there:
-            os.rename(new, old)
-            if is_folder:
-                os.chmod(old, stat.S_IMODE(info.st_mode))
-            continue
-        other = os.lstat(old)
-        if is_folder and stat.S_ISDIR(other.st_mode):
-            os.chmod(old, 0o700)
-            yield from merge(new, old)
-            os.chmod(old, stat.S_IMODE(other.st_mode))
-        elif (stat.S_IFMT(info.st_mode), info.st_size, info.st_mtime_ns) != (
-                stat.S_IFMT(other.st_mode), other.st_size, other.st_mtime_ns):
-            yield old
-
-
-def make_removable(function, path, _):
-    """Give a folder that a job made read-only the permissions that removing it needs."""
-    try:
-        os.chmod(os.path.dirname(path), 0o700)
-        os.chmod(path, 0o700)
-        function(path)
-    except OSError:
-        pass
-
-
-# ---- Machine runner: one machine's channel, stages, copies and jobs ----
-
-SMALL_TREE_BYTES = 256 * 1024       # what is smaller goes through the channel, without an rsync
-SMALL_TREE_ENTRIES = 2000
-CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
-SLOW_LOGIN_S = 10.0                 # after which it is said why there is no answer yet
-SETTLED_S = 5.0                     # in which it is told how jobs have ended that ran before
-COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
-REFRESH_S = 2.0                     # how often the streams of running jobs are looked at
-FOLLOW_AFTER_S = 0.08               # what ends sooner needs no session to show what it says
-BEYOND = 2**62                      # more than any stream has
-GATHER_S = 1.0                      # results wait so long for others, to come with one rsync
-GATHER_JOBS = 200
-CLEAN_JOBS = 50
-MANY_NAMES = 5000                   # rsync takes 4.5 s to check 40,000, and 25 s for 100,000
-KILL_GRACE_S = 5
-MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
-MEASURE_SHARE = 0.01                # of a core, at most, for such looks
-MEASURE_LIMIT_S = 60.0              # no answer comes any more; and no longer is one put off
-DRAIN_S = 10.0                      # nothing came of a job that ended, and more must come
-GUARD_S = 0.5                       # how often the disk is looked at while results come
-FAREWELL_S = 30.0                   # for tidying up over there
-RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
-BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
-
-
-class Session:
-    """What the machines of one run share; `close` ends all its processes and removes its files."""
-
-    def __init__(self, results, trace=None, *, nice=0, live=True, project=None, away_limit_s=0.0,
-                 max_result_bytes=None):
-        self.results = results
-        self.max_result_bytes = max_result_bytes        # of what a job brings back
-        self.away_limit_s = away_limit_s        # so long contact that was lost is looked for
-        self.nice, self.live = nice, live       # live: not only what was free at first counts
+    def __init__(self, results=None, trace=None, *, nice=0, live=True, project=None,
+                 away_limit_s=0.0, max_result_bytes=None):
+        self.nice, self.live = nice, live
+        self.away_limit_s, self.max_result_bytes = away_limit_s, max_result_bytes
         self.trace = trace or (lambda text: None)
         self.processes = Processes(lambda argv: self.trace('+ ' + ' '.join(map(printable, argv))))
+        self.flows = Flows(self.processes)
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
-        # A runner of the same owner on a machine is one of an earlier run, or of a lost connection.
-        self.owner = (f'{results.part or "batch"} {results.identity}' if results else
-                      self.batch_id)
-        self.accounts = {}              # what tells accounts apart -> the MachineRunner that has it
-        self.has_rsync = any(os.access(os.path.join(folder, 'rsync'), os.X_OK)
-                             for folder in os.get_exec_path())
-        self._trees, self._archives, self._manifests = {}, {}, {}      # by Forwards
+        self.accounts = {}              # what tells accounts apart -> the Worker that has it
+        self.files = Files()
+        self.results = results
+
+    @property
+    def journal(self):
+        """The Journal of the results, or None where no job is run."""
+        return self.results and self.results.journal
+
+    @property
+    def owner(self):
+        """The owner that a remote runner notes on its machine.
+
+        Another runner of this owner is left from an earlier run or a lost contact, and is ended.
+        """
+        if not self.results:
+            return self.batch_id
+        return f'{self.results.part or "batch"} {self.journal.identity}'
+
+    def rsync_env(self):
+        """Return the environment for rsync: nothing that changes what it does, nor a ~/.popt."""
+        return {**{name: value for name, value in os.environ.items()
+                   if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
+
+    def wait_while(self, unfinished, until, hurried=lambda: False):
+        """Wait while unfinished(), at most until that time (monotonic), and not once hurried()."""
+        while unfinished() and not hurried() and time.monotonic() < until:
+            self.processes.wait(0.2)
+
+    def close(self):
+        """End what still runs here and remove the run folder."""
+        import shutil
+        self.flows.close()
+        self.processes.close()
+        shutil.rmtree(self.run_folder, ignore_errors=True)
+
+
+class Files:
+    """The files that go along, by Forwards: looked at once for all machines."""
+
+    def __init__(self):
+        self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
     def trees(self, forwards):
@@ -3771,22 +6016,6 @@ class Session:
             self._archives[forwards] = data
         return self._archives[forwards]
 
-    def rsync_env(self):
-        """Return the environment for rsync: nothing that changes what it does, nor a ~/.popt."""
-        return {**{name: value for name, value in os.environ.items()
-                   if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
-
-    def wait_while(self, unfinished, until, hurried=lambda: False):
-        """Wait while unfinished(), at most until that time (monotonic), and not once hurried()."""
-        while unfinished() and not hurried() and time.monotonic() < until:
-            self.processes.wait(0.2)
-
-    def close(self):
-        """End what still runs here and remove the run folder."""
-        import shutil
-        self.processes.close()
-        shutil.rmtree(self.run_folder, ignore_errors=True)
-
 
 def make_run_folder():
     """Return a new private folder whose path is short and plain, for sockets and configurations.
@@ -3802,7 +6031,7 @@ def make_run_folder():
 
 
 def remove_dead_folders(base):
-    """Remove the run folders there of runs of ours that were killed."""
+    """Remove the run folders of killed runs of this user."""
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(base)):
             match = re.fullmatch(r'sshs\.([1-9][0-9]{0,8})-[0-9a-f]{12}', entry.name)
@@ -3818,7 +6047,7 @@ def remove_dead_folders(base):
 
 
 def project_name():
-    """Return the name of this folder's place over there: readable, and of this folder only."""
+    """Return the name of this folder's place on machines: readable, and of this folder only."""
     import hashlib
     here = os.path.realpath('.')
     who = f'{os.uname().nodename}\0{os.getuid()}\0{here}'
@@ -3826,112 +6055,58 @@ def project_name():
     return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
 
 
-class Channel:
-    """The standard streams of the remote runner of one machine: requests down, events up.
+# ---- Copies: files there and back, by rsync or tar ----
 
-    on_event(word, fields) is called for each event, on_end(reason, again) once when nothing more
-    comes; again is 'again', 'later' or 'never', see SSH_COMPLAINTS.
+# Smaller trees go through the channel as tar, behind the script, before the login has even ended.
+# An rsync costs a session with the login's start files, in a small batch as much as all the rest.
+SMALL_TREE_BYTES = 256 * 1024
+SMALL_TREE_ENTRIES = 2000
+COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
+GUARD_S = 0.5                       # how often the disk is looked at while results come
+MANY_NAMES = 5000                   # rsync takes 4.5 s to check 40,000, and 25 s for 100,000
+
+
+class Way(NamedTuple):
+    """One way to carry files."""
+    by_rsync: bool                  # else with tar
+    alone: bool                     # with a login of its own, else over that of the contact
+    trusting: bool                  # rsync does not compare names; vet does, which is faster
+
+
+def carry(contact, worker, copy, is_allowed=True, trusts=False):
+    """A flow: copy in one way after another, until one has worked or failed for good.
+
+    copy(way) is a flow that returns the End of the child; is_allowed: rsync may be tried; trusts:
+    rsync may trust the sender.  Return (Way, End).
+
+    What the rsync here can do is learnt from its failure: to ask first would cost a process.
     """
-
-    def __init__(self, machine, session, number, on_event, on_end):
-        self.connection = Connection(machine, session.run_folder, number, session.nice)
-        self._client = f'{session.batch_id}.{number}'
-        self.token = os.urandom(16).hex()
-        self.home = ''                      # the project's folder over there, when it is known
-        self.heard = time.monotonic()       # when something came
-        self.rsync_works = False            # at both ends, as far as we know
-        self.alone = False                  # sshd allows one session a login: see Connection
-        self._machine, self._session = machine, session
-        self._on_event, self._on_end = on_event, on_end
-        self._reader = EventReader(self.token)
-        self._process = None
-
-    @property
-    def quiet(self):
-        """Tell whether the login printed nothing: rsync cannot stand that it does."""
-        return not self._reader.noise.strip()
-
-    def open(self, want_gpus):
-        """Begin to log in, and hand over the remote runner and what it has to know."""
-        machine = self._machine
-        if machine.host:
-            connection = self.connection
-            for path, text in ((connection.config_path, connection.config()),
-                               (connection.jump_path, connection.jump_config())):
-                try:
-                    with open(path, 'w', encoding='utf-8',
-                              opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                        file.write(text)
-                except OSError as error:
-                    raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
-                                         f'be written: {reason_of(error)}.') from error
-        self._process = self._session.processes.start(
-            self.connection.channel(), self._on_output, self._on_exit, keep_stdin=True,
-            cwd=None if machine.host else os.path.expanduser('~'))
-        runner = REMOTE_RUNNER.encode()
-        env = [f'{name}={value}' for name, value in machine.env]
-        self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
-            self.token, machine.workdir, self._session.project, self._session.owner,
-            self._client, machine.setup, int(want_gpus), len(env), *env))
-
-    def send(self, verb, *fields, data=b''):
-        """Queue a request for the remote runner, and the bytes that belong to it."""
-        self._process.write(request(verb, *fields))
-        self._process.write(data)
-
-    def close(self):
-        """Close it when all is sent; the remote runner then ends by itself."""
-        self._process.close_stdin()
-
-    def end(self):
-        """End it now."""
-        if self._process and self._process.popen.poll() is None:
-            self._process.kill()
-
-    @property
-    def gone(self):
-        """Tell whether it has ended, though nobody may have been told so yet."""
-        return self._process.popen.poll() is not None
-
-    def hindrance(self):
-        """Return what is known of why it has not said yet what the machine has; '' is nothing."""
-        if self._reader.greeted or not self._machine.host:
-            return ('bash runs there, but something takes long: its workdir, the start files of an '
-                    'interactive login, such as ~/.bashrc, or nvidia-smi')
-        if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
-            return ''
-        said = last_line(self._process.complaint.decode('utf-8', 'replace'), -1) or last_line(
-            self._reader.pending.decode('utf-8', 'replace'), -1)
-        if 'fork: retry' in said:
-            return 'this account can start no more processes (ulimit -u)'
-        return ('the login succeeded, but no command runs: does one of its start files, such as '
-                f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
-                f'{FORCED}?')
-
-    def _on_output(self, data):
-        self.heard = time.monotonic()
-        try:
-            for event in self._reader.feed(data):
-                word = event[0].decode('ascii', 'replace')
-                shown = event[:-1] if word == 'data' else event
-                self._session.trace(f'{self._machine.name}: ' + printable(
-                    b'  '.join(shown).decode('utf-8', 'replace'))[:400])
-                try:
-                    self._on_event(word, event[1:])
-                except (TypeError, ValueError, LookupError) as error:
-                    raise WireError('it said something that cannot be understood '
-                                    f'({word}: {error!r})') from error
-        except WireError as error:
-            self._on_end(str(error), 'never')
-
-    def _on_exit(self, status, complaint):
-        text = complaint.decode('utf-8', 'replace')
-        if not self._reader.greeted:
-            self._on_end(*explain_login(self._machine, status,
-                                        self._reader.noise.decode('utf-8', 'replace'), text))
+    while True:
+        way = Way(is_allowed and contact.rsync_works, contact.alone, trusts)
+        end = yield from copy(way)
+        while end.status and not end.full and contact.is_gone:
+            yield TICK_S            # this failed with the contact, and ends with it
+        if end.status and not end.full and not way.alone and session_refused(end.text):
+            contact.alone = True
+        elif way.by_rsync and trusts and end.status == 1:       # an rsync before 3.2.5
+            trusts = False
+        elif way.by_rsync and end.status not in (0, 23, 24) and not end.full:
+            refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', end.text)
+            if refused:
+                worker.report.warning(
+                    f'{worker.name}: rsync refused what came from there, so it comes with tar: '
+                    f'{printable(refused[0])[:300]}')
+            worker.client.trace(f'{worker.name}: rsync ended with {end.status}, now tar: '
+                                f'{end.text}')
+            contact.rsync_works = False
         else:
-            last = last_line(text, -1)
-            self._on_end('the connection broke' + (f' ({last})' if last else ''), 'later')
+            return way, end
+
+
+def is_small(copy, link):
+    """Tell whether these Trees go through the channel."""
+    return (copy.size + link.size <= SMALL_TREE_BYTES
+            and len(copy.entries) + len(link.entries) <= SMALL_TREE_ENTRIES)
 
 
 class Stage:
@@ -3949,550 +6124,173 @@ class Stage:
     @property
     def small(self):
         """Tell whether it goes through the channel."""
-        return (self.copy.size + self.link.size <= SMALL_TREE_BYTES
-                and len(self.copy.entries) + len(self.link.entries) <= SMALL_TREE_ENTRIES)
+        return is_small(self.copy, self.link)
+
+    def changed(self):
+        """Look again at the files here, at most three times; return whether any changed."""
+        trees = [tree._replace(entries=tuple(present(tree.entries)))
+                 for tree in (self.copy, self.link)]
+        if self.looks > 2 or trees == [self.copy, self.link]:
+            return False
+        self.looks += 1
+        self.copy, self.link = trees
+        return True
 
 
-class Sender:
-    """The stages of one machine, and the copies that fill them.
+class Stages:
+    """The files that one contact has sent, or sends, by Forwards."""
 
-    signal(event, …): sent(stage), warning(text); fail(reason) where the machine cannot have them.
-    """
-
-    def __init__(self, name, channel, session, id_stem, signal, fail):
-        self.stages = {}                    # Forwards -> Stage
-        self.before = []                    # Stages of former connections
-        self._name, self._channel, self._session = name, channel, session
-        self._id_stem, self._signal, self._fail = id_stem, signal, fail
+    def __init__(self, contact, worker, former=()):
+        self.former = [*former]             # Stages of former contacts: rsync compares with them
+        self._contact, self._worker = contact, worker
+        self._stages = {}                   # Forwards -> Stage
         self._may_copy = False              # the machine has said where and how
 
-    def renew(self, channel, id_stem):
-        """Contact was lost: all is sent again, as far as it is needed, with what came as basis."""
-        self.before += self.stages.values()
-        self.stages, self._may_copy = {}, False
-        self._channel, self._id_stem = channel, id_stem
+    @property
+    def all(self):
+        """The Stages that are there, or on their way, those of former contacts first."""
+        return [*self.former, *(stage for stage in self._stages.values() if stage.id)]
 
     def prepare(self, forwards):
         """Return the Stage of these Forwards, and see to it that it is sent."""
-        if forwards not in self.stages:
-            self._session.look_again(forwards)
-            if self._stage(forwards).small:
-                data = self._session.small_archive(forwards)
-            stage = self.stages[forwards] = self._stage(forwards)   # as the archive has them
+        files = self._worker.client.files
+        if forwards not in self._stages:
+            files.look_again(forwards)
+            if is_small(*files.trees(forwards)):
+                data = files.small_archive(forwards)
+            stage = self._stages[forwards] = self._stage(forwards)      # as the archive has them
             if stage.ready:
                 pass
             elif stage.small:
-                self._channel.send('unpack', stage.id, len(data), data=data)
+                self._contact.send('unpack', stage.id, len(data), data=data)
                 self._freeze(stage)
-            elif self._may_copy:
-                self._copy(stage)
-        return self.stages[forwards]
+            elif self._may_copy and not self._contact.is_over:
+                self._contact.flows.start(self._send(stage))
+        return self._stages[forwards]
 
     def _stage(self, forwards):
-        return Stage(f'{self._id_stem}.{len(self.stages)}', forwards,
-                     self._session.trees(forwards), self._session.manifest(forwards))
+        files = self._worker.client.files
+        return Stage(f'{self._contact.id}.{len(self._stages)}', forwards, files.trees(forwards),
+                     files.manifest(forwards))
 
     def begin(self):
         """Send what had to wait for the machine's answer."""
         self._may_copy = True
-        for stage in self.stages.values():
+        for stage in self._stages.values():
             if not stage.ready and not stage.small:
-                self._copy(stage)
+                self._contact.flows.start(self._send(stage))
 
-    def frozen(self, stage_id):
+    def staged(self, stage_id):
         """The machine has all files of this stage."""
-        for stage in self.stages.values():
+        for stage in self._stages.values():
             if stage.id == stage_id and not stage.ready:
                 stage.ready = True
-                self._signal('sent', stage)
+                self._worker.report.sent(self._worker.name, stage)
 
     def _freeze(self, stage):
-        self._channel.send('freeze', stage.id, *stage.forwards.link)
+        self._contact.send('freeze', stage.id, *stage.forwards.link)
 
-    def _copied(self, stage):
-        """Freeze a stage that was copied; copy it again if files changed here meanwhile."""
-        if self._changed(stage):
-            self._copy(stage)
+    def _send(self, stage):
+        """A flow: send a stage that is too large for the channel, and have it frozen."""
+        worker = self._worker
+        while True:
+            why = yield from self._send_parts(stage)
+            if not stage.changed():
+                break
+        if why:
+            self._contact.send('unsent', f'the files could not be sent: {why}')
             return
         if stage.looks:
             before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
-            self._signal('warning', f'{self._name}: {names} changed after this run began, so jobs '
-                         'there have the newer files')
+            worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
+                                  'there have the newer files')
         self._freeze(stage)
 
-    @staticmethod
-    def _changed(stage):
-        """Look again at the files of a stage, at most three times; return whether any changed."""
-        trees = [tree._replace(entries=tuple(present(tree.entries)))
-                 for tree in (stage.copy, stage.link)]
-        if stage.looks > 2 or trees == [stage.copy, stage.link]:
-            return False
-        stage.looks += 1
-        stage.copy, stage.link = trees
-        return True
+    def _send_parts(self, stage):
+        """A flow: send both trees of a stage; return why that failed, or ''."""
+        worker, stage.by_rsync = self._worker, True
+        for tree, part in ((stage.copy, 'copy'), (stage.link, 'link')):
+            if not tree.entries:
+                continue
+            way, end = yield from carry(self._contact, worker,
+                                        functools.partial(self._send_tree, stage, tree, part))
+            stage.by_rsync = stage.by_rsync and way.by_rsync
+            if end.status == 24:
+                worker.report.warning(f'{worker.name}: files vanished while they were sent: '
+                                      f'{complaint_line(end.text)}')
+            if end.status not in (0, 24):
+                return complaint_line(end.text) or str(end.status)
+        return ''
 
-    def _copy(self, stage):
-        """Send a stage that is too large for the channel: rsync, or tar where that cannot be."""
-        stage.by_rsync = self._channel.rsync_works
-        self._copy_parts(stage, [(tree, part) for tree, part in (
-            (stage.copy, 'copy'), (stage.link, 'link')) if tree.entries])
-
-    def _copy_parts(self, stage, parts):
-        if not parts:
-            self._copied(stage)
-            return
-        tree, part = parts[0]
-        answer = bytearray()
-
-        channel, alone = self._channel, self._channel.alone
-
-        def done(status, complaint):
-            if channel is not self._channel or channel.gone:
-                return                      # with it, what is sent over it has ended
-            text = complaint.decode('utf-8', 'replace')
-            # The exit status of a login shell proves nothing, so what takes tar confirms it.
-            confirmed = answer.rpartition(f'\n{self._channel.token} '.encode())[2] == b'0\n'
-            if status == 24:
-                self._signal('warning', f'{self._name}: files vanished while they were sent: '
-                             f'{last_line(text)}')
-            if status in (0, 24) and (stage.by_rsync or confirmed):
-                self._copy_parts(stage, parts[1:])
-            elif session_refused(text) and not alone:
-                channel.alone = True
-                self._copy_parts(stage, parts)
-            elif stage.by_rsync and status != 23:
-                self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
-                stage.by_rsync = self._channel.rsync_works = False
-                self._copy_parts(stage, parts)
-            elif self._changed(stage):      # as where a file was removed
-                self._copy(stage)
-            else:
-                channel.send('unsent',
-                             f'the files could not be sent: {last_line(text) or status}')
-
-        connection, folder = self._channel.connection, f'stage/{stage.id}/{part}'
-        target = f'{self._channel.home}/{folder}'
-        if stage.by_rsync:
-            self._channel.send('folder', folder)
+    def _send_tree(self, stage, tree, part, way):
+        """A flow: send a tree in one way; return its End."""
+        contact, folder = self._contact, f'stage/{stage.id}/{part}'
+        target, output = f'{contact.home}/{folder}', bytearray()
+        if way.by_rsync:
+            # From our own list of files, so rsync and tar carry the same by construction; into a
+            # fresh folder beside the cache, so nothing has to be deleted there.
+            contact.send('folder', folder)
             paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
-                                                 self.before[-3:] if other.by_rsync)]
-            argv = connection.rsync(['-@-1', *(f'--link-dest={base}' for base in bases)],
-                                    '.', f'{target}/', 'target', alone)
+                                                 self.former[-3:] if other.by_rsync)]
+            argv = contact.connection.rsync(['-@-1', *(f'--link-dest={base}' for base in bases)],
+                                            '.', f'{target}/', 'target', way.alone)
             feed = iter([paths])
         else:
-            argv = connection.copy(alone)
-            feed = chain_bytes(bytes(nul_ended(REMOTE_UNPACK, self._channel.token, target)),
+            argv = contact.connection.copy(way.alone)
+            feed = chain_bytes(bytes(nul_ended(REMOTE_UNPACK, contact.token, target)),
                                archive((entry.path, entry) for entry in tree.entries))
-        self._session.processes.start(argv, answer.extend, done, feed=feed,
-                                      deadline_s=COPY_LIMIT_S, env=self._session.rsync_env())
+        end = yield contact.start(argv, output.extend, feed=feed, deadline_s=COPY_LIMIT_S,
+                                  env=self._worker.client.rsync_env())
+        # The exit status of a login shell proves nothing, so what takes tar confirms it.
+        confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
+        if way.by_rsync or confirmed or end.status not in (0, 24):
+            return end
+        return End(1, end.text or 'tar was not run there')
 
 
-class Order:
-    """A job on its way on one machine."""
-
-    def __init__(self, job_name, attempt, key, command, stage, backwards, gpus, need):
-        self.job_name = job_name
-        self.key = key                      # its folder there
-        self.need = need                    # what it claims over there, as text
-        self.peak_mb = self.peak_gpu_mb = None      # what was seen of its use
-        self.attempt = attempt
-        self.command = command
-        self.stage = stage                  # None: it was started before, or it was not
-        self.backwards = backwards          # None: what changed; (): nothing; else paths
-        self.gpus = gpus                    # CUDA_VISIBLE_DEVICES, or None
-        self.offsets = {'out': 0, 'err': 0}     # how much of the streams is here
-        self.sizes = {}                     # how much there is, where that is known
-        self.keep = True                    # what it writes is kept here, too
-        self.grown = {'out': True, 'err': True}     # what is here lies in job_results
-        self.streams = {}                   # 'out', 'err': bytes, where they came with the end
-        self.back = []                      # paths in its folder to fetch
-        self.modes = {}                     # of what had to be opened to be fetched
-        self.kept = []                      # paths that could not be fetched, and stay there
-        self.again = ()                     # an earlier run could not fetch these: only they are
-        self.mode = ''                      # stdin: it has the input that is fed; tty: a terminal
-        self.sink = None                    # called with ('out' or 'err', bytes) as they come
-        self.source = None                  # file descriptor of its input
-        self.timeout_s = None               # so long it may run
-        self.noted = {}                     # what the journal says of it besides
-        self.follower = None
-        self.started = False                # it was said that it was
-        self.back_bytes = 0                 # of what it made, where that is much
-        self.too_large = ''                 # why what it made stays over there
-        self.aside = False                  # it was cancelled: what there is of it is set aside
-        self.entries = None                 # what it left, once it ended
+def chain_bytes(head, pieces):
+    """Yield the head, then the pieces."""
+    yield head
+    yield from pieces
 
 
-class OtherJob(NamedTuple):
-    """A job on a machine that a journal claimed which is not in this job_results."""
-    key: str                            # NAME.ATTEMPT-IDENTITY; older versions left -IDENTITY out
-    word: str                           # running, starting, ended, lost or damaged
-    exit_code: int                      # where it has ended
-    command: str
+def fetch_tree(contact, worker, names, folder, receiver, way):
+    """A flow: bring the paths ./NAME below jobs/ into an empty folder, in one way; return its End.
 
-    @property
-    def name(self):
-        """The name that it had in its batch."""
-        return self.key.rpartition('.')[0]
-
-    @property
-    def identity(self):
-        """The identity of its journal, '' where that had none."""
-        return self.key.rpartition('.')[2].partition('-')[2]
-
-
-class Follower:
-    """A session of its own beside a job that runs, for what it writes, byte for byte.
-
-    on_bytes('out' or 'err', bytes); on_end() when nothing more comes.
+    receiver: a TarReceiver, for what comes without rsync
     """
-
-    def __init__(self, order, channel, session, on_bytes, on_end):
-        self._heads = {stream: Behind(channel.token) for stream in ('out', 'err')}
-        self._on_bytes, self._on_end, self._trace = on_bytes, on_end, session.trace
-        self._channel, self._alone = channel, channel.alone
-        self._process = session.processes.start(
-            channel.connection.copy(channel.alone), lambda data: self._take('out', data),
-            self._on_exit, on_error=lambda data: self._take('err', data), keep_stdin=True)
-        self._process.write(nul_ended(
-            REMOTE_FOLLOW, channel.token, f'{channel.home}/jobs/{order.key}',
-            order.offsets['out'], order.offsets['err']))
-
-    def end(self):
-        """Nothing more is wanted."""
-        self._on_bytes = lambda stream, data: None
-        self._process.close_stdin()
-
-    def _take(self, stream, data):
-        data = self._heads[stream].take(data)
-        if data:
-            self._on_bytes(stream, data)
-
-    def _on_exit(self, status, _):
-        noise = self._heads['err'].head.decode('utf-8', 'replace')
-        self._trace(f'a follower ended with {status}: {last_line(noise)}')
-        refused = session_refused(noise) and not self._alone
-        self._channel.alone = self._channel.alone or refused
-        self._on_end(refused)
+    client, source = worker.client, f'{contact.home}/jobs'
+    listed = b''.join(os.fsencode(name) + b'\0' for name in names)
+    confined = confine(folder) if way.by_rsync else None
+    if way.by_rsync:
+        # rsync compares each name with all that were asked for, and so does vet, but faster.
+        limit = client.max_result_bytes
+        options = [*([] if limit is None else [f'--max-size={limit}']),
+                   *(['--trust-sender'] if way.trusting and confined else [])]
+        argv = contact.connection.rsync(options, f'{source}/', f'{folder}/', 'source', way.alone)
+        feed, on_output = iter([listed]), ignore
+    else:
+        argv = contact.connection.copy(way.alone)
+        feed = iter([bytes(nul_ended(REMOTE_PACK, contact.token, source)), listed])
+        on_output = receiver.receive
+    child = contact.start(argv, on_output, feed=feed, deadline_s=COPY_LIMIT_S,
+                          env=client.rsync_env(), confined=confined)
+    full = []
+    contact.flows.start(guard_disk(child, folder, full))
+    end = yield child
+    return end._replace(full=bool(full))
 
 
-class Fetcher:
-    """The results of one machine that are on their way: many jobs with one rsync.
-
-    signal(event, …): collected(job_name), uncollected(job_name), warning(text).
-    idle() tells whether no job runs there, so that there is nothing to wait for.
-    """
-
-    def __init__(self, name, channel, session, signal, idle):
-        self.orders = {}                    # key -> Order that ended and is not collected
-        self._name, self._channel, self._session = name, channel, session
-        self._signal, self._idle = signal, idle
-        self._waiting, self._due = [], None
-        self._under_way = False
-        self._cleanable = []
-
-    def renew(self, channel):
-        """Contact was lost, and is there again."""
-        self._channel = channel
-        for key in filter(self._awaited, self.orders):
-            self._ask(self.orders[key])
-        self.fetch_if_due()
-
-    def add(self, order):
-        """Collect an order that ended; its `entries` are what it left, as the runner lists it."""
-        self.orders[order.key] = order
-        if self._awaited(order.key):
-            self._ask(order)
-        else:
-            self._add_listed(order, order.entries)
-
-    def _ask(self, order):
-        if order.again:
-            self._channel.send('again', order.key, *order.again)
-        else:
-            self._channel.send('list', order.key)
-
-    def add_kept(self, results):
-        """Try to fetch what could not be fetched before; results: as ResultStore.kept has them."""
-        for name, record in results.items():
-            order = Order(name, record['attempt'], record['key'], record['command'], None, None,
-                          None, '')
-            order.again, order.entries = tuple(record['kept']), [b'@']
-            order.streams = {'out': None, 'err': None}
-            if order.key not in self.orders:
-                self.add(order)
-
-    def _awaited(self, key):
-        """Return the order whose list was too long for an event, and has not come; else None."""
-        order = self.orders.get(key)
-        return order if order and order.entries == [b'@'] else None
-
-    def take_list(self, key, entries):
-        """The list of an order has come; nobody waits for another one."""
-        order = self._awaited(key)
-        if order:
-            self._add_listed(order, entries)
-
-    def _add_listed(self, order, entries):
-        order.entries = None
-        self._sort_out(order, entries)
-        size = order.back_bytes
-        self._session.results.check()
-        if size > free_bytes(self._session.results.folder):
-            self._leave(order, f'they are {size_of(size)}, and the disk here is too full')
-            return
-        limit = self._session.max_result_bytes
-        if limit is not None and size > limit:
-            order.too_large = f'it is {size_of(size)}, and --max-result-size is {size_of(limit)}'
-            self._warn_of(order, f'what it made is not brought back: {order.too_large}')
-            order.back = []
-        if not order.back and len(order.streams) == 2:      # all of it came with the event
-            self._commit(order, {}, None)
-            return
-        self._waiting.append(order)
-        if self._due is None:
-            self._due = time.monotonic() + GATHER_S
-            self._session.processes.call_later(GATHER_S, self.fetch_if_due)
-        self.fetch_if_due()
-
-    def leave_unlisted(self, key):
-        """The list of an order cannot come."""
-        order = self._awaited(key)
-        if order:
-            self._leave(order, 'it made more files than can be listed')
-
-    def forget(self, *keys):
-        """Nobody wants the results of these jobs: only have them removed."""
-        self._cleanable += keys
-
-    def clean(self, least=0):
-        """Have the folders of collected jobs removed, many at a time."""
-        if len(self._cleanable) > least:
-            self._session.results.sync(results=True)
-            self._channel.send('clean', *self._cleanable)
-            self._cleanable = []
-
-    def fetch_if_due(self):
-        """Fetch what waits if it waited long enough, is much, or nothing else can come soon."""
-        if self._waiting and not self._under_way and not self._channel.gone and (
-                self._idle() or len(self._waiting) >= GATHER_JOBS or time.monotonic() >= self._due):
-            orders, self._waiting, self._due = self._waiting, [], None
-            self._under_way = True
-            # Elsewhere nothing confines rsync, and that of macOS writes wherever it is told.
-            self._fetch(orders, LINUX and self._channel.rsync_works)
-
-    def _sort_out(self, order, entries):
-        for entry in entries:
-            mark, path = entry[:1], os.fsdecode(entry[1:])
-            if mark == b'+':
-                order.back.append(path)
-                continue
-            if mark == b's':
-                order.back_bytes = int(path)
-                continue
-            if mark == b'm':
-                mode, _, path = path.partition(' ')
-                order.modes[os.path.normpath(path)] = int(mode, 8)
-                continue
-            if mark == b'-':
-                order.kept.append(os.path.normpath(path))
-                continue
-            if mark == b'!' and order.again:
-                self._signal('warning', f'{order.job_name}: {printable(path)}, which could not be '
-                             f'fetched before, is not on {self._name} any more')
-                continue
-            why = ('it did not make {}' if mark == b'!' else
-                   '{} is no file, folder or link').format(printable(path))
-            self._signal('warning', f'{order.job_name}: {why}, so that is not brought back')
-        if order.kept:
-            self._warn_of(order, f'the login on {self._name} may not read '
-                          f'{names_of([*map(printable, order.kept)])}, so this was not fetched. '
-                          'Make it readable there and run the same command again')
-
-    def _warn_of(self, order, what):
-        self._signal('warning', f'{order.job_name}: {sentence(what)} It is kept on {self._name}, '
-                     f'in {self._channel.home}/jobs/{order.key}/work')
-
-    def _fetch(self, orders, by_rsync, may_trust=True):
-        """Bring the results of the orders into an empty folder, and from there to their place."""
-        try:
-            incoming = self._session.results.incoming()
-        except OSError as error:
-            self._under_way = False
-            for order in orders:
-                self._leave(order, reason_of(error))
-            return
-        paths = []
-        for order in orders:
-            paths += [f'./{order.key}/{stream}' for stream in ('out', 'err')
-                      if stream not in order.streams]
-            paths += [f'./{order.key}/work/{path[2:]}' for path in order.back]
-        listed = b''.join(os.fsencode(path) + b'\0' for path in paths)
-        connection, source = self._channel.connection, f'{self._channel.home}/jobs'
-        spool = None if by_rsync else Spool(f'{incoming}.tar', self._channel.token)
-        channel, alone, full = self._channel, self._channel.alone, False
-
-        def again(by_rsync, may_trust=True):
-            self._session.results.discard(incoming)
-            self._fetch(orders, by_rsync, may_trust)
-
-        def done(status, complaint):
-            text = complaint.decode('utf-8', 'replace')
-            if status and not full and (channel is not self._channel or channel.gone):
-                self._session.results.discard(incoming)         # again, when contact is there again
-                self._waiting, self._due = orders + self._waiting, time.monotonic()
-                self._under_way = False
-                self.fetch_if_due()
-                return
-            if status and not full and session_refused(text) and not alone:
-                channel.alone = True
-                again(by_rsync)
-                return
-            if status == 1 and trusts:          # an rsync before 3.2.5, which checks less
-                again(by_rsync, may_trust=False)
-                return
-            if by_rsync and status not in (0, 23, 24) and not full:
-                refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', text)
-                if refused:
-                    self._signal('warning', f'{self._name}: rsync refused what came from there, so '
-                                 f'it comes with tar: {printable(refused[0])[:300]}')
-                self._session.trace(f'{self._name}: rsync ended with {status}, now tar: {text}')
-                self._channel.rsync_works = False
-                again(False)
-                return
-            for name in spool.unpack(incoming) if spool else ():
-                self._signal('warning', f'{self._name}: refused what came as {printable(name)}')
-            trouble = spool.trouble if spool else ''
-            if spool and status not in (0, 1, 2):       # tar's own, which name single files
-                trouble = last_line(text) or trouble or f'tar ended with {status}'
-            if full:
-                trouble = 'the disk here is full'
-            for order in orders:
-                if trouble:         # what is there of it may be cut off, and the rest is missing
-                    self._leave(order, trouble)
-                else:
-                    self._collect(order, os.path.join(incoming, order.key), last_line(text))
-            self._session.results.discard(incoming)
-            self._under_way = False
-            self.fetch_if_due()
-
-        confined, trusts = None, False
-        if by_rsync:
-            limit, confined = self._session.max_result_bytes, confine(incoming)
-            # rsync compares each name with all that were asked for, and so do we, but faster.
-            trusts = bool(confined and may_trust and len(paths) > MANY_NAMES)
-            options = [*([] if limit is None else [f'--max-size={limit}']),
-                       *(['--trust-sender'] if trusts else [])]
-            argv = connection.rsync(options, f'{source}/', f'{incoming}/', 'source', alone)
-            feed = iter([listed])
-        else:
-            argv = connection.copy(alone)
-            feed = iter([bytes(nul_ended(REMOTE_PACK, self._channel.token, source)), listed])
-        process = self._session.processes.start(
-            argv, spool.take if spool else (lambda data: None), done, feed=feed,
-            deadline_s=COPY_LIMIT_S, env=self._session.rsync_env(), confined=confined)
-
-        def guard():            # what a machine says of sizes is only what it says
-            nonlocal full
-            if self._under_way and process.popen.poll() is None:
-                with contextlib.suppress(FileNotFoundError):        # somebody removed it
-                    if free_bytes(incoming) <= 0:
-                        full = True
-                        process.kill()
-                self._session.processes.call_later(GUARD_S, guard)
-
-        self._session.processes.call_later(GUARD_S, guard)
-
-    def _collect(self, order, folder, complaint):
-        """Put in place what came for one order into `folder`."""
-        streams = {stream: os.path.join(folder, stream) for stream in ('out', 'err')
-                   if stream not in order.streams}
-        complaint = complaint or 'it did not arrive'
-        if not all(is_plain_file(path) for path in streams.values()):
-            self._leave(order, complaint)
-            return
-        work = os.path.join(folder, 'work')
-        refused = collections.defaultdict(list)
-        for path, why in vet(work, order.back, order.modes):
-            refused[why].append(path)
-        missing = refused.pop('', [])
-        for why, paths in refused.items():
-            self._signal('warning', f'{order.job_name}: {names_of([*map(printable, paths)])} from '
-                         f'{self._name} {why}, and was left out')
-        twins = take_out_twins(work, missing, [*map(os.path.normpath, order.back)])
-        missing = [path for path in missing if path not in twins]
-        for paths, why, hint in (
-                (missing, complaint, ' Run the same command again to try once more'),
-                (twins, 'the file system here takes names for the same that differ in case only',
-                 '')):
-            if paths:
-                order.kept += paths
-                self._warn_of(order, f'{names_of([*map(printable, paths)])} could not be fetched: '
-                              f'{sentence(why)}{hint}')
-        self._commit(order, streams, work)
-
-    def _commit(self, order, streams, work):
-        """Put the results in their final place; then their originals may go, unless kept."""
-        kept = order.kept
-        if order.too_large:
-            kept = [*order.again] or True
-        results, streams = self._session.results, {**order.streams, **streams}
-        try:
-            if order.aside:
-                results.set_aside(order.job_name, streams, work, kept)
-            elif order.again:
-                kept += self._add(order, work, kept)
-            else:
-                results.commit(order.job_name, streams, work, order.backwards != (), kept)
-        except (ResultsError, OSError) as error:
-            self._leave(order, reason_of(error) if isinstance(error, OSError) else str(error))
-            return
-        del self.orders[order.key]
-        if not kept:
-            self._cleanable.append(order.key)
-            self.clean(CLEAN_JOBS)
-        if not order.aside:
-            self._signal('collected', order.job_name)
-
-    def _add(self, order, work, kept):
-        """Put what an earlier run could not fetch to its other results; return what was in its way.
-        """
-        others = self._session.results.add(order.job_name, work, kept)
-        if others:
-            self._warn_of(order, f'job_results/{order.job_name} has another '
-                          f'{names_of([*map(printable, others)])} than {self._name}, so that was '
-                          'not fetched. Move yours away and run the same command again')
-        return others
-
-    def _leave(self, order, why):
-        """The results of this order stay where they are."""
-        del self.orders[order.key]
-        self._signal('warning', f'{order.job_name}: its results could not be fetched: '
-                     f'{sentence(why)} They are kept on {self._name}, and the same command '
-                     'fetches them')
-        if not order.again:             # else all but the kept files were collected before
-            self._signal('uncollected', order.job_name)
-
-
-class Behind:
-    """What comes behind a line that is the token; before it, a login may say anything."""
-
-    def __init__(self, token):
-        self.found = False
-        self.head = b''
-        self._mark = f'\n{token}\n'.encode()
-
-    def take(self, data):
-        """Return the bytes of these that count."""
-        if self.found:
-            return data
-        self.head += data
-        self.head, mark, data = self.head.partition(self._mark)
-        self.found = bool(mark)
-        if len(self.head) > LONGEST_NOISE:
-            self.head = self.head[-len(self._mark):]
-        return data
+def guard_disk(child, folder, full):
+    """A flow: kill the child when the disk is full; a machine may send more than it announced."""
+    while child.popen.poll() is None:
+        yield GUARD_S
+        with contextlib.suppress(FileNotFoundError):        # somebody removed the folder
+            if child.popen.poll() is None and free_bytes(folder) <= 0:
+                full.append(True)
+                child.kill()
 
 
 def vet(folder, wanted, modes=None):
@@ -4500,8 +6298,9 @@ def vet(folder, wanted, modes=None):
 
     wanted: the paths './a' that were asked for.  Where one of them did not come, why is ''.
     modes: {path: mode} of what had another one there than it came with.
-    Nothing here is opened or followed but folders.  What stays keeps the permissions that its job
-    gave it, less those that the umask here takes, as with cp.
+    Only folders are opened and followed here.  A file that stays keeps the permissions that its job
+    gave it, less those that the umask here takes: as with cp, and not as with git, since a file of
+    mode 0600 must not become public.
     """
     missing = {spelled_here(path): path for path in map(os.path.normpath, wanted)}
     allowed = set()
@@ -4604,17 +6403,41 @@ def confine(folder):
     return restrict
 
 
-class Spool:
+class AfterToken:
+    """The bytes behind a line that is the token; before it, a login may say anything."""
+
+    def __init__(self, token):
+        self.found = False
+        self.head = b''
+        self.count = 0                      # of the bytes behind the token so far
+        self._mark = f'\n{token}\n'.encode()
+
+    def receive(self, data):
+        """Return the bytes of these that count."""
+        data = data if self.found else self._behind(data)
+        self.count += len(data)
+        return data
+
+    def _behind(self, data):
+        self.head += data
+        self.head, mark, data = self.head.partition(self._mark)
+        self.found = bool(mark)
+        if len(self.head) > LONGEST_NOISE:
+            self.head = self.head[-len(self._mark):]
+        return data
+
+
+class TarReceiver:
     """A tar stream behind a line that is the token -> a file, since a pipe cannot be unpacked."""
 
     def __init__(self, path, token):
         self.trouble = ''                   # why it is not whole
-        self._path, self._behind = path, Behind(token)
+        self._path, self._behind = path, AfterToken(token)
         self._file = None
 
-    def take(self, data):
+    def receive(self, data):
         """Add bytes that came."""
-        data = self._behind.take(data)
+        data = self._behind.receive(data)
         if not self._behind.found:
             return
         try:
@@ -4635,8 +6458,18 @@ class Spool:
         except Exception as error:      # what came may be anything, and so is what tarfile raises
             self.trouble = self.trouble or printable(str(error)) or type(error).__name__
         finally:
-            os.unlink(self._path)
+            self._remove()
         return []
+
+    def close(self):
+        """Remove what came, if nothing was unpacked."""
+        if self._file and not self._file.closed:
+            self._file.close()
+            self._remove()
+
+    def _remove(self):
+        with contextlib.suppress(FileNotFoundError):        # somebody removed job_results
+            os.unlink(self._path)
 
 
 def is_plain_file(path):
@@ -4644,785 +6477,1319 @@ def is_plain_file(path):
     return os.path.isfile(path) and not os.path.islink(path)
 
 
-def chain_bytes(head, pieces):
-    """Yield the head, then the pieces."""
-    yield head
-    yield from pieces
+# ---- Contact: one login, and all that was begun over it ----
+
+CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
+SLOW_LOGIN_S = 10.0                 # after which a warning says why there is no answer
+BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
 
 
-def last_line(text, index=0):
-    """Return the most telling line of a program's complaint: the first, not rsync's summary."""
-    lines = [line for line in text.splitlines() if line.strip()
-             and not line.startswith('--link-dest arg does not exist')]     # that is usual
-    return printable(lines[index].strip())[:300] if lines else ''
+def is_program(name):
+    """Tell whether a program of this name can be started here."""
+    return any(os.access(os.path.join(folder, name), os.X_OK) for folder in os.get_exec_path())
 
 
-class MachineRunner:
-    """One machine and what runs there; the only owner of that.
+class Contact:
+    """One login to a machine, from connecting to its loss.
 
-    machine_info    a Machine, from find_machine('lab1.yaml')
-    queue_up(command, forward_loc, backward_loc, job_name, …)   start it as soon as possible
-    register_started(callback(job_name))    it runs
-    register_ended(callback(job_name))      it ended, and `ended[job_name]` is its JobResult
+    Its ssh is the channel: requests go down to the remote runner, events come up.  Copies,
+    followers and timers that were begun over it are its flows, and end with it.  When contact is
+    looked for again, that is a new Contact, so nothing of an old one is ever heard.
 
-    Further signals: register(event, callback) with the events ready(), failed(reason),
-    collected(job_name) when results are in place here, uncollected(job_name) when they could not
-    be, returned(job_name, reason) when it was not started, held(job_name) when another batch was
-    faster, lost(job_name, reason), running(job_name) in the place of started where an earlier run
-    started it, absent(job_name) when there was nothing to adopt,
-    others(OtherJobs) once, when it is first ready,
-    left(job_name, text) when what it started did not end with it, survivors(text) of what could
-    not be ended, sent(stage), measured() with a new `capacity`, warning(text); away(reason) when
-    contact was lost: it is looked for, and then there is ready() again, or failed(reason).
-
-    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
-    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
-    the channel is no login.
-
-        with MachineRunner(find_machine('lab1')) as runner:
-            runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
-            runner.queue_up('python train.py', ['train.py'], ['model'], 'first')
-            runner.wait()
+    worker: worker.hear(event, values) is called for each event, worker.contact_lost(why, retry)
+    once when nothing more comes; retry is 'again', 'later' or 'never', see SSH_COMPLAINTS.
     """
 
-    def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
-        self.machine = machine_info
-        self.name = machine_info.name
-        self.state = 'new'                  # connecting, ready, away, closing, closed, failed
-        self.reason = ''                    # why it failed
-        self.capacity = None
-        self.ended = {}                     # job name -> JobResult
-        self.session = session or Session(ResultStore('job_results').open(), live=False)
-        self._owns_session = session is None
-        self._callbacks = collections.defaultdict(list)
-        self._number, self._connections = number, 0
-        self._channel = self._new_channel()
-        self._sender = Sender(self.name, self._channel, self.session, self._id_stem, self._signal,
-                              self._fail)
-        self._fetcher = Fetcher(self.name, self._channel, self.session, self._signal,
-                                lambda: not self._running)
-        self._facts = []                    # what the probe said
-        self._sample = None                 # what the next one is compared with
-        self._ended_ticks = 0               # what jobs used that ended since then
-        self._asked, self._asked_at, self._measure_at, self._measured_s = 0, 0.0, None, 0.0
-        self._ended_keys = set()            # of jobs that ended since it was asked
-        self.expected = set()               # keys of jobs that an earlier run started there
-        self._queue = collections.deque()   # Orders that wait for their stage
-        self._running = {}                  # key -> Order
-        self._draining = {}                 # key -> Order that ended, and not all it wrote is here
-        self._followed = {}                 # job name -> Order that has a sink
-        self._spacing_s, self._next_start = spacing_s, 0.0
-        self._want_gpus, self._entry, self._tied = True, 'probe', False
-        self.again = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
-        self.same_as = None                 # the MachineRunner that is used instead of this one
-        self._was_ready, self._lost_channel = False, None
-        self._tries, self._away_since = 0, None     # of getting into contact, since it was lost
-        self._began = 0.0                   # when it was first tried
-        self._adopted, self._killed = set(), set()      # keys of jobs that ran before this contact
-        self._due = set()                   # what is to be called later
-        self.cancelled = False              # its jobs were told to end
-        self.cancelling = False             # and it was not said yet what became of that
-        self.register('collected', self._show_rest)
+    def __init__(self, worker, number, former=()):
+        client = worker.client
+        self.connection = Connection(worker.machine, client.run_folder, f'{worker.number}.{number}',
+                                     client.nice)
+        self.id = f'{client.batch_id}.{worker.number}.{number}'
+        self.token = os.urandom(16).hex()
+        self.home = ''                      # the project's folder on the machine, when it is known
+        self.rsync_works = False            # at both ends, as far as we know
+        self.alone = False                  # each copy needs a login of its own (MaxSessions)
+        self.is_over = False
+        self.flows = Flows(client.processes)
+        self.stages = Stages(self, worker, former)
+        self._heard = time.monotonic()      # when something came
+        self._worker, self._client = worker, client
+        self._reader = EventReader(self.token)
+        self._process = None
 
-    def __enter__(self):
-        self.connect()
-        self.probe()
-        return self
+    def open(self, terms):
+        """Begin to log in, and hand over the remote runner and what it has to know."""
+        machine, client = self._worker.machine, self._client
+        if machine.host:
+            self._write_configurations()
+        self._process = client.processes.start(
+            self.connection.channel(), self._receive, self._ended, keep_stdin=True,
+            cwd=None if machine.host else os.path.expanduser('~'))
+        runner = REMOTE_RUNNER.encode()
+        env = [f'{name}={value}' for name, value in machine.env]
+        self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
+            self.token, machine.workdir, client.project, client.owner, self.id, machine.setup,
+            int(terms.want_gpus), len(env), *env))
+        if terms.tied:
+            self.send('tie')
+        self.flows.start(self._warn_of_silence())
+        self.flows.start(self._await_answer())
 
-    def __exit__(self, *_):
-        self.close()
-        while self.state == 'closing':
-            self.session.processes.wait()
-        if self._owns_session:
-            self.session.close()
-            self.session.results.close()
+    def _write_configurations(self):
+        connection = self.connection
+        for path, text in ((connection.config_path, connection.config()),
+                           (connection.jump_path, connection.jump_config())):
+            try:
+                with open(path, 'w', encoding='utf-8',
+                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                    file.write(text)
+            except OSError as error:
+                raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
+                                     f'be written: {reason_of(error)}.') from error
 
-    # Signals
+    def send(self, verb, *fields, data=b''):
+        """Queue a request to the remote runner; data: bytes that follow it."""
+        self._process.write(request(verb, *fields) + data)
 
-    def register(self, event, callback):
-        """Have the callback called at each such event; see the class."""
-        self._callbacks[event].append(callback)
+    def start(self, argv, on_output, **settings):
+        """Start a process that goes along with this contact, for a flow to yield."""
+        return self._client.processes.start(argv, on_output, None, **settings)
 
-    def register_started(self, callback):
-        """Have callback(job_name) called when a job was started over there."""
-        self.register('started', callback)
+    def become_ready(self, home, has_rsync):
+        """The machine can be used: send the files that had to wait for that.
 
-    def register_ended(self, callback):
-        """Have callback(job_name) called when a job ended over there."""
-        self.register('ended', callback)
-
-    def _signal(self, event, *args):
-        for callback in self._callbacks[event]:
-            callback(*args)
-
-    # The machine
-
-    def connect(self, want_gpus=True):
-        """Begin to log in."""
-        self.state, self._want_gpus = 'connecting', want_gpus
-        self._began = time.monotonic()
-        self._open()
-
-    @property
-    def _id_stem(self):
-        return f'{self.session.batch_id}.{self._number}.{self._connections}'
-
-    def _new_channel(self):
-        """Return a channel that nobody uses yet; what an older one still says is not heard."""
-        self._connections += 1
-        channel = Channel(
-            self.machine, self.session, f'{self._number}.{self._connections}',
-            lambda word, fields: channel is self._channel and self._on_event(word, fields),
-            lambda why, again: channel is self._channel and self._fail(why, again))
-        return channel
-
-    def _open(self):
-        self._channel.open(self._want_gpus)
-        channel = self._channel
-
-        def after(limit_s, function):
-            self.session.processes.call_later(
-                limit_s, lambda: self.state == 'connecting' and channel is self._channel
-                and function(channel.hindrance()))
-
-        after(SLOW_LOGIN_S, lambda why: why and self._signal(
-            'warning', f'{self.name}: no answer within {SLOW_LOGIN_S:.0f} s, still waiting: {why}'))
-        after(CONNECT_LIMIT_S, lambda why: self._fail(
-            f'it gave no answer within {CONNECT_LIMIT_S:.0f} s' + (f': {why}' if why else ''),
-            'later'))
-
-    def unanswered(self, so=''):
-        """Return that it has not answered yet, and so what; behind its name a sentence."""
-        why = self._channel.hindrance() or (self.reason if self._tries else '')
-        return (f'did not answer within {time.monotonic() - self._began:.0f} s{so}'
-                + (f': {why}' if why else ''))
-
-    def reconnect(self):
-        """Log in once more, after it failed or contact was lost."""
-        if self.state in ('closing', 'closed', 'ready'):
-            return
-        self.state = 'connecting'
-        self._channel = self._new_channel()
-        self._sender.renew(self._channel, self._id_stem)
-        self._facts, self._measure_at, self.cancelling = [], None, False
-        self._open()
-        if self._tied:
-            self.tie()
-        self._channel.send(self._entry)
-
-    def prepare(self, forwards):
-        """Send the files of these Forwards, if that was not done."""
-        self._sender.prepare(forwards)
-
-    def offer(self, forwards):
-        """Send them already while it is logged in, if they are small enough for the channel."""
-        if Stage('', forwards, self.session.trees(forwards)).small:
-            self.prepare(forwards)
-
-    def probe(self):
-        """Ask what the machine has; the answer makes it ready."""
-        self._entry = 'probe'
-        self._channel.send('probe')
-
-    def enter(self):
-        """The same without the asking: there is no `capacity` then."""
-        self._entry = 'enter'
-        self._channel.send('enter')
-
-    def tie(self):
-        """Have the jobs ended over there when the connection ends."""
-        self._tied = True
-        self._channel.send('tie')
-
-    def measure(self, within_s=0.0):
-        """Ask again what is free, within so many seconds; the answer is the signal measured().
-
-        It costs the machine at most MEASURE_SHARE of a core.
+        home: the project's folder there; has_rsync: the machine has it
         """
-        if self._facts and self._sample and time.monotonic() > self._asked_at + MEASURE_LIMIT_S:
-            self._facts, self._measure_at = [], None        # it will not answer any more
-        earliest = min(max(MEASURE_LEAST_S, self._measured_s / MEASURE_SHARE), MEASURE_LIMIT_S)
-        due = time.monotonic() + max(within_s, earliest if self._sample else 0)
-        if self._measure_at is None or due < self._measure_at:
-            self._measure_at = due
-            self.session.processes.call_later(max(due - time.monotonic(), 0), self._measure_due)
-
-    @property
-    def asking(self):
-        """Tell whether it was asked what is free, or will be, and has not answered."""
-        return (self.state == 'ready' and self._measure_at is not None
-                and not (self._facts and time.monotonic() > self._asked_at + MEASURE_LIMIT_S))
-
-    def _measure_due(self):
-        due, now = self._measure_at, time.monotonic()
-        if self.state == 'ready' and due is not None and due <= now + 0.001 and not self._facts:
-            self._asked, self._asked_at = self._asked + 1, time.monotonic()
-            self._facts = [('asked', str(self._asked))]
-            self._channel.send('measure', self._asked)
+        self.home = home
+        self.rsync_works = (has_rsync and is_program('rsync') and self.is_quiet
+                            and re.fullmatch(r'/[\w./+@-]*', home) is not None)
+        self.stages.begin()
+        self.flows.start(self._beat())
 
     def close(self):
-        """Have the machine tidied up and the channel closed; jobs that run go on."""
-        if self.state == 'ready':
-            self.state = 'closing'
-            stages = [stage for stage in (*self._sender.stages.values(), *self._sender.before)
-                      if stage.id]
-            kept = [stage.id for stage in stages if stage.by_rsync and stage.ready]
-            self._fetcher.clean()
-            if not self.busy:
-                self._channel.send('finish', kept[0] if kept else '',
-                                   *(stage.id for stage in stages))
-            self._channel.close()
-            self.session.processes.call_later(FAREWELL_S, self._channel.end)
-        elif self.state != 'closing':
-            self.state = 'closed' if self.state in ('away', 'connecting') else self.state
-            self._channel.end()
+        """Close the channel when all is sent; the remote runner then ends by itself."""
+        self._process.close_stdin()
 
-    def wait(self):
-        """Wait until all jobs that were queued are collected; raise if the machine fails."""
-        while self.busy and self.state not in ('failed', 'closed'):
-            self.session.processes.wait()
-        if self.state == 'failed':
-            raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
+    def end(self):
+        """End all of it now; the Worker is not told."""
+        self.is_over = True
+        self.flows.close()
+        if self._process and self._process.popen.poll() is None:
+            self._process.kill()
 
-    def _fail(self, reason, again='never'):
-        """There is no contact: what did not start goes back, what runs goes on, unknown to us.
+    def lose(self, why, retry='never'):
+        """End all of it now, and tell why."""
+        if not self.is_over:
+            self.end()
+            self._worker.contact_lost(why, retry)
 
-        Once there was contact, it is looked for again, for the session's away_limit_s.
-        """
-        if self.state == 'closing':
-            self.state = 'closed'
-        if self.state in ('failed', 'closed', 'away') or self._channel is self._lost_channel:
-            return
-        self._lost_channel = self._channel
-        self.reason, self.again = reason, again
-        self._channel.end()
-        now = time.monotonic()
-        news = self._away_since is None
-        self._away_since = now if news else self._away_since
-        self._tries += 1
-        busy = again == 'again' and self._tries < 5
-        if not self._tied and (busy or (self._was_ready and again != 'never'
-                                        and now < self._away_since + self.session.away_limit_s)):
-            self.state = 'away' if self._was_ready else 'connecting'
-            delay_s = min(RETRY_S * 2 ** (self._tries - 1), LONGEST_RETRY_S)
-            channel = self._channel
-            self.session.processes.call_later(
-                delay_s * random.uniform(0.7, 1.3),
-                lambda: channel is self._channel and self.reconnect())
-        else:
-            self.state = 'failed'
-        if self.state == 'connecting':
-            return
-        queue, self._queue = self._queue, collections.deque()
-        for order in queue:
-            self._signal('returned', order.job_name, reason)
-        if self.state == 'failed':
-            self._signal('failed', reason)
-        elif news:
-            self._signal('away', reason)
+    @property
+    def is_gone(self):
+        """Tell whether its ssh has ended, though that was not noticed yet."""
+        return self._process.popen.poll() is not None
 
-    def abandon(self):
-        """Return the names of the jobs that run there, unseen, and do not go on with them: if it is
-        in contact again, they are ended."""
-        names = self.running
-        for name in names:
-            self.session.results.lost(name)
-        self._running = {}
-        return names
+    @property
+    def is_quiet(self):
+        """Tell whether the login printed nothing: rsync cannot stand that it does."""
+        return not self._reader.noise.strip()
+
+    def hindrance(self):
+        """Return why the machine has not said yet what it has, as far as that is known."""
+        if self._reader.greeted or not self._worker.machine.host:
+            return ('bash runs there, but something takes long: its workdir, the start files of an '
+                    'interactive login, such as ~/.bashrc, or nvidia-smi')
+        if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
+            return ''
+        said = next(filter(None, (complaint_line(text.decode('utf-8', 'replace'), -1) for text in (
+            self._process.complaint, self._reader.pending))), '')
+        if 'fork: retry' in said:
+            return 'this account can start no more processes (ulimit -u)'
+        return ('the login succeeded, but no command runs: does one of its start files, such as '
+                f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
+                f'{FORCED}?')
+
+    def _warn_of_silence(self):
+        """A flow: say why the machine does not answer, if that is known."""
+        worker = self._worker
+        yield SLOW_LOGIN_S
+        if worker.state == 'connecting' and self.hindrance():
+            worker.report.warning(f'{worker.name}: no answer within {SLOW_LOGIN_S:.0f} s, still '
+                                  f'waiting: {self.hindrance()}')
+
+    def _await_answer(self):
+        """A flow: give up a machine that does not answer."""
+        yield CONNECT_LIMIT_S
+        if self._worker.state == 'connecting':
+            why = self.hindrance()
+            self.lose(f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+                      + (f': {why}' if why else ''), 'later')
 
     def _beat(self):
-        """See to it that we notice when nothing comes any more."""
-        silent_s = time.monotonic() - self._channel.heard
-        if silent_s > SILENCE_LIMIT_S:
-            self._fail('it does not answer any more', 'later')
+        """A flow: see to it that we notice when nothing comes any more."""
+        while True:
+            yield BEAT_S
+            silent_s = time.monotonic() - self._heard
+            if silent_s > SILENCE_LIMIT_S:
+                self.lose('it does not answer any more', 'later')
+            elif silent_s > BEAT_S / 2:
+                self.send('ping', 0)
+
+    def _receive(self, data):
+        """Hand on the events that are complete with these bytes."""
+        self._heard = time.monotonic()
+        try:
+            for fields in self._reader.feed(data):
+                if not self.is_over:
+                    self._hand_on(fields)
+        except WireError as error:
+            self.lose(str(error))
+
+    def _hand_on(self, fields):
+        shown = fields[:-1] if fields[0] == b'data' else fields
+        self._client.trace(f'{self._worker.name}: '
+                           + printable(b'  '.join(shown).decode('utf-8', 'replace'))[:400])
+        self._worker.hear(*decode(fields))
+
+    def _ended(self, status, complaint):
+        """Its ssh has ended."""
+        text = complaint.decode('utf-8', 'replace')
+        if not self._reader.greeted:
+            self.lose(*explain_login(self._worker.machine, status,
+                                     self._reader.noise.decode('utf-8', 'replace'), text))
+        else:
+            last = complaint_line(text, -1)
+            self.lose('the connection broke' + (f' ({last})' if last else ''), 'later')
+
+
+# ---- Results on their way: from the machine into job_results ----
+
+GATHER_S = 1.0                      # for which results wait for others, to come together
+GATHER_JOBS = 200
+CLEAN_JOBS = 50
+
+
+class Leavings:
+    """The files that an attempt left in its folder, as the remote runner lists them."""
+
+    def __init__(self):
+        self.back = []                      # paths './a' to fetch
+        self.modes = {}                     # {path: mode} of what had to be opened to be fetched
+        self.kept = []                      # paths that could not be fetched, and stay there
+        self.size = 0                       # bytes, where that is much
+        self.too_large = ''                 # why what it made stays there
+        self.odd = []                       # (mark, path): '!' is not there, '?' is no file
+
+
+def read_leavings(entries):
+    """Return the Leavings of the entries of a list: a mark and a value each, see entry_of."""
+    left = Leavings()
+    for mark, value in entries:
+        if mark == '+':
+            left.back.append(value)
+        elif mark == 's':
+            left.size = value
+        elif mark == 'm':
+            mode, path = value
+            left.modes[os.path.normpath(path)] = mode
+        elif mark == '-':
+            left.kept.append(os.path.normpath(value))
+        else:
+            left.odd.append((mark, value))
+    return left
+
+
+class Collector:
+    """Brings the results of one machine: of many attempts with one copy.
+
+    What is to be fetched are the attempts that ended and were listed.  When contact is lost, the
+    copy ends with it, and that is still so.
+    """
+
+    def __init__(self, worker):
+        self._worker, self._client = worker, worker.client
+        self._due = None                    # when results have waited long enough for others
+        self._under_way = False
+        self._cleanable = []                # keys of folders that nobody needs any more
+
+    # Lists of what attempts left
+
+    def add(self, attempt, entries):
+        """Collect an attempt that ended; entries: its list, or only @ if that comes on its own."""
+        if entries == [('@', '')]:
+            self._ask(attempt)
+        else:
+            self._list_came(attempt, entries)
+
+    def add_kept(self):
+        """Try to fetch what an earlier run could not."""
+        worker = self._worker
+        for name, record in self._client.results.kept(worker.machine.address).items():
+            if not worker.lives.get(worker, record['key'], 'incomplete'):
+                job = Job(name, record['command'], 0, None, None)
+                attempt = Attempt(job, worker, record['key'], record)
+                worker.lives.restore(attempt, 'incomplete')
+
+    def resume(self):
+        """At contact, ask for the lists that have not come, and fetch what is listed."""
+        for attempt in self._worker.lives.of(self._worker, *ARRIVING):
+            if attempt.leavings is None:
+                self._ask(attempt)
+        self.fetch_if_due()
+
+    def _ask(self, attempt):
+        if attempt.state == 'incomplete':
+            self._worker.contact.send('again', attempt.key, *(
+                path for path in attempt.record['kept'] if '\0' not in path))
+        else:
+            self._worker.contact.send('list', attempt.key)
+
+    def on_back(self, key, entries):
+        """The list of an attempt came on its own; nobody may have waited for it."""
+        attempt = self._unlisted(key)
+        if attempt:
+            self._list_came(attempt, entries)
+
+    def on_unlistable(self, key):
+        """The list of an attempt cannot come."""
+        attempt = self._unlisted(key)
+        if attempt:
+            self._keep(attempt, 'it made more files than can be listed')
+
+    def _unlisted(self, key):
+        attempt = self._worker.lives.get(self._worker, key, *ARRIVING)
+        return attempt if attempt and attempt.leavings is None else None
+
+    def _list_came(self, attempt, entries):
+        left = attempt.leavings = read_leavings(entries)
+        self._warn_of_odd(attempt)
+        self._client.journal.check()
+        if left.size > free_bytes(self._client.results.folder):
+            self._keep(attempt, f'they are {size_of(left.size)}, and the disk here is too full')
             return
-        if silent_s > BEAT_S / 2:
-            self._channel.send('ping', 0)
-        self._later('beat', BEAT_S, self._beat)
+        limit = self._client.max_result_bytes
+        if limit is not None and left.size > limit:
+            left.too_large = (f'it is {size_of(left.size)}, and --max-result-size is '
+                              f'{size_of(limit)}')
+            self._warn_of(attempt, f'what it made is not brought back: {left.too_large}')
+            left.back = []
+        self.go_on(attempt)
 
-    def _on_pong(self, _):
-        pass
-
-    def _later(self, what, delay_s, function):
-        """Call the function later, unless such a call is due already."""
-        def call():
-            self._due.discard(what)
-            if self.state == 'ready':
-                function()
-        if what not in self._due:
-            self._due.add(what)
-            self.session.processes.call_later(delay_s, call)
-
-    # Jobs
-
-    @property
-    def running(self):
-        """The names of the jobs that were started there and have not ended."""
-        return [order.job_name for order in self._running.values()]
-
-    @property
-    def unsettled(self):
-        """Tell whether it is not known yet of some job whether it runs."""
-        return bool(self._queue) or any(not order.started for order in self._running.values())
-
-    @property
-    def unfinished(self):
-        """The names of the jobs that run there or ran there and are not collected."""
-        return self.running + [order.job_name for order in (
-            *self._draining.values(), *self._fetcher.orders.values()) if not order.again]
-
-    @property
-    def busy(self):
-        """Tell whether a job is not yet started, running, or not yet collected."""
-        return bool(self._queue or self._running or self._draining or self._fetcher.orders)
-
-    def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
-                 exclude=(), gpus=None, attempt=1, placement=None, sink=None, keep=True, mode='',
-                 source=None, adopt=False, noted=None, timeout_s=None):
-        """Start the bash command there as soon as its files are.
-
-        forward_loc, link_loc  paths here, to copy or to link into the job's folder
-        backward_loc           paths in its folder to bring back; None: what it made or changed
-        job_name               the stem of its results' names; each name once in a job_results
-        gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
-        attempt                counts the starts of a job that had to be repeated
-        placement              what MachineResources gave it: other batches then count with it
-        sink                   called with 'out' or 'err' and bytes, as they come, from the first on
-        keep                   its streams are put into job_results, even though they have a sink
-        mode                   'stdin': its input is what comes from the file descriptor `source`,
-                               else it is empty; 'tty': it waits for a terminal, see `terminal`
-        adopt                  an earlier run may have started it; if not, it never will be, and
-                               that is absent(job_name)
-        timeout_s              so long it may run; then it is ended, with exit status 124
-        noted                  {key: value} for the journal
-        """
-        job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
-        check_job_name(job_name, 'queue_up', 200)
-        stage = None if adopt else self._sender.prepare(Forwards(
-            inside_paths(forward_loc, 'forward_loc'), inside_paths(link_loc, 'link_loc'),
-            tuple(exclude)))
-        backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
-        results = self.session.results
-        key = results.state(job_name)['key'] if adopt else results.key(job_name, attempt)
-        order = Order(job_name, attempt, key, command, stage, backwards, gpus, need_of(placement))
-        order.mode, order.source = mode, source
-        order.noted = noted or {'where': self.machine.word}
-        order.timeout_s = timeout_s
-        order.sink, order.keep = sink, keep
-        if sink:
-            self._followed[job_name] = order
-        self._queue.append(order)
-        self._start_queued()
-
-    def cancel(self):
-        """End all jobs there, with all that they started; give back those not started.
-
-        What they leave is set aside, and their end is no signal.  survivors(text) is, if
-        something could not be ended.
-        """
-        self.cancelled = True
-        while self._queue:
-            self._signal('returned', self._queue.popleft().job_name, 'interrupted')
-        if self._running:
-            self.cancelling = True
-            self._channel.send('cancel', KILL_GRACE_S, *self._running)
-
-    def remove(self, keys):
-        """Stop the jobs with these keys where they run, and remove what the machine has of them."""
-        self._channel.send('revoke', *keys)
-
-    def leave_rest(self):
-        """Do without what jobs that were cancelled had said, and that has not come."""
-        for order in list(self._draining.values()) if self.cancelled else ():
-            self._drained(order)
-
-    def terminal(self, job_name, on_exit):
-        """Give a job of mode tty our terminal, until it ends; on_exit(status, b'') is called then.
-        """
-        (order,) = [order for order in self._running.values() if order.job_name == job_name]
-        path = f'{self._channel.home}/jobs/{order.key}/tty'
-        self.session.processes.start(self._channel.connection.terminal(path), None, on_exit,
-                                     terminal=True)
-
-    def _start_queued(self):
-        """Send the starts that are possible; what the journal says goes first."""
-        if self.state != 'ready':
+    def go_on(self, attempt):
+        """An attempt was listed, or its streams have come: put it in place, or have it fetched."""
+        if attempt.leavings is None or attempt.state not in ARRIVING or (
+                self._worker.jobs.is_followed(attempt)):
             return
-        waiting, now = collections.deque(), time.monotonic()
-        starts = []                         # sent once the journal is safe
-        while self._queue:
-            order = self._queue.popleft()
-            if order.stage is None:
-                self._running[order.key] = order
-                self._adopted.add(order.key)
-                self._channel.send('adopt', order.key)
-                self._watch_later()
+        if not self._names(attempt):        # all of it came with the event that it ended
+            self._commit(attempt, {}, None)
+            return
+        if self._due is None:
+            self._due = time.monotonic() + GATHER_S
+            self._client.processes.call_later(GATHER_S, self.fetch_if_due)
+        self.fetch_if_due()
+
+    def _warn_of_odd(self, attempt):
+        """Tell of what cannot be brought back."""
+        name, left, machine = attempt.name, attempt.leavings, self._worker.name
+        for mark, path in left.odd:
+            if mark == '!' and attempt.state == 'incomplete':
+                self._worker.report.warning(f'{name}: {printable(path)}, which could not be '
+                                            f'fetched before, is not on {machine} any more')
                 continue
-            if not order.stage.ready or now < self._next_start:
-                waiting.append(order)
-                continue
-            self._next_start = now + self._spacing_s
-            results, former = self.session.results, self.session.results.state(order.job_name)
-            results.keep_manifest(order.stage.manifest)
-            results.claimed(order.job_name, order.attempt, self.machine.address, order.gpus,
-                            order.command, files=order.stage.manifest.digest, **order.noted)
-            if former.get('kept') and former['machine'] == self.machine.address:
-                self._fetcher.forget(former['key'])     # its results were deleted here
-            self._running[order.key] = order
-            limit = '' if order.timeout_s is None else f'{order.timeout_s:.3f}'
-            how = 'changed' if order.backwards is None else 'paths' if order.backwards else 'none'
-            starts.append((
-                order.key, order.stage.id, '-' if order.gpus is None else order.gpus, order.need,
-                order.mode, limit, order.command, how, *(order.backwards or ())))
-            self._watch_later()
-        if starts:
-            self.session.results.sync()
-        for fields in starts:
-            self._channel.send('start', *fields)
-        self._queue = waiting
-        if waiting and now < self._next_start:
-            self._later('start', self._next_start - now, self._start_queued)
+            why = ('it did not make {}' if mark == '!' else
+                   '{} is no file, folder or link').format(printable(path))
+            self._worker.report.warning(f'{name}: {why}, so that is not brought back')
+        if left.kept:
+            self._warn_of(attempt, f'the login on {machine} may not read '
+                          f'{names_of([*map(printable, left.kept)])}, so this was not fetched. '
+                          'Make it readable there and run the same command again')
 
-    def _watch_later(self):
-        self._later('watch', REFRESH_S + len(self._running) / 100, self._watch)
+    def _warn_of(self, attempt, what):
+        self._worker.report.warning(
+            f'{attempt.name}: {sentence(what)} It is kept on {self._worker.name}, in '
+            f'{self._worker.contact.home}/jobs/{attempt.key}/work')
 
-    def _watch(self):
-        """Ask for what the running jobs have written since the last time, and whether they live."""
-        if self._running:
-            triples = []
-            for order in self._running.values():        # what is followed comes by itself
-                known = (BEYOND, BEYOND) if order.follower else order.offsets.values()
-                triples += [order.key, *known]
-            self._channel.send('watch', *triples)
-            self._watch_later()
+    # Fetching it
 
-    # Events of the remote runner, in the order in which they come
-
-    def _on_event(self, word, fields):
-        if self.state in ('failed', 'closed'):
-            return          # what was said in the same breath does not bring it back
-        if self.state == 'closing' and word != 'finished':
-            return          # nothing can be answered any more: it is for the next run
-        handler = getattr(self, f'_on_{word}', None)
-        if word not in EVENTS or not handler:
-            raise WireError('it said something that no runner says')
-        handler(*fields)
-
-    def _on_account(self, which):
-        """Learn which account it is.  Of two names of one account only one is used.
-
-        That is the first in the user's order, unless the other has jobs there or did its work.
-        """
-        other = self.session.accounts.get(which, self)
-        self.session.accounts[which] = self
-        if other is self or other.state == 'failed' or (
-                other.state == 'away' and not other.unfinished):
+    def fetch_if_due(self):
+        """Fetch what waits if it waited long enough, is much, or nothing else can come soon."""
+        worker = self._worker
+        if self._under_way or worker.state != 'ready' or worker.contact.is_gone:
             return
-        at_work = other.unfinished or other.state in ('closing', 'closed')
-        kept, left = (other, self) if at_work or other._number < self._number else (self, other)
-        self.session.accounts[which] = kept
-        kept.expected |= left.expected
-        left.same_as = kept
-        left._fail(f'{kept.name} and {left.name} are the same account, {kept.machine.address}: '
-                   'name one of them')
+        waiting = [attempt for attempt in worker.lives.of(worker, *ARRIVING)
+                   if attempt.leavings and not worker.jobs.is_followed(attempt)]
+        is_due = self._due is None or time.monotonic() >= self._due
+        if waiting and (is_due or len(waiting) >= GATHER_JOBS
+                        or not worker.lives.any_of(worker, *HOLDING)):
+            self._under_way, self._due = True, None
+            worker.contact.flows.start(self._fetch(waiting))
 
-    def _on_broken(self, why, again=b'never'):
-        self._fail(printable(os.fsdecode(why)), 'later' if again == b'later' else 'never')
+    def _fetch(self, attempts):
+        """A flow: bring what these attempts left into an empty folder, and then to its place."""
+        worker, results = self._worker, self._client.results
+        names = [name for attempt in attempts for name in self._names(attempt)]
+        folders, receivers = [], []
 
-    def _on_note(self, text):
-        self._signal('warning', f'{self.name}: {printable(os.fsdecode(text))}')
+        def copy(way):
+            folders.append(results.incoming())
+            receivers.append(TarReceiver(f'{folders[-1]}.tar', worker.contact.token))
+            return (yield from fetch_tree(worker.contact, worker, names, folders[-1],
+                                          receivers[-1], way))
 
-    def _on_probe(self, key, value):
+        try:
+            try:
+                # Only Linux confines rsync, and the rsync of macOS writes wherever a machine says.
+                way, end = yield from carry(worker.contact, worker, copy, LINUX,
+                                            len(names) > MANY_NAMES)
+            except OSError as error:        # no folder can be made
+                for attempt in [one for one in attempts if one.state in ARRIVING]:
+                    self._keep(attempt, reason_of(error))
+                return
+            trouble = '' if way.by_rsync else self._unpack(receivers[-1], folders[-1], end)
+            if end.full:
+                trouble = 'the disk here is full'
+            for attempt in [one for one in attempts if one.state in ARRIVING]:
+                if trouble:         # what is there of it may be cut off, and the rest is missing
+                    self._keep(attempt, trouble)
+                else:
+                    self._collect(attempt, os.path.join(folders[-1], attempt.key),
+                                  complaint_line(end.text))
+        finally:            # also when contact is lost
+            for folder, receiver in zip(folders, receivers):
+                receiver.close()
+                results.discard(folder)
+            self._under_way = False
+        self.fetch_if_due()
+
+    def _unpack(self, receiver, folder, end):
+        """Unpack what came as tar; return why it is not whole, or ''."""
+        for name in receiver.unpack(folder):
+            self._worker.report.warning(
+                f'{self._worker.name}: refused what came as {printable(name)}')
+        if end.status not in (0, 1, 2):         # tar's own, which name single files
+            return complaint_line(end.text) or receiver.trouble or f'tar ended with {end.status}'
+        return receiver.trouble
+
+    def _missing_streams(self, attempt):
+        """Return the streams, 'out' and 'err', that are not here in whole."""
+        if attempt.state == 'incomplete':
+            return []
+        return [name for name, stream in attempt.streams.items()
+                if stream.content is None and not self._has_grown(attempt, name, stream)]
+
+    def _has_grown(self, attempt, name, stream):
+        """Tell whether all of a stream was shown, and lies in job_results if it belongs there."""
+        return stream.here == stream.size and (not attempt.how.keep or (
+            stream.stored and self._client.results.has(attempt.name, name, stream.size)))
+
+    def _names(self, attempt):
+        """Return the paths to fetch for an attempt, below jobs/."""
+        return [*(f'./{attempt.key}/{stream}' for stream in self._missing_streams(attempt)),
+                *(f'./{attempt.key}/work/{path[2:]}' for path in attempt.leavings.back)]
+
+    # Putting it in place
+
+    def _collect(self, attempt, folder, complaint):
+        """Put in place what came for one attempt into `folder`."""
+        streams = {stream: os.path.join(folder, stream)
+                   for stream in self._missing_streams(attempt)}
+        complaint = complaint or 'it did not arrive'
+        work, left = os.path.join(folder, 'work'), attempt.leavings
+        # A machine may send anything: behind a link here would be files of the user.
+        if os.path.islink(folder) or os.path.islink(work):
+            self._keep(attempt, 'a link came in the place of its folder')
+            return
+        if not all(is_plain_file(path) for path in streams.values()):
+            self._keep(attempt, complaint)
+            return
+        refused = collections.defaultdict(list)
+        try:
+            if os.path.isdir(work):
+                os.chmod(work, 0o700)       # its job may have shut it
+            for path, why in vet(work, left.back, left.modes):
+                refused[why].append(path)
+        except OSError as error:
+            self._keep(attempt, reason_of(error))
+            return
+        missing = refused.pop('', [])
+        for why, paths in refused.items():
+            self._worker.report.warning(
+                f'{attempt.name}: {names_of([*map(printable, paths)])} from '
+                f'{self._worker.name} {why}, and was left out')
+        twins = take_out_twins(work, missing, [*map(os.path.normpath, left.back)])
+        missing = [path for path in missing if path not in twins]
+        for paths, why, hint in (
+                (missing, complaint, ' Run the same command again to try once more'),
+                (twins, 'the file system here takes names for the same that differ in case only',
+                 '')):
+            if paths:
+                left.kept += paths
+                self._warn_of(attempt, f'{names_of([*map(printable, paths)])} could not be '
+                              f'fetched: {sentence(why)}{hint}')
+        self._commit(attempt, streams, work)
+
+    def _commit(self, attempt, arrived, work):
+        """Put the results in their final place; then their originals may go, unless kept.
+
+        arrived: {stream: path} of the streams that a copy brought
+        """
+        kept = attempt.leavings.kept
+        if attempt.leavings.too_large:
+            kept = [*attempt.record.get('kept', ())] if attempt.state == 'incomplete' else True
+        streams = {name: arrived.get(name, stream.content)
+                   for name, stream in attempt.streams.items()}
+        try:
+            kept = self._put_in_place(attempt, streams, work, kept)
+        except (ResultsError, OSError) as error:
+            if attempt.state not in (*ARRIVING, 'cancelled'):
+                raise                       # somebody who heard of it has failed
+            self._keep(attempt, reason_of(error) if isinstance(error, OSError) else str(error))
+            return
+        if not kept:
+            self._cleanable.append(attempt.key)
+            self.clean(CLEAN_JOBS)
+
+    def _put_in_place(self, attempt, streams, work, kept):
+        """Move what came to where it belongs, and note that; return what stays on the machine."""
+        results, lives, name = self._client.results, self._worker.lives, attempt.name
+        if attempt.state == 'stopped':
+            lives.move(attempt, 'cancelled', kept=kept)
+            results.set_aside(name, streams, work)
+            return kept
+        if attempt.state == 'incomplete':
+            kept = [*kept, *self._add(attempt, work)]
+        else:
+            results.commit(name, streams, work, attempt.job.backwards != (), kept)
+        for stream, bytes_here in attempt.streams.items():
+            if bytes_here.shown and bytes_here.here < bytes_here.size:
+                bytes_here.show_rest(results.read(name, stream, bytes_here.here))
+        lives.move(attempt, 'collected', kept=kept)
+        return kept
+
+    def _add(self, attempt, work):
+        """Put what an earlier run could not fetch to its other results; return what is in the way.
+        """
+        others = self._client.results.add(attempt.name, work)
+        if others:
+            self._warn_of(attempt, f'job_results/{attempt.name} has another '
+                          f'{names_of([*map(printable, others)])} than {self._worker.name}, so '
+                          'that was not fetched. Move yours away and run the same command again')
+        return others
+
+    def _keep(self, attempt, why):
+        """Leave the results of an attempt on its machine."""
+        self._worker.report.warning(
+            f'{attempt.name}: its results could not be fetched: {sentence(why)} They are kept on '
+            f'{self._worker.name}, and the same command fetches them')
+        if attempt.state == 'incomplete':       # all but the kept paths was collected before
+            self._worker.lives.move(attempt, 'unfetched')
+        elif attempt.state != 'cancelled':
+            self._worker.lives.move(attempt, 'kept')
+
+    # Tidying up
+
+    def forget(self, *keys):
+        """Nobody wants the results of these jobs: only have them removed."""
+        self._cleanable += keys
+
+    def clean(self, least=0):
+        """Have the folders of collected jobs removed, many at a time."""
+        if len(self._cleanable) > least:
+            self._client.journal.sync(results=True)
+            self._worker.contact.send('clean', *self._cleanable)
+            self._cleanable = []
+
+
+# ---- Worker: one machine, its contact and its jobs ----
+
+SETTLED_S = 5.0                     # for a machine to tell how jobs ended that ran before
+FOLLOW_AFTER_S = 0.08               # the output of a job that ends sooner comes with its end
+BEYOND = 2**62                      # more bytes than any stream has
+KILL_GRACE_S = 5
+MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
+MEASURE_SHARE = 0.01                # of a core, at most, for such looks
+MEASURE_LIMIT_S = 60.0              # a look without an answer has failed; the most one is put off
+DRAIN_S = 10.0                      # a follower silent this long after the end of its job is dead
+FAREWELL_S = 30.0                   # for tidying up on the machine
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
+
+
+class Gauge:
+    """The free resources of one machine: it is asked, and its facts become a Capacity.
+
+    Asking costs the machine at most MEASURE_SHARE of a core.
+    """
+
+    def __init__(self, worker):
+        self.capacity = None
+        self._worker = worker
+        self._facts = []                    # what the probe said so far
+        self._is_asked = False              # a look is under way
+        self._sample = None                 # what the next one is compared with
+        self._ended_keys = set()            # of jobs that ended since it was asked
+        self._ended_ticks = 0               # processor time that those used since then
+        self._number, self._asked_at = 0, 0.0       # of the look that is under way, or was
+        self._due = None                    # when it will be asked, or None
+        self._cost_s = 0.0                  # what the last look took of a core
+
+    def renew(self):
+        """Forget a look that will not be answered, as one over a former contact."""
+        self._facts, self._due, self._is_asked = [], None, False
+
+    def on_probe(self, key, value):
+        """Note one fact."""
         if len(self._facts) < 10000:
-            self._facts.append((key.decode('ascii', 'replace'), value.decode('utf-8', 'replace')))
+            self._facts.append((key, value))
 
-    def _on_ready(self, home, rsync):
-        channel = self._channel
-        channel.home = os.fsdecode(home)
-        channel.rsync_works = (rsync == b'1' and self.session.has_rsync and channel.quiet
-                               and re.fullmatch(r'/[\w./+@-]*', channel.home) is not None)
-        if self._facts:
-            self._understand()
-        if self._callbacks['others'] and not self._was_ready:
-            channel.send('others', self.session.results.identity)
-        self.state, self._was_ready = 'ready', True
-        self._tries, self._away_since = 0, None
-        if self.session.results:        # of runs that were killed before they could tidy up
-            useless, stray = self.session.results.remains(self.machine.address)
-            self._fetcher.forget(*useless)
-            if stray:
-                channel.send('revoke', *stray)
-        self._sender.begin()
-        if self._running:               # their starts may not have arrived
-            channel.send('adopt', *self._running)
-            self._watch_later()
-        self._adopted, self._killed = set(self._running), set()
-        self._later('killed', SETTLED_S, self._explain_killed)
-        self._fetcher.renew(channel)
-        if self.session.results:
-            self._fetcher.add_kept(self.session.results.kept(self.machine.address))
-        self._later('beat', BEAT_S, self._beat)
-        self._signal('ready')
-        self._start_queued()
+    def ended(self, key, cpu_ticks):
+        """A job has ended, after this processor time (1/100 s)."""
+        self._ended_keys.add(key)
+        known = self._sample.ticks.get(key, 0) if self._sample else 0
+        self._ended_ticks += max(cpu_ticks - known, 0)
 
-    def _understand(self):
-        """Make of the facts what is free; from now on other batches cannot take more than that."""
-        ours = self._running.keys() | self.expected | self._ended_keys
-        self._ended_keys = set()
-        self.capacity = parse_probe(self._facts, self.machine, ours, self._sample,
+    def understand(self):
+        """Make a Capacity of the facts; from now on other batches cannot take more than that."""
+        worker = self._worker
+        if not self._facts:
+            raise WireError('it said something that cannot be understood (it is ready, and did '
+                            'not say what it has)')
+        ours = {attempt.key for attempt in worker.lives.of(worker, *ALIVE)} | self._ended_keys
+        self.capacity = parse_probe(self._facts, worker.machine, ours, self._sample,
                                     self._ended_ticks)
         self._sample = read_sample(self._facts,
                                    self._sample.gpu_free_mb if self._sample else None)
         for key, mb in gpu_memory(self._facts).items():
-            if key in self._running:
-                order = self._running[key]
-                order.peak_gpu_mb = max(mb, order.peak_gpu_mb or 0)
-        self._facts, self._ended_ticks = [], 0
-        if self.session.live:
-            self._channel.send('limits', *self.capacity.limits)
+            attempt = worker.lives.get(worker, key, *ALIVE)
+            if attempt:
+                attempt.peaks_mb[1] = max(mb, attempt.peaks_mb[1] or 0)
+        self._facts, self._ended_keys, self._ended_ticks = [], set(), 0
+        if worker.client.live:
+            worker.contact.send('limits', *self.capacity.limits)
 
-    def _on_measured(self, number, cost_cs):
-        if int(number) == self._asked and self._facts:
-            self._measured_s = int(cost_cs) / 100
-            self._measure_at = None
-            self._understand()
-            self._signal('measured')
+    def measure(self, within_s=0.0):
+        """Ask again what is free, within this many seconds."""
+        if self._has_failed:
+            self.renew()
+        earliest = min(max(MEASURE_LEAST_S, self._cost_s / MEASURE_SHARE), MEASURE_LIMIT_S)
+        due = time.monotonic() + max(within_s, earliest if self._sample else 0)
+        if self._due is None or due < self._due:
+            self._due = due
+            self._worker.client.processes.call_later(max(due - time.monotonic(), 0), self._ask)
 
-    def _on_used(self, key, peak_kb):
-        order = self._running.get(os.fsdecode(key))
-        if order:
-            order.peak_mb = max(int(peak_kb) // 1024, order.peak_mb or 0)
+    @property
+    def is_awaited(self):
+        """Tell whether it was asked, or will be, and has not answered."""
+        return (self._worker.state == 'ready' and self._due is not None
+                and not self._has_failed)
 
-    def _on_held(self, key):
-        order = self._running.pop(os.fsdecode(key), None)
-        if order:
-            self.session.results.lost(order.job_name)
-            self._signal('held', order.job_name)
+    @property
+    def _has_failed(self):
+        """Tell whether a look has had no answer for too long."""
+        return self._is_asked and time.monotonic() > self._asked_at + MEASURE_LIMIT_S
 
-    def _on_staged(self, stage_id):
-        self._sender.frozen(os.fsdecode(stage_id))
-        self._start_queued()
+    def _ask(self):
+        now = time.monotonic()
+        if self._worker.state != 'ready':
+            self._due = None
+        elif self._due is not None and self._due <= now + 0.001 and not self._is_asked:
+            self._number, self._asked_at = self._number + 1, now
+            self._facts, self._is_asked = [], True
+            self._worker.contact.send('measure', self._number)
 
-    def _on_stage_failed(self, _, why):
-        self._fail(f'the files could not be stored there: {printable(os.fsdecode(why))}')
+    def on_measured(self, number, cost_cs):
+        """All facts of a look have come; it took this much of a core (1/100 s)."""
+        if number != self._number:
+            self._facts = []                # of a look that was given up
+        elif self._is_asked:
+            self._cost_s, self._due, self._is_asked = cost_cs / 100, None, False
+            self.understand()
+            self._worker.run.machine_changed(self._worker, 'ready')
 
-    def _on_started(self, *keys):
-        for key in map(os.fsdecode, keys):
-            order = self._running.get(key)
-            if not order:
-                continue
-            if order.source is not None:
-                self._feed(order)
-            if order.sink:
-                self._later(f'follow {key}', FOLLOW_AFTER_S, functools.partial(self._follow, order))
-            if not order.started:
-                order.started = True
-                self._signal('started' if order.stage else 'running', order.job_name)
 
-    def _follow(self, order):
-        """Have what the job writes brought as it comes; what ends sooner brings it with its end."""
-        if order.key in self._running and not order.follower:
-            order.follower = Follower(
-                order, self._channel, self.session,
-                functools.partial(self._take, order), functools.partial(self._unfollowed, order))
+class Terms(NamedTuple):
+    """How a machine is logged in to."""
+    want_gpus: bool = True          # nvidia-smi is asked
+    tied: bool = False              # the jobs end with the contact
 
-    def _unfollowed(self, order, again=False):
-        """Nothing more comes from its follower: what is missing comes otherwise."""
-        order.follower = None
-        if again and self.state == 'ready':
-            self._follow(order)
-        if order.key in self._draining:
-            self._drained(order)
 
-    def _drain_on(self, order, before):
-        """See to it that a follower which has died over there holds nothing up."""
-        if order.key not in self._draining:
+class Seeking:
+    """How contact with a machine is looked for, how often, and since when."""
+
+    def __init__(self, terms):
+        self.terms = terms
+        self.asks = True                    # the machine is asked what it has
+        self.retry = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
+        self.began = time.monotonic()       # when it was first tried
+        self.was_ready = False              # there was contact
+        self.contacts = 0
+        self.tries = 0                      # since there was contact last
+        self.away_since = None
+
+
+KEY = re.compile(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*\.[0-9]+(-[0-9a-f]+)?')       # of a job
+
+
+class OtherJob(NamedTuple):
+    """A job on a machine that a journal claimed which is not in this job_results."""
+    key: str                            # NAME.ATTEMPT-IDENTITY; older versions left -IDENTITY out
+    state: str                          # running, starting, ended, lost or damaged
+    exit_code: int                      # where it has ended
+    command: str
+
+    @property
+    def name(self):
+        """The name that it had in its batch."""
+        return self.key.rpartition('.')[0]
+
+    @property
+    def identity(self):
+        """The identity of its journal, '' where that had none."""
+        return self.key.rpartition('.')[2].partition('-')[2]
+
+
+class Followers:
+    """Sessions beside the channel, each of which brings the output of one attempt byte for byte.
+
+    They belong to one contact, as its flows.  A job writes to files on its machine, and is followed
+    from these: so execute_remote can be killed at any byte and attach again, and no job is held up
+    by a slow reader or a broken link.  The price is disk on both sides.
+    """
+
+    def __init__(self, worker):
+        self._worker = worker
+        self._processes = {}                # key of an attempt -> the Process that brings output
+
+    def has(self, attempt):
+        """Tell whether output of this attempt is still brought."""
+        return attempt.key in self._processes
+
+    def start(self, attempt):
+        """Bring its output from now on; an attempt that soon ends needs no session for that."""
+        if not self.has(attempt):
+            self._worker.contact.flows.start(self._follow(attempt))
+
+    def _follow(self, attempt):
+        """A flow: pass on what a job writes until it has ended."""
+        contact, key = self._worker.contact, attempt.key
+        yield FOLLOW_AFTER_S
+        while attempt.state in ALIVE and not self.has(attempt):
+            alone = contact.alone
+            heads = {stream: AfterToken(contact.token) for stream in ('out', 'err')}
+            offsets = {stream: attempt.streams[stream].here for stream in heads}
+            receive = {stream: functools.partial(self._receive, attempt, stream, heads[stream],
+                                                 offsets[stream]) for stream in heads}
+            child = contact.start(contact.connection.copy(alone), receive['out'],
+                                  on_error=receive['err'], keep_stdin=True)
+            child.write(nul_ended(REMOTE_FOLLOW, contact.token, f'{contact.home}/jobs/{key}',
+                                  *offsets.values()))
+            self._processes[key] = child
+            end = yield child
+            noise = heads['err'].head.decode('utf-8', 'replace')
+            self._worker.client.trace(f'a follower ended with {end.status}: '
+                                      f'{complaint_line(noise)}')
+            if self._processes.pop(key, None) and attempt.state not in ALIVE:
+                self._worker.collector.go_on(attempt)
+            if alone or not session_refused(noise):
+                break
+            contact.alone = True
+
+    def _receive(self, attempt, stream, head, start, data):
+        """Take bytes that a follower brings; start: the offset of its first byte."""
+        offset = start + head.count
+        data = head.receive(data)
+        if not data or not self.has(attempt):
             return
-        now = dict(order.offsets)
-        if now == before:
-            order.follower.end()
-            self._drained(order)
-        else:
-            self._later(f'drain {order.key}', DRAIN_S, lambda: self._drain_on(order, now))
+        attempt.streams[stream].bring(offset, data)
+        if attempt.state not in ALIVE and attempt.is_heard:
+            self.stop(attempt)
 
-    def _take(self, order, stream, data):
-        """The next bytes of a stream have come."""
-        if order.grown[stream] and order.keep:
-            order.grown[stream] = self.session.results.grow(order.job_name, stream, data)
-        if order.grown[stream] or order.sink:
-            order.offsets[stream] += len(data)
-        if order.sink:
-            order.sink(stream, data)
-        else:
-            order.grown[stream] = True      # it can be tried again
-        if order.key in self._draining and order.offsets == order.sizes:
-            self._drained(order)
+    def ended(self, attempt):
+        """The job has ended: stop when all its output is here, or when no more of it comes."""
+        if self.has(attempt):
+            if attempt.is_heard:
+                self.stop(attempt)
+            else:
+                self._worker.contact.flows.start(self._drain(attempt))
 
-    def _feed(self, order):
-        """Pass on what comes for its input, and then that there is no more."""
-        source, order.source = order.source, None
+    def _drain(self, attempt):
+        """A flow: see to it that a follower which has died on the machine holds nothing up."""
+        while self.has(attempt):
+            before = [stream.here for stream in attempt.streams.values()]
+            yield DRAIN_S
+            if before == [stream.here for stream in attempt.streams.values()]:
+                self.stop(attempt)
 
-        def done(status, complaint):
-            if order.key in self._running and self.state == 'ready':
-                if status == 255:       # ssh's own; with others it was read to where it was wanted
-                    why = last_line(complaint.decode('utf-8', 'replace')) or 'ssh has failed'
-                    self._signal('warning', f'{order.job_name}: its input could not be passed on: '
-                                 f'{sentence(why)} It is ended')
-                    self._channel.send('cancel', KILL_GRACE_S, order.key)
-                else:
-                    self._channel.send('eof', order.key)
+    def stop(self, attempt):
+        """Want no more: all has come, or the rest comes with a copy."""
+        if self.has(attempt):
+            self._processes.pop(attempt.key).close_stdin()
+            self._worker.collector.go_on(attempt)
 
-        process = self.session.processes.start(
-            self._channel.connection.copy(self._channel.alone), lambda data: None, done)
-        process.write(nul_ended(REMOTE_FEED, f'{self._channel.home}/jobs/{order.key}'))
-        self.session.processes.pass_on(source, process)
 
-    def _on_refused(self, key, why):
-        self._on_gone('returned', key, why)
+# The remote runner writes this to the stderr of a job that was killed with what records its end.
+KILLED_WITH_GROUP = b'with its whole process group'
 
-    def _on_lost(self, key, why):
-        self._on_gone('lost', key, why)
 
-    def _on_gone(self, event, key, why):
-        """A job did not start, or is gone without a result."""
-        order = self._running.pop(os.fsdecode(key), None)
-        if order:
-            self.session.results.lost(order.job_name)
-            self._fetcher.forget(order.key)
-            self._signal(event, order.job_name, printable(os.fsdecode(why)))
+class JobControl:
+    """The attempts on one machine: it has them started, and hears what becomes of them."""
 
-    def _on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
-        order = self._running.pop(os.fsdecode(key), None)
-        if not order:
-            return      # it was reported already, or is none of ours
-        self.expected.discard(order.key)
-        self._ended_keys.add(order.key)
-        known_ticks = self._sample.ticks.get(order.key, 0) if self._sample else 0
-        self._ended_ticks += max(int(cpu_cs) - known_ticks, 0)
-        for stream, text in (('out', out), ('err', err)):
-            if text[:1] == b'=':
-                order.streams[stream] = text[1:]
-            order.sizes[stream] = len(text) - 1 if text[:1] == b'=' else int(text[1:])
-        known = int(time_cs) > 0 or int(cpu_cs) > 0         # not where a record is all there is
-        self.ended[order.job_name] = JobResult(
-            order.job_name, self.name, int(status), int(time_cs) / 100, order.gpus,
-            int(cpu_cs) / 100 if known else None, order.peak_mb, order.peak_gpu_mb)
-        order.entries = list(back)
-        if order.key in self._adopted and not self.cancelled and (
-                int(status) in (129, 143) or b'with its whole process group' in err):
-            self._killed.add(order.key)
-            if not self._adopted & self._running.keys():
-                self._explain_killed()
-        self._draining[order.key] = order
-        whole = all(stream in order.streams or order.offsets[stream] == size
-                    for stream, size in order.sizes.items())
-        if whole or not order.follower:
-            self._drained(order)
-        else:
-            self._later(f'drain {order.key}', DRAIN_S,
-                        functools.partial(self._drain_on, order, dict(order.offsets)))
+    def __init__(self, worker):
+        self.is_stopping = False            # jobs were told to end, and no answer has come
+        self._worker, self._client = worker, worker.client
+        self._start_due = False             # what is placed is started in the next wait
+        self._followers = Followers(worker)
+        self._inherited, self._killed = set(), set()    # keys of jobs that ran before this contact
 
-    def _drained(self, order):
-        """All that comes of what an ended job wrote, before its results are fetched, is here."""
-        del self._draining[order.key]
-        if order.follower:
-            order.follower.end()
-        for stream, size in order.sizes.items():
-            if stream in order.streams:
-                self._show(order, stream, [order.streams[stream][order.offsets[stream]:]])
-            elif order.offsets[stream] == size and (not order.keep or (
-                    order.grown[stream] and self.session.results.has(
-                        order.job_name, stream, size))):
-                order.streams[stream] = None
-        order.aside = self.cancelled
-        if not order.aside:
-            self.session.results.ended(self.ended[order.job_name])
-            self._signal('ended', order.job_name)
-        self._fetcher.add(order)
+    def renew(self):
+        """Begin anew, over a new contact."""
+        self.is_stopping, self._followers = False, Followers(self._worker)
+        for attempt in self._worker.lives.of(self._worker, 'placed'):
+            if attempt.stage:
+                self._prepare(attempt)      # nothing of its files is there
 
-    def _show(self, order, stream, pieces):
-        for data in pieces if order.sink else ():
-            order.offsets[stream] += len(data)
-            order.sink(stream, data)
+    # Starting
 
-    def _show_rest(self, job_name):
-        """The results of a job are in place: pass on what did not come before."""
-        order = self._followed.pop(job_name, None)
-        for stream, size in order.sizes.items() if order else ():
-            if order.offsets[stream] < size:
-                self._show(order, stream, self.session.results.read(
-                    job_name, stream, order.offsets[stream]))
+    def start(self, attempt):
+        """Have an attempt that was placed started as soon as its files are there."""
+        self._prepare(attempt)
+        self._open_streams(attempt)
+        if not self._start_due and self._worker.state == 'ready':
+            self._start_due = True          # so all that are placed at this moment share one fsync
+            self._client.processes.call_later(0, self.start_placed)
 
-    def _on_left(self, key, text):
-        order = self._running.get(os.fsdecode(key))
-        if order and not self.cancelled:       # else that is being ended, too
-            self._signal('left', order.job_name, printable(os.fsdecode(text)))
+    def _prepare(self, attempt):
+        attempt.stage = self._worker.contact.stages.prepare(attempt.job.forwards or Forwards(()))
+
+    def _open_streams(self, attempt):
+        how, grow = attempt.how, self._client.results.grow
+        for stream in ('out', 'err'):
+            attempt.streams[stream] = Stream(
+                functools.partial(grow, attempt.name, stream) if how.keep else None,
+                functools.partial(how.show, stream) if how.show else None)
+
+    def start_placed(self):
+        """Send the starts that are possible, once the journal has them."""
+        self._start_due = False
+        worker, results, starts = self._worker, self._client.results, []
+        for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
+            if attempt.stage and attempt.stage.ready:
+                former = results.journal.record(attempt.name)
+                results.manifests.keep(attempt.stage.manifest)
+                attempt.record['files'] = attempt.stage.manifest.digest
+                worker.lives.move(attempt, 'claimed', **attempt.record)
+                if former.get('kept') and former['machine'] == worker.machine.address:
+                    worker.collector.forget(former['key'])      # its results were deleted here
+                starts.append(attempt)
+        if starts:
+            results.journal.sync()
+        for attempt in starts:
+            self._send_start(attempt)
+
+    def _send_start(self, attempt):
+        backwards, how = attempt.job.backwards, attempt.how
+        self._worker.contact.send(
+            'start', attempt.key, attempt.stage.id, '-' if attempt.gpus is None else attempt.gpus,
+            need_of(attempt.placement), how.mode,
+            '' if how.timeout_s is None else f'{how.timeout_s:.3f}', attempt.job.command,
+            'changed' if backwards is None else 'paths' if backwards else 'none',
+            *(backwards or ()))
+
+    def on_started(self, *keys):
+        """These jobs run."""
+        for key in keys:
+            attempt = self._alive(key)
+            if not attempt:
+                continue
+            if attempt.how.source is not None and attempt.state == 'claimed':
+                self._worker.contact.flows.start(self._feed(attempt))
+            if attempt.how.show:
+                self._followers.start(attempt)
+            if attempt.state == 'claimed':
+                self._worker.lives.move(attempt, 'running')
+
+    def _alive(self, key):
+        """Return the attempt that was started, or asked about, over this contact; None if none."""
+        attempt = self._worker.lives.get(self._worker, key, *ALIVE)
+        return attempt if attempt and attempt.streams else None
+
+    # Asking, after contact was lost or this program was started again
+
+    def ask(self):
+        """Ask about each attempt that may run there; a start that never arrived never will."""
+        worker = self._worker
+        attempts = worker.lives.of(worker, *ALIVE)
+        self._inherited, self._killed = {attempt.key for attempt in attempts}, set()
+        for attempt in attempts:
+            if not attempt.streams:
+                self._open_streams(attempt)
+        if attempts:
+            worker.contact.send('adopt', *self._inherited)
+            worker.contact.flows.start(self._await_ends())
+
+    def _await_ends(self):
+        """A flow: say, when it is known how they ended, what may have ended them."""
+        yield SETTLED_S
+        self._explain_killed()
 
     def _explain_killed(self):
         """Say what may have ended jobs that ran before this contact: logind does that to all."""
-        count, killed = len(self._adopted), len(self._killed)
-        running, self._adopted, self._killed = self._adopted & self._running.keys(), set(), set()
+        count, killed, lives = len(self._inherited), len(self._killed), self._worker.lives
+        alive = {attempt.key for attempt in lives.of(self._worker, *ALIVE)}
+        running, self._inherited, self._killed = self._inherited & alive, set(), set()
         if not running and (killed > 1 or 0 < killed == count):
-            self._signal('warning', f'{self.name}: {count_of(killed, "job")} that ran there '
-                         f'{"was" if killed == 1 else "were"} killed while there was no contact, '
-                         'though it was not restarted. If its logind ends all that a login leaves '
-                         '(KillUserProcesses=yes in /etc/systemd/logind.conf), ask for '
-                         'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
+            self._worker.report.warning(
+                f'{self._worker.name}: {count_of(killed, "job")} that ran there '
+                f'{"was" if killed == 1 else "were"} killed while there was no contact, '
+                'though it was not restarted. If its logind ends all that a login leaves '
+                '(KillUserProcesses=yes in /etc/systemd/logind.conf), ask for '
+                'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
 
-    def _on_unlistable(self, key):
-        self._fetcher.leave_unlisted(os.fsdecode(key))
+    def on_absent(self, key):
+        """The start of a job never arrived, and never will."""
+        self._gone('absent', key)
 
-    def _on_absent(self, key):
-        order = self._running.pop(os.fsdecode(key), None)
-        if order:
-            self.session.results.lost(order.job_name)
-            self._fetcher.forget(order.key)
-            self._signal('absent', order.job_name)
+    # Output and input
 
-    def _on_cancelled(self, pids):
-        self.cancelling = False
+    def watch(self):
+        """A flow: ask again and again what the jobs have written, and whether they live."""
+        worker = self._worker
+        while True:
+            attempts = worker.lives.of(worker, *ALIVE)
+            yield REFRESH_S + len(attempts) / 100
+            fields = []
+            for attempt in worker.lives.of(worker, *ALIVE):
+                known = [stream.here for stream in attempt.streams.values()]
+                if not known or self.is_followed(attempt):
+                    known = [BEYOND, BEYOND]        # what is followed comes by itself
+                fields += [attempt.key, *known]
+            if fields:
+                worker.contact.send('watch', *fields)
+
+    def on_growth(self, key, stream, offset, data):
+        """A job has written this, from this byte on."""
+        attempt = self._alive(key)
+        if attempt and not self.is_followed(attempt):
+            attempt.streams[stream].bring(offset, data)
+
+    def is_followed(self, attempt):
+        """Tell whether a follower still brings the output of an attempt."""
+        return self._followers.has(attempt)
+
+    def _feed(self, attempt):
+        """A flow: pass on what comes for its input, and then that there is no more."""
+        contact = self._worker.contact
+        child = contact.start(contact.connection.copy(contact.alone), ignore)
+        child.write(nul_ended(REMOTE_FEED, f'{contact.home}/jobs/{attempt.key}'))
+        self._client.processes.pass_on(attempt.how.source, child)
+        end = yield child
+        if attempt.state not in ALIVE or contact.is_gone:
+            return
+        if end.status == 255:           # ssh's own; with others it was read to where it was wanted
+            why = complaint_line(end.text) or 'ssh has failed'
+            self._worker.report.warning(f'{attempt.name}: its input could not be passed on: '
+                                        f'{sentence(why)} It is ended')
+            contact.send('cancel', KILL_GRACE_S, attempt.key)
+        else:
+            contact.send('eof', attempt.key)
+
+    def terminal(self, attempt):
+        """A flow: give a job of mode tty our terminal, until it ends."""
+        contact = self._worker.contact
+        path = f'{contact.home}/jobs/{attempt.key}/tty'
+        yield contact.start(contact.connection.terminal(path), None, terminal=True)
+
+    # The end of a job
+
+    def on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
+        """A job has ended; back: what it left."""
+        attempt = self._alive(key)
+        if not attempt:
+            return      # it was reported already, or another run's
+        worker = self._worker
+        worker.gauge.ended(key, cpu_cs)
+        was_seen = time_cs > 0 or cpu_cs > 0        # not where a record is all there is
+        result = attempt.result = JobResult(
+            attempt.name, worker.name, status, time_cs / 100, attempt.gpus,
+            cpu_cs / 100 if was_seen else None, *attempt.peaks_mb)
+        attempt.streams['out'].complete(*out)
+        attempt.streams['err'].complete(*err)
+        # Before its results are put in place, so that `ended` always comes before `collected`.
+        if attempt.state == 'stopping':
+            worker.lives.move(attempt, 'stopped')
+        else:
+            if key in self._inherited and (
+                    status in (129, 143) or KILLED_WITH_GROUP in (err[0] or b'')):
+                self._killed.add(key)
+            used = {name: getattr(result, name) for name in ('cpu_s', 'peak_memory_mb',
+                                                             'peak_gpu_memory_mb')}
+            worker.lives.move(attempt, 'ended', exit_code=status, wall_s=result.wall_s,
+                              **{name: value for name, value in used.items() if value is not None})
+        if self._killed and not any(self._alive(key) for key in self._inherited):
+            self._explain_killed()
+        worker.collector.add(attempt, list(back))
+        self._followers.ended(attempt)
+
+    def on_used(self, key, peak_kb):
+        """The memory of a job's processes was seen at this size."""
+        attempt = self._alive(key)
+        if attempt:
+            attempt.peaks_mb[0] = max(peak_kb // 1024, attempt.peaks_mb[0] or 0)
+
+    def on_left(self, key, text):
+        """A job is about to end, and processes that it started are not."""
+        attempt = self._alive(key)
+        if attempt and attempt.state != 'stopping':     # else that is being ended, too
+            self._worker.report.left(self._worker.name, attempt.name, text)
+
+    def on_held(self, key):
+        """Another batch took the room of a job first; nothing of it is there."""
+        attempt = self._alive(key)
+        if attempt:
+            self._worker.lives.move(attempt, 'held')
+
+    def on_refused(self, key, why):
+        """The machine could not start a job."""
+        self._gone('refused', key, why)
+
+    def on_lost(self, key, why):
+        """A job is gone without a result."""
+        self._gone('lost', key, why)
+
+    def _gone(self, state, key, why=''):
+        attempt = self._alive(key)
+        if attempt:
+            self._worker.collector.forget(key)
+            self._worker.lives.move(attempt, state, why)
+
+    # Ending jobs
+
+    def stop(self):
+        """End all jobs there, with all that they started; those not started are returned."""
+        worker = self._worker
+        for attempt in worker.lives.of(worker, 'placed'):
+            worker.lives.move(attempt, 'returned', 'interrupted')
+        if worker.state != 'ready':
+            return                          # nobody can be told
+        for attempt in worker.lives.of(worker, *UNSEEN):
+            worker.lives.move(attempt, 'stopping')
+        keys = [attempt.key for attempt in worker.lives.of(worker, 'stopping')]
+        if keys:
+            self.is_stopping = True
+            worker.contact.send('cancel', KILL_GRACE_S, *keys)
+
+    def on_cancelled(self, pids):
+        """The jobs were ended, but for these processes."""
+        self.is_stopping = False
         if pids:
-            self._signal('survivors', printable(os.fsdecode(pids)))
+            self._worker.report.survivors(self._worker.name, pids)
 
-    def _on_others(self, listed=b''):
+    @property
+    def hears_output(self):
+        """Tell whether output of jobs that were told to end still comes."""
+        return any(map(self.is_followed, self._worker.lives.of(self._worker, 'stopped')))
+
+    def give_up_output(self):
+        """Give up the rest of the output of jobs that were told to end."""
+        for attempt in self._worker.lives.of(self._worker, 'stopped'):
+            self._followers.stop(attempt)
+
+
+class Worker:
+    """A machine at work for a run: the contact with it, and the jobs there.
+
+    state: new, connecting, ready, away (contact was lost and is looked for), closing, closed or
+    failed; `why` says why.
+
+    report: what people are told: warning(text), sent(name, stage), left(name, job, text),
+    survivors(name, pids)
+    run: its owner, which has `lives`; it hears machine_changed(worker, before), and others(worker,
+    OtherJobs) if it wants_others
+    """
+
+    def __init__(self, machine, client, number, report):
+        self.machine, self.client, self.number, self.report = machine, client, number, report
+        self.run = None
+        self.state, self.why = 'new', ''
+        self.same_as = None                 # the Worker that is used instead of this one
+        self.contact = None
+        self.gauge, self.collector, self.jobs = Gauge(self), Collector(self), JobControl(self)
+        self._seeking = Seeking(Terms())
+
+    @property
+    def name(self):
+        """The machine's name."""
+        return self.machine.name
+
+    @property
+    def lives(self):
+        """The attempts of the run."""
+        return self.run.lives
+
+    @property
+    def capacity(self):
+        """The Capacity that it had at the last look; None if it was not asked."""
+        return self.gauge.capacity
+
+    @property
+    def busy(self):
+        """Tell whether something is still to come of an attempt there."""
+        return self.lives.any_of(self, *AWAITED)
+
+    @property
+    def is_stopping(self):
+        """Tell whether its jobs were told to end, and it did not say what became of that."""
+        return self.jobs.is_stopping
+
+    @property
+    def was_ready(self):
+        """Tell whether there was contact in this run."""
+        return self._seeking.was_ready
+
+    @property
+    def retry(self):
+        """When to try again, after it failed: see SSH_COMPLAINTS."""
+        return self._seeking.retry
+
+    @property
+    def hears_output(self):
+        """Tell whether output of jobs that were told to end still comes."""
+        return self.jobs.hears_output
+
+    @property
+    def away_since(self):
+        """When contact was lost that is looked for; None if there is contact."""
+        return self._seeking.away_since
+
+    # Contact
+
+    def connect(self, want_gpus=True, tied=False):
+        """Begin to log in.  tied: the jobs end with the connection."""
+        self._seeking = Seeking(Terms(want_gpus, tied))
+        self._log_in()
+
+    def _log_in(self):
+        self.state = 'connecting'
+        self._seeking.contacts += 1
+        former = self.contact.stages.all if self.contact else ()
+        self.contact = Contact(self, self._seeking.contacts, former)
+        self.contact.open(self._seeking.terms)
+
+    def reconnect(self):
+        """Log in once more, after it failed or contact was lost."""
+        if self.state in ('closing', 'closed') or not self.contact.is_over:
+            return
+        self.gauge.renew()
+        self._log_in()
+        self.jobs.renew()
+        if self._seeking.asks:
+            self.probe()
+        else:
+            self.enter()
+
+    def probe(self):
+        """Ask what the machine has; the answer makes it ready."""
+        self._seeking.asks = True
+        self.contact.send('probe')
+
+    def enter(self):
+        """Log in without asking that: there is no `capacity` then."""
+        self._seeking.asks = False
+        self.contact.send('enter')
+
+    def unanswered(self, so=''):
+        """Return that it has not answered yet, and so what; behind its name a sentence."""
+        why = self.contact.hindrance() or (self.why if self._seeking.tries else '')
+        return (f'did not answer within {time.monotonic() - self._seeking.began:.0f} s{so}'
+                + (f': {why}' if why else ''))
+
+    def contact_lost(self, why, retry):
+        """Note that contact is lost: starts that were not sent are returned; jobs run on, unseen.
+
+        If there was contact before, it is looked for again, for the client's away_limit_s.
+        """
+        if self.state == 'closing':
+            self.state = 'closed'
+        if self.state in ('failed', 'closed'):
+            return
+        self.why, self._seeking.retry = why, retry
+        before, is_news = self.state, self._seeking.away_since is None
+        self.state = self._after_loss(retry)
+        if self.state == 'connecting':
+            return
+        for attempt in self.lives.of(self, 'placed'):
+            self.lives.move(attempt, 'returned', why)
+        if self.state == 'failed' or is_news:
+            self.run.machine_changed(self, before)
+
+    def _after_loss(self, retry):
+        """Look for contact after a while, unless it is lost for good; return the next state."""
+        # Time awake counts (CLOCK_MONOTONIC): a laptop may sleep as long as it likes.
+        seeking, now = self._seeking, time.monotonic()
+        if seeking.away_since is None:
+            seeking.away_since = now
+        seeking.tries += 1
+        sshd_is_busy = retry == 'again' and seeking.tries < 5
+        is_away = (seeking.was_ready and retry != 'never'
+                   and now < seeking.away_since + self.client.away_limit_s)
+        if seeking.terms.tied or not (sshd_is_busy or is_away):
+            return 'failed'
+        delay_s = min(RETRY_S * 2 ** (seeking.tries - 1), LONGEST_RETRY_S)
+        self.client.processes.call_later(delay_s * random.uniform(0.7, 1.3), self.reconnect)
+        return 'away' if seeking.was_ready else 'connecting'
+
+    def close(self):
+        """Have the machine tidied up and the contact closed; its jobs run on."""
+        contact = self.contact
+        if self.state == 'ready':
+            self.state = 'closing'
+            stages = contact.stages.all
+            cached = [stage.id for stage in reversed(stages) if stage.by_rsync and stage.ready]
+            self.collector.clean()
+            if not self.busy and not self.lives.any_of(self, 'dropped'):
+                contact.send('finish', cached[0] if cached else '', *(
+                    stage.id for stage in stages))
+            contact.close()
+            self.client.processes.call_later(FAREWELL_S, functools.partial(contact.lose, ''))
+        elif self.state != 'closing':
+            self.state = 'closed' if self.state in ('new', 'away', 'connecting') else self.state
+            if contact:
+                contact.end()
+
+    # Requests of a Run
+
+    def prepare(self, forwards):
+        """Send the files of these Forwards, if that was not done."""
+        self.contact.stages.prepare(forwards)
+
+    def offer(self, forwards):
+        """Send them already while it is logged in, if they are small enough for the channel."""
+        if is_small(*self.client.files.trees(forwards)):
+            self.prepare(forwards)
+
+    def start(self, attempt):
+        """Start an attempt that was placed as soon as its files are there."""
+        self.jobs.start(attempt)
+
+    def ask(self):
+        """Ask what became of each attempt that may run there."""
+        self.jobs.ask()
+
+    def measure(self, within_s=0.0):
+        """Ask again what is free; the answer is machine_changed."""
+        self.gauge.measure(within_s)
+
+    def stop(self):
+        """End all jobs there."""
+        self.jobs.stop()
+
+    # Events
+
+    def hear(self, event, values):
+        """Act on an event of the remote runner."""
+        if self.state == 'closing' and event != 'finished':
+            return          # nothing can be answered any more: it is for the next run
+        # Exactly one of these parts has it: tests/test_structure.py.
+        (handler,) = (getattr(part, f'on_{event}') for part in (
+            self, self.jobs, self.collector, self.gauge) if hasattr(part, f'on_{event}'))
+        handler(*values)
+
+    def on_account(self, which):
+        """Learn which account it is.  Of two names of one account only one is used.
+
+        That is the first in the user's order, unless the other has jobs there or did its work.
+        """
+        other = self.client.accounts.get(which, self)
+        self.client.accounts[which] = self
+        if other is self or other.state == 'failed' or (
+                other.state == 'away' and not other.is_at_work):
+            return
+        at_work = other.is_at_work or other.state in ('closing', 'closed')
+        kept, left = (other, self) if at_work or other.number < self.number else (self, other)
+        self.client.accounts[which] = kept
+        left.same_as = kept
+        left.contact.lose(f'{kept.name} and {left.name} are the same account, '
+                          f'{kept.machine.address}: name one of them')
+
+    @property
+    def is_at_work(self):
+        """Tell whether this run has started a job there, or heard of one."""
+        return self._seeking.was_ready and any(
+            not attempt.is_inherited or attempt.state != 'claimed'
+            for attempt in self.lives.of(self, *UNCOLLECTED))
+
+    def on_broken(self, why, retry=b'never'):
+        """The remote runner cannot work."""
+        self.contact.lose(why, 'later' if retry == b'later' else 'never')
+
+    def on_note(self, text):
+        """The remote runner has something to say."""
+        self.report.warning(f'{self.name}: {text}')
+
+    def on_ready(self, home, rsync):
+        """The machine can be used; all facts have come, if they were asked for."""
+        if self.state != 'connecting':
+            raise WireError('it said twice that it is ready')
+        if self._seeking.asks:
+            self.gauge.understand()
+        if self.run.wants_others and not self.was_ready:
+            self.contact.send('others', self.client.journal.identity)
+        before = 'away' if self.was_ready else 'connecting'
+        self.state, self._seeking.was_ready = 'ready', True
+        self._seeking.tries, self._seeking.away_since = 0, None
+        self.contact.become_ready(home, rsync == b'1')
+        if self.client.results:
+            self._resume()
+        self.run.machine_changed(self, before)
+        self.jobs.start_placed()
+
+    def _resume(self):
+        """Take up what earlier runs, or earlier contacts, have left on the machine."""
+        useless, stray = self.client.journal.remains(self.machine.address)
+        self.collector.forget(*useless)     # of runs that were killed before they could tidy up
+        if stray:
+            self.contact.send('revoke', *stray)
+        self.contact.flows.start(self.jobs.watch())
+        self.collector.add_kept()
+        self.collector.resume()
+
+    def on_staged(self, stage_id):
+        """The machine has all files of a stage."""
+        self.contact.stages.staged(stage_id)
+        self.jobs.start_placed()
+
+    def on_stage_failed(self, _stage_id, why):
+        """The machine could not store the files of a stage."""
+        self.contact.lose(f'the files could not be stored there: {why}')
+
+    def on_others(self, listed=b''):
         """Jobs that other journals claimed; the client's own commands have journals, too."""
+        if not self.run.wants_others:
+            raise WireError('it told of jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
         jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
                          whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
                 for key, word, status, command in zip(*(iter(fields),) * 4)]
+        # Keys become names of files here.
+        jobs = list({job.key: job for job in jobs if KEY.fullmatch(job.key)}.values())
         if jobs:
-            results = self.session.results
+            results = self.client.results
             known = results.identities()
-            done = {record['key'] for name, record in results.jobs.items() if results.is_done(name)}
+            done = {record['key'] for name, record in results.journal.jobs.items()
+                    if results.is_done(name)}
             jobs = [job for job in jobs if job.identity not in known and job.key not in done]
-        self._signal('others', jobs)
+        self.run.others(self, jobs)
 
-    def _on_data(self, what, key, *rest):
-        if what == b'others':
-            self._on_others(key)
-            return
-        key = os.fsdecode(key)
-        if what == b'back':
-            self._fetcher.take_list(key, rest[0].split(b'\0')[:-1])
-        elif what == b'growth' and key in self._running:
-            stream, offset, data = os.fsdecode(rest[0]), int(rest[1]), rest[2]
-            order = self._running[key]
-            if offset == order.offsets[stream] and not order.follower:
-                self._take(order, stream, data)
+    def on_pong(self, _number):
+        """It is there."""
 
-    def _on_finished(self):
+    def on_finished(self):
+        """All is tidy there; a farewell of ssh would take 40 ms."""
         if self.state != 'closing':
             raise WireError('it said that it has finished, unasked')
-        self.state = 'closed'       # all is tidy there; a farewell of ssh would take 40 ms
-        self._channel.end()
-        if self.session.results:
+        self.state = 'closed'
+        self.contact.end()
+        if self.client.results:
             with contextlib.suppress(ResultsError):     # then it is tidied once more
-                self.session.results.tidied(self.machine.address)
-
-
-EVENTS = frozenset(('account', 'broken', 'note', 'probe', 'ready', 'staged', 'stage_failed',
-                    'started', 'refused', 'held', 'lost', 'ended', 'used', 'measured', 'data',
-                    'finished', 'left', 'absent', 'cancelled', 'pong', 'unlistable', 'others'))
+                self.client.journal.tidied(self.machine.address)
 
 
 def need_of(placement):
@@ -5445,1511 +7812,253 @@ def gpu_memory(facts):
     return found
 
 
-# ---- Report: the only place that prints ----
+# ---- As a library: a machine for a program of your own ----
 
-def pinned(command, gpus):
-    """Return the command as it is shown; gpus: the value of CUDA_VISIBLE_DEVICES, or None."""
-    prefix = '' if gpus is None else f'export CUDA_VISIBLE_DEVICES={gpus} && '
-    return prefix + printable(command)
+class MachineRunner:
+    """One machine and what runs there.
 
+    machine_info    a Machine, from find_machine('lab1.yaml')
+    queue_up(command, forward_loc, backward_loc, job_name, …)   start it as soon as possible
+    register_started(callback(job_name))    it runs
+    register_ended(callback(job_name))      it ended, and `ended[job_name]` is its JobResult
 
-class Reporter:
-    """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
+    Further signals: register(event, callback), with the events of SIGNALS.
 
-    def __init__(self, verbose=False, out=None, err=None):
-        self._out, self._err, self.verbose = out or sys.stdout, err or sys.stderr, verbose
-        self._bar = None
-        self.reader_left = False    # nobody reads any more what is printed
-        self.trouble = ''           # or why it cannot be printed
+    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
+    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
+    the channel is no login.
 
-    def line(self, text):
-        """Print one line on stdout, now."""
-        self._print(self._out, text)
-
-    def note(self, text):
-        """Print one line on stderr."""
-        self._print(self._err, text)
-
-    def trace(self, text):
-        """Print one line on stderr, with --verbose."""
-        if self.verbose:
-            self._print(self._err, text)
-
-    def warning(self, text):
-        """Print one line on stderr that begins with WARNING."""
-        self._print(self._err, f'WARNING: {text}')
-
-    def raw(self, stream, data):
-        """Print bytes on stdout or stderr, 'out' or 'err'."""
-        stream = self._out if stream == 'out' else self._err
-        try:
-            stream.flush()
-            stream.buffer.write(data)
-            stream.buffer.flush()
-        except OSError as error:
-            self._silence(stream, error)
-
-    def tint(self, text, number):
-        """Return the text in one of some colours, on a terminal."""
-        return self._coloured(text, 31 + number % 6)
-
-    def sent(self, machine, stage):
-        """The files of a Stage are on the machine."""
-        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
-        left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
-        note = f' (left out: {", ".join(left_out)})' if left_out else ''
-        self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{note}')
-
-    def left(self, machine, name, text):
-        """A job ended, and these processes that it started there did not."""
-        self.note(f'{machine}: {name} ended, but what it started goes on there: {text}')
-
-    def survivors(self, machine, pids):
-        """These were to be ended."""
-        self.note(f'{machine}: could not be ended: process {pids}')
-
-    def unconfirmed(self, machine, name):
-        """A job was to be ended, and nobody knows whether it has."""
-        self.note(f'{name}: could not be confirmed to have ended on {machine}')
-
-    def others(self, machine, word, jobs):
-        """A machine has these OtherJobs.  word: what finds the machine again."""
-        if jobs:
-            running = sum(job.word == 'running' for job in jobs)
-            rest = len(jobs) - running
-            run = f'{"runs" if running == 1 else "run"} there'
-            more = f', and {rest} more {"has" if rest == 1 else "have"} ended' if rest else ''
-            self.note(f'{machine}: {count_of(running or rest, "job")} of an earlier job_results of '
-                      f'this folder {run + more if running else "left results there"}. This run '
-                      'does not use them. To see them: execute_batch '
-                      f'--machines {word} --earlier=show (or =collect, =remove)')
-
-    def started(self, job, gpus, word='started'):
-        """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
-        self.line(f'{word}: {job.name};  {pinned(job.command, gpus)}')
-
-    def running(self, name, machine, since):
-        """A job was found that an earlier run started at this time, or None."""
-        how = '%H:%M' if since and time.time() - since < 86400 / 2 else '%Y-%m-%d %H:%M'
-        since = f' since {time.strftime(how, time.localtime(since))}' if since else ''
-        self.note(f'running: {name} on {machine}{since}')
-
-    def ended(self, job, exit_code):
-        """A job ended."""
-        self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
-
-    def paint(self, text, share):
-        """Return the text in green, yellow or red by the share that is free, on a terminal."""
-        return self._coloured(text, 32 if share > 0.5 else 33 if share > 0.1 else 31)
-
-    def _coloured(self, text, code):
-        plain = not self._out.isatty() or os.environ.get('NO_COLOR')
-        return text if plain else f'\x1b[{code}m{text}\x1b[m'
-
-    def show(self, lines, again):
-        """Print the lines; `again`: in the place of those before, on a terminal."""
-        if again and self._out.isatty():
-            self._out.write('\x1b[H\x1b[2J')
-        for line in lines:
-            self.line(line)
-
-    def begin(self, total):
-        """Show a bar for so many jobs, where there is a terminal."""
-        if self._out.isatty() and self._err.isatty():
-            try:
-                import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm.tqdm(total=total, file=self._err, unit='job', dynamic_ncols=True)
-
-    def progress(self, finished, failed, running, waiting):
-        """Tell the bar how things stand."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f'{finished} finished, {failed} failed, {running} running, '
-                                      f'{waiting} waiting', False)
-            self._bar.update(finished + failed - self._bar.n)
-
-    def end(self):
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def _print(self, stream, text):
-        if self._bar is not None:
-            self._bar.clear()
-        try:
-            stream.write(text + '\n')
-            stream.flush()
-        except OSError as error:    # as in `| head`, or on a full disk: the jobs matter more
-            self._silence(stream, error)
-        except UnicodeEncodeError:
-            stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
-            stream.flush()
-        if self._bar is not None:
-            self._bar.refresh()
-
-    def _silence(self, stream, error):
-        self.reader_left = True
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
-        if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
-            self.trouble = reason_of(error)
-            self.warning(f'what should be printed here cannot be: {self.trouble}')
-
-
-# ---- Scheduler: what waits, and where there is room; starts nothing ----
-
-PATIENCE = 20               # so many later jobs may start before a job that waits for its room
-
-
-def gpus_of(text):
-    """Return the GPUs' indices of a value of CUDA_VISIBLE_DEVICES, or of None."""
-    return tuple(map(int, re.findall('[0-9]+', text or '')))
-
-
-class Hold(NamedTuple):
-    """A machine that is kept for a job: others start there only beside it."""
-    allocation: Allocation          # what the job needs
-    machine: object
-    after: MachineResources         # the machine with that job, once what runs there now has ended
-    beside: dict                    # number of a Placement -> its Placement in `after`
-
-
-class Scheduler:
-    """Owns what waits and what is free.  Machines are any hashable things.
-
-    Jobs start in the order of their lines, but a job that finds room passes those that do not: no
-    machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
-    on which it fits held: from then on only what fits beside it starts there.
-
-    Jobs that need the same wait in one queue.  For each such kind there is a heap of the machines
-    by score.  Its entries may be too good, as scores fall with each job that is placed, and are
-    looked at again when they come up; where a score may have risen, the entry is replaced by one
-    that is better than any.  So placing a job costs about log(machines), however many wait.
+        with MachineRunner(find_machine('lab1')) as runner:
+            runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
+            runner.queue_up('python train.py', ['train.py'], ['model'], 'first')
+            runner.wait()
     """
 
-    def __init__(self):
-        self.resources = {}         # machine -> MachineResources, in the user's order
-        self._places = {}           # machine -> its place in that order: ties break by it
-        self._versions = {}         # machine -> how often its scores may have risen
-        self._waiting = {}          # Allocation -> deque of jobs, in the order of their lines
-        self._heaps = {}            # Allocation -> heap of (-score, place, version, machine)
-        self._passed = collections.Counter()        # Allocation -> starts of later jobs
-        self._hold = None
+    SIGNALS = {                         # event -> the arguments of its callbacks
+        'ready': (), 'measured': (),                    # there is, or may be, a new `capacity`
+        'away': ('reason',),                            # contact was lost, and is looked for
+        'failed': ('reason',),
+        'started': ('job_name',), 'ended': ('job_name',),
+        'collected': ('job_name',),                     # its results are in place here
+        'uncollected': ('job_name',),                   # they could not be fetched
+        'returned': ('job_name', 'reason'),             # it was not started
+        'held': ('job_name',),                          # another batch took its room first
+        'lost': ('job_name', 'reason'),                 # it is gone without a result
+        'absent': ('job_name',),                        # its start never arrived
+        'left': ('job_name', 'text'),                   # what it started did not end with it
+        'survivors': ('text',),                         # processes that could not be ended
+        'sent': ('stage',), 'warning': ('text',),
+    }
+    EVENT_OF = {'running': 'started', 'ended': 'ended', 'collected': 'collected',
+                'kept': 'uncollected', 'returned': 'returned', 'refused': 'returned',
+                'held': 'held', 'lost': 'lost', 'absent': 'absent'}     # by the state in LIFE
+    wants_others = False
 
-    # Machines
+    def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
+        self.machine = machine_info
+        self.ended = {}                     # job name -> JobResult
+        self.session = session or Client(ResultStore('job_results').open(), live=False)
+        self.lives = Lives(self.session.journal, self._changed)
+        self._worker = Worker(machine_info, self.session, number, self)
+        self._worker.run = self
+        self._owns_session = session is None
+        self._callbacks = {event: [] for event in self.SIGNALS}
+        self._spacing_s, self._next_start = spacing_s, 0.0
+        self._queue = collections.deque()   # Attempts that were not handed on
+        self._unheard = set()               # keys of those that ended before their sink has all
 
-    def add_machine(self, machine, place, capacity):
-        """Use this machine, too."""
-        self._places[machine], self._versions[machine] = place, 0
-        self.resources[machine] = MachineResources(capacity)
-        self.resources = {m: self.resources[m] for m in sorted(
-            self.resources, key=self._places.get)}
-        self._risen(machine)
+    def __enter__(self):
+        self.connect()
+        self.probe()
+        return self
 
-    def remove_machine(self, machine):
-        """Place nothing there from now on."""
-        self.resources.pop(machine, None)
-        self._versions.pop(machine, None)
-        if self._hold and self._hold.machine == machine:
-            self._hold = None
+    def __exit__(self, *_):
+        self.close()
+        while self.state == 'closing':
+            self.session.processes.wait()
+        if self._owns_session:
+            self.session.close()
+            self.session.results.close()
 
-    def update(self, machine, capacity):
-        """There is more or less free on the machine than there was."""
-        if machine not in self.resources:
+    # Signals
+
+    def register(self, event, callback):
+        """Have the callback called at each such event, with the arguments that SIGNALS names."""
+        if event not in self.SIGNALS:
+            raise ValueError(f'there is no event {event!r}{nearest(event, self.SIGNALS)}')
+        self._callbacks[event].append(callback)
+
+    def register_started(self, callback):
+        """Have callback(job_name) called when a job runs on the machine."""
+        self.register('started', callback)
+
+    def register_ended(self, callback):
+        """Have callback(job_name) called when a job has ended on the machine."""
+        self.register('ended', callback)
+
+    def _signal(self, event, *values):
+        for callback in self._callbacks[event]:
+            callback(*values)
+
+    def _changed(self, attempt, before):
+        """Tell of an attempt that is in another state."""
+        if before in ('stopping', 'stopped'):
             return
-        self.resources[machine].update(capacity)
-        self._risen(machine)
-        if self._hold and self._hold.machine == machine:
-            self._hold.after.update(capacity)
-            if MachineResources(capacity).short_of(self._hold.allocation):
-                self._hold = None
+        if attempt.state == 'ended':
+            self.ended[attempt.name] = attempt.result
+            if attempt.how.show and not attempt.is_heard:
+                self._unheard.add(attempt.key)      # its sink has the rest when it is collected
+                return
+        elif attempt.key in self._unheard:
+            self._unheard.remove(attempt.key)
+            self._signal('ended', attempt.name)
+        event = self.EVENT_OF.get(attempt.state)
+        if event:
+            self._signal(event, *(attempt.name, attempt.why)[:len(self.SIGNALS[event])])
 
-    def give_back(self, machine, placement):
-        """A job that was placed there has ended."""
-        if machine not in self.resources:
-            return
-        self.resources[machine].deallocate(placement)
-        self._risen(machine)
-        if self._hold and self._hold.machine == machine:
-            beside = self._hold.beside.pop(placement.number, None)
-            if beside:
-                self._hold.after.deallocate(beside)
+    def machine_changed(self, worker, before):
+        """Tell of the machine's state."""
+        event = 'measured' if before == worker.state == 'ready' else worker.state
+        self._signal(event, *(worker.why,)[:len(self.SIGNALS[event])])
+        if worker.state == 'ready':
+            self._start_next()
 
-    def _risen(self, machine):
-        self._versions[machine] += 1
-        entry = (-math.inf, self._places[machine], self._versions[machine], machine)
-        for allocation, heap in self._heaps.items():
-            heapq.heappush(heap, entry)
-            if len(heap) > 4 * len(self.resources) + 100:       # most are out of date
-                self._heaps[allocation] = self._new_heap()
+    def warning(self, text):
+        """Hand on a warning."""
+        self._signal('warning', text)
 
-    def _new_heap(self):
-        heap = [(-math.inf, self._places[machine], self._versions[machine], machine)
-                for machine in self.resources]
-        heapq.heapify(heap)
-        return heap
+    def sent(self, _name, stage):
+        """Hand on that files were sent."""
+        self._signal('sent', stage)
+
+    def left(self, _name, job_name, text):
+        """Hand on which processes outlive their job."""
+        self._signal('left', job_name, text)
+
+    def survivors(self, _name, pids):
+        """Hand on which processes could not be ended."""
+        self._signal('survivors', pids)
+
+    # The machine
+
+    @property
+    def name(self):
+        """The machine's name."""
+        return self.machine.name
+
+    @property
+    def state(self):
+        """The state of the machine, as Worker has it."""
+        return self._worker.state
+
+    @property
+    def reason(self):
+        """Why it failed."""
+        return self._worker.why
+
+    @property
+    def capacity(self):
+        """The Capacity that it had at the last look."""
+        return self._worker.capacity
+
+    def connect(self, want_gpus=True):
+        """Begin to log in."""
+        self._worker.connect(want_gpus)
+        self._start_next()
+
+    def probe(self):
+        """Ask what the machine has; the answer makes it ready."""
+        self._worker.probe()
+
+    def measure(self, within_s=0.0):
+        """Ask again what is free, within this many seconds; the answer is measured()."""
+        self._worker.measure(within_s)
+
+    def close(self):
+        """Have the machine tidied up and the connection closed; its jobs run on."""
+        self._worker.close()
 
     # Jobs
 
-    def add(self, job, first=False):
-        """Have the job wait, among the first of its kind, by its line, if it was taken already."""
-        queue = self._waiting.setdefault(job.allocation, collections.deque())
-        place = 0 if first else len(queue)
-        while place < len(queue) and queue[place].line < job.line:
-            place += 1
-        queue.insert(place, job)
-        if job.allocation not in self._heaps:
-            self._heaps[job.allocation] = self._new_heap()
+    @property
+    def running(self):
+        """The names of the jobs that were started there and have not ended."""
+        return [attempt.name for attempt in self.lives.of(self._worker, *ALIVE)]
 
     @property
-    def waits(self):
-        """How many jobs wait."""
-        return sum(map(len, self._waiting.values()))
-
-    def kinds(self):
-        """Return {Allocation: the jobs that wait for it}, the first line first."""
-        return dict(sorted(((allocation, tuple(queue)) for allocation, queue
-                            in self._waiting.items()), key=lambda item: item[1][0].line))
-
-    def choose(self):
-        """Take and place each job for which there is room; yield (job, machine, Placement)."""
-        held, begun = self._hold, False
-        while not begun or (held and self._hold is not held):   # what was held back may start now
-            held, begun = self._hold, True
-            yield from self._choose()
-
-    def _choose(self):
-        kinds = [(queue[0].line, number, allocation, queue) for number, (allocation, queue)
-                 in enumerate(self._waiting.items())]
-        heapq.heapify(kinds)
-        blocked = []
-        while kinds:
-            _, number, allocation, queue = kinds[0]
-            machine = self._best(allocation)
-            if machine is None:
-                blocked.append(heapq.heappop(kinds)[2])
-                continue
-            job = queue.popleft()
-            placement = self.resources[machine].allocate(allocation)
-            self._passed.pop(allocation, None)
-            if self._hold and allocation == self._hold.allocation:
-                self._hold = None
-            elif self._hold and machine == self._hold.machine:
-                self._hold.beside[placement.number] = self._hold.after.allocate(allocation)
-            if queue:
-                heapq.heapreplace(kinds, (queue[0].line, number, allocation, queue))
-            else:
-                heapq.heappop(kinds)
-                del self._waiting[allocation], self._heaps[allocation]
-            for other in blocked:
-                self._pass(other)
-            yield job, machine, placement
-
-    def _best(self, allocation):
-        """Return the machine that has the best score, None where none has room."""
-        heap, aside, best = self._heaps[allocation], [], None
-        while heap:
-            bound, place, version, machine = heap[0]
-            if version != self._versions.get(machine):
-                heapq.heappop(heap)
-                continue
-            score = self.resources[machine].score(allocation)
-            if score == NO_ROOM:
-                heapq.heappop(heap)
-            elif -score > bound:
-                heapq.heapreplace(heap, (-score, place, version, machine))
-            elif self.keeps_from(machine, allocation):
-                aside.append(heapq.heappop(heap))
-            else:
-                best = machine
-                break
-        for entry in aside:
-            heapq.heappush(heap, entry)
-        return best
-
-    def keeps_from(self, machine, allocation):
-        """Tell whether the machine is held for a job that such another would delay."""
-        hold = self._hold
-        return bool(hold and machine == hold.machine and allocation != hold.allocation
-                    and hold.after.short_of(allocation))
-
-    def _pass(self, allocation):
-        """A later job starts while the first of this kind waits."""
-        self._passed[allocation] += 1
-        if self._passed[allocation] % PATIENCE or self._hold:
-            return
-        for machine, own in sorted(self.resources.items(), key=lambda item: item[1].jobs):
-            after = MachineResources(own.available)
-            if not after.short_of(allocation):
-                after.allocate(allocation)
-                self._hold = Hold(allocation, machine, after, {})
-                return
-
-
-# ---- Batch: the loop ----
-
-LATECOMER_S = 2.0           # so long the first machine that is there waits for the others
-INTERRUPT_S = 10.0
-LIVE_S = 5.0                # while jobs wait, machines are looked at again that often
-CALM_S = 30.0               # and while only GPU jobs run, for what they use
-ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that fails is done without for so long
-TROUBLES = 3                # so many jobs lost in a row are the machine's fault
-PATIENT_TROUBLES = 6        # after so many, half an hour, it is waited for only beside others
-EXPLAIN_S = 5.0             # nothing started for so long: it is said why
-
-
-class Lines(NamedTuple):
-    """What the journal knows of the lines of a batch file; each Job has the name of its results."""
-    waiting: tuple                  # Jobs to run
-    begun: tuple                    # Jobs that an earlier run started, and that are not collected
-    done: tuple                     # Jobs that have results
-    gone: tuple                     # Jobs that were started, but whose line is gone from the file
-    left: tuple                     # names of results whose line is gone
-    usual: dict                     # name of a Job's results -> the name after its line
+    def unfinished(self):
+        """The names of the jobs that run there, or ran there and are not collected."""
+        return [attempt.name for attempt in self.lives.of(
+            self._worker, *UNCOLLECTED)]
 
     @property
-    def jobs(self):
-        """All Jobs, in the order of the file."""
-        return sorted((*self.waiting, *self.begun, *self.done), key=lambda job: job.line)
-
-
-def match_lines(jobs, batch, results):
-    """Return the Lines: which Jobs were run before, by what they run and not by their numbers.
-
-    batch: the stem of the names of its jobs.
-
-    A line has the results that its own command made, with the same files and hardware where the
-    line itself says which.  First each line gets those with its own number, then what is left in
-    the order of the journal; so of equal lines each has its own.  A line that has none is to be
-    run; if another command's results have its name, it gets the next that is free: NAME-2.
-    """
-    known = results.jobs
-    unmatched = dict.fromkeys(name for name in known
-                              if results.is_begun(name) or results.is_done(name))
-    found = {}                          # a job's name after its line -> the name of its results
-
-    def fits(job, name):
-        return known[name]['command'] == job.command and known[name].get('own', job.own) == job.own
-
-    def give(job, name):
-        found[job.name] = name
-        del unmatched[name]
-
-    for job in jobs:
-        if job.name in unmatched and fits(job, job.name):
-            give(job, job.name)
-    by_command = collections.defaultdict(list)
-    for name in unmatched:
-        if is_of_batch(name, known[name], batch):
-            by_command[known[name]['command']].append(name)
-    for job in jobs:
-        names = by_command.get(job.command, ()) if job.name not in found else ()
-        name = next((name for name in names if fits(job, name)), None)
-        if name:
-            names.remove(name)
-            give(job, name)
-    taken, of_lines = set(found.values()), {job.name for job in jobs}
-
-    def is_taken(name, job):
-        return (name in taken or results.is_begun(name) or results.exists(name)
-                or name != job.name and name in of_lines)
-
-    waiting, begun, done, usual = [], [], [], {}
-    for job in jobs:
-        name = found.get(job.name)
-        if name:
-            (begun if results.is_begun(name) else done).append(job._replace(name=name))
-        elif job.name not in known and results.exists(job.name):        # of an unknown command
-            name = job.name
-            done.append(job)
-        else:
-            name = free_name(job.name, functools.partial(is_taken, job=job))
-            taken.add(name)
-            waiting.append(job._replace(name=name))
-        usual[name] = job.name
-    left = [name for name in unmatched if is_of_batch(name, known[name], batch)]
-    gone = [Job(name, known[name]['command'], 0, None, None, as_paths(known[name].get('backwards')))
-            for name in left if results.is_begun(name)]
-    return Lines(*map(tuple, (waiting, begun, done, gone)),
-                 tuple(name for name in left if not results.is_begun(name)), usual)
-
-
-def free_name(name, is_taken):
-    """Return the first of NAME, NAME-2, NAME-3, … for which is_taken(name) is false."""
-    names = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
-    return next(itertools.filterfalse(is_taken, names))
-
-
-def is_of_batch(name, record, batch):
-    """Tell whether the journal's record is of a job of this batch; old records do not say that."""
-    return (record['batch'] == batch if 'batch' in record else
-            bool(re.fullmatch(re.escape(batch) + r'\.[0-9]+', name)))
-
-
-def as_paths(value):
-    """Return the paths to bring back as the journal has them: a list, or None."""
-    return None if value is None else tuple(value)
-
-
-class Batch:
-    """Starts jobs on machines until none is left, and tells how they went.
-
-    First, start every job for which a machine has room.  Second, wait until something happened.
-    Both again, until nothing waits, runs or is on its way back.
-    """
-
-    def __init__(self, jobs, runners, session, reporter, allocation, *, name='', path='',
-                 retries=1, lost_after_s=None, timeout_s=None, halt_after=None):
-        self._retries, self._lost_after_s = retries, lost_after_s
-        self._timeout_s, self._halt_after = timeout_s, halt_after
-        self._retried = collections.Counter()           # job name -> machines that failed it
-        self._troubles = collections.Counter()          # runner -> failures of it in a row
-        self._halted = False
-        self._runners, self._name, self._path = runners, name, path
-        self._session, self._results, self._report = session, session.results, reporter
-        lines = match_lines(jobs, name, self._results)
-        self._lines = lines._replace(gone=tuple(job._replace(
-            allocation=allocation and allocation._replace(gpus=len(gpus_of(
-                self._results.state(job.name)['gpus'])))) for job in lines.gone))
-        self._jobs = {job.name: job for job in (*self._lines.jobs, *self._lines.gone)}
-        self._allocation = allocation           # the batch's own, which the limits are said for
-        self._scheduler = Scheduler()           # what waits, and what is free
-        self._pinned = collections.defaultdict(list)    # address -> jobs claimed there before
-        self._placed = {}                       # job name -> (runner, Placement)
-        self._failures, self._finished = [], set()      # JobResults; names
-        self._failed_before = []                # of the jobs that are skipped
-        self._cancelled = set()                 # names, of an interrupt
-        self._unknown = {}                      # job name -> where it is or was, not collected
-        self._skipped = set()                   # names
-        self._announced, self._late = False, False
-        self._first = {}                        # runner -> Capacity, as it was when it came
-        self._lost_gpus = {}                    # runner -> what was said of GPUs that are none
-        self._last_start, self._explained = time.monotonic(), ('', -math.inf)
-        self._away = {}                         # runner -> which loss of contact is waited for
-        self._resting = set()                   # runners that failed jobs, and are tried again
-        self._freed = set()                     # runners on which a job ended, and none began since
-        self._forwards = None                   # the batch's own
-        self._interval_s = LIVE_S * random.uniform(0.8, 1.2)    # not all batches at the same time
-        self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
-        self.interrupts, self._began = 0, time.monotonic()
-
-    # Before the first start
-
-    def plan(self):
-        """Put each job where it belongs: it waits, was begun in an earlier run, or has results.
-
-        Return the warnings, for after the limits of the machines.
-        """
-        lines = self._lines
-        addresses = {runner.machine.address for runner in self._runners}
-        warnings = []
-        for job in lines.waiting:
-            self._scheduler.add(job)
-        for job in sorted((*lines.begun, *lines.done), key=lambda job: job.line):
-            known = self._results.state(job.name)
-            if not self._results.is_begun(job.name):
-                warnings.append(self._skip(job, known))
-            elif known['machine'] in addresses:
-                self._pinned[known['machine']].append(job)
-            else:
-                warnings.append(
-                    f'WARNING: line {job.line} was started on {known["machine"]} by a run that '
-                    'was cut off; name that machine too, to collect it')
-                self._unknown[job.name] = known['machine']
-        for job in lines.gone:
-            known = self._results.state(job.name)
-            if known['machine'] in addresses:
-                self._pinned[known['machine']].append(job)
-            else:
-                self._unknown[job.name] = known['machine']
-        for runner in self._runners:
-            runner.expected.update(self._results.state(job.name)['key']
-                                   for job in self._pinned[runner.machine.address])
-        self._say_names()
-        return warnings
-
-    def _skip(self, job, known):
-        """Count a job that has results; return the warning."""
-        self._skipped.add(job.name)
-        if known.get('exit_code'):
-            self._failed_before.append(JobResult(
-                job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
-        elsewhere = f' (done as {job.name})' if self._lines.usual[job.name] != job.name else ''
-        return (f'WARNING: job results already exists for line {job.line}{elsewhere}, skipping '
-                'evaluation: delete if you wish to rerun')
-
-    def _say_names(self):
-        """Tell which results get another name, are not whole, or have no record in the journal."""
-        usual = self._lines.usual
-        renamed = [f'line {job.line}: {job.name}' for job in self._lines.waiting
-                   if usual[job.name] != job.name]
-        if renamed:
-            self._report.note('new names for results, because other commands have the usual ones: '
-                              f'{names_of(renamed)}')
-        parts = [(job, here) for job in self._lines.done
-                 for here, missing in [self._results.pieces(job.name)] if missing]
-        if parts:
-            lines = [f'line {job.line}: {" and ".join(here)}' for job, here in parts]
-            paths = itertools.chain.from_iterable(here for _, here in parts)
-            self._report.note(f'only a part of the results is left for {names_of(lines)}. To run '
-                              f'{"this line" if len(parts) == 1 else "these lines"} again: rm -r '
-                              f'{" ".join(paths)}')
-        unknown = [job.name for job in self._lines.done if not self._results.state(job.name)]
-        if unknown:
-            self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
-
-    def say_changed_files(self):
-        """Tell, in one line, if jobs that were run before had other files than jobs get now."""
-        older, changed = [], set()
-        for job in (*self._lines.done, *self._lines.begun):
-            digest = self._results.state(job.name).get('files')
-            now = self._session.manifest(job.forwards)
-            if digest not in (None, now.digest):
-                before = self._results.manifest(digest)
-                paths = set(now.changed(before) if before else ['(not recorded)'])
-                paths.discard(os.path.normpath(self._path))     # whose lines are compared
-                changed |= paths
-                older += [job] if paths else []
-        if older:
-            ended = [job.name for job in older if not self._results.is_begun(job.name)]
-            running = len(older) - len(ended)
-            parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
-            parts += [f'{count_of(running, "running line")} '
-                      f'{"has" if running == 1 else "have"} them'] * bool(running)
-            again = f'. To run them again: {removal_of(ended)}' if ended else ''
-            self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
-                              f'{" and ".join(parts)}{again}')
-
-    @property
-    def has_work(self):
-        """Tell whether any job is left to be run or collected, in whole or in part."""
-        return self._waits > 0 or any(self._results.kept(runner.machine.address)
-                                      for runner in self._runners)
-
-    @property
-    def _waits(self):
-        return self._scheduler.waits + sum(map(len, self._pinned.values()))
-
-    def connect(self, forwards):
-        """Log in to all machines at once."""
-        want_gpus = any(allocation.gpus for allocation in (
-            self._allocation, *self._scheduler.kinds()))
-        for runner in self._runners:
-            runner.register('ready', lambda runner=runner: self._on_ready(runner))
-            runner.register('failed', lambda why, runner=runner: self._on_failed(runner, why))
-            runner.register('sent', functools.partial(self._report.sent, runner.name))
-            runner.register('warning', self._report.warning)
-            runner.register('returned', self._on_returned)
-            runner.register('held', self._on_held)
-            runner.register('absent', self._on_absent)
-            runner.register('away', lambda why, runner=runner: self._on_away(runner, why))
-            runner.register('left', functools.partial(self._report.left, runner.name))
-            runner.register('survivors', functools.partial(self._report.survivors, runner.name))
-            runner.register('measured', lambda runner=runner: self._on_measured(runner))
-            runner.register('others', functools.partial(
-                self._report.others, runner.name, runner.machine.word))
-            runner.register('lost', self._on_lost)
-            runner.register('uncollected', lambda name, runner=runner: self._unknown.update(
-                {name: runner.name}))
-            runner.register('collected', lambda name: self._unknown.pop(name, None))
-            runner.register_started(lambda name: self._on_started(name, 'started'))
-            runner.register('running', lambda name: self._on_started(name, 'running'))
-            runner.register_ended(lambda name, runner=runner: self._on_ended(runner, name))
-            runner.connect(want_gpus)
-        self._forwards = forwards
-        wanted = self._waits_with_files()
-        for runner in self._runners:        # while the logins are under way
-            if wanted:
-                runner.offer(forwards)
-            runner.probe()
-        for job in self._lines.jobs:        # what cannot be read is told before anything starts
-            if forwards:
-                self._session.manifest(job.forwards)
-        lost = forwards and self._session.lost_links({
-            job.forwards for jobs in self._scheduler.kinds().values() for job in jobs})
-        if lost:
-            self._report.warning(lost)
-
-    def _waits_with_files(self, own=None):
-        """Tell whether a job waits that gets the batch's own files, and fits these resources."""
-        return any(job.forwards == self._forwards
-                   for allocation, jobs in self._scheduler.kinds().items()
-                   if own is None or not own.short_of(allocation) for job in jobs)
-
-    def settle(self):
-        """Wait until each machine answered or failed, latecomers aside; raise if none is usable."""
-        while not self.interrupts and (self._count('connecting') and not (
-                self._late and self._count('ready'))):
-            self._session.processes.wait()
-        if self.interrupts:
-            self.tell_unanswered()
-            raise KeyboardInterrupt
-        if not self._count('ready'):
-            raise SchedulerError('no machine can be used.')
-
-    def tell_unanswered(self):
-        """Name each machine of which nothing was said yet, since it has not answered."""
-        for runner in self._runners:
-            if (runner.state == 'connecting' and runner not in self._first
-                    and not self._troubles[runner]):
-                so = 'interrupted' if self.interrupts else 'the batch ended without it'
-                self._report.note(f'{runner.name}: {runner.unanswered(f"; {so}")}')
-
-    def _count(self, state):
-        return sum(1 for runner in self._runners if runner.state == state)
-
-    def announce(self):
-        """Say what there is; raise if a job would fit on no machine even when it is idle."""
-        ready = [runner for runner in self._runners if runner.state == 'ready']
-        self._announced = True
-        self._say_limits(ready)
-        if not self._count('connecting'):
-            self._refuse_impossible()
-
-    def adopt(self):
-        """Go on with the jobs that an earlier run started on the machines that are there."""
-        for runner in tuple(self._scheduler.resources):
-            self._adopt(runner)
-
-    def _say_limits(self, runners):
-        limits, choices = {}, []
-        for runner in runners:
-            count, gpus = room_for(runner.capacity, self._allocation)
-            limits[runner.name] = count
-            choices.append(gpus)
-        self._report.line(f'machine limits:  {limits}')
-        self._report.line(f'machine gpu choices: {choices}')
-
-    def _refuse_impossible(self):
-        """Raise if jobs wait that would not even fit on a machine that nobody uses."""
-        empty = [(runner, MachineResources(self._at_best(runner)))
-                 for runner in self._runners if runner.state == 'ready']
-        for allocation, queue in self._scheduler.kinds().items():
-            if any(not own.short_of(allocation) for _, own in empty):
-                continue
-            lines = f'line {queue[0].line}' + (
-                f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
-            why = '; '.join(f'{runner.name} {own.why_not(allocation)}' for runner, own in empty)
-            hint = ('' if not allocation.gpus or any(own.available.gpus for _, own in empty) else
-                    ' For jobs that need no GPU: --no-gpu-required')
-            when = 'even when nobody uses it' if self._session.live else 'free'
-            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
-                             f'{when}: {sentence(why)}{hint}')
-
-    def _at_best(self, runner):
-        """Return what it may have free once: while jobs wait, machines are looked at again."""
-        return idle(self._first[runner]) if self._session.live else runner.capacity
-
-    def dry_run(self):
-        """Say what would start where, now."""
-        self.tell_unanswered()
-        for job, runner, placement in self._scheduler.choose():
-            self._report.line(f'would start: {job.name} on {runner.name};  '
-                              f'{pinned(job.command, placement.visible_gpus)}')
-        for queue in self._scheduler.kinds().values():
-            for job in queue:
-                self._report.line(f'would wait: {job.name};  {printable(job.command)}')
-
-    # The loop
-
-    def run(self):
-        """Run all jobs; return the exit status."""
-        self._report.begin(len(self._jobs) - len(self._skipped))
-        self._session.processes.call_later(EXPLAIN_S, self._explain)
-        try:
-            while self._unfinished() and not self.interrupts:
-                if not self._halted:
-                    self._place()
-                elif not self._placed and not self._busy:
-                    break
-                if self._stuck():
-                    break
-                self._look_again()
-                self._show_progress()
-                self._session.processes.wait()
-            if self.interrupts:
-                self._report.note('interrupted: ending all jobs (once more: leave them)')
-                self._cancel()
-        finally:
-            self._show_progress()
-            self._report.end()
-        self._check_books()
-        return self._summary()
-
-    def interrupt(self, *_):
-        """Stop, in good order; a second time: now.  A signal handler."""
-        self.interrupts += 1
-        self._session.processes.wake()
-
-    def _unfinished(self):
-        return self._waits or self._busy
-
-    @property
-    def _busy(self):
-        return any(runner.busy for runner in self._runners
-                   if runner.state in ('ready', 'away', 'connecting'))
-
-    def _place(self):
-        for job, runner, placement in self._scheduler.choose():
-            if self._report.verbose:
-                scores = ', '.join(f'{other.name} {own.score(job.allocation):.2f}'
-                                   for other, own in self._scheduler.resources.items())
-                self._report.trace(f'{job.name}: to {runner.name}; scores for another such job: '
-                                   f'{scores}')
-            self._start(job, runner, placement, self._results.state(job.name).get('attempt', 0) + 1)
-
-    def _start(self, job, runner, placement, attempt, adopt=False):
-        self._last_start = time.monotonic()
-        self._freed.discard(runner)
-        self._placed[job.name] = (runner, placement)
-        forwards = job.forwards or Forwards((), ())
-        noted = {'where': runner.machine.word, 'batch': self._name, 'own': job.own,
-                 'backwards': job.backwards}
-        runner.queue_up(job.command, forwards.copy, job.backwards, job.name,
-                        link_loc=forwards.link, exclude=forwards.exclude,
-                        gpus=placement.visible_gpus, attempt=attempt, placement=placement,
-                        adopt=adopt, timeout_s=self._timeout_s, noted=noted)
-
-    def _adopt(self, runner):
-        """Go on with what an earlier run started there: it has its room already."""
-        for job in self._pinned.pop(runner.machine.address, ()):
-            known = self._results.state(job.name)
-            placement = self._scheduler.resources[runner].adopt(job.allocation,
-                                                                gpus_of(known.get('gpus')))
-            self._start(job, runner, placement, known['attempt'], adopt=True)
-
-    def _stuck(self):
-        """Tell, and say, whether jobs wait that no machine that is left could take."""
-        if not self._waits or self._placed or self._count('connecting') or self._count(
-                'away') or self._busy:
-            return False
-        usable = [MachineResources(self._at_best(runner)) for runner in (
-            *self._scheduler.resources, *(runner for runner in self._resting
-                                          if self._troubles[runner] <= PATIENT_TROUBLES))]
-        if any(not own.short_of(kind) for own in usable for kind in self._scheduler.kinds()):
-            return False
-        left = self._scheduler.waits
-        if left:
-            self._report.note(f'{count_of(left, "job")} not started: no machine is left that '
-                              'could run them. Run the same command again when there is one.')
-        return True
-
-    def _look_again(self):
-        """While jobs wait, see to it that machines are looked at again."""
-        if not self._session.live:
-            return
-        if self._scheduler.waits:
-            for runner in self._scheduler.resources:
-                runner.measure(0 if runner in self._freed else self._interval_s)
-        else:
-            for runner in {runner for runner, placement in self._placed.values() if placement.gpus}:
-                runner.measure(CALM_S)
-        self._freed.clear()
-
-    def _explain(self):
-        """Say why nothing starts, when that is news."""
-        self._session.processes.call_later(EXPLAIN_S / 2, self._explain)
-        now = time.monotonic()
-        if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
-                or self.interrupts):
-            return
-        text = '\n'.join(self._waits_for(allocation, jobs)
-                         for allocation, jobs in self._scheduler.kinds().items())
-        if text != self._explained[0]:
-            self._explained = (text, now)
-            if text:
-                self._report.note(text)
-
-    def _waits_for(self, allocation, jobs):
-        """Return for what these jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by …'"""
-        reasons, shorts = collections.defaultdict(list), set()
-        for runner, own in self._scheduler.resources.items():
-            short = own.short_of(allocation)
-            shorts.add(short)
-            reasons[own.holder(allocation) if short else 'is kept for a job that waits longer'
-                    ].append(runner.name)
-        what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
-                'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
-                if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
-        machines = '; '.join(f'{names_of(names)} {reason}' for reason, names in reasons.items())
-        return (f'waiting: {count_of(len(jobs), "job")} for {what or describe(allocation)}: '
-                f'{machines or "no machine is there"}')
-
-    def _give_back(self, name):
-        runner, placement = self._placed.pop(name)
-        self._scheduler.give_back(runner, placement)
-        return runner
-
-    def _check_books(self):
-        """Every allocation was given back, or its machine is gone."""
-        for runner, own in self._scheduler.resources.items():
-            if runner.state == 'ready':
-                out = sum(1 for where, _ in self._placed.values() if where is runner)
-                assert own.jobs == out, f'{runner.name}: allocations leaked [this is a bug]'
-
-    # What the machines say
-
-    def _on_ready(self, runner):
-        again = runner in self._first
-        self._first[runner] = runner.capacity
-        self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
-        self._tell_lost_gpus(runner)
-        if again:
-            self._take_back(runner)
-            return
-        if self._waits_with_files(MachineResources(self._at_best(runner))):
-            runner.prepare(self._forwards)      # now, though there may be no room yet
-        if self._announced:
-            self._say_limits([runner])
-            self._adopt(runner)
-        elif self._count('ready') == 1:
-            self._session.processes.call_later(LATECOMER_S, self._on_late)
-
-    def _take_back(self, runner):
-        """There is contact again: its jobs have their room there."""
-        self._report.note(f'{runner.name}: in contact again '
-                          f'({count_of(len(runner.running), "job")} there)')
-        self._count_again(runner)
-        self._adopt(runner)
-        if self.interrupts:             # what has ended meanwhile is told first
-            self._session.processes.call_later(
-                1, lambda: runner.state == 'ready' and runner.cancel())
-
-    def _count_again(self, runner):
-        """What runs there has its room there, in books that are new."""
-        for name, (where, before) in list(self._placed.items()):
-            if where is runner:
-                self._placed[name] = (runner, self._scheduler.resources[runner].adopt(
-                    before.allocation, before.gpus))
-
-    def _on_away(self, runner, why):
-        self._scheduler.remove_machine(runner)
-        self._resting.discard(runner)       # back in contact, it is tried at once
-        names = runner.unfinished
-        self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} '
-                          f'{"goes" if len(names) == 1 else "go"} on there): {sentence(why)} '
-                          'Trying again.')
-        if self._lost_after_s is not None:
-            began = object()
-            self._away[runner] = began
-            self._session.processes.call_later(
-                self._lost_after_s, lambda: self._away.get(runner) is began
-                and self._give_up(runner))
-
-    def _give_up(self, runner):
-        """So long there was no contact that its jobs are started elsewhere (--lost-after)."""
-        if runner.state == 'ready':
-            return
-        names = runner.abandon()
-        if names:
-            self._report.note(f'{runner.name}: no contact for {self._lost_after_s:g} s: '
-                              f'{count_of(len(names), "job")} will be started elsewhere, and ended '
-                              'there when it is back')
-        for name in names:
-            self._placed.pop(name, None)
-            self._wait_again(name)
-
-    def _wait_again(self, name):
-        """Have a job wait that has no result, unless its line is gone from the file."""
-        if self._jobs[name].forwards is not None:
-            self._scheduler.add(self._jobs[name], first=True)
-        else:
-            del self._jobs[name]
-
-    def _on_absent(self, name):
-        """It never began: contact was lost, or we were killed, right before."""
-        self._give_back(name)
-        self._wait_again(name)
-
-    def _on_late(self):
-        self._late = True
-
-    def _on_measured(self, runner):
-        self._scheduler.update(runner, runner.capacity)
-        self._tell_lost_gpus(runner)
-
-    def _tell_lost_gpus(self, runner):
-        """Say, when it is news, that only a part of a machine's GPUs can be used."""
-        have = runner.capacity
-        if have and have.lost_gpus and have.lost_gpus != self._lost_gpus.get(runner):
-            self._report.note(f'{runner.name} {have.lost_gpus}; '
-                              f'{count_of(len(have.gpus), "other GPU")} can be used.')
-        self._lost_gpus[runner] = have and have.lost_gpus
-
-    def _on_failed(self, runner, why):
-        self._scheduler.remove_machine(runner)
-        self._resting.discard(runner)
-        names = runner.unfinished
-        if names:
-            self._report.note(f'{runner.name}: lost contact ({count_of(len(names), "job")} may go '
-                              f'on there): {sentence(why)}')
-            self._unknown.update((name, runner.name) for name in names)
-            for name in names:
-                self._placed.pop(name, None)
-        else:
-            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
-        if runner.same_as:      # what an earlier run started by this name is found by the other
-            self._pinned[runner.same_as.machine.address] += self._pinned.pop(
-                runner.machine.address, ())
-            if self._announced and runner.same_as in self._scheduler.resources:
-                self._adopt(runner.same_as)
-        if runner.again == 'later' and runner not in self._first:
-            self._troubles[runner] += 1
-            self._set_aside(runner, runner.reconnect)
-        if self._announced and not self._count('connecting') and self._scheduler.resources:
-            self._note_impossible()
-
-    def _set_aside(self, runner, try_again):
-        """Do without the machine for a while, the longer the more often it failed in a row."""
-        delay_s = min(ASIDE_S * 2 ** (self._troubles[runner] - 1), LONGEST_ASIDE_S)
-        self._session.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
-
-    def _note_impossible(self):
-        try:
-            self._refuse_impossible()
-        except DoesNotFit as error:
-            self._report.note(f'{error}')
-
-    def _on_started(self, name, word):
-        _, placement = self._placed[name]
-        self._report.started(self._jobs[name], placement.visible_gpus, word)
-
-    def _on_ended(self, runner, name):
-        result = runner.ended.pop(name)
-        self._give_back(name)
-        if result.exit_code:
-            self._failures.append(result)
-            self._halt()
-        else:
-            self._finished.add(name)
-        self._troubles.pop(runner, None)
-        self._report.ended(self._jobs[name], result.exit_code)
-        seen = self._peaks.setdefault(self._jobs[name].allocation, [[], []])
-        if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
-            for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
-                peaks += [mb] if mb is not None else []
-        self._freed.add(runner)
-
-    def _on_returned(self, name, why):
-        runner = self._give_back(name)
-        if self.interrupts:
-            return
-        self._wait_again(name)
-        if runner.state == 'ready' and runner not in self._resting:
-            self._troubles[runner] += 1
-            self._rest(runner, f'it cannot start {name}: {why}')
-
-    def _rest(self, runner, why):
-        """Place nothing there for a while; what runs there goes on."""
-        if runner.state == 'ready' and runner in self._scheduler.resources:
-            self._scheduler.remove_machine(runner)
-            self._resting.add(runner)
-            self._report.note(f'{runner.name}: gets no more jobs for a while: {sentence(why)}')
-            self._set_aside(runner, lambda: self._bring_back(runner))
-
-    def _bring_back(self, runner):
-        """Use a machine again that was set aside."""
-        self._resting.discard(runner)
-        if runner.state == 'ready' and runner not in self._scheduler.resources:
-            self._scheduler.add_machine(runner, self._runners.index(runner), runner.capacity)
-            self._count_again(runner)
-            self._adopt(runner)
-
-    def _halt(self):
-        if self._halt_after and len(self._failures) >= self._halt_after and not self._halted:
-            self._halted = True
-            self._report.note(f'{count_of(len(self._failures), "job")} failed: no more are started '
-                              '(--halt-after)')
-
-    def _on_held(self, name):
-        """Another batch took that room first; look again before the next start there."""
-        runner = self._give_back(name)
-        self._wait_again(name)
-        self._scheduler.update(runner, runner.capacity._replace(reserved=True))
-        runner.measure(random.uniform(1, 3))        # so that two do not step back for ever
-
-    def _on_lost(self, name, why):
-        """Its machine failed it: it is gone there, for certain, without a result."""
-        runner = self._give_back(name)
-        if self.interrupts:
-            return
-        self._retried[name] += 1
-        if self._jobs[name].forwards is None:
-            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} Its line is not in '
-                              'the batch file any more, so it is not started again.')
-            self._wait_again(name)
-        elif self._retried[name] <= self._retries:
-            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} It will be started '
-                              'again.')
-            self._wait_again(name)
-        else:
-            self._failures.append(JobResult(name, runner.name, -1, 0.0))
-            self._report.line(f'failed: {name}; {printable(self._jobs[name].command)}')
-            self._report.note(f'{name}: lost on {runner.name}: {sentence(why)} The same command '
-                              'starts it again.')
-            self._halt()
-        self._troubles[runner] += 1
-        if self._troubles[runner] >= TROUBLES:
-            self._rest(runner, f'it lost {self._troubles[runner]} in a row')
-
-    # The end
-
-    def end_all(self, claimed):
-        """End what an earlier run has started; say what became of each; return the exit status.
-
-        claimed: {job name: what the journal knows of it}
-        """
-        self.interrupts = 1            # nothing that happens from now on starts anything
-        unsure = {name for name, known in claimed.items()       # to the client that ended them
-                  if known['key'] in self._results.remains(known['machine'])[1]}
-
-        def adopt(runner, named):       # what was started by this name of the runner's account
-            names = {other.machine.address for other in self._runners
-                     if other is named or other.same_as is named}
-            for name, known in claimed.items():
-                if known['machine'] in names and self._results.is_begun(name):
-                    runner.queue_up(known['command'], (), self._jobs[name].backwards, name,
-                                    attempt=known['attempt'], adopt=True)
-
-        def failed(runner, why):
-            self._report.note(f'{runner.name}: cannot be used: {sentence(why)}')
-            if runner.same_as:
-                adopt(runner.same_as, runner)
-
-        for runner in self._runners:
-            runner.register('warning', self._report.warning)
-            runner.register('failed', functools.partial(failed, runner))
-            runner.register('survivors', functools.partial(self._report.survivors, runner.name))
-            runner.connect(False)
-            runner.enter()
-            adopt(runner, runner)
-        self._session.wait_while(
-            lambda: any(runner.state == 'connecting' or runner.state == 'ready' and (
-                runner.unsettled or runner.busy and not runner.running)
-                for runner in self._runners),
-            time.monotonic() + CONNECT_LIMIT_S, lambda: self.interrupts > 1)
-        running = {name: runner for runner in self._runners for name in runner.running}
-        unsure |= self._cancel() if running else set()
-        left = 0
-        for name, known in claimed.items():
-            state = self._results.state(name)['state'] if name not in unsure else ''
-            what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
-                    'lost': 'did not run'}.get(state)
-            left += what is None
-            self._report.line(f'{name}: {what or "not known to have ended"}, on '
-                              f'{known.get("where") or known["machine"]}')
-        self._report.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have '
-                          'ended')
-        return 130 if self.interrupts > 1 else 1 if left else 0
-
-    def _cancel(self):
-        """End all jobs everywhere, within a time; say and return what may not have ended."""
-        running = [(name, runner) for runner in self._runners for name in runner.running]
-        placed = list(self._placed)
-        for runner in self._runners:
-            if runner.state == 'ready':
-                runner.cancel()
-        self._session.wait_while(
-            lambda: any(runner.state == 'ready' and (runner.busy or runner.cancelling)
-                        for runner in self._runners),
-            time.monotonic() + INTERRUPT_S, lambda: self.interrupts > 1)
-        unsure = {name for name, runner in running if name in runner.running}
-        for name, runner in running:
-            if name in unsure:
-                self._report.unconfirmed(runner.name, name)
-            # What was told to end is no failure of its own, should the next run find it ended: that
-            # run ends what is left of it, and starts it again.
-            if runner.cancelled if name in unsure else (
-                    self._results.state(name).get('state') in ('claimed', 'lost')):
-                self._results.set_aside(name)
-            if name in self._placed:        # not of a machine that was lost before
-                self._give_back(name)
-        for runner in self._runners:
-            self._unknown.update((name, runner.name) for name in runner.unfinished)
-        self._cancelled = {name for name in placed
-                           if self._results.state(name).get('state') == 'cancelled'}
-        for name in self._cancelled:
-            self._unknown.pop(name, None)
-        return unsure
-
-    def _show_progress(self):
-        self._report.progress(len(self._finished), len(self._failures), len(self._placed),
-                              self._waits)
-
-    def _fates(self):
-        """Return how many jobs there are of each fate, in the words of the summary."""
-        fates = dict.fromkeys(self._jobs, 'not started')
-        for fate, names in (
-                ('skipped', self._skipped), ('failed', [job.name for job in self._failures]),
-                ('finished', self._finished), ('cancelled', self._cancelled),
-                ('not collected', self._unknown)):
-            fates.update(dict.fromkeys(names, fate))
-        return collections.Counter(fates.values())
-
-    def _summary(self):
-        """Print how it went; return the exit status."""
-        self.tell_unanswered()
-        for address, queue in self._pinned.items():     # whose machine never came
-            self._unknown.update((job.name, address) for job in queue)
-        fates = self._fates()
-        before = f' ({len(self._failed_before)} of them failed)' if self._failed_before else ''
-        counts = [f'{fates[fate]} {fate}{before if fate == "skipped" else ""}' for fate in (
-            'finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
-            if fates[fate] or fate in ('finished', 'failed')]
-        word = 'interrupted' if self.interrupts else 'done'
-        self._report.line(f'{word}: {count_of(len(self._jobs), "job")}: {", ".join(counts)}, '
-                          f'{time.monotonic() - self._began:.1f} s')
-        if self._cancelled:
-            self._report.note(
-                f'partial results of {count_of(len(self._cancelled), "cancelled job")} are in '
-                f'{self._results.own}/cancelled. The same command runs these jobs from the start')
-        for result in (*self._failures, *self._failed_before):
-            if result.exit_code >= 0:
-                when = ', in an earlier run' if result in self._failed_before else ''
-                err = os.path.join(self._results.folder, f'{result.name}.err')
-                self._report.line(f'{result.name}: exit code {result.exit_code} on '
-                                  f'{result.machine}{when}, see {err}')
-        for advice in self._advice():
-            self._report.note(advice)
-        left = [*self._lines.left, *(job.name for job in self._lines.gone
-                                     if self._results.is_done(job.name))]
-        if left:
-            self._report.note(f'the results of {count_of(len(left), "line")} that '
-                              f'{"is" if len(left) == 1 else "are"} no longer in the batch file '
-                              f'stay in {self._results.folder}: {names_of(left)}')
-        for name, machine in self._unknown.items():
-            known = '' if self._results.state(name)['state'] == 'ended' else 'not known to have '
-            self._report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
-                              'collect it')
-        if self.interrupts:
-            return 130
-        failed = self._failures or self._failed_before
-        return 1 if failed or self._unknown or fates['not started'] else 0
-
-    def _advice(self):
-        """Yield a line for each kind of job that asked for far more memory than it used."""
-        for allocation, (memory, gpu_memory) in self._peaks.items():
-            less = allocation._replace(
-                memory_mb=enough(allocation.memory_mb, memory),
-                gpu_memory_mb=allocation.gpu_memory_mb if allocation.reserve_gpu else
-                enough(allocation.gpu_memory_mb, gpu_memory))
-            options = [(option, used, asked, new) for option, used, asked, new in (
-                ('memory', memory, allocation.memory_mb, less.memory_mb),
-                ('gpu-memory', gpu_memory, allocation.gpu_memory_mb, less.gpu_memory_mb))
-                if new < asked]
-            count = sum(1 for job in self._jobs.values() if job.allocation == allocation)
-            for runner in self._scheduler.resources if options else ():
-                before, _ = room_for(runner.capacity, allocation)
-                after, _ = room_for(runner.capacity, less)
-                if after > before and count > before:
-                    used = '; '.join(f'asked {asked} MB{" of a GPU" if "gpu" in option else ""}, '
-                                     f'used at most {max(used)}'
-                                     for option, used, asked, _ in options)
-                    words = ' '.join(f'--{option}-required={new}' for option, *_, new in options)
-                    yield f'{used}: with {words} {runner.name} would run {after} at once'
-                    break
-
-
-def enough(asked_mb, seen_mb):
-    """Return what to ask for after such peaks: a good deal above them; asked_mb if not far off."""
-    if not seen_mb:
-        return asked_mb
-    wanted = max(seen_mb) * 1.2
-    step = 10 ** max(len(str(int(wanted))) - 1, 2) // (2 if wanted >= 1000 else 1)
-    rounded = math.ceil(max(wanted, 1) / step) * step
-    return rounded if rounded <= asked_mb / 2 else asked_mb
-
-
-def removal_of(names):
-    """Return the shell command that removes the results of these jobs, as short as may be."""
-    numbers, words = collections.defaultdict(list), []
-    for name in names:
-        stem, _, end = name.rpartition('.')
-        if end.isdigit():
-            numbers[stem].append(int(end))
-        else:
-            words.append(name)
-    for stem, found in numbers.items():
-        ranges = []
-        for number in sorted(found):
-            if ranges and ranges[-1][1] == number - 1:
-                ranges[-1][1] = number
-            else:
-                ranges.append([number, number])
-        parts = [f'{low}' if low == high else f'{low},{high}' if high == low + 1 else
-                 f'{{{low}..{high}}}' for low, high in ranges]
-        text = ','.join(parts)
-        words.append(f'{stem}.' + (f'{{{text}}}' if ',' in text else text))
-    return 'rm -rf ' + ' '.join(f'job_results/{word}{{,.out,.err}}' for word in words)
-
-
-def names_of(names):
-    """Return 'a', 'a, b' or 'a and 5 more': for a line on the screen."""
-    return ', '.join(names) if len(names) < 4 else f'{names[0]} and {len(names) - 1} more'
-
-
-# ---- Fan-out: one command on its machines, at once, and what it says ----
-
-LAST_WORDS_S = 5.0          # what a job that was ended has said comes for so long
-
-
-class Outlet:
-    """Our standard streams, for what a command says over there: it is passed on unchanged."""
-
-    def __init__(self, processes):
-        self.reader_left = False        # nobody reads any more what is said
-        self.trouble = ''               # or why it cannot be written
-        self._processes = processes
-
-    def take(self, stream, data):
-        """Write it all, however slowly it is read; once interrupted, only what is read at once."""
-        try:
-            if not self.reader_left:
-                self._processes.write_out(1 if stream == 'out' else 2, data)
-        except OSError as error:
-            self.reader_left = True
-            if error.errno != errno.EPIPE:
-                self.trouble = f'its std{stream} cannot be written here: {reason_of(error)}'
-            self._processes.wake()
-
-    def end(self):
-        """Nothing more comes."""
-
-
-class Prefixer:
-    """What a command says on one machine, in whole lines that begin with the machine's name."""
-
-    def __init__(self, reporter, head):
-        self._reporter, self._head = reporter, head.encode() + b' '
-        self._rest = {'out': b'', 'err': b''}
-
-    def take(self, stream, data):
-        """Print the lines that are complete with these bytes; very long ones come in parts."""
-        *lines, rest = (self._rest[stream] + data).split(b'\n')
-        if len(rest) > LONGEST_LINE:
-            lines, rest = [*lines, rest], b''
-        self._rest[stream] = rest
-        self._print(stream, lines)
-
-    def end(self):
-        """Print what is left without an end of line."""
-        for stream, rest in self._rest.items():
-            self._print(stream, [rest] if rest else [])
-        self._rest = {'out': b'', 'err': b''}
-
-    def _print(self, stream, lines):
-        # Of what a progress bar has drawn over and over, the last is left.
-        shown = [line.rstrip(b'\r').rpartition(b'\r')[2] for line in lines]
-        if shown:
-            self._reporter.raw(stream, b''.join(self._head + line + b'\n' for line in shown))
-
-
-class Fanout:
-    """Runs one job on each of some machines, on all at once, and knows how it went there.
-
-    jobs       {MachineRunner: Job}
-    sinks      {MachineRunner: an object that has take(stream, bytes) and end()}, or nothing
-    outcomes   {MachineRunner: (word, exit code or reason)}; the word is ended, failed (it could not
-               be started, or its results not be fetched), impossible (it fits there never),
-               unreachable, left out (another name of its account is used), lost, timed out, or
-               absent
-    how        further arguments of queue_up for every job
-
-    First it begins with as many machines as may be busy at a time.  Then it waits until something
-    happens.  Both again, until each machine has an outcome and all results are here.
-    """
-
-    def __init__(self, jobs, session, reporter, sinks, *, allocation=None, at_once=1,
-                 timeout_s=None, attempt=None, tied=False, **how):
-        self._jobs, self._sinks, self._how = jobs, sinks, how
-        self._tied = tied                   # the jobs end when we do
-        self._session, self._report = session, reporter
-        self._allocation = allocation       # what has to be free there first, or None
-        self._at_once, self._timeout_s = at_once, timeout_s
-        self._attempt = attempt             # of jobs that an earlier run has started, or None
-        self._waiting = collections.deque(jobs)
-        self._begun = []
-        self._explained = False
-        self.outcomes = {}
-        self.started = set()                # MachineRunners
-        self._met = set()                   # those that were in contact
-        self.interrupts = 0
-
-    def interrupt(self, *_):
-        """Stop, in good order; a second time: now.  A signal handler."""
-        self.interrupts += 1
-        self._session.processes.wake()
-
-    def run(self, enough=lambda: False):
-        """Run all of it, at most until enough()."""
-        lost = self._attempt is None and self._session.lost_links({
-            job.forwards for job in self._jobs.values()})
-        if lost:
-            self._report.warning(lost)
-        while not self.interrupts and not enough() and (
-                len(self.outcomes) < len(self._jobs) or any(map(self._works, self._begun))):
-            while self._waiting and sum(map(self._works, self._begun)) < self._at_once:
-                self._begun.append(self._waiting[0])
-                self._begin(self._waiting.popleft())
-            self._session.processes.wait()
-            for runner in self._begun:
-                if runner in self.outcomes and not runner.busy and not runner.cancelling:
-                    if runner in self._sinks:
-                        self._sinks[runner].end()
-                    runner.close()
-
-    def awaited(self):
-        """Return {MachineRunner: how far it has come} of those without an outcome."""
-        return {runner: 'not begun' if runner not in self._begun else
-                runner.unanswered() if runner.state == 'connecting' else
-                'the command ran' if runner in self.started else 'the command had not started'
-                for runner in self._jobs if runner not in self.outcomes}
+    def busy(self):
+        """Tell whether a job is not yet started, running, or not yet collected."""
+        return self._worker.busy
+
+    def wait(self):
+        """Wait until all jobs that were queued are collected; raise if the machine fails."""
+        while self.busy and self.state not in ('failed', 'closed'):
+            self.session.processes.wait()
+        if self.state == 'failed':
+            raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
 
     def cancel(self):
-        """End what runs, everywhere, within a time; say what could not be ended."""
-        runners = [runner for runner in self._begun if runner.state == 'ready']
-        for runner in runners:
-            runner.cancel()
-        until = time.monotonic() + INTERRUPT_S
+        """End all jobs there, with all that they started; give back those not started.
 
-        def wait(until, unfinished):
-            self._session.wait_while(
-                lambda: any(runner.state == 'ready' and unfinished(runner) for runner in runners),
-                until, lambda: self.interrupts > 1)
+        Without contact only those not started are given back.
+        What the others leave is set aside, and their end is no signal.  survivors(text) is, if
+        something could not be ended.
+        """
+        self._worker.stop()
 
-        wait(until, lambda runner: runner.running or runner.cancelling)
-        wait(time.monotonic() + LAST_WORDS_S, lambda runner: runner.busy)
-        for runner in runners:
-            runner.leave_rest()
-        wait(until, lambda runner: runner.busy)
-        for runner in self._begun:
-            for name in runner.running:
-                self._report.unconfirmed(runner.name, name)
+    def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
+                 exclude=(), gpus=None, placement=None, sink=None, keep=True, mode='',
+                 source=None, timeout_s=None):
+        """Start the bash command there as soon as its files are.
 
-    def _works(self, runner):
-        """Tell whether it is still of use to wait for this machine."""
-        return (runner.state in ('connecting', 'closing') or runner not in self.outcomes
-                or runner.state == 'ready' and (runner.busy or runner.cancelling))
+        forward_loc, link_loc  paths here, to copy or to link into the job's folder
+        backward_loc           paths in its folder to bring back; None: what it made or changed
+        job_name               the stem of its results' names; each name once in a job_results
+        gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
+        placement              what MachineResources gave it: other batches then count with it
+        sink                   called with 'out' or 'err' and bytes, as they come, from the first on
+        keep                   its streams are put into job_results, even though they have a sink
+        mode                   'stdin': its input is what comes from the file descriptor `source`,
+                               else it is empty
+        timeout_s              seconds that it may run; then it is ended, with exit status 124
+        """
+        job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
+        check_job_name(job_name, 'queue_up', 200)
+        forwards = Forwards(inside_paths(forward_loc, 'forward_loc'),
+                            inside_paths(link_loc, 'link_loc'), tuple(exclude))
+        backwards = None if backward_loc is None else inside_paths(backward_loc, 'backward_loc')
+        if self.state != 'new':
+            self._worker.prepare(forwards)
+        attempt = self.session.journal.new_attempt(
+            Job(job_name, command, 0, None, forwards, backwards), self._worker,
+            How(mode, source, timeout_s, keep, sink), gpus)
+        attempt.placement = placement
+        self.lives.move(attempt, 'placed')
+        self._queue.append(attempt)
+        self._start_next()
 
-    def _begin(self, runner):
-        job = self._jobs[runner]
+    def _start_next(self):
+        """Hand on the jobs that are to be started, with time between them."""
+        now = time.monotonic()
+        while self._queue and self._may_start(now):
+            attempt = self._queue.popleft()
+            if attempt.state == 'placed':   # else it was returned
+                self._next_start = now + self._spacing_s
+                self._worker.start(attempt)
+        if self._queue and self._spacing_s and self.state == 'ready':
+            self.session.processes.call_later(self._next_start - now, self._start_next)
 
-        def say(text):
-            self._report.note(f'{runner.name}: {text}')
-
-        runner.register('ready', lambda: self._on_ready(runner))
-        runner.register('measured', lambda: self._place(runner))
-        runner.register('failed', lambda why: self._on_failed(runner, why))
-        runner.register('sent', functools.partial(self._report.sent, runner.name))
-        runner.register('warning', self._report.warning)
-        runner.register('returned', lambda name, why: runner.state == 'failed' or self._end(
-            runner, 'failed', why))
-        runner.register('lost', lambda name, why: self._end(runner, 'failed', f'it is gone: {why}'))
-        runner.register('held', lambda name: runner.measure(random.uniform(1, 3)))
-        runner.register('absent', lambda name: self._on_absent(runner))
-        runner.register('away', lambda why: say(
-            f'lost contact ({why}). The job goes on there; trying again'))
-        runner.register('uncollected', lambda name: self._end(
-            runner, 'failed', 'its results could not be fetched'))
-        runner.register('left', functools.partial(self._report.left, runner.name))
-        runner.register('survivors', functools.partial(self._report.survivors, runner.name))
-        if not self._tied:
-            runner.register('others', functools.partial(
-                self._report.others, runner.name, runner.machine.word))
-        for event in ('started', 'running'):
-            runner.register(event, lambda name: self.started.add(runner))
-        runner.register_ended(lambda name: self._end(
-            runner, 'ended', runner.ended[name].exit_code))
-        runner.connect(bool(self._allocation and self._allocation.gpus))
-        if self._timeout_s is not None:
-            self._session.processes.call_later(self._timeout_s, lambda: self._on_late(runner))
-        if self._tied:
-            runner.tie()
-        if self._attempt is not None:
-            self._queue_up(runner, adopt=True, attempt=self._attempt)
-        elif self._allocation:
-            runner.offer(job.forwards)
-        else:
-            self._queue_up(runner)
-        if self._allocation:
-            runner.probe()
-        else:
-            runner.enter()
-
-    def _queue_up(self, runner, placement=None, adopt=False, attempt=None):
-        job = self._jobs[runner]
-        known = self._session.results.state(job.name).get('attempt', 0)
-        forwards = job.forwards or Forwards((), ())
-        runner.queue_up(
-            job.command, forwards.copy, job.backwards, job.name, link_loc=forwards.link,
-            exclude=forwards.exclude, gpus=placement and placement.visible_gpus,
-            attempt=attempt or known + 1, placement=placement, adopt=adopt,
-            sink=self._sinks[runner].take if self._sinks else None, **self._how)
-
-    def _place(self, runner):
-        """Start the job there if there is room, else look again later."""
-        own = MachineResources(runner.capacity)
-        if not own.short_of(self._allocation):
-            self._queue_up(runner, own.allocate(self._allocation))
-            return
-        best = MachineResources(idle(runner.capacity))
-        if best.short_of(self._allocation):
-            self._end(runner, 'impossible', f'the job needs {describe(self._allocation)}, and '
-                      f'{runner.name} {best.why_not(self._allocation)}')
-            return
-        runner.prepare(self._jobs[runner].forwards)
-        if not self._explained:
-            self._explained = True
-            self._report.note(f'waiting for {describe(self._allocation)}: {runner.name} '
-                              f'{own.holder(self._allocation)}')
-        runner.measure(LIVE_S)
-
-    def _on_ready(self, runner):
-        if runner in self._met:
-            self._report.note(f'{runner.name}: in contact again')
-        elif self._allocation and self._attempt is None:
-            self._place(runner)
-        self._met.add(runner)
-
-    def _on_absent(self, runner):
-        """What was to be adopted never began, and never will: start it now."""
-        job = self._jobs[runner]
-        if job.forwards is None:
-            self._end(runner, 'absent', 'it was never started there')
-        elif self._allocation:
-            self._place(runner)
-        else:
-            self._queue_up(runner)
-
-    def _on_failed(self, runner, why):
-        if runner.unfinished:
-            self.outcomes[runner] = ('lost', why)
-        else:
-            self._end(runner, 'left out' if runner.same_as else 'unreachable', why)
-
-    def _on_late(self, runner):
-        if runner not in self.outcomes:
-            self._end(runner, 'timed out', f'after {self._timeout_s:g} s')
-            if runner.state == 'ready':
-                runner.cancel()
-                self._session.processes.call_later(INTERRUPT_S, lambda: self._give_up(runner))
-            else:
-                runner.close()
-
-    def _give_up(self, runner):
-        """Wait no longer for the end of what took too long."""
-        if runner.state == 'ready':
-            for name in runner.running:
-                self._report.unconfirmed(runner.name, name)
-            runner.leave_rest()
-            runner.close()
-
-    def _end(self, runner, word, what):
-        if word == 'failed' or runner not in self.outcomes:
-            self.outcomes[runner] = (word, what)
+    def _may_start(self, now):
+        """Tell whether the next job may be handed on at this time (monotonic)."""
+        if not self._spacing_s:
+            return self.state != 'new'
+        return self.state == 'ready' and now >= self._next_start
 
 
 # ---- Commands ----
@@ -6978,21 +8087,48 @@ def execute_batch(argv):
     allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         check_forwards(forwards)
-    nice = options.whole_number('--nice', least=0, most=19)
-    faults = read_faults(options)
-    away_limit_s = options.number('--away-limit', least=0)
-    if faults['lost_after_s'] is not None:      # so long it must be looked for
-        away_limit_s = max(away_limit_s, faults['lost_after_s'] + LONGEST_RETRY_S)
+    policy = read_policy(options)
     max_result = None if options['--max-result-size'] is None else int(
         options.number('--max-result-size', least=0) * 1e6)
+    away_limit_s = options.number('--away-limit', least=0)
+    if policy.lost_after_s is not None:     # contact must be looked for until then
+        away_limit_s = max(away_limit_s, policy.lost_after_s + LONGEST_RETRY_S)
+    nice = options.whole_number('--nice', least=0, most=19)
     results = ResultStore('job_results').open(name)
-    session = Session(results, reporter.trace, nice=nice, live=not options['--no-live'],
-                      away_limit_s=away_limit_s, max_result_bytes=max_result)
+    client = Client(results, reporter.trace, nice=nice, live=not options['--no-live'],
+                    away_limit_s=away_limit_s, max_result_bytes=max_result)
     try:
-        return run_batch(options, machines, jobs, session, reporter, faults) or wrong
+        return run_batch(options, machines, jobs, client, reporter, policy) or wrong
     finally:
-        session.close()
+        client.close()
         results.close()
+
+
+def read_policy(options):
+    """Return the Policy that the options of execute_batch say."""
+    def given(name, read, **bounds):
+        return None if options[name] is None else read(name, **bounds)
+
+    return Policy(asks_late=True, wants_others=True, patient=True,
+                  interval_s=LIVE_S * random.uniform(0.8, 1.2),
+                  retries=options.whole_number('--retries', least=0),
+                  lost_after_s=given('--lost-after', options.number, least=0),
+                  timeout_s=given('--timeout', options.number, above=0),
+                  halt_after=given('--halt-after', options.whole_number, least=1),
+                  noted={'batch': name_of_batch(options['<batch>'])})
+
+
+def usable_machines(words, reporter):
+    """Return (Machines, exit status: 1 if others cannot be used); print why."""
+    machines, complaints = find_machines(words)
+    for complaint in complaints:
+        reporter.note(f'cannot be used: {complaint}')
+    return machines, int(bool(complaints))
+
+
+def workers_for(machines, client, reporter):
+    """Return a Worker for each Machine."""
+    return [Worker(machine, client, number, reporter) for number, machine in enumerate(machines)]
 
 
 def check_syntax(path, jobs):
@@ -7013,13 +8149,91 @@ def check_syntax(path, jobs):
     refuse_syntax(path, doubtful, said)
 
 
+def run_batch(options, machines, jobs, client, reporter, policy):
+    """Connect, place, run, collect, clean up; return the exit status."""
+    results, path, dry = client.results, options['<batch>'], options['--dry-run']
+    allocation = read_allocation(options)
+    lines = match_lines(jobs, name_of_batch(path), results)
+    lines = lines._replace(gone=tuple(job._replace(allocation=allocation._replace(gpus=len(gpus_of(
+        results.journal.record(job.name)['gpus'])))) for job in lines.gone))
+    plan = plan_lines(lines, results, {machine.address for machine in machines})
+    policy = policy._replace(
+        forwards=None if dry else read_forwards(options),
+        want_gpus=allocation.gpus > 0 or any(job.allocation.gpus for job in lines.waiting))
+    view = BatchView(reporter, results, plan, allocation, path)
+    workers = workers_for(machines, client, reporter)
+    run = Run((*lines.jobs, *lines.gone), workers, client, view, policy)
+    with interruptible(run.interrupt):
+        try:
+            take_up_lines(run, plan)
+            view.names()
+            has_work = run.scheduler.waits or run.lives.all_of('claimed') or any(
+                results.kept(worker.machine.address) for worker in workers)
+            if has_work:
+                begin_batch(run, client.files, lines)
+                view.limits([worker for worker in workers if worker.state == 'ready'])
+                if not run.fleet.count('connecting'):
+                    view.check_room()
+            for warning in plan.warnings:
+                reporter.line(warning)
+            if dry:
+                view.dry_run()
+                return 0
+            with contextlib.suppress(*[FilesError] * (not has_work)):
+                view.changed_files(client.files)
+            return finish_batch(run, view, reporter, has_work)
+        finally:
+            close_all(workers, client, lambda: run.interrupts > 1)
+
+
+def take_up_lines(run, plan):
+    """Have the jobs of a Plan wait, or take up those that an earlier run has begun."""
+    journal, lines = run.client.journal, plan.lines
+    for job in lines.waiting:
+        run.scheduler.add(job)
+    by_address = run.fleet.by_address()
+    for job in sorted((*lines.begun, *lines.gone), key=lambda job: job.line):
+        if job.name not in plan.elsewhere:
+            record = journal.record(job.name)
+            run.take_up(job, by_address[record['machine']], record)
+
+
+def begin_batch(run, files, lines):
+    """Log in to all machines; meanwhile look at the files."""
+    run.fleet.log_in()
+    for job in lines.jobs:              # an unreadable file is an error before anything starts
+        if run.policy.forwards:
+            files.manifest(job.forwards)
+    lost = run.policy.forwards and files.lost_links({
+        job.forwards for jobs in run.scheduler.kinds().values() for job in jobs})
+    if lost:
+        run.view.warn(lost)
+    run.fleet.meet()
+
+
+def finish_batch(run, view, reporter, has_work):
+    """Run what is left of a batch; return the exit status."""
+    view.begin()
+    try:
+        if has_work:
+            run.open()
+            run.loop()
+        if run.interrupts:
+            view.stopping()
+            run.cancel()
+    finally:
+        view.progress()
+        reporter.hide()
+    return view.summary()
+
+
 def show_status(jobs, name, results, reporter):
     """Say what the journal knows of the jobs; return the exit status: 0 where all have finished."""
     counts, lines = collections.Counter(), []
     matched = match_lines(jobs, name, results)
     jobs = (*matched.jobs, *matched.gone)
     for job in jobs:
-        known = results.state(job.name)
+        known = results.journal.record(job.name)
         state, machine = known.get('state'), known.get('where') or known.get('machine')
         if state in ('claimed', 'ended'):
             word = 'on a machine'
@@ -7044,34 +8258,67 @@ def show_status(jobs, name, results, reporter):
 
 def cancel_batch(options, jobs, name, reporter):
     """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
-    results = ResultStore('job_results')
-    session = None
+    results, client = ResultStore('job_results'), None
     try:
         before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
-        names = {job.name for job in (*lines.jobs, *lines.gone)}
-        claimed = {job: known for job, known in results.jobs.items()
-                   if (job in names or is_of_batch(job, known, name)) and (
-                       results.is_begun(job) or before and any(
+        named = {job.name: job for job in (*lines.jobs, *lines.gone)}
+        journal = results.journal
+        claimed = {job: known for job, known in journal.jobs.items()
+                   if (job in named or is_of_batch(job, known, name)) and (
+                       journal.is_begun(job) or before and any(
                            known.get(key) != before.get(job, {}).get(key)
                            for key in ('state', 'attempt')))}
         words = options['--machines'] or dict.fromkeys(
             known['where'] for job, known in claimed.items()
-            if known.get('where') and results.is_begun(job))
+            if known.get('where') and journal.is_begun(job))
         machines, wrong = usable_machines(words, reporter)
-        session = Session(results, reporter.trace, live=False)
-        runners = [MachineRunner(machine, session, number)
-                   for number, machine in enumerate(machines)]
-        batch = Batch(jobs, runners, session, reporter, None, name=name)
-        with interruptible(batch.interrupt):
+        client = Client(results, reporter.trace, live=False)
+        workers = workers_for(machines, client, reporter)
+        run = Run((), workers, client, QuietView(reporter), Policy(probes=False))
+        with interruptible(run.interrupt):
             try:
-                return batch.end_all(claimed) or wrong
+                return cancel_claimed(run, claimed, named, reporter) or wrong
             finally:
-                close_all(runners, session, lambda: batch.interrupts > 1)
+                close_all(workers, client, lambda: run.interrupts > 1)
     finally:
-        if session:
-            session.close()
+        if client:
+            client.close()
         results.close()
+
+
+def cancel_claimed(run, claimed, named, reporter):
+    """End what an earlier run has started; say what became of each job; return the exit status.
+
+    claimed: {job name: what the journal knows of it}; named: {job name: Job} of the batch file
+    """
+    journal = run.client.journal
+    # The client that was told to cancel may not have seen these end.
+    unsure = {name for name, known in claimed.items()
+              if known['key'] in journal.remains(known['machine'])[1]}
+    by_address = run.fleet.by_address()
+    for name, known in claimed.items():
+        worker = by_address.get(known['machine'])
+        if worker and journal.is_begun(name):
+            run.take_up(named[name], worker, known)
+    run.interrupts = 1                  # nothing that happens from now on starts anything
+    run.fleet.log_in()
+    run.client.wait_while(
+        lambda: any(worker.state == 'connecting' or worker.state == 'ready' and (
+            run.lives.any_of(worker, 'claimed')
+            or worker.busy and not run.lives.any_of(worker, *ALIVE)) for worker in run.workers),
+        time.monotonic() + CONNECT_LIMIT_S, lambda: run.interrupts > 1)
+    unsure |= {attempt.name for attempt in run.cancel()}
+    left = 0
+    for name, known in claimed.items():
+        state = journal.record(name)['state'] if name not in unsure else ''
+        what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
+                'lost': 'did not run'}.get(state)
+        left += what is None
+        reporter.line(f'{name}: {what or "not known to have ended"}, on '
+                      f'{known.get("where") or known["machine"]}')
+    reporter.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have ended')
+    return 130 if run.interrupts > 1 else 1 if left else 0
 
 
 def earlier_jobs(options, reporter):
@@ -7082,120 +8329,46 @@ def earlier_jobs(options, reporter):
     check_machines(options)
     machines, status = usable_machines(options['--machines'], reporter)
     results = ResultStore('job_results').open()
-    session = Session(results, reporter.trace, live=False)
-    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
-    found, stopped = {}, []
-
-    def stop(*_):
-        stopped.append(True)
-        session.processes.wake()
-
-    def wait(unfinished):
-        while not stopped and any(map(unfinished, runners)):
-            session.processes.wait()
-
-    with interruptible(stop):
+    client = Client(results, reporter.trace, live=False)
+    workers = workers_for(machines, client, reporter)
+    view = EarlierView(reporter)
+    run = Run((), workers, client, view, Policy(probes=False, wants_others=True))
+    with interruptible(run.interrupt):
         try:
-            for runner in runners:
-                runner.register('warning', reporter.warning)
-                runner.register('others', functools.partial(found.__setitem__, runner))
-                runner.register('failed', lambda why, runner=runner: reporter.note(
-                    sentence(f'{runner.name}: cannot be used: {why}')))
-                runner.connect(False)
-                runner.enter()
-            wait(lambda runner: runner.state == 'connecting' or (
-                runner.state == 'ready' and runner not in found))
-            for runner, jobs in found.items():
-                for job in jobs:
-                    how = f' with exit code {job.exit_code}' if job.word == 'ended' else ''
-                    reporter.line(f'{job.word}{how}: {job.name} on {runner.name};  '
-                                  f'{printable(job.command)}')
+            run.fleet.log_in()
+            run.wait(lambda worker: worker.state == 'connecting' or (
+                worker.state == 'ready' and worker not in view.found))
+            view.show()
+            for worker, jobs in view.found.items():
                 if action == 'collect':
-                    collect_others(runner, jobs, results, reporter)
+                    collect_others(run, worker, jobs)
                 elif action == 'remove' and jobs:
-                    runner.remove([job.key for job in jobs])
-            wait(lambda runner: runner.state == 'ready' and runner.busy)
+                    worker.contact.send('revoke', *(job.key for job in jobs))
+            run.wait(lambda worker: worker.state == 'ready' and worker.busy)
         finally:
-            close_all(runners, session, lambda: bool(stopped))
-            session.close()
+            close_all(workers, client, lambda: run.interrupts)
+            client.close()
             results.close()
-    for runner, jobs in found.items() if action == 'remove' else ():
-        for job in jobs if runner.state == 'closed' else ():
-            reporter.line(f'removed: {job.name} on {runner.name}')
-    if not any(found.values()) and not stopped:
-        reporter.note('no jobs of an earlier job_results of this folder were found')
-    ended = sum(job.word == 'ended' for jobs in found.values() for job in jobs)
-    if action == 'collect' and ended < sum(map(len, found.values())):
-        reporter.note('only jobs that have ended are collected')
-    whole = all(runner in found and runner.state != 'failed' for runner in runners)
-    return 130 if stopped else status if whole else 1
+    return view.summary(action, status)
 
 
-def collect_others(runner, jobs, results, reporter):
+def collect_others(run, worker, jobs):
     """Begin to fetch the results of those OtherJobs that have ended, under names that are free."""
-    names = {results.state(name)['key']: name for name in results.jobs if results.is_begun(name)}
-    commands = {}
-    runner.register('collected', lambda name: name in commands and reporter.line(
-        f'collected: {name}; {printable(commands[name])}'))
+    results, journal = run.client.results, run.client.journal
+    names = {journal.record(name)['key']: name for name in journal.jobs if journal.is_begun(name)}
     for job in jobs:
-        if job.word != 'ended':
+        if job.state != 'ended':
             continue
         name = names.get(job.key)           # of a run that was cut off
         if not name or results.exists(name):
             name = free_name(f'{job.name}-earlier', lambda name: results.exists(name)
-                             or name in results.jobs)
+                             or name in journal.jobs)
         if name not in names.values():
-            results.claimed(name, 1, runner.machine.address, None, job.command, key=job.key,
-                            where=runner.machine.word, batch=None)
-        commands[name] = job.command
-        runner.queue_up(job.command, (), None, name, adopt=True)
-
-
-def usable_machines(words, reporter):
-    """Return the Machines, and the exit status of who does without the others, which are told."""
-    machines, complaints = find_machines(words)
-    for complaint in complaints:
-        reporter.note(f'cannot be used: {complaint}')
-    return machines, int(bool(complaints))
-
-
-def read_faults(options):
-    """Return what the options say of failures, as arguments of Batch."""
-    def given(name, read, **bounds):
-        return None if options[name] is None else read(name, **bounds)
-
-    return {'retries': options.whole_number('--retries', least=0),
-            'lost_after_s': given('--lost-after', options.number, least=0),
-            'timeout_s': given('--timeout', options.number, above=0),
-            'halt_after': given('--halt-after', options.whole_number, least=1)}
-
-
-def run_batch(options, machines, jobs, session, reporter, faults):
-    """Connect, place, run, collect, clean up; return the exit status."""
-    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
-    path = options['<batch>']
-    batch = Batch(jobs, runners, session, reporter, read_allocation(options),
-                  name=name_of_batch(path), path=path, **faults)
-    with interruptible(batch.interrupt):
-        try:
-            warnings = batch.plan()
-            dry = options['--dry-run']
-            if batch.has_work:
-                batch.connect(None if dry else read_forwards(options))
-                batch.settle()
-                batch.announce()
-            for warning in warnings:
-                reporter.line(warning)
-            if not dry:
-                with contextlib.suppress(*[FilesError] * (not batch.has_work)):
-                    batch.say_changed_files()
-            if dry:
-                batch.dry_run()
-                return 0
-            batch.adopt()
-            return batch.run()
-        finally:
-            close_all(runners, session, lambda: batch.interrupts > 1)
+            journal.write(event='claimed', job=name, attempt=1, machine=worker.machine.address,
+                          gpus=None, command=job.command, key=job.key, where=worker.machine.word,
+                          batch=None)
+        run.take_up(Job(name, job.command, 0, None, None), worker, journal.record(name))
+    worker.ask()
 
 
 @contextlib.contextmanager
@@ -7215,9 +8388,9 @@ TRANSPORT_FAILED = 125      # what docker, timeout and env return where they the
 
 
 def execute_remote(argv):
-    """Run one command on one machine; return its exit status, or one of ours."""
+    """Run one command on one machine; return its exit status, or 2, 125 or 130."""
     options = read_options(EXECUTE_REMOTE_USAGE, argv)
-    reporter = Reporter(options['--verbose'], out=sys.stderr)
+    reporter = Reporter(options['--verbose'], all_on_stderr=True)
     named = {name for name in ('--job-name', '--attach', '--cancel') if options[name] is not None}
     if len(named) > 1:
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
@@ -7235,7 +8408,9 @@ def execute_remote(argv):
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
             results.open(name)
-        return Errand(name, options, results, reporter, stopped=bool(before)).run()
+        order = CommandOrder(name, options, results, reporter)
+        answer = order.answer_from_journal(stopped=bool(before))
+        return order.run() if answer is None else answer
     finally:
         results.close()
 
@@ -7246,74 +8421,64 @@ def new_name(command):
     return f'{words}-{time.strftime("%m%d-%H%M%S")}-{os.urandom(2).hex()}'
 
 
-class Errand:
-    """What execute_remote does: starts, attaches to, shows again or cancels one job."""
+class CommandOrder:
+    """One call of execute_remote: it starts a job, attaches to it, shows it again or cancels it."""
 
-    def __init__(self, name, options, results, reporter, stopped=False):
+    def __init__(self, name, options, results, reporter):
         self._name, self._options = name, options
-        self._stopped = stopped             # another client was, to cancel it
         self._results, self._report = results, reporter
-        self._known = results.state(name)
-        self._lacks_terminal = False
-        self._state = self._known.get('state')
+        self._known = results.journal.record(name)
+        self._by_name = options['--attach'] or options['--cancel']
+        self._mode = 'tty' if options['--tty'] else 'stdin' if options['--stdin'] else ''
+        self._has_begun = self._lacks_terminal = False
+        self._streams = None                # OwnStreams
 
-    def run(self):
-        """Do it; return the exit status."""
+    # Without asking the machine
+
+    def answer_from_journal(self, stopped):
+        """Return the exit status if the journal knows all; raise if it forbids this call; or None.
+
+        stopped: another client of this job was stopped, to cancel it
+        """
         options, name, known = self._options, self._name, self._known
-        by_name = options['--attach'] or options['--cancel']
-        if by_name and not known:
+        state, there = known.get('state'), self._results.exists(name)
+        if self._by_name and not known:
             raise ResultsError(f'no job {name} was started from this folder: job_results knows '
                                'nothing of it.')
-        if not by_name and known and known['command'] != options['<command>']:
+        if not self._by_name and known and known['command'] != options['<command>']:
             raise ResultsError(f'the job {name} is there, with another command: '
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
-        there = self._results.exists(name)
-        if self._state == 'collected' and there:
+        if state == 'collected' and there:
             if self._results.kept(known['machine']) and not options['--cancel']:
                 self._fetch_kept()
             return self._show_again()
         if there:
             raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
                                'another --job-name, or delete them.')
-        if self._stopped and self._state == 'cancelled':
-            return self._tell_cancelled(known['where'], known['key'] not in self._results.remains(
-                known['machine'])[1])
-        if by_name and self._state not in ('claimed', 'ended'):
-            raise ResultsError(f'the job {name} does not run: it was {self._state}.')
-        machine = find_machine(options['--machine'] or known['where'])
-        running = self._state in ('claimed', 'ended')
-        if running and known['machine'] != machine.address:
-            raise ResultsError(f'the job {name} was started on {known["machine"]}, not on '
-                               f'{machine.address}: name that machine, or choose another '
-                               '--job-name.')
-        hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
-        session = Session(self._results, self._report.trace, live=bool(hardware),
-                          nice=options.whole_number('--nice', least=0, most=19),
-                          away_limit_s=options.number('--away-limit', least=0))
-        try:
-            return self._run_on(machine, session, running,
-                                read_allocation(options) if hardware else None)
-        finally:
-            session.close()
+        if stopped and state == 'cancelled':
+            return self._tell_cancelled(
+                known['where'],
+                known['key'] not in self._results.journal.remains(known['machine'])[1])
+        if self._by_name and state not in ('claimed', 'ended'):
+            raise ResultsError(f'the job {name} does not run: it was {state}.')
+        return None
 
     def _fetch_kept(self):
         """Try to fetch what could not be fetched when the job had ended."""
-        machine = find_machine(self._options['--machine'] or self._known['where'])
-        session = Session(self._results, self._report.trace)
-        runner = MachineRunner(machine, session)
-        runner.register('warning', self._report.warning)
-        runner.register('failed', lambda why: self._report.note(
-            f'{runner.name}: cannot be used: {sentence(why)}'))
+        word = self._options['--machine'] or self._known['where']
+        machine = find_machine(word)._replace(word=word)
+        client = Client(self._results, self._report.trace)
+        workers = workers_for([machine], client, self._report)
+        run = Run((), workers, client, QuietView(self._report), Policy(probes=False))
         try:
-            runner.connect(False)
-            runner.enter()
-            session.wait_while(lambda: runner.state in ('connecting', 'ready') and (
-                runner.busy or runner.state == 'connecting'), math.inf)
-            close_all([runner], session)
+            run.fleet.log_in()
+            run.wait(lambda worker: worker.state == 'connecting' or (
+                worker.state == 'ready' and worker.busy))
+            close_all(workers, client)
         finally:
-            session.close()
+            client.close()
 
     def _show_again(self):
         """The job ended in an earlier run: pass on what it said, and its exit status."""
@@ -7325,130 +8490,144 @@ class Errand:
         self._report.warning(f'job results already exists for {self._name}, showing them: delete '
                              'if you wish to rerun')
         processes = Processes()
-        outlet = Outlet(processes)
+        streams = self._streams = OwnStreams(processes)
         try:
             for stream in ('out', 'err'):
                 for data in self._results.read(self._name, stream):
-                    outlet.take(stream, data)
+                    streams.write(stream, data)
         except OSError as error:
             raise ResultsError(f'{error.filename}: {reason_of(error)}.') from None
         finally:
             processes.close()
-        if outlet.reader_left:
-            return self._unread(outlet)
+        if streams.nobody_reads:
+            return self._unread()
         return self._known.get('exit_code', TRANSPORT_FAILED)
 
-    def _unread(self, outlet):
-        """Return the exit status where nobody reads what the command says."""
-        if not outlet.trouble:
-            return 128 + signal.SIGPIPE
-        self._report.note(f'{self._name}: {sentence(outlet.trouble)}')
-        return TRANSPORT_FAILED
+    # With the machine
 
-    def _print_name(self):
-        """Print the job's name, the one thing of ours on stdout; return the exit status."""
-        reporter = Reporter()
-        reporter.line(self._name)
-        return TRANSPORT_FAILED if reporter.trouble else 0
+    def run(self):
+        """Do it on the machine; return the exit status."""
+        options, known = self._options, self._known
+        word = options['--machine'] or known['where']
+        machine = find_machine(word)._replace(word=word)
+        running = self._results.journal.is_begun(self._name)
+        if running and known['machine'] != machine.address:
+            raise ResultsError(f'the job {self._name} was started on {known["machine"]}, not on '
+                               f'{machine.address}: name that machine, or choose another '
+                               '--job-name.')
+        hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
+        allocation = read_allocation(options) if hardware else None
+        client = Client(self._results, self._report.trace, live=bool(hardware),
+                        nice=options.whole_number('--nice', least=0, most=19),
+                        away_limit_s=options.number('--away-limit', least=0))
+        try:
+            job = self._job(allocation)
+            (worker,) = workers_for([machine], client, self._report)
+            run = self._prepare(worker, job, client)
+            if running:
+                run.take_up(job, worker, known)
+            return self._finish(run, worker)
+        finally:
+            client.close()
 
-    def _run_on(self, machine, session, running, allocation):
-        options, name, known = self._options, self._name, self._known
-        by_name = options['--attach'] or options['--cancel']
-        mode = ('tty' if options['--tty'] else 'stdin' if options['--stdin'] else '')
-        backwards = read_backwards(options)
-        if by_name:
-            job = Job(name, known['command'], 0, None, None, known['backwards'] and tuple(
-                known['backwards']))
-        else:
-            job = Job(name, options['<command>'], 0, None, read_forwards(options), backwards)
-            check_forwards(job.forwards)
-        runner = MachineRunner(machine, session)
-        outlet = Outlet(session.processes)
-        silent = options['--detach'] or options['--cancel'] or mode == 'tty'
-        noted = {'where': known.get('where') or options['--machine'], 'backwards': job.backwards,
-                 'detach': options['--detach']}
-        fanout = Fanout({runner: job}, session, self._report, {} if silent else {runner: outlet},
-                        allocation=allocation, attempt=known['attempt'] if running else None,
-                        mode=mode, source=0 if mode == 'stdin' else None, noted=noted)
-        if not options['--job-name'] and not by_name and not options['--detach']:
-            self._report.note(f'job {name} on {machine.name}')
-        if mode == 'tty':
-            runner.register_started(lambda name: self._give_terminal(runner, session))
-        if not options['--cancel']:
-            runner.register('running', lambda name: self._report.running(
-                name, runner.name, known.get('time')))
-        begun = {'--detach', '--cancel'} & options.given
+    def _job(self, allocation):
+        """Return the Job; its forwards are None where it is only collected."""
+        if self._by_name:
+            return Job(self._name, self._known['command'], 0, allocation, None,
+                       as_paths(self._known['backwards']))
+        job = Job(self._name, self._options['<command>'], 0, allocation,
+                  read_forwards(self._options), read_backwards(self._options))
+        check_forwards(job.forwards)
+        return job
 
-        def enough():
-            return (outlet.reader_left or self._lacks_terminal
-                    or begun and runner in fanout.started)
+    def _prepare(self, worker, job, client):
+        """Return the Run for the one job."""
+        options = self._options
+        self._streams = OwnStreams(client.processes)
+        is_silent = options['--detach'] or options['--cancel'] or self._mode == 'tty'
+        how = How(self._mode, 0 if self._mode == 'stdin' else None)
+        policy = Policy(
+            probes=bool(job.allocation),
+            want_gpus=bool(job.allocation and job.allocation.gpus), wants_others=True, how=how,
+            noted={'where': self._known.get('where') or options['--machine'],
+                   'detach': options['--detach']})
+        view = BoundView(self._report, {} if is_silent else {worker: self._streams},
+                         self._on_running)
+        return Run([job], [worker], client, view, policy, {worker: job})
+
+    def _on_running(self, attempt):
+        """The command has begun, in this run or an earlier one."""
+        self._has_begun = True
+        if self._mode == 'tty' and not attempt.is_inherited:
+            client = attempt.machine.client
+            client.flows.start(self._give_terminal(attempt))
+        if attempt.is_inherited and not self._options['--cancel']:
+            self._report.running(self._name, attempt.machine.name, self._known.get('time'))
+
+    def _give_terminal(self, attempt):
+        """A flow: have the command use our terminal; it may be that none can be had."""
+        yield from attempt.machine.jobs.terminal(attempt)
+        yield 2
+        self._lacks_terminal = attempt.state in ALIVE
+
+    def _finish(self, run, worker):
+        """Run the job to its end, or as far as is wanted; return the exit status."""
+        options, name, streams = self._options, self._name, self._streams
+        if not (options['--job-name'] or self._by_name or options['--detach']):
+            self._report.note(f'job {name} on {worker.name}')
+        if not self._results.journal.is_begun(self._name):
+            run.view.warn_of_links(run.client.files)
+
+        def until():
+            return (streams.nobody_reads or self._lacks_terminal
+                    or {'--detach', '--cancel'} & options.given and self._has_begun)
 
         def interrupt(number, _):
-            # What is typed is for the program that has the terminal, once that was started.
-            if mode != 'tty' or number != signal.SIGINT or runner not in fanout.started:
-                fanout.interrupt()
+            # Keys that are typed are for the program that has the terminal, once that was started.
+            if self._mode != 'tty' or number != signal.SIGINT or not self._has_begun:
+                run.interrupt()
 
         with interruptible(interrupt):
             try:
-                fanout.run(enough)
-                stops = fanout.interrupts or outlet.reader_left or self._lacks_terminal
+                run.loop(until)
+                stops = run.interrupts or streams.nobody_reads or self._lacks_terminal
                 survives = not options['--cancel'] and (
-                    options['--attach'] or self._results.state(name).get('detach'))
+                    options['--attach'] or self._results.journal.record(name).get('detach'))
                 if options['--cancel'] or stops and not survives:
-                    self._cancel(fanout, runner)
+                    self._cancel(run, worker)
                 elif stops:
-                    self._tell_how_to_return(runner.name)
+                    self._tell_how_to_return(worker.name)
             finally:
-                close_all([runner], session, lambda: fanout.interrupts > 1)
-        if fanout.interrupts:
-            return 130
-        if outlet.reader_left:
-            return self._unread(outlet)
-        if self._lacks_terminal:
-            self._report.note(f'{name}: no terminal could be had on {runner.name}.')
-            return TRANSPORT_FAILED
-        return self._outcome(runner, *fanout.outcomes.get(runner, ('started', 0)))
+                close_all([worker], run.client, lambda: run.interrupts > 1)
+        return self._exit_status(run, worker)
 
-    def _give_terminal(self, runner, session):
-        def done(status, _):
-            session.processes.call_later(2, still_there)
-
-        def still_there():
-            self._lacks_terminal = self._name in runner.running
-
-        runner.terminal(self._name, done)
-
-    def _cancel(self, fanout, runner):
-        name = self._name
-        if runner.state == 'connecting':
-            self._report.note(f'{runner.name}: {runner.unanswered("; interrupted")}')
-        if not runner.busy:
+    def _cancel(self, run, worker):
+        """End the job, and tell what became of it."""
+        name, journal = self._name, self._results.journal
+        if worker.state == 'connecting':
+            self._report.note(f'{worker.name}: {worker.unanswered("; interrupted")}')
+        if not worker.busy or worker.state == 'failed' and not worker.was_ready or run.cancel():
             return
-        fanout.cancel()
-        if name in runner.running:
-            if runner.cancelled:
-                self._results.set_aside(name)
-            return
-        state = self._results.state(name).get('state')
-        if state == 'claimed':
-            self._results.set_aside(name)
-        if state == 'ended':
-            self._tell_how_to_return(runner.name)
+        state = journal.record(name).get('state')
+        if state in ('claimed', 'ended'):
+            self._tell_how_to_return(worker.name)
         elif state != 'collected' or self._options['--cancel']:
-            self._tell_cancelled(runner.name)
+            self._tell_cancelled(worker.name)
+
+    # Messages
 
     def _tell_cancelled(self, machine, surely=True):
-        """Say so, and where what is left of it lies; return the exit status of who cancels it."""
+        """Say that the job was ended, and where its partial results lie; return the exit status."""
         if not surely:
             self._report.unconfirmed(machine, self._name)
             return 1
         self._report.note(f'{self._name}: ended on {machine}. Partial results are in '
-                          f'{self._results.own}/cancelled')
+                          f'{self._results.inner}/cancelled')
         return 0
 
     def _tell_how_to_return(self, machine):
-        """Say what to type, to go on with a job with which we do not."""
-        name, state = self._name, self._results.state(self._name).get('state')
+        """Say what to type to come back to the job, which is not followed any more."""
+        name, state = self._name, self._results.journal.record(self._name).get('state')
         if state == 'ended':
             self._report.note(f'{name}: it has ended, and its results are on {machine}: '
                               f'execute_remote --attach={name} fetches them')
@@ -7456,21 +8635,44 @@ class Errand:
             self._report.note(f'{name} runs on {machine}. To watch it again: execute_remote '
                               f'--attach={name}  To cancel it: execute_remote --cancel={name}')
 
-    def _outcome(self, runner, word, what):
+    def _unread(self):
+        """Return the exit status where nobody reads what the command says."""
+        if not self._streams.trouble:
+            return 128 + signal.SIGPIPE
+        self._report.note(f'{self._name}: {sentence(self._streams.trouble)}')
+        return TRANSPORT_FAILED
+
+    def _print_name(self):
+        """Print the job's name on stdout; return the exit status."""
+        reporter = Reporter()
+        reporter.line(self._name)
+        return TRANSPORT_FAILED if reporter.trouble else 0
+
+    def _exit_status(self, run, worker):
         """Return the exit status, and say what is not as it should be."""
         name, options = self._name, self._options
-        if word == 'lost':
-            what = (f'lost contact with {runner.name} ({what}). The job goes on there; '
+        if run.interrupts:
+            return 130
+        if self._streams.nobody_reads:
+            return self._unread()
+        if self._lacks_terminal:
+            self._report.note(f'{name}: no terminal could be had on {worker.name}.')
+            return TRANSPORT_FAILED
+        word, what = run.fleet.standing[worker].outcome or ('started', 0)
+        if word == 'lost' and self._results.journal.record(name)['state'] == 'ended':
+            what = (f'lost contact with {worker.name} ({what}). The job has ended, and its results '
+                    f'are there; execute_remote --attach={name} fetches them')
+        elif word == 'lost':
+            what = (f'lost contact with {worker.name} ({what}). The job goes on there; '
                     f'execute_remote --attach={name} shows it')
         elif word == 'unreachable':
-            what = f'{runner.name} cannot be used: {what}'
+            what = f'{worker.name} cannot be used: {what}'
         if options['--cancel']:
-            if word in ('ended', 'absent'):
+            if word != 'started':
                 self._report.note(f'{name}: it has ended already' if word == 'ended' else
                                   f'{name}: {what}')
-            elif word != 'started':
-                self._report.note(f'{name}: {what}')
-            return int(name in runner.running or word not in ('started', 'ended', 'absent'))
+            unsure = any(attempt.name == name for attempt in run.unconfirmed)
+            return int(unsure or word not in ('started', 'ended', 'absent'))
         if word == 'started' or options['--detach'] and word == 'ended':
             return self._print_name()
         if word == 'ended':
@@ -7478,7 +8680,7 @@ class Errand:
         self._report.note(f'{name}: {sentence(what)}')
         if word == 'impossible':
             return DoesNotFit.exit_code
-        ended = runner.ended.get(name)
+        ended = run.ended.get(name)
         return ended.exit_code if ended and ended.exit_code else TRANSPORT_FAILED
 
 
@@ -7497,47 +8699,56 @@ def execute_to(argv):
     backwards = read_backwards(options) or ()
     forwards = read_forwards(options, Forwards(()))
     check_forwards(forwards)
-    kept = bool(backwards or options['--job-name'])
-    session = Session(None, reporter.trace, nice=nice, live=False)      # an owner of its own
-    session.results = results = ResultStore(
-        *(['job_results', f'commands/{name}'] if kept else [f'{session.run_folder}/results']))
-    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
+    is_kept = bool(backwards or options['--job-name'])
+    policy = Policy(probes=False, tied=True, at_once=at_once,
+                    machine_timeout_s=timeout_s, how=How(keep=is_kept))
+    client = Client(None, reporter.trace, nice=nice, live=False)
+    results = client.results = ResultStore(
+        *(['job_results', f'commands/{name}'] if is_kept else [f'{client.run_folder}/results']))
     try:
         results.open()
-        session.owner += f' {results.identity}'
-        jobs = {runner: Job(f'{name}_{plain_name(runner.name)}', options['<command>'], 0, None,
-                            forwards, backwards) for runner in runners}
+        workers = workers_for(machines, client, reporter)
+        jobs = {worker: Job(f'{name}_{plain_name(worker.name)}', options['<command>'], 0, None,
+                            forwards, backwards) for worker in workers}
         check_new(jobs.values(), results)
         if backwards and not options['--job-name']:
             reporter.note(f'results go to job_results/{name}_<machine>')
-        gathered = options['--gather'] or options['--diff']
-        width = max(len(printable(runner.name)) for runner in runners)
-        sinks = {} if gathered else {runner: Prefixer(reporter, reporter.tint(
-            f'{printable(runner.name)}:'.ljust(width + 1), number))
-            for number, runner in enumerate(runners)}
-        fanout = Fanout(jobs, session, reporter, sinks, at_once=at_once, timeout_s=timeout_s,
-                        tied=True, keep=kept or gathered)
-        with interruptible(fanout.interrupt):
-            try:
-                fanout.run(lambda: reporter.reader_left)
-                awaited = fanout.awaited()
-                if fanout.interrupts or reporter.reader_left:
-                    fanout.cancel()
-                for prefixer in sinks.values():
-                    prefixer.end()
-            finally:
-                close_all(runners, session, lambda: fanout.interrupts > 1)
-        if gathered:
-            gather(jobs, fanout.outcomes, results, reporter, options['--diff'])
-        if fanout.interrupts:
-            fanout.outcomes.update({runner: ('interrupted', what)
-                                    for runner, what in awaited.items()})
-        failed = summary_of({runner: fanout.outcomes[runner] for runner in runners
-                             if runner in fanout.outcomes}, reporter)
-        return 130 if fanout.interrupts else 1 if failed or reporter.reader_left else wrong
+        return run_everywhere(options, jobs, client, reporter, policy) or wrong
     finally:
-        session.close()
+        client.close()
         results.close()
+
+
+def run_everywhere(options, jobs, client, reporter, policy):
+    """Run each job on the machine that it is bound to; return the exit status."""
+    is_gathered = options['--gather'] or options['--diff']
+    width = max(len(printable(worker.name)) for worker in jobs)
+    sinks = {} if is_gathered else {worker: Prefixer(reporter, reporter.tint(
+        f'{printable(worker.name)}:'.ljust(width + 1), number))
+        for number, worker in enumerate(jobs)}
+    view = BoundView(reporter, sinks)
+    policy = policy._replace(how=policy.how._replace(keep=policy.how.keep or is_gathered))
+    run = Run(jobs.values(), list(jobs), client, view, policy, jobs)
+    view.warn_of_links(client.files)
+    with interruptible(run.interrupt):
+        try:
+            run.loop(lambda: reporter.nobody_reads)
+            awaited = view.awaited()
+            if run.interrupts or reporter.nobody_reads:
+                run.cancel()
+            for prefixer in sinks.values():
+                prefixer.flush()
+        finally:
+            close_all(run.workers, client, lambda: run.interrupts > 1)
+    outcomes = {worker: run.fleet.standing[worker].outcome for worker in jobs
+                if run.fleet.standing[worker].outcome}
+    if is_gathered:
+        gather(jobs, outcomes, client.results, reporter, options['--diff'])
+    if run.interrupts:
+        outcomes.update({worker: ('interrupted', what) for worker, what in awaited.items()})
+    failed = summary_of({worker: outcomes[worker] for worker in jobs if worker in outcomes},
+                        reporter)
+    return 130 if run.interrupts else 1 if failed or reporter.nobody_reads else 0
 
 
 def plain_name(name):
@@ -7552,38 +8763,43 @@ def check_new(jobs, results):
         check_job_name(name, '--job-name', 200)
         if count > 1:
             raise MachineFileError(f'two machines have results of the same name {name}.')
-        if results.exists(name) or results.state(name):
+        if results.exists(name) or results.journal.record(name):
             raise ResultsError(f'there are results of {name} already. Choose another --job-name, '
                                'or delete them.')
 
 
 def gather(jobs, outcomes, results, reporter, differences):
     """Print equal outputs once; with differences, of the others how they differ from the first."""
-    groups = collections.defaultdict(list)          # digests of out and err -> runners
-    for runner, (word, _) in outcomes.items():
-        if word == 'ended' and results.state(jobs[runner].name)['state'] == 'collected':
-            groups[tuple(digest_of(results.read(jobs[runner].name, stream))
-                         for stream in ('out', 'err'))].append(runner)
+    groups = collections.defaultdict(list)          # digests of out and err -> workers
+    for worker, (word, _) in outcomes.items():
+        if word == 'ended' and results.journal.record(jobs[worker].name)['state'] == 'collected':
+            groups[tuple(digest_of(results.read(jobs[worker].name, stream))
+                         for stream in ('out', 'err'))].append(worker)
     order = list(jobs)
     first = None
-    for runners in sorted(groups.values(), key=lambda runners: order.index(runners[0])):
-        runners.sort(key=order.index)
-        names = ', '.join(printable(runner.name) for runner in runners)
-        name = jobs[runners[0]].name
+    for workers in sorted(groups.values(), key=lambda workers: order.index(workers[0])):
+        workers.sort(key=order.index)
+        names = ', '.join(printable(worker.name) for worker in workers)
+        head = names + (f' ({len(workers)} machines)' if len(workers) > 1 else '')
         for stream in ('out', 'err'):
-            pieces = results.read(name, stream)
+            pieces = results.read(jobs[workers[0]].name, stream)
             if first and differences:
-                pieces = difference(results, jobs[first], jobs[runners[0]], stream,
+                pieces = difference(results, jobs[first], jobs[workers[0]], stream,
                                     printable(first.name), names)
-            printed = b'\n'
-            for number, piece in enumerate(pieces):
-                if not number:
-                    count = f' ({len(runners)} machines)' if len(runners) > 1 else ''
-                    reporter.raw(stream, f'---- {names}{count}\n'.encode())
-                reporter.raw(stream, piece)
-                printed = piece
-            reporter.raw(stream, b'' if printed.endswith(b'\n') else b'\n')
-        first = first or runners[0]
+            print_group(head, stream, pieces, reporter)
+        first = first or workers[0]
+
+
+def print_group(head, stream, pieces, reporter):
+    """Print an output below its head, and to the end of a line; nothing if there is none."""
+    printed = b''
+    for piece in pieces:
+        if not printed:
+            reporter.raw(stream, f'---- {head}\n'.encode())
+        reporter.raw(stream, piece)
+        printed = piece
+    if printed and not printed.endswith(b'\n'):
+        reporter.raw(stream, b'\n')
 
 
 def digest_of(pieces):
@@ -7639,64 +8855,58 @@ def query_machines(argv):
     hardware = set(option_kinds(HARDWARE_OPTIONS))
     allocation = read_allocation(options) if options.given & hardware else None
     machines, wrong = usable_machines(options['--machines'], reporter)
-    session = Session(None, reporter.trace, live=False, project=f'query-{os.urandom(8).hex()}')
-    runners = [MachineRunner(machine, session, number) for number, machine in enumerate(machines)]
-    stopped = []
-
-    def stop(*_):
-        stopped.append(True)
-        session.processes.wake()
-
-    with interruptible(stop):
+    client = Client(None, reporter.trace, live=False, project=f'query-{os.urandom(8).hex()}')
+    workers = workers_for(machines, client, reporter)
+    run = Run((), workers, client, View(), Policy(want_gpus=True))
+    with interruptible(run.interrupt):
         try:
-            for runner in runners:
-                runner.register('warning', reporter.warning)
-                runner.connect()
-                runner.probe()
-            while not stopped:
-                while not stopped and any(
-                        runner.state == 'connecting' or runner.asking for runner in runners):
-                    session.processes.wait(1)
-                if not stopped:
-                    reporter.show(json_lines(runners, allocation) if options['--json'] else
-                                  machine_table(runners, allocation, reporter.paint),
-                                  interval and not options['--json'])
-                if interval is None or reporter.reader_left:
-                    break
-                until = time.monotonic() + interval
-                while not stopped and time.monotonic() < until:
-                    session.processes.wait(max(until - time.monotonic(), 0))
-                for runner in runners:
-                    runner.measure()
-            if stopped and interval is None:
-                for runner in runners:
-                    if runner.state == 'connecting':
-                        reporter.note(f'{runner.name}: {runner.unanswered("; interrupted")}')
+            run.fleet.log_in()
+            watch_machines(run, reporter, interval, allocation, options['--json'])
+            if run.interrupts and interval is None:
+                for worker in [worker for worker in workers if worker.state == 'connecting']:
+                    reporter.note(f'{worker.name}: {worker.unanswered("; interrupted")}')
                 return 130
             if reporter.trouble:
                 return 1
-            return wrong if all(runner.state == 'ready' for runner in runners) else 1
+            return wrong if all(worker.state == 'ready' for worker in workers) else 1
         finally:
-            close_all(runners, session)
-            session.close()
+            close_all(workers, client)
+            client.close()
 
 
-def close_all(runners, session, hurried=lambda: False):
+def watch_machines(run, reporter, interval, allocation, as_json):
+    """Show what the machines have, once or at each interval in seconds, until an interrupt."""
+    while True:
+        run.wait(lambda worker: worker.state == 'connecting' or worker.gauge.is_awaited)
+        if run.interrupts:
+            return
+        if as_json:
+            reporter.show(json_lines(run.workers, allocation), False)
+        else:
+            reporter.show(machine_table(run.workers, allocation, reporter.paint), interval)
+        if interval is None or reporter.nobody_reads:
+            return
+        run.client.wait_while(lambda: True, time.monotonic() + interval, lambda: run.interrupts)
+        for worker in run.workers:
+            worker.measure()
+
+
+def close_all(workers, client, hurried=lambda: False):
     """Have all machines tidied up, and wait for that, or until hurried()."""
-    for runner in runners:
-        runner.close()
-    session.wait_while(lambda: any(runner.state == 'closing' for runner in runners),
-                       time.monotonic() + FAREWELL_S, hurried)
+    for worker in workers:
+        worker.close()
+    client.wait_while(lambda: any(worker.state == 'closing' for worker in workers),
+                      time.monotonic() + FAREWELL_S, hurried)
 
 
-def json_lines(runners, allocation):
+def json_lines(workers, allocation):
     """Yield one JSON object for each machine; memory in MB, times as shares."""
-    for runner in runners:
-        found = {'machine': runner.name}
-        if runner.state != 'ready':
-            yield json.dumps({**found, 'error': runner.reason})
+    for worker in workers:
+        found = {'machine': worker.name}
+        if worker.state != 'ready':
+            yield json.dumps({**found, 'error': worker.why})
             continue
-        have = runner.capacity
+        have = worker.capacity
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
@@ -7710,7 +8920,7 @@ def json_lines(runners, allocation):
         yield json.dumps(found)
 
 
-def machine_table(runners, allocation, paint):
+def machine_table(workers, allocation, paint):
     """Yield the lines of a table: what each machine and each of its GPUs has free of what it has.
 
     paint(text, share) colours a text by the share that is free.
@@ -7718,13 +8928,13 @@ def machine_table(runners, allocation, paint):
     head = ['machine', 'cores', 'memory GB', 'GPU', 'memory GB', 'busy', 'used by']
     head[1:1] = ['jobs fit'] if allocation else []
     rows, said = [], {}
-    for runner in runners:
-        have = runner.capacity
-        if runner.state != 'ready':
-            rows.append([runner.name])
-            said[len(rows) - 1] = f'cannot be used: {runner.reason}'
+    for worker in workers:
+        have = worker.capacity
+        if worker.state != 'ready':
+            rows.append([worker.name])
+            said[len(rows) - 1] = f'cannot be used: {worker.why}'
             continue
-        cells = [runner.name]
+        cells = [worker.name]
         if allocation:
             fit = room_for(have, allocation)[0]
             cells.append(paint(str(fit), 1.0 if fit else 0.0))
@@ -7773,7 +8983,7 @@ def open_streams():
 
 
 def check_surroundings():
-    """Raise where nothing of ours could work."""
+    """Raise if the current folder is gone, or the locale is not UTF-8."""
     try:
         os.getcwd()
     except OSError:
@@ -7814,7 +9024,7 @@ def main(argv=None):
     python3 ssh_scheduler.py execute_batch …  Without any, all commands are shown.
     """
     open_streams()
-    called = argv is not None           # by another program, which goes on
+    is_called = argv is not None        # by another program
     argv = list(sys.argv if argv is None else argv)
     name = os.path.basename(argv[0])
     words = argv[1:]
@@ -7838,12 +9048,9 @@ def main(argv=None):
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130
-    if called:
+    if is_called:
         sys.exit(status)
-    # Taking the interpreter apart would take as long as a tenth of a login.
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    flush_streams()         # taking the interpreter apart would take as long as a tenth of a login
     os._exit(status)
 
 
@@ -7855,14 +9062,14 @@ def main(argv=None):
 #
 # The folder of a project, WORKDIR/PROJECT:
 #
-#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is 8 random digits of the journal
-#               that claimed the job, since attempts begin anew when a job_results is removed
+#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is that of the journal that claimed
+#               the job, since attempts alone begin anew when a job_results is removed
 #   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
 #               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
 #   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
 #               next stage with it (--link-dest), so nothing is ever deleted in it
 #   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
-#     self                      PID START BOOT_ID; its owner; SESSION.MACHINE.CONNECTION
+#     self                      PID START BOOT_ID; its owner; the contact, BATCH.MACHINE.NUMBER
 #     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
 #     environment*, functions   what jobs get from the login and the setup
 #     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
@@ -7876,7 +9083,7 @@ def main(argv=None):
 #   status      the record, see below (record); where a full disk refused that, its name says it
 #   work/       where the job runs: empty (make_job_folders) or a copy of its stage (copy_stage)
 #   alive       a FIFO that all that the job started has open (make_job_folders)
-#   out, err    what the job writes, and in err a line of ours if we ended it (run_job)
+#   out, err    the output of the job; in err a line of the runner if it ended the job (run_job)
 #   back        the list of what the job left, when it has ended (list_back)
 #   in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
 #   wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
@@ -7900,7 +9107,7 @@ def main(argv=None):
 #   ended STATUS                  its exit status, 137 if its processes were killed with run_job
 #   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
 #   revoked                       it never began, and never will (revoke)
-#   damaged                       is no record, but what one that is not whole is taken for  -> lost
+#   damaged                       the file is not whole; it is read as this word  -> lost
 #
 # Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
 #
@@ -7909,7 +9116,7 @@ def main(argv=None):
 #   tie                     end all jobs with the channel
 #   measure NUMBER          say again what the machine has  -> probe, measured
 #   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
-#   unpack ID BYTES         take so many bytes of tar, which follow  -> stage_failed, broken
+#   unpack ID BYTES         take BYTES bytes of tar, which follow  -> stage_failed, broken
 #   folder PATH             make a folder that rsync will fill
 #   unsent WHY              say why files could not be sent, with what is known here  -> broken
 #   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
@@ -7923,7 +9130,7 @@ def main(argv=None):
 #   others IDENTITY         say which jobs of other journals are here  -> others, data
 #   ping NUMBER             say something  -> pong
 #   eof KEY                 the input of a job is complete
-#   watch (KEY OUT ERR)...  look at jobs, of whose streams so many bytes are known
+#   watch (KEY OUT ERR)...  look at jobs; OUT and ERR bytes of their streams are known
 #                           -> used, data, and as `adopt`
 #   list KEY                send the list of what a job left  -> data, unlistable
 #   again KEY PATH...       send a list of what is there now of these paths  -> data, unlistable
@@ -8641,9 +9848,17 @@ make_job_folders() {        # for start_pending: those of all pending jobs, with
     [[ ${stage_of[$key]} ]] || dirs+=("$home/jobs/$key/work")
     pipes+=("$home/jobs/$key/alive")
   done
-  mkdir -p -- "${dirs[@]}"
-  mkfifo -- "${pipes[@]}" 2>/dev/null   # some are there, where the job was started before
+  in_groups make_some_folders "${dirs[@]}"
+  in_groups make_pipes "${pipes[@]}"
 }
+
+make_some_folders() {
+  mkdir -p -- "$@"
+}
+
+make_pipes() {              # some are there, where the job was started before
+  mkfifo -- "$@"
+} 2>/dev/null
 
 hold() {                    # for start_pending: other batches leave no room for the job $key
   : >"$claims/$project.$key"
@@ -8971,8 +10186,12 @@ look() {                    # triples KEY OUT ERR, the known bytes of its stream
     chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
     tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
     say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
-  done < <(stat -c '%s %n' -- "${files[@]}")
+  done < <(in_groups sizes_of "${files[@]}")
 } 2>/dev/null
+
+sizes_of() {
+  stat -c '%s %n' -- "$@"
+}
 
 look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
   local word value pids rss peak ticks
@@ -9018,7 +10237,7 @@ list_others() {             # says which jobs lie here that journals other than 
 # first and looks then; if all claims together are beyond the limits that the last probe gave, it
 # takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
 # needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
-# that makes no sense claims nothing.  No probe can see what is promised and not yet taken.
+# that makes no sense claims nothing.
 own_claims() {              # makes the folder of claims; what another user may write is not used
   [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
   [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
@@ -9225,6 +10444,10 @@ read_processes() {          # for find_living: parent and since of all; mine, if
 # since it inherited that.  One that closes all files and clears its environment is not found; only
 # control groups could do that.
 holders() {                 # prints the pids of what the jobs $@ started
+  in_groups holders_of_some "$@" | sort -u
+}
+
+holders_of_some() {
   local key pattern tests=() marks=()
   for key; do
     pattern=$home/jobs/$key/alive
@@ -9237,8 +10460,18 @@ holders() {                 # prints the pids of what the jobs $@ started
   {
     find /proc/[1-9]*/fd "${tests[@]:1}"
     grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
-  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done | sort -u
+  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done
 } 2>/dev/null
+
+# A program takes 2 MB of arguments: too few for the names of 25,000 jobs.
+in_groups() {               # calls $1 with the rest, at most 1,000 at a time
+  local call=$1
+  shift
+  while (($#)); do
+    "$call" "${@:1:1000}"
+    shift "$(($# < 1000 ? $# : 1000))"
+  done
+}
 
 # Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
 wait_removed() {            # waits until what is being removed is gone
@@ -9291,6 +10524,10 @@ forget_old() {              # removes what other folders' batches left, where th
 } 2>/dev/null
 
 remove() {                  # also what a job has shut
+  in_groups remove_some "$@"
+}
+
+remove_some() {
   rm -rf -- "$@" || { chmod -R u+rwx -- "$@"; rm -rf -- "$@"; }
 } 2>/dev/null
 
@@ -9299,8 +10536,7 @@ remove() {                  # also what a job has shut
 main() {
   exec {requests}<&0 </dev/null         # nothing else may read what is asked
   read_header || return
-  # The token comes before all that can take long: so the client can tell "logged in" (from the
-  # socket of ssh), "bash runs" and "ready" apart.
+  # This comes first, so that the client can tell "bash runs" from "ready".
   printf '\n%s\n' "$token"
   find_home
   end_old_runners
@@ -9457,7 +10693,7 @@ do_probe() { probe measure; }
 
 do_enter() { probe ''; }
 
-do_tie() { tied=1; }        # so the jobs of execute_to end even if the client is killed
+do_tie() { tied=1; }
 
 do_measure() { beside measure_again "$1"; }
 

@@ -277,6 +277,111 @@ def test_a_machine_that_cannot_be_reached_raises_in_wait(run_jobs, lab1):
     lab1.yaml()
 
 
+def test_a_job_may_be_queued_before_there_is_a_connection(python, project, machine):
+    (project / 'data').write_text('data\n')
+    said = python('''
+        import sys
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+        runner = MachineRunner(find_machine(sys.argv[1]))
+        runner.queue_up('cat data', ['data'], [], 'job')
+        with runner:
+            runner.wait()
+        print(runner.ended['job'].exit_code)
+    ''', machine)
+    assert said == '0\n'
+    assert (project / 'job_results/job.out').read_text() == 'data\n'
+
+
+def test_many_jobs_may_be_queued_before_there_is_a_connection(python, project, word):
+    said = python('''
+        import sys
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+        runner = MachineRunner(find_machine(sys.argv[1]))
+        for number in range(2000):
+            runner.queue_up('true', job_name=f'job{number}')
+        runner.connect()
+        print(runner.busy, runner.state)
+        runner.close()
+        runner.__exit__()
+    ''', word)
+    assert said == 'True connecting\n'
+
+
+def test_the_sink_has_all_when_a_job_has_ended(python, project, machine):
+    said = python('''
+        import sys, time
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+        sizes = []
+
+        def sink(stream, data):
+            time.sleep(0.05)                # so that not all of it has come by then
+            sizes.append(len(data))
+
+        with MachineRunner(find_machine(sys.argv[1])) as runner:
+            for event in ('ended', 'collected'):
+                runner.register(event, lambda name, event=event: print(event, sum(sizes)))
+            runner.queue_up('sleep 0.4; head -c 3000000 /dev/zero', job_name='job', sink=sink)
+            runner.wait()
+    ''', machine)
+    assert said == 'ended 3000000\ncollected 3000000\n'
+
+
+def test_what_a_callback_raises_reaches_the_caller(python, project, word):
+    said = python('''
+        import sys
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+
+        def fail(name):
+            raise FileNotFoundError('mine')
+
+        try:
+            with MachineRunner(find_machine(sys.argv[1])) as runner:
+                runner.register('collected', fail)
+                runner.register('warning', print)
+                runner.queue_up('echo; echo >made', job_name='job')
+                runner.wait()
+        except FileNotFoundError as error:
+            print(error)
+    ''', word)
+    assert said == 'mine\n' and (project / 'job_results/job/made').exists()
+
+
+def test_an_event_that_does_not_exist_is_refused(python, project, word):
+    said = python('''
+        import sys
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+        with MachineRunner(find_machine(sys.argv[1])) as runner:
+            try:
+                runner.register('colected', print)
+            except ValueError as error:
+                print(error)
+    ''', word)
+    assert said == "there is no event 'colected' (did you mean collected?)\n"
+
+
+def test_spaced_jobs_wait_while_a_first_login_is_refused(python, project, lab):
+    """They keep their spaces, and all run."""
+    machine = lab(sshd_options='MaxStartups 1:100:1')
+    said = python('''
+        import socket, sys, time
+        from experiments.vendor.ssh_scheduler import MachineRunner, find_machine
+        machine = find_machine(sys.argv[1])
+        other = socket.create_connection((machine.host, machine.port))
+        other.recv(100)
+        runner, began = MachineRunner(machine, spacing_s=0.5), []
+        runner.register_started(lambda name: began.append(time.monotonic()))
+        with runner:
+            for name in 'abc':
+                runner.queue_up('true', job_name=name)
+            while 'drop connection' not in open(sys.argv[2]).read():
+                runner.session.processes.wait(0.1)
+            other.close()
+            runner.wait()
+        print(began[2] - began[0] > 0.7, *sorted(runner.ended))
+    ''', machine.yaml(), machine.log)
+    assert said == 'True a b c\n'
+
+
 def test_an_exception_in_the_block_ends_all_that_was_begun(python, project, word):
     said = python('''
         import sys
@@ -296,7 +401,7 @@ def test_two_machines_share_a_session(python, project, lab1, lab2):
         import sys
         from experiments.vendor import ssh_scheduler as s
         results = s.ResultStore('job_results').open()
-        session = s.Session(results)
+        session = s.Client(results)
         runners = [s.MachineRunner(s.find_machine(word), session, number)
                    for number, word in enumerate(sys.argv[1:])]
         for runner in runners:

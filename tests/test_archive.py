@@ -344,11 +344,11 @@ STEPS = st.lists(st.builds(
 @example(members=[])
 def test_no_sequence_of_members_writes_outside(tmp_path, outside, members):
     before = what_lies_in(outside), os.stat(outside)
-    spool = ssh_scheduler.Spool(str(tmp_path / 'in.tar'), 'token')
-    spool.take(b'\ntoken\n' + packed(*members))
+    receiver = ssh_scheduler.TarReceiver(str(tmp_path / 'in.tar'), 'token')
+    receiver.receive(b'\ntoken\n' + packed(*members))
     os.mkdir(tmp_path / 'in')
     try:
-        spool.unpack(str(tmp_path / 'in'))
+        receiver.unpack(str(tmp_path / 'in'))
         after = what_lies_in(outside), os.stat(outside)
         assert after[0] == before[0]
         assert (after[1].st_mode, after[1].st_mtime_ns) == (before[1].st_mode,
@@ -359,21 +359,21 @@ def test_no_sequence_of_members_writes_outside(tmp_path, outside, members):
         shutil.rmtree(tmp_path / 'in')
 
 
-# ---- Spool: the archive behind its first line ----
+# ---- TarReceiver: the archive behind its first line ----
 
 WHOLE = packed(member('a', content=b'x' * 700), member('d', FOLDER), member('d/b', content=b'y'))
 
 
 @ANY
 @given(noise=st.binary(max_size=40), cuts=st.lists(st.integers(0, len(WHOLE) + 50), max_size=6))
-def test_a_spool_takes_bytes_in_any_pieces(tmp_path, noise, cuts):
+def test_a_receiver_takes_bytes_in_any_pieces(tmp_path, noise, cuts):
     data = noise + b'\ntoken\n' + WHOLE
     ends = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
-    spool = ssh_scheduler.Spool(str(tmp_path / 'in.tar'), 'token')
+    receiver = ssh_scheduler.TarReceiver(str(tmp_path / 'in.tar'), 'token')
     for start, end in zip(ends, ends[1:]):
-        spool.take(data[start:end])
+        receiver.receive(data[start:end])
     os.mkdir(tmp_path / 'in')
-    assert spool.unpack(str(tmp_path / 'in')) == [] and spool.trouble == ''
+    assert receiver.unpack(str(tmp_path / 'in')) == [] and receiver.trouble == ''
     assert set(what_lies_in(tmp_path / 'in')) == {b'a', b'd', b'd/b'}
     shutil.rmtree(tmp_path / 'in')
 
@@ -381,31 +381,31 @@ def test_a_spool_takes_bytes_in_any_pieces(tmp_path, noise, cuts):
 @ANY
 @given(data=st.binary(max_size=600), at=st.integers(0, len(WHOLE)), cut=st.booleans())
 def test_a_broken_archive_is_a_trouble_and_no_crash(tmp_path, data, at, cut):
-    spool = ssh_scheduler.Spool(str(tmp_path / 'in.tar'), 'token')
-    spool.take(b'\ntoken\n' + WHOLE[:at] + data + (b'' if cut else WHOLE[at + len(data):]))
+    receiver = ssh_scheduler.TarReceiver(str(tmp_path / 'in.tar'), 'token')
+    receiver.receive(b'\ntoken\n' + WHOLE[:at] + data + (b'' if cut else WHOLE[at + len(data):]))
     os.mkdir(tmp_path / 'in')
-    spool.unpack(str(tmp_path / 'in'))
-    assert spool.trouble.isprintable() and os.listdir(tmp_path) == ['in']
+    receiver.unpack(str(tmp_path / 'in'))
+    assert receiver.trouble.isprintable() and os.listdir(tmp_path) == ['in']
     subprocess.run(['chmod', '-R', 'u+rwx', str(tmp_path / 'in')], check=True)
     shutil.rmtree(tmp_path / 'in')
 
 
-def test_a_spool_that_heard_nothing_says_so(tmp_path):
-    spool = ssh_scheduler.Spool(str(tmp_path / 'in.tar'), 'token')
-    spool.take(b'Welcome\ntoke')
-    assert spool.unpack(str(tmp_path)) == [] and spool.trouble == 'nothing arrived'
+def test_a_receiver_that_heard_nothing_says_so(tmp_path):
+    receiver = ssh_scheduler.TarReceiver(str(tmp_path / 'in.tar'), 'token')
+    receiver.receive(b'Welcome\ntoke')
+    assert receiver.unpack(str(tmp_path)) == [] and receiver.trouble == 'nothing arrived'
     for _ in range(300):
-        spool.take(b'noise' * 1000)
-    assert len(spool._behind.head) <= ssh_scheduler.LONGEST_NOISE + 5000
-    spool.take(b'x' * ssh_scheduler.LONGEST_NOISE + b'\ntok')
-    spool.take(b'en\n' + WHOLE)
+        receiver.receive(b'noise' * 1000)
+    assert len(receiver._behind.head) <= ssh_scheduler.LONGEST_NOISE + 5000
+    receiver.receive(b'x' * ssh_scheduler.LONGEST_NOISE + b'\ntok')
+    receiver.receive(b'en\n' + WHOLE)
     os.mkdir(tmp_path / 'in')
-    spool.trouble = ''
-    assert spool.unpack(str(tmp_path / 'in')) == [] and spool.trouble == ''
+    receiver.trouble = ''
+    assert receiver.unpack(str(tmp_path / 'in')) == [] and receiver.trouble == ''
     assert (tmp_path / 'in' / 'a').read_bytes() == b'x' * 700
 
 
-def test_a_spool_that_cannot_be_written_says_so(tmp_path):
-    spool = ssh_scheduler.Spool(str(tmp_path / 'none' / 'in.tar'), 'token')
-    spool.take(b'\ntoken\n' + WHOLE)
-    assert spool.trouble == 'No such file or directory'
+def test_a_receiver_that_cannot_be_written_says_so(tmp_path):
+    receiver = ssh_scheduler.TarReceiver(str(tmp_path / 'none' / 'in.tar'), 'token')
+    receiver.receive(b'\ntoken\n' + WHOLE)
+    assert receiver.trouble == 'No such file or directory'

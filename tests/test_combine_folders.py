@@ -1346,3 +1346,18 @@ def test_the_example_combines_what_its_batch_brought_back(tmp_path):
     assert 'conflict: results/config.json\n' in done.stderr and 'exit status 1\n' in done.stdout
     assert 'config.json.example_sweep.sh.2\n' in done.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_changes_while_its_new_name_is_looked_at_is_told(tmp_path, monkeypatch):
+    for folder, text in (('a', 'one'), ('b', 'two'), ('dest', 'three')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'x').write_text(text)
+    (tmp_path / 'dest/x.a').write_text('one')
+
+    def changes(comparer, first, second):
+        raise module.LooksChanged
+
+    monkeypatch.setattr(module.Comparer, 'same', changes)
+    with pytest.raises(Changed, match='a/x, or something beside it, changed while'):
+        combine_folders(str(tmp_path / 'dest'), str(tmp_path / 'a'), str(tmp_path / 'b'),
+                        on_conflict='rename')

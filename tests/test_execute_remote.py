@@ -3,6 +3,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -615,6 +616,7 @@ def test_files_are_not_sent_where_the_command_cannot_run(run, lab, project):
     (project / 'data').write_bytes(bytes(300_000))
     done = run(machine, 'true', '--copy-forwards', 'data', '--num-gpus=1', '--verbose')
     assert done.status == 2 and 'the job needs ' in done.notes[-1], str(done)
+    assert 'waiting for' not in str(done)
     assert not any(note.startswith('+ rsync') for note in done.notes)
     assert places(machine.home) == {}
 
@@ -784,6 +786,21 @@ def test_a_second_interrupt_stops_waiting(start, lab, gate):
     assert (done.status, time.monotonic() - began < 8) == (130, True)
     assert 'could not be confirmed to have ended' in done.notes[-1]
     machine.thaw()
+
+
+def test_contact_that_is_lost_while_results_are_fetched(start, lab, outside):
+    machine, go = lab(), outside / 'go'
+    machine.hold_fetches(go)
+    running = start(machine, 'echo out; echo made >made; exit 3', '--job-name', 'held')
+    wait_until(Path(f'{go}.awaited').exists, 'a fetch')
+    machine.stop()
+    go.touch()
+    machine.start()
+    done = running.end()
+    assert (done.status, done.out, result('held')) == (3, b'out\n', b'out\n'), str(done)
+    assert (RESULTS / 'held/made').read_text() == 'made\n'
+    assert any('in contact again' in line for line in done.notes)
+    assert_clean(machine)
 
 
 def test_a_second_interrupt_while_results_are_fetched(start, run, lab, ledger, outside):
@@ -957,6 +974,20 @@ def test_a_link_that_comes_back_is_used_again(start, host, gate):
     done = running.end()
     assert (done.status, done.out) == (4, numbered(300_000) + numbered(9))
     assert_clean(machine)
+
+
+@pytest.mark.parametrize('size', [10, 400_000], ids=['over the channel', 'with rsync'])
+def test_files_reach_a_machine_whose_first_login_is_refused_for_the_moment(
+        start, lab, project, size):
+    """They were handed over with that login, and are handed over again."""
+    (project / 'data').write_bytes(b'x' * size)
+    machine = lab(sshd_options='MaxStartups 1:100:1')
+    with socket.create_connection((machine.address, machine.port)) as other:
+        assert other.recv(100).startswith(b'SSH-')
+        running = start(machine, 'wc -c <data')
+        wait_until(lambda: 'drop connection' in machine.log.read_text(), 'a login is refused')
+    assert (running.end().status, running.out) == (0, b'%d\n' % size), running.notes
+    assert_clean(machine, cache=True)
 
 
 def test_a_machine_that_allows_one_session(run, start, lab, gate):

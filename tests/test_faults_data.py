@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -392,6 +393,72 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     assert (canary / 'file').stat().st_nlink == 1
 
 
+@pytest.mark.parametrize('place', ['{job}', '{job}/work'])
+def test_35_a_link_in_the_place_of_a_folder_is_not_followed(batches, lab, canary, place):
+    machine = lab(leave_out=('rsync',))
+    file = machine.folder / 'entries.json'
+    file.write_text(json.dumps([[place, '2', 0o777, str(canary)]]))
+    hostile(machine, 'tar', f'ENTRIES, REAL = {str(file)!r}, {rig.program("tar")!r}\n'
+            + HOSTILE_TAR)
+    done = batches.run(['echo good >made'], [machine], *NO_GPU, '--copy-forwards')
+    assert done.returncode == 1 and '1 not collected' in done.stdout, done.stdout
+    assert 'its results could not be fetched' in done.stderr and 'Traceback' not in done.stderr
+    assert not os.path.lexists(RESULTS / 'batch.sh.1')
+
+
+def test_35_names_of_jobs_of_others_are_names(run_cli, lab, project, tmp_path):
+    """They become files here, with --earlier=collect."""
+    machine = lab()
+    keys = ['../../evil.1-deadbeef', '/tmp/evil.1-deadbeef', '.evil.1-deadbeef', 'e/vil.1-deadbeef',
+            'good.1-deadbeef', 'good.1-deadbeef']
+    data = b''.join(b'\0'.join([key.encode(), b'ended', b'0', b'true', b'']) for key in keys)
+    hostile(machine, 'bash', HOSTILE_RUNNER.replace('SAY', (
+        f'say(b"ready\\t/tmp\\t0\\ndata\\t{len(data)}\\tothers\\n" + {data!r})')))
+    done = run_cli('execute_batch', '--earlier=show', '--machines', machine.yaml())
+    assert done.stdout == f'ended with exit code 0: good on {machine.yaml()};  true\n', done.stderr
+
+
+def test_35_a_nul_in_a_name_is_no_name(batches, lab):
+    machine = lab()
+    hostile(machine, 'bash', HOSTILE_RUNNER.replace('SAY', (
+        'say(b"ready\\t/tmp/a\\0b\\t0\\n")')))
+    done = batches.run(['true'], [machine], *NO_GPU)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert "cannot be understood (ready: ValueError('a NUL'))" in done.stderr
+
+
+@pytest.mark.parametrize('rsync', [True, False], ids=['rsync', 'tar'])
+def test_35_a_folder_that_its_job_has_shut_and_that_has_a_link_out(batches, lab, rsync):
+    machine = lab(leave_out=() if rsync else ('rsync',))
+    done = batches.run(['ln -s /etc/passwd out; echo x >made; chmod 555 .'], [machine], *NO_GPU,
+                       '--copy-forwards')
+    assert done.returncode == 0 and 'leads out of its folder' in done.stderr, done.stderr
+    assert [path.name for path in (RESULTS / 'batch.sh.1').iterdir()] == ['made']
+
+
+@pytest.mark.parametrize('how', ['rm -rf job_results', 'mv job_results moved'])
+def test_35_job_results_that_go_while_results_come_are_a_sentence(batches, lab, outside, how):
+    """With tar, whose archive lies in them."""
+    machine = lab(leave_out=('rsync',))
+    put(machine, 'tar', f'''#!/bin/bash
+[[ " $* " != *" -c "* ]] || {{
+  head -c 30000 /dev/zero | tr "\\0" x >{outside}/padding
+  {rig.program("tar")} "$@"; status=$?
+  touch {outside}/awaited; until [[ -e {outside}/go ]]; do sleep 0.05; done; exit $status
+}}
+exec {rig.program("tar")} "$@"
+''')
+    batch = batches.start(['head -c 300000 /dev/zero >made'], [machine], *NO_GPU, '--copy-forwards',
+                          stderr=subprocess.PIPE)
+    wait_until((outside / 'awaited').exists, 'a fetch')
+    subprocess.run(how, shell=True, check=True)
+    (outside / 'go').touch()
+    done = batch.end()
+    said = done.stderr or batch.process.stderr.read()
+    assert done.returncode in (1, 2) and 'Traceback' not in said, said
+    assert 'job_results was removed or moved away' in said or 'could not be fetched' in said
+
+
 def test_35_five_thousand_files_come(batches, lab1):
     done = batches.run(['mkdir d; cd d; touch {1..5000}'], [lab1], *NO_GPU, '--copy-forwards')
     assert done.returncode == 0, done.stderr
@@ -612,4 +679,31 @@ def test_40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run(batch
     assert alone.returncode == 2 and 'does not answer' in alone.stderr, alone.stderr
     done = batches.run(['echo 1'], [machine], *NO_GPU, env=HASTY)
     assert (done.returncode, result('batch.sh.1')) == (0, b'1\n'), done.stderr
+    assert_clean(machine)
+
+
+# ---- What was told to end, and was not seen to end ----
+
+@hasty
+def test_a_job_that_was_not_seen_to_end_is_remembered_and_ended_by_the_next_run(
+        batches, lab, ledger):
+    """The machine hears of it only after this run has stopped waiting, and is tidied up then."""
+    machine = lab()
+    batch = batches.start([f"trap '' TERM; echo begun >>{ledger}; exec sleep 1000"], [machine],
+                          *NO_GPU, env={'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 0.5})},
+                          stderr=subprocess.PIPE)
+    wait_until(lambda: ledger.read_text(), 'its begin')
+    machine.freeze()
+    batch.process.send_signal(signal.SIGINT)
+    for line in iter(batch.process.stderr.readline, ''):
+        if 'could not be confirmed' in line:
+            break
+    machine.thaw()
+    assert batch.end().returncode == 130
+    journal = s.ResultStore('job_results').peek().journal
+    assert journal.record('batch.sh.1')['state'] == 'cancelled'
+    assert journal.remains(journal.record('batch.sh.1')['machine'])[1] == [
+        journal.key('batch.sh.1', 1)]
+    again = batches.run([f'echo begun >>{ledger}'], [machine], *NO_GPU)
+    assert (again.returncode, ledger.read_text()) == (0, 'begun\nbegun\n'), again.stderr
     assert_clean(machine)

@@ -140,7 +140,7 @@ def test_a_job_results_of_the_version_before_is_read(run, project):
     assert warnings(done) == [ELSEWHERE.format(1, 'batch.sh.2'), ELSEWHERE.format(2, 'batch.sh.1')]
     assert (started(done), done.returncode) == (['batch.sh.3'], 0)
     assert 'no journal' not in done.stderr and 'files changed' not in done.stderr
-    assert s.ResultStore('job_results').peek().state('batch.sh.3')['key'] != 'batch.sh.3.1'
+    assert s.ResultStore('job_results').peek().journal.record('batch.sh.3')['key'] != 'batch.sh.3.1'
 
 
 def test_results_without_a_journal_are_kept_and_told(run):
@@ -525,9 +525,10 @@ def test_any_edits_against_a_model(first, rounds):
         """A job_results in memory, whose jobs have begun or are collected."""
 
         def exists(self, name):
-            return self.jobs.get(name, {}).get('state') == 'collected'
+            return self.journal.record(name).get('state') == 'collected'
 
     results, wanted, lines = Known('x'), collections.Counter(), first
+    known = results.journal.jobs
     for edits, runs in [([], 0), *rounds]:
         lines = edit(lines, edits)
         jobs = [s.Job(f'b.{number}', line, number, None, None)
@@ -537,22 +538,21 @@ def test_any_edits_against_a_model(first, rounds):
         names = [job.name for job in (*found.jobs, *found.gone)]
         assert len(set(names)) == len(names)
         for job in (*found.begun, *found.done):
-            assert results.jobs[job.name]['command'] == job.command == lines[job.line - 1]
+            assert known[job.name]['command'] == job.command == lines[job.line - 1]
         for job in found.waiting:
-            assert results.jobs.get(job.name, {}).get('state') is None
+            assert known.get(job.name, {}).get('state') is None
             usual = f'b.{job.line}'
-            assert job.name == usual or usual in results.jobs
+            assert job.name == usual or usual in known
         # some begin, of these and of those that ran, some end: as if the client was killed
         for number, job in enumerate(found.waiting):
-            results.jobs[job.name] = {'command': job.command, 'state': 'claimed', 'own': '',
-                                      'batch': 'b'}
+            known[job.name] = {'command': job.command, 'state': 'claimed', 'own': '', 'batch': 'b'}
             if runs and number == runs:
                 break
-        for number, record in enumerate(results.jobs.values()):
+        for number, record in enumerate(known.values()):
             if not runs or number % 3 == runs % 3:
                 record['state'] = 'collected'
         count = collections.Counter(job.command for job in jobs)
-        had = collections.Counter(record['command'] for record in results.jobs.values())
+        had = collections.Counter(record['command'] for record in known.values())
         wanted |= count
         assert not had - wanted and (runs or not count - had)
 
@@ -597,7 +597,7 @@ def test_any_edits_kills_and_reruns_of_real_batches(run, outside, first, rounds)
 
 def assert_true_results(done, lines):
     """All lines have results, and what these are is what the journal and the screen say."""
-    journal = s.ResultStore('job_results').peek()
+    journal = s.ResultStore('job_results').peek().journal
     made = collections.Counter()
     for name, record in journal.jobs.items():
         command = record['command'].split()[-1]
@@ -622,9 +622,12 @@ def test_each_journal_has_an_identity_and_keeps_it(tmp_path):
         folder = str(tmp_path / name)
         for _ in range(2):
             store = s.ResultStore(folder).open()
-            store.claimed('job', 1, 'm', None, 'true')
-            identities.append(store.identity)
-            assert store.state('job')['key'] == store.key('job', 1) == f'job.1-{store.identity}'
+            journal = store.journal
+            journal.write(event='claimed', job='job', attempt=1, machine='m', gpus=None,
+                          command='true')
+            identities.append(journal.identity)
+            assert (journal.record('job')['key'] == journal.key('job', 1)
+                    == f'job.1-{journal.identity}')
             store.close()
     assert identities[0] == identities[1] != identities[2] == identities[3]
     wrote(tmp_path / 'one/.ssh_scheduler/journal')

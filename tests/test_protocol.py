@@ -878,7 +878,7 @@ def test_a_list_that_comes_twice_is_taken_once(world):
                                     b'ended\tbatch.sh.1.1\n', b'data\t0\tgrowth\n'])
 def test_an_answer_from_which_something_is_missing_breaks_off(world, answer):
     begin(world, 'long')
-    key = s.ResultStore('job_results').peek().key('batch.sh.1', 1)
+    key = s.ResultStore('job_results').peek().journal.key('batch.sh.1', 1)
     world.client.line.hear(answer.replace(b'batch.sh.1.1', key.encode()))
     world.client.settle()
     world.finish()

@@ -1,10 +1,9 @@
 """What a batch prints, in which order and where to; the scheduling, against runners that fake.
 
-A FakeRunner records what would start and ends what the test says (the idea is ninja's), so the real
-Batch is followed step by step without a process.  Below that, the program itself prints into a
+A FakeWorker records what would start and ends what the test says (the idea is ninja's), so the real
+Run is followed step by step without a process.  Below that, the program itself prints into a
 pipe and on a terminal.
 """
-import collections
 import errno
 import fcntl
 import io
@@ -28,37 +27,43 @@ import ssh_scheduler as s
 
 
 class Lab:
-    """A Batch on fake machines.  `steps` is a generator: each wait of the batch runs it on a bit.
+    """A batch on fake machines.  `steps` is a generator: each wait of the Run runs it on a bit.
 
-    It stands for the session and its processes, too.
+    It stands for the Client and its Processes, too.
     """
 
     def __init__(self, results, machines, text, words=(), path='example/batch_script.sh',
                  live=False):
         self.out, self.err = io.StringIO(), io.StringIO()
-        self.results, self.processes, self.live = results, self, live
+        self.results, self.journal, self.processes, self.live = results, results.journal, self, live
         self.reporter = s.Reporter(out=self.out, err=self.err)
-        self.runners = [FakeRunner(name, capacity, results)
-                        for name, capacity in machines.items()]
+        self.workers = [FakeWorker(name, capacity) for name, capacity in machines.items()]
         options = s.read_options(s.EXECUTE_BATCH_USAGE, ['--machines', *machines, *words, path])
         self.jobs = s.read_jobs(path, text, options, self.reporter.warning)
-        self.batch = s.Batch(self.jobs, self.runners, self, self.reporter,
-                             s.read_allocation(options), name=s.name_of_batch(path), path=path)
+        self.allocation, self.path = s.read_allocation(options), path
+        self.batch = None                       # the Run
         self.steps = iter(())
 
     def run(self, steps=()):
         """What run_batch does; return the exit status."""
-        warnings = self.batch.plan()
-        self.batch.connect(None)
-        for runner in self.runners:
-            runner.become_ready()
-        self.batch.settle()
-        self.batch.announce()
-        self.batch.adopt()
-        for warning in warnings:
+        name = s.name_of_batch(self.path)
+        lines = s.match_lines(self.jobs, name, self.results)
+        plan = s.plan_lines(lines, self.results, {w.machine.address for w in self.workers})
+        view = s.BatchView(self.reporter, self.results, plan, self.allocation, self.path)
+        run = self.batch = s.Run((*lines.jobs, *lines.gone), self.workers, self, view,
+                                 s.Policy(asks_late=True, noted={'batch': name}))
+        s.take_up_lines(run, plan)
+        view.names()
+        run.fleet.log_in()
+        for worker in self.workers:
+            worker.become_ready()
+        run.fleet.meet()
+        view.limits(self.workers)
+        view.check_room()
+        for warning in plan.warnings:
             self.reporter.line(warning)
         self.steps = iter(steps)
-        return self.batch.run()
+        return s.finish_batch(run, view, self.reporter, True)
 
     def wait(self, timeout_s=None):
         try:
@@ -71,101 +76,76 @@ class Lab:
 
     @property
     def running(self):
-        return [(runner, order) for runner in self.runners for order in runner.orders.values()]
+        return [attempt for worker in self.workers for attempt in worker.attempts]
 
     def started(self):
         """Tell that all has started that was asked for."""
-        for runner, order in self.running:
-            if not order.started:
-                order.started = True
-                runner.signal('running' if order.adopt else 'started', order.name)
+        for attempt in self.running:
+            if attempt.state == 'claimed':
+                self.batch.lives.move(attempt, 'running')
 
-    def end(self, name, exit_code=0):
+    def end(self, name, exit_code=0, collected=True):
         """End the job whose name ends so."""
-        runner, order = next((runner, order) for runner, order in self.running
-                             if order.name.endswith(name))
-        del runner.orders[order.name]
-        runner.ended[order.name] = s.JobResult(order.name, runner.name, exit_code, 0.1)
-        self.results.ended(runner.ended[order.name])
-        self.results.commit(order.name, {'out': b'', 'err': b''}, None, False)
-        runner.signal('ended', order.name)
-        runner.signal('collected', order.name)
+        attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
+        attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
+        self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
+        self.results.commit(attempt.name, {'out': b'', 'err': b''}, None, False)
+        if collected:
+            self.batch.lives.move(attempt, 'collected', kept=())
+        else:
+            self.batch.lives.move(attempt, 'kept')
 
 
-class Order:
-    """What queue_up was given."""
+class FakeWorker:
+    """Has the methods of a Worker that a Run calls."""
 
-    def __init__(self, command, name, gpus, adopt):
-        self.command, self.name, self.gpus, self.adopt = command, name, gpus, adopt
-        self.started = False
+    away_since = is_stopping = None
+    was_ready = False
 
-
-class FakeRunner:
-    """Has the methods of a MachineRunner that a Batch calls."""
-
-    def __init__(self, name, capacity, results):
-        self.name, self.capacity, self.results = name, capacity, results
+    def __init__(self, name, capacity):
+        self.name, self.capacity = name, capacity
         self.machine = s.Machine(name, host=name)
-        self.state, self.ended = 'new', {}
-        self.orders = {}                    # name -> Order, those that run
-        self.history = []                   # names in the order of queue_up
-        self.expected = set()
+        self.run, self.state, self.why = None, 'new', ''
         self.again, self.same_as = 'never', None
+        self.history = []                   # names in the order of their starts
         self.asked = 0                      # how often it was asked what is free
-        self._callbacks = collections.defaultdict(list)
 
-    def register(self, event, callback):
-        self._callbacks[event].append(callback)
+    @property
+    def attempts(self):
+        """Those that run there, as far as the Run knows."""
+        return self.run.lives.of(self, *s.ALIVE) if self.state != 'failed' else []
 
-    def register_started(self, callback):
-        self.register('started', callback)
+    @property
+    def busy(self):
+        return bool(self.attempts)
 
-    def register_ended(self, callback):
-        self.register('ended', callback)
-
-    def signal(self, event, *words):
-        for callback in self._callbacks[event]:
-            callback(*words)
-
-    def connect(self, want_gpus):
+    def connect(self, want_gpus, tied):
         self.state = 'connecting'
 
-    def prepare(self, forwards):
+    def probe(self):
         pass
 
-    def probe(self):
+    def ask(self):
+        pass
+
+    def prepare(self, forwards):
         pass
 
     def measure(self, within_s=0.0):
         self.asked += 1
 
+    def start(self, attempt):
+        attempt.stage = 'its files'
+        self.run.lives.move(attempt, 'claimed', **attempt.record)
+        self.history.append(attempt.name)
+
+    def become(self, state, why=''):
+        before, self.state, self.why = self.state, state, why
+        self.was_ready = self.was_ready or state == 'ready'
+        self.run.machine_changed(self, before)
+
     def become_ready(self):
-        self.state = 'ready'
-        self.signal('ready')
-
-    def queue_up(self, command, forward_loc, backward_loc, job_name, *, link_loc, exclude, gpus,
-                 attempt, placement, adopt, timeout_s, noted):
-        self.results.claimed(job_name, attempt, self.machine.address, gpus, command, **noted)
-        self.orders[job_name] = Order(command, job_name, gpus, adopt)
-        self.history.append(job_name)
-
-    def fail(self, why):
-        """The connection breaks."""
-        self.state = 'failed'
-        self.signal('failed', why)
-        self.orders = {}
-
-    @property
-    def running(self):
-        return list(self.orders)
-
-    @property
-    def unfinished(self):
-        return list(self.orders)
-
-    @property
-    def busy(self):
-        return bool(self.orders)
+        self.become('ready')
 
 
 @pytest.fixture
@@ -268,9 +248,7 @@ def test_a_job_is_counted_once_though_its_results_are_not_here(results):
     def steps():
         lab.started()
         for name, code in (('.1', 0), ('.2', 3), ('.3', 0)):
-            lab.end(name, code)
-        for job in lab.jobs[:2]:
-            lab.runners[0].signal('uncollected', job.name)
+            lab.end(name, code, collected=name == '.3')
         yield
 
     assert lab.run(steps()) == 1
@@ -279,10 +257,10 @@ def test_a_job_is_counted_once_though_its_results_are_not_here(results):
 
 def test_what_an_earlier_run_started_is_announced_as_such(results):
     """Not like a job that starts now."""
-    results.claimed('batch.sh.1', 1, 'm', None, 'true', where='m', batch='batch.sh')
+    results.journal.write(event='claimed', job='batch.sh.1', attempt=1, machine='m', gpus=None,
+                          command='true', where='m', batch='batch.sh')
     lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\n', ['--no-gpu-required'], path='batch.sh')
-    lab.runners[0].machine = s.Machine('m', host='m')
-    results.jobs['batch.sh.1']['machine'] = lab.runners[0].machine.address
+    results.journal.jobs['batch.sh.1']['machine'] = lab.workers[0].machine.address
 
     def steps():
         lab.started()
@@ -317,7 +295,7 @@ def test_a_command_that_changed_is_run_under_a_name_of_its_own(results):
     assert 'WARNING' not in second.out.getvalue()
     assert ('new names for results, because other commands have the usual ones: line 1: '
             'example_batch_script.sh.1-2\n') in second.err.getvalue()
-    assert second.runners[0].history == ['example_batch_script.sh.1-2', 'example_batch_script.sh.2']
+    assert second.workers[0].history == ['example_batch_script.sh.1-2', 'example_batch_script.sh.2']
 
 
 @pytest.mark.parametrize('words, prefix', [
@@ -356,18 +334,18 @@ def test_lines_start_in_their_order(results):
     def steps():
         while True:
             lab.started()
-            lab.end(lab.running[0][1].name)
+            lab.end(lab.running[0].name)
             yield
 
     assert lab.run(steps()) == 0
-    assert lab.runners[0].history == [job.name for job in lab.jobs]
+    assert lab.workers[0].history == [job.name for job in lab.jobs]
 
 
 def test_jobs_are_spread_over_the_machines(results):
     lab = Lab(results, {'a': NO_GPUS, 'b': NO_GPUS}, 'true\n' * 4, ['--no-gpu-required'])
 
     def steps():
-        assert [len(runner.orders) for runner in lab.runners] == [2, 2]
+        assert [len(worker.attempts) for worker in lab.workers] == [2, 2]
         for number in range(1, 5):
             lab.end(f'.{number}')
         yield
@@ -401,20 +379,20 @@ def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options,
     def steps():
         while True:
             lab.started()
-            seen = {name for runner in lab.runners for name in runner.history}
-            for runner in lab.runners:
-                own = s.MachineResources(runner.capacity)
-                for name in runner.orders:
-                    own.allocate(wanted[name])      # raises where it was promised too much
+            seen = {name for worker in lab.workers for name in worker.history}
+            for worker in lab.workers:
+                own = s.MachineResources(worker.capacity)
+                for attempt in worker.attempts:
+                    own.allocate(wanted[attempt.name])      # raises where it was promised too much
                 assert all(own.score(wanted[name]) == -math.inf for name in set(wanted) - seen)
-            lab.end(chance.choice([order.name for _, order in lab.running]))
+            lab.end(chance.choice([attempt.name for attempt in lab.running]))
             yield
 
     try:
         assert lab.run(steps()) == 0
     finally:
         results.close()
-    done = [name for runner in lab.runners for name in runner.history]
+    done = [name for worker in lab.workers for name in worker.history]
     assert sorted(done) == sorted(wanted)
 
 
@@ -427,8 +405,8 @@ def test_an_impossible_job_is_an_error_before_anything_starts(results):
     assert str(error.value) == (
         'line 2 (and 1 more line) needs 1 core and 64000 MB of memory, and no machine has that '
         'free: a has 16000 MB of memory free; b has 32000 MB of memory free.')
-    assert [runner.history for runner in lab.runners] == [[], []]
-    assert results.jobs == {}
+    assert [worker.history for worker in lab.workers] == [[], []]
+    assert results.journal.jobs == {}
 
 
 @pytest.mark.parametrize('words, why', [
@@ -446,7 +424,7 @@ def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(resul
 
     def steps():
         lab.started()
-        lab.runners[0].fail('the connection broke')
+        lab.workers[0].become('failed', 'the connection broke')
         yield
         lab.end('.2')
         yield
@@ -457,38 +435,35 @@ def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(resul
     assert lab.run(steps()) == 1
     assert lab.err.getvalue() == ('a: lost contact (1 job may go on there): the connection '
                                   'broke.\n')
-    assert lab.runners[1].history == ['example_batch_script.sh.2', 'example_batch_script.sh.3']
+    assert lab.workers[1].history == ['example_batch_script.sh.2', 'example_batch_script.sh.3']
     assert 'done: 3 jobs: 2 finished, 0 failed, 1 not collected, ' in lab.out.getvalue()
 
 
 def test_a_machine_that_starts_nothing_rests_also_after_contact_was_lost(results):
     lab = Lab(results, {'lab1': NO_GPUS}, 'true\n', ['--no-gpu-required'])
-    runner, = lab.runners
+    worker, = lab.workers
 
     def refuse():
-        name, = runner.orders
-        del runner.orders[name]
-        results.lost(name)
-        runner.signal('returned', name, 'its disk is full')
+        attempt, = worker.attempts
+        lab.batch.lives.move(attempt, 'refused', 'its disk is full')
 
     def steps():
         refuse()
         yield
-        assert not runner.orders
-        runner.state = 'away'
-        runner.signal('away', 'the connection broke')
-        runner.become_ready()
+        assert not worker.attempts
+        worker.become('away', 'the connection broke')
+        worker.become_ready()
         yield
         refuse()
         yield
-        assert not runner.orders
-        lab.batch._bring_back(runner)           # its time is over
+        assert not worker.attempts
+        lab.batch.fleet.bring_back(worker)            # its time is over
         yield
         lab.end('1')
         yield
 
     assert lab.run(steps()) == 0
-    assert len(runner.history) == 3
+    assert len(worker.history) == 3
     assert lab.err.getvalue().count('gets no more jobs for a while') == 2
 
 

@@ -238,7 +238,7 @@ def test_a_job_is_taken_if_and_only_if_the_rules_allow_it(story):
             capacity = step
             resources.update(capacity)
         elif not isinstance(step, Allocation):
-            out.append(resources.adopt(*step))          # forced: it runs there already
+            out.append(resources.take(*step))          # forced: it runs there already
             assert out[-1].gpus == step[1]
         else:
             room = has_room(capacity, out, step)
@@ -381,7 +381,7 @@ def test_the_roomiest_gpu_comes_first():
 def test_what_an_earlier_run_started_is_taken_whether_it_fits_or_not():
     resources = free(gpus=[Gpu(0, 9000)])
     first = resources.allocate(Allocation())
-    second = resources.adopt(Allocation(9, 9000), (0, 7))           # 7: not there any more
+    second = resources.take(Allocation(9, 9000), (0, 7))           # 7: not there any more
     assert (second.gpus, second.allocation, resources.jobs) == ((0, 7), Allocation(9, 9000), 2)
     assert not fits(resources)
     resources.deallocate(first)

@@ -7,7 +7,7 @@ import resource
 import pytest
 
 import ssh_scheduler
-from ssh_scheduler import JobResult, ResultsError, ResultStore
+from ssh_scheduler import ResultsError, ResultStore
 
 
 @pytest.fixture
@@ -23,7 +23,18 @@ def store(folder):
 
 
 def claim(store, name='job', attempt=1, command='true'):
-    store.claimed(name, attempt, 'ben@lab1:22', None, command)
+    store.journal.write(event='claimed', job=name, attempt=attempt, machine='ben@lab1:22',
+                        gpus=None, command=command)
+
+
+def commit(store, name, *came):
+    store.commit(name, *came)
+    store.journal.write(event='collected', job=name, kept=())
+
+
+def set_aside(store, name, *came):
+    store.journal.write(event='cancelled', job=name, kept=())
+    store.set_aside(name, *came)
 
 
 def test_results_appear_under_their_names(store, folder, tmp_path):
@@ -33,12 +44,12 @@ def test_results_appear_under_their_names(store, folder, tmp_path):
     err = tmp_path / 'err'
     err.write_bytes(b'warned\n')
     claim(store)
-    store.commit('job', {'out': b'said\n', 'err': str(err)}, str(came), True)
+    commit(store, 'job', {'out': b'said\n', 'err': str(err)}, str(came), True)
     assert open(f'{folder}/job.out').read() == 'said\n'
     assert open(f'{folder}/job.err').read() == 'warned\n'
     assert open(f'{folder}/job/deep/model').read() == '42'
     assert not came.exists() and not err.exists()
-    assert store.state('job')['state'] == 'collected'
+    assert store.journal.record('job')['state'] == 'collected'
 
 
 @pytest.mark.parametrize('end', ['', '.out', '.err'])
@@ -55,7 +66,7 @@ def test_what_exists_is_seen_and_stays(store, folder, end, kind):
     assert store.exists('job')
     claim(store)
     with pytest.raises((ResultsError, OSError)):
-        store.commit('job', {'out': b'new', 'err': b'new'}, None, True)
+        commit(store, 'job', {'out': b'new', 'err': b'new'}, None, True)
     after = os.lstat(path)
     assert (before.st_ino, before.st_size, before.st_mode) == (
         after.st_ino, after.st_size, after.st_mode)
@@ -71,8 +82,8 @@ def test_a_stream_that_something_else_made_stays(store, folder, tmp_path, conten
         (tmp_path / 'came').write_bytes(b'new')
         content = str(tmp_path / 'came')
     with pytest.raises((ResultsError, FileExistsError)):
-        store.commit('job', {'out': content}, None, False)
-    store.set_aside('job')
+        commit(store, 'job', {'out': content}, None, False)
+    set_aside(store, 'job')
     assert open(f'{folder}/job.out').read() == 'mine'
 
 
@@ -81,7 +92,7 @@ def test_a_dangling_link_in_the_place_of_a_folder_stays(store, folder, tmp_path)
     os.symlink('nowhere', f'{folder}/job')
     (tmp_path / 'came').mkdir()
     with pytest.raises(ResultsError, match='job was made by something else while job ran'):
-        store.commit('job', {}, str(tmp_path / 'came'), True)
+        commit(store, 'job', {}, str(tmp_path / 'came'), True)
     assert os.readlink(f'{folder}/job') == 'nowhere' and (tmp_path / 'came').exists()
 
 
@@ -89,9 +100,9 @@ def test_a_dangling_link_in_the_place_of_a_folder_stays(store, folder, tmp_path)
 def test_a_commit_that_was_cut_off_is_known_by_its_folder(folder, tmp_path, ours):
     first = ResultStore(folder).open()
     claim(first)
-    first.ended(JobResult('job', 'lab1', 0, 1.0))
+    first.journal.write(event='ended', job='job', exit_code=0, wall_s=1.0)
     (tmp_path / 'came').mkdir()
-    first.commit('job', {'out': b'', 'err': b''}, str(tmp_path / 'came'), True)
+    commit(first, 'job', {'out': b'', 'err': b''}, str(tmp_path / 'came'), True)
     first.close()
     journal = f'{folder}/.ssh_scheduler/journal'
     with open(journal) as file:
@@ -103,8 +114,9 @@ def test_a_commit_that_was_cut_off_is_known_by_its_folder(folder, tmp_path, ours
         os.mkdir(f'{folder}/job')
     second = ResultStore(folder).open()
     assert second.exists('job')
-    assert second.state('job')['state'] == ('collected' if ours else 'ended')
-    assert second.remains('ben@lab1:22') == ([second.key('job', 1)] if ours else [], [])
+    assert second.journal.record('job')['state'] == ('collected' if ours else 'ended')
+    key = second.journal.key('job', 1)
+    assert second.journal.remains('ben@lab1:22') == ([key] if ours else [], [])
     second.close()
 
 
@@ -114,14 +126,14 @@ def test_what_an_earlier_run_began_is_no_result_and_is_replaced(folder):
     first.grow('job', 'out', b'first half')
     first.close()
     second = ResultStore(folder).open()
-    assert second.state('job')['state'] == 'claimed' and not second.exists('job')
+    assert second.journal.record('job')['state'] == 'claimed' and not second.exists('job')
     assert second.grow('job', 'out', b'whole')
     assert open(f'{folder}/job.out').read() == 'whole'
-    second.commit('job', {'out': b'whole one', 'err': b''}, None, False)
+    commit(second, 'job', {'out': b'whole one', 'err': b''}, None, False)
     assert open(f'{folder}/job.out').read() == 'whole one' and second.exists('job')
     second.close()
     third = ResultStore(folder).open()
-    assert third.exists('job') and third.state('job')['state'] == 'collected'
+    assert third.exists('job') and third.journal.record('job')['state'] == 'collected'
     third.close()
 
 
@@ -130,7 +142,7 @@ def test_a_stream_that_grew_is_replaced_by_the_whole_one(store, folder):
     assert store.grow('job', 'out', b'first ')
     assert store.grow('job', 'out', b'second')
     assert open(f'{folder}/job.out').read() == 'first second'
-    store.commit('job', {'out': b'first second third', 'err': b''}, None, False)
+    commit(store, 'job', {'out': b'first second third', 'err': b''}, None, False)
     assert open(f'{folder}/job.out').read() == 'first second third'
     assert not os.path.lexists(f'{folder}/job')
 
@@ -159,9 +171,9 @@ def test_where_nothing_was_claimed_nothing_is_left(folder):
 def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
     with_all = ResultStore(folder).open()
     claim(with_all, 'a', 1, 'echo "ä"')
-    with_all.ended(ssh_scheduler.JobResult('a', 'lab', 3, 1.5))
+    with_all.journal.write(event='ended', job='a', exit_code=3, wall_s=1.5)
     claim(with_all, 'b', 2)
-    with_all.lost('b')
+    with_all.journal.write(event='lost', job='b')
     with_all.close()
     path = f'{folder}/.ssh_scheduler/journal'
     whole = open(path, 'rb').read()
@@ -169,24 +181,18 @@ def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
         with open(path, 'wb') as file:
             file.write(whole[:length])
         store = ResultStore(folder)
-        store._lock = os.open(os.devnull, os.O_RDONLY)
-        store._journal = os.open(path, os.O_RDWR | os.O_APPEND)
-        store._read_journal()
+        store.journal.open()
         expected = {}
         for line in whole[:length].split(b'\n')[:-1]:
             event = json.loads(line)
             if 'job' in event:
                 expected[event['job']] = event['event']
-        assert {name: job['state'] for name, job in store.jobs.items()} == expected
+        assert {name: job['state'] for name, job in store.journal.jobs.items()} == expected
         claim(store, 'later')           # what is written now is not glued to a torn line
-        again = ResultStore(folder)
-        again._journal = store._journal
-        os.lseek(again._journal, 0, os.SEEK_SET)
-        again._read_journal()
-        assert again.state('later')['state'] == 'claimed'
-        assert all(again.state(name)['state'] == state for name, state in expected.items())
-        os.close(store._lock)
-        os.close(store._journal)
+        store.close()
+        again = ResultStore(folder).peek().journal
+        assert again.record('later')['state'] == 'claimed'
+        assert all(again.record(name)['state'] == state for name, state in expected.items())
 
 
 @pytest.mark.parametrize('line', [
@@ -206,19 +212,19 @@ def test_a_journal_that_lies_is_refused_with_its_line(folder, line):
 def test_what_an_interrupted_job_wrote_is_set_aside(store, folder):
     claim(store)
     store.grow('job', 'out', b'half')
-    store.set_aside('job')
+    set_aside(store, 'job')
     assert not store.exists('job')
     aside = os.listdir(f'{folder}/.ssh_scheduler/cancelled')
     assert len(aside) == 1 and aside[0].startswith('job.') and aside[0].endswith('.out')
 
 
 def test_streams_that_were_fetched_are_as_readable_as_others(store, folder, tmp_path):
-    for name, put in (('job', store.commit), ('cancelled', store.set_aside)):
+    for name, put in (('job', commit), ('cancelled', set_aside)):
         claim(store, name)
         came = tmp_path / name
         came.write_bytes(b'long')
         came.chmod(0o600)
-        put(name, {'out': b'short', 'err': str(came)}, None, *[False] * (name == 'job'))
+        put(store, name, {'out': b'short', 'err': str(came)}, None, *[False] * (name == 'job'))
     paths = [f'{folder}/job', *{path[:-4] for path in map(str, (
         tmp_path / 'job_results/.ssh_scheduler/cancelled').iterdir())}]
     for path in paths:
@@ -228,10 +234,10 @@ def test_streams_that_were_fetched_are_as_readable_as_others(store, folder, tmp_
 def test_a_cancelled_job_may_run_again_in_another_run(folder):
     store = ResultStore(folder).open()
     claim(store)
-    store.set_aside('job')
+    set_aside(store, 'job')
     store.close()
     again = ResultStore(folder).open()
-    assert again.state('job')['state'] == 'cancelled' and not again.exists('job')
+    assert again.journal.record('job')['state'] == 'cancelled' and not again.exists('job')
     again.close()
 
 
@@ -255,23 +261,39 @@ def test_a_line_of_which_only_a_part_was_written_is_taken_back(store, folder):
     claim(store, 'c')
     store.close()
     again = ResultStore(folder).open()
-    assert set(again.jobs) == {'a', 'c'}
+    assert set(again.journal.jobs) == {'a', 'c'}
     again.close()
 
 
 def test_a_stream_of_which_only_a_part_was_written_is_an_error(store):
     claim(store)
     with no_file_beyond(4000), pytest.raises(OSError):
-        store.commit('job', {'out': b'x' * 5000}, None, False)
-    assert store.state('job')['state'] == 'claimed'
+        commit(store, 'job', {'out': b'x' * 5000}, None, False)
+    assert store.journal.record('job')['state'] == 'claimed'
 
 
 def test_a_full_disk_under_the_journal_is_one_sentence(store, monkeypatch):
-    os.close(store._journal)
-    store._journal = os.open('/dev/full', os.O_WRONLY)
-    monkeypatch.setattr(store, 'check', lambda: None)       # it is another file, indeed
+    journal = store.journal
+    os.close(journal._fd)
+    journal._fd = os.open('/dev/full', os.O_WRONLY)
+    monkeypatch.setattr(journal, 'check', lambda: None)     # it is another file, indeed
     with pytest.raises(ResultsError, match='cannot be written: No space left on device'):
         claim(store)
+    assert journal.jobs == {}               # as one knows who reads it again
+
+
+def test_what_could_not_be_noted_has_not_happened(store, monkeypatch):
+    """Else a folder on a machine would be removed though its results count as kept there."""
+    claim(store)
+    real, journal = store.journal._fd, store.journal
+    store.journal._fd = os.open('/dev/full', os.O_WRONLY)
+    monkeypatch.setattr(journal, 'check', lambda: None)
+    with pytest.raises(ResultsError):
+        journal.write(event='collected', job='job', kept=())
+    os.close(journal._fd)
+    journal._fd = real
+    assert journal.record('job')['state'] == 'claimed'
+    assert journal.remains('ben@lab1:22') == ([], [])
 
 
 def test_an_incoming_folder_is_private_and_can_be_discarded(store):
@@ -294,5 +316,5 @@ def test_what_was_on_its_way_when_a_run_was_killed_is_removed(store, folder):
 
 
 def test_importing_made_nothing_here():
-    assert ssh_scheduler.ResultStore('x').jobs == {}
+    assert ssh_scheduler.ResultStore('x').journal.jobs == {}
     assert not os.path.exists('x')

@@ -372,7 +372,7 @@ def test_a_placement_costs_hardly_more_among_many_machines():
     assert many <= 25                       # ten kinds, each of which looks at what has changed
 
 
-# ---- The Batch, whatever its machines say ----
+# ---- The Run of a batch, whatever its machines say ----
 
 WORDS = ('--num-cpus=4', '--num-cpus=0.5', '--memory-required=3000', '--memory-required=500',
          '--reserve')
@@ -382,7 +382,7 @@ LEFT = (WHOLE, WHOLE._replace(cores=0.5), WHOLE._replace(memory_mb=600), WHOLE._
 
 
 class AnyBatch(RuleBasedStateMachine):
-    """The Batch runs in a thread of its own and only while this one waits for it to wait."""
+    """The Run runs in a thread of its own and only while this one waits for it to wait."""
 
     @initialize(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
                 machines=st.integers(1, 3))
@@ -431,24 +431,20 @@ class AnyBatch(RuleBasedStateMachine):
         return self.status is not None
 
     def check_while_it_waits(self):
-        running = [order.name for _, order in self.lab.running]
+        running = [attempt.name for attempt in self.lab.running]
         assert len(running) == len(set(running)) and not set(running) & self.outcomes.keys()
-        scheduler = self.lab.batch._scheduler
-        for runner, own in scheduler.resources.items():
-            assert own.jobs == len(runner.orders)
+        scheduler = self.lab.batch.scheduler
+        for worker, own in scheduler.resources.items():
+            assert own.jobs == len(worker.attempts)
             for kind in scheduler.kinds():
-                assert own.short_of(kind) or scheduler.keeps_from(runner, kind)
+                assert own.short_of(kind) or scheduler.keeps_from(worker, kind)
 
     def some(self, number):
-        """Return (runner, name) of a job that runs, taken from where it runs."""
-        runner, order = self.lab.running[number % len(self.lab.running)]
-        return runner, order.name
+        """Return an attempt that runs."""
+        return self.lab.running[number % len(self.lab.running)]
 
-    def take_away(self, number):
-        runner, name = self.some(number)
-        del runner.orders[name]
-        self.results.lost(name)
-        return runner, name
+    def move(self, attempt, state, why=''):
+        self.lab.batch.lives.move(attempt, state, why)
 
     runs = precondition(lambda self: not self.over and self.lab.running)
     numbers = st.integers(0, 99)
@@ -458,7 +454,7 @@ class AnyBatch(RuleBasedStateMachine):
     def a_job_ends(self, number, exit_code, started):
         if started:
             self.lab.started()
-        _, name = self.some(number)
+        name = self.some(number).name
         self.lab.end(name, exit_code)
         self.outcomes[name] = exit_code
         self.go_on()
@@ -466,51 +462,51 @@ class AnyBatch(RuleBasedStateMachine):
     @runs
     @rule(number=numbers)
     def another_batch_was_first(self, number):
-        runner, name = self.take_away(number)
-        self.sent_back[name] += 1
-        runner.signal('held', name)
-        begun = len(runner.history)
+        attempt = self.some(number)
+        self.sent_back[attempt.name] += 1
+        self.move(attempt, 'held')
+        begun = len(attempt.machine.history)
         self.go_on()
-        assert len(runner.history) == begun     # the machine has not been looked at again
+        assert len(attempt.machine.history) == begun    # it has not been looked at again
 
     @runs
     @rule(number=numbers, often=st.integers(0, 3))
     def a_machine_cannot_start_it(self, number, often):
         if often:
             return                                  # rarely, since it gets no more jobs then
-        runner, name = self.take_away(number)
-        self.sent_back[name] += 1
-        runner.signal('returned', name, 'its disk is full')
-        begun = len(runner.history)
+        attempt = self.some(number)
+        self.sent_back[attempt.name] += 1
+        self.move(attempt, 'refused', 'its disk is full')
+        begun = len(attempt.machine.history)
         self.go_on()
-        assert len(runner.history) == begun
+        assert len(attempt.machine.history) == begun
 
     @runs
     @rule(number=numbers)
     def a_job_is_lost(self, number):
-        runner, name = self.take_away(number)
-        self.lost[name] += 1
-        if self.lost[name] > 1:                     # once more is what --retries has by default
-            self.outcomes[name] = 'lost'
-        runner.signal('lost', name, 'the machine was started anew')
+        attempt = self.some(number)
+        self.lost[attempt.name] += 1
+        if self.lost[attempt.name] > 1:             # once more is what --retries has by default
+            self.outcomes[attempt.name] = 'lost'
+        self.move(attempt, 'lost', 'the machine was started anew')
         self.go_on()
 
     @precondition(lambda self: not self.over)
     @rule(number=numbers, capacity=st.sampled_from(LEFT))
     def a_machine_has_more_or_less(self, number, capacity):
-        runner = self.lab.runners[number % len(self.lab.runners)]
-        if runner.state == 'ready':
-            runner.capacity = capacity
-            runner.signal('measured')
+        worker = self.lab.workers[number % len(self.lab.workers)]
+        if worker.state == 'ready':
+            worker.capacity = capacity
+            worker.become('ready')
             self.go_on()
 
     @precondition(lambda self: not self.over)
     @rule(number=numbers, often=st.integers(0, 4))
     def a_machine_fails(self, number, often):
-        runner = self.lab.runners[number % len(self.lab.runners)]
-        if not often and runner.state == 'ready':
-            self.outcomes.update(dict.fromkeys(runner.orders, 'not collected'))
-            runner.fail('the connection broke')
+        worker = self.lab.workers[number % len(self.lab.workers)]
+        if not often and worker.state == 'ready':
+            self.outcomes.update({attempt.name: 'not collected' for attempt in worker.attempts})
+            worker.become('failed', 'the connection broke')
             self.go_on()
 
     @precondition(lambda self: self.over)
@@ -525,12 +521,12 @@ class AnyBatch(RuleBasedStateMachine):
             idle = 0
             while not self.over:                    # others go, and what runs ends well
                 assert idle < 3, f'it waits for nothing: {self.lab.out.getvalue()}'
-                for runner in self.lab.runners:
-                    if runner.state == 'ready':
-                        runner.capacity = WHOLE
-                        runner.signal('measured')
-                for runner in list(self.lab.batch._resting):    # its time is over
-                    self.lab.batch._bring_back(runner)
+                for worker in self.lab.workers:
+                    if worker.state == 'ready':
+                        worker.capacity = WHOLE
+                        worker.become('ready')
+                for worker in self.lab.workers:         # their time to rest is over
+                    self.lab.batch.fleet.bring_back(worker)
                 idle = 0 if self.lab.running else idle + 1
                 if self.lab.running:
                     self.a_job_ends(0, 0, True)
@@ -543,10 +539,10 @@ class AnyBatch(RuleBasedStateMachine):
 
     def check_the_end(self):
         lab = self.lab
-        begun = collections.Counter(name for runner in lab.runners for name in runner.history)
+        begun = collections.Counter(name for worker in lab.workers for name in worker.history)
         names = [job.name for job in lab.jobs]
-        assert lab.batch._placed == {} and lab.running == []
-        assert all(own.jobs == 0 for own in lab.batch._scheduler.resources.values())
+        assert lab.running == []
+        assert all(own.jobs == 0 for own in lab.batch.scheduler.resources.values())
         for name in names:                          # each ran once, or is reported
             assert begun[name] == ((name in self.outcomes) + self.sent_back[name]
                                    + min(self.lost[name], 1))
@@ -558,7 +554,7 @@ class AnyBatch(RuleBasedStateMachine):
         counts += [f'{left} not started'] if left else []
         counts += [f'{ends["not collected"]} not collected'] if ends['not collected'] else []
         assert f'done: {s.count_of(len(names), "job")}: {", ".join(counts)}, ' in lab.out.getvalue()
-        assert left == 0 or not lab.batch._scheduler.resources
+        assert left == 0 or not lab.batch.scheduler.resources
         assert self.status == (0 if ends['finished'] == len(names) else 1)
         for name, end in self.outcomes.items():
             if isinstance(end, int):

@@ -117,3 +117,45 @@ def test_what_bash_escapes_is_unescaped():
                           check=True)
     lines = done.stdout.split(b'\n')[:-1]
     assert [ssh_scheduler.unescape(line) for line in lines] == texts
+
+
+# ---- Events: from fields to values ----
+
+EVENT = st.tuples(
+    st.sampled_from([b'data', b'', b'nonsense', *(word.encode() for word in ssh_scheduler.EVENTS)]),
+    st.lists(st.sampled_from([b'', b'out', b'0', b'7', b'-1', b'1_0', b' 3', b'9' * 400, b'=text',
+                              b'@5', b'@' + b'9' * 30, b'+./a', b'm644 ./a', b'm ./a', b's99', b's',
+                              b'@', b'a\0b\0', b'\xff', *map(str.encode, ssh_scheduler.EVENTS)]),
+             max_size=9)).map(lambda event: [event[0], *event[1]])
+
+
+@settings(deadline=None, derandomize=True, max_examples=1000)
+@given(EVENT)
+def test_any_fields_are_an_event_with_values_or_refused(fields):
+    try:
+        word, values = ssh_scheduler.decode(fields)
+    except ssh_scheduler.WireError as error:
+        assert str(error).isprintable()
+        return
+    needed, optional, rest = ssh_scheduler.EVENTS[word]
+    assert len(needed) <= len(values) and (rest or len(values) <= len(needed + optional))
+    for value in values:
+        assert not isinstance(value, int) or 0 <= value < 2**60
+
+
+@pytest.mark.parametrize('number', [b'9' * 400, b'-1', b'', b'x', b'0x1', b'1' * 20])
+def test_a_number_that_makes_no_sense_is_refused(number):
+    for fields in ([b'used', b'job.1', number], [b'measured', b'1', number],
+                   [b'ended', b'job.1', number, b'0', b'0', b'=', b'='],
+                   [b'ended', b'job.1', b'0', number, b'0', b'=', b'='],
+                   [b'ended', b'job.1', b'0', b'0', b'0', b'@' + number, b'='],
+                   [b'ended', b'job.1', b'0', b'0', b'0', b'=', b'=', b's' + number]):
+        with pytest.raises(ssh_scheduler.WireError, match='cannot be understood'):
+            ssh_scheduler.decode(fields)
+
+
+def test_each_event_has_one_part_that_hears_it():
+    parts = (ssh_scheduler.Worker, ssh_scheduler.JobControl, ssh_scheduler.Collector,
+             ssh_scheduler.Gauge)
+    for word in ssh_scheduler.EVENTS:
+        assert sum(hasattr(part, f'on_{word}') for part in parts) == 1, word
