@@ -622,7 +622,7 @@ def test_files_are_not_sent_where_the_command_cannot_run(run, lab, project):
 
 
 def test_killed_before_it_started(start, run, lab, ledger):
-    machine = lab(startup={'.bashrc': f'echo login >>{rig.tempfile.gettempdir()}/never\n'})
+    machine = lab()
     machine.freeze()
     running = start(machine, f'echo start >>{ledger}', '--job-name', 'early')
     wait_until(lambda: Path('job_results/.ssh_scheduler/commands/early').exists(), 'its journal')

@@ -106,7 +106,7 @@ class FakeWorker:
         self.name, self.capacity = name, capacity
         self.machine = s.Machine(name, host=name)
         self.run, self.state, self.why = None, 'new', ''
-        self.again, self.same_as = 'never', None
+        self.retry, self.same_as = 'never', None
         self.history = []                   # names in the order of their starts
         self.asked = 0                      # how often it was asked what is free
 
