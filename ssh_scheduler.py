@@ -7171,7 +7171,8 @@ class Followers:
         """A flow: pass on what a job writes until it has ended."""
         contact, key = self._worker.contact, attempt.key
         yield FOLLOW_AFTER_S
-        while attempt.state in ALIVE and not self.has(attempt):
+        while (attempt.state in ALIVE and not self.has(attempt)
+               and self._worker.state == 'ready'):
             alone = contact.alone
             heads = {stream: AfterToken(contact.token) for stream in ('out', 'err')}
             offsets = {stream: attempt.streams[stream].here for stream in heads}
@@ -7224,6 +7225,11 @@ class Followers:
             self._processes.pop(attempt.key).close_stdin()
             self._worker.collector.go_on(attempt)
 
+    def close(self):
+        """Bring no more of any attempt: ssh ends only after the last session on its connection."""
+        while self._processes:
+            self._processes.popitem()[1].close_stdin()
+
 
 # The remote runner writes this to the stderr of a job that was killed with what records its end.
 KILLED_WITH_GROUP = b'with its whole process group'
@@ -7244,7 +7250,11 @@ class JobControl:
         self.is_stopping, self._followers = False, Followers(self._worker)
         for attempt in self._worker.lives.of(self._worker, 'placed'):
             if attempt.stage:
-                self._prepare(attempt)      # nothing of its files is there
+                self._prepare(attempt)      # its files are not on the machine
+
+    def close(self):
+        """Bring no more output: the contact is to be closed, and the jobs run on."""
+        self._followers.close()
 
     # Starting
 
@@ -7644,6 +7654,7 @@ class Worker:
             stages = contact.stages.all
             cached = [stage.id for stage in reversed(stages) if stage.by_rsync and stage.ready]
             self.collector.clean()
+            self.jobs.close()
             if not self.busy and not self.lives.any_of(self, 'dropped'):
                 contact.send('finish', cached[0] if cached else '', *(
                     stage.id for stage in stages))

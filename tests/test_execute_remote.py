@@ -439,7 +439,9 @@ def test_who_attaches_only_watches(run, start, machine, gate, clean, how, number
     attached = start(None, None, '--attach', 'far')
     attached.until(b'one\n')
     attached.signal(number)
+    told = time.monotonic()
     assert (attached.end().status, attached.notes[-1]) == (130, return_note('far', machine))
+    assert time.monotonic() - told < 20     # of FAREWELL_S, after which ssh is killed
     again = start(None, None, '--attach', 'far')
     again.until(b'one\n')
     gate.open('a')
