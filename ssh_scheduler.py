@@ -2054,7 +2054,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._bar = None
-        self.nobody_reads = False    # nobody reads any more what is printed
+        self.nobody_reads = False    # the reader of what is printed is gone
         self.trouble = ''           # or why it cannot be printed
 
     def line(self, text):
@@ -2210,7 +2210,7 @@ class OwnStreams:
     """Our standard streams, for the output of a command: it is passed on unchanged."""
 
     def __init__(self, processes):
-        self.nobody_reads = False        # nobody reads any more what is said
+        self.nobody_reads = False        # the reader of stdout or stderr is gone
         self.trouble = ''               # or why it cannot be written
         self._processes = processes
 
@@ -6594,7 +6594,7 @@ class Contact:
         return not self._reader.noise.strip()
 
     def hindrance(self):
-        """Return why the machine has not said yet what it has, as far as that is known."""
+        """Return why the machine has not reported its resources yet, if that is known."""
         if self._reader.greeted or not self._worker.machine.host:
             return ('bash runs there, but something takes long: its workdir, the start files of an '
                     'interactive login, such as ~/.bashrc, or nvidia-smi')
@@ -10504,7 +10504,7 @@ farewell() {                # removes what came, if no job needs it, though nobo
 tidy() {                    # removes what is of use to nobody any more; $@: and this
   local dir value others='' gone=("$@" "$run" "${begun[@]}")
   [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
-  if [[ ! -e $home/jobs ]]; then        # else its jobs may need what lies here
+  if [[ ! -e $home/jobs ]]; then        # a job that is left may need these files
     for dir in "$home"/run.*; do
       [[ $dir != "$run" ]] || continue
       { read -r value <"$dir/self"; } && ! is_runner "$value" &&
