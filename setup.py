@@ -1,4 +1,4 @@
-"""Packaging of ssh-scheduler: two modules, five executables, and nothing to compile."""
+"""Packaging of ssh-scheduler: three modules, six executables, and nothing to compile."""
 
 import re
 from pathlib import Path
@@ -39,10 +39,10 @@ setup(
         'Topic :: System :: Clustering',
         'Topic :: System :: Distributed Computing',
     ],
-    py_modules=['ssh_scheduler', 'combine_folders'],
+    py_modules=['ssh_scheduler', 'combine_folders', 'results_table'],
     # The same two facts stand in the `# /// script` block of ssh_scheduler.py, for `uv run`.
     python_requires='>=3.9',
-    install_requires=['PyYAML', 'docopt-ng', 'tqdm'],
+    install_requires=['PyYAML', 'docopt-ng', 'rich'],
     entry_points={
         'console_scripts': [
             # ssh_scheduler.main picks the command from the name that it was called by.
@@ -51,6 +51,7 @@ setup(
             'execute_to = ssh_scheduler:main',
             'query_machines = ssh_scheduler:main',
             'combine_folders = combine_folders:main',
+            'results_table = results_table:main',
         ],
     },
 )

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# A sweep on this very machine, and its results as a table; leaves nothing behind.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export HOME="$folder/home" SHELL=/bin/bash
+mkdir "$HOME" "$folder/project"
+cp -R "$here" "$folder/project/example"
+cd "$folder/project"
+
+show() {
+    echo "\$ $*"
+    "$@"
+    echo
+}
+
+execute_batch example/grid.sh --machines localhost --no-gpu-required --memory-required=100 \
+    >batch.log 2>&1 || true         # its last line fails
+show results_table
+show results_table job_results --mean-over seed --sort test_loss
+show results_table job_results --mean-over seed --sort test_loss --csv sweep.csv
+show cat sweep.csv
