@@ -47,6 +47,7 @@ As a library: combine_folders() and the classes it mentions keep their documente
 everything else may change.  Importing has no effect.
 """
 import array
+import collections
 import contextlib
 import errno
 import fcntl
@@ -71,8 +72,9 @@ Usage:
 
   If <dest> is there, it counts as the first source, and nothing in it is changed. Of identical
   files, the first gives the mode and the time. Options may stand anywhere; -- ends them.
-  What execute_batch keeps for itself is left out: .ssh_scheduler in a <source>, and the streams of
-  jobs (NAME.out, NAME.err) that job_results/* names as sources.
+  What execute_batch keeps for itself is left out: .ssh_scheduler in a <source>, and what
+  job_results/* names beside the results of jobs: streams (NAME.out, NAME.err), earlier results
+  (NAME~1) of jobs that are named, too, and files of jobs that run (NAME.partial).
 
 Options:
   --dry-run               Compare everything and say what would happen; write nothing.
@@ -798,16 +800,25 @@ def temporary_name(name):
     return f'.combine_folders.{digest}.tmp'
 
 
-def is_stream_file(path):
-    """Whether a job of execute_batch printed this: NAME.out or NAME.err in job_results.
+def left_out(sources):
+    """Return {source: what it is} of those that job_results/* names and nobody means.
 
-    The other stream or .ssh_scheduler must lie beside it, so that no file of a user's own is left
+    The other stream or .ssh_scheduler must lie beside it, so that nothing of a user's own is left
     out by its name alone.
     """
-    stem, end = os.path.splitext(path)
-    other = {'.out': '.err', '.err': '.out'}.get(end)
-    return bool(other) and os.path.isfile(path) and (os.path.isfile(stem + other) or os.path.isdir(
-        os.path.join(os.path.dirname(path), BOOKKEEPING)))
+    named, found = {os.path.normpath(source) for source in sources}, {}
+    for source in sources:
+        path = os.path.normpath(source)
+        stem, end = os.path.splitext(path)
+        other = {'.out': '.err', '.err': '.out'}.get(end)
+        is_beside = os.path.isdir(os.path.join(os.path.dirname(path), BOOKKEEPING))
+        if other and os.path.isfile(path) and (is_beside or os.path.isfile(stem + other)):
+            found[source] = 'stream file'
+        elif is_beside and re.sub('~[0-9]+$', '', path) in named - {path}:
+            found[source] = 'earlier result'
+        elif is_beside and end == '.partial' and os.path.isdir(path):
+            found[source] = 'partial result'
+    return found
 
 
 def case_key(name):
@@ -1848,9 +1859,11 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
     if not sources:
         raise UsageError('<source> is missing.')
     sources = list(map(os.fsdecode, sources))
-    folders = [source for source in sources if not is_stream_file(source)]
+    others = left_out(sources)
+    folders = [source for source in sources if source not in others]
     if not folders:
-        raise Refused('no <source> is a folder: all are streams of jobs (.out, .err).')
+        raise Refused('no <source> is a folder of results: all are streams of jobs (.out, .err) '
+                      'or files of jobs that run (.partial).')
     options = Options(dry_run, link, move, on_conflict, tuple(exclude), prefix, skip_special)
     report = report or Report()
     with contextlib.ExitStack() as opened:
@@ -1859,13 +1872,14 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
         if place.exists and not dry_run:
             lock(place.base, place.path, report.say)
         trees = Trees(place, cursors, options)
-        return run_passes(trees, options, report, len(sources) - len(folders), opened)
+        return run_passes(trees, options, report, collections.Counter(others.values()), opened)
 
 
-def run_passes(trees, options, report, stream_files, opened):
+def run_passes(trees, options, report, others, opened):
     """Run the three passes, and return the Result.
 
-    stream_files: how many sources were left out.  opened: an ExitStack, which closes the parts.
+    others: {what it is: how many sources} of those that were left out
+    opened: an ExitStack, which closes the parts
     """
     with_ctime = not options.makes_links
     comparer = Comparer(trees, with_ctime, report)
@@ -1874,10 +1888,10 @@ def run_passes(trees, options, report, stream_files, opened):
     workers = Workers(trees, with_ctime, report)
     opened.callback(workers.stop)
     findings = ComparePass(trees, comparer, workers, options, report).run()
-    left_out = [many(count, noun) for count, noun in (
-        (stream_files, 'stream file'), (findings.bookkeeping, f'{BOOKKEEPING} folder')) if count]
-    if left_out:
-        report.say(f'left out: {", ".join(left_out)}')
+    parts = [many(count, noun) for noun, count in (
+        *others.items(), (f'{BOOKKEEPING} folder', findings.bookkeeping)) if count]
+    if parts:
+        report.say(f'left out: {", ".join(parts)}')
     if findings.conflicts:
         raise ConflictsFound(tuple(findings.conflicts), findings.result())
     if not options.dry_run:
@@ -2130,7 +2144,7 @@ def run(argv, terminal):
     keywords = {name[2:].replace('-', '_'): value for name, value in options.items()}
     keywords.pop('quiet', None)
     dest, *sources = words
-    folders = sum(not is_stream_file(source) for source in sources)
+    folders = len(sources) - len(left_out(sources))
     try:
         result = combine_folders(dest, *sources, report=terminal, **keywords)
     except ConflictsFound as found:

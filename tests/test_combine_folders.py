@@ -1284,6 +1284,23 @@ def test_streams_that_are_named_as_sources_are_left_out(here, descriptors, optio
         0 if '--move' in options else 2)
 
 
+def test_earlier_and_partial_results_are_left_out_where_all_are_named(here):
+    make('job_results', {**RESULTS, **KEPT, 'b.sh.1~1/model': 'zero', 'b.sh.1~1.out': '',
+                         'b.sh.9~2/other': 'of a job that has no other results',
+                         'b.sh.5.partial/model': 'so far'})
+    names = [f'job_results/{path.name}' for path in Path('job_results').glob('[!.]*')]
+    done = command('all', *names)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert {*done.stdout.splitlines()[0].removeprefix('left out: ').split(', ')} == {
+        '7 stream files', '1 earlier result', '1 partial result'}
+    assert files('all').keys() == {'model', 'table', 'other'}
+    assert command('one', 'job_results/b.sh.1~1').returncode == 0       # if that is wanted
+    assert files('one') == {'model': b'zero'}
+    make('own', {'b.sh.1/a': '1', 'b.sh.1~1/b': '2', 'b.partial/c': '3'})
+    assert command('two', 'own/b.sh.1', 'own/b.sh.1~1', 'own/b.partial').returncode == 0
+    assert files('two').keys() == {'a', 'b', 'c'}
+
+
 def test_the_results_of_a_real_batch_are_combined_without_its_bookkeeping(run_cli, project):
     (project / 'batch.sh').write_text('echo 1 >a\necho 2 >b\ntrue\n')
     batch = run_cli('execute_batch', 'batch.sh', '--no-gpu-required', '--memory-required=1',
@@ -1323,7 +1340,8 @@ def test_a_user_s_own_files_are_no_bookkeeping(here):
 
 @pytest.mark.parametrize(('words', 'sentence'), [
     (['job_results/b.sh.1.out', 'job_results/b.sh.1.err'],
-     'no <source> is a folder: all are streams of jobs (.out, .err).'),
+     'no <source> is a folder of results: all are streams of jobs (.out, .err) or files of jobs '
+     'that run (.partial).'),
     (['job_results/b.sh.1', 'own.out'], 'the source own.out is not a folder.'),
     (['job_results/b.sh.1', 'job_results/notes.txt'],
      'the source job_results/notes.txt is not a folder.'),
