@@ -16,6 +16,10 @@ build:  ## nothing to build: the program is one file
 
 venv: $(MADE)  ## make .venv with what developing needs
 
+golden: packages  ## write the golden files of screens anew: then look at what changed
+	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
+	git --no-pager diff --stat tests/golden
+
 demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
 
@@ -24,12 +28,15 @@ test: packages  ## run the tests; as root on Debian, install what they need firs
 
 check: $(MADE)  ## lint, compile on the oldest and the newest Python here, and measure
 	$(BIN)/ruff check . .ci/measure
-	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py .ci/measure
-	bash .ci/compile ssh_scheduler.py combine_folders.py .ci/measure
-	$(BIN)/python .ci/measure ssh_scheduler.py combine_folders.py
+	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py results_table.py .ci/measure
+	bash .ci/compile ssh_scheduler.py combine_folders.py results_table.py .ci/measure
+	$(BIN)/python .ci/measure ssh_scheduler.py combine_folders.py results_table.py
 
 soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
+
+planted: packages  ## plant faults in the protocol, and tell which test finds each (5 minutes)
+	$(BIN)/python tests/planted.py
 
 bench: $(MADE)  ## measure
 	$(BIN)/python bench/bench.py
@@ -48,4 +55,4 @@ $(MADE): requirements-dev.txt setup.py
 packages: $(MADE)
 	@missing=$$($(PYTHON) tests/rig.py --missing) || bash .ci/install $$missing
 
-.PHONY: help build venv demo test soak check bench clean packages
+.PHONY: help build venv golden demo test soak planted check bench clean packages

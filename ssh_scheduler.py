@@ -2,7 +2,7 @@
 # ssh-scheduler: https://github.com/benblack769/ssh-scheduler.  MIT licence, see LICENSE.
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["PyYAML", "docopt-ng", "tqdm"]
+# dependencies = ["PyYAML", "docopt-ng", "rich"]
 # ///
 """Run many commands on a handful of machines that can be reached with ssh.
 
@@ -11,7 +11,7 @@
      usage, files --> jobs, machines, policy
                           |
       View <--changed--- Run <--> Scheduler       REMOTE_RUNNER (bash), one for each contact
-                          |  ^                       |  creates, watches and ends
+                          |  ^                       |  asks workers, watches and ends
                    start  |  | changed               v
                           v  |        requests     jobs, each in a process group of its own,
      Journal <--move-- Worker ----- Contact ---->  with their streams in files
@@ -28,7 +28,7 @@ remote runner with it, but the jobs run on and leave their exit status in a file
 The life of a job on a machine is the life of an Attempt.  Its states stand in the table LIFE, and
 only Lives.move changes them: it asserts the order, and writes the journal before anybody hears.
 
-     waiting -> placed -> claimed -> running -> ended -> collected   then its folder there goes
+     waiting -> placed -> claimed -> running -> ended -> collected   then its files there go
                   |          |          |         +----> kept        results could not be fetched
                   v          +----------+
                returned                 +-> refused, held, absent    it never began, for certain
@@ -42,8 +42,8 @@ After returned, refused, held, absent, lost or abandoned the job may wait again,
 The promises, and the functions that keep them:
 
     A job runs at most once.  The journal is on the disk before the start is sent (Lives.move,
-    Journal.sync), and on the machine a job begins when its file cmd is created, which succeeds
-    once (take).
+    Journal.sync), and on the machine a job begins when its file is created, which succeeds once
+    (take).
     A rerun, a reconnect and an attach are one thing.  At contact, the machine is asked about each
     attempt that is claimed or running there (JobControl.ask); a start that never arrived is
     revoked with the same question, so that it never will.
@@ -51,6 +51,8 @@ The promises, and the functions that keep them:
     (ResultStore.commit).  Only then may the original go (Collector.clean).
     Nothing of a contact outlives it.  Its processes and flows end with it (Flows.close); contact
     that is found again is a new Contact.
+    A request of another command is acted on once.  The journal has its effect and then its id,
+    before it is answered (Desk.look, Inbox.answer).
     Results belong to the command and the files that made them.  A line of a batch file is looked
     up by its command (match_lines), and the key of a job on a machine, NAME.ATTEMPT-IDENTITY,
     names the journal that claimed it.
@@ -62,17 +64,20 @@ those programs.
 
     The promise    Usage, Errors
     The heart      Records, Life, Resources, Scheduler, Run
-    What is seen   Report, Lines, Views
+    What is seen   Phrases, Report, Lines, Views, Status
     The edges      Options, Machine files, Batch files, Files to send, Archives, Probe
-    The work       Results, Processes, Wire, Connection, Client, Copies, Contact, Results on their
-                   way, Worker, As a library
+    The work       Results, Processes, Job log, Hooks, Wire, Connection, Client, Copies, Contact,
+                   Results on their way, Worker, Visits, As a library, Requests
     The commands   Commands
     On a machine   The remote runner, which opens with the files of a job, requests and events
 
 As a library: MachineResources and MachineRunner keep their documented methods; everything else may
 change.  Importing has no effect: nothing is read, printed or started.
 """
+import bisect
+import codecs
 import collections
+import collections.abc
 import contextlib
 import errno
 import fcntl
@@ -100,120 +105,219 @@ LINUX = sys.platform == 'linux'     # so jobs can run here, too; WSL is one
 
 MACHINE_OPTIONS = """\
 Machines:
-  --machines=<machine>...     Each a machine file (as given, with .yaml, or in ~/.local/var/), a
-                              name from ~/.ssh/config, user@host[:port], localhost, or @file: a file
-                              with one of these a line.
+  --machines=<machine>...       Each is a machine file (as given, with .yaml, or
+                                in ~/.local/var/), a name from ~/.ssh/config,
+                                user@host[:port], localhost, or @file: a file
+                                that has one of these on each line.
 """
 
 HARDWARE_OPTIONS = """\
 Hardware that each job needs:
-  --num-cpus=<cores>          Processor cores [default: 1].
-  --memory-required=<mb>      Memory in MB [default: 2000].
-  --reserve                   A machine to itself.
-  --no-gpu-required           No GPU.
-  --num-gpus=<number>         GPUs, all on one machine [default: 1].
-  --gpu-memory-required=<mb>  Memory in MB on each GPU [default: 1000].
-  --gpu-utilization=<share>   Share of each GPU's time, up to 1 [default: 0.75].
-  --no-reserve-gpu            Other jobs may share its GPU, as far as memory and time go.
+  --num-cpus=<cores>            Processor cores [default: 1].
+  --memory-required=<size>      Memory: 8G, 500M, or a number of MB
+                                [default: 2000].
+  --reserve                     A machine to itself.
+  --no-gpu-required             No GPU.
+  --num-gpus=<number>           GPUs, all on one machine [default: 1].
+  --gpu-memory-required=<size>  Memory on each GPU: 8G, 500M, or a number of MB
+                                [default: 1000].
+  --gpu-utilization=<share>     Share of each GPU's time, up to 1
+                                [default: 0.75].
+  --no-reserve-gpu              Other jobs may share its GPUs, as far as memory
+                                and time go.
 """
 
 FILE_OPTIONS = """\
 Files:
-  --copy-forwards=<path>...   Files and folders that go along, by default the current folder. Never
-                              .git and job_results. With no path: none.
-  --link-forwards=<path>...   The same for data that jobs only read: sent once to a machine, linked
-                              into each job's folder, never brought back.
-  --exclude=<pattern>...      What to leave out, as in rsync. So are .rsync-filter files.
-  --copy-backwards=<path>...  What a job brings back, by default what it made or changed in its
-                              folder. A dot: all of it. With no path: nothing.
+  --copy-forwards=<path>...     Files and folders that are sent, by default the
+                                current folder, since most commands need files
+                                of it. Never .git and job_results. With no path:
+                                none.
+  --link-forwards=<path>...     The same for data that jobs only read: sent once
+                                to a machine, linked into the folder of each
+                                job, never fetched.
+  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
+                                rules of .rsync-filter files hold, too.
+  --copy-backwards=<path>...    Files to fetch from a job, by default those
+                                that the job made or changed in its folder.
+                                A dot: all files. With no path: none.
+"""
+
+# What the options of all commands mean by a size and a time; see size_mb and seconds.
+UNITS = """\
+  A size is a number of MB, or has a unit: 500M, 8G, 1T. G is 1024 MB.
+  A time is a number of seconds, or has units: 90s, 10m, 2h, 1h30m, 1d.
 """
 
 COMMON_OPTIONS = """\
-  --verbose                   Show every command run and every event, on stderr.
-  -h --help                   Show this.
-  --version                   Show the version.
+  --verbose                     Show each command and each event, on stderr.
+  -h --help                     Show this.
+  --version                     Show the version.
 """
 
 EXECUTE_BATCH_USAGE = """\
-Run each line of a batch file on one of many machines, where there is room.
+Run each line of a batch file on one of many machines.
 
 Usage:
   execute_batch [options] [--machines=<machine>]... [--copy-forwards=<path>]...
                 [--link-forwards=<path>]... [--exclude=<pattern>]...
-                [--copy-backwards=<path>]... [--] (<batch> | --earlier=<action>)
+                [--copy-backwards=<path>]... [--sync-back=<path>]...
+                [--watch=<time>]... [--cancel=<job>]... [--rerun=<job>]...
+                [--drop-machine=<machine>]... [--]
+                (<batch> | --earlier=<action>)
   execute_batch --help | --version
 
-  <batch> has one bash command a line; - is the standard input. Results go to ./job_results.
-  A list takes all words up to the next option; -- ends it.
-
+  <batch> has one bash command on each line; - is the standard input. Results
+  are in ./job_results. A list takes all words up to the next option; -- ends
+  it.
+{units}
 {machines}
 {hardware}
 {files}
+From any terminal, while the batch runs or later. A job is its number in the
+batch, 57, or its whole name:
+  --status                      Show state, machine, time and last line of each
+                                job. Asks no machine.
+  --failed                      With --status: only jobs that failed.
+  --running                     With --status: only jobs that are on a machine.
+  --waiting                     With --status: only jobs that wait.
+  --watch=<time>...             With --status: show it again at this interval, 5
+                                seconds by default, until all jobs have ended.
+  --json                        With --status: one JSON object for each job, on
+                                a line of its own.
+  --follow=<job>                Show what a job prints, from beginning to end;
+                                exit with its exit status. Ctrl-C stops
+                                watching.
+  --cancel=<job>...             Cancel these jobs, whether they run or wait.
+                                Without a name: all jobs of the batch.
+  --rerun=<job>...              Run these jobs again. Their results are kept:
+                                those of batch.sh.57 as batch.sh.57~1.
+  --rerun-failed                The same for all jobs that failed.
+  --wait                        Wait until the batch that runs has ended; exit
+                                with its exit status.
+  --drop-machine=<machine>...   Start no more jobs on these machines.
+  --now                         With --drop-machine: stop the jobs there, and
+                                start them on other machines.
+The same command again, with other lines or --machines, changes the batch that
+runs: new lines wait, lines that are gone do not start, new machines join.
+
 Other:
-  --nice=<number>             Niceness of the jobs over there, 0 to 19 [default: 10].
-  --timeout=<seconds>         So long a job may run; then it is ended, and has failed.
-  --halt-after=<number>       Start no more jobs after so many have failed.
-  --retries=<number>          Start a job so often again that its machine has failed: was restarted,
-                              or lost it [default: 1].
-  --lost-after=<seconds>      Start the jobs of a machine elsewhere that was out of contact for so
-                              long. When it is back, they are ended there. Otherwise they are
-                              waited for.
-  --max-result-size=<mb>      Bring back no more than that of what a job made; what is larger stays
-                              over there. Without it: what has room here.
-  --away-limit=<seconds>      So long contact with a machine is looked for; then it is left, and its
-                              jobs for the next run of the same command [default: 600].
-  --no-live                   Look once at what the machines have free, not again while jobs wait.
-  --status                    Say how far the batch is, and what is where; ask nobody.
-  --cancel                    Cancel all jobs of the batch, whether its client runs or was killed.
-  --earlier=<action>          Jobs that the machines have of an earlier job_results of this folder:
-                              show them, collect those that have ended, under free names, or
-                              remove them (running ones are stopped).
-  --dry-run                   Ask the machines, show what would start where, start nothing.
+  --dry-run                     Ask the machines, show what would start where,
+                                start nothing.
+  --timeout=<time>              Stop a job that runs longer than this; it counts
+                                as failed (exit 124).
+  --halt-after=<number>         Start no more jobs after this number of failed
+                                jobs.
+  --retries=<number>            Start a job again, at most this number of times,
+                                if its machine was restarted or lost the job
+                                [default: 1].
+  --away-limit=<time>           Try to connect again to a machine for this time.
+                                Then its jobs wait for the next run of the same
+                                command [default: 600].
+  --lost-after=<time>           Start the jobs of a machine elsewhere after this
+                                time without contact. When the machine is back,
+                                stop them there. Without it: wait for the
+                                machine.
+  --max-result-size=<size>      Fetch no files of a job if they are larger than
+                                this in all; they stay on the machine. Without
+                                it: fetch what has room here.
+  --sync-back=<path>...         While jobs run, fetch these files and folders of
+                                their folders again and again, to
+                                job_results/<job>.partial; it is removed when
+                                the results are there.
+  --every=<time>                With --sync-back: how often [default: 60].
+  --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10].
+                                Higher than that of a single command: a batch
+                                gives way to people at the machine.
+  --no-live                     Look once at what the machines have free, not
+                                again while jobs wait.
+  --earlier=<action>            Jobs that an earlier job_results of this folder
+                                left on the machines: show them; collect those
+                                that have ended, under free names; or remove
+                                them, and stop those that run.
+
+For other programs:
+  --joblog=<file>               Write a line for each job that ends, with tabs:
+                                the columns of GNU parallel's joblog, then Name,
+                                GPUs, PeakMemoryMB, PeakGPUMemoryMB, Attempt.
+                                Lines are added to a file that exists.
+  --on-finish=<command>         Run this with bash on this computer when the
+                                batch has ended, also after Ctrl-C. Variables
+                                such as $SSH_SCHEDULER_FAILED tell how it went:
+                                see README.
+  --on-failure=<command>        The same at the first job that fails, while the
+                                batch runs on. $SSH_SCHEDULER_STDERR is the file
+                                with the errors of the job.
 {common}
-Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong, 2 wrong usage or
-configuration, 130 interrupted.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
+Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong,
+2 wrong usage or configuration, 130 interrupted.
+""".format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
            common=COMMON_OPTIONS)
 
 EXECUTE_REMOTE_USAGE = """\
-Run one command on one machine, show its output, and exit with its exit status.
+Run one command on one machine, as if it ran here.
 
 Usage:
-  execute_remote [options] [--copy-forwards=<path>]... [--link-forwards=<path>]...
-                 [--exclude=<pattern>]... [--copy-backwards=<path>]... [--] <command>
-  execute_remote [options] (--attach=<name> | --cancel=<name>)
+  execute_remote [options] [--copy-forwards=<path>]...
+                 [--link-forwards=<path>]... [--exclude=<pattern>]...
+                 [--copy-backwards=<path>]... [--forward=<port>]... [--]
+                 <command>
+  execute_remote [options] [--forward=<port>]...
+                 (--attach=<name> | --cancel=<name> | --shell=<name>)
   execute_remote --help | --version
 
-  <command> is bash, in quotes. Its results go to ./job_results, under the name of the job.
-  A line of a batch file may be such a command, too, for a job with other files, another name or
-  other hardware than the rest of the batch.
+  <command> is bash, in quotes. Its output is shown, and its exit status is that
+  of execute_remote. Results are in ./job_results, under the name of the job. A
+  line of a batch file may be such a command, too, for a job with other files,
+  another name or other hardware than the rest of the batch.
   A list takes all words up to the next option; -- ends it.
-
+{units}
 The job:
-  --machine=<machine>         A machine file (as given, with .yaml, or in ~/.local/var/), a name
-                              from ~/.ssh/config, user@host[:port], or localhost. Ignored in a batch
-                              file.
-  --job-name=<name>           Its name, and that of its results. While it runs, the same command
-                              with the same name attaches to it; later it shows what there is.
-  --stdin                     The command reads our standard input; else its input is empty.
-  --tty                       The command has our terminal.
-  --detach                    Start it, print its name, and leave it.
-  --attach=<name>             Go on with a job that runs: show what it says, from the beginning.
-                              Ctrl-C stops watching; the job runs on.
-  --cancel=<name>             End a job that runs, and all that it started.
+  --machine=<machine>           A machine file (as given, with .yaml, or in
+                                ~/.local/var/), a name from ~/.ssh/config,
+                                user@host[:port], localhost, or @file: a file
+                                with one of these. Ignored in a batch file.
+  --job-name=<name>             The name of the job and of its results. While
+                                the job runs, the same command with the same
+                                name attaches to it; later it shows the results.
+                                By default a short name is made of the command.
+  --stdin                       The command reads the standard input of
+                                execute_remote; without this option its input is
+                                empty.
+  --tty                         The command has this terminal. Nothing that it
+                                prints is kept.
+  --detach                      Start the job, print its name, and do not wait.
+  --attach=<name>               Show the output of a job that runs, from the
+                                beginning. Ctrl-C stops watching; the job runs
+                                on.
+  --cancel=<name>               Stop a job that runs, and all that it started.
+                                It takes the name, since a folder may have many
+                                such jobs.
+  --shell=<name>                Open a shell beside a job that runs, also of a
+                                batch: bash in the folder of the job, with its
+                                environment and GPUs. The shell and what it
+                                starts do not belong to the job. Where stdin is
+                                no terminal, bash runs what stdin has.
+  --forward=<port>...           Until execute_remote ends, the same port of
+                                localhost here reaches this port of the machine;
+                                with 8888:6006 port 8888 reaches its port 6006.
 
 {hardware}
-With one of these given it waits until there is room, and has GPUs of its own; else it starts at
-once, and CUDA_VISIBLE_DEVICES is not set.
+With one of these given the job waits until there is room, and has GPUs of its
+own. Without them it starts at once, and CUDA_VISIBLE_DEVICES is not set.
 
 {files}
 Other:
-  --nice=<number>             Niceness over there, 0 to 19 [default: 0].
-  --away-limit=<seconds>      So long contact with the machine is looked for [default: 600].
+  --timeout=<time>              Stop the job if it runs longer than this; its
+                                exit status is 124.
+  --away-limit=<time>           Try to connect again to the machine for this
+                                time [default: 600].
+  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
+                                batch: somebody waits for this command.
 {common}
-Exit status: the command's own; 125 if the machine could not be reached, or contact was lost; 2
-wrong usage or configuration, 130 interrupted.
-""".format(hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
+Exit status: that of the command; 125 if the machine could not be reached, or
+contact was lost; 2 wrong usage or configuration, 130 interrupted.
+""".format(units=UNITS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
 
 EXECUTE_TO_USAGE = """\
 Run one command on many machines, on all at the same time.
@@ -224,62 +328,80 @@ Usage:
              [--copy-backwards=<path>]... [--] <command>
   execute_to --help | --version
 
-  <command> is bash, in quotes. It ends when we do.
+  <command> is bash, in quotes. Ctrl-C cancels it on all machines: no command
+  runs longer than execute_to does, so there is nothing to cancel later.
   A list takes all words up to the next option; -- ends it.
-
+{units}
 {machines}
 Output:
-  --gather                    When all have ended: equal outputs once, below the machines' names.
-  --diff                      The same, and of other outputs how they differ from the first.
+  --gather                      When all have ended: equal outputs once, below
+                                the names of the machines.
+  --diff                        The same, and of other outputs how they differ
+                                from the first.
 
-Files, by default none:
-  --copy-forwards=<path>...   Files and folders that go along.
-  --link-forwards=<path>...   The same for data that is only read: never sent twice.
-  --exclude=<pattern>...      What to leave out, as in rsync. So are .rsync-filter files.
-  --copy-backwards=<path>...  What comes back, to ./job_results/<name>_<machine>.
-  --job-name=<name>           The name of the results.
+Files, none by default, since most such commands are for the machine itself:
+  --copy-forwards=<path>...     Files and folders that are sent.
+  --link-forwards=<path>...     The same for data that is only read: never sent
+                                twice.
+  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
+                                rules of .rsync-filter files hold, too.
+  --copy-backwards=<path>...    Files to fetch, to
+                                ./job_results/<name>_<machine>.
+  --job-name=<name>             The name of the results.
 
 Other:
-  --fanout=<number>           At most so many machines at a time [default: 64].
-  --timeout=<seconds>         So long each machine may take, from login to end.
-  --nice=<number>             Niceness over there, 0 to 19 [default: 0].
+  --fanout=<number>             At most this number of machines at a time
+                                [default: 64].
+  --timeout=<time>              Give up a machine that takes longer than this.
+                                The login counts, so that no machine can keep
+                                the others waiting.
+  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
+                                batch: somebody waits for this command.
 {common}
-Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage or configuration,
-130 interrupted.
-""".format(machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
+Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong
+usage or configuration, 130 interrupted.
+""".format(units=UNITS, machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
-Show what is free on machines, and who uses their GPUs.
+Show what is free on machines, and who uses them.
 
 Usage:
-  query_machines [options] [--machines=<machine>]... [--watch=<seconds>]...
+  query_machines [options] [--machines=<machine>]... [--watch=<time>]...
   query_machines --help | --version
 
+  A list takes all words up to the next option.
+{units}
 {machines}
 {hardware}
 With one of these given: how many such jobs would fit now.
 
 Other:
-  --watch=<seconds>...        Look again every so many seconds, 5 if no number follows.
-  --json                      One JSON object for each machine, a line each.
+  --watch=<time>...             Look again after each such time, 5 s if none
+                                follows.
+  --json                        One JSON object for each machine, on a line.
 {common}
-Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or configuration.
-""".format(machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
+Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or
+configuration.
+""".format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
 
 OVERVIEW = """\
 Run many commands on a handful of machines that can be reached with ssh.
 
-Usage: ssh_scheduler.py <command> <its options and words>..., where <command> is one of
+Usage: ssh_scheduler.py <command> <its options and words>...
+<command> is one of
 {commands}
 
-ssh_scheduler.py <command> --help shows the options of a command. A link with the name of a command
-that leads to ssh_scheduler.py is that command.
+ssh_scheduler.py <command> --help shows the options of a command. A link to
+ssh_scheduler.py that has the name of a command is that command.
 """.format(commands='\n'.join(
     f'  {usage.partition("Usage:")[2].split()[0]:14}  {usage.partition(chr(10))[0]}' for usage in (
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
 
 
 # ---- Errors: each a sentence, with what to do; how sentences are written ----
+
+TRANSPORT_FAILED = 125      # what docker, timeout and env return where they themselves failed
+
 
 class SchedulerError(Exception):
     """Anything that a user can cause; shown without a traceback."""
@@ -314,8 +436,17 @@ class ResultsError(SchedulerError):
     """The folder job_results cannot be used."""
 
 
+class FolderInUse(ResultsError):
+    """Another client has the folder job_results."""
+
+
 class DoesNotFit(SchedulerError):
     """A job asks for more than the machine has free."""
+
+
+class Unreachable(SchedulerError):
+    """There is no contact with a machine."""
+    exit_code = TRANSPORT_FAILED
 
 
 def nearest(word, known):
@@ -363,7 +494,7 @@ def library(name):
             raise
         raise SchedulerError(
             f'{sys.executable} has no module {name}. Try: {sys.executable} -m pip install '
-            f'docopt-ng PyYAML tqdm, or use uv, which finds them by itself: uv run {__file__} '
+            f'docopt-ng PyYAML rich, or use uv, which finds them by itself: uv run {__file__} '
             '<command> …') from None
 
 
@@ -501,6 +632,7 @@ class Capacity(NamedTuple):
     gpu_trouble: str = ''           # why no GPU is known; '' where any is
     lost_gpus: str = ''             # why further GPUs cannot be used
     batch_jobs: int = 0             # jobs of other batches on the machine
+    batch_users: tuple = ()         # who runs these, once for each job; '' is the login's own user
     reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
 
@@ -535,6 +667,7 @@ class Forwards(NamedTuple):
     copy: tuple = ('.',)
     link: tuple = ()
     exclude: tuple = ()
+    edition: int = 0                # lines that are added to a running batch have later ones
 
 
 class Job(NamedTuple):
@@ -546,7 +679,7 @@ class Job(NamedTuple):
     name: str
     command: str
     line: int
-    allocation: Allocation
+    allocation: Optional[Allocation]        # None: not known, and not needed
     forwards: Optional[Forwards]    # None: the line is gone, and the job is only collected
     backwards: Optional[tuple] = None
     own: str = ''
@@ -558,7 +691,10 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and the resources that it used; None is unknown, a peak the most seen."""
+    """How a job ended, and the resources that it used; None is unknown, a peak the most seen.
+
+    started: the time (of this computer, since the epoch) when its start was sent
+    """
     name: str
     machine: str
     exit_code: int
@@ -567,6 +703,7 @@ class JobResult(NamedTuple):
     cpu_s: Optional[float] = None
     peak_memory_mb: Optional[int] = None
     peak_gpu_memory_mb: Optional[int] = None
+    started: Optional[float] = None
 
 
 # ---- Life: how far each job is; the journal has it first ----
@@ -600,7 +737,8 @@ LIFE = {
     'lost':       State(('cancelled',), 'lost'),        # it is gone, for certain, without a result
     'abandoned':  State((), 'lost'),            # there was no contact for too long (--lost-after)
 
-    'stopping':   State(('stopped', 'dropped', *SAID_OF_FAILURE), holds=True),      # told to end
+    'stopping':   State(('stopped', 'dropped', 'abandoned', *SAID_OF_FAILURE), 'stopping',
+                        holds=True),            # told to end
     'stopped':    State(('cancelled', 'dropped', 'kept')),      # it has ended, since it was told to
     'cancelled':  State((), 'cancelled'),       # what it left is set aside
     'dropped':    State((), 'cancelled'),       # told to end, and nobody waits: it may run on
@@ -613,6 +751,9 @@ HOLDING = tuple(word for word, state in LIFE.items() if state.holds)
 AWAITED = (*HOLDING, *ARRIVING)     # something is still to come of it
 FORGOTTEN = ('collected', 'unfetched', 'returned', 'refused', 'held', 'absent', 'lost',
              'abandoned')
+
+
+TAIL_BYTES = 400            # of an output that are kept, for its last line
 
 
 class Stream:
@@ -630,6 +771,7 @@ class Stream:
         self.size = None                    # of the whole stream, once the job has ended
         self.content = None                 # the whole stream, if it came with the end
         self.stored = True                  # all that is here was stored, too
+        self.tail, self.moved = b'', 0.0    # the last bytes that came, and when (time.monotonic)
         self._store, self._show = store, show
 
     @property
@@ -647,6 +789,7 @@ class Stream:
         new = data[self.here - offset:] if offset <= self.here else b''
         if not new:
             return
+        self.tail, self.moved = (self.tail + new[-TAIL_BYTES:])[-TAIL_BYTES:], time.monotonic()
         if self.stored and self._store:
             self.stored = self._store(new)
         if self._show:
@@ -776,23 +919,81 @@ class Lives:
         self._changed(attempt, before)
 
 
+class Record(collections.abc.MutableMapping):
+    """What the journal knows of a job: the facts of its last claim, and what became of it.
+
+    There may be 50,000, so it takes a fifth of the memory of a dict with strings of its own.
+
+    state: the last event that tells how far the job is; again: its results were put aside, and lie
+    under the name `aside`; earlier: this record is of such results
+    resumed: it was not collected when this run began
+    kept, inode: see ResultStore.commit; of a collected job only whether it had a folder
+    cancelling: somebody asked to cancel this attempt; stopping: it was told to end
+    here: which of its results there are, see Presence
+    time, ended_at, wall_s: when it was claimed and ended, in seconds since 1970, and how long it
+    took.  Journal.peek(times=True) keeps them; a run forgets them.
+    """
+
+    __slots__ = ('attempt', 'machine', 'gpus', 'command', 'key', 'where', 'own', 'backwards',
+                 'batch', 'detach', 'files', 'time', 'state', 'resumed', 'exit_code', 'kept',
+                 'inode', 'here', 'ended_at', 'wall_s', 'aside', 'cancelling',
+                 'stopping')
+    KNOWN = frozenset(__slots__)
+    SHARED = frozenset(('machine', 'gpus', 'where', 'own', 'batch', 'files'))   # by many records
+
+    def __init__(self, facts):
+        for name, value in facts.items():
+            if name in self.SHARED and isinstance(value, str):
+                value = sys.intern(value)
+            if name in self.KNOWN:
+                setattr(self, name, value)
+
+    def __getitem__(self, name):
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def get(self, name, default=None):
+        """Return the fact of this name, if it is known."""
+        return getattr(self, name, default)
+
+    def __setitem__(self, name, value):
+        setattr(self, name, value)
+
+    def __delitem__(self, name):
+        delattr(self, name)
+
+    def __iter__(self):
+        return (name for name in self.__slots__ if hasattr(self, name))
+
+    def __len__(self):
+        return sum(1 for _ in self)
+
+    def __bool__(self):
+        return True
+
+
 class Journal:
     """The events of the jobs of a job_results: a JSON object a line.  Each event is written before
     anything follows from it.
 
-    jobs: name of a job -> its record, a dict: command, machine, attempt, key, state, …
-    identity: 8 random hex digits of this journal, which its first line tells.  The folder of a job
-    on a machine has them in its name.  So a job that another journal started, such as that of a
+    jobs: name of a job -> its Record
+    answered: the ids of requests that were acted on, see Inbox
+    unwanted: name of a job that was cancelled -> process id of the client that does not start it
+    identity: 8 random hex digits of this journal, which its first line tells.  The files of a job
+    on a machine have them in their names.  So a job that another journal started, such as that of a
     job_results which was removed, is never taken for a job of this one.
     """
 
     def __init__(self, path):
         self.path = path
-        self.jobs = {}
+        self.jobs, self.answered, self.unwanted = {}, set(), {}
         self.identity, self._noted_identity = '', False
         self._remains = {}              # machine -> {key: state} of which folders are there
         self._fd = None
-        self._unsynced = False
+        self._lines = self._bytes = 0   # of the file, that were read
+        self._unsynced = self._keeps_times = False
 
     # Reading and writing it
 
@@ -803,13 +1004,22 @@ class Journal:
         self._noted_identity = bool(self.identity)
         self.identity = self.identity or os.urandom(4).hex()
 
-    def peek(self):
-        """Only read what earlier runs did; another run may use the folder.  Raises OSError."""
+    def peek(self, times=False):
+        """Only read what earlier runs did; another run may use the folder.  Raises OSError.
+
+        times: keep when jobs began and ended, see Record
+        """
+        self._keeps_times = times
         self._fd = os.open(self.path, os.O_RDONLY)
         try:
             self._read(cut=False)
         finally:
             self.close()
+
+    def read_on(self):
+        """Read what was added since `peek`.  Raises OSError."""
+        if os.stat(self.path).st_size > self._bytes:
+            self.peek(self._keeps_times)
 
     def close(self):
         """Close the file."""
@@ -825,7 +1035,7 @@ class Journal:
     def write(self, **event):
         """Add an event.  Before an act that cannot be undone the caller waits for `sync`, too."""
         self.check()
-        event['time'] = round(time.time(), 2)
+        event['time'] = round(time.time(), 3)
         line = json.dumps(event).encode() + b'\n'
         if not self._noted_identity:
             first = {'event': 'journal', 'identity': self.identity}
@@ -873,47 +1083,87 @@ class Journal:
 
     def _read(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
+        decode = json.JSONDecoder().raw_decode      # json.loads would take three times as long
+        is_first = not self._lines
         with open(self._fd, 'rb', closefd=False) as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
+            file.seek(self._bytes)
+            for line in file:
                 if not line.endswith(b'\n'):
                     break
+                self._lines += 1
                 try:
-                    self._apply(json.loads(line))
+                    event, end = decode(line.decode())
+                    if end != len(line) - 1 and line[end:].strip():
+                        raise ValueError(line)
+                    self._apply(event)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ResultsError(
-                        f'{self.path}, line {number} cannot be read. It says what runs where: look '
-                        'at it, or move job_results away to start afresh.') from None
-                whole += len(line)
+                        f'{self.path}, line {self._lines} cannot be read. It says what runs where: '
+                        'look at it, or move job_results away to start afresh.') from None
+                self._bytes += len(line)
         if cut:
-            os.ftruncate(self._fd, whole)
-        for record in self.jobs.values():
-            record['resumed'] = record['state'] != 'collected'
+            os.ftruncate(self._fd, self._bytes)
+        for record in self.jobs.values() if is_first else ():
+            record.resumed = record.state not in ('collected', 'earlier')
 
     def _apply(self, event):
         """Have the records tell what the event says."""
-        if event['event'] == 'journal':
+        word = sys.intern(event['event'])
+        if word == 'journal':
             self.identity = event['identity']
-        elif event['event'] == 'claimed':
-            if not {'command', 'machine', 'attempt'} <= event.keys():
-                raise KeyError(event)
-            former = self.jobs.get(event['job'], {})
-            if former.get('kept'):      # its results were deleted here, so these may go, too
-                self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
-            self.jobs[event['job']] = {
-                'key': self.key(event['job'], event['attempt']), **event, 'state': 'claimed',
-                'resumed': former.get('resumed')}       # its streams here are an earlier run's
-        elif event['event'] == 'tidied':
+        elif word == 'claimed':
+            self._claim(event['job'], event)
+        elif word == 'tidied':
             self._remains.pop(event['machine'], None)
-        elif event['event'] == 'committing':
-            self.jobs[event['job']].update(inode=event['inode'], kept=event['kept'])
+        elif word == 'answered':
+            self.answered.add(event['id'])
+        elif word == 'unwanted':
+            self.unwanted.update(dict.fromkeys(event['jobs'], event['client']))
+        elif word == 'wanted':
+            for name in event['jobs']:
+                self.unwanted.pop(name, None)
+        elif word == 'committing':
+            record = self.jobs[event['job']]
+            record.inode, record.kept = event['inode'], event['kept']
+        elif word == 'renamed':
+            self._rename(event['job'], event['to'])
+        elif word in ('cancelling', 'stopping'):
+            self.jobs[event['job']][word] = True
         else:
             record = self.jobs[event['job']]
-            record['state'], record['kept'] = event['event'], event.get('kept')
-            if event['event'] == 'ended':
-                record['exit_code'] = event['exit_code']
-            elif not event.get('kept'):
-                self._remains.setdefault(record['machine'], {})[record['key']] = event['event']
+            record.kept = event.get('kept') or None
+            if record.state != 'earlier':       # else a part came that could not be fetched before
+                record.state = word
+            if word == 'ended':
+                record.exit_code = event['exit_code']
+                if self._keeps_times:
+                    record.ended_at, record.wall_s = event.get('time'), event.get('wall_s')
+            elif word == 'collected' and not self._keeps_times:
+                # which takes 3 MB from 50,000 records
+                record.time, record.inode = None, record.get('inode') and True
+            if word != 'ended' and not record.kept:
+                self._remains.setdefault(record.machine, {})[record.key] = word
+
+    def _rename(self, name, kept):
+        """The results of a job are those of `kept` from now on; its next attempt is another one."""
+        record = self.jobs[kept] = self.jobs[name]
+        facts = {fact: value for fact, value in record.items() if fact in (
+            'attempt', 'machine', 'key', 'command', 'where', 'own', 'backwards', 'batch')}
+        self.jobs[name] = Record({**facts, 'state': 'again', 'aside': kept})
+        record.state = 'earlier'
+
+    def _claim(self, name, event):
+        if not {'command', 'machine', 'attempt'} <= event.keys():
+            raise KeyError(event)
+        former = self.jobs.get(name, {})
+        self.unwanted.pop(name, None)
+        if former.get('kept'):      # its results were deleted here, so these may go, too
+            self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
+        record = self.jobs[name] = Record(event)
+        record.state = 'claimed'
+        record.resumed = former.get('resumed')      # its streams here are an earlier run's
+        if 'key' not in event:
+            record.key = self.key(name, event['attempt'])
 
     # Questions
 
@@ -923,14 +1173,18 @@ class Journal:
 
     def is_begun(self, name):
         """Tell whether the job was claimed, and neither collected nor given up."""
-        return self.record(name).get('state') in ('claimed', 'ended')
+        return name in self.jobs and self.jobs[name].state in ('claimed', 'ended')
 
     def key(self, name, attempt):
-        """Return the name of the job's folder on a machine, for an attempt that is to be claimed.
+        """Return the name of the job's file on a machine, for an attempt that is to be claimed.
 
         Attempts that a journal claimed before it had an identity have keys without one.
         """
         return f'{name}.{attempt}-{self.identity}' if self.identity else f'{name}.{attempt}'
+
+    def started(self, name):
+        """Return when the start of the last attempt of a job was sent; None if that is unknown."""
+        return self.record(name).get('time')
 
     def new_attempt(self, job, worker, how, gpus, **noted):
         """Return the next Attempt of a job on a machine.
@@ -1168,9 +1422,9 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who holds what is short, as 'has 2 in use by others, holds 1 of ours'."""
+        """Return who holds what is short, as 'has 2 in use by others, 1 by this batch'."""
         have, short = self.available, self.short_of(allocation)
-        ours = f'holds {self.jobs} of ours'
+        own = f'runs {self.jobs} job{"s" * (self.jobs > 1)} of this batch'
         if short == 'gpu':
             if len(have.gpus) < allocation.gpus:
                 return self.why_not(allocation)
@@ -1178,14 +1432,14 @@ class MachineResources:
             others = sum(1 for gpu in have.gpus if not self._gpus[gpu.index].jobs and (
                 gpu.others or gpu.batch_jobs or gpu.utilization or gpu.memory_mb <
                 min(gpu.total_memory_mb, allocation.gpu_memory_mb)))
-            parts = [f'has {others} in use by others'] if others else []
-            parts += [f'holds {held} of ours'] if held else []
-            return ', '.join(parts) or self.why_not(allocation)
+            parts = [f'{others} in use by others'] * bool(others)
+            parts += [f'{held} {"" if others else "in use "}by this batch'] * bool(held)
+            return f'has {", ".join(parts)}' if parts else self.why_not(allocation)
         if short == 'machine' and not self.jobs:
             return 'is in use by another batch'
         if short in ('jobs', 'machine'):
-            return ours
-        return self.why_not(allocation) + (f', {ours}' if short and self.jobs else '')
+            return own
+        return self.why_not(allocation) + (f', {own}' if short and self.jobs else '')
 
 
 def as_record(kind, value):
@@ -1236,12 +1490,24 @@ def describe(allocation):
 
 def describe_gpu(allocation):
     """Return the GPUs of an allocation in words, without their time: 'a GPU of its own with …'."""
-    if allocation.gpus == 1:
-        text = 'a GPU of its own' if allocation.reserve_gpu else 'a share of a GPU'
-    else:
-        text = f'{allocation.gpus} GPUs' + (' of its own, each' if allocation.reserve_gpu else
-                                            ', a share of each,')
-    return f'{text} with {allocation.gpu_memory_mb} MB'
+    each = ', each' if allocation.gpus > 1 else ''
+    return f'{name_gpu(allocation)}{each} with {allocation.gpu_memory_mb} MB'
+
+
+def name_gpu(allocation):
+    """Return the GPUs of an allocation in few words: 'a GPU of its own'."""
+    gpus = 'a GPU' if allocation.gpus == 1 else f'{allocation.gpus} GPUs'
+    return f'{gpus} of its own' if allocation.reserve_gpu else f'a share of {gpus}'
+
+
+def describe_briefly(allocation):
+    """Return what a job waits for first of all, for a table: 'a GPU of its own'."""
+    if allocation.reserve:
+        return 'a machine of its own'
+    if allocation.gpus:
+        return name_gpu(allocation)
+    cores = f'{allocation.cores:g} core{"s" * (allocation.cores != 1)}'
+    return f'{cores}, {allocation.memory_mb} MB of memory'
 
 
 # ---- Scheduler: what waits, and where there is room; starts nothing ----
@@ -1348,6 +1614,22 @@ class Scheduler:
         queue.insert(place, job)
         if job.allocation not in self._heaps:
             self._heaps[job.allocation] = self._new_heap()
+
+    def remove(self, names):
+        """Take the jobs with these names out; return those that waited."""
+        taken = []
+        for allocation, queue in list(self._waiting.items()):
+            found = [job for job in queue if job.name in names]
+            taken += found
+            if len(found) == len(queue):
+                del self._waiting[allocation], self._heaps[allocation]
+                self._passed.pop(allocation, None)
+                if self._hold and self._hold.allocation == allocation:
+                    self._hold = None
+            elif found:
+                self._waiting[allocation] = collections.deque(
+                    job for job in queue if job.name not in names)
+        return taken
 
     @property
     def waits(self):
@@ -1474,6 +1756,7 @@ class Standing:
         self.first = None           # its Capacity when it came
         self.troubles = 0           # jobs, or logins, that it failed in a row
         self.freed = False          # a job ended there, and none was placed since
+        self.is_given_back = False  # it gets no more jobs, and is left when its own have ended
         # (word, what) of its own job, whose Attempt is forgotten by then; see Fleet.note_outcome.
         self.outcome = None
 
@@ -1485,12 +1768,31 @@ class Fleet:
     """
 
     def __init__(self, run, workers, bound):
-        self.workers, self.bound = workers, bound
-        self.standing = {worker: Standing() for worker in workers}
+        self.workers, self.bound, self.standing = [], bound, {}
         self._run, self._client, self._view, self._policy = run, run.client, run.view, run.policy
         self._lives, self._scheduler = run.lives, run.scheduler
         for worker in workers:
-            worker.run = run
+            self.join(worker)
+
+    # Which machines
+
+    def join(self, worker):
+        """Use this machine, too."""
+        self.workers.append(worker)
+        self.standing[worker], worker.run = Standing(), self._run
+
+    def take_back(self, worker):
+        """Use a machine again that was given back."""
+        self.standing[worker].is_given_back = False
+        if worker.state == 'ready':
+            self._use(worker)
+
+    def give_back(self, worker):
+        """Place nothing on this machine any more."""
+        self.standing[worker].is_given_back = True
+        self._scheduler.remove_machine(worker)
+        for attempt in self._lives.of(worker, 'placed'):
+            self._lives.move(attempt, 'returned', 'the machine is given back')
 
     # Logging in
 
@@ -1520,7 +1822,7 @@ class Fleet:
             worker.offer(self._policy.forwards)
 
     def _begin_bound(self, worker, job):
-        if self._lives.any_of(worker, *UNSEEN):
+        if self._lives.any_of(worker, *ALIVE):
             return
         if self._policy.probes:
             self._scheduler.add(job)
@@ -1538,6 +1840,10 @@ class Fleet:
                 waited = True
                 self._client.processes.call_later(LATECOMER_S, functools.partial(late.append, True))
             self._client.processes.wait()
+            self.log_in()                   # to those that joined
+            self.let_go()
+            if self._run.wishes.cancelled and not self._run.unfinished:
+                return
         if self._run.interrupts:
             self._view.unanswered()
             raise KeyboardInterrupt
@@ -1546,8 +1852,9 @@ class Fleet:
 
     def let_go(self):
         """Close the machines of which nothing more is wanted."""
-        for worker in self.bound:
-            if worker.state in ('connecting', 'ready', 'away') and not self.works(worker):
+        for worker in self.workers:
+            if (worker in self.bound or self.standing[worker].is_given_back) and (
+                    worker.state in ('connecting', 'ready', 'away') and not self.works(worker)):
                 self._view.parted(worker)
                 worker.close()
 
@@ -1606,7 +1913,7 @@ class Fleet:
         if again:
             self._view.came_back(worker)
         else:
-            if self._policy.forwards and self._run.waits_with_files(
+            if self._policy.forwards and not standing.is_given_back and self._run.waits_with_files(
                     MachineResources(self.at_best(worker))):
                 worker.prepare(self._policy.forwards)       # now, though there may be no room yet
             self._view.came(worker)
@@ -1621,6 +1928,8 @@ class Fleet:
 
     def _use(self, worker):
         """Have the scheduler know the machine, and the room of the jobs that it has already."""
+        if self.standing[worker].is_given_back:
+            return
         self._scheduler.add_machine(worker, self.workers.index(worker), worker.capacity)
         self._book(worker, self._lives.of(worker, *HOLDING))
 
@@ -1651,7 +1960,7 @@ class Fleet:
 
     def _give_up(self, worker, since):
         """--lost-after is over: have the jobs of this machine started elsewhere."""
-        attempts = self._lives.of(worker, *UNSEEN)
+        attempts = self._lives.of(worker, *ALIVE)
         if worker.away_since != since or not attempts:      # it was in contact meanwhile
             return
         self._view.given_up(worker, len(attempts))
@@ -1671,14 +1980,15 @@ class Fleet:
                 standing.outcome = ('lost', worker.why)
         else:
             self.note_outcome(worker, 'left out' if worker.same_as else 'unreachable', worker.why)
-        if self._policy.patient and worker.retry == 'later' and not worker.was_ready:
+        if self._policy.patient and worker.retry == 'later' and not (
+                worker.was_ready or standing.is_given_back):
             standing.troubles += 1
             self._later(worker, worker.reconnect)
         self._view.after_failure(worker)
 
     def _rebind(self, worker, other):
         """Have the attempts of a machine found by the other name of its account."""
-        attempts = self._lives.of(worker, *UNSEEN)
+        attempts = self._lives.of(worker, *ALIVE)
         for attempt in attempts:
             self._lives.rebind(attempt, other)
         if other in self._scheduler.resources:      # else it books them when it is used
@@ -1751,6 +2061,106 @@ class Fleet:
             worker.close()
 
 
+def check_books(run):
+    """Every allocation of a Run was given back, or its machine is gone."""
+    for worker, books in run.scheduler.resources.items():
+        if worker.state == 'ready':
+            out = sum(1 for attempt in run.lives.of(worker, *HOLDING) if attempt.placement)
+            assert books.jobs == out, f'{worker.name}: allocations leaked [this is a bug]'
+
+
+class Wishes:
+    """What people ask of a Run while it runs, and what follows of that.
+
+    cancelled: names of jobs that the run neither starts nor keeps running
+    moving: keys of attempts that are stopped, so that their jobs start on other machines
+    """
+
+    def __init__(self, run):
+        self.cancelled, self.moving = set(), set()
+        self._run = run
+
+    def take_up(self, attempt):
+        """Learn from the journal what people asked of an earlier run's attempt; return its state.
+        """
+        if attempt.record.get('cancelling'):    # and the client was killed, or the machine away
+            self.cancelled.add(attempt.name)
+        if not attempt.record.get('stopping'):
+            return 'claimed'
+        self.moving.add(attempt.key)        # its end will be no failure, and its job starts anew
+        return 'stopping'
+
+    def cancel(self, names):
+        """Neither start these jobs nor keep them running."""
+        run = self._run
+        self.cancelled |= names
+        if names:
+            run.client.journal.write(event='unwanted', jobs=sorted(names), client=os.getpid())
+        run.scheduler.remove(names)
+        for name in names:                  # the next run knows it, should this one be killed
+            if run.client.journal.record(name).get('state') == 'claimed':
+                run.client.journal.write(event='cancelling', job=name)
+        self._stop_unwanted()
+
+    def move(self, worker):
+        """Have the jobs of a machine stopped there, and started on others."""
+        self.moving |= {attempt.key for attempt in self._run.lives.of(worker, *UNSEEN)}
+        self._stop_unwanted()
+
+    def _stop_unwanted(self):
+        """Where there is no contact, that is done when the machine says that they run."""
+        for worker in self._run.workers:
+            # One of an earlier run has no streams until its machine was asked about it.
+            worker.jobs.end([attempt for attempt in self._run.lives.of(worker, 'placed', *UNSEEN)
+                             if attempt.streams and self.unwanted(attempt)])
+
+    def unwanted(self, attempt):
+        """Tell whether an attempt is to be stopped."""
+        return attempt.name in self.cancelled or attempt.key in self.moving
+
+    def changed(self, attempt):
+        """An attempt was stopped, or is gone: its job starts anew, if it was not cancelled."""
+        if attempt.state == 'kept':         # what it left cannot be fetched, and nobody needs it
+            self._run.lives.move(attempt, 'cancelled', kept=())
+            self._run.client.results.set_aside(attempt.name)
+        elif attempt.state in ('cancelled', 'abandoned', *SAID_OF_FAILURE):
+            self.moving.discard(attempt.key)
+            if attempt.job.may_start:
+                self._run.wait_again(attempt)
+            else:
+                self._run.fleet.note_outcome(attempt.machine, 'failed',
+                                             'it was told to stop, and has stopped')
+
+    def rerun(self, jobs):
+        """Have Jobs run once more that have ended, or were cancelled."""
+        run, names = self._run, {job.name for job in jobs}
+        if names & self.cancelled:
+            run.client.journal.write(event='wanted', jobs=sorted(names & self.cancelled))
+        self.cancelled -= names
+        run.forget(names)
+        waiting = run.scheduler.remove(run.jobs.keys())
+        self.replace_waiting({job.name: job for job in (*waiting, *jobs)})
+
+    def change(self, jobs):
+        """Have these, {name: Job}, in the place of the ones with these names, which do not wait.
+
+        One without forwards, whose line is gone, never starts again; if it runs, then to its end.
+        """
+        self._run.jobs.update(jobs)
+        for attempt in self._run.lives.all_of(*ALIVE):
+            attempt.job = jobs.get(attempt.name, attempt.job)
+
+    def replace_waiting(self, jobs):
+        """Have these jobs wait, {name: Job}, and no others."""
+        run = self._run
+        for job in run.scheduler.remove(run.jobs.keys()):
+            if job.name not in jobs:
+                del run.jobs[job.name]
+        for job in sorted(jobs.values(), key=lambda job: job.line):
+            run.jobs[job.name] = job
+            run.scheduler.add(job)
+
+
 class Run:
     """Has jobs run on machines until none is left, and knows how each went.
 
@@ -1772,7 +2182,8 @@ class Run:
         self.ended = {}                     # job name -> JobResult; exit code -1: it is lost
         self.failures = []                  # those of them that failed
         self.interrupts = 0
-        self.unconfirmed = []               # Attempts that were told to end, and may run on
+        self.leaves = False                 # its jobs run on when it stops
+        self.wishes = Wishes(self)
         self.is_open = not policy.asks_late
         self._lost_by = collections.Counter()       # job name -> machines that lost it
         view.run = self
@@ -1782,12 +2193,17 @@ class Run:
         """The machines."""
         return self.fleet.workers
 
+    @property
+    def batch(self):
+        """How the names of the jobs of a batch begin; '' of a single command."""
+        return (self.policy.noted or {}).get('batch', '')
+
     # Before the loop
 
     def take_up(self, job, worker, record):
         """Take up a job that an earlier run has claimed on this machine."""
         attempt = Attempt(job, worker, record['key'], record, self._how(worker))
-        self.lives.restore(attempt, 'claimed')
+        self.lives.restore(attempt, self.wishes.take_up(attempt))
 
     def open(self):
         """Ask about the jobs of an earlier run, now that the lines before theirs are printed."""
@@ -1810,12 +2226,20 @@ class Run:
             self.view.progress()
             self.client.processes.wait()
             self.fleet.let_go()
-        self._check_books()
+        check_books(self)
 
-    def interrupt(self, *_):
-        """Stop, in good order; a second time: now.  A signal handler."""
-        self.interrupts += 1
+    def interrupt(self, number=signal.SIGTERM, _frame=None):
+        """Stop, in good order; a second time: now.  A signal handler.
+
+        Ctrl-C is a question first, where the view can ask.
+        """
+        if number != signal.SIGINT or self.interrupts or not self.view.ask():
+            self.interrupts += 1
         self.client.processes.wake()
+
+    def leave(self):
+        """Stop now; the jobs run on."""
+        self.leaves, self.interrupts = True, 2
 
     def place(self):
         """Start each job for which there is room."""
@@ -1883,13 +2307,6 @@ class Run:
                   for worker in (*self.scheduler.resources, *fleet.resting_shortly())]
         return all(books.short_of(kind) for books in usable for kind in self.scheduler.kinds())
 
-    def _check_books(self):
-        """Every allocation was given back, or its machine is gone."""
-        for worker, books in self.scheduler.resources.items():
-            if worker.state == 'ready':
-                out = sum(1 for attempt in self.lives.of(worker, *HOLDING) if attempt.placement)
-                assert books.jobs == out, f'{worker.name}: allocations leaked [this is a bug]'
-
     # Changes of attempts
 
     def changed(self, attempt, before):
@@ -1901,15 +2318,25 @@ class Run:
             self._note(attempt.result)
         self.view.changed(attempt, before)
         react = {'returned': self._returned, 'refused': self._refused, 'held': self._held,
-                 'absent': self._wait_again, 'lost': self._lost, 'abandoned': self._wait_again,
+                 'absent': self.wait_again, 'lost': self._lost, 'abandoned': self.wait_again,
                  'kept': self._kept}.get(attempt.state)
-        if react and before not in ('stopping', 'stopped'):
-            react(attempt)
+        if before not in ('stopping', 'stopped'):
+            if react:
+                react(attempt)
+        elif not self.interrupts and self.wishes.unwanted(attempt):
+            self.wishes.changed(attempt)
 
     def _note(self, result):
         """Note how a job has ended."""
         self.ended[result.name] = result
         self.failures += [result] if result.exit_code else []
+
+    def forget(self, names):
+        """Forget how jobs have ended, or were lost."""
+        self.failures = [result for result in self.failures if result.name not in names]
+        for name in names:
+            self.ended.pop(name, None)
+            self._lost_by.pop(name, None)
 
     def _kept(self, attempt):
         self.fleet.note_outcome(attempt.machine, 'failed', 'its results could not be fetched')
@@ -1919,7 +2346,7 @@ class Run:
         if self.interrupts:
             return
         if not self.fleet.bound:
-            self._wait_again(attempt)
+            self.wait_again(attempt)
         elif attempt.machine.state != 'failed':
             self.fleet.note_outcome(attempt.machine, 'failed', attempt.why)
 
@@ -1931,7 +2358,7 @@ class Run:
         if self.fleet.bound:
             self.fleet.note_outcome(worker, 'failed', attempt.why)
             return
-        self._wait_again(attempt)
+        self.wait_again(attempt)
         if worker.state == 'ready' and worker in self.scheduler.resources:
             self.fleet.blame(worker)
             self.fleet.rest(worker, f'it cannot start {attempt.name}: {attempt.why}')
@@ -1942,7 +2369,7 @@ class Run:
         if not self.policy.probes:          # a job that needs nothing is never held
             self.fleet.note_outcome(worker, 'failed', 'another batch has the machine')
             return
-        self._wait_again(attempt)
+        self.wait_again(attempt)
         self.scheduler.update(worker, worker.capacity._replace(reserved=True))
         worker.measure(random.uniform(1, 3))        # so that two do not step back for ever
 
@@ -1958,17 +2385,21 @@ class Run:
         again = self._lost_by[name] <= self.policy.retries
         is_over = attempt.job.may_start and not again
         if is_over:
-            self._note(JobResult(name, worker.name, -1, 0.0))
+            attempt.result = JobResult(name, worker.name, -1, 0.0, attempt.gpus, None,
+                                       *attempt.peaks_mb, self.client.journal.started(name))
+            self._note(attempt.result)
         self.view.lost(attempt, again)
         if not is_over:
-            self._wait_again(attempt)
+            self.wait_again(attempt)
         troubles = self.fleet.blame(worker)
         if troubles >= TROUBLES:
             self.fleet.rest(worker, f'it lost {troubles} in a row')
 
-    def _wait_again(self, attempt):
+    def wait_again(self, attempt):
         """Have the job wait that has no result, unless its line is gone from the batch file."""
         worker, job = attempt.machine, attempt.job
+        if job.name in self.wishes.cancelled:
+            return
         if not job.may_start:
             self.jobs.pop(job.name, None)
             self.fleet.note_outcome(worker, 'absent', 'it was never started there')
@@ -1988,6 +2419,7 @@ class Run:
 
         What they left is set aside.
         """
+        self.wishes.moving.clear()          # nothing starts anew
         running = [attempt for attempt in self.lives.all_of(*ALIVE)
                    if attempt.machine.was_ready]
         workers = [worker for worker in self.workers if worker.state == 'ready']
@@ -2001,8 +2433,8 @@ class Run:
         for worker in workers:
             worker.jobs.give_up_output()
         self._wait(until, lambda worker: worker.busy)
-        self.unconfirmed = [attempt for attempt in running if LIFE[attempt.state].holds]
-        for attempt in self.unconfirmed:
+        unconfirmed = [attempt for attempt in running if LIFE[attempt.state].holds]
+        for attempt in unconfirmed:
             self.view.unconfirmed(attempt)
         for attempt in running:
             # The journal has these as cancelled: should the next run find one ended on its machine,
@@ -2012,7 +2444,7 @@ class Run:
             if state and self.client.journal.record(attempt.name)['state'] != 'ended':
                 self.lives.move(attempt, state, kept=())
                 self.client.results.set_aside(attempt.name)
-        return self.unconfirmed
+        return unconfirmed
 
     def _wait(self, until, unfinished):
         self.client.wait_while(
@@ -2024,21 +2456,315 @@ class Run:
         while not self.interrupts and any(map(unfinished, self.workers)):
             self.client.processes.wait(1)
 
-    # Jobs that are none of this run
-
-    @property
-    def wants_others(self):
-        """Tell whether machines are asked for jobs that other journals claimed."""
-        return self.policy.wants_others
-
     def others(self, worker, jobs):
         """A machine has these OtherJobs."""
         self.view.others(worker, jobs)
 
 
+# ---- Phrases: times, commands, last lines and tables, as people read them ----
+
+LAST_BYTES = 20_000                 # of a file, in which its last lines are looked for
+FEW_BYTES = 2**10                   # in which most last lines are found
+LATER_LINES = 8                     # that may follow the line of an exception and explain it
+WIDEST_PADDED = 60                  # columns of a cell, in a pipe; the row of a wider one is longer
+
+ESCAPE = re.compile(                # the sequences that colour text or move the cursor
+    r'\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?'
+    r'|\[?[0-?]*[ -/]*\Z|[ -/]*[0-~])')
+WORD = re.compile(r"""(?s)(?:[^\s'"\\]+|\\.|'[^']*'|"(?:[^"\\]|\\.)*"|['"\\])+""")
+FLAG = re.compile(r'--?[A-Za-z][^=\s]*')
+SETTING = re.compile('[A-Za-z_][A-Za-z_0-9]*=')      # of a variable, in front of a program
+VALUE = re.compile('(?!--?[A-Za-z]|[&|;<>()]).*', re.DOTALL)
+
+FRAMES = re.compile(r'Traceback \(most recent call last\):|  File ".*", line [0-9]')
+RANK = re.compile(r'\[rank[0-9]+\]: ?')             # torch writes it in front of each line
+# Lines at the end of a stderr that do not tell why a job failed, or tell it worse than others.
+NOISE = re.compile(r'''(?x)
+    [\W_]*
+    | (During\ handling\ of|The\ above\ exception\ was)\ .*:
+    | \[Previous\ line\ repeated\ .*
+    | \s+at\ .* | \s+\.\.\.\ [0-9]+\ more           # Java's and node's frames
+    | \s+warnings\.warn\(.* | .*resource_tracker.*
+    | note:\ run\ with\ `RUST_BACKTRACE.*
+    | \++\ .*                                       # set -x
+    | (real|user|sys)\s+[0-9hms.,]+                 # time
+    | Command\ exited\ with\ non-zero\ status\ [0-9]+
+    | make(\[[0-9]+\])?:\ .*(Error\ [0-9]+|directory\ .*)
+    | logout | exit
+    | .*:\ (cannot\ set\ terminal\ process\ group.*|no\ job\ control\ in\ this\ shell)
+    | (.*\ line\ [0-9]+:\s+[0-9]+\ )?Aborted\b.*    # whoever aborts says why before
+''')
+
+
+def duration_of(seconds):
+    """Return a duration as people read it: 41s, 4m 12s, 1h 02m, 3d 3h."""
+    minutes, seconds = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f'{days}d {hours}h'
+    if hours:
+        return f'{hours}h {minutes:02}m'
+    return f'{minutes}m {seconds:02}s' if minutes else f'{seconds}s'
+
+
+def clock_of(moment, now):
+    """Return a time in seconds since 1970 as 09:12, with the day if it is long before `now`."""
+    how = '%H:%M' if now - moment < 86400 / 2 else '%Y-%m-%d %H:%M'
+    return time.strftime(how, time.localtime(moment))
+
+
+def last_line_of(path, since=-math.inf):
+    """Return the last line of a file that has anything in it, fit for a terminal; '' if none.
+
+    since: a file that did not change since this time, in seconds since 1970, has none
+    Of a progress bar this is its last state.  A line of which only the end was read begins with …
+    """
+    lines, is_whole = read_last_lines(path, FEW_BYTES, since)
+    if not is_whole and len(lines) < 2:
+        lines, _ = read_last_lines(path, LAST_BYTES, since)
+    return lines[-1].strip() if lines else ''
+
+
+def told_by(path):
+    """Return the line of a stderr that tells most of why a job failed; '' if there is none."""
+    return told_in(read_last_lines(path, LAST_BYTES)[0])
+
+
+def told_in(lines):
+    """The same for the last lines of a stderr.
+
+    That is the last line, but for noise; of a Python traceback near the end the line of its
+    exception, since long messages go on below it.
+    """
+    told, raised, in_frames = [], -math.inf, False
+    for line in lines:
+        line = RANK.sub('', line, count=1)
+        if FRAMES.match(line):
+            in_frames = True
+        elif line and not (in_frames and line[0].isspace()):
+            if in_frames:
+                in_frames, raised = False, len(told)
+            if not NOISE.fullmatch(line):
+                told.append(line)
+    if 0 < len(told) - raised <= LATER_LINES + 1:
+        return told[raised].strip()
+    return (told or lines or [''])[-1].strip()
+
+
+def read_last_lines(path, size, since=-math.inf):
+    """Return (the lines that are not blank in the last `size` bytes of a file, whether that is all
+    of it).  What cannot be read has no lines.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)         # it may be a fifo
+    except OSError:
+        return [], True
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_mtime < since:
+            return [], True
+        start = max(info.st_size - size, 0)
+        data = os.pread(fd, size, start)
+    except OSError:
+        return [], True
+    finally:
+        os.close(fd)
+    return lines_shown(data, start > 0), start == 0
+
+
+def lines_shown(data, is_rest=False):
+    """Return the lines of an output that are not blank, as a terminal may show them.
+
+    is_rest: the beginning is missing.  What \\r would overwrite is a line of its own.
+    """
+    if is_rest:                         # it may begin in the middle of a character
+        data = data.lstrip(bytes(range(0x80, 0xc0)))
+    text = codecs.getincrementaldecoder('utf-8')('replace').decode(data)
+    if '\x1b' in text:
+        text = ESCAPE.sub('', text)
+    lines = re.split('[\r\n]', text)
+    if is_rest and lines[0].strip():
+        lines[0] = f'…{lines[0]}'
+    shown = (line.replace('\t', ' ').replace('\b', '').rstrip() for line in lines)
+    return [printable(line) for line in shown if line]
+
+
+def differing_words(commands):
+    """Return (what all these commands share, the rest of each), for a table of them.
+
+    Words are as typed, and a value keeps its flag.  Where other words stand between what is shared
+    there is a …  The rests of different commands differ.  Commands that begin with different
+    programs share nothing: `echo` out of the middle of them would tell nobody anything.
+    """
+    split = [words_of(command) for command in commands]
+    shared = split[0] if len(split) > 1 else []
+    for words in split:
+        shared = common_words(shared, words)
+    rests, gaps, is_mixed = [], set(), False
+    for words in split:
+        rest, at = [], 0
+        for word in words:
+            if at < len(shared) and word == shared[at]:
+                at += 1
+            else:
+                rest.append(word)
+                gaps.add(at)
+                is_mixed |= not (at or SETTING.match(word))
+        rests.append(' '.join(rest))
+    if is_mixed or len({*rests}) < len({*map(tuple, split)}):       # as of `cp a b` and `cp b a`
+        shared, rests = [], [' '.join(words) for words in split]
+    pieces = [f'… {word}' if at in gaps else word for at, word in enumerate(shared)]
+    return ' '.join(pieces + ['…'] * (len(shared) in gaps)) if shared else '', rests
+
+
+def words_of(command):
+    """Return the words of a command as they were typed, each flag together with its value."""
+    command = command.replace('\\\n', ' ')
+    is_plain = not any(quote in command for quote in '\'"\\')
+    words = []
+    for word in map(printable, command.split() if is_plain else WORD.findall(command)):
+        if words and FLAG.fullmatch(words[-1]) and VALUE.fullmatch(word):
+            words[-1] = f'{words[-1]} {word}'
+        else:
+            words.append(word)
+    return words
+
+
+def common_words(some, others):
+    """Return words that stand in both lists, in the same order."""
+    rest = iter(others)
+    if all(word in rest for word in some):
+        return some
+    import difflib
+    blocks = difflib.SequenceMatcher(None, some, others, False).get_matching_blocks()
+    return [word for start, _, size in blocks for word in some[start:start + size]]
+
+
+IN_ASCII = str.maketrans({'…': '...', '━': '=', '╸': '>', '─': '-', '–': '-', '×': 'x'})
+
+
+def in_ascii(text):
+    """Return the text for a terminal or file that takes no more: with escapes for other letters."""
+    return text.translate(IN_ASCII).encode('ascii', 'backslashreplace').decode()
+
+
+def jobs_named(words, names, batch):
+    """Return the names of jobs that the words stand for: 57, .57, or the whole name.
+
+    names: of all jobs; batch: how the names of its jobs begin
+    """
+    found = {}
+    for word in words:
+        name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
+                     if name in names), None)
+        if name is None:
+            likely = '' if word.strip('.').isdigit() else nearest(word, names)
+            raise UsageError(f'{batch} has no job {printable(word)}{likely}. Its jobs: '
+                             'execute_batch … --status')
+        found[name] = None
+    return list(found)
+
+
+def rerun_of(names, batch):
+    """Return the option that runs these jobs of a batch again, as short as may be."""
+    ranges, words = [], []
+    for name in names:
+        end = name_in_batch(name, batch).removeprefix('.')
+        if not end.isdigit():
+            words.append(end)
+    for number in sorted(int(end) for end in {name_in_batch(name, batch)[1:] for name in names}
+                         if end.isdigit()):
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    numbers = [f'{low}' if low == high else f'{low} {high}' if high == low + 1 else
+               f'{{{low}..{high}}}' for low, high in ranges]
+    return f'--rerun {" ".join([*numbers, *words])}'
+
+
+def name_in_batch(name, batch):
+    """Return what follows the name of the batch, as .57; of another name, all of it."""
+    return name[len(batch):] if batch and name.startswith(f'{batch}.') else name
+
+
+def width_of(text):
+    """Return how many columns of a terminal the text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.category(c) in ('Mn', 'Me', 'Cf') else
+               2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
+
+
+def cut(text, width, mark='…', keeps_end=False):
+    """Return the text in at most `width` columns; the mark stands for the part that is cut off."""
+    if len(text) <= width and text.isascii() or width_of(text) <= width:
+        return text
+    room, kept = width - len(mark), []
+    if room < 0:
+        return mark[:width]
+    for character in reversed(text) if keeps_end else text:
+        room -= width_of(character)
+        if room < 0:
+            break
+        kept.append(character)
+    if not keeps_end:
+        return ''.join(kept) + mark
+    while kept and not width_of(kept[-1]):      # it belongs to the character that is cut off
+        kept.pop()
+    return mark + ''.join(reversed(kept))
+
+
+def padded_at_words(text, width):
+    """Return the text with blanks between words where a terminal of this width would break a word.
+
+    It is still one line, so that a command in it can be copied whole.  A text with quotes is left
+    as it is: there blanks may matter.
+    """
+    if width_of(text) <= width or '"' in text or "'" in text:
+        return text
+    first, *words = text.split(' ')
+    shown, column = [first], width_of(first) % width
+    for number, word in enumerate(words, 1):
+        wide = 1 + width_of(word)
+        # A word that ended in the last column would leave its blank to the next line.
+        if wide <= width and column + wide + (number < len(words)) > width:
+            shown.append(' ' * (width - column) + word)
+            column = wide - 1
+        else:
+            shown.append(f' {word}')
+            column = (column + wide) % width
+    return ''.join(shown)
+
+
+def in_columns(rows, width=None, mark='…', keep_ends=()):
+    """Yield each row, a list of cells, with its cells cut or padded to columns.
+
+    width: the columns of the terminal, to which the widest cells are cut; None: they are whole
+    keep_ends: the numbers of the cells that are cut in front
+    """
+    widths = [max(map(width_of, cells)) for cells in zip(*rows)]
+    most = WIDEST_PADDED
+    if width is not None:
+        room = width - 2 * (len(widths) - 1)
+        most = max((cap for cap in range(1, width + 1)
+                    if sum(min(cap, wide) for wide in widths) <= room), default=1)
+        spare = room - sum(min(most, wide) for wide in widths)
+        widths = [min(wide, most) for wide in widths[:-1]] + [most + max(spare, 0)]
+    for row in rows:
+        cells = row if width is None else [
+            cut(cell, wide, mark, number in keep_ends)
+            for number, (cell, wide) in enumerate(zip(row, widths))]
+        yield [*(cell + ' ' * (min(wide, most) - width_of(cell))
+                 for cell, wide in zip(cells[:-1], widths)), cells[-1]]
+
+
 # ---- Report: the only place that prints ----
 
 LONGEST_PRINTED = 64 * 1024         # bytes of a line of output that is printed in one piece
+PREFIXED_BYTES = 2**16              # that are prefixed at a time
 
 
 def shown_command(command, gpus):
@@ -2047,13 +2773,122 @@ def shown_command(command, gpus):
     return prefix + printable(command)
 
 
+FRAME_S = 0.2                       # between two pictures of what a terminal shows
+ECHO = len('^C')                    # columns beside the area: a terminal shows ^C behind it, and if
+                                    # that began a new line, a part of the area would stay
+
+
+class Screen:
+    """A terminal on which rich draws: rows that scroll up, and below them an area that stays.
+
+    area: a function of the width and the height that returns the Rows of the area
+    """
+
+    def __init__(self, file, area):
+        from rich.console import Console
+        from rich.live import Live
+        self._console = Console(file=file, highlight=False, markup=False, emoji=False)
+        self._area, self._rows, self._drawn_at = area, [], -math.inf
+        self._live = Live(console=self._console, auto_refresh=False, transient=True,
+                          redirect_stdout=False, redirect_stderr=False)
+        self._live.start()
+        self._console.show_cursor(True)     # rich hides it, and a kill -9 would leave it hidden
+
+    @staticmethod
+    def is_possible(*streams):
+        """Tell whether these streams are a terminal that can be drawn on, and rich is here."""
+        if not all(stream.isatty() for stream in streams) or os.environ.get('TERM', 'dumb') in (
+                'dumb', 'unknown', ''):
+            return False
+        try:
+            import rich.console  # noqa: F401
+        except ImportError:
+            return False
+        return True
+
+    @functools.cached_property
+    def _has_unicode(self):
+        """Whether more than ASCII can be shown; rich takes long to say so, and each row asks."""
+        return not self._console.options.ascii_only
+
+    def add(self, row):
+        """Have a Row, or a text of any length, scroll up, with the next picture."""
+        self._rows.append(row)
+        if time.monotonic() - self._drawn_at >= FRAME_S:
+            self.draw()
+
+    def draw(self):
+        """Draw what is new, and the area as it is now."""
+        from rich.console import Group
+        from rich.text import Text
+        with contextlib.suppress(OSError):      # rich would believe COLUMNS
+            columns, lines = os.get_terminal_size(self._console.file.fileno())
+            self._console.size = (columns or 80, lines or 24)
+        width = self._console.width
+        rows, self._rows, self._drawn_at = self._rows, [], time.monotonic()
+        area = self._area(width - ECHO, self._console.height)
+        self._live.update(Group(*(self._text(row, width - ECHO) for row in area)))
+        for is_cut, group in itertools.groupby(rows, key=lambda row: isinstance(row, Row)):
+            text = Text('\n').join(self._text(row, width) for row in group)
+            if is_cut:
+                self._console.print(text, no_wrap=True, overflow='crop')
+            else:                       # the terminal breaks it, so that it can be copied whole
+                self._console.print(text, soft_wrap=True)
+        if not rows:
+            self._live.refresh()
+
+    def close(self):
+        """Take the area away; what scrolled stays."""
+        self._area = lambda width, height: ()
+        self.draw()
+        self._live.stop()
+
+    def _text(self, row, width):
+        """Return a Row, or a text, as rich draws it; a Row is fitted to the width."""
+        from rich.text import Text
+        if not isinstance(row, Row):
+            style = 'yellow' if row.startswith('WARNING: ') else ''
+            lines = (padded_at_words(self._shown(line), width) for line in row.split('\n'))
+            return Text('\n'.join(lines), style)
+        left, right = self._shown(row.left), self._shown(row.right)
+        room = max(width - 1 - (width_of(right) + 2 if right else 0), 0)
+        left = cut(left, room, self._shown('…'))
+        if right:
+            left += ' ' * (room - width_of(left)) + '  ' + right
+        return Text(cut(left, width - 1, ''), row.style, no_wrap=True, overflow='crop')
+
+    def _shown(self, text):
+        """Return the text without control characters, and in ASCII where no more can be shown."""
+        return printable(text) if self._has_unicode else in_ascii(printable(text))
+
+
+class Row(NamedTuple):
+    """A line of a screen that is cut to its width: first at the end of what stands at the left."""
+    left: str
+    right: str = ''
+    style: str = ''
+
+
+def with_gpus(machine, gpus):
+    """Return 'lab2 GPU 1'.  gpus: the value of CUDA_VISIBLE_DEVICES, or None."""
+    numbers = gpus_of(gpus)
+    return machine if not numbers else (
+        f'{machine} GPU{"s" * (len(numbers) > 1)} {",".join(map(str, numbers))}')
+
+
+def shortened(machine):
+    """Return the name of a machine in at most 20 columns; of a path its last part."""
+    short = re.sub(r'\.yaml$', '', os.path.basename(machine)) or machine
+    return short if len(short) <= 20 else f'{short[:12]}…{short[-7:]}'
+
+
 class Reporter:
-    """Events on stdout, one a line; diagnostics on stderr; a bar below them on a terminal."""
+    """Events on stdout, one a line; diagnostics on stderr.  On a terminal, a Screen has both."""
 
     def __init__(self, verbose=False, out=None, err=None, all_on_stderr=False):
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
-        self._bar = None
+        self._screen = None
         self.nobody_reads = False    # the reader of what is printed is gone
         self.trouble = ''           # or why it cannot be printed
 
@@ -2075,8 +2910,12 @@ class Reporter:
         self._print(self._err, f'WARNING: {text}')
 
     def raw(self, stream, data):
-        """Print bytes on stdout or stderr, 'out' or 'err'."""
+        """Print bytes on stdout or stderr, 'out' or 'err'; on a Screen as lines of text."""
         stream = self._out if stream == 'out' else self._err
+        if self._screen:
+            for line in data.decode('utf-8', 'replace').splitlines():
+                self._print(stream, printable(line))
+            return
         try:
             stream.flush()
             stream.buffer.write(data)
@@ -2090,10 +2929,12 @@ class Reporter:
 
     def sent(self, machine, stage):
         """The files of a Stage are on the machine."""
-        files, size = stage.copy.files + stage.link.files, stage.copy.size + stage.link.size
+        files, size = stage.amount
         left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
         note = f' (left out: {", ".join(left_out)})' if left_out else ''
-        self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{note}')
+        took_s = time.monotonic() - stage.began
+        time_text = f' in {duration_of(took_s)}' if took_s >= 1 and not stage.small else ''
+        self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{time_text}{note}')
 
     def left(self, machine, name, text):
         """A job ended, and these processes that it started there did not."""
@@ -2125,21 +2966,64 @@ class Reporter:
 
     def running(self, name, machine, since):
         """A job was found that an earlier run started at this time, or None."""
-        how = '%H:%M' if since and time.time() - since < 86400 / 2 else '%Y-%m-%d %H:%M'
-        since = f' since {time.strftime(how, time.localtime(since))}' if since else ''
+        since = f' since {clock_of(since, time.time())}' if since else ''
         self.note(f'running: {name} on {machine}{since}')
 
     def ended(self, job, exit_code):
         """A job ended."""
         self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
 
+    def row(self, left, right='', style=''):
+        """Show a Row on the terminal that is drawn on."""
+        if self._screen:
+            self._on_screen(self._screen.add, Row(left, right, style))
+
     def paint(self, text, share):
         """Return the text in green, yellow or red by the share that is free, on a terminal."""
         return self._coloured(text, 32 if share > 0.5 else 33 if share > 0.1 else 31)
 
+    def alarm(self, text):
+        """Return the text in red, on a terminal."""
+        return self._coloured(text, 31)
+
     def _coloured(self, text, code):
-        plain = not self._out.isatty() or os.environ.get('NO_COLOR')
+        plain = (not self._out.isatty() or os.environ.get('NO_COLOR')
+                 or os.environ.get('TERM') == 'dumb')
         return text if plain else f'\x1b[{code}m{text}\x1b[m'
+
+    @property
+    def columns(self):
+        """The columns of the terminal on stdout; None if there is none."""
+        return self._size[0]
+
+    @property
+    def rows(self):
+        """The lines of the terminal on stdout; None if there is none."""
+        return self._size[1]
+
+    @property
+    def _size(self):
+        if not self._out.isatty():
+            return None, None
+        try:
+            columns, rows = os.get_terminal_size(self._out.fileno())
+        except OSError:
+            columns, rows = 0, 0
+        return columns or 80, rows or 24        # some terminals do not know their size
+
+    @property
+    def mark(self):
+        """The mark for text that is cut off."""
+        return self.legible('…')
+
+    def legible(self, text):
+        """Return the text as stdout can show it: with escapes for what its encoding lacks."""
+        try:
+            if not text.isascii():
+                text.encode(self._out.encoding or 'utf-8')
+        except UnicodeEncodeError:
+            return in_ascii(text)
+        return text
 
     def show(self, lines, again):
         """Print the lines; `again`: in the place of those before, on a terminal."""
@@ -2148,46 +3032,51 @@ class Reporter:
         for line in lines:
             self.line(line)
 
-    def begin(self, total):
-        """Show a bar for this number of jobs, if there is a terminal."""
-        if self._out.isatty() and self._err.isatty():
-            try:
-                import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm.tqdm(total=total, file=self._err, unit='job', dynamic_ncols=True)
+    @property
+    def can_draw(self):
+        """Tell whether there is a terminal to draw on."""
+        return Screen.is_possible(self._out, self._err)
+
+    def open_screen(self, area):
+        """From now on draw on the terminal.  area: see Screen."""
+        self._screen = Screen(self._err, area)
 
     @property
-    def has_bar(self):
-        """Tell whether a bar is shown."""
-        return self._bar is not None
+    def has_screen(self):
+        """Tell whether a terminal is drawn on."""
+        return self._screen is not None
 
-    def progress(self, finished, failed, running, waiting):
-        """Tell the bar how things stand."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f'{finished} finished, {failed} failed, {running} running, '
-                                      f'{waiting} waiting', False)
-            self._bar.update(finished + failed - self._bar.n)
+    def draw(self):
+        """Show on the terminal how things stand now."""
+        if self._screen:
+            self._on_screen(self._screen.draw)
 
-    def hide(self):
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def close_screen(self):
+        """Draw no more."""
+        screen = self._screen
+        if screen:
+            self._on_screen(screen.close)
+        self._screen = None
+
+    def _on_screen(self, act, *args):
+        try:
+            act(*args)
+        except OSError as error:    # the terminal is gone
+            self._screen = None
+            self._silence(self._err, error)
 
     def _print(self, stream, text):
-        if self._bar is not None:
-            self._bar.clear()
+        if self._screen:
+            self._on_screen(self._screen.add, text)
+            return
         try:
             stream.write(text + '\n')
             stream.flush()
         except OSError as error:    # as in `| head`, or on a full disk: the jobs matter more
             self._silence(stream, error)
         except UnicodeEncodeError:
-            stream.write(text.encode('ascii', 'backslashreplace').decode() + '\n')
+            stream.write(in_ascii(text) + '\n')
             stream.flush()
-        if self._bar is not None:
-            self._bar.refresh()
 
     def _silence(self, stream, error):
         self.nobody_reads = True
@@ -2207,15 +3096,25 @@ def flush_streams():
 
 
 class OwnStreams:
-    """Our standard streams, for the output of a command: it is passed on unchanged."""
+    """Our standard streams, for the output of a command: it is passed on unchanged.
 
-    def __init__(self, processes):
+    shown: {'out' or 'err': how many bytes of it were passed on before}
+    passed: the same, with those that were passed on here
+    """
+
+    def __init__(self, processes, shown=None):
+        self._left_out = {'out': 0, 'err': 0, **(shown or {})}
+        self.passed = {'out': 0, 'err': 0}
         self.nobody_reads = False        # the reader of stdout or stderr is gone
         self.trouble = ''               # or why it cannot be written
         self._processes = processes
 
     def write(self, stream, data):
         """Write it all, however slowly it is read; once interrupted, only what is read at once."""
+        self.passed[stream] += len(data)
+        passed_over = min(self._left_out[stream], len(data))
+        self._left_out[stream] -= passed_over
+        data = data[passed_over:]
         try:
             if not self.nobody_reads:
                 self._processes.write_out(1 if stream == 'out' else 2, data)
@@ -2238,11 +3137,13 @@ class Prefixer:
 
     def write(self, stream, data):
         """Print the lines that are complete with these bytes; very long ones come in parts."""
-        *lines, rest = (self._rest[stream] + data).split(b'\n')
-        if len(rest) > LONGEST_PRINTED:
-            lines, rest = [*lines, rest], b''
-        self._rest[stream] = rest
-        self._print(stream, lines)
+        for start in range(0, len(data), PREFIXED_BYTES):       # an empty line takes 60 bytes here
+            piece = data[start:start + PREFIXED_BYTES]
+            *lines, rest = (self._rest[stream] + piece).split(b'\n')
+            if len(rest) > LONGEST_PRINTED:
+                lines, rest = [*lines, rest], b''
+            self._rest[stream] = rest
+            self._print(stream, lines)
 
     def flush(self):
         """Print what is left without an end of line."""
@@ -2266,7 +3167,7 @@ class Lines(NamedTuple):
     done: tuple                     # Jobs that have results
     gone: tuple                     # Jobs that were started, but whose line is gone from the file
     left: tuple                     # names of results whose line is gone
-    usual: dict                     # name of a Job's results -> the name after its line
+    usual: dict                     # name of a Job's results -> the name after its line, if another
 
     @property
     def jobs(self):
@@ -2284,18 +3185,20 @@ def match_lines(jobs, batch, results):
     """
     journal = results.journal
     known = journal.jobs
+    results.present.look()
     found, unmatched = find_results(jobs, batch, results)
-    taken, of_lines = set(found.values()), {job.name for job in jobs}
+    taken = set()
 
     def is_taken(name, job):
         return (name in taken or journal.is_begun(name) or results.exists(name)
-                or name != job.name and name in of_lines)
+                or name != job.name and name in found)
 
     waiting, begun, done, usual = [], [], [], {}
     for job in jobs:
-        name = found.get(job.name)
+        name = found[job.name]
         if name:
-            (begun if journal.is_begun(name) else done).append(job._replace(name=name))
+            whose = begun if journal.is_begun(name) else done
+            whose.append(job if name == job.name else job._replace(name=name))
         elif job.name not in known and results.exists(job.name):        # of an unknown command
             name = job.name
             done.append(job)
@@ -2303,7 +3206,8 @@ def match_lines(jobs, batch, results):
             name = free_name(job.name, functools.partial(is_taken, job=job))
             taken.add(name)
             waiting.append(job._replace(name=name))
-        usual[name] = job.name
+        if name != job.name:
+            usual[name] = job.name
     left = [name for name in unmatched if is_of_batch(name, known[name], batch)]
     gone = [Job(name, known[name]['command'], 0, None, None, as_paths(known[name].get('backwards')))
             for name in left if journal.is_begun(name)]
@@ -2312,7 +3216,7 @@ def match_lines(jobs, batch, results):
 
 
 def find_results(jobs, batch, results):
-    """Return ({a job's name after its line: the name of its results}, the names that are left).
+    """Return ({a job's name after its line: the name of its results, or None}, the names left).
 
     A line has the results that its own command made, with the same files and hardware where the
     line itself says which; not with those of the batch, since more memory for all lines must not
@@ -2320,30 +3224,29 @@ def find_results(jobs, batch, results):
     order of the journal; so of equal lines each has its own.
     """
     known = results.journal.jobs
-    unmatched = dict.fromkeys(name for name in known
-                              if results.journal.is_begun(name) or results.is_done(name))
-    found = {}
+    found = dict.fromkeys(job.name for job in jobs)
+
+    def has_results(name):
+        return results.journal.is_begun(name) or results.is_done(name)
 
     def fits(job, name):
         return known[name]['command'] == job.command and known[name].get('own', job.own) == job.own
 
-    def give(job, name):
-        found[job.name] = name
-        del unmatched[name]
-
     for job in jobs:
-        if job.name in unmatched and fits(job, job.name):
-            give(job, job.name)
+        if job.name in known and fits(job, job.name) and has_results(job.name):
+            found[job.name] = job.name
+    unmatched = dict.fromkeys(name for name in known if not found.get(name) and has_results(name))
     by_command = collections.defaultdict(list)
     for name in unmatched:
         if is_of_batch(name, known[name], batch):
             by_command[known[name]['command']].append(name)
     for job in jobs:
-        names = by_command.get(job.command, ()) if job.name not in found else ()
+        names = () if found[job.name] else by_command.get(job.command, ())
         name = next((name for name in names if fits(job, name)), None)
         if name:
             names.remove(name)
-            give(job, name)
+            found[job.name] = name
+            del unmatched[name]
     return found, list(unmatched)
 
 
@@ -2374,29 +3277,57 @@ class Plan(NamedTuple):
     lines: Lines
     failed_before: tuple            # JobResults of those jobs with results that failed
     elsewhere: dict                 # name of a job that was begun -> its machine, which is not used
-    warnings: tuple
 
 
 def plan_lines(lines, results, addresses):
     """Return the Plan for the Lines on machines with these addresses."""
-    journal, failed_before, elsewhere, warnings = results.journal, [], {}, []
-    for job in sorted((*lines.begun, *lines.done), key=lambda job: job.line):
-        known = journal.record(job.name)
-        if not journal.is_begun(job.name):
-            other = f' (done as {job.name})' if lines.usual[job.name] != job.name else ''
-            warnings.append(f'WARNING: job results already exists for line {job.line}{other}, '
-                            'skipping evaluation: delete if you wish to rerun')
-            if known.get('exit_code'):
-                failed_before.append(JobResult(
-                    job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
-        elif known['machine'] not in addresses:
-            warnings.append(f'WARNING: line {job.line} was started on {known["machine"]} by a run '
-                            'that was cut off; name that machine too, to collect it')
-            elsewhere[job.name] = known['machine']
-    for job in lines.gone:
-        if journal.record(job.name)['machine'] not in addresses:
-            elsewhere[job.name] = journal.record(job.name)['machine']
-    return Plan(lines, tuple(failed_before), elsewhere, tuple(warnings))
+    records = [(job, results.journal.record(job.name)) for job in (*lines.begun, *lines.gone)]
+    elsewhere = {job.name: known['machine'] for job, known in records
+                 if known['machine'] not in addresses}
+    failed_before = []
+    for job in lines.done:
+        known = results.journal.record(job.name)
+        if known.get('exit_code'):
+            failed_before.append(JobResult(
+                job.name, known.get('where') or known['machine'], known['exit_code'], 0.0))
+    return Plan(lines, tuple(failed_before), elsewhere)
+
+
+def warnings_of(plan):
+    """Yield each Job that is not run, since an earlier run has run or begun it, and what to say."""
+    lines = plan.lines
+    cut_off = [job for job in lines.begun if job.name in plan.elsewhere]
+    for job in sorted((*cut_off, *lines.done), key=lambda job: job.line):
+        if job.name in plan.elsewhere:
+            yield job, (f'WARNING: line {job.line} was started on {plan.elsewhere[job.name]} by a '
+                        'run that was cut off; name that machine too, to collect it')
+        else:
+            other = f' (done as {job.name})' if job.name in lines.usual else ''
+            yield job, (f'WARNING: job results already exists for line {job.line}{other}, skipping '
+                        'evaluation: delete if you wish to rerun')
+
+
+def older_files(plan, results, files, path):
+    """Return (the Jobs that were run before with other files than jobs get now, what changed).
+
+    files: the Files that are sent; path: that of the batch file, whose lines are compared
+    """
+    @functools.cache
+    def changes(forwards, digest):
+        now = files.manifest(forwards)
+        if digest in (None, now.digest):
+            return set()
+        before = results.manifests.get(digest)
+        return set(now.changed(before) if before else ['(not recorded)']) - {
+            os.path.normpath(path)}
+
+    older, changed = [], set()
+    for job in (*plan.lines.done, *plan.lines.begun):
+        paths = changes(job.forwards, results.journal.record(job.name).get('files'))
+        if paths:
+            changed |= paths
+            older.append(job)
+    return older, changed
 
 
 class View:
@@ -2451,6 +3382,10 @@ class View:
 
     def stuck(self):
         """Jobs are left that no machine can run."""
+
+    def ask(self):
+        """Ctrl-C was pressed: return whether a question is asked now.  In a signal handler."""
+        return False
 
     def unanswered(self):
         """Nothing more is waited for: machines may not have answered."""
@@ -2520,42 +3455,92 @@ class EarlierView(QuietView):
         return status if whole else 1
 
 
-class Summary:
-    """The last lines of execute_batch."""
+# What the frameworks say when a GPU has no memory left.
+GPU_IS_FULL = {'CUDA out of memory': 'CUDA out of memory',
+               'CUDA_ERROR_OUT_OF_MEMORY': 'CUDA out of memory',
+               'CUBLAS_STATUS_ALLOC_FAILED': 'CUDA out of memory',
+               'RESOURCE_EXHAUSTED: Out of memory': 'GPU out of memory'}
+SHELL_FAILED = {126: 'a command could not be executed', 127: 'a command was not found'}
+KERNEL_KILLED = 'ssh-scheduler: the kernel killed'      # as the remote runner writes to a stderr
 
-    def __init__(self, run, reporter, results, plan):
+
+def failure_words(exit_code, machine, lines):
+    """Return why a job failed, in words.  lines: the last ones of its stderr, see lines_shown."""
+    for phrase, words in GPU_IS_FULL.items():
+        if any(phrase in line for line in lines):
+            return words
+    told = told_in(lines)
+    if exit_code < 0:
+        return f'{machine} lost it'
+    if exit_code == 124 and told.startswith('ssh-scheduler: '):
+        return told.partition(': ')[2]
+    if exit_code == 137 and told.startswith(KERNEL_KILLED):
+        return f'{machine} ran out of memory (signal 9)'
+    if exit_code in SHELL_FAILED:
+        said = re.sub(r'^\S*: line [0-9]+: ', '', told)
+        return f'exit code {exit_code}: {said or SHELL_FAILED[exit_code]}'
+    if 128 < exit_code < 128 + signal.NSIG:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(exit_code - 128).name[3:]
+            return f'ended by signal {exit_code - 128} ({name})'
+    return told or f'exit code {exit_code}, nothing said'
+
+
+def names_in_short(names):
+    """Return 'grid.sh.8, .9, .10 and 153 more'."""
+    stem = names[0].rpartition('.')[0]
+    shown = [names[0], *(name_in_batch(name, stem) for name in names[1:3])]
+    return ', '.join(shown) + (f' and {len(names) - 3:,} more' if len(names) > 3 else '')
+
+
+FATES = ('finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
+
+
+class Summary:
+    """The last lines of execute_batch.  options: those of the command."""
+
+    def __init__(self, run, reporter, results, plan, options):
         self._run, self._report, self._results, self._plan = run, reporter, results, plan
+        self._options = options
 
     def show(self, wall_s, advice):
         """Print it; return the exit status.  advice: lines of what to ask for next time."""
         run, report = self._run, self._report
-        fates = self._fates()
-        counted = collections.Counter(fates.values())
+        counted = self.counts()
         before = self._plan.failed_before
         failed_too = f' ({len(before)} of them failed)' if before else ''
-        counts = [f'{counted[fate]} {fate}{failed_too if fate == "skipped" else ""}' for fate in (
-            'finished', 'failed', 'skipped', 'cancelled', 'not started', 'not collected')
-            if counted[fate] or fate in ('finished', 'failed')]
+        counts = [f'{counted[fate]} {fate}{failed_too if fate == "skipped" else ""}'
+                  for fate in FATES
+                  if counted[fate] or fate in ('finished', 'failed')]
+        self._say_first()
         report.line(f'{"interrupted" if run.interrupts else "done"}: '
                     f'{count_of(len(run.jobs), "job")}: {", ".join(counts)}, '
-                    f'{wall_s:.1f} s')
-        if counted['cancelled']:
+                    f'{self._took(wall_s)}')
+        stopped = len({attempt.name for attempt in run.lives.all_of('cancelled', 'dropped')})
+        if stopped:
             report.note(
-                f'partial results of {count_of(counted["cancelled"], "cancelled job")} are in '
+                f'partial results of {count_of(stopped, "cancelled job")} are in '
                 f'{self._results.inner}/cancelled. The same command runs these jobs from the start')
         self._say_failures()
         for text in advice:
             report.note(text)
         self._say_left()
         unknown = self._not_collected()
-        for name, machine in unknown.items():
+        for name, machine in unknown.items() if not run.leaves else ():
             known = '' if self._results.journal.record(name)['state'] == 'ended' else (
                 'not known to have ')
             report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
                         'collect it')
         if run.interrupts:
             return 130
-        return 1 if run.failures or before or unknown or counted['not started'] else 0
+        return int(bool(run.failures or before or unknown or counted['not started']
+                        or counted['cancelled']))
+
+    def _say_first(self):
+        """Print what stands above the counts."""
+
+    def _took(self, wall_s):
+        return f'{wall_s:.1f} s'
 
     def _not_collected(self):
         """Return {name of a job: machine where it is or was}, of those that are not collected."""
@@ -2565,16 +3550,33 @@ class Summary:
             name: worker.name if worker.was_ready else worker.machine.address
             for name, worker in left.items()}}
 
+    def counts(self, is_over=True):
+        """Return how many jobs have each of the FATES; before the end 'not collected' are those
+        that run, or will be collected.
+        """
+        fates = self._fates()
+        if not is_over:
+            fates.update((name, 'failed' if result.exit_code else 'finished')
+                         for name, result in self._run.ended.items())
+        return collections.Counter(fates.values())
+
+    def facts(self, is_over):
+        """Return what Hooks tell: the word of a variable -> its value."""
+        counted = self.counts(is_over)
+        return {'JOBS': len(self._run.jobs), 'RESULTS': os.path.abspath(self._results.folder),
+                **{fate.upper().replace(' ', '_'): counted[fate] for fate in FATES}}
+
     def _fates(self):
         """Return {name of a job: its fate in the words of the summary}."""
         fates = dict.fromkeys(self._run.jobs, 'not started')
+        cancelled = {attempt.name for attempt in self._run.lives.all_of('cancelled', 'dropped')}
         for fate, names in (
                 ('skipped', [job.name for job in self._plan.lines.done]),
+                # Another attempt of such a job may have ended since.
+                ('cancelled', (cancelled | self._run.wishes.cancelled) & self._run.jobs.keys()),
                 ('failed', [job.name for job in self._run.failures]),
                 ('finished', [name for name, result in self._run.ended.items()
                               if not result.exit_code]),
-                ('cancelled', [attempt.name for attempt
-                               in self._run.lives.all_of('cancelled', 'dropped')]),
                 ('not collected', self._not_collected())):
             fates.update(dict.fromkeys(names, fate))
         return fates
@@ -2598,43 +3600,460 @@ class Summary:
                               f'stay in {self._results.folder}: {names_of(left)}')
 
 
-class BatchView(SpeakingView):
+class Pace:
+    """How long the jobs of a batch took, and so how long the rest may take.
+
+    A job takes as long as the median of those of its kind on its machine; where none has ended
+    there, as those of its kind anywhere, or as all.
+    """
+
+    LEAST = 3                   # jobs that have ended, before anything is said
+    MOST = 3000                 # waiting jobs that are played through; more in proportion
+
+    def __init__(self):
+        self._took = collections.defaultdict(list)      # (Allocation, machine) -> seconds, sorted
+        self._count = 0
+
+    def ended(self, allocation, machine, seconds):
+        """Note how long a job took on a machine."""
+        self._count += 1
+        for key in {(allocation, machine), (allocation, None), (None, None)}:
+            bisect.insort(self._took[key], seconds)
+
+    def left(self, running, waiting):
+        """Return (least, most) seconds until all have ended; None if that cannot be told.
+
+        running: [(Allocation, machine, its age in seconds)], each in a place of its own
+        waiting: {Allocation: how many jobs}
+        """
+        if self._count < self.LEAST or not running:
+            return None
+        total = sum(waiting.values())
+        share = min(1.0, self.MOST / total) if total else 1.0
+        places = []
+        for index, (allocation, machine, age_s) in enumerate(running):
+            typical = self._typical(allocation, machine)
+            heapq.heappush(places, (max(typical - age_s, typical / 10), index, machine))
+        longest = max(place[0] for place in places)
+        for allocation, count in waiting.items():
+            for _ in range(math.ceil(count * share)):
+                free_s, index, machine = heapq.heappop(places)
+                free_s += self._typical(allocation, machine)
+                longest = max(longest, free_s)
+                heapq.heappush(places, (free_s, index, machine))
+        return tuple(longest / share * factor for factor in self._doubt())
+
+    def _typical(self, allocation, machine):
+        took = (self._took.get((allocation, machine)) or self._took.get((allocation, None))
+                or self._took[None, None])
+        return took[len(took) // 2]
+
+    def _doubt(self):
+        """Return the factors of the range: the median, give or take twice its standard error."""
+        took = self._took[None, None]
+        spread = took[len(took) * 3 // 4] - took[len(took) // 4]
+        doubt = max(0.05, 2 * 0.93 * spread / max(took[len(took) // 2], 0.01) / len(took) ** 0.5)
+        return max(1 - doubt, 0.5), min(1 + doubt, 3)
+
+
+def range_of(least_s, most_s):
+    """Return a time that is not known well in few words: '5h–6h', 'about 3m'."""
+    for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')):
+        if most_s >= 2 * size or unit == 's':
+            low, high = round(least_s / size), math.ceil(most_s / size)
+            return f'{low}{unit}–{high}{unit}' if 0 < low < high else f'{max(high, 1)}{unit}'
+
+
+class Keys:
+    """Single keys of the terminal that is the standard input, as long as this is open."""
+
+    MEANT = {'d': 'd', 'c': 'c', '\r': '\r', '\n': '\r', '\x1b': '\r'}
+
+    def __init__(self):
+        import termios
+        import tty
+        self._before = termios.tcgetattr(0)
+        tty.setcbreak(0, termios.TCSADRAIN)     # Ctrl-C is a signal still
+
+    @staticmethod
+    def can_read():
+        """Tell whether keys can be read: this program is in the foreground of a terminal."""
+        try:
+            return os.isatty(0) and os.tcgetpgrp(0) == os.getpgrp()
+        except OSError:
+            return False
+
+    def read(self):
+        """Return a key that was pressed and means something, in small letters; '' if none was."""
+        import select
+        while select.select([0], [], [], 0)[0]:
+            data = os.read(0, 1)
+            if not data:
+                return '\r'                     # the terminal is gone
+            key = self.MEANT.get(data.decode('latin-1').lower())
+            if key:
+                return key
+        return ''
+
+    def close(self):
+        """Have the terminal as it was."""
+        import termios
+        termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+
+
+class Board:
+    """What a terminal shows below the events: which machines are waited for, what is sent, which
+    jobs run, how far the batch is, and how long it may take.
+
+    done: how many jobs have results already, and are not run
+    """
+
+    MOST_JOBS = 10              # that run and are shown
+    PACE_S = 1.0                # between two looks at how long it may take
+
+    def __init__(self, run, done):
+        self._run, self.done = run, done
+        self._pace, self._left, self._left_at = Pace(), '', -math.inf
+        self._since = {}        # what is waited for, Worker or Stage -> when that was first seen
+        self._is_asking = False
+        self._keys = None       # of the terminal, while they are waited for
+        self.shows_counts, self._has_ended = False, False
+
+    def changed(self, attempt):
+        """An attempt is in another state now."""
+        if attempt.state == 'ended' and attempt.result.wall_s:
+            self._pace.ended(attempt.job.allocation, attempt.machine, attempt.result.wall_s)
+
+    @property
+    def can_ask(self):
+        """Tell whether something can be asked: it is drawn, and nothing is asked yet."""
+        return not self._is_asking and not self._has_ended
+
+    def ask(self):
+        """Ask what Ctrl-C shall mean.  In a signal handler: `answer` does the rest."""
+        self._is_asking = True
+
+    def answer(self):
+        """Return the key that was pressed, in small letters, if something is asked; else ''."""
+        if not self._is_asking:
+            return ''
+        self._keys = self._keys or Keys()
+        key = self._keys.read()
+        if key:
+            self._stop_asking()
+        return key
+
+    def _stop_asking(self):
+        self._is_asking = False
+        if self._keys:
+            self._keys.close()
+            self._keys = None
+
+    def end(self):
+        """Show nothing any more."""
+        self._has_ended = True
+        self._stop_asking()
+
+    def rows(self, width, height):
+        """Return the Rows for a terminal of this size."""
+        if self._has_ended:
+            return []
+        rows = [*self._machines(width), *self._jobs(min(self.MOST_JOBS, max(height // 2 - 4, 1)))]
+        rows = rows[:max(height - 5, 1)]
+        end = self._question() if self._is_asking else (
+            [self._counts(width)] if self.shows_counts else [])
+        return [Row('─' * (width - 1)), *rows, *end] if rows or end else []
+
+    def _machines(self, width):
+        """Yield a Row for each machine that is waited for, or to which files are sent."""
+        now = time.monotonic()
+        for worker in self._run.workers:
+            if worker.state == 'connecting':
+                since = self._since.setdefault(worker, now)
+                yield Row(f'{shortened(worker.name)}: connecting',
+                          duration_of(now - since))
+            elif worker.state == 'away':
+                yield Row(f'{shortened(worker.name)}: no contact',
+                          duration_of(now - worker.away_since))
+            elif worker.state == 'ready':
+                for stage in worker.contact.stages.on_their_way:
+                    since = self._since.setdefault(stage, now)
+                    yield sending_row(worker.name, stage, now - since, width)
+
+    def _jobs(self, most):
+        """Yield a Row for each of the running jobs that wrote something last, and for the rest."""
+        running = sorted(self._run.lives.all_of('running'), key=moved_at, reverse=True)
+        most = most if len(running) <= most else most - 1
+        shown = running[:most]
+        names = [name_in_batch(attempt.name, self._run.batch) for attempt in shown]
+        places = [with_gpus(shortened(attempt.machine.name), attempt.gpus) for attempt in shown]
+        widths = [max(map(len, column), default=0) for column in (names, places)]
+        for attempt, name, place in zip(shown, names, places):
+            age = duration_of(self._age_s(attempt))
+            yield Row(f'{name:{widths[0]}}  {place:{widths[1]}}  {age:>7}  {last_words(attempt)}')
+        if len(running) > most:
+            yield Row(f' … {len(running) - most} more')
+
+    def _age_s(self, attempt):
+        """Return for how many seconds an attempt runs; 0 before its start was sent."""
+        since = self._run.client.journal.started(attempt.name) if attempt.state in ALIVE else None
+        return time.time() - since if since else 0.0
+
+    def _question(self):
+        """Return the Rows that stand for the counts while it is asked what Ctrl-C shall mean."""
+        running, waiting = self._alive_and_waiting()
+        return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
+                Row('  d      leave the jobs running; same command to continue'),
+                Row('  c      cancel: stop all running jobs, and end'),
+                Row('  Enter  continue')]
+
+    def _alive_and_waiting(self):
+        """Return how many jobs run, and how many wait."""
+        run = self._run
+        return (len(run.lives.all_of(*ALIVE)),
+                run.scheduler.waits + len(run.lives.all_of('placed')))
+
+    def _counts(self, width):
+        """Return the Row of how many jobs have ended, run and wait; as much of it as fits."""
+        ended, failed = len(self._run.ended), len(self._run.failures)
+        running, waiting = self._alive_and_waiting()
+        cancelled = len(self._run.wishes.cancelled)
+        return counts_row(width, ended, len(self._run.jobs) - self.done, [
+            f'{ended - failed} ok', f'{failed} failed', f'{running} running', f'{waiting} waiting',
+            *[f'{cancelled} cancelled'] * bool(cancelled)], self._time_left())
+
+    def _time_left(self):
+        """Return how long the rest may take, in words; '' if that cannot be told."""
+        now = time.monotonic()
+        if now - self._left_at > self.PACE_S:
+            running = [(attempt.job.allocation, attempt.machine, self._age_s(attempt))
+                       for attempt in self._run.lives.all_of(*HOLDING) if attempt.placement]
+            waiting = {allocation: len(jobs)
+                       for allocation, jobs in self._run.scheduler.kinds().items()}
+            left = self._pace.left(running, {} if self._run.halted else waiting)
+            self._left = f'{range_of(*left)} left' if left else ''
+            self._left_at = now
+        return self._left
+
+
+def counts_row(width, ended, total, words, left):
+    """Return the Row of the counts, with a bar and the time that is left, as far as they fit."""
+    for cells, said, right in ((22, words, left), (10, words, left), (0, words, left),
+                               (0, words[:3], left), (0, words, ''), (0, words[1:3], ''),
+                               (0, words[1:2], ''), (0, [], '')):
+        text = f' {bar_of(ended, total, cells)}{ended}/{total}   {"  ".join(said)}'.rstrip()
+        if len(text) + len(right) + 3 < width:
+            break
+    return Row(text, right)
+
+
+def bar_of(done, total, cells):
+    """Return a bar that is `cells` characters wide, and two blanks; '' for a bar of no width."""
+    full = round(2 * cells * done / max(total, 1))
+    bar = ('━' * (full // 2) + '╸' * (full % 2)).ljust(cells, '─')
+    return f'{bar}  ' if cells else ''
+
+
+def sending_row(name, stage, since_s, width):
+    """Return the Row of a Stage that is being sent.  since_s: how long already, in seconds."""
+    files, size, sent = *stage.amount, stage.sent_bytes()
+    text = f'{shortened(name)}: sending {count_of(files, "file")}, {size_of(size)}'
+    if sent is None or not size:
+        return Row(text, duration_of(since_s))
+    share = min(sent / size, 1)
+    rate = sent / max(since_s, 0.1)
+    left = f'  {duration_of((size - sent) / rate)} left' if 0.01 <= share < 1 else ''
+    for right in (f'{share:.0%}  {size_of(rate)}/s{left}', f'{share:.0%}{left}', f'{share:.0%}'):
+        room = width - 1 - len(text) - len(right) - 4
+        if room >= -2:
+            break
+    bar = bar_of(share, 1, min(room, 20) if room >= 8 else 0)
+    return Row(f'{text}  {bar}'.rstrip(), right)
+
+
+def moved_at(attempt):
+    """Return when an attempt wrote something last, as far as it has come here."""
+    return max((stream.moved for stream in attempt.streams.values()), default=0.0)
+
+
+def last_words(attempt):
+    """Return the last line that an attempt has written, as far as it has come here."""
+    streams = sorted(attempt.streams.values(), key=lambda stream: stream.moved)
+    lines = lines_shown(streams[-1].tail) if streams else ()
+    return lines[-1].strip() if lines else ''
+
+
+class TerminalSummary(Summary):
+    """The same on a terminal: failed jobs by the reason, and what to type next."""
+
+    @functools.cached_property
+    def _reasons(self):
+        """Why jobs failed, the most frequent reason first: [(words, names of the jobs)]."""
+        groups = {}                     # reason, its numbers aside -> (the reason, [job name])
+        lines = {name: job.line for name, job in self._run.jobs.items()}
+        for result in sorted((*self._run.failures, *self._plan.failed_before),
+                             key=lambda result: lines.get(result.name, 0)):
+            words = failure_words(result.exit_code, result.machine,
+                                  self._results.last_lines(result.name, 'err'))
+            key = re.sub(r'[0-9]+', '0', words)
+            groups.setdefault(key, (words, []))[1].append(result.name)
+        return sorted(groups.values(), key=lambda group: -len(group[1]))
+
+    def _say_first(self):
+        """Show the failed jobs by the reason."""
+        for words, names in self._reasons:
+            left = f'failed {len(names):6,} × {words}'
+            more = f' and {len(names) - 1:,} more' if len(names) > 1 else ''
+            for right in (names_in_short(names), names[0] + more,
+                          name_in_batch(names[0], self._run.batch) + more):
+                if width_of(left) + len(right) + 3 <= self._columns:
+                    break               # else the reason, which matters more, is cut least
+            self._report.row(left, right, 'red')
+
+    @property
+    def _columns(self):
+        return self._report.columns or 80
+
+    def _took(self, wall_s):
+        return duration_of(wall_s)
+
+    def _say_failures(self):
+        """Show what to type to see why jobs failed, and to run them again."""
+        failed = [result for result in (*self._run.failures, *self._plan.failed_before)
+                  if result.exit_code >= 0]
+        if failed:
+            places = [os.path.join(self._results.folder, f'{names[0]}.err')
+                      for _, names in self._reasons]
+            shown = f'look:  {places[0]}'
+            for place in places[1:3]:
+                if len(shown) + 2 + len(place) <= self._columns:
+                    shown += f'  {place}'
+            self._report.line(shown)
+            path = self._options['<batch>']
+            if len(failed) > 1 and path != '-':
+                import shlex
+                self._report.line(f'       execute_batch {shlex.quote(path)} --status --failed')
+            again = ('execute_batch … --rerun-failed' if '--rerun' in self._options.given else
+                     self._options.typed('--rerun-failed'))
+            self._report.line(f'again: {again}')
+
+
+class ToldView(SpeakingView):
+    """A view that tells others, a JobLog and Hooks, of what happens to jobs."""
+
+    def __init__(self, reporter, told):
+        super().__init__(reporter)
+        self._told = told
+
+    def begin(self):
+        """The batch begins."""
+        for other in self._told:
+            other.begin(self)
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now."""
+        for other in self._told:
+            other.changed(attempt, before)
+
+    def lost(self, attempt, again):
+        """A job is gone without a result; if it is not started again, that is its result."""
+        for other in self._told if attempt.result else ():
+            other.lost(attempt)
+
+
+def without_gpu(job, empty, options):
+    """Return what to type if this job, which fits nowhere, would fit if it asked for no GPU.
+
+    empty: (worker, books of it where nobody uses it) of each machine; options: of the command
+    """
+    wanted = job.allocation._replace(gpus=0)
+    if not job.allocation.gpus or any(books.available.gpus for _, books in empty) or all(
+            books.short_of(wanted) for _, books in empty):
+        return ''
+    if '--num-gpus=' in job.own:
+        return ' If the job needs no GPU: --no-gpu-required instead of --num-gpus in its line.'
+    return (' If the jobs need no GPU, type\n'
+            + options.typed('--no-gpu-required', without='--num-gpus'))
+
+
+# Why a machine has no room, where nobody but this batch has a part in that.
+FULL_OF_OWN = re.compile('(has [0-9]+ in use by|runs [0-9]+ jobs? of) this batch')
+
+
+def why_waiting(resources, allocation, count, is_own_news):
+    """Return for what jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by this batch'.
+
+    resources: Worker -> its MachineResources; count: how many jobs wait
+    is_own_news: say it, too, if all machines are full of jobs of this batch; else that is ''
+    """
+    reasons, shorts = collections.defaultdict(list), set()
+    for worker, books in resources.items():
+        short = books.short_of(allocation)
+        shorts.add(short)
+        reasons[books.holder(allocation) if short else 'is kept for a job that waits longer'
+                ].append(worker.name)
+    if reasons and not is_own_news and all(map(FULL_OF_OWN.fullmatch, reasons)):
+        return ''
+    what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
+            'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
+            if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
+    machines = '; '.join(f'{"each of " * (len(names) > 1)}{names_of(names)} {reason}'
+                         for reason, names in reasons.items())
+    return (f'waiting: {count_of(count, "job")} for {what or describe(allocation)}: '
+            f'{machines or "no machine is there"}')
+
+
+class BatchView(ToldView):
     """The output of execute_batch: the events on stdout, all else on stderr.
 
     allocation: what the batch's own options ask for, which the limits are said for
+    options: these options, for commands to type
     """
 
-    def __init__(self, reporter, results, plan, allocation, path=''):
-        super().__init__(reporter)
-        self._results, self._plan = results, plan
-        self._allocation, self._path = allocation, path
-        self._began = self._last_start = time.monotonic()
-        self._explained = ('', -math.inf)       # what was said last of why jobs wait, and when
+    SUMMARY = Summary
+    IS_OWN_NEWS = True          # that jobs wait since all machines are full of jobs of this batch
+
+    def __init__(self, reporter, results, plan, allocation, options, path='', told=()):
+        super().__init__(reporter, told)
+        self._results, self.plan = results, plan
+        self._allocation, self._options, self._path = allocation, options, path
+        self.began = self._last_start = time.monotonic()
+        self._explained = ('', -math.inf)       # why jobs wait, as was said last, and when
+        self._unusable = {}                     # worker -> why, as was said last
         self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
         self._lost_gpus = {}                    # worker -> what was said of GPUs that are none
         self._said_halt = False
 
+    def replan(self, plan):
+        """Have another Plan from now on."""
+        self.plan = plan
+
     # Before the first start
+
+    def open(self):
+        """The run is about to log in."""
 
     def names(self):
         """Tell which results get another name, are not whole, or have no record in the journal."""
-        lines, results = self._plan.lines, self._results
+        lines, results = self.plan.lines, self._results
         renamed = [f'line {job.line}: {job.name}' for job in lines.waiting
-                   if lines.usual[job.name] != job.name]
+                   if job.name in lines.usual]
         if renamed:
             self._report.note('new names for results, because other commands have the usual ones: '
                               f'{names_of(renamed)}')
-        parts = [(job, here) for job in lines.done
-                 for here, missing in [results.pieces(job.name)] if missing]
+        parts = [(job, here) for job in lines.done for here in [results.remnants(job.name)] if here]
         if parts:
             found = [f'line {job.line}: {" and ".join(here)}' for job, here in parts]
             paths = itertools.chain.from_iterable(here for _, here in parts)
             self._report.note(f'only a part of the results is left for {names_of(found)}. To run '
                               f'{"this line" if len(parts) == 1 else "these lines"} again: rm -r '
                               f'{" ".join(paths)}')
-        unknown = [job.name for job in lines.done if not results.journal.record(job.name)]
+        unknown = [job.name for job in lines.done if job.name not in results.journal.jobs]
         if unknown:
             self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
+
+    def _rerun_of(self, names):
+        return rerun_of([*names], self.run.batch)
 
     def limits(self, workers):
         """Say how many jobs of the batch's own kind fit on these machines, and on which GPUs."""
@@ -2657,27 +4076,22 @@ class BatchView(SpeakingView):
             lines = f'line {queue[0].line}' + (
                 f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
             why = '; '.join(f'{worker.name} {books.why_not(allocation)}' for worker, books in empty)
-            is_cpu_only = allocation.gpus and not any(books.available.gpus for _, books in empty)
-            hint = ' For jobs that need no GPU: --no-gpu-required' if is_cpu_only else ''
             when = 'even when nobody uses it' if run.client.live else 'free'
             raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
-                             f'{when}: {sentence(why)}{hint}')
+                             f'{when}: {sentence(why)}'
+                             f'{without_gpu(queue[0], empty, self._options)}')
+
+    def skipped(self):
+        """Tell which lines are not run."""
+        for _, warning in warnings_of(self.plan):
+            self._report.line(warning)
 
     def changed_files(self, files):
         """Tell, in one line, if jobs that were run before had other files than jobs get now.
 
         files: the Files that are sent
         """
-        older, changed = [], set()
-        for job in (*self._plan.lines.done, *self._plan.lines.begun):
-            digest = self._results.journal.record(job.name).get('files')
-            now = files.manifest(job.forwards)
-            if digest not in (None, now.digest):
-                before = self._results.manifests.get(digest)
-                paths = set(now.changed(before) if before else ['(not recorded)'])
-                paths.discard(os.path.normpath(self._path))     # whose lines are compared
-                changed |= paths
-                older += [job] if paths else []
+        older, changed = older_files(self.plan, self._results, files, self._path)
         if not older:
             return
         ended = [job.name for job in older if not self._results.journal.is_begun(job.name)]
@@ -2685,7 +4099,7 @@ class BatchView(SpeakingView):
         parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
         parts += [f'{count_of(running, "running line")} '
                   f'{"has" if running == 1 else "have"} them'] * bool(running)
-        again = f'. To run them again: {removal_of(ended)}' if ended else ''
+        again = f'. To run them again: {self._rerun_of(ended)}' if ended else ''
         self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
                           f'{" and ".join(parts)}{again}')
 
@@ -2711,6 +4125,7 @@ class BatchView(SpeakingView):
 
     def changed(self, attempt, before):
         """An attempt is in another state now."""
+        super().changed(attempt, before)
         if attempt.state == 'placed':
             self._last_start = time.monotonic()
             if self._report.verbose:
@@ -2719,15 +4134,25 @@ class BatchView(SpeakingView):
                 self._report.trace(f'{attempt.name}: to {attempt.machine.name}; scores for another '
                                    f'such job: {scores}')
         elif attempt.state == 'running':
-            self._report.started(attempt.job, attempt.gpus,
-                                 'running' if attempt.is_inherited else 'started')
+            self._tell_start(attempt, 'running' if attempt.is_inherited else 'started')
         elif attempt.state == 'ended':
             self._say_halt()
             self._ended(attempt)
+        elif attempt.state == 'cancelled' and not self.run.interrupts:
+            elsewhere = attempt.key in self.run.wishes.moving
+            self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}'
+                              f'{"; it starts anew" if elsewhere else ""}. Partial '
+                              f'results: {self._results.inner}/cancelled')
+
+    def _tell_start(self, attempt, word):
+        self._report.started(attempt.job, attempt.gpus, word)
+
+    def _tell_end(self, attempt):
+        self._report.ended(attempt.job, attempt.result.exit_code)
 
     def _ended(self, attempt):
         result = attempt.result
-        self._report.ended(attempt.job, result.exit_code)
+        self._tell_end(attempt)
         seen = self._peaks.setdefault(attempt.job.allocation, [[], []])
         if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
             for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
@@ -2735,6 +4160,7 @@ class BatchView(SpeakingView):
 
     def lost(self, attempt, again):
         """A job is gone without a result, by the fault of its machine."""
+        super().lost(attempt, again)
         name, why = attempt.name, sentence(attempt.why)
         if not attempt.job.may_start:
             what = 'Its line is not in the batch file any more, so it is not started again.'
@@ -2787,7 +4213,9 @@ class BatchView(SpeakingView):
             self._report.note(f'{worker.name}: lost contact ({count_of(len(attempts), "job")} may '
                               f'go on there): {sentence(worker.why)}')
         else:
-            self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
+            if self._unusable.get(worker) != worker.why:    # it is tried again and again
+                self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
+            self._unusable[worker] = worker.why
 
     def after_failure(self, worker):
         """Say it if jobs wait that fit on no machine that is left."""
@@ -2808,6 +4236,11 @@ class BatchView(SpeakingView):
         """Show a warning."""
         self._report.warning(text)
 
+    def large(self, advice):
+        """Show what is large among the files to send, if anything is."""
+        if advice:
+            self._report.note(advice)
+
     def rests(self, worker, why):
         """A machine failed jobs, and gets no more for a while."""
         self._report.note(f'{worker.name}: gets no more jobs for a while: {sentence(why)}')
@@ -2815,17 +4248,9 @@ class BatchView(SpeakingView):
     # While nothing happens
 
     def begin(self):
-        """Show the bar, and from now on why nothing starts."""
-        self._report.begin(len(self.run.jobs) - len(self._plan.lines.done))
+        """From now on tell why nothing starts."""
+        super().begin()
         self.run.client.processes.call_later(EXPLAIN_S, self._explain)
-
-    def progress(self):
-        """Show how far the batch is, where there is a bar."""
-        run, failed = self.run, len(self.run.failures)
-        if not self._report.has_bar:
-            return
-        running = sum(1 for attempt in run.lives.all_of(*HOLDING) if attempt.placement)
-        self._report.progress(len(run.ended) - failed, failed, running, run.scheduler.waits)
 
     def _explain(self):
         """Say why nothing starts, when that is news."""
@@ -2834,27 +4259,14 @@ class BatchView(SpeakingView):
         if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
                 or self.run.interrupts):
             return
-        text = '\n'.join(self._waits_for(allocation, jobs)
-                         for allocation, jobs in self.run.scheduler.kinds().items())
-        if text != self._explained[0]:
-            self._explained = (text, now)
+        text = '\n'.join(filter(None, (
+            why_waiting(self.run.scheduler.resources, allocation, len(jobs), self.IS_OWN_NEWS)
+            for allocation, jobs in self.run.scheduler.kinds().items())))
+        reasons = re.sub(r'\b[0-9]+\b( jobs?\b)?', '', text)     # fewer jobs wait: that is no news
+        if reasons != self._explained[0]:
+            self._explained = (reasons, now)
             if text:
                 self._report.note(text)
-
-    def _waits_for(self, allocation, jobs):
-        """Return for what these jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by …'"""
-        reasons, shorts = collections.defaultdict(list), set()
-        for worker, books in self.run.scheduler.resources.items():
-            short = books.short_of(allocation)
-            shorts.add(short)
-            reasons[books.holder(allocation) if short else 'is kept for a job that waits longer'
-                    ].append(worker.name)
-        what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
-                'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
-                if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
-        machines = '; '.join(f'{names_of(names)} {reason}' for reason, names in reasons.items())
-        return (f'waiting: {count_of(len(jobs), "job")} for {what or describe(allocation)}: '
-                f'{machines or "no machine is there"}')
 
     def stuck(self):
         """Say that jobs are left which no machine can run."""
@@ -2863,15 +4275,147 @@ class BatchView(SpeakingView):
 
     # The end
 
+    def end(self):
+        """The run is over; the summary follows."""
+
     def stopping(self):
         """Say that an interrupt ends all jobs."""
-        self._report.note('interrupted: ending all jobs (once more: leave them)')
+        self._report.note('interrupted: cancelling all jobs (once more: leave them running)')
+
+    @property
+    def outcome(self):
+        """The Summary of how it goes, or went."""
+        return self.SUMMARY(self.run, self._report, self._results, self.plan, self._options)
 
     def summary(self):
         """Print how it went; return the exit status."""
         self.unanswered()
-        return Summary(self.run, self._report, self._results, self._plan).show(
-            time.monotonic() - self._began, advise(self.run, self._peaks))
+        return self.outcome.show(time.monotonic() - self.began, advise(self.run, self._peaks))
+
+
+class TerminalView(BatchView):
+    """The output of execute_batch on a terminal: a row for each event, and below them a Board."""
+
+    SUMMARY = TerminalSummary
+    IS_OWN_NEWS = False         # the counts tell it
+    BESIDE_COMMAND = 48         # columns of a row beside the command; of commands that are longer
+                                # than the rest, what all share is shown once
+    MOST_SPLIT = 20_000         # jobs for which that takes less than a second
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._board = None
+        self._widest = 0            # of the places that were shown, so that they stand in a column
+        self._untold = {}           # name -> Attempt that failed, whose stderr is on its way
+        self._rests = {}            # name -> what its command has that not all have
+
+    def open(self):
+        """Draw from the first login on."""
+        self._board = Board(self.run, len(self.plan.lines.done))
+        self._report.open_screen(self._board.rows)
+        self._draw()
+        done = {job.name for job in self.plan.lines.done}
+        commands = {name: job.command for name, job in self.run.jobs.items() if name not in done}
+        room = (self._report.columns or 80) - self.BESIDE_COMMAND
+        if max(map(len, commands.values()), default=0) > room and len(commands) < self.MOST_SPLIT:
+            shared, rests = differing_words([*commands.values()])
+            self._rests = dict(zip(commands, rests)) if shared else {}
+            if shared:
+                self._report.line(f'all commands: {shared}')
+
+    def replan(self, plan):
+        """Another Plan holds from now on."""
+        super().replan(plan)
+        if self._board:
+            self._board.done = len(plan.lines.done)
+
+    def begin(self):
+        """From now on show how far the batch is, too."""
+        super().begin()
+        self._board.shows_counts = True
+
+    def _draw(self):
+        if self._report.has_screen:
+            self.run.client.processes.call_later(FRAME_S, self._draw)
+            key = self._board.answer()
+            if key == 'd':
+                self.run.leave()
+            elif key == 'c':
+                self.run.interrupts += 1
+            self._report.draw()
+
+    def skipped(self):
+        """Tell in one line which lines are not run."""
+        done, failed = self.plan.lines.done, self.plan.failed_before
+        if done:
+            which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
+                f'. To run them again: {self._rerun_of(job.name for job in done)}')
+            self._report.line(f'skipped: {count_of(len(done), "line")} that '
+                              f'{"has" if len(done) == 1 else "have"} results'
+                              f'{which if len(which) < 100 else ""}')
+        for job, warning in warnings_of(self.plan):
+            if job.name in self.plan.elsewhere:
+                self._report.line(warning)
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now."""
+        self._board.changed(attempt)
+        super().changed(attempt, before)
+        if attempt.name in self._untold and attempt.state != 'ended':
+            self._tell_end(attempt)
+
+    def _tell_start(self, attempt, word):
+        self._row(word, attempt, '', '')
+
+    def _tell_end(self, attempt):
+        """Tell that a job ended; why it failed is told by its stderr, which may come later."""
+        result, stream, why = attempt.result, attempt.streams['err'], ''
+        if result.exit_code:
+            if attempt.state == 'ended' and stream.content is None:
+                self._untold[attempt.name] = attempt
+                return
+            lines = self._results.last_lines(attempt.name, 'err') if stream.content is None else (
+                lines_shown(stream.content[-LAST_BYTES:]))
+            why = failure_words(result.exit_code, result.machine, lines)
+        self._untold.pop(attempt.name, None)
+        self._row('failed' if result.exit_code else 'finished', attempt,
+                  duration_of(result.wall_s), 'red' if result.exit_code else '')
+        if why:
+            self._report.row(f'{"":10}{why}', style='red')
+
+    def _row(self, word, attempt, time_text, style):
+        place = with_gpus(shortened(attempt.machine.name), attempt.gpus)
+        self._widest = max(self._widest, len(place))
+        command = self._rests.get(attempt.name, attempt.job.command)
+        is_narrow = (self._report.columns or 80) < 80
+        name = name_in_batch(attempt.name, self.run.batch if is_narrow else '')
+        self._report.row(f'{word + ":":10}{name}  {command}',
+                         f'{place:{self._widest}}  {time_text:>7}', style)
+
+    def ask(self):
+        """Ask what Ctrl-C shall mean, unless that is being asked."""
+        if not self._board or not self._board.can_ask or not Keys.can_read():
+            return False
+        self._board.ask()
+        return True
+
+    def end(self):
+        """Show no more of what runs."""
+        self._board.end()
+        for attempt in list(self._untold.values()):
+            self._tell_end(attempt)
+
+    def leaving(self):
+        """Tell which jobs keep running, and how many lines have not started."""
+        running = self.run.lives.all_of(*ALIVE)
+        machines = sorted({attempt.machine.name for attempt in running})
+        parts = [f'{count_of(len(running), "job")} {"keeps" if len(running) == 1 else "keep"} '
+                 f'running on {names_of(machines)}'] * bool(running)
+        parts += [f'{count_of(self.run.scheduler.waits, "line")} '
+                  f'{"has" if self.run.scheduler.waits == 1 else "have"} not started'
+                  ] * bool(self.run.scheduler.waits)
+        self._report.note(f'left: {"; ".join(parts) or "nothing runs"}. The same command fetches '
+                          'results and starts the rest')
 
 
 class BoundView(SpeakingView):
@@ -2879,12 +4423,14 @@ class BoundView(SpeakingView):
 
     sinks: {worker: an object that has write(stream, bytes) and flush()}, for what the job writes
     on_running: called with an attempt when its command has begun
+    on_contact: called with a worker when contact was made, for the first time or again
     """
 
-    def __init__(self, reporter, sinks, on_running=None):
+    def __init__(self, reporter, sinks, on_running=None, on_contact=None):
         super().__init__(reporter)
         self._sinks = sinks
         self._on_running = on_running or (lambda attempt: None)
+        self.came = on_contact or (lambda worker: None)
         self._explained = False
 
     def warn_of_links(self, files):
@@ -2902,6 +4448,7 @@ class BoundView(SpeakingView):
     def came_back(self, worker):
         """Contact was made again."""
         self._report.note(f'{worker.name}: in contact again')
+        self.came(worker)
 
     def away(self, worker):
         """Contact with a machine was lost; it is looked for."""
@@ -2973,51 +4520,350 @@ def advised_mb(asked_mb, seen_mb):
     return rounded if rounded <= asked_mb / 2 else asked_mb
 
 
-def removal_of(names):
-    """Return the shell command that removes the results of these jobs, as short as may be."""
-    numbers, words = collections.defaultdict(list), []
-    for name in names:
-        stem, _, end = name.rpartition('.')
-        if end.isdigit():
-            numbers[stem].append(int(end))
-        else:
-            words.append(name)
-    for stem, found in numbers.items():
-        ranges = []
-        for number in sorted(found):
-            if ranges and ranges[-1][1] == number - 1:
-                ranges[-1][1] = number
-            else:
-                ranges.append([number, number])
-        parts = [f'{low}' if low == high else f'{low},{high}' if high == low + 1 else
-                 f'{{{low}..{high}}}' for low, high in ranges]
-        text = ','.join(parts)
-        words.append(f'{stem}.' + (f'{{{text}}}' if ',' in text else text))
-    return 'rm -rf ' + ' '.join(f'job_results/{word}{{,.out,.err}}' for word in words)
+# ---- Status: how far a batch is, as its journal and its files tell; no machine is asked ----
+
+# How the last line counts the states of jobs; all others wait, also what was lost or cancelled.
+COUNTED_AS = {'finished': 'finished', 'failed': 'failed', 'running': 'on a machine',
+              'started': 'on a machine', 'ended': 'on a machine'}
+STATUS_OPTIONS = {'--failed': 'failed', '--running': 'on a machine', '--waiting': 'waiting'}
+FIRST_SHOWN = ('on a machine', 'failed', 'finished', 'waiting')     # where not all fit
+STATUS_HEAD = ('job', 'state', 'where', 'time', 'command', 'last line')
+WHERE = STATUS_HEAD.index('where')
+
+
+class JobStatus(NamedTuple):
+    """All facts about one job that this computer has."""
+    job: Job
+    state: str                      # see README, --json
+    known: collections.abc.Mapping  # its Record; empty if it was never claimed
+    folder: str                     # where its output lies
+
+    @property
+    def counted(self):
+        """How the last line of --status counts it."""
+        return COUNTED_AS.get(self.state, 'waiting')
+
+    @property
+    def exit_code(self):
+        """Its exit status, or None; results of which the journal knows nothing have none."""
+        has_ended = self.state in ('finished', 'failed', 'ended')
+        return self.known.get('exit_code') if has_ended else None
+
+    @property
+    def machine(self):
+        """The name of the machine where it runs, ran or was lost; '' while it waits."""
+        known = self.known if self.state != 'waiting' else {}
+        return known.get('where') or known.get('machine') or ''
+
+    @property
+    def place(self):
+        """The machine with the GPUs that the job has there."""
+        return with_gpus(printable(self.machine), self.known.get('gpus') if self.machine else None)
+
+    @property
+    def began(self):
+        """When it was started, in seconds since 1970; None where that is not known."""
+        return self.known.get('time') if self.counted != 'waiting' else None
+
+    def output(self, stream):
+        """Return the path of what it wrote to stdout or stderr."""
+        return os.path.join(self.folder, f'{self.job.name}.{stream}')
+
+    def time(self, now):
+        """Return how long it runs or took; of what may have ended, how long ago it was started."""
+        wall_s = self.known.get('wall_s')
+        if self.state == 'running':
+            return duration_of(now - self.began) if self.began else ''
+        if self.state == 'started':
+            return f'{duration_of(now - self.began)} ago' if self.began else ''
+        return duration_of(wall_s) if self.exit_code is not None and wall_s is not None else ''
+
+    def last_line(self):
+        """Return the last line of its output; of what failed that which tells most of why."""
+        if self.counted == 'waiting':
+            return ''
+        if self.exit_code:
+            return told_by(self.output('err')) or last_line_of(self.output('out'))
+        # Until it says something there may be the output of an earlier attempt.
+        since = self.began if self.known.get('attempt', 1) > 1 and self.exit_code is None else None
+        return next(filter(None, (last_line_of(self.output(stream), since or -math.inf)
+                                  for stream in ('out', 'err'))), '')
+
+    def remark(self):
+        """Return the last line of its output; of what failed the reason in words; of a job that
+        waits why it waits again after a start, or what it needs.
+        """
+        if self.exit_code:
+            lines, _ = read_last_lines(self.output('err'), LAST_BYTES)
+            said = lines or [last_line_of(self.output('out'))]
+            return failure_words(self.exit_code, self.machine, said)
+        if self.counted != 'waiting':
+            return self.last_line()
+        if self.state == 'cancelled' and not self.known:
+            return 'the next run starts it, not this one'
+        if self.known.get('aside'):
+            return f'runs again; earlier results: {self.known["aside"]}'
+        if not self.known:
+            return describe_briefly(self.job.allocation) if self.job.allocation else ''
+        deleted = 'its results were deleted: ' * (self.state == 'waiting')
+        return f'{deleted}starts from the beginning'
+
+    def as_json(self, client):
+        """Return it as a JSON object; client: the process that runs the batch, or None."""
+        began, ended = self.began, self.known.get('ended_at')
+        return json.dumps({
+            'job': self.job.name, 'line': self.job.line or None, 'state': self.state,
+            'exit_code': self.exit_code, 'machine': self.machine or None,
+            'gpus': list(gpus_of(self.known.get('gpus'))) if self.machine else [],
+            'attempt': self.known.get('attempt'), 'started_at': began,
+            'ended_at': ended if self.exit_code is not None else None,
+            'wall_s': self.known.get('wall_s') if self.exit_code is not None else None,
+            'command': self.job.command, 'last_line': self.last_line(), 'client': client})
+
+
+class BatchStatus:
+    """How far all jobs of a batch are, at this moment.
+
+    holder: the Holder of the folder's lock, or None
+    """
+
+    def __init__(self, jobs, batch, results, holder):
+        self._batch, self._now = batch, time.time()
+        matched = match_lines(jobs, batch, results)
+        self._holder = holder
+        self._client = self._holder if self._holder and self._holder.lives and (
+            self._holder.run in ('', batch)) else None
+        self.jobs = [self._status(job, results) for job in (*matched.jobs, *matched.gone)]
+        self._counts = collections.Counter(status.counted for status in self.jobs)
+
+    def _status(self, job, results):
+        known = results.journal.record(job.name)
+        state = known.get('state')
+        if state == 'claimed':
+            state = 'running' if self._client else 'started'
+        elif state != 'ended' and results.exists(job.name):
+            state = 'failed' if known.get('exit_code') else 'finished'
+        elif known.get('command') != job.command:       # its name was another's
+            state, known = 'waiting', {}
+        elif state in ('collected', 'again'):           # its results were deleted, or put aside
+            state = 'waiting'
+        if self._client and COUNTED_AS.get(state, 'waiting') == 'waiting' and (
+                results.journal.unwanted.get(job.name) == self._client.pid):
+            state, known = 'cancelled', {}
+        return JobStatus(job, state, known, results.folder)
+
+    @property
+    def exit_status(self):
+        """0 where all have finished, else 1."""
+        return int(self._counts['finished'] < len(self.jobs))
+
+    @property
+    def is_over(self):
+        """Tell whether no job runs or waits any more."""
+        return not self._counts['on a machine'] and not self._counts['waiting']
+
+    def chosen(self, options):
+        """Return the JobStatus of those that the options ask for, by default of all."""
+        asked = {counted for option, counted in STATUS_OPTIONS.items() if options[option]}
+        return [status for status in self.jobs if not asked or status.counted in asked]
+
+    def json_lines(self, chosen):
+        """Yield a JSON object for each JobStatus."""
+        for status in chosen:
+            yield status.as_json(self._client and self._client.pid)
+
+    def lines(self, chosen, reporter, rows=math.inf):
+        """Yield the lines for people.  rows: how many there may be on the terminal."""
+        columns = reporter.columns or math.inf
+        opening, end = (padded_at_words(text, columns) for text in (self._opening(), self.counts()))
+        yield opening
+        shared, rests = differing_words([status.job.command for status in self.jobs])
+        rest_of = {status.job.name: rest for status, rest in zip(self.jobs, rests)}
+        # Besides these two there are the head, what all share, and the line of the cursor.
+        most = rows - 3 - sum(math.ceil(len(text) / columns) for text in (opening, end))
+        shown = chosen if len(chosen) <= most else self._first(chosen, most - 1)
+        if shown:
+            yield from self._table(shown, rest_of, reporter)
+        if len(shown) < len(chosen):
+            yield f'… {len(chosen) - len(shown)} more'
+        if shown and shared:
+            yield self._to_width(f'all commands: {shared}', reporter)
+        yield end
+
+    def counts(self):
+        """Return the last line, which people and scripts know."""
+        return f'{count_of(len(self.jobs), "job")}: ' + ', '.join(
+            f'{self._counts[word]} {word}' for word in (
+                'finished', 'failed', 'on a machine', 'waiting'))
+
+    def _opening(self):
+        """Return whether a client runs the batch, since when and where, and how many jobs run."""
+        states = collections.Counter(status.state for status in self.jobs)
+        parts = [f'{states[state]} {what}' for state, what in (
+            ('running', 'running'), ('started', 'started'),
+            ('ended', 'ended and not collected yet'))
+            if states[state] or state == 'running' and self._client]
+        numbers = ', '.join([*parts, f'{self._counts["waiting"]} waiting'])
+        holder = self._holder
+        since = holder and clock_of(holder.since, self._now)
+        if self._client:
+            where = 'here' if holder.is_here else f'on {printable(holder.computer)}'
+            return (f'a client runs {where} since {since} (process {holder.pid}), {numbers}'
+                    f'{self._time_left()}')
+        if holder and holder.lives:
+            return (f'no client runs this batch (process {holder.pid} runs '
+                    f'{printable(holder.run)} here since {since}), {numbers}')
+        if holder and holder.lives is None and holder.run in ('', self._batch):
+            return (f'a client was started on {printable(holder.computer)} at {since} (process '
+                    f'{holder.pid}); only there it can be seen whether it still runs, {numbers}')
+        again = '' if self.is_over or not any(status.known for status in self.jobs) else (
+            '. To go on, type the command that started it')
+        return f'no client runs this batch, {numbers}{again}'
+
+    def _time_left(self):
+        """Return how long the rest may take, as its client tells it; '' if that is not known."""
+        pace, running, waiting = Pace(), [], collections.Counter()
+        for status in self.jobs:
+            allocation, known = status.job.allocation, status.known
+            if status.exit_code is not None and known.get('wall_s'):
+                pace.ended(allocation, known['machine'], known['wall_s'])
+            elif status.state == 'running':
+                age_s = self._now - status.began if status.began else 0.0
+                running.append((allocation, known['machine'], age_s))
+            elif status.counted == 'waiting':
+                waiting[allocation] += 1
+        left = pace.left(running, waiting)
+        return f', {range_of(*left)} left' if left else ''
+
+    def _first(self, chosen, count):
+        """Return the `count` JobStatus that matter most; of equal ones the last, but of those that
+        wait the next.
+        """
+        ranks = {counted: rank for rank, counted in enumerate(FIRST_SHOWN)}
+        kept = sorted(range(len(chosen)), key=lambda at: (
+            ranks[chosen[at].counted], at if chosen[at].counted == 'waiting' else -at))
+        return [chosen[at] for at in sorted(kept[:max(count, 0)])]
+
+    def _table(self, shown, rest_of, reporter):
+        rows = [STATUS_HEAD, *(tuple(map(reporter.legible, (
+            name_in_batch(status.job.name, self._batch),
+            f'{status.state} {status.exit_code}' if status.exit_code else status.state,
+            status.place, status.time(self._now), rest_of[status.job.name], status.remark())))
+            for status in shown)]
+        failed = {number for number, status in enumerate(shown, 1) if status.exit_code}
+        for number, cells in enumerate(in_columns(rows, reporter.columns, reporter.mark, (WHERE,))):
+            if number in failed:
+                cells[1] = reporter.alarm(cells[1])
+            yield '  '.join(cells).rstrip()
+
+    @staticmethod
+    def _to_width(text, reporter):
+        text = reporter.legible(text)
+        return cut(text, reporter.columns, reporter.mark) if reporter.columns else text
 
 
 # ---- Options: argv -> dict; strings die here ----
+
+DECIMAL = r'([0-9]+\.?[0-9]*|\.[0-9]+)'
+SIZE_TEXT = re.compile(rf'{DECIMAL} ?([KMGT])(?:i?B)?', re.ASCII | re.IGNORECASE)
+TIME_TEXT = re.compile('(?=.)' + ' ?'.join(rf'(?:{DECIMAL} ?{unit})?' for unit in 'dhms'),
+                       re.ASCII | re.IGNORECASE)
+UNIT_MB = {'K': 1 / 1024, 'M': 1, 'G': 1024, 'T': 1024 ** 2}   # as free, nvidia-smi and Slurm count
+UNITS_S = (86400, 3600, 60, 1)
+
+
+def plain_number(text):
+    """Return the number that the text is; nan if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def size_mb(text):
+    """Return how many MB the text says: 2000, 500M, 1.5G; nan if it says none."""
+    match = SIZE_TEXT.fullmatch(text.strip())
+    return float(match[1]) * UNIT_MB[match[2].upper()] if match else plain_number(text)
+
+
+def seconds(text):
+    """Return how many seconds the text says: 90, 10m, 1h30m; nan if it says none."""
+    match = TIME_TEXT.fullmatch(text.strip())
+    if not match:
+        return plain_number(text)
+    return sum(float(number or 0) * unit_s for number, unit_s in zip(match.groups(), UNITS_S))
+
+
+class Quantity(NamedTuple):
+    """What the value of an option may be."""
+    what: str
+    read: collections.abc.Callable      # text -> float; nan for any other text
+    unit: str = ''
+    examples: str = ''
+
+
+NUMBER = Quantity('a number', plain_number)
+SIZE = Quantity('a size', size_mb, ' MB', ' Examples: 2000 (MB), 500M, 8G.')
+TIME = Quantity('a time', seconds, ' s', ' Examples: 90 (seconds), 10m, 1h30m.')
+
+
+def typed_start(command):
+    """Return the words with which this command was started: execute_batch, or python3 FILE …"""
+    import shutil
+    script = sys.argv[0]
+    if os.path.basename(script) == command:
+        is_found = os.path.realpath(shutil.which(command) or '') == os.path.realpath(script)
+        return [command if is_found else script]
+    if os.path.realpath(script) == os.path.realpath(__file__):
+        python = 'python3' if shutil.which('python3') == sys.executable else sys.executable
+        return [python, script, command]
+    return [command]                    # main was called by another program
+
 
 class Options(dict):
     """Option or <positional> -> value.  A list is a tuple, or None where it was not given.
 
     given: the names of the options that the command line has; the others have their defaults.
+    argv: the words of the command line, the name of the command first.
     """
-    given = frozenset()
+    given, argv = frozenset(), ()
 
-    def number(self, name, *, above=None, least=None, most=None):
-        """Return option `name` as a float within the bounds."""
-        try:
-            value = float(self[name])
-        except ValueError:
-            value = math.nan
+    def number(self, name, quantity=NUMBER, *, above=None, least=None, most=None):
+        """Return option `name` as a float within the bounds; of a size in MB, a time in s."""
+        value = quantity.read(self[name])
         fits = (math.isfinite(value) and (above is None or value > above)
                 and (least is None or value >= least) and (most is None or value <= most))
         if not fits:
             bounds = [f'above {above}' if above is not None else f'of at least {least}']
             bounds += [f'at most {most}'] if most is not None else []
-            raise UsageError(f'{name} must be a number {" and ".join(bounds)}, not {self[name]!r}.')
+            what = f'{quantity.what} {" and ".join(bounds)}{quantity.unit}'
+            raise UsageError(f'{name} must be {what}, not {self[name]!r}.{quantity.examples}')
         return value
+
+    def optional(self, name, read, **bounds):
+        """Return what read(name, …), a method of these, returns; None if the option has no value.
+        """
+        return None if self[name] is None else read(name, **bounds)
+
+    def typed(self, added, without=None):
+        """Return the command line as a shell reads it, with an option added that has no value.
+
+        without: the name of an option with a value that is left out
+        """
+        import shlex
+        command, *words = self.argv
+        end = words.index('--') if '--' in words else len(words)
+        kept = [word for place, word in enumerate(words) if place >= end or not (
+            word.partition('=')[0] == without or words[place - 1:place] == [without])]
+        return shlex.join([*typed_start(command), *[added] * (added not in self.given), *kept])
+
+    def size_mb(self, name, **bounds):
+        """Return option `name` as a number of MB within the bounds."""
+        return self.number(name, SIZE, **bounds)
+
+    def seconds(self, name, **bounds):
+        """Return option `name` as a number of seconds within the bounds."""
+        return self.number(name, TIME, **bounds)
 
     def whole_number(self, name, **bounds):
         """Return option `name` as an int within the bounds."""
@@ -3025,6 +4871,13 @@ class Options(dict):
         if value != int(value):
             raise UsageError(f'{name} must be a whole number, not {self[name]!r}.')
         return int(value)
+
+
+def hardware_words(options):
+    """Return the options of the command line that are for hardware, as words."""
+    kinds = option_kinds(HARDWARE_OPTIONS)
+    return [name if kinds[name] == 'flag' else f'{name}={options[name]}'
+            for name in sorted(options.given & kinds.keys())]
 
 
 def option_kinds(usage):
@@ -3040,6 +4893,10 @@ def option_kinds(usage):
     return kinds
 
 
+# Of these two, the help of a command names one; the other is taken, too, with a list of words.
+MACHINE_FORMS = {'--machine': '--machines', '--machines': '--machine'}
+
+
 def spell_out(argv, kinds, positionals):
     """Return (argv as docopt reads it, the names of the options in it).
 
@@ -3047,6 +4904,8 @@ def spell_out(argv, kinds, positionals):
     A list has all words up to the next option; `--` ends it; one without words is `--option=`.
     Words that are missing at the end are taken back from the last list: `--machines a b batch.sh`.
     """
+    usual = kinds
+    kinds = {**{other: 'list' for name, other in MACHINE_FORMS.items() if name in usual}, **usual}
     options, words = [], []             # options: (name, its values, or None for a flag)
     unread = collections.deque(argv)
     values = words                      # where the next word belongs
@@ -3067,10 +4926,31 @@ def spell_out(argv, kinds, positionals):
         kept = max(len(lists[-1]) - missing, 0)
         words += lists[-1][kept:]
         del lists[-1][kept:]
+    options = [(name if name in usual else MACHINE_FORMS[name], values)
+               for name, values in options]
     spelled = []
     for name, values in options:
         spelled += [name] if values is None else [f'{name}={value}' for value in values or ['']]
     return [*spelled, '--', *words], {name for name, _ in options}
+
+
+def refuse_more_machines(words):
+    """Raise if more than one machine is named where a command runs on one."""
+    if len(words) > 1:
+        raise UsageError(f'the command runs on one machine, and {len(words)} are named: '
+                         f'{", ".join(words)}. For many machines: execute_to or execute_batch.')
+
+
+def keep_one_machine(spelled, in_batch):
+    """Return what spell_out spelled without further words for --machine; raise unless in_batch.
+
+    In a line of a batch file they are ignored.
+    """
+    places = [place for place, word in enumerate(spelled[:spelled.index('--')])
+              if word.startswith('--machine=')]
+    if not in_batch:
+        refuse_more_machines([spelled[place].partition('=')[2] for place in places])
+    return [word for place, word in enumerate(spelled) if place not in places[1:]]
 
 
 def read_option(word, unread, kinds, before):
@@ -3104,16 +4984,19 @@ def check_for_help(usage, command, words):
         raise HelpAsked(f'{command} {__version__}')
 
 
-def read_options(usage, argv, may_help=True):
-    """Return the Options of argv (without the program's name) by the usage text."""
+def read_options(usage, argv, in_batch=False):
+    """Return the Options of argv (without the program's name) by the usage text.
+
+    in_batch: it is a line of a batch file, where --help asks for nothing
+    """
     try:
-        return parse_options(usage, argv, may_help)
+        return parse_options(usage, argv, in_batch)
     except UsageError as error:
         error.usage = usage
         raise
 
 
-def parse_options(usage, argv, may_help):
+def parse_options(usage, argv, in_batch):
     """Return the Options of argv; a UsageError of it does not have the usage text yet."""
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
@@ -3124,8 +5007,10 @@ def parse_options(usage, argv, may_help):
     if spell_out(argv, kinds, 0)[1] & instead:
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
-    if may_help:
+    if not in_batch:
         check_for_help(usage, command, given)
+    if '--machine' in kinds:
+        spelled = keep_one_machine(spelled, in_batch)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
@@ -3148,7 +5033,7 @@ def parse_options(usage, argv, may_help):
         if kind == 'list':
             values = tuple(value for value in options[name] if value)
             options[name] = values if name in given else None
-    options.given = frozenset(given)
+    options.given, options.argv = frozenset(given), (command, *argv)
     return options
 
 
@@ -3523,6 +5408,9 @@ def check_job_name(name, where, most=180):
 
     most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
     """
+    if name.endswith('.partial'):
+        raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: so are '
+                             'folders called that --sync-back makes.')
     if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
                              f'. _ - + = @ % only, at most {most}, and not begin with . or -.')
@@ -3541,10 +5429,12 @@ def read_allocation(options, base=None):
     gpus = number('--num-gpus', start.gpus, options.whole_number, least=0)
     return Allocation(
         cores=number('--num-cpus', start.cores, above=0),
-        memory_mb=math.ceil(number('--memory-required', start.memory_mb, least=0)),
+        memory_mb=math.ceil(number('--memory-required', start.memory_mb, options.size_mb,
+                                   least=0)),
         reserve=options['--reserve'] or start.reserve,
         gpus=0 if options['--no-gpu-required'] else gpus,
-        gpu_memory_mb=math.ceil(number('--gpu-memory-required', start.gpu_memory_mb, least=0)),
+        gpu_memory_mb=math.ceil(number('--gpu-memory-required', start.gpu_memory_mb,
+                                       options.size_mb, least=0)),
         gpu_utilization=number('--gpu-utilization', start.gpu_utilization, above=0, most=1),
         reserve_gpu=start.reserve_gpu and not options['--no-reserve-gpu'])
 
@@ -3625,11 +5515,12 @@ def read_partial(job, where, warn):
     import shlex
     try:
         words = shlex.split(without_continuations(job.command))
-        options = read_options(EXECUTE_REMOTE_USAGE, words[1:], may_help=False)
+        options = read_options(EXECUTE_REMOTE_USAGE, words[1:], in_batch=True)
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
         for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
-                                     '--nice', '--away-limit', '--verbose'}:
+                                     '--shell', '--forward', '--nice', '--timeout',
+                                     '--away-limit', '--verbose'}:
             raise UsageError(f'{name} has no meaning in a batch file.')
         backwards = options['--copy-backwards']
         return job._replace(
@@ -3685,15 +5576,17 @@ def refuse_syntax(path, jobs, said):
             'with a backslash.')
 
 
-# (Pattern of commands that change only the shell that runs them, whether `setup` of a machine file
-# can have them instead).
+# Commands that change only the shell that runs them: (first words, pattern of what follows, whose
+# group goes with the first word when we name it, whether `setup` of a machine file can have them).
 SETTINGS = (
-    (r'(export|source|\.|declare|typeset|unset|eval) .+', True),
-    (r'((?:conda|mamba|micromamba|pyenv) (?:activate|deactivate|shell)|(?:spack|ml|module) '
-     r'(?:load|add|use|unload|rm|swap|switch|purge)|ml|workon)( .*)?', True),
-    (r'(cd|pushd|popd)( .*)?', False),
-    (r'(set|shopt|alias|unalias|ulimit|umask|trap) .+', False),
-    (r'(NAME=value)( NAME=value)*', False))
+    ('export source . declare typeset unset eval', '() .+', True),
+    ('conda mamba micromamba pyenv', '( (?:activate|deactivate|shell))(?: .*)?', True),
+    ('spack ml module', '( (?:load|add|use|unload|rm|swap|switch|purge))(?: .*)?', True),
+    ('ml workon', '()(?: .*)?', True),
+    ('cd pushd popd', '()(?: .*)?', False),
+    ('set shopt alias unalias ulimit umask trap', '() .+', False),
+    ('NAME=value', '()(?: NAME=value)*', False))
+SETTING_WORDS = frozenset(word for words, _, _ in SETTINGS for word in words.split())
 
 
 def setting_of(command):
@@ -3702,6 +5595,9 @@ def setting_of(command):
     None for any other command.
     """
     import shlex
+    first = re.match(r'\s*([\w./-]+)(?=\s|$)', command)      # unquoted, and no NAME=value
+    if first and first[1] not in SETTING_WORDS:
+        return None                         # as most; shlex needs 50 us a line, or 2.5 s for 50,000
     lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
     lexer.whitespace_split = True
     parts = [[]]
@@ -3722,10 +5618,11 @@ def setting_of(command):
 
 def match_setting(command):
     """Return (how the command begins, whether `setup` can have it) by SETTINGS, or None."""
-    for pattern, by_setup in SETTINGS:
-        match = re.fullmatch(pattern, command)
+    first = command.partition(' ')[0]
+    for words, pattern, by_setup in SETTINGS:
+        match = first in words.split() and re.fullmatch(pattern, command[len(first):])
         if match:
-            return match[1], by_setup
+            return first + match[1], by_setup
     return None
 
 
@@ -3937,11 +5834,12 @@ class Tree(NamedTuple):
 class Walk:
     """A walk through the files to send: it collects Entries, and why others are left out."""
 
-    def __init__(self, exclude, option):
+    def __init__(self, exclude, option, never=()):
         self.entries = {}               # path -> Entry
         self.left_out = set()           # in words
         self._option = option           # for messages: who named the paths
         self._exclude = [compile_rule(pattern) for pattern in exclude]
+        self._never = never             # paths that are left out without a word
         self._rules = {}                # folder -> the rules that hold inside it
 
     def add(self, path):
@@ -3984,6 +5882,8 @@ class Walk:
     def _wanted(self, path, is_folder):
         """Tell whether the path is to be sent; note why not."""
         folder, _, name = path.rpartition('/')
+        if path in self._never:
+            return False
         if name in NEVER_SENT:
             if path != 'job_results':       # the one in this folder is never sent, and always there
                 self.left_out.add(name)
@@ -4004,13 +5904,14 @@ class Walk:
         return self._rules[folder]
 
 
-def scan_tree(paths, exclude, option='--copy-forwards'):
+def scan_tree(paths, exclude, option='--copy-forwards', never=()):
     """Return the Tree of these paths, relative to the current folder.
 
-    First .git and job_results are left out, then what `exclude` says, then what each folder's
-    .rsync-filter does, nearest folder first; in each the first rule that applies decides.
+    First the paths in `never`, .git and job_results are left out, then what `exclude` says, then
+    what each folder's .rsync-filter does, nearest folder first; in each the first rule that applies
+    decides.
     """
-    walk = Walk(exclude, option)
+    walk = Walk(exclude, option, never)
     for path in paths:
         check_named(path, option)
         try:
@@ -4141,6 +6042,35 @@ def arrives(path, targets):
         else:
             names += reversed(target.split('/'))
     return True
+
+
+LARGE_BYTES = 500e6         # to send to a machine: more is worth a word
+
+
+def advise_on_size(tree, machines):
+    """Return what is large among the files to send, and how to leave it out; '' for little."""
+    total = tree.size
+    if total <= LARGE_BYTES:
+        return ''
+    below = collections.Counter()               # path of a folder or file -> its bytes
+    for entry in tree.entries:
+        path = entry.path if entry.size else ''
+        while path:
+            below[path] += entry.size
+            path = os.path.dirname(path)
+    top = ''
+    while True:                                 # down to where most of it is
+        inside = [(size, path) for path, size in below.items() if os.path.dirname(path) == top]
+        size, path = max(inside, default=(0, ''))
+        if size <= (total if not top else below[top]) / 2 and top or not path:
+            break
+        top = path
+    import shlex
+    word = shlex.quote(top)
+    return (f'{size_of(total)} are sent to {"each of " * (machines > 1)}'
+            f'{count_of(machines, "machine")}, {size_of(below[top])} of it {printable(top)}.\n'
+            f'To leave it out: --exclude {word}\n'
+            f'To send it once, for reading: --link-forwards {word}')
 
 
 def check_named(path, option):
@@ -4298,6 +6228,7 @@ def unpack_archive(path, folder):
 # ---- Probe: what a machine said of itself -> Capacity ----
 
 FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
+NO_NVIDIA_SMI = 'has no nvidia-smi, so no GPU is known'
 UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
 
 
@@ -4307,6 +6238,7 @@ class Need(NamedTuple):
     The job's runner notes it there, so that other batches see what was promised and not yet taken.
     """
     key: str                        # job.attempt of this project's jobs, '' of others'
+    user: str                       # who runs a job of others; '' for the login's own user
     cores: float
     memory_mb: int
     reserve: bool
@@ -4353,7 +6285,8 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
         cores=free_cores, memory_mb=max(free_mb, 0), gpus=gpus, total_cores=usable_cores,
         total_memory_mb=total_mb, max_jobs=machine.max_jobs,
         gpu_trouble='' if gpus else trouble, lost_gpus=trouble if gpus else '',
-        batch_jobs=len(others), reserved=any(need.reserve for need in others),
+        batch_jobs=len(others), batch_users=tuple(sorted(need.user for need in others)),
+        reserved=any(need.reserve for need in others),
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
 
 
@@ -4424,8 +6357,9 @@ def read_needs(facts):
         parts = [re.fullmatch(r'(\d+):(\d+):(\d+):([01])', word) for word in words.split()]
         gpus = {int(part[1]): (int(part[2]), int(part[3]) / 1000, part[4] == '1')
                 for part in parts if part}
-        needs.append(Need('' if job == '-' else job, int(cores) / 1000, int(memory_mb),
-                          reserve == '1', gpus, int(used_kb) // 1024, int(ticks)))
+        key, user = ('', job[1:]) if job.startswith('-') else (job, '')
+        needs.append(Need(key, user, int(cores) / 1000, int(memory_mb), reserve == '1', gpus,
+                          int(used_kb) // 1024, int(ticks)))
     return needs
 
 
@@ -4536,7 +6470,7 @@ def gpu_trouble(values):
         makers = [word for word in values.get('other_gpus', '').split() if word in ('AMD', 'Intel')]
         what = ' and '.join(f'{count_of(makers.count(maker), "GPU")} of {maker}'
                             for maker in dict.fromkeys(makers))
-        return ('has no nvidia-smi, so no GPU is known' if not makers else
+        return (NO_NVIDIA_SMI if not makers else
                 f'has {what}, which cannot be scheduled yet, and no nvidia-smi')
     if status == 'timeout':
         return 'has an nvidia-smi that does not answer'
@@ -4597,6 +6531,9 @@ def explain_gpu_line(line):
 
 # ---- Results: the folder job_results ----
 
+ENDS = {'': 1, '.out': 2, '.err': 4}        # of the names of a job's results; for each a bit
+
+
 class ResultStore:
     """The folder job_results: its lock, and the files in it.  Replaces nothing.
 
@@ -4606,7 +6543,7 @@ class ResultStore:
 
     part: a folder below that for the same: commands/NAME for a job of execute_remote, so that it
     runs beside a batch, and two clients of one job cannot both collect it.
-    journal: the Journal of its jobs
+    journal: the Journal of its jobs; partials: the Partials
     """
 
     def __init__(self, folder, part=''):
@@ -4614,23 +6551,27 @@ class ResultStore:
         self.inner = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.journal = Journal(os.path.join(self.inner, 'journal'))
         self.manifests = Manifests(self.inner, self.journal)
-        self._lock = None
+        self.present = Presence(folder, self.journal)
+        self.partials = Partials(folder, self.inner)
+        self.lock = Lock(folder, part, self.inner)
         self._grown = set()             # (name, stream) that we have begun to write
         self._growing = {}              # of these the one that grew last -> its open file
 
-    # Its lock
+    # Opening it
 
-    def open(self, run=''):
+    def open(self, run='', asks=()):
         """Make, lock and read the folder; return self.
 
-        run: the batch or job of this client, by which --cancel finds it: see take_over
+        run: the batch or job of this client, by which others find it: see Lock
+        asks: its options for hardware, for --status
         """
         try:
             os.makedirs(self.inner, exist_ok=True)
-            self._lock = os.open(os.path.join(self.inner, 'lock'), os.O_RDWR | os.O_CREAT, 0o666)
-            self._take_lock(run)
+            self.lock.take(run, asks)
             self.journal.open()
             self._end_commits()
+            self._end_renames()
+            self.partials.clear()
             for name in os.listdir(self.inner):
                 if name.startswith('incoming-'):        # of a run that was killed
                     path = os.path.join(self.inner, name)
@@ -4639,14 +6580,13 @@ class ResultStore:
                     else:
                         self.discard(path)
         except OSError as error:
-            raise ResultsError(f'{self.folder}, where results go, cannot be used: '
-                               f'{reason_of(error)}.') from None
+            raise unusable(self.folder, error) from None
         return self
 
-    def peek(self):
+    def peek(self, times=False):
         """Only read what earlier runs did; another run may use the folder.  Return self."""
         try:
-            self.journal.peek()
+            self.journal.peek(times)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -4655,6 +6595,8 @@ class ResultStore:
 
     def close(self):
         """Let go of the lock; where nothing was started, leave nothing behind."""
+        if not self.lock.is_held:
+            return
         if self.journal.is_empty:
             try:
                 for name in ('journal', 'lock'):
@@ -4666,45 +6608,17 @@ class ResultStore:
             except OSError:
                 pass            # there is something else in it
         self._stop_growing()
+        self.partials.close()
         self.journal.close()
-        if self._lock is not None:
-            os.close(self._lock)
-        self._lock = None
-
-    def _take_lock(self, run):
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = printable(read_lock(self._lock)[0])
-            if self.part:
-                raise ResultsError(f'{os.path.basename(self.part)} is in the hands of another '
-                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
-                                   'with which the job goes on, or wait for it.') from None
-            raise ResultsError(f'{self.folder} is in use by another run ({holder}). '
-                               'Wait for it, or start from another folder.') from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
-                raise
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f'process {os.getpid()} on {os.uname().nodename}\n{run}\n'.encode())
+        self.lock.close()
 
     def take_over(self, run, note):
         """Open it, but first have a client stop that has it open for the same `run`, and wait.
 
         note(text) tells of that.  Return what the journal said of the jobs before: name -> record.
         """
-        before = {}
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(self.inner, 'lock')) as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                who, theirs = read_lock(lock.fileno())
-                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
-                if match and theirs == run:
-                    before = ResultStore(self.folder, self.part).peek().journal.jobs
-                    stop_client(int(match[1]), match[2], run, lock, note)
-            except OSError:         # no locks there: then none keeps us out either
-                pass
+        before = self.lock.take_over(
+            run, note, lambda: ResultStore(self.folder, self.part).peek().journal.jobs) or {}
         self.open()
         return before
 
@@ -4718,13 +6632,14 @@ class ResultStore:
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
             return os.path.lexists(self._path(name))    # its streams are what is left of that
-        return any(os.path.lexists(self._path(name, end)) for end in ('', '.out', '.err'))
+        return bool(self.present.of(name))
 
-    def pieces(self, name):
-        """Return (paths that are here, whether any is missing) of the results of a job."""
-        ends = ('', '.out', '.err') if 'inode' in self.journal.record(name) else ('.out', '.err')
-        here = [end for end in ('', '.out', '.err') if os.path.lexists(self._path(name, end))]
-        return [self._path(name, end) for end in here], not set(ends) <= set(here)
+    def remnants(self, name):
+        """Return the paths of the results of a job that are here, if others of them are missing."""
+        here = self.present.of(name)
+        needed = ENDS if self.journal.record(name).get('inode') else ('.out', '.err')
+        return [self._path(name, end) for end in ENDS if here & ENDS[end]
+                ] if any(not here & ENDS[end] for end in needed) else []
 
     def identities(self):
         """Return the identities of all journals in the folder; '' if one had none at first."""
@@ -4739,7 +6654,7 @@ class ResultStore:
         """Return {name: record} of the collected jobs of which something could not be fetched from
         there; `kept` are its paths."""
         return {name: record for name, record in self.journal.jobs.items()
-                if record['machine'] == machine and record['state'] == 'collected'
+                if record['machine'] == machine and record['state'] in ('collected', 'earlier')
                 and record.get('kept') and record['kept'] is not True
                 and os.path.isdir(self._path(name))}
 
@@ -4790,8 +6705,7 @@ class ResultStore:
 
     def discard(self, folder):
         """Remove what is left of an incoming folder."""
-        import shutil
-        shutil.rmtree(folder, onerror=make_removable)
+        remove_tree(folder)
 
     def commit(self, name, streams, folder, wants_folder, kept=()):
         """Put a job's results in place; the caller then moves the attempt to collected.
@@ -4842,6 +6756,32 @@ class ResultStore:
                     if os.lstat(self._path(name)).st_ino == record['inode']:
                         self.journal.write(event='collected', job=name, kept=record['kept'])
 
+    def put_aside(self, name):
+        """Keep the results of a job that is to run again as NAME~1, or as the next that is free.
+
+        Return that name.  No job has it, since it has a tilde.
+        """
+        self._stop_growing()
+        kept = next(kept for number in itertools.count(1) for kept in [f'{name}~{number}']
+                    if kept not in self.journal.jobs and not any(
+                        os.path.lexists(self._path(kept, end)) for end in ENDS))
+        self.journal.write(event='renamed', job=name, to=kept)
+        try:
+            self._end_renames([name])
+        except OSError as error:
+            raise ResultsError(f'the results of {name} cannot be kept as {kept}: '
+                               f'{reason_of(error)}.') from None
+        return kept
+
+    def _end_renames(self, names=None):
+        """Move what put_aside moves; the journal knows it, and a run may have been killed then."""
+        for name in self.journal.jobs if names is None else names:
+            record = self.journal.jobs[name]
+            for end in ENDS if record['state'] == 'again' else ():
+                old, new = self._path(name, end), self._path(record['aside'], end)
+                if os.path.lexists(old) and not os.path.lexists(new):
+                    os.rename(old, new)
+
     def add(self, name, folder):
         """Put what was kept until now to the other results of a job; return the paths that were in
         its way."""
@@ -4881,8 +6821,230 @@ class ResultStore:
             os.chmod(folder, new_folder_mode())
             os.rename(folder, aside)
 
+    def last_lines(self, name, stream):
+        """Return the last lines of a job's stream, as lines_shown has them."""
+        return read_last_lines(self._path(name, f'.{stream}'), LAST_BYTES)[0]
+
     def _path(self, name, end=''):
         return os.path.join(self.folder, name + end)
+
+
+class Lock:
+    """The file by which one client at a time has a job_results, or a part of it.
+
+    Its lines: the client that took it last, `process PID on COMPUTER`; the batch or job that it
+    runs; its options for hardware, in JSON; and, once it has ended in good order, `exit status N`.
+    """
+
+    def __init__(self, folder, part, inner):
+        self._folder, self._part = folder, part
+        self.path = os.path.join(inner, 'lock')
+        self.asked_before = frozenset()     # ids of the requests that lay there when it was taken
+        self._fd = None
+
+    def take(self, run, asks):
+        """Take it for this batch or job.  Raises FolderInUse, ResultsError or OSError."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = printable(read_lock(self._fd)[0])
+            self.close()
+            if self._part:
+                raise ResultsError(f'{os.path.basename(self._part)} is in the hands of another '
+                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
+                                   'with which the job goes on, or wait for it.') from None
+            raise FolderInUse(f'{self._folder} is in use by another run ({holder}). '
+                              'Wait for it, or start from another folder.') from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            inbox = os.path.join(os.path.dirname(self.path), 'inbox')
+            self.asked_before = frozenset(name.partition('.')[0] for name in os.listdir(inbox))
+        self.tell(run, asks)
+
+    def tell(self, run, asks):
+        """Have it tell of this client.  asks: its options for hardware."""
+        text = f'process {os.getpid()} on {os.uname().nodename}\n{run}\n{json.dumps(asks)}\n'
+        os.pwrite(self._fd, text.encode(), 0)       # so there is never a moment without any text
+        os.ftruncate(self._fd, len(text.encode()))
+
+    def note_end(self, status):
+        """Tell the exit status of this client, for who waits for it."""
+        if self._fd is None:
+            return
+        with contextlib.suppress(OSError):          # then the journal tells how the jobs ended
+            os.lseek(self._fd, 0, os.SEEK_END)
+            os.write(self._fd, f'exit status {status}\n'.encode())
+
+    @property
+    def is_held(self):
+        """Tell whether this client has it."""
+        return self._fd is not None
+
+    def close(self):
+        """Let go of it."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
+
+    def take_over(self, run, note, look):
+        """Have a client stop that has it for the same `run`, and wait; return what look() did then.
+
+        note(text) tells of that; look is called before the client stops
+        """
+        with contextlib.suppress(FileNotFoundError), open(self.path) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                who, theirs, _ = read_lock(lock.fileno())
+                match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
+                if match and theirs == run:
+                    seen = look()
+                    stop_client(int(match[1]), match[2], run, lock, note)
+                    return seen
+            except OSError:         # no locks there: then none keeps us out either
+                pass
+        return None
+
+    @property
+    def holder(self):
+        """The Holder of the lock, which is not taken for that; None where there never was one."""
+        return read_holder(self.path)
+
+    @property
+    def noted_status(self):
+        """The exit status that the last client noted; None where it was killed, or runs."""
+        with contextlib.suppress(OSError), open(self.path, encoding='utf-8',
+                                                errors='replace') as lock:
+            match = re.search(r'^exit status ([0-9]+)$', lock.read(1000), re.M)
+            return int(match[1]) if match else None
+        return None
+
+
+class Partials:
+    """What has come of jobs that run: job_results/NAME.partial, until their results are there.
+
+    .ssh_scheduler/partial/names/NAME      a link whose text is the inode of NAME.partial: only
+                                           what this program has made is removed
+    .ssh_scheduler/partial/from.NUMBER     while rsync fetches from a machine, the same files once
+                                           more; no longer, or TensorBoard would show them twice
+    """
+
+    def __init__(self, folder, inner):
+        self._folder, self._inner = folder, os.path.join(inner, 'partial')
+
+    def landing(self, number, jobs):
+        """Return a folder for rsync to fill; it has the files that came before of these jobs.
+
+        jobs: {folder of a job on the machine: name of the job}
+        """
+        path = os.path.join(self._inner, f'from.{number}')
+        if os.path.lexists(path):
+            remove_tree(path)
+        os.makedirs(path, 0o700)
+        for folder, name in jobs.items():
+            if self._is_there(name):
+                os.mkdir(os.path.join(path, folder))
+                mirror(self._paths(name)[0], os.path.join(path, folder))
+        return path
+
+    def open(self, name):
+        """Return the folder for what comes of a job; None if something else has its name."""
+        path, note = self._paths(name)
+        if self._is_there(name):
+            return path
+        self.remove(name)
+        os.makedirs(os.path.dirname(note), exist_ok=True)
+        made = private_folder(os.path.join(self._inner, 'new'))
+        os.chmod(made, new_folder_mode())
+        os.symlink(str(os.stat(made).st_ino), note)
+        if os.path.lexists(path):
+            os.rmdir(made)
+            return None
+        os.rename(made, path)
+        return path
+
+    def remove(self, name):
+        """Remove what has come of a job."""
+        path, note = self._paths(name)
+        if self._is_there(name):
+            remove_tree(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(note)
+
+    def clear(self):
+        """Remove all, as of a run that was killed."""
+        for name in self._names():
+            self.remove(name)
+        if os.path.isdir(self._inner):
+            remove_tree(self._inner)
+
+    def close(self):
+        """Remove all, unless jobs run on: what has come of these is for the user to look at."""
+        if not self._names():
+            self.clear()
+
+    def _names(self):
+        """Return the names of the jobs of which something has come."""
+        try:
+            return os.listdir(os.path.join(self._inner, 'names'))
+        except FileNotFoundError:
+            return []
+
+    def _paths(self, name):
+        return (os.path.join(self._folder, f'{name}.partial'),
+                os.path.join(self._inner, 'names', name))
+
+    def _is_there(self, name):
+        path, note = self._paths(name)
+        try:
+            return os.readlink(note) == str(os.lstat(path).st_ino)
+        except FileNotFoundError:
+            return False
+
+
+class Presence:
+    """Which of the results of jobs are in the folder: for each job the sum of its ENDS."""
+
+    def __init__(self, folder, journal):
+        self._folder, self._journal = folder, journal
+
+    def of(self, name):
+        """Return those of a job."""
+        here = self._journal.record(name).get('here')
+        if here is None:
+            path = os.path.join(self._folder, name)
+            here = sum(bit for end, bit in ENDS.items() if os.path.lexists(path + end))
+        return here
+
+    def look(self):
+        """Find those of all collected jobs at once: one by one would be three calls for each job.
+
+        From now on `of` tells of this moment.  When a job is claimed anew that ends for it, as it
+        has a new Record then.
+        """
+        jobs = self._journal.jobs
+        try:
+            entries = os.scandir(self._folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise ResultsError(f'{self._folder} cannot be read: {reason_of(error)}.') from None
+        for record in jobs.values():
+            if record.state == 'collected':
+                record.here = 0
+        with entries:
+            for path in (entry.name for entry in entries):
+                self._note(path, '')
+                if path[-4:] in ENDS:
+                    self._note(path[:-4], path[-4:])
+
+    def _note(self, name, end):
+        record = self._journal.jobs.get(name)
+        if record is not None and record.state == 'collected':
+            record.here |= ENDS[end]
 
 
 class Manifests:
@@ -4919,6 +7081,39 @@ class Manifests:
         return os.path.join(self._folder, f'{digest}.json')
 
 
+def take_name(stem):
+    """Return STEM, or the first of STEM-2, STEM-3, … that no job of this folder has, and take it.
+
+    The client that makes the folder of a name has the name, so no two clients have the same one.
+    """
+    def cannot_take(name):
+        results = ResultStore('job_results', f'commands/{name}')
+        try:
+            return results.exists(name) or not make_new(results.inner)
+        except OSError as error:
+            raise unusable(results.folder, error) from None
+
+    return free_name(stem, cannot_take)
+
+
+def make_new(path):
+    """Make a folder, and those above it; return False if it is there already."""
+    while True:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            continue                # another client has just removed the empty folder above
+        return True
+
+
+def unusable(folder, error):
+    """Return the ResultsError for a folder of results with which this went wrong."""
+    return ResultsError(f'{folder}, where results go, cannot be used: {reason_of(error)}.')
+
+
 def identity_in(path):
     """Return {the identity of the journal at this path}; '' too if its first lines had none."""
     found = set()
@@ -4932,9 +7127,88 @@ def identity_in(path):
 
 
 def read_lock(fd):
-    """Return (the process that has the lock, the batch or job that it runs), as the file says."""
-    who, _, run = os.pread(fd, 1000, 0).decode('utf-8', 'replace').partition('\n')
-    return who, run.rstrip('\n')
+    """Return (the process that has the lock, the batch or job that it runs, its options for
+    hardware), as the file says.  Older versions do not write these options: then they are None.
+    """
+    lines = os.pread(fd, 1000, 0).decode('utf-8', 'replace').split('\n')
+    who, run = (*lines, '')[:2]
+    asks = None
+    with contextlib.suppress(ValueError):
+        asks = json.loads(lines[2]) if len(lines) > 3 else None
+    return who, run, asks
+
+
+class Holder(NamedTuple):
+    """The client that took the lock of a job_results last."""
+    pid: int
+    computer: str
+    run: str                        # the batch or job that it runs; '' of an older version
+    asks: Optional[list]            # its options for hardware; None of an older version
+    since: float                    # seconds since 1970
+    lives: Optional[bool]           # it has the lock still; None: that is seen on `computer` only
+
+    @property
+    def is_here(self):
+        """Tell whether it runs on this computer."""
+        return self.computer == os.uname().nodename
+
+
+def read_holder(path):
+    """Return the Holder of the lock at this path, or None.
+
+    Nothing is locked for that: a client that starts at this moment would take it for another.
+    """
+    try:
+        with open(path, 'rb') as lock:
+            who, run, asks = read_lock(lock.fileno())
+            info = os.fstat(lock.fileno())
+            has_ended = b'\nexit status ' in lock.read(1000)
+            is_locked = who.endswith(f' on {os.uname().nodename}') or has_lock(lock)
+    except OSError:
+        return None
+    match = re.fullmatch(r'process ([0-9]+) on (.*)', who)
+    if not match:
+        return None
+    holder = Holder(int(match[1]), match[2], run, asks, info.st_mtime, None)
+    if holder.is_here:
+        return holder._replace(lives=has_open(holder.pid, info))
+    return holder._replace(lives=False if has_ended else True if is_locked else None)
+
+
+def has_lock(file):
+    """Tell whether a process, maybe of another computer, has locked this file.
+
+    Where locks do not cross the network nobody seems to have.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def has_open(pid, info):
+    """Tell whether this process lives and has the file open that `info`, of os.stat, is of.
+
+    Where that cannot be seen, as without /proc, it is enough that the process lives.
+    """
+    fds = f'/proc/{pid}/fd'
+    try:
+        if not os.path.isdir('/proc/self/fd'):
+            os.kill(pid, 0)
+            return True
+        for fd in os.listdir(fds):
+            with contextlib.suppress(FileNotFoundError):        # it has just closed that
+                if os.path.samestat(os.stat(f'{fds}/{fd}'), info):
+                    return True
+        return False
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:                     # another user's
+        return True
 
 
 def stop_client(pid, computer, run, lock, note):
@@ -4945,17 +7219,9 @@ def stop_client(pid, computer, run, lock, note):
     if computer != os.uname().nodename:
         raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
                            'there, in this folder.')
-    def is_lock(path):
-        try:
-            return os.path.samestat(os.stat(path), os.fstat(lock.fileno()))
-        except FileNotFoundError:       # it has just closed that
-            return False
-
-    fds = f'/proc/{pid}/fd'
+    if not has_open(pid, os.fstat(lock.fileno())):
+        return
     try:
-        if os.path.isdir('/proc/self/fd') and not any(
-                is_lock(f'{fds}/{fd}') for fd in os.listdir(fds)):
-            return
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)        # it may have been stopped with Ctrl-Z
     except (FileNotFoundError, ProcessLookupError):     # it has just ended
@@ -5010,6 +7276,41 @@ def merge(source, target):
             yield old
 
 
+def mirror(source, target):
+    """Have the folder `target` show the files of the folder `source`, by hard links, and no others.
+
+    So what is added to a file of `source` is seen at once by who has the file of `target` open.
+    """
+    import shutil
+    with os.scandir(source) as entries:
+        wanted = {entry.name: entry for entry in entries}
+    for name in os.listdir(target):
+        path = os.path.join(target, name)
+        old = os.lstat(path)
+        new = wanted[name].stat(follow_symlinks=False) if name in wanted else None
+        are_folders = new and stat.S_ISDIR(old.st_mode) and stat.S_ISDIR(new.st_mode)
+        if not are_folders and not (new and os.path.samestat(old, new)):
+            (remove_tree if stat.S_ISDIR(old.st_mode) else os.unlink)(path)
+    for name, entry in wanted.items():
+        path = os.path.join(target, name)
+        if entry.is_dir(follow_symlinks=False):
+            if not os.path.lexists(path):
+                os.mkdir(path, 0o700)
+            mirror(entry.path, path)
+            os.chmod(path, stat.S_IMODE(entry.stat().st_mode))      # it may be private
+        elif not os.path.lexists(path):
+            try:
+                os.link(entry.path, path, follow_symlinks=False)
+            except OSError:             # the file system has no hard links
+                shutil.copy2(entry.path, path, follow_symlinks=False)
+
+
+def remove_tree(folder):
+    """Remove a folder, also if a job has made a part of it read-only."""
+    import shutil
+    shutil.rmtree(folder, onerror=make_removable)
+
+
 def make_removable(function, path, _):
     """Give a folder that a job made read-only the permissions that removing it needs."""
     try:
@@ -5024,6 +7325,8 @@ def make_removable(function, path, _):
 
 TICK_S = 1.0                # after this a child is noticed whose pipe another holds open
 KEPT_STDERR = 64 * 1024
+PIPE_BYTES, WIDE_PIPE_BYTES = 2**16, 2**20      # what a pipe holds, and may hold on Linux
+F_SETPIPE_SZ = 1031                 # fcntl has the name since Python 3.10
 
 
 class Process:
@@ -5058,6 +7361,16 @@ class Process:
             pass
 
 
+def widen(fd):
+    """Have a pipe hold more, so that much output takes fewer turns of all who pass it on.
+
+    Only for a pipe that was found rather full: all pipes of a user may hold 64 MB.
+    """
+    if LINUX:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, F_SETPIPE_SZ, WIDE_PIPE_BYTES)
+
+
 def deaf(_number, _frame):
     """Ignore a signal as SIG_IGN does, which our children would inherit."""
 
@@ -5086,19 +7399,21 @@ class Processes:
         self._selector.register(self._wakeup[0], selectors.EVENT_READ)
 
     def start(self, argv, on_output, on_exit, *, on_error=None, feed=None, keep_stdin=False,
-              deadline_s=None, env=None, cwd=None, terminal=False, confined=None):
+              deadline_s=None, env=None, cwd=None, terminal=False, has_input=True,
+              confined=None):
         """Start argv in a session of its own and return its Process.
 
         terminal: it has our streams, and with them the terminal, instead of pipes to us
+        has_input: else its stdin is /dev/null
         confined: what it calls first, from confine()
         """
         if self._on_start:
             self._on_start(argv)
         pipe = None if terminal else subprocess.PIPE
         try:
-            popen = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0,
-                                     start_new_session=not terminal, env=env, cwd=cwd,
-                                     preexec_fn=confined)
+            popen = subprocess.Popen(argv, stdin=pipe if has_input else subprocess.DEVNULL,
+                                     stdout=pipe, stderr=pipe, bufsize=0, env=env, cwd=cwd,
+                                     start_new_session=not terminal, preexec_fn=confined)
         except FileNotFoundError as error:
             if cwd and error.filename == cwd:
                 raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
@@ -5212,6 +7527,11 @@ class Processes:
             process.popen.wait()
             self._forget(process)
 
+    def leave(self, process):
+        """Let a child run on; its on_exit is not called."""
+        if process in self._children:
+            self._forget(process)
+
     def close(self):
         """End all children that are left."""
         for process in list(self._children):
@@ -5280,9 +7600,11 @@ class Processes:
 
     def _read(self, process, fd):
         try:
-            data = os.read(fd, 2**18)
+            data = os.read(fd, WIDE_PIPE_BYTES)
         except BlockingIOError:
             return
+        if PIPE_BYTES // 2 < len(data) <= PIPE_BYTES:
+            widen(fd)
         if not data:
             stream = process.reads.pop(fd)
             self._selector.unregister(stream)
@@ -5390,6 +7712,248 @@ def ignore(_data):
 PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
 
 
+# ---- Job log, Hooks: what other programs are told of a batch ----
+
+# Those of GNU parallel's --joblog, and then ours.
+LOG_COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
+               'Command', 'Name', 'GPUs', 'PeakMemoryMB', 'PeakGPUMemoryMB', 'Attempt')
+LOG_ESCAPES = str.maketrans({'\\': r'\\', '\t': r'\t', '\n': r'\n', '\r': r'\r'})
+# The signals of Linux that end a process which does not catch them: bash says 128+n for these.
+DEADLY_SIGNALS = frozenset((*range(1, 17), *range(24, 28), *range(29, 32)))
+LOST_EXIT_CODE = 255                # for a job that is gone: as of an ssh that failed
+HOOKS = ('--on-finish', '--on-failure')
+FINISH_LIMIT_S = 3600.0             # for the command of --on-finish
+FAILURE_LIMIT_S = 60.0              # for that of --on-failure, once the batch has ended
+# A batch that a command of another batch runs has these of that one in its environment.
+OUTER_FACTS = {f'SSH_SCHEDULER_{word}' for word in (
+    'STATUS', 'JOB', 'MACHINE', 'EXIT_CODE', 'STDERR')}
+
+
+def log_line(values):
+    """Return a line of a job log as bytes: the values with tabs between them, None as nothing.
+
+    A tab, an end of line and a backslash inside a value are written as \t, \n, \r and \\.
+    """
+    cells = ('' if value is None else str(value).translate(LOG_ESCAPES) for value in values)
+    return os.fsencode('\t'.join(cells)) + b'\n'
+
+
+def exit_and_signal(exit_code):
+    """Return (Exitval, Signal) of a job, as GNU parallel has them: a signal leaves Exitval 0."""
+    number = exit_code - 128
+    if number in DEADLY_SIGNALS:
+        return 0, number
+    return LOST_EXIT_CODE if exit_code < 0 else min(exit_code, 255), 0
+
+
+class JobLog:
+    """The file of --joblog: a line for each end of a job.
+
+    Each line is one write at the end of the file, so that a client which is killed leaves whole
+    lines.  A line that the disk refuses is written together with a later one.  The file itself
+    tells which ends it has, so a job that a killed client had written is not written again.
+    """
+
+    def __init__(self, path, warn):
+        self._path, self._warn = path, warn
+        self._unwritten = b''
+        self._is_refused = False            # the disk has refused a line, and that was said
+        self._ends = set()                  # (Starttime, Name, Attempt) of the lines that it has
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                self._read()
+            else:
+                self._unwritten = log_line(LOG_COLUMNS)
+            self._write()
+        except OSError as error:
+            raise SchedulerError(f'--joblog {path}: this file cannot be written: '
+                                 f'{reason_of(error)}.') from None
+
+    @property
+    def path_here(self):
+        """The path of the file below the current folder; it starts with .. if it lies elsewhere."""
+        folder, name = os.path.split(self._path)
+        return os.path.relpath(os.path.join(os.path.realpath(folder), name), os.path.realpath('.'))
+
+    def begin(self, view):
+        """The batch begins."""
+
+    def changed(self, attempt, _before):
+        """An attempt is in another state now: write a line if it has ended."""
+        if attempt.state == 'ended':
+            self._add(attempt)
+
+    def lost(self, attempt):
+        """A job is gone without a result, and is not started again."""
+        self._add(attempt)
+
+    def close(self):
+        """Try once more to write what the disk has refused."""
+        with contextlib.suppress(OSError):
+            self._write()
+        os.close(self._fd)
+
+    def _read(self):
+        with open(self._path, 'rb') as file:
+            *lines, rest = file.read().split(b'\n')
+        if not lines and not rest:
+            self._unwritten = log_line(LOG_COLUMNS)
+        elif lines[:1] != [log_line(LOG_COLUMNS)[:-1]]:
+            raise UsageError(f'--joblog {self._path}: this file has other columns than a job log '
+                             'of execute_batch, so nothing is added to it. Name another file.')
+        elif rest:                          # somebody has cut or edited the file
+            self._unwritten = b'\n'
+        rows = (line.split(b'\t') for line in lines)
+        self._ends = {(row[2], row[9], row[13]) for row in rows if len(row) == len(LOG_COLUMNS)}
+
+    def _add(self, attempt):
+        job, result = attempt.job, attempt.result
+        started = time.time() - result.wall_s if result.started is None else result.started
+        received = sum(stream.size or 0 for stream in attempt.streams.values())
+        line = log_line((
+            job.line, result.machine, f'{started:.3f}', f'{result.wall_s:10.3f}', 0, received,
+            *exit_and_signal(result.exit_code), job.command, job.name, result.gpus,
+            result.peak_memory_mb, result.peak_gpu_memory_mb, attempt.record['attempt']))
+        row = line[:-1].split(b'\t')
+        if (row[2], row[9], row[13]) in self._ends:
+            return
+        self._unwritten += line
+        try:
+            self._write()
+        except OSError as error:
+            if not self._is_refused:
+                self._is_refused = True
+                self._warn(f'{self._path} cannot be written: {reason_of(error)}. The batch runs '
+                           'on, and the missing lines follow when they can be written')
+
+    def _write(self):
+        written = os.write(self._fd, self._unwritten) if self._unwritten else 0
+        if written < len(self._unwritten):      # the disk is full; no part of a line may stay
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._unwritten = b''
+
+
+class Hooks:
+    """The commands of --on-finish and --on-failure, which bash runs here, each at most once.
+
+    Their input is empty.  What they print is printed as it is.  How the batch goes, and which job
+    failed, is in their environment.
+    """
+
+    def __init__(self, batch, options, processes, reporter):
+        self._batch, self._processes, self._report = batch, processes, reporter
+        self._commands = {option: options[option] for option in HOOKS}
+        self._view = None                   # the BatchView, once the batch has begun
+        self._over = None                   # when the batch had ended (monotonic)
+        self._first = None                  # the Attempt that failed first
+        self._running = {}                  # option -> its Process
+        self._interrupts = 0
+
+    @property
+    def has_begun(self):
+        """Tell whether the batch has begun; else no command is run."""
+        return self._view is not None
+
+    def begin(self, view):
+        """The batch begins."""
+        self._view = view
+
+    def changed(self, attempt, before):
+        """An attempt is in another state now.  A failed one is told of when its results are here.
+        """
+        if attempt.result and attempt.result.exit_code and 'ended' in (attempt.state, before):
+            self._first = self._first or attempt
+            if before == 'ended':
+                self._tell_of(attempt)
+
+    def lost(self, attempt):
+        """A job is gone without a result, and is not started again."""
+        self._first = self._first or attempt
+        self._tell_of(attempt)
+
+    def interrupt(self, *_):
+        """Wait for no command any more.  A signal handler."""
+        self._interrupts += 1
+
+    def await_failure(self):
+        """The batch has ended: wait for the command of --on-failure, but not for ever."""
+        self._over = time.monotonic()
+        if self._first:                     # if its results have not come
+            self._tell_of(self._first)
+        self._wait(1.0)
+        if self._running and not self._interrupts:
+            self._report.note('waiting for the command of --on-failure, at most '
+                              f'{FAILURE_LIMIT_S:g} s (Ctrl-C: leave it running)')
+            self._wait(FAILURE_LIMIT_S)
+        for option, process in self._running.items():
+            self._processes.leave(process)
+            self._report.note(f'{option}: its command is left running here, as process '
+                              f'{process.popen.pid}.')
+        self._running = {}
+
+    def finish(self, status):
+        """Run the command of --on-finish, to its end or an interrupt.  status: of the batch."""
+        if not self.has_begun:
+            return
+        self._processes, self._interrupts = Processes(), 0      # the batch has closed its own
+        try:
+            self._start('--on-finish', {**self._facts(True), 'STATUS': status}, FINISH_LIMIT_S)
+            self._wait(math.inf)
+            for option, process in self._running.items():
+                self._processes.end(process)
+                self._report.note(f'{option}: its command was stopped, because the client was '
+                                  'interrupted.')
+        finally:
+            self._processes.close()
+
+    def _tell_of(self, attempt):
+        """Run the command of --on-failure for this attempt, unless it was run before."""
+        if not self._commands['--on-failure']:
+            return                          # a look at all jobs less for each failure
+        result, facts = attempt.result, self._facts(False)
+        self._start('--on-failure', {
+            **facts, 'JOB': attempt.name, 'MACHINE': result.machine,
+            'EXIT_CODE': LOST_EXIT_CODE if result.exit_code < 0 else result.exit_code,
+            'STDERR': os.path.join(facts['RESULTS'], f'{attempt.name}.err')})
+
+    def _facts(self, is_over):
+        seconds = (self._over or time.monotonic()) - self._view.began
+        return {**self._view.outcome.facts(is_over), 'BATCH': self._batch,
+                'SECONDS': round(seconds)}
+
+    def _start(self, option, facts, limit_s=None):
+        command, self._commands[option] = self._commands[option], None
+        if not command:
+            return
+        env = {name: value for name, value in os.environ.items() if name not in OUTER_FACTS}
+        env.update((f'SSH_SCHEDULER_{word}', str(value)) for word, value in facts.items())
+        try:
+            self._running[option] = self._processes.start(
+                ['bash', '-c', command], functools.partial(self._report.raw, 'out'),
+                functools.partial(self._ended, option, time.monotonic(), limit_s),
+                on_error=functools.partial(self._report.raw, 'err'), has_input=False, env=env,
+                deadline_s=limit_s)
+        except SchedulerError as error:
+            self._report.note(f'{option}: {error}')
+
+    def _ended(self, option, began, limit_s, status, _complaint):
+        """The command of an option has ended."""
+        del self._running[option]
+        if status == -signal.SIGKILL and limit_s and time.monotonic() - began >= limit_s:
+            self._report.note(f'{option}: its command was stopped after {limit_s:g} s.')
+        elif status:
+            how = f'failed with exit code {status}' if status > 0 else (
+                f'was ended by signal {-status}')
+            self._report.note(f'{option}: its command {how}.')
+
+    def _wait(self, limit_s):
+        until = time.monotonic() + limit_s
+        while self._running and not self._interrupts and time.monotonic() < until:
+            self._processes.wait(0.2)
+
+
 # ---- Wire: the language of the channel ----
 
 LONGEST_LINE = 64 * 1024
@@ -5450,16 +8014,29 @@ def output_of(raw):
     return (raw[1:], len(raw) - 1) if raw[:1] == b'=' else (None, number_of(raw[1:]))
 
 
+FOLDER = re.compile(r'work[.0-9]+')     # where a job ran, below jobs/
+
+
+def folder_of(raw):
+    """Return the folder of a job."""
+    folder = raw.decode('ascii', 'replace')
+    if not FOLDER.fullmatch(folder):
+        raise ValueError(folder)
+    return folder
+
+
 def entry_of(raw):
     """Return (mark, value) of an entry in the list of what a job left: see the remote runner.
 
-    The value is the path; of 's' the number of bytes, of 'm' (mode, path).
+    The value is the path; of 'w' the folder where they lie, of 's' the number of bytes, of 'm'
+    (mode, path).
     """
     mark, text = raw[:1].decode('ascii', 'replace'), os.fsdecode(raw[1:])
     if mark == 'm':
         mode, _, path = text.partition(' ')
         return mark, (int(mode, 8), path)
-    return mark, number_of(raw[1:]) if mark == 's' else text
+    read = {'w': folder_of, 's': number_of}.get(mark)
+    return mark, read(raw[1:]) if read else text
 
 
 def list_of(raw):
@@ -5491,6 +8068,7 @@ EVENTS = {
     'absent': Fields((os.fsdecode,)),
     'lost': Fields((os.fsdecode, text_of)),
     'used': Fields((os.fsdecode, number_of)),
+    'place': Fields((os.fsdecode, folder_of)),
     'growth': Fields((os.fsdecode, stream_of, number_of, bytes)),
     'left': Fields((os.fsdecode, text_of)),
     'ended': Fields((os.fsdecode, status_of, number_of, number_of, output_of, output_of),
@@ -5732,6 +8310,26 @@ class Connection:
         return ['ssh', '-F', self.config_path, '-tt', '-o', 'EscapeChar ~', '--', COPY_ALIAS,
                 ' '.join(['exec', *self._nice, 'bash', '-p', path])]
 
+    def shell(self, path, has_terminal, alone=False):
+        """Return the argv of a bash script there that has our streams, a terminal or not.
+
+        Where it cannot go through the master it says nothing, since it is tried again alone.
+        """
+        if not self.machine.host:
+            return ['bash', '-p', path]
+        kind = ['-tt', '-o', 'EscapeChar ~'] if has_terminal else ['-T']
+        way = ([*ALONE, '--', self.machine.host] if alone else
+               ['-q', '-o', 'ProxyCommand false', '--', COPY_ALIAS])
+        return ['ssh', '-F', self.config_path, *kind, *way, f'exec bash -p {path}']
+
+    def forward(self, here, there):
+        """Return the argv that has the master forward a port of our loopback address.
+
+        Without a configuration: in that of the user may be other ports, and in ours none may be.
+        """
+        return ['ssh', '-F', 'none', '-S', self.socket_path, '-O', 'forward',
+                '-L', f'127.0.0.1:{here}:localhost:{there}', '--', COPY_ALIAS]
+
     def _reach(self, alias, *options):
         if not self.machine.host:
             return [*self._nice, *BOOTSTRAP_BASH, BOOTSTRAP]
@@ -5910,6 +8508,7 @@ class Client:
         self.accounts = {}              # what tells accounts apart -> the Worker that has it
         self.files = Files()
         self.results = results
+        self.starts = Starts(self)
 
     @property
     def journal(self):
@@ -5944,10 +8543,37 @@ class Client:
         shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
+class Starts:
+    """The machines on which jobs are to be started: all starts of one moment share one fsync."""
+
+    def __init__(self, client):
+        self._client = client
+        self._due = {}                  # JobControl -> None, in the order in which they came
+
+    def soon(self, jobs):
+        """In the next wait, start what is placed on a machine, as far as its files are there."""
+        if not self._due:
+            self._client.processes.call_later(0, self._start)
+        self._due[jobs] = None
+
+    def _start(self):
+        """Have the journal know all these starts, then have it on the disk, and only then send."""
+        due, self._due = self._due, {}
+        claimed = [(jobs, attempt) for jobs in due for attempt in jobs.claim_placed()]
+        if claimed:
+            self._client.journal.sync()
+        for jobs, attempt in claimed:
+            jobs.send_start(attempt)
+
+
 class Files:
-    """The files that go along, by Forwards: looked at once for all machines."""
+    """The files that go along, by Forwards: looked at once for all machines.
+
+    never: paths that are never sent, such as that of a file that this program writes
+    """
 
     def __init__(self):
+        self.never = set()
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -5971,11 +8597,16 @@ class Files:
             self._trees[forwards] = self._scan(forwards)
             self._manifests.pop(forwards, None)
 
+    def forget(self, forwards):
+        """Forget the files of these Forwards."""
+        for seen in (self._trees, self._archives, self._manifests, self._folder_times):
+            seen.pop(forwards, None)
+
     def _scan(self, forwards):
         self._folder_times[forwards] = os.stat('.').st_mtime_ns
         linked = tuple(f'/{path}' for path in forwards.link)
-        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards'),
-                scan_tree(forwards.link, forwards.exclude, '--link-forwards'))
+        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never),
+                scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never))
 
     def lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
@@ -6044,6 +8675,23 @@ def remove_dead_folders(base):
                     shutil.rmtree(entry.path, ignore_errors=True)
                 except PermissionError:
                     pass        # its number is another's by now: next time
+
+
+def allow_files(machines):
+    """Raise the limit of open files as far as it goes; raise an error if that is too few."""
+    import resource
+    least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for goal in (65536, 10240):         # macOS allows no more, whatever it says
+        goal = goal if hard == resource.RLIM_INFINITY else min(goal, hard)
+        with contextlib.suppress(ValueError, OSError):
+            if soft != resource.RLIM_INFINITY and soft < goal:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (goal, hard))
+                soft = goal
+    if soft != resource.RLIM_INFINITY and soft < least:
+        raise SchedulerError(f'only {soft} files may be open at a time here, and '
+                             f'{count_of(machines, "machine")} may need {least}. '
+                             f'Try: ulimit -n {least}, or name fewer machines.')
 
 
 def project_name():
@@ -6120,6 +8768,30 @@ class Stage:
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
         self.looks = 0                      # how often files had changed while they were copied
+        self.amount = amount_of(trees)      # how many files these are, and how many bytes
+        self.began = time.monotonic()
+        self.carrier = None                 # the Process that sends a Tree, or did
+        self.arrived = 0                    # bytes of the Trees that were sent before
+        self.fed = 0                        # bytes of this Tree that we have written, as with tar
+
+    def sent_bytes(self):
+        """Return how many bytes were sent, about; None where that cannot be told.
+
+        Linux counts what the process that sends has written.  Elsewhere nothing tells that of
+        rsync: what it prints of its progress needs an option that the one of macOS does not know.
+        """
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            if LINUX:
+                with open(f'/proc/{self.carrier.popen.pid}/io', 'rb') as file:
+                    return self.arrived + int(re.search(rb'wchar: (\d+)', file.read())[1])
+        return self.arrived + self.fed or None
+
+    def counted(self, pieces):
+        """Yield the pieces that are written to the process that sends, and count them."""
+        self.fed = 0
+        for piece in pieces:
+            self.fed += len(piece)
+            yield piece
 
     @property
     def small(self):
@@ -6134,7 +8806,13 @@ class Stage:
             return False
         self.looks += 1
         self.copy, self.link = trees
+        self.amount = amount_of(trees)
         return True
+
+
+def amount_of(trees):
+    """Return (how many files there are in these Trees, how many bytes)."""
+    return sum(tree.files for tree in trees), sum(tree.size for tree in trees)
 
 
 class Stages:
@@ -6150,6 +8828,11 @@ class Stages:
     def all(self):
         """The Stages that are there, or on their way, those of former contacts first."""
         return [*self.former, *(stage for stage in self._stages.values() if stage.id)]
+
+    @property
+    def on_their_way(self):
+        """The Stages that are not all there."""
+        return [stage for stage in self._stages.values() if not stage.ready]
 
     def prepare(self, forwards):
         """Return the Stage of these Forwards, and see to it that it is sent."""
@@ -6221,6 +8904,7 @@ class Stages:
                                       f'{complaint_line(end.text)}')
             if end.status not in (0, 24):
                 return complaint_line(end.text) or str(end.status)
+            stage.arrived, stage.fed = stage.arrived + tree.size, 0
         return ''
 
     def _send_tree(self, stage, tree, part, way):
@@ -6239,10 +8923,12 @@ class Stages:
             feed = iter([paths])
         else:
             argv = contact.connection.copy(way.alone)
-            feed = chain_bytes(bytes(nul_ended(REMOTE_UNPACK, contact.token, target)),
-                               archive((entry.path, entry) for entry in tree.entries))
-        end = yield contact.start(argv, output.extend, feed=feed, deadline_s=COPY_LIMIT_S,
-                                  env=self._worker.client.rsync_env())
+            feed = stage.counted(
+                chain_bytes(bytes(nul_ended(REMOTE_UNPACK, contact.token, target)),
+                            archive((entry.path, entry) for entry in tree.entries)))
+        stage.carrier = contact.start(argv, output.extend, feed=feed, deadline_s=COPY_LIMIT_S,
+                                      env=self._worker.client.rsync_env())
+        end = yield stage.carrier
         # The exit status of a login shell proves nothing, so what takes tar confirms it.
         confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
         if way.by_rsync or confirmed or end.status not in (0, 24):
@@ -6293,34 +8979,34 @@ def guard_disk(child, folder, full):
                 child.kill()
 
 
-def vet(folder, wanted, modes=None):
+def vet(folder, wanted, modes=None, whole=()):
     """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
 
     wanted: the paths './a' that were asked for.  Where one of them did not come, why is ''.
     modes: {path: mode} of what had another one there than it came with.
+    whole: paths that may come, with all that is below them.
     Only folders are opened and followed here.  A file that stays keeps the permissions that its job
     gave it, less those that the umask here takes: as with cp, and not as with git, since a file of
     mode 0600 must not become public.
     """
     missing = {spelled_here(path): path for path in map(os.path.normpath, wanted)}
-    allowed = set()
-    for path in missing:
-        while path and path not in allowed:
-            allowed.add(path)
-            path = os.path.dirname(path)
+    below = {spelled_here(path) for path in map(os.path.normpath, whole)}
+    allowed = with_folders([*missing, *below])
     usual, shut = new_folder_mode(), []
     for parent, folders, files in os.walk(folder):
+        outer = spelled_here(os.path.relpath(parent, folder))
         for name in folders + files:
             path = os.path.join(parent, name)
-            inner = spelled_here(os.path.relpath(path, folder))
+            inner = spelled_here(os.path.normpath(os.path.join(outer, name)))
             info, why = os.lstat(path), ''
             is_folder, has = stat.S_ISDIR(info.st_mode), stat.S_IMODE(info.st_mode)
             missing.pop(inner, None)
-            if inner not in allowed:
+            if outer in below:
+                below.add(inner)
+            if inner not in allowed and inner not in below:
                 why = 'was not asked for'
             elif stat.S_ISLNK(info.st_mode):
-                target = os.path.normpath(os.path.join(os.path.dirname(inner), os.readlink(path)))
-                if os.path.isabs(target) or target.split('/')[0] == '..':
+                if leads_out(inner, os.readlink(path)):
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
             elif is_folder or stat.S_ISREG(info.st_mode):
                 mode = (modes or {}).get(inner, has) & usual
@@ -6333,15 +9019,28 @@ def vet(folder, wanted, modes=None):
                 why = 'is no file, folder or link'
             if why:
                 yield inner, why
+                (remove_tree if is_folder else os.unlink)(path)
                 if is_folder:
-                    import shutil
-                    shutil.rmtree(path, onerror=make_removable)
                     folders.remove(name)
-                else:
-                    os.unlink(path)
     yield from ((path, '') for path in sorted(missing.values()))
     for path, mode in reversed(shut):
         os.chmod(path, mode)
+
+
+def with_folders(paths):
+    """Return a set of these relative paths and of all folders above them."""
+    found = set()
+    for path in paths:
+        while path and path not in found:
+            found.add(path)
+            path = os.path.dirname(path)
+    return found
+
+
+def leads_out(path, target):
+    """Tell whether a link at this relative path leads out of the folder."""
+    target = os.path.normpath(os.path.join(os.path.dirname(path), target))
+    return os.path.isabs(target) or target.split('/')[0] == '..'
 
 
 def spelled_here(path):
@@ -6489,6 +9188,19 @@ def is_program(name):
     return any(os.access(os.path.join(folder, name), os.X_OK) for folder in os.get_exec_path())
 
 
+def write_configurations(connection):
+    """Write the files that ssh reads for a Connection."""
+    for path, text in ((connection.config_path, connection.config()),
+                       (connection.jump_path, connection.jump_config())):
+        try:
+            with open(path, 'w', encoding='utf-8',
+                      opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(text)
+        except OSError as error:
+            raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
+                                 f'be written: {reason_of(error)}.') from error
+
+
 class Contact:
     """One login to a machine, from connecting to its loss.
 
@@ -6521,7 +9233,7 @@ class Contact:
         """Begin to log in, and hand over the remote runner and what it has to know."""
         machine, client = self._worker.machine, self._client
         if machine.host:
-            self._write_configurations()
+            write_configurations(self.connection)
         self._process = client.processes.start(
             self.connection.channel(), self._receive, self._ended, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
@@ -6534,18 +9246,6 @@ class Contact:
             self.send('tie')
         self.flows.start(self._warn_of_silence())
         self.flows.start(self._await_answer())
-
-    def _write_configurations(self):
-        connection = self.connection
-        for path, text in ((connection.config_path, connection.config()),
-                           (connection.jump_path, connection.jump_config())):
-            try:
-                with open(path, 'w', encoding='utf-8',
-                          opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-                    file.write(text)
-            except OSError as error:
-                raise SchedulerError(f'there is no folder for temporary files: {path} cannot '
-                                     f'be written: {reason_of(error)}.') from error
 
     def send(self, verb, *fields, data=b''):
         """Queue a request to the remote runner; data: bytes that follow it."""
@@ -6672,6 +9372,7 @@ class Leavings:
     """The files that an attempt left in its folder, as the remote runner lists them."""
 
     def __init__(self):
+        self.folder = None                  # where they lie, below jobs/
         self.back = []                      # paths './a' to fetch
         self.modes = {}                     # {path: mode} of what had to be opened to be fetched
         self.kept = []                      # paths that could not be fetched, and stay there
@@ -6683,9 +9384,11 @@ class Leavings:
 def read_leavings(entries):
     """Return the Leavings of the entries of a list: a mark and a value each, see entry_of."""
     left = Leavings()
-    for mark, value in entries:
+    for mark, value in entries:         # the folder comes first: what has none is not fetched
         if mark == '+':
             left.back.append(value)
+        elif mark == 'w':
+            left.folder = value
         elif mark == 's':
             left.size = value
         elif mark == 'm':
@@ -6709,7 +9412,7 @@ class Collector:
         self._worker, self._client = worker, worker.client
         self._due = None                    # when results have waited long enough for others
         self._under_way = False
-        self._cleanable = []                # keys of folders that nobody needs any more
+        self._cleanable = []                # keys of jobs whose files there nobody needs
 
     # Lists of what attempts left
 
@@ -6806,7 +9509,7 @@ class Collector:
     def _warn_of(self, attempt, what):
         self._worker.report.warning(
             f'{attempt.name}: {sentence(what)} It is kept on {self._worker.name}, in '
-            f'{self._worker.contact.home}/jobs/{attempt.key}/work')
+            f'{self._worker.contact.home}/jobs/{attempt.leavings.folder}')
 
     # Fetching it
 
@@ -6851,8 +9554,7 @@ class Collector:
                 if trouble:         # what is there of it may be cut off, and the rest is missing
                     self._keep(attempt, trouble)
                 else:
-                    self._collect(attempt, os.path.join(folders[-1], attempt.key),
-                                  complaint_line(end.text))
+                    self._collect(attempt, folders[-1], complaint_line(end.text))
         finally:            # also when contact is lost
             for folder, receiver in zip(folders, receivers):
                 receiver.close()
@@ -6883,19 +9585,20 @@ class Collector:
 
     def _names(self, attempt):
         """Return the paths to fetch for an attempt, below jobs/."""
-        return [*(f'./{attempt.key}/{stream}' for stream in self._missing_streams(attempt)),
-                *(f'./{attempt.key}/work/{path[2:]}' for path in attempt.leavings.back)]
+        return [*(f'./{attempt.key}.{stream}' for stream in self._missing_streams(attempt)),
+                *(f'./{attempt.leavings.folder}/{path[2:]}' for path in attempt.leavings.back)]
 
     # Putting it in place
 
     def _collect(self, attempt, folder, complaint):
         """Put in place what came for one attempt into `folder`."""
-        streams = {stream: os.path.join(folder, stream)
+        streams = {stream: os.path.join(folder, f'{attempt.key}.{stream}')
                    for stream in self._missing_streams(attempt)}
         complaint = complaint or 'it did not arrive'
-        work, left = os.path.join(folder, 'work'), attempt.leavings
+        left = attempt.leavings
+        work = os.path.join(folder, left.folder or 'work')      # without one nothing was listed
         # A machine may send anything: behind a link here would be files of the user.
-        if os.path.islink(folder) or os.path.islink(work):
+        if os.path.islink(work):
             self._keep(attempt, 'a link came in the place of its folder')
             return
         if not all(is_plain_file(path) for path in streams.values()):
@@ -6992,7 +9695,7 @@ class Collector:
         self._cleanable += keys
 
     def clean(self, least=0):
-        """Have the folders of collected jobs removed, many at a time."""
+        """Have the files of collected jobs removed, many at a time."""
         if len(self._cleanable) > least:
             self._client.journal.sync(results=True)
             self._worker.contact.send('clean', *self._cleanable)
@@ -7002,6 +9705,7 @@ class Collector:
 # ---- Worker: one machine, its contact and its jobs ----
 
 SETTLED_S = 5.0                     # for a machine to tell how jobs ended that ran before
+ENDING_S = 1.0                      # to hear that a job has ended, after its input has failed
 FOLLOW_AFTER_S = 0.08               # the output of a job that ends sooner comes with its end
 BEYOND = 2**62                      # more bytes than any stream has
 KILL_GRACE_S = 5
@@ -7239,15 +9943,15 @@ class JobControl:
     """The attempts on one machine: it has them started, and hears what becomes of them."""
 
     def __init__(self, worker):
-        self.is_stopping = False            # jobs were told to end, and no answer has come
+        self._stops = 0                     # times that jobs were told to end, without an answer
         self._worker, self._client = worker, worker.client
-        self._start_due = False             # what is placed is started in the next wait
         self._followers = Followers(worker)
         self._inherited, self._killed = set(), set()    # keys of jobs that ran before this contact
+        self.folders = {}                   # key -> where the job runs, below jobs/; if asked for
 
     def renew(self):
         """Begin anew, over a new contact."""
-        self.is_stopping, self._followers = False, Followers(self._worker)
+        self._stops, self._followers = 0, Followers(self._worker)
         for attempt in self._worker.lives.of(self._worker, 'placed'):
             if attempt.stage:
                 self._prepare(attempt)      # its files are not on the machine
@@ -7262,9 +9966,8 @@ class JobControl:
         """Have an attempt that was placed started as soon as its files are there."""
         self._prepare(attempt)
         self._open_streams(attempt)
-        if not self._start_due and self._worker.state == 'ready':
-            self._start_due = True          # so all that are placed at this moment share one fsync
-            self._client.processes.call_later(0, self.start_placed)
+        if self._worker.state == 'ready':
+            self._client.starts.soon(self)
 
     def _prepare(self, attempt):
         attempt.stage = self._worker.contact.stages.prepare(attempt.job.forwards or Forwards(()))
@@ -7276,10 +9979,12 @@ class JobControl:
                 functools.partial(grow, attempt.name, stream) if how.keep else None,
                 functools.partial(how.show, stream) if how.show else None)
 
-    def start_placed(self):
-        """Send the starts that are possible, once the journal has them."""
-        self._start_due = False
-        worker, results, starts = self._worker, self._client.results, []
+    def claim_placed(self):
+        """Have the journal claim what is placed and has its files there; return these Attempts.
+
+        Their starts are sent once the journal is on the disk: see Starts.
+        """
+        worker, results, claimed = self._worker, self._client.results, []
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
             if attempt.stage and attempt.stage.ready:
                 former = results.journal.record(attempt.name)
@@ -7288,13 +9993,11 @@ class JobControl:
                 worker.lives.move(attempt, 'claimed', **attempt.record)
                 if former.get('kept') and former['machine'] == worker.machine.address:
                     worker.collector.forget(former['key'])      # its results were deleted here
-                starts.append(attempt)
-        if starts:
-            results.journal.sync()
-        for attempt in starts:
-            self._send_start(attempt)
+                claimed.append(attempt)
+        return claimed
 
-    def _send_start(self, attempt):
+    def send_start(self, attempt):
+        """Send the start of an attempt, which the journal has on the disk."""
         backwards, how = attempt.job.backwards, attempt.how
         self._worker.contact.send(
             'start', attempt.key, attempt.stage.id, '-' if attempt.gpus is None else attempt.gpus,
@@ -7315,6 +10018,9 @@ class JobControl:
                 self._followers.start(attempt)
             if attempt.state == 'claimed':
                 self._worker.lives.move(attempt, 'running')
+            # There was no contact when somebody asked for that, or it may not have arrived.
+            if attempt.state == 'stopping' or self._worker.run.wishes.unwanted(attempt):
+                self.end([attempt])
 
     def _alive(self, key):
         """Return the attempt that was started, or asked about, over this contact; None if none."""
@@ -7391,9 +10097,11 @@ class JobControl:
         child.write(nul_ended(REMOTE_FEED, f'{contact.home}/jobs/{attempt.key}'))
         self._client.processes.pass_on(attempt.how.source, child)
         end = yield child
+        if end.status == 255:           # ssh also says this if a job ended before its input did
+            yield ENDING_S
         if attempt.state not in ALIVE or contact.is_gone:
             return
-        if end.status == 255:           # ssh's own; with others it was read to where it was wanted
+        if end.status == 255:           # with others it was read to where it was wanted
             why = complaint_line(end.text) or 'ssh has failed'
             self._worker.report.warning(f'{attempt.name}: its input could not be passed on: '
                                         f'{sentence(why)} It is ended')
@@ -7404,7 +10112,7 @@ class JobControl:
     def terminal(self, attempt):
         """A flow: give a job of mode tty our terminal, until it ends."""
         contact = self._worker.contact
-        path = f'{contact.home}/jobs/{attempt.key}/tty'
+        path = f'{contact.home}/jobs/{attempt.key}.more/tty'
         yield contact.start(contact.connection.terminal(path), None, terminal=True)
 
     # The end of a job
@@ -7416,10 +10124,12 @@ class JobControl:
             return      # it was reported already, or another run's
         worker = self._worker
         worker.gauge.ended(key, cpu_cs)
-        was_seen = time_cs > 0 or cpu_cs > 0        # not where a record is all there is
+        # Of one whose record is all there is, the processor time is not known.
+        was_seen = cpu_cs > 0 or time_cs > 0 and key not in self._inherited
         result = attempt.result = JobResult(
             attempt.name, worker.name, status, time_cs / 100, attempt.gpus,
-            cpu_cs / 100 if was_seen else None, *attempt.peaks_mb)
+            cpu_cs / 100 if was_seen else None, *attempt.peaks_mb,
+            self._client.journal.started(attempt.name))
         attempt.streams['out'].complete(*out)
         attempt.streams['err'].complete(*err)
         # Before its results are put in place, so that `ended` always comes before `collected`.
@@ -7443,6 +10153,11 @@ class JobControl:
         attempt = self._alive(key)
         if attempt:
             attempt.peaks_mb[0] = max(peak_kb // 1024, attempt.peaks_mb[0] or 0)
+
+    def on_place(self, key, folder):
+        """A job runs in this folder."""
+        if self._alive(key):
+            self.folders[key] = folder
 
     def on_left(self, key, text):
         """A job is about to end, and processes that it started are not."""
@@ -7472,23 +10187,28 @@ class JobControl:
 
     # Ending jobs
 
-    def stop(self):
-        """End all jobs there, with all that they started; those not started are returned."""
-        worker = self._worker
-        for attempt in worker.lives.of(worker, 'placed'):
-            worker.lives.move(attempt, 'returned', 'interrupted')
-        if worker.state != 'ready':
-            return                          # nobody can be told
-        for attempt in worker.lives.of(worker, *UNSEEN):
-            worker.lives.move(attempt, 'stopping')
-        keys = [attempt.key for attempt in worker.lives.of(worker, 'stopping')]
+    @property
+    def is_stopping(self):
+        """Tell whether jobs were told to end, and the machine has not answered."""
+        return self._stops > 0
+
+    def end(self, attempts):
+        """End these attempts, with all that they started; those not started are returned."""
+        worker, keys = self._worker, []
+        for attempt in attempts:
+            if attempt.state == 'placed':
+                worker.lives.move(attempt, 'returned', 'interrupted')
+            elif worker.state == 'ready':           # else nobody can be told
+                keys.append(attempt.key)
+                if attempt.state in UNSEEN:
+                    worker.lives.move(attempt, 'stopping')
         if keys:
-            self.is_stopping = True
+            self._stops += 1
             worker.contact.send('cancel', KILL_GRACE_S, *keys)
 
     def on_cancelled(self, pids):
         """The jobs were ended, but for these processes."""
-        self.is_stopping = False
+        self._stops = max(self._stops - 1, 0)
         if pids:
             self._worker.report.survivors(self._worker.name, pids)
 
@@ -7511,8 +10231,8 @@ class Worker:
 
     report: what people are told: warning(text), sent(name, stage), left(name, job, text),
     survivors(name, pids)
-    run: its owner, which has `lives`; it hears machine_changed(worker, before), and others(worker,
-    OtherJobs) if it wants_others
+    run: its owner, which has `lives`, `policy` and `wishes`; it hears machine_changed(worker,
+    before), and others(worker, OtherJobs) if its policy wants_others
     """
 
     def __init__(self, machine, client, number, report):
@@ -7690,7 +10410,7 @@ class Worker:
 
     def stop(self):
         """End all jobs there."""
-        self.jobs.stop()
+        self.jobs.end(self.lives.of(self, 'placed', *ALIVE))
 
     # Events
 
@@ -7724,7 +10444,7 @@ class Worker:
     def is_at_work(self):
         """Tell whether this run has started a job there, or heard of one."""
         return self._seeking.was_ready and any(
-            not attempt.is_inherited or attempt.state != 'claimed'
+            not attempt.is_inherited or attempt.state not in ('claimed', 'stopping')
             for attempt in self.lives.of(self, *UNCOLLECTED))
 
     def on_broken(self, why, retry=b'never'):
@@ -7741,7 +10461,7 @@ class Worker:
             raise WireError('it said twice that it is ready')
         if self._seeking.asks:
             self.gauge.understand()
-        if self.run.wants_others and not self.was_ready:
+        if self.run.policy.wants_others and not self.was_ready:
             self.contact.send('others', self.client.journal.identity)
         before = 'away' if self.was_ready else 'connecting'
         self.state, self._seeking.was_ready = 'ready', True
@@ -7750,7 +10470,7 @@ class Worker:
         if self.client.results:
             self._resume()
         self.run.machine_changed(self, before)
-        self.jobs.start_placed()
+        self.client.starts.soon(self.jobs)
 
     def _resume(self):
         """Take up what earlier runs, or earlier contacts, have left on the machine."""
@@ -7765,7 +10485,7 @@ class Worker:
     def on_staged(self, stage_id):
         """The machine has all files of a stage."""
         self.contact.stages.staged(stage_id)
-        self.jobs.start_placed()
+        self.client.starts.soon(self.jobs)
 
     def on_stage_failed(self, _stage_id, why):
         """The machine could not store the files of a stage."""
@@ -7773,7 +10493,7 @@ class Worker:
 
     def on_others(self, listed=b''):
         """Jobs that other journals claimed; the client's own commands have journals, too."""
-        if not self.run.wants_others:
+        if not self.run.policy.wants_others:
             raise WireError('it told of jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
         jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
@@ -7823,6 +10543,386 @@ def gpu_memory(facts):
     return found
 
 
+# ---- Visits: into a job while it runs ----
+
+class Ports:
+    """Ports of a machine that are reached at our loopback address, as long as a login lasts.
+
+    pairs: (port here, port of the machine) of each
+    """
+
+    def __init__(self, pairs, report):
+        self.pairs, self._report = pairs, report
+        self.are_open = False           # or were before contact was lost
+
+    def check(self, machine):
+        """Raise if one of them cannot be had here; of localhost, all are here already."""
+        import socket
+        for here, there in self.pairs if machine.host else ():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(('127.0.0.1', here))
+                except OSError as error:
+                    why = ('is in use' if error.errno == errno.EADDRINUSE else
+                           f'cannot be used: {reason_of(error)}')
+                    other = here + 10000 if here < 50000 else here - 10000
+                    raise SchedulerError(sentence(f'--forward: port {here} of this computer {why}')
+                                         + f' Try: --forward {other}:{there}') from None
+
+    def open(self, login):
+        """A flow: have the ssh of a login, a Contact or a Visit, forward them; say so once."""
+        connection = login.connection
+        for here, there in self.pairs:
+            if connection.machine.host:
+                end = yield login.start(connection.forward(here, there), ignore)
+                if end.status:
+                    self._report.warning(
+                        f'port {here} of this computer does not reach port {there} of '
+                        f'{connection.machine.name}: {complaint_line(end.text)}')
+                    continue
+            if not self.are_open:
+                self._report.note(f'http://localhost:{here if connection.machine.host else there} '
+                                  f'reaches port {there} of {connection.machine.name}')
+        self.are_open = True
+
+
+def read_ports(options):
+    """Return the pairs of --forward, for Ports."""
+    pairs = []
+    for word in dict.fromkeys(options['--forward'] or ()):     # docopt may give the last one twice
+        match = re.fullmatch(r'([0-9]{1,5})(?::([0-9]{1,5}))?', word)
+        here, there = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not (0 < here < 65536 and 0 < there < 65536):
+            raise UsageError('--forward must be a port, or one here and one of the machine, such '
+                             f'as 6006 or 8888:6006, not {word!r}.')
+        if here in dict(pairs):
+            raise UsageError(f'--forward names port {here} twice.')
+        pairs.append((here, there))
+    return pairs
+
+
+NO_VISIT = {
+    'absent': 'has not begun on {at}. Its client may be about to start it: try again in a moment. '
+              'If no client runs, type the command again that was to start it',
+    'begins': 'is about to begin on {at}: try again in a moment',
+    'ended': 'has ended on {at}. Its results come to the client that runs; if none runs, type the '
+             'command again that started it',
+    'lost': 'does not run on {at} any more: the machine was restarted, or the job was killed. Its '
+            'client finds that out; if none runs, type the command again that started it',
+    'closed': 'runs on {at}, but its environment cannot be read there: does it run as another '
+              'user?',
+    'full': 'runs on {at}, but there is no room for the files of a shell, in /dev/shm or /tmp',
+}
+
+
+class Visit:
+    """A login of its own, to a machine where a job runs: a shell beside the job, and ports.
+
+    It needs no client and disturbs none.  What it starts has neither the marks nor the open files
+    by which the remote runner knows what belongs to a job.
+    """
+
+    def __init__(self, machine, name, key, client):
+        self.connection = Connection(machine, client.run_folder, 'visit')
+        self._machine, self._client = machine, client
+        self._name, self._key = name, key
+        self._token = os.urandom(16).hex()
+        self._head, self._said = AfterToken(self._token), b''
+        self._process = self._shell = None
+        self._end = None                # (exit status, stderr) of the login, once it has ended
+        self._path = None               # of the script there that becomes the shell
+        self._told = 0                  # the signal by which it was told to end
+
+    def start(self, argv, on_output):
+        """Start a process, for a flow to yield."""
+        return self._client.processes.start(argv, on_output, None)
+
+    def open(self):
+        """Log in and find the job; raise if there is no way in."""
+        machine, processes = self._machine, self._client.processes
+        if machine.host:
+            write_configurations(self.connection)
+        self._process = processes.start(
+            self.connection.channel(), self._receive, self._ended, keep_stdin=True,
+            cwd=None if machine.host else os.path.expanduser('~'))
+        script = f'{REMOTE_RUNNER.removesuffix(REMOTE_CALL)}{REMOTE_VISIT}'.encode()
+        self._process.write(nul_ended(REMOTE_LOADER, len(script)) + script + nul_ended(
+            self._token, machine.workdir, self._client.project, self._key))
+        until = time.monotonic() + CONNECT_LIMIT_S
+        while b'\n' not in self._said:
+            if self._end or time.monotonic() > until:
+                raise Unreachable(sentence(f'{machine.name} cannot be used: {self._why()}'))
+            processes.wait(TICK_S)
+        word, _, path = os.fsdecode(self._said).partition('\n')[0].partition(' ')
+        if word in NO_VISIT:
+            why = NO_VISIT[word].format(at=machine.name)
+            raise ResultsError(sentence(f'{self._name} {why}'))
+        # It crosses a login shell.
+        if word != 'open' or not re.fullmatch(r'/[\w./-]+', path):
+            raise Unreachable(f'{machine.name} said something that cannot be understood.')
+        self._path = path
+
+    def run(self, ports):
+        """Have the shell use our streams until it ends; return its exit status."""
+        self._client.flows.start(ports.open(self))
+        self._client.wait_while(lambda: not ports.are_open, time.monotonic() + CONNECT_LIMIT_S)
+        status = self._run()
+        if status == 255 and self._is_unused():         # MaxSessions of its sshd is 1
+            status = self._run(alone=True)
+        if self._told:                  # ssh says 255 then
+            return 128 + self._told
+        if status == 255 and self._end:         # ssh said so, not the shell
+            raise Unreachable(f'lost contact with {self._machine.name} ({self._why()}). '
+                              f'{self._name} runs on.')
+        return status if status >= 0 else 128 - status
+
+    def _run(self, alone=False):
+        """Have the shell use our streams; return the exit status, negative for a signal."""
+        processes, ended = self._client.processes, []
+        self._shell = processes.start(
+            self.connection.shell(self._path, os.isatty(0), alone), None,
+            lambda status, _: ended.append(status), terminal=True)
+        # It has no pipes to us, which would tell of its end.
+        before = signal.signal(signal.SIGCHLD, lambda *_: processes.wake())
+        try:
+            while not ended:
+                processes.wait()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+        return ended[0]
+
+    def _is_unused(self):
+        """Ask the machine whether the shell has not begun; it may be that nobody answers."""
+        self._said = b''
+        self._process.write(b'\n')
+        self._client.wait_while(lambda: not (self._end or b'\n' in self._said),
+                                time.monotonic() + CONNECT_LIMIT_S)
+        return self._said.startswith(b'unused')
+
+    def interrupt(self, number, _frame):
+        """Ctrl-C is for the shell, if that has the terminal; else, and for SIGTERM, it ends."""
+        if self._shell and (number == signal.SIGTERM or not os.isatty(0)):
+            self._told = number
+            self._shell.popen.send_signal(signal.SIGHUP)    # a bash at a terminal ignores SIGTERM
+
+    def close(self):
+        """Have the machine remove what the shell did not, and log out."""
+        if self._process:
+            self._process.close_stdin()
+            self._client.wait_while(lambda: not self._end, time.monotonic() + TICK_S)
+
+    def _why(self):
+        """Return why there is no contact."""
+        if not self._end:
+            return f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+        status, complaint = self._end
+        text = complaint.decode('utf-8', 'replace')
+        if self._head.found:
+            return complaint_line(text, -1) or 'the connection broke'
+        return explain_login(self._machine, status, self._head.head.decode('utf-8', 'replace'),
+                             text)[0]
+
+    def _receive(self, data):
+        self._said = (self._said + self._head.receive(data))[:4096]
+
+    def _ended(self, *end):
+        self._end = end
+
+
+SPARE_BYTES = 10**9         # left free by what comes of jobs that run: their results need room
+MOST_PARTS = 10_000         # files and folders of a machine: more would hold up all else here
+
+
+class SyncBack:
+    """Fetches some paths of all running jobs again and again (--sync-back): one rsync a machine.
+
+    Results go first: when a job ends, the rsync of its machine is ended, and none begins while
+    results are on their way.  The next rsync brings the rest of a file.  rsync writes in place:
+    TensorBoard keeps the files open that it shows, and never looks whether there is a newer one.
+    """
+
+    def __init__(self, paths, every_s, client, report):
+        self._paths, self._every_s = paths, every_s
+        self._client, self._report = client, report
+        self._rsyncs = {}               # Worker -> Process
+        self._said = set()              # what was warned of: each is said once
+        self._busy = set()              # Workers from which something is fetched
+        self._refused = set()           # those of which no more is wanted
+
+    def begin(self, view):
+        """The batch begins."""
+        self._client.flows.start(self._keep(view.run))
+
+    def changed(self, attempt, _before):
+        """An attempt is in another state now."""
+        worker = attempt.machine
+        if attempt.state in ('ended', 'stopped') and worker in self._rsyncs:
+            self._rsyncs[worker].kill()
+        if attempt.state not in HOLDING:
+            worker.jobs.folders.pop(attempt.key, None)
+        if attempt.state in (*FORGOTTEN, 'cancelled', 'dropped'):
+            self._client.results.partials.remove(attempt.name)
+
+    def lost(self, attempt):
+        """A job has no result and starts no more."""
+
+    def _keep(self, run):
+        """A flow: at each interval fetch what the jobs of all machines have written."""
+        while True:
+            yield self._every_s
+            for worker in run.workers:
+                if worker.state == 'ready' and worker not in self._busy | self._refused:
+                    worker.contact.flows.start(self._serve(worker))
+
+    def _serve(self, worker):
+        """A flow: fetch it once from a machine, after the results that are on their way."""
+        self._busy.add(worker)
+        try:
+            while worker.lives.any_of(worker, *ARRIVING):
+                yield TICK_S
+            unknown = [one.key for one in worker.lives.of(worker, 'running')
+                       if one.key not in worker.jobs.folders]
+            if unknown:
+                worker.contact.send('where', *unknown)
+                yield TICK_S
+            yield from self._fetch(worker)
+        finally:
+            self._busy.discard(worker)
+
+    def _fetch(self, worker):
+        folders, running = worker.jobs.folders, worker.lives.of(worker, 'running')
+        attempts = {folders[one.key]: one for one in running if one.key in folders}
+        landing = ''
+        try:
+            if not (attempts and worker.state == 'ready' and self._is_possible(worker)):
+                return
+            landing = self._client.results.partials.landing(
+                worker.number, {folder: one.name for folder, one in attempts.items()})
+            end = yield from self._copy(worker, landing, attempts)
+            self._explain(worker, end)
+            self._show(worker, landing, attempts)
+        except OSError as error:
+            self._warn(f'{worker.name}: the files of --sync-back could not be stored here: '
+                       f'{sentence(reason_of(error))}')
+        finally:
+            if landing:
+                remove_tree(landing)
+
+    def _is_possible(self, worker):
+        """Tell whether files can come; say once why not."""
+        if not worker.contact.rsync_works:
+            self._warn(f'{worker.name}: rsync cannot be used with it, so --sync-back fetches '
+                       'nothing while its jobs run')
+        elif free_bytes(self._client.results.folder) <= SPARE_BYTES:
+            self._warn(f'less than {size_of(SPARE_BYTES)} are free here, which results may need: '
+                       '--sync-back fetches nothing')
+        else:
+            return True
+        return False
+
+    def _copy(self, worker, landing, attempts):
+        """A flow: have rsync fill the folder `landing`; return its End."""
+        contact, limit = worker.contact, self._client.max_result_bytes
+        options = ['-r', '--inplace', '--delete', '--delete-missing-args', '--chmod=Du+rwx,Fu+rw',
+                   *([] if limit is None else [f'--max-size={limit}'])]
+        argv = contact.connection.rsync(options, f'{contact.home}/jobs/', f'{landing}/', 'source',
+                                        contact.alone)
+        names = (f'./{folder}/{path}' for folder in attempts for path in self._paths)
+        child = self._rsyncs[worker] = contact.start(
+            argv, ignore, feed=iter([b''.join(os.fsencode(name) + b'\0' for name in names)]),
+            deadline_s=COPY_LIMIT_S, env=self._client.rsync_env(), confined=confine(landing))
+        contact.flows.start(self._guard(worker, child))
+        try:
+            return (yield child)
+        finally:
+            del self._rsyncs[worker]
+
+    def _guard(self, worker, child):
+        """A flow: end an rsync when the disk gets full."""
+        while child.popen.poll() is None:
+            yield GUARD_S
+            with contextlib.suppress(FileNotFoundError):    # somebody removed the folder
+                if not self._is_possible(worker):
+                    child.kill()
+
+    def _explain(self, worker, end):
+        """Say once why an rsync failed, unless it was ended here."""
+        if session_refused(end.text):
+            worker.contact.alone = True
+        elif end.status not in (0, 23, 24) and end.status > 0:
+            self._warn(f'{worker.name}: the files of --sync-back could not be fetched: '
+                       f'{sentence(complaint_line(end.text) or str(end.status))}',
+                       (worker, end.status))
+
+    def _show(self, worker, landing, attempts):
+        """Have what came appear in job_results, but for what must not."""
+        if sum(1 for _ in itertools.islice(parts_of(landing), MOST_PARTS + 1)) > MOST_PARTS:
+            self._refused.add(worker)
+            self._warn(f'{worker.name}: the paths of --sync-back have more than {MOST_PARTS:,} '
+                       'files there, so no more of them is fetched while jobs run')
+            return
+        odd = []
+        for name in os.listdir(landing):
+            path = os.path.join(landing, name)
+            if os.path.islink(path) or name not in attempts:
+                odd.append(printable(name))
+            elif os.path.isdir(path) and attempts[name].state == 'running':
+                self._put(worker, attempts[name], path)
+        if odd:
+            self._warn(f'{worker.name}: {names_of(odd)} was not asked for, or is a link in the '
+                       'place of a folder, and was left out', (worker, 'odd'))
+
+    def _put(self, worker, attempt, path):
+        """Have what came of a job appear."""
+        refused = collections.defaultdict(list)
+        for inner, why in vet(path, (), whole=self._paths):
+            refused[why.partition(',')[0]].append(printable(inner))     # without where it leads
+        for why, paths in sorted(refused.items()):
+            self._warn(f'{attempt.name}: {names_of(paths)} from {worker.name} {why}, and was left '
+                       'out', (attempt.name, why))
+        target = self._client.results.partials.open(attempt.name)
+        if target:
+            mirror(path, target)
+        else:
+            self._warn(f'job_results/{attempt.name}.partial is not of this run: move it away, so '
+                       f'that --sync-back can show {attempt.name}')
+
+    def _warn(self, text, about=None):
+        """Warn, but once of the same: a machine could make another text each time."""
+        if (about or text) not in self._said:
+            self._said.add(about or text)
+            self._report.warning(text)
+
+
+def parts_of(folder):
+    """Yield the paths of all files and folders below a folder."""
+    for parent, folders, files in os.walk(folder):
+        yield from (os.path.join(parent, name) for name in folders + files)
+
+
+def read_sync_back(options, client, report):
+    """Return (the SyncBack that the options ask for,), or ()."""
+    paths = options['--sync-back']
+    if paths is None:
+        if '--every' in options.given:
+            raise UsageError('--every can only be given with --sync-back.')
+        return ()
+    if not paths:
+        raise UsageError('--sync-back needs a path.')
+    patterns = [path for path in paths if set('*?[') & set(path)]
+    if patterns:
+        raise UsageError(f'--sync-back takes files and folders, not patterns such as '
+                         f'{patterns[0]}.')
+    if not LINUX:                       # see Collector._fetch
+        raise UsageError('--sync-back works on Linux only.')
+    if not is_program('rsync'):
+        raise SchedulerError('--sync-back needs rsync, which is missing here. Try: apt install '
+                             'rsync')
+    every_s = options.seconds('--every', least=1)
+    return (SyncBack(inside_paths(paths, '--sync-back'), every_s, client, report),)
+
+
 # ---- As a library: a machine for a program of your own ----
 
 class MachineRunner:
@@ -7863,7 +10963,7 @@ class MachineRunner:
     EVENT_OF = {'running': 'started', 'ended': 'ended', 'collected': 'collected',
                 'kept': 'uncollected', 'returned': 'returned', 'refused': 'returned',
                 'held': 'held', 'lost': 'lost', 'absent': 'absent'}     # by the state in LIFE
-    wants_others = False
+    policy, wishes = Policy(), Wishes(None)         # as a Run has them
 
     def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
         self.machine = machine_info
@@ -8072,60 +11172,832 @@ class MachineRunner:
         return self.state == 'ready' and now >= self._next_start
 
 
+# ---- Requests: what other commands ask of the client that runs a batch ----
+
+REQUEST_S = 0.25                    # between two looks for requests
+ANSWER_LIMIT_S = 30.0               # a client that is silent for longer is stopped, or its disk is
+LARGEST_REQUEST = 64 * 2**20        # bytes; some have the text of a batch file
+OLD_ANSWER_S = 3600.0               # nobody reads an answer any more that is older
+REQUEST_NAME = re.compile(r'([0-9]{20}-[0-9]+)\.(request|taken)')
+# Action -> {field: its type}; a list is of strings.
+REQUESTS = {'cancel': {'jobs': list}, 'rerun': {'jobs': list}, 'rerun failed': {},
+            'change': {'argv': list, 'text': str},
+            'give back': {'machines': list, 'now': bool}, 'let go': {}}
+RERUNS = {'--rerun', '--rerun-failed'}
+FOLLOWED = ' is followed'           # behind the name of a job: what the lock says of a JobWatch
+
+
+# Of a command that is typed again while the batch runs, these options may be others.
+CHANGEABLE = {'--machines', *option_kinds(HARDWARE_OPTIONS), *option_kinds(FILE_OPTIONS),
+              '--verbose'}
+
+
+class Answer(NamedTuple):
+    """What a client did about a request, or why not."""
+    lines: tuple = ()
+    error: str = ''
+    status: int = 0                 # the exit status of the command that asked
+
+
+ACTED_UNANSWERED = Answer(error='the client acted on this, and was killed before it could answer. '
+                                'execute_batch … --status tells how the jobs stand.', status=1)
+
+
+class Inbox:
+    """The folder inbox/ of a job_results: what other commands ask of the client that has its lock.
+
+    ID.request    a JSON object: {"batch": "b.sh", "action": "cancel", "jobs": ["57"]}
+    ID.taken      the same, once the client acts on it
+    ID.answer     {"lines": [a sentence, …], "error": "", "status": 0}
+
+    They are written beside their place and renamed, so that none is read in part.  IDs sort by
+    time.  Who asks waits for the answer; if the client ends before it acts, who asks takes the
+    request back and does it alone.  If both were killed, the next client acts on it.  The journal
+    has the id before the answer is there, so that no request is acted on twice.
+    """
+
+    def __init__(self, results, batch):
+        self.folder = os.path.join(results.inner, 'inbox')
+        self._results, self._batch = results, batch
+        self._strange = set()           # ids of those that are not for this client to read
+
+    # Who asks
+
+    def ask(self, action, **facts):
+        """Return the Answer of the client; None if none runs the batch, or it ended first.
+
+        Raises ResultsError if it does not answer in time.
+        """
+        number = f'{time.time_ns():020}-{os.getpid()}'
+        holder = self._results.lock.holder
+        if not (holder and holder.lives and holder.run == self._batch):
+            return None
+        self._put(f'{number}.request', {'batch': self._batch, 'action': action, **facts})
+        try:
+            return self._await(number, holder)
+        except KeyboardInterrupt:
+            self._take_back(number)
+            raise
+
+    def _await(self, number, holder):
+        until, look_at = time.monotonic() + ANSWER_LIMIT_S, 0.0
+        while True:
+            answer = self._read_answer(number)
+            if answer:
+                return answer
+            if time.monotonic() > look_at:
+                look_at = time.monotonic() + REQUEST_S
+                now = self._results.lock.holder
+                if not now or now.lives is False or now.run != holder.run:
+                    return self._read_answer(number) or self._after_the_end(number)
+            if time.monotonic() > until and self._take_back(number):
+                raise ResultsError(
+                    f'process {holder.pid} on {printable(holder.computer)} runs '
+                    f'{printable(holder.run)}, and has not answered for {ANSWER_LIMIT_S:.0f} s, so '
+                    'nothing was asked of it. Was it stopped with Ctrl-Z? Try: kill -CONT '
+                    f'{holder.pid}')
+            time.sleep(0.02)
+
+    def _after_the_end(self, number):
+        """Return an Answer if the client acted before it ended; None if it did not."""
+        if not self._take_back(number) and self._take_back(number, 'taken'):
+            with contextlib.suppress(ResultsError):
+                if number in ResultStore(self._results.folder).peek().journal.answered:
+                    return ACTED_UNANSWERED
+        return None
+
+    def _take_back(self, number, end='request'):
+        """Remove a request; return whether it was still there: else the client acts on it now."""
+        try:
+            os.unlink(os.path.join(self.folder, f'{number}.{end}'))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _read_answer(self, number):
+        path = os.path.join(self.folder, f'{number}.answer')
+        try:
+            with open(path, encoding='utf-8') as file:
+                answer = Answer(**json.load(file))
+        except FileNotFoundError:
+            return None
+        os.unlink(path)
+        return answer
+
+    def _put(self, name, content):
+        path = os.path.join(self.folder, name)
+        try:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with open(os.open(f'{path}.new', flags, 0o600), 'w', encoding='utf-8') as file:
+                json.dump(content, file)
+            os.rename(f'{path}.new', path)
+        except OSError as error:
+            raise ResultsError(f'{path} cannot be written: {reason_of(error)}.') from None
+
+    # The client
+
+    def requests(self):
+        """Yield (id, the request as a dict, or a sentence on why it cannot be read)."""
+        try:
+            names = sorted(os.listdir(self.folder))
+        except OSError:                 # nobody has asked anything yet
+            return
+        for name in names:
+            match = REQUEST_NAME.fullmatch(name)
+            if match and match[1] not in self._strange:
+                request = self._read(os.path.join(self.folder, name))
+                if request is None:
+                    self._strange.add(match[1])
+                elif self._take(match[1], name):
+                    yield match[1], request
+
+    def _read(self, path):
+        """Return a request, or why it cannot be read; None if it is not for us to read it."""
+        try:
+            info = os.lstat(path)
+            if info.st_uid != os.stat(self._results.folder).st_uid:
+                return None
+            if not stat.S_ISREG(info.st_mode):
+                return f'{path} is not a file'
+            if info.st_size > LARGEST_REQUEST:
+                return f'{path} is larger than {size_of(LARGEST_REQUEST)}'
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), 'rb') as file:
+                request = json.loads(file.read())
+        except FileNotFoundError:       # it was taken back
+            return None
+        except OSError as error:
+            return f'{path} cannot be read: {reason_of(error)}'
+        except (ValueError, RecursionError):
+            return f'{path} is not JSON'
+        if not is_request(request):
+            return f'{path} asks for nothing that is known'
+        return request if request['batch'] == self._batch else None
+
+    def _take(self, number, name):
+        """Have a request for this client; return False if who asked has taken it back."""
+        try:
+            os.rename(os.path.join(self.folder, name), os.path.join(self.folder, f'{number}.taken'))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def answer(self, number, answer):
+        """Answer a request, which is then gone; return what is wrong if that cannot be done."""
+        if number not in self._results.journal.answered:
+            self._results.journal.write(event='answered', id=number)
+        try:
+            self._put(f'{number}.answer', answer._asdict())
+            os.unlink(os.path.join(self.folder, f'{number}.taken'))
+        except (ResultsError, OSError) as error:
+            self._strange.add(number)   # else it would be answered again and again
+            return str(error)
+        return ''
+
+    def tidy(self):
+        """Remove what nobody reads any more, since who asked was killed."""
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(self.folder)):
+                if entry.name.endswith(('.answer', '.new')) and (
+                        entry.stat(follow_symlinks=False).st_mtime < time.time() - OLD_ANSWER_S):
+                    os.unlink(entry.path)
+
+
+def is_request(request):
+    """Tell whether this is a known request with all of its fields."""
+    if not isinstance(request, dict) or not all(
+            isinstance(request.get(name), str) for name in ('batch', 'action')):
+        return False
+    fields = REQUESTS.get(request['action'])
+    return fields is not None and request.keys() == {'batch', 'action', *fields} and all(
+        isinstance(request[name], kind) and (
+            kind is not list or all(isinstance(word, str) for word in request[name]))
+        for name, kind in fields.items())
+
+
+def workers_for(machines, client, reporter, first=0):
+    """Return a Worker for each Machine; first: the number of the first one in the user's order."""
+    return [Worker(machine, client, number, reporter)
+            for number, machine in enumerate(machines, first)]
+
+
+class Editions:
+    """The files of lines that are added to a batch while it runs: those of that moment.
+
+    batch_file: its path; what changes there changes nothing for the jobs
+    """
+
+    def __init__(self, files, batch_file):
+        self._files, self._batch_file = files, os.path.normpath(batch_file)
+        self._newest = {}               # Forwards -> those with the edition that was sent last
+        self._count = 0
+
+    def of_now(self, jobs):
+        """Return (the Jobs, which get the files as they are now; what to say of that)."""
+        files, later, changed = self._files, {}, set()
+        for forwards in {job.forwards for job in jobs}:
+            before = self._newest.get(forwards._replace(edition=0), forwards)
+            self._count += 1
+            after = forwards._replace(edition=self._count)
+            paths = {*files.manifest(after).changed(files.manifest(before))} - {self._batch_file}
+            if not paths:               # then they need not be sent again
+                files.forget(after)
+                after = before
+            changed |= paths
+            later[forwards] = self._newest[forwards._replace(edition=0)] = after
+        notes = [f'{"it gets" if len(jobs) == 1 else "they get"} the files of now; changed since '
+                 f'the batch began: {names_of(sorted(map(printable, changed)))}'
+                 ] if changed else []
+        return [job._replace(forwards=later[job.forwards]) for job in jobs], notes
+
+
+class Desk:
+    """Acts on the requests of an Inbox, for a Run.
+
+    options: those of the command that began the batch
+    """
+
+    def __init__(self, run, options, inbox, reporter):
+        self._run, self._options = run, options
+        self._inbox, self._report = inbox, reporter
+        self._editions = Editions(run.client.files, options['<batch>'])
+        self._trouble = ''              # why only a part of a request was done
+        self._is_open = True
+
+    @property
+    def _results(self):
+        return self._run.client.results
+
+    def _is_old(self, number):
+        """Tell whether a request lay there when this client began."""
+        return number in self._results.lock.asked_before
+
+    def open(self, is_dry=False):
+        """Act on requests that a killed client left, and from now on on all that come."""
+        if not is_dry:
+            self._inbox.tidy()
+            self.look()
+
+    def look(self):
+        """Act on all requests that are there, and look again after a while."""
+        if not self._is_open or self._run.interrupts:
+            return
+        for number, request in self._inbox.requests():
+            answer = self._act(number, request)
+            trouble = self._inbox.answer(number, answer)
+            if trouble:
+                self._report.note(f'a request was acted on, and cannot be answered: {trouble}')
+            when = f', asked at {clock_of(int(number[:20]) / 1e9, time.time())}' if (
+                self._is_old(number)) else ''
+            self._tell(f'asked by another command{when}', answer)
+        self._run.client.processes.call_later(REQUEST_S, self.look)
+
+    def close(self):
+        """Act on nothing any more."""
+        self._is_open = False
+
+    def _tell(self, head, answer):
+        lines = answer.lines if len(answer.lines) < 6 else (
+            *answer.lines[:3], f'and {len(answer.lines) - 3} more')
+        for line in (*lines, *[answer.error] * bool(answer.error)):
+            self._report.note(f'{head}: {printable(line)}')
+
+    def _act(self, number, request):
+        if isinstance(request, str):
+            return Answer(error=sentence(request), status=2)
+        if number in self._results.journal.answered:
+            return ACTED_UNANSWERED
+        if request['action'] in ('change', 'give back') and self._is_old(number):
+            return Answer(error='this command was typed later, so that one is not acted on.',
+                          status=1)
+        action = {'cancel': self._cancel, 'rerun': self._rerun, 'rerun failed': self._rerun_failed,
+                  'change': self._change, 'give back': self._give_back,
+                  'let go': tuple}[request['action']]
+        try:
+            self._trouble = ''
+            lines = tuple(action(**{name: request[name] for name in REQUESTS[request['action']]}))
+            return Answer(lines, self._trouble, int(bool(self._trouble)))
+        except SchedulerError as error:
+            return Answer(error=str(error), status=error.exit_code)
+        except HelpAsked:
+            return Answer(error='it asks for help only.', status=2)
+
+    # Where a job is
+
+    def _places(self):
+        """Return {name of a job: (word, name of its machine)}; words: waiting, running, away,
+        stopping, fetching, kept, or elsewhere: an earlier run began it on a machine not in use.
+        """
+        run = self._run
+        places = {job.name: ('waiting', '') for jobs in run.scheduler.kinds().values()
+                  for job in jobs}
+        for word, states in (('waiting', ('placed',)), ('running', UNSEEN),
+                             ('stopping', ('stopping', 'stopped')),
+                             ('fetching', ('ended', 'incomplete')), ('kept', ('kept',))):
+            for attempt in run.lives.all_of(*states):
+                is_away = word == 'running' and attempt.machine.state != 'ready'
+                # An earlier run may have heard of its end, and could not fetch its results.
+                has_ended = self._results.journal.record(attempt.name).get('state') == 'ended'
+                places[attempt.name] = ('fetching' if has_ended else 'away' if is_away else word,
+                                        attempt.machine.name)
+        return {**{name: ('elsewhere', address)
+                   for name, address in run.view.plan.elsewhere.items()}, **places}
+
+    # The actions
+
+    def _cancel(self, jobs):
+        """Cancel these jobs."""
+        run, places = self._run, self._places()
+        names = jobs_named(jobs, run.jobs, run.batch)
+        for name in names:
+            word, machine = places.get(name, ('', ''))
+            before = name in run.wishes.cancelled
+            yield f'{name}: ' + {
+                'waiting': 'cancelled; it had not started',
+                'running': f'is being stopped on {machine}',
+                'stopping': f'is being stopped on {machine}',
+                'away': f'is stopped when there is contact with {machine} again',
+                'elsewhere': f'may run on {machine}, and is stopped by the next run that uses it',
+            }.get(word, 'was cancelled before' if before else 'has ended')
+        run.wishes.cancel({name for name in names if places.get(name, ('fetching',))[0] not in (
+            'fetching', 'kept')})
+
+    def _rerun(self, jobs):
+        """Run these jobs once more."""
+        run, places = self._run, self._places()
+        names = jobs_named(jobs, run.jobs, run.batch)
+        for name in names:
+            word, machine = places.get(name, ('', ''))
+            if word in ('running', 'away', 'stopping', 'elsewhere'):
+                raise UsageError(f'{name} {"may run" if word == "elsewhere" else "runs"} on '
+                                 f'{machine}. Cancel it first: execute_batch … --cancel {name}')
+            if word in ('fetching', 'kept'):
+                raise ResultsError(f'the results of {name} are still on {machine}.')
+            if not run.jobs[name].may_start:
+                raise UsageError(f'the line of {name} is not in the batch file any more.')
+        again = [run.jobs[name] for name in names if name not in places]
+        self._check_gpus(again)
+        again, notes = self._editions.of_now(again)
+        ready, kept, trouble = {}, {}, ''
+        for job in again:
+            try:
+                kept.update(put_aside(self._results, [job.name]))
+            except ResultsError as error:
+                trouble = str(error)
+                break
+            ready[job.name] = job
+        run.wishes.rerun(ready.values())
+        run.view.replan(without_results(run.view.plan, ready))
+        for name in names:
+            if name in places:
+                yield f'{name}: waits already'
+            elif name in ready:
+                yield f'{name}: {runs_again(kept.get(name))}'
+        yield from notes
+        if trouble:
+            self._trouble = (f'{count_of(len(again) - len(ready), "job")} cannot run again: '
+                             f'{trouble}')
+        if run.halted:
+            yield 'nothing starts in this run: as many jobs have failed as --halt-after allows'
+
+    def _rerun_failed(self):
+        """Run all jobs once more that failed."""
+        failed = [name for name in failed_jobs(self._run.view.plan, self._run.failures)
+                  if self._run.jobs[name].may_start]
+        if not failed:
+            raise UsageError('no job of the batch has failed.')
+        yield from self._rerun(failed)
+
+    def _give_back(self, machines, now):
+        """Start nothing more on these machines; now: stop what runs there, and start it elsewhere.
+        """
+        run, found = self._run, []
+        for word in machines:
+            address = None
+            with contextlib.suppress(MachineFileError):
+                address = find_machine(word).address
+            found += [worker for worker in run.workers if worker not in found and (
+                word in (worker.name, worker.machine.word) or worker.machine.address == address)
+                and not run.fleet.standing[worker].is_given_back] or [None]
+            if found[-1] is None:
+                names = ', '.join(printable(worker.name) for worker in run.workers)
+                raise UsageError(f'the batch does not use {printable(word)}; it uses {names}.')
+        others = [worker for worker in run.workers if worker not in found
+                  and not run.fleet.standing[worker].is_given_back
+                  and worker.state in ('new', 'connecting', 'ready', 'away')]
+        if now and not others:
+            raise UsageError('no other machine is in use, on which the jobs could run. Without '
+                             '--now they run to their end; --cancel stops them.')
+        for worker in found:
+            run.fleet.give_back(worker)
+            if now:
+                run.wishes.move(worker)
+            left = len(run.lives.of(worker, *ALIVE))
+            what = ('and its jobs stop and start elsewhere' if now else
+                    'and its jobs run to their end') if left else 'and none of its jobs runs'
+            when = '' if worker.state == 'ready' or not (now and left) else (
+                ' when there is contact again')
+            yield f'{worker.name}: gets no more jobs, {what}{when}'
+        if not run.scheduler.resources and run.scheduler.waits:
+            yield (f'no machine is left for {count_of(run.scheduler.waits, "job")}. The same '
+                   'command with --machines adds one')
+
+    # The batch file, or the machines, are others
+
+    def _change(self, argv, text):
+        """Run the batch as this command line and this text of its file have it, from now on."""
+        options = read_options(EXECUTE_BATCH_USAGE, argv)
+        jobs = read_jobs(options['<batch>'], text, options, self._report.warning)
+        for forwards in {job.forwards for job in jobs}:
+            check_forwards(forwards)
+        machines, wrong = find_machines(options['--machines'] or ())
+        allow_files(len(self._run.workers) + len(machines))
+        parts, notes = self._change_lines(jobs)
+        joined = self._join(machines)
+        self._results.lock.tell(self._run.batch, hardware_words(options))
+        parts += [f'{worker.name} joins' for worker in joined]
+        yield ', '.join(parts) or 'it has these lines and machines already'
+        yield from notes
+        yield from (f'cannot be used: {complaint}' for complaint in wrong)
+        unnamed = {worker.name for worker in self._run.workers
+                   if not self._run.fleet.standing[worker].is_given_back
+                   } - {machine.name for machine in machines}
+        if unnamed and machines:
+            yield (f'{names_of(sorted(unnamed))} stays in use. To give it back: execute_batch '
+                   f'{options["<batch>"]} --drop-machine {" ".join(sorted(unnamed))}')
+        fixed = sorted(name for name in (options.given | self._options.given) - CHANGEABLE - RERUNS
+                       if options[name] != self._options[name])
+        if fixed:
+            yield f'these options stay as they were when the batch began: {", ".join(fixed)}'
+
+    def _join(self, machines):
+        """Use these Machines, too; return the Workers of those that were not in use."""
+        run, joined = self._run, []
+        for machine in machines:
+            same = [worker for worker in run.workers if worker.machine.address == machine.address]
+            for worker in same:             # it is tried anew
+                if worker.state == 'failed':
+                    run.fleet.give_back(worker)
+            if any(not run.fleet.standing[worker].is_given_back for worker in same):
+                continue
+            worker = next((worker for worker in same if worker.state in (
+                'connecting', 'ready', 'away')), None)
+            if worker:
+                run.fleet.take_back(worker)
+            else:
+                for former in same:         # else it would be taken for another name of it
+                    run.client.accounts = {which: other for which, other
+                                           in run.client.accounts.items() if other is not former}
+                (worker,) = workers_for([machine], run.client, self._report, len(run.workers))
+                run.fleet.join(worker)
+                for former in same:
+                    for attempt in run.lives.of(former, *UNCOLLECTED):
+                        run.lives.rebind(attempt, worker)
+                self._take_up(worker)
+            joined.append(worker)
+        return joined
+
+    def _take_up(self, worker):
+        """Collect what an earlier run has begun on a machine that was not named until now."""
+        run, plan = self._run, self._run.view.plan
+        there = {name for name, address in plan.elsewhere.items()
+                 if address == worker.machine.address}
+        for name in there:
+            run.take_up(run.jobs[name], worker, self._results.journal.record(name))
+        run.view.replan(plan._replace(elsewhere={
+            name: address for name, address in plan.elsewhere.items() if name not in there}))
+
+    def _change_lines(self, jobs):
+        """Run these Jobs, and no others; return (what changed, in a few words each; notes)."""
+        run, results = self._run, self._results
+        for attempt in run.lives.all_of('placed'):      # it waits, too: its files are on the way
+            run.lives.move(attempt, 'returned', 'the batch is changed')
+        waiting = {job.name: job for kind in run.scheduler.kinds().values() for job in kind}
+        alive = {attempt.name for attempt in run.lives.all_of(*AWAITED)}
+        edit = edit_of(jobs, run.jobs, waiting, run.wishes.cancelled - alive,
+                       results_left(results, run.batch, run.jobs),
+                       lambda name: results.exists(name) or results.journal.is_begun(name))
+        self._check_gpus(edit.added)
+        added, notes = self._editions.of_now(edit.added)
+        run.wishes.replace_waiting({**edit.kept, **{job.name: job for job in added}})
+        run.jobs.update({job.name: job for job in edit.done})
+        run.wishes.change({**edit.back, **{
+            name: run.jobs[name]._replace(forwards=None) for name in edit.gone}})
+        plan = run.view.plan
+        run.view.replan(plan._replace(
+            lines=plan.lines._replace(done=(*plan.lines.done, *edit.done))))
+        return [f'{count_of(count, noun)} {what}' for count, noun, what in (
+            (len(added), 'line', 'added'), (len(edit.dropped), 'waiting line', 'dropped'),
+            (edit.changed, 'waiting line', 'changed'),
+            (len(edit.done), 'line', 'had results before'),
+        ) if count], notes
+
+    def _check_gpus(self, jobs):
+        """Raise if one of these Jobs needs a GPU, and the machines are not asked for theirs."""
+        needy = [job.name for job in jobs if job.allocation.gpus]
+        if needy and not self._run.policy.want_gpus:
+            raise UsageError(
+                f'{names_of(needy)} needs a GPU, and no job of the batch did when it began, so the '
+                'machines were not asked for their GPUs. Ctrl-C and d leaves the batch; then type '
+                'the same command again')
+
+
+class Edit(NamedTuple):
+    """How another text of a batch file changes a batch that runs."""
+    kept: dict                      # name -> Job that waits, as the text has it now
+    dropped: frozenset              # names of Jobs that waited, whose lines are gone
+    gone: frozenset                 # names of other Jobs whose lines are gone
+    back: dict                      # name -> Job of other lines that were gone, and are there again
+    added: tuple                    # Jobs to run, too
+    done: tuple                     # Jobs that an earlier run has run
+    changed: int                    # how many of those kept have other options
+
+
+def edit_of(jobs, known, waiting, idle, left, is_taken):
+    """Return the Edit by which the batch of the `known` Jobs becomes that of these `jobs`.
+
+    known, waiting: {name: Job} of all jobs of the batch, and of those that wait
+    idle: names of those that were cancelled: of equal lines these are the first to be gone
+    left: {(command, own): [names of results of earlier runs, of which no known job is]}
+    is_taken: tells of a name whether a job or results have it beside those of `known`
+
+    Lines are the same that have the same command and the same options of their own.  Of equal
+    lines, first those that have started are the same, and first those with the same number.  A job
+    whose line is gone keeps running if it has started.
+    """
+    pairs = pair_jobs(
+        jobs, [job for name, job in known.items() if name not in waiting and name not in idle],
+        waiting.values(), [known[name] for name in idle if name in known])
+    kept, changed, added, done, back = {}, 0, [], [], {}
+    for job in jobs:
+        old = pairs.get(job.name)
+        if old and not old.may_start:
+            back[old.name] = job._replace(name=old.name)
+        elif old and old.name in waiting:
+            same_files = old.forwards._replace(edition=0) == job.forwards
+            kept[old.name] = job._replace(
+                name=old.name, forwards=old.forwards if same_files else job.forwards)
+            changed += kept[old.name]._replace(line=old.line) != old
+        elif not old:
+            names = left.get((job.command, job.own))
+            if names:
+                done.append(job._replace(name=names.pop(0)))
+            else:
+                added.append(job)
+    dropped = waiting.keys() - kept.keys()
+    taken = (known.keys() - dropped) | {job.name for job in done}
+    for place, job in enumerate(added):
+        name = free_name(job.name, lambda name: name in taken or is_taken(name))
+        taken.add(name)
+        added[place] = job._replace(name=name)
+    gone = known.keys() - dropped - {old.name for old in pairs.values()}
+    return Edit(kept, frozenset(dropped), frozenset(gone), back, tuple(added), tuple(done),
+                changed)
+
+
+def pair_jobs(jobs, *groups):
+    """Return {name of one of the jobs: the Job of a group that is the same line}; see edit_of."""
+    pairs = {}
+    for group in groups:
+        by_command = collections.defaultdict(dict)
+        for old in sorted(group, key=lambda old: old.line):
+            # Those whose line is gone have all the same number, 0.
+            by_command[old.command, old.own][old.line or old.name] = old
+        for is_same_number in (True, False):
+            for job in jobs:
+                olds = by_command[job.command, job.own]
+                place = job.line if is_same_number else next(iter(olds), None)
+                if job.name not in pairs and place in olds:
+                    pairs[job.name] = olds.pop(place)
+    return pairs
+
+
+def results_left(results, batch, known):
+    """Return {(command, own): [names of results of this batch that no known job has]}."""
+    left = collections.defaultdict(list)
+    for name, record in results.journal.jobs.items():
+        if name not in known and results.is_done(name) and is_of_batch(name, record, batch):
+            left[record['command'], record.get('own') or ''].append(name)
+    return left
+
+
+def put_aside(results, names):
+    """Keep the results of these jobs under other names; return {name: that name}."""
+    for name in names:
+        if name not in results.journal.jobs and results.exists(name):
+            raise ResultsError(f'the journal does not know which command made job_results/{name}: '
+                               'move its files away.')
+    return {name: results.put_aside(name) for name in names if results.is_done(name)}
+
+
+def without_results(plan, names):
+    """Return the Plan without results of these jobs, which run again."""
+    return plan._replace(
+        lines=plan.lines._replace(done=tuple(job for job in plan.lines.done
+                                             if job.name not in names)),
+        failed_before=tuple(result for result in plan.failed_before if result.name not in names))
+
+
+def failed_jobs(plan, failures=()):
+    """Return the names of jobs that failed, in an earlier run or (failures, JobResults) now."""
+    return [result.name for result in (*plan.failed_before, *failures)]
+
+
+def runs_again(kept):
+    """Return what is said of a job that runs again; kept: the name of its earlier results."""
+    return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
+
+
 # ---- Commands ----
 
+LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
+WATCH_S = 0.1               # between two looks at what a job has written here
+
 def execute_batch(argv):
-    """Run a batch file; return the exit status."""
+    """Run a batch file, or do what else the options ask for; return the exit status."""
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
-    asked = [name for name in ('--status', '--cancel', '--dry-run') if options[name]]
-    if len(asked) > 1:
-        raise UsageError(f'{" and ".join(asked)}: give one of them.')
+    check_asked(options)
     if options['--earlier']:
         return earlier_jobs(options, reporter)
-    if not (options['--status'] or options['--cancel']):
+    asked = next((option for option in ASKED if option in options.given), None)
+    reruns = options.given & RERUNS
+    if not (asked or reruns):
         check_machines(options, 'batch')
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
     name = name_of_batch(options['<batch>'])
-    if options['--status']:
-        return show_status(jobs, name, ResultStore('job_results').peek(), reporter)
-    if options['--cancel']:
-        return cancel_batch(options, jobs, name, reporter)
+    if asked:
+        return ASKED[asked](BatchCall(options, text, jobs, name), reporter)
+    answer = ask_for_rerun(options, name) if reruns and not options['--dry-run'] else None
+    if answer:
+        return tell_answer(answer, reporter)
+    if reruns and not options['--machines']:
+        raise UsageError(f'no client runs {name}, so this command starts one: --machines is '
+                         f'missing.{HERE_TOO}')
+    check_machines(options, 'batch')
     check_syntax(options['<batch>'], jobs)
+    check_hooks(options)
     warn_of_settings(options['<batch>'], jobs, reporter.warning)
     machines, wrong = usable_machines(options['--machines'], reporter)
-    allow_files(len(machines))
     for forwards in {job.forwards for job in jobs}:
         check_forwards(forwards)
-    policy = read_policy(options)
-    max_result = None if options['--max-result-size'] is None else int(
-        options.number('--max-result-size', least=0) * 1e6)
-    away_limit_s = options.number('--away-limit', least=0)
-    if policy.lost_after_s is not None:     # contact must be looked for until then
-        away_limit_s = max(away_limit_s, policy.lost_after_s + LONGEST_RETRY_S)
-    nice = options.whole_number('--nice', least=0, most=19)
-    results = ResultStore('job_results').open(name)
-    client = Client(results, reporter.trace, nice=nice, live=not options['--no-live'],
-                    away_limit_s=away_limit_s, max_result_bytes=max_result)
+    policy, settings = read_policy(options), read_settings(options)
+    results = ResultStore('job_results')
+    answer = open_or_hand_over(results, name, options, text)
+    if answer:
+        return tell_answer(answer, reporter, handed_to(results.lock.holder))
+    allow_files(len(machines))
+    client = Client(results, reporter.trace, **settings)
+    hooks = Hooks(name, options, client.processes, reporter)
     try:
-        return run_batch(options, machines, jobs, client, reporter, policy) or wrong
+        status = run_told(options, client, reporter, hooks, lambda told: run_batch(
+            options, machines, jobs, client, reporter, policy, told) or wrong)
     finally:
         client.close()
         results.close()
+    with interruptible(hooks.interrupt):    # the command may start another batch in this folder
+        hooks.finish(status)
+    return status
+
+
+class BatchCall(NamedTuple):
+    """A call of execute_batch, as far as it was read."""
+    options: Options
+    text: str                       # of the batch file
+    jobs: list                      # the Jobs in it, by these options
+    name: str                       # of the batch
+
+
+def check_asked(options):
+    """Raise if options of execute_batch are given that have no meaning together."""
+    def one_of(*names):
+        given = [name for name in names if name in options.given]
+        if len(given) > 1:
+            raise UsageError(f'{" and ".join(given)}: give one of them.')
+
+    def only_with(name, *others):
+        given = [other for other in others if other in options.given]
+        if given and name not in options.given:
+            raise UsageError(f'{" and ".join(given)} can only be given with {name}.')
+
+    one_of(*ASKED, '--dry-run')
+    one_of(*ASKED, '--rerun', '--rerun-failed')
+    only_with('--status', *STATUS_OPTIONS, '--watch', '--json')
+    only_with('--drop-machine', '--now')
+    for name in ('--rerun', '--drop-machine'):
+        if options[name] == ():
+            raise UsageError(f'{name} names no {"job" if name == "--rerun" else "machine"}.')
+
+
+def read_settings(options):
+    """Return the settings of a Client that the options of execute_batch say."""
+    max_result_mb = options.optional('--max-result-size', options.size_mb, least=0)
+    away_limit_s = options.seconds('--away-limit', least=0)
+    lost_after_s = options.optional('--lost-after', options.seconds, least=0)
+    if lost_after_s is not None:            # contact must be looked for until then
+        away_limit_s = max(away_limit_s, lost_after_s + LONGEST_RETRY_S)
+    return {'nice': options.whole_number('--nice', least=0, most=19),
+            'live': not options['--no-live'], 'away_limit_s': away_limit_s,
+            'max_result_bytes': None if max_result_mb is None else int(max_result_mb * 1e6)}
+
+
+def open_or_hand_over(results, name, options, text):
+    """Open the results for this batch.  If a client runs it, hand the command to that one.
+
+    Return the Answer of that client; None if the results are open.
+    """
+    while True:
+        try:
+            open_results(results, name, hardware_words(options))
+            return None
+        except FolderInUse:
+            # Lines from a pipe are no new text of those from another one.
+            if options['--dry-run'] or options['<batch>'] == '-':
+                raise
+            answer = ask_for_rerun(options, name) if options.given & RERUNS else (
+                Inbox(results, name).ask('change', argv=[*options.argv[1:]], text=text))
+            if answer:
+                return answer
+            holder = results.lock.holder
+            if not holder or holder.lives is not False:     # else it has ended just now
+                raise
+
+
+def open_results(results, run='', asks=()):
+    """Open the results, which commands hand over that only follow a job.
+
+    run, asks: as for ResultStore.open.  Raises FolderInUse.
+    """
+    for _ in range(200):
+        with contextlib.suppress(FolderInUse):
+            return results.open(run, asks)
+        holder = results.lock.holder
+        if holder and holder.lives is False:    # the next one has it, and has not written that yet
+            time.sleep(0.02)
+        elif holder and holder.run.endswith(FOLLOWED):
+            Inbox(results, holder.run).ask('let go')        # with or without an answer
+        else:
+            break
+    return results.open(run, asks)
+
+
+def ask_for_rerun(options, name):
+    """Have the client that runs the batch run jobs again; return its Answer, None if none runs."""
+    inbox = Inbox(ResultStore('job_results'), name)
+    return inbox.ask('rerun failed') if options['--rerun-failed'] else (
+        inbox.ask('rerun', jobs=[*options['--rerun']]))
+
+
+def handed_to(holder):
+    """Return how the answer to a command is opened that another client acted on."""
+    return f'handed to the client that runs (process {holder.pid}): '
+
+
+def tell_answer(answer, reporter, head='', command='execute_batch'):
+    """Print the Answer of a client; return the exit status."""
+    for line in answer.lines:
+        reporter.line(head + printable(line))
+        head = ''
+    if answer.error:
+        reporter.note(f'{command}: {printable(answer.error)}')
+    return answer.status
+
+
+def run_told(options, client, reporter, hooks, run):
+    """Run a batch with its job log and its command of --on-failure; return the exit status.
+
+    run(told): runs it; told: who is told of what happens
+    """
+    log, others = None, (hooks, *read_sync_back(options, client, reporter))
+    if options['--joblog'] and not options['--dry-run']:
+        log = JobLog(options['--joblog'], reporter.warning)
+        client.files.never.add(log.path_here)
+    try:
+        status = run((log, *others) if log else others)
+    except SchedulerError as error:
+        if not hooks.has_begun:
+            raise
+        reporter.note(f'execute_batch: {error}')
+        status = error.exit_code
+    finally:
+        if log:
+            log.close()
+    client.results.lock.note_end(status)
+    client.results.close()              # the command of --on-failure may take a minute
+    with interruptible(hooks.interrupt):
+        hooks.await_failure()
+    return status
 
 
 def read_policy(options):
     """Return the Policy that the options of execute_batch say."""
-    def given(name, read, **bounds):
-        return None if options[name] is None else read(name, **bounds)
-
     return Policy(asks_late=True, wants_others=True, patient=True,
                   interval_s=LIVE_S * random.uniform(0.8, 1.2),
                   retries=options.whole_number('--retries', least=0),
-                  lost_after_s=given('--lost-after', options.number, least=0),
-                  timeout_s=given('--timeout', options.number, above=0),
-                  halt_after=given('--halt-after', options.whole_number, least=1),
+                  lost_after_s=options.optional('--lost-after', options.seconds, least=0),
+                  timeout_s=options.optional('--timeout', options.seconds, above=0),
+                  halt_after=options.optional('--halt-after', options.whole_number, least=1),
                   noted={'batch': name_of_batch(options['<batch>'])})
 
 
@@ -8137,56 +12009,75 @@ def usable_machines(words, reporter):
     return machines, int(bool(complaints))
 
 
-def workers_for(machines, client, reporter):
-    """Return a Worker for each Machine."""
-    return [Worker(machine, client, number, reporter) for number, machine in enumerate(machines)]
-
-
 def check_syntax(path, jobs):
     """Raise if bash refuses a command of the jobs; where no bash is here, they will see."""
     doubtful = [job for job in jobs if not PLAIN_LINE.fullmatch(job.command)]
-    said, ended = bytearray(), []
-    processes = Processes()
-    try:
-        with contextlib.suppress(SchedulerError):
-            processes.start(
-                ['bash', '-O', 'extglob', '-c', SYNTAX_CHECK], said.extend,
-                lambda *_: ended.append(True), env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''},
-                feed=(job.command.encode() + b'\0' for job in doubtful))
-            while not ended:
-                processes.wait()
-    finally:
-        processes.close()
+    if not doubtful:
+        return                          # a process less before the first login
+    said = b''
+    with contextlib.suppress(SchedulerError):
+        _, said, _ = ask_bash(['-O', 'extglob', '-c', SYNTAX_CHECK],
+                              (job.command.encode() + b'\0' for job in doubtful))
     refuse_syntax(path, doubtful, said)
 
 
-def run_batch(options, machines, jobs, client, reporter, policy):
+def ask_bash(words, feed=None):
+    """Run bash with these words; return (its exit status, its stdout, its stderr as text)."""
+    said, ended = bytearray(), []
+    processes = Processes()
+    try:
+        processes.start(['bash', *words], said.extend, lambda *end: ended.append(end), feed=feed,
+                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
+        while not ended:
+            processes.wait()
+    finally:
+        processes.close()
+    status, complaint = ended[0]
+    return status, bytes(said), complaint.decode('utf-8', 'replace')
+
+
+def check_hooks(options):
+    """Raise if bash refuses the command of --on-finish or --on-failure."""
+    for option in HOOKS:
+        status, _, complaint = ask_bash(['-n', '-c', options[option]]) if options[option] else (
+            0, b'', '')
+        if status:
+            why = complaint_line(complaint).partition(': line ')[2].partition(': ')[2]
+            raise UsageError(sentence(f'{option}: bash refuses this command: {why}'))
+
+
+def run_batch(options, machines, jobs, client, reporter, policy, told=()):
     """Connect, place, run, collect, clean up; return the exit status."""
     results, path, dry = client.results, options['<batch>'], options['--dry-run']
     allocation = read_allocation(options)
     lines = match_lines(jobs, name_of_batch(path), results)
     lines = lines._replace(gone=tuple(job._replace(allocation=allocation._replace(gpus=len(gpus_of(
         results.journal.record(job.name)['gpus'])))) for job in lines.gone))
-    plan = plan_lines(lines, results, {machine.address for machine in machines})
+    plan = plan_reruns(plan_lines(lines, results, {machine.address for machine in machines}),
+                       options, results, reporter)
+    lines = plan.lines
     policy = policy._replace(
         forwards=None if dry else read_forwards(options),
         want_gpus=allocation.gpus > 0 or any(job.allocation.gpus for job in lines.waiting))
-    view = BatchView(reporter, results, plan, allocation, path)
+    kind = TerminalView if reporter.can_draw and not dry else BatchView
+    view = kind(reporter, results, plan, allocation, options, path, told)
     workers = workers_for(machines, client, reporter)
     run = Run((*lines.jobs, *lines.gone), workers, client, view, policy)
+    desk = Desk(run, options, Inbox(results, name_of_batch(path)), reporter)
     with interruptible(run.interrupt):
         try:
             take_up_lines(run, plan)
+            view.open()
             view.names()
-            has_work = run.scheduler.waits or run.lives.all_of('claimed') or any(
+            desk.open(dry)
+            has_work = run.scheduler.waits or run.lives.all_of(*ALIVE) or any(
                 results.kept(worker.machine.address) for worker in workers)
             if has_work:
                 begin_batch(run, client.files, lines)
                 view.limits([worker for worker in workers if worker.state == 'ready'])
                 if not run.fleet.count('connecting'):
                     view.check_room()
-            for warning in plan.warnings:
-                reporter.line(warning)
+            view.skipped()
             if dry:
                 view.dry_run()
                 return 0
@@ -8194,7 +12085,34 @@ def run_batch(options, machines, jobs, client, reporter, policy):
                 view.changed_files(client.files)
             return finish_batch(run, view, reporter, has_work)
         finally:
-            close_all(workers, client, lambda: run.interrupts > 1)
+            desk.close()
+            reporter.close_screen()
+            close_all(run.workers, client, lambda: run.interrupts > 1)
+
+
+def plan_reruns(plan, options, results, reporter):
+    """Return the Plan in which jobs run again that --rerun and --rerun-failed name."""
+    lines = plan.lines
+    if options['--rerun-failed']:
+        names = failed_jobs(plan)
+        if not names:
+            reporter.note('--rerun-failed: no job of the batch has failed')
+    else:
+        names = jobs_named(options['--rerun'] or (), {job.name: job for job in lines.jobs},
+                           name_of_batch(options['<batch>']))
+    names = {*names}
+    begun = [job.name for job in lines.begun if job.name in names]
+    if begun:
+        raise UsageError(f'{names_of(begun)} may still run. First: execute_batch … --cancel '
+                         f'{" ".join(begun)}')
+    again = [job for job in lines.done if job.name in names]
+    if again and not options['--dry-run']:
+        kept = put_aside(results, [job.name for job in again])
+        reporter.note(f'{count_of(len(again), "job")} run{"s" * (len(again) == 1)} again; earlier '
+                      f'results are kept: {names_of([*kept.values()])}')
+    plan = without_results(plan, names)
+    waiting = tuple(sorted((*lines.waiting, *again), key=lambda job: job.line))
+    return plan._replace(lines=plan.lines._replace(waiting=waiting))
 
 
 def take_up_lines(run, plan):
@@ -8215,6 +12133,8 @@ def begin_batch(run, files, lines):
     for job in lines.jobs:              # an unreadable file is an error before anything starts
         if run.policy.forwards:
             files.manifest(job.forwards)
+    for forwards in {job.forwards for jobs in run.scheduler.kinds().values() for job in jobs}:
+        run.view.large(forwards and advise_on_size(files.trees(forwards)[0], len(run.workers)))
     lost = run.policy.forwards and files.lost_links({
         job.forwards for jobs in run.scheduler.kinds().values() for job in jobs})
     if lost:
@@ -8229,73 +12149,117 @@ def finish_batch(run, view, reporter, has_work):
         if has_work:
             run.open()
             run.loop()
-        if run.interrupts:
+        if run.leaves:
+            view.leaving()
+        elif run.interrupts:
             view.stopping()
             run.cancel()
     finally:
-        view.progress()
-        reporter.hide()
+        view.end()
     return view.summary()
 
 
-def show_status(jobs, name, results, reporter):
-    """Say what the journal knows of the jobs; return the exit status: 0 where all have finished."""
-    counts, lines = collections.Counter(), []
-    matched = match_lines(jobs, name, results)
-    jobs = (*matched.jobs, *matched.gone)
-    for job in jobs:
-        known = results.journal.record(job.name)
-        state, machine = known.get('state'), known.get('where') or known.get('machine')
-        if state in ('claimed', 'ended'):
-            word = 'on a machine'
-            lines.append(f'{"ended" if state == "ended" else "started"}: {job.name}: on {machine}, '
-                         'not collected yet')
-        elif results.exists(job.name):
-            code = known.get('exit_code', 0)
-            word = 'failed' if code else 'finished'
-            lines += [f'failed: {job.name}: exit code {code} on {machine}'] if code else []
-        else:
-            word = 'waiting'
-            if state:
-                lines.append(f'{state}: {job.name}: was on {machine}; the next run starts it from '
-                             'the beginning')
-        counts[word] += 1
-    for line in lines:
-        reporter.line(line)
-    reporter.line(f'{count_of(len(jobs), "job")}: ' + ', '.join(
-        f'{counts[word]} {word}' for word in ('finished', 'failed', 'on a machine', 'waiting')))
-    return 0 if counts['finished'] == len(jobs) else 1
+def jobs_as_asked(options, text, jobs, words):
+    """Return the Jobs of a batch file with the hardware that its client asks for.
+
+    text: of the batch file; jobs: the Jobs by these options, which are right if any of them is for
+    hardware; words: those of the client that ran it last, or None.  Where nothing tells what the
+    jobs ask for, their allocation is None.
+    """
+    if hardware_words(options):
+        return jobs
+    with contextlib.suppress(SchedulerError, TypeError):        # words of another version
+        asked = read_options(EXECUTE_BATCH_USAGE, [*words, '--', options['<batch>']])
+        return read_jobs(options['<batch>'], text, asked, ignore)
+    return [job._replace(allocation=None) for job in jobs]
 
 
-def cancel_batch(options, jobs, name, reporter):
-    """End what runs of the jobs wherever it is; return the exit status: 0 where all has ended."""
-    results, client = ResultStore('job_results'), None
+def show_status(call, reporter):
+    """Tell how far each job is (--status), once or again and again until all have ended.
+
+    Return the exit status: 0 where all have finished.
+    """
+    options, text, jobs, name = call
+    interval, exit_status = read_interval(options, LEAST_REDRAW_S), 130
     try:
-        before = results.take_over(name, reporter.note)
+        while True:
+            results = ResultStore('job_results').peek(times=True)
+            holder = results.lock.holder
+            words = holder.asks if holder and holder.run == name else None
+            found = BatchStatus(jobs_as_asked(options, text, jobs, words), name, results, holder)
+            exit_status, chosen = found.exit_status, found.chosen(options)
+            if options['--json']:
+                reporter.show(found.json_lines(chosen), False)
+            else:
+                rows = reporter.rows if interval and reporter.rows else math.inf
+                reporter.show(found.lines(chosen, reporter, rows), interval)
+            if interval is None or found.is_over or reporter.nobody_reads:
+                return exit_status
+            time.sleep(interval)
+    except KeyboardInterrupt:
+        return exit_status if interval else 130
+
+
+def cancel_batch(call, reporter):
+    """Cancel jobs of a batch, wherever they are (--cancel).
+
+    Return the exit status: 0 if none is left.
+    """
+    options, _, jobs, name = call
+    results = ResultStore('job_results')
+    if options['--cancel']:
+        answer = Inbox(results, name).ask('cancel', jobs=[*options['--cancel']])
+        if answer:
+            return tell_answer(answer, reporter)
+    try:
+        before = {}
+        if options['--cancel']:
+            open_results(results)
+        else:
+            holder = results.lock.holder
+            if holder and holder.run.endswith(FOLLOWED):
+                Inbox(results, holder.run).ask('let go')
+            before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
         named = {job.name: job for job in (*lines.jobs, *lines.gone)}
-        journal = results.journal
-        claimed = {job: known for job, known in journal.jobs.items()
-                   if (job in named or is_of_batch(job, known, name)) and (
-                       journal.is_begun(job) or before and any(
-                           known.get(key) != before.get(job, {}).get(key)
-                           for key in ('state', 'attempt')))}
-        words = options['--machines'] or dict.fromkeys(
-            known['where'] for job, known in claimed.items()
-            if known.get('where') and journal.is_begun(job))
-        machines, wrong = usable_machines(words, reporter)
-        client = Client(results, reporter.trace, live=False)
-        workers = workers_for(machines, client, reporter)
-        run = Run((), workers, client, QuietView(reporter), Policy(probes=False))
-        with interruptible(run.interrupt):
-            try:
-                return cancel_claimed(run, claimed, named, reporter) or wrong
-            finally:
-                close_all(workers, client, lambda: run.interrupts > 1)
+        chosen = {*jobs_named(options['--cancel'], named, name)} if options['--cancel'] else None
+        return cancel_alone(results, name, named, reporter, options['--machines'], before, chosen)
     finally:
-        if client:
-            client.close()
         results.close()
+
+
+def cancel_alone(results, batch, named, reporter, words=None, before=None, chosen=None):
+    """Cancel jobs of a batch that no client runs; return the exit status.
+
+    named: {name: Job}; words: the machines, those of the jobs if None
+    before: {name: record} before the client stopped that ran the batch, if one did
+    chosen: names of the jobs to cancel; None: all
+    """
+    journal, before = results.journal, before or {}
+    claimed = {job: known for job, known in journal.jobs.items()
+               if (job in named or is_of_batch(job, known, batch)) and (
+                   journal.is_begun(job) or before and any(
+                       known.get(key) != before.get(job, {}).get(key)
+                       for key in ('state', 'attempt')))
+               and (chosen is None or job in chosen)}
+    for job in sorted((chosen or set()) - claimed.keys()):
+        reporter.line(f'{job}: ' + ('has ended' if results.is_done(job) else
+                                    'does not run, and no client runs the batch. The next run '
+                                    'starts it, unless its line is taken out of the batch file'))
+    if chosen and not claimed:
+        return 0
+    words = words or dict.fromkeys(known['where'] for job, known in claimed.items()
+                                   if known.get('where') and journal.is_begun(job))
+    machines, wrong = usable_machines(words, reporter)
+    client = Client(results, reporter.trace, live=False)
+    workers = workers_for(machines, client, reporter)
+    run = Run((), workers, client, QuietView(reporter), Policy(probes=False))
+    with interruptible(run.interrupt):
+        try:
+            return cancel_claimed(run, claimed, named, reporter) or wrong
+        finally:
+            close_all(workers, client, lambda: run.interrupts > 1)
+            client.close()
 
 
 def cancel_claimed(run, claimed, named, reporter):
@@ -8330,6 +12294,161 @@ def cancel_claimed(run, claimed, named, reporter):
                       f'{known.get("where") or known["machine"]}')
     reporter.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have ended')
     return 130 if run.interrupts > 1 else 1 if left else 0
+
+
+def drop_machines(call, reporter):
+    """Have the client that runs a batch give machines back; return the exit status."""
+    options, _, jobs, name = call
+    results, words = ResultStore('job_results'), [*machine_words(options['--drop-machine'])]
+    answer = Inbox(results, name).ask('give back', machines=words, now=options['--now'])
+    if answer:
+        return tell_answer(answer, reporter)
+    try:
+        open_results(results)
+        addresses = {machine.address for machine in find_machines(words)[0]}
+        lines = match_lines(jobs, name, results)
+        named = {job.name: job for job in (*lines.begun, *lines.gone)}
+        there = [job for job in named if results.journal.record(job)['machine'] in addresses]
+        if there and options['--now']:
+            return cancel_alone(results, name, named, reporter, chosen={*there})
+        reporter.line(f'no client runs {name}, so no job starts on {names_of(words)}'
+                      + (f'. {count_of(len(there), "job")} may still run there; the same command '
+                         'with --now cancels what runs there' if there else ''))
+        return 0
+    finally:
+        results.close()
+
+
+def wait_for_batch(call, reporter):
+    """Wait until the client that runs a batch has ended (--wait); return its exit status."""
+    name = call.name
+    results = ResultStore('job_results')
+    first = results.lock.holder
+    if first and first.run == name and first.lives is None:
+        raise ResultsError(f'{name} was started on {printable(first.computer)} (process '
+                           f'{first.pid}): wait there.')
+    now = first
+    while now and now.run == name and now.lives and now.pid == first.pid:
+        time.sleep(WATCH_S)
+        now = results.lock.holder
+    found = BatchStatus(call.jobs, name, ResultStore('job_results').peek(), None)
+    reporter.line(found.counts())
+    noted = results.lock.noted_status if first and first.run == name else None
+    return found.exit_status if noted is None else noted
+
+
+def follow_job(call, reporter):
+    """Show what a job prints until it has ended (--follow); return its exit status."""
+    options, _, jobs, name = call
+    results = ResultStore('job_results').peek()
+    lines = match_lines(jobs, name, results)
+    (job,) = jobs_named([options['--follow']], {job.name: job for job in (
+        *lines.jobs, *lines.gone)}, name)
+    return JobWatch(job, name, results, reporter).run()
+
+
+class JobWatch:
+    """Shows what a job of a batch prints, until it has ended.
+
+    While a client runs the batch, that one has the contact with the machine: what it has fetched
+    lies in job_results, and is read from there.  Where no client runs, this one looks itself.
+
+    ports: Ports to have then; processes: the Processes that wait, its own by default
+    """
+
+    def __init__(self, name, batch, results, reporter, ports=None, processes=None):
+        self._name, self._batch = name, batch
+        self._results, self._report = results, reporter
+        self._ports, self._processes = ports, processes
+        self._shown = {'out': 0, 'err': 0}      # how many bytes of each stream
+        self._attempt, self._said = 0, ''
+
+    def run(self):
+        """Return the exit status of the job; 1 if it has none."""
+        while True:
+            status = self._watch()
+            if status is not None:
+                return status
+            holder = self._results.lock.holder
+            if holder and holder.lives and not self.client_lives:
+                self._tell(f'{self._name}: waits for process {holder.pid}, which has job_results '
+                           f'({printable(holder.run)})')
+            time.sleep(5 * WATCH_S)         # for a client to take the folder
+
+    def _watch(self):
+        """Return the exit status; None if another command has or wants to have the folder."""
+        processes = self._processes or Processes()
+        streams = OwnStreams(processes)
+        try:
+            while True:
+                # In this order: what ended before this moment has written all before it.
+                client_lives, known = self.client_lives, self._look()
+                state = known.get('state')
+                if state in ('claimed', 'ended', 'collected'):
+                    self._pass_on(known, streams)
+                if streams.nobody_reads:
+                    return 128 + signal.SIGPIPE
+                if state == 'collected':
+                    return known['exit_code']
+                if self._is_unwanted(state) or not client_lives:
+                    break
+                if state not in ('claimed', 'ended'):
+                    self._tell(f'{self._name} waits')
+                processes.wait(WATCH_S)
+        finally:
+            if not self._processes:
+                processes.close()
+        if state in ('claimed', 'ended') and not client_lives:
+            return attach_to_batch_job(self._name, self._report, self._shown, self._ports)
+        self._report.note(f'{self._name} was cancelled' if client_lives else
+                          f'{self._name} waits, and no client runs {self._batch}. To run it, type '
+                          'the command that started the batch')
+        return 1
+
+    def _is_unwanted(self, state):
+        """Tell whether the client that lives does not start the job, since it was cancelled."""
+        holder = self._results.lock.holder
+        return state not in ('claimed', 'ended') and bool(holder) and (
+            self._results.journal.unwanted.get(self._name) == holder.pid)
+
+    def _look(self):
+        """Return what the journal says of the job now."""
+        with contextlib.suppress(FileNotFoundError):
+            self._results.journal.read_on()
+        return self._results.journal.record(self._name)
+
+    @property
+    def client_lives(self):
+        """Tell whether a client runs the batch, or another command follows the job."""
+        holder = self._results.lock.holder
+        return bool(holder and holder.lives and holder.run in (
+            self._batch, f'{self._name}{FOLLOWED}'))
+
+    def _tell(self, text):
+        if text != self._said:
+            self._said = text
+            self._report.note(text)
+
+    def _pass_on(self, known, streams):
+        """Pass on the new bytes of both streams."""
+        if self._attempt not in (0, known['attempt']):
+            self._tell(f'{self._name} has started again (attempt {known["attempt"]})')
+            self._shown = {'out': 0, 'err': 0}
+        self._attempt = known['attempt']
+        for stream in self._shown:
+            path = os.path.join(self._results.folder, f'{self._name}.{stream}')
+            with contextlib.suppress(OSError):
+                # Until this attempt has written something, that of an earlier one may lie there.
+                if known['attempt'] > 1 and os.stat(path).st_mtime < (known.get('time') or 0):
+                    continue
+                for data in self._results.read(self._name, stream, self._shown[stream]):
+                    self._shown[stream] += len(data)
+                    streams.write(stream, data)
+
+
+# What the options of execute_batch ask for, where that is something else than to run the batch.
+ASKED = {'--status': show_status, '--cancel': cancel_batch, '--follow': follow_job,
+         '--wait': wait_for_batch, '--drop-machine': drop_machines}
 
 
 def earlier_jobs(options, reporter):
@@ -8395,54 +12514,211 @@ def interruptible(handler):
             signal.signal(number, former)
 
 
-TRANSPORT_FAILED = 125      # what docker, timeout and env return where they themselves failed
-
-
 def execute_remote(argv):
     """Run one command on one machine; return its exit status, or 2, 125 or 130."""
     options = read_options(EXECUTE_REMOTE_USAGE, argv)
     reporter = Reporter(options['--verbose'], all_on_stderr=True)
-    named = {name for name in ('--job-name', '--attach', '--cancel') if options[name] is not None}
+    named = {name for name in ('--job-name', '--attach', '--cancel', '--shell')
+             if options[name] is not None}
     if len(named) > 1:
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
-    by_name = named & {'--attach', '--cancel'}
+    by_name = named - {'--job-name'}
     if not by_name and not options['--machine']:
         raise UsageError(f'--machine is missing: on which machine?{HERE_TOO}')
+    if options['--machine']:
+        words = [*machine_words([options['--machine']])]        # @file may be such a one, too
+        refuse_more_machines(words)
+        options['--machine'] = words[0]
     for one, other in (('--tty', '--detach'), ('--tty', '--stdin'), ('--detach', '--stdin'),
-                       ('--detach', '--attach'), ('--tty', '--attach'), ('--stdin', '--attach')):
+                       ('--detach', '--attach'), ('--tty', '--attach'), ('--stdin', '--attach'),
+                       ('--detach', '--shell'), ('--tty', '--shell'), ('--stdin', '--shell'),
+                       ('--forward', '--detach'), ('--forward', '--cancel')):
         if options[one] and options[other]:
             raise UsageError(f'{one} and {other}: give one of them.')
-    name = options[next(iter(named))] if named else new_name(options['<command>'])
+    name = (options[next(iter(named))] if named else
+            take_name(new_name(options['<command>'])))
     check_job_name(name, next(iter(named), '--job-name'))
+    ports = Ports(read_ports(options), reporter)
+    if options['--shell']:
+        return open_shell(name, options['--machine'], ports, reporter)
+    batch = batch_of(name) if by_name else None
+    if batch:
+        return (cancel_batch_job(name, batch, reporter) if options['--cancel'] else
+                watch_batch_job(name, batch, ports, reporter))
     results = ResultStore('job_results', f'commands/{name}')
     try:
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
             results.open(name)
-        order = CommandOrder(name, options, results, reporter)
+        order = CommandOrder(name, options, results, reporter, ports)
         answer = order.answer_from_journal(stopped=bool(before))
         return order.run() if answer is None else answer
     finally:
         results.close()
 
 
+def job_that_runs(name, word=None):
+    """Return (record, Machine) of a job that may run, of a batch or not; a client may have it.
+
+    word: the machine, as the user named it, or None
+    """
+    known = {}
+    for part in (f'commands/{name}', ''):
+        known = known or ResultStore('job_results', part).peek().journal.record(name)
+    if not known:
+        raise ResultsError(f'no job {name} has started in this folder. If it is one of a batch, '
+                           'it may wait: execute_batch <batch> --status shows that.')
+    if known['state'] == 'collected':
+        raise ResultsError(f'the job {name} has ended, and its results are here: look at '
+                           f'job_results/{name}')
+    if known['state'] == 'again':
+        raise ResultsError(f'the job {name} waits: it is to run again.')
+    if known['state'] not in ('claimed', 'ended'):
+        raise ResultsError(f'the job {name} does not run: it was {known["state"]}. To start it '
+                           'again, type the command again that started it.')
+    word = word or known['where']
+    machine = find_machine(word)._replace(word=word)
+    if known['machine'] != machine.address:
+        raise ResultsError(f'the job {name} was started on {known["machine"]}, not on '
+                           f'{machine.address}: name that machine, or none.')
+    return known, machine
+
+
+def open_shell(name, word, ports, reporter):
+    """Open a shell beside a job that runs (--shell); return its exit status.
+
+    word: the machine, as the user named it, or None
+    """
+    known, machine = job_that_runs(name, word)
+    ports.check(machine)
+    client = Client(trace=reporter.trace)
+    visit = Visit(machine, name, known['key'], client)
+    try:
+        visit.open()
+        with interruptible(visit.interrupt):
+            return visit.run(ports)
+    finally:
+        visit.close()
+        client.close()
+
+
+def batch_of(name):
+    """Return the batch of which a job of this name is; None if a command was started as that."""
+    if os.path.isdir(os.path.join('job_results', '.ssh_scheduler', 'commands', name)):
+        return None
+    results = ResultStore('job_results').peek()
+    known, holder = results.journal.record(name), results.lock.holder
+    if known:
+        return known.get('batch') or name.rpartition('.')[0]
+    # One that waits is known to its client only.
+    return holder.run if holder and holder.lives and name.startswith(f'{holder.run}.') else None
+
+
+def cancel_batch_job(name, batch, reporter):
+    """Cancel a job of a batch by its whole name; return the exit status."""
+    results = ResultStore('job_results')
+    answer = Inbox(results, batch).ask('cancel', jobs=[name])
+    if answer:
+        return tell_answer(answer, reporter, command='execute_remote')
+    try:
+        open_results(results)
+        known = results.journal.record(name)
+        if not known:
+            raise ResultsError(f'{name} has not started, and no client runs {batch} any more.')
+        job = Job(name, known['command'], 0, None, None, as_paths(known.get('backwards')))
+        return cancel_alone(results, batch, {name: job}, reporter, chosen={name})
+    finally:
+        results.close()
+
+
+def watch_batch_job(name, batch, ports, reporter):
+    """Show what a job of a batch prints until it has ended (--attach); return its exit status."""
+    results = ResultStore('job_results').peek()
+    watch = JobWatch(name, batch, results, reporter, ports)
+    if not (ports.pairs and watch.client_lives):
+        return watch.run()
+    # The client has the contact, and forwards nothing for others.
+    known, machine = job_that_runs(name)
+    ports.check(machine)
+    client = Client(trace=reporter.trace)
+    visit = Visit(machine, name, known['key'], client)
+    try:
+        visit.open()
+        client.flows.start(ports.open(visit))
+        return JobWatch(name, batch, results, reporter, processes=client.processes).run()
+    finally:
+        visit.close()
+        client.close()
+
+
+def attach_to_batch_job(name, reporter, shown, ports=None):
+    """Show the output of a job of a batch that no client runs, and fetch its results at the end.
+
+    Return its exit status; None if another command has the folder, or wants to have it.
+    shown: {'out' or 'err': how many bytes of it were shown already}; it tells so at the end, too
+    """
+    results = ResultStore('job_results')
+    inbox = Inbox(results, f'{name}{FOLLOWED}')
+    try:
+        try:
+            results.open(f'{name}{FOLLOWED}')
+        except FolderInUse:
+            return None                 # of a client that has just begun, or of who follows as well
+        order = CommandOrder(name, read_options(EXECUTE_REMOTE_USAGE, [f'--attach={name}']),
+                             results, reporter, ports or Ports((), reporter), shown, inbox)
+        answer = order.answer_from_journal(stopped=False)
+        status = order.run() if answer is None else answer
+        return None if order.makes_way else status
+    finally:
+        for number, _ in inbox.requests():
+            inbox.answer(number, Answer())
+        results.close()
+
+
+# A word of a command that tells what it does: the name of a script, or of a module of Python.
+TELLING = re.compile(
+    r"""(?:^|[\s/=('"])(\w[\w-]*)\.(?:py|sh|bash|R|r|jl|pl|rb|js|lua|m)(?![\w.])"""
+    r'|\bpython[0-9.]*(?:\s+-\w+)*?\s+-m\s+(?:\w+\.)*(\w+)', re.ASCII)
+
+
 def new_name(command):
-    """Return a name for a job that nobody named: readable, and not used before."""
-    words = re.sub(r'[^A-Za-z0-9_.]+', '-', command.strip())[:30].strip('-.') or 'command'
-    return f'{words}-{time.strftime("%m%d-%H%M%S")}-{os.urandom(2).hex()}'
+    """Return how a job is called that nobody named: train-0412, of its command and the day."""
+    match = TELLING.search(command)
+    word = (match[1] or match[2]) if match else first_program(command)
+    plain = re.sub(r'[^A-Za-z0-9_.]+', '-', word)[:24].strip('-.') or 'command'
+    return f'{plain}-{time.strftime("%m%d")}'
+
+
+def first_program(command):
+    """Return the name of the first program of a command that does more than change its shell."""
+    for part in re.split(r'[;&|()\n]+', command):
+        words = re.sub(r"""(?:^|(?<=\s))\w+=(?:"[^"]*"|'[^']*'|\S)*""", '', part).split()
+        if words and words[0] not in SETTING_WORDS:
+            return os.path.basename(words[0].strip('\'"'))
+    return ''
 
 
 class CommandOrder:
-    """One call of execute_remote: it starts a job, attaches to it, shows it again or cancels it."""
+    """One call of execute_remote: it starts a job, attaches to it, shows it again or cancels it.
 
-    def __init__(self, name, options, results, reporter):
-        self._name, self._options = name, options
-        self._results, self._report = results, reporter
+    shown: how many bytes of its output were shown already, see OwnStreams
+    inbox: an Inbox; who has a request in it wants to have the results, and this one makes way
+    """
+
+    def __init__(self, name, options, results, reporter, ports, shown=None, inbox=None):
+        self._name, self._options, self._shown, self._inbox = name, options, shown, inbox
+        self.makes_way = False
+        self._results, self._report, self._ports = results, reporter, ports
         self._known = results.journal.record(name)
-        self._by_name = options['--attach'] or options['--cancel']
         self._mode = 'tty' if options['--tty'] else 'stdin' if options['--stdin'] else ''
         self._has_begun = self._lacks_terminal = False
+        self._unconfirmed = []              # Attempts that were told to end, and may run on
         self._streams = None                # OwnStreams
+
+    @property
+    def _by_name(self):
+        """The name of the job that is watched or cancelled; None where one is started."""
+        return self._options['--attach'] or self._options['--cancel']
 
     # Without asking the machine
 
@@ -8526,11 +12802,12 @@ class CommandOrder:
             raise ResultsError(f'the job {self._name} was started on {known["machine"]}, not on '
                                f'{machine.address}: name that machine, or choose another '
                                '--job-name.')
+        self._ports.check(machine)
         hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
         allocation = read_allocation(options) if hardware else None
         client = Client(self._results, self._report.trace, live=bool(hardware),
                         nice=options.whole_number('--nice', least=0, most=19),
-                        away_limit_s=options.number('--away-limit', least=0))
+                        away_limit_s=options.seconds('--away-limit', least=0))
         try:
             job = self._job(allocation)
             (worker,) = workers_for([machine], client, self._report)
@@ -8554,17 +12831,21 @@ class CommandOrder:
     def _prepare(self, worker, job, client):
         """Return the Run for the one job."""
         options = self._options
-        self._streams = OwnStreams(client.processes)
+        self._streams = OwnStreams(client.processes, self._shown)
         is_silent = options['--detach'] or options['--cancel'] or self._mode == 'tty'
         how = How(self._mode, 0 if self._mode == 'stdin' else None)
         policy = Policy(
             probes=bool(job.allocation),
             want_gpus=bool(job.allocation and job.allocation.gpus), wants_others=True, how=how,
+            timeout_s=options.optional('--timeout', options.seconds, above=0),
             noted={'where': self._known.get('where') or options['--machine'],
                    'detach': options['--detach']})
         view = BoundView(self._report, {} if is_silent else {worker: self._streams},
-                         self._on_running)
+                         self._on_running, self._on_contact)
         return Run([job], [worker], client, view, policy, {worker: job})
+
+    def _on_contact(self, worker):
+        worker.contact.flows.start(self._ports.open(worker.contact))
 
     def _on_running(self, attempt):
         """The command has begun, in this run or an earlier one."""
@@ -8590,8 +12871,15 @@ class CommandOrder:
             run.view.warn_of_links(run.client.files)
 
         def until():
-            return (streams.nobody_reads or self._lacks_terminal
+            return (streams.nobody_reads or self._lacks_terminal or self.makes_way
                     or {'--detach', '--cancel'} & options.given and self._has_begun)
+
+        def look():
+            self.makes_way = self.makes_way or any(True for _ in self._inbox.requests())
+            run.client.processes.call_later(REQUEST_S, look)
+
+        if self._inbox:
+            look()
 
         def interrupt(number, _):
             # Keys that are typed are for the program that has the terminal, once that was started.
@@ -8601,6 +12889,10 @@ class CommandOrder:
         with interruptible(interrupt):
             try:
                 run.loop(until)
+                if self.makes_way:
+                    for stream, size in self._streams.passed.items():
+                        self._shown[stream] = max(self._shown[stream], size)
+                    return None
                 stops = run.interrupts or streams.nobody_reads or self._lacks_terminal
                 survives = not options['--cancel'] and (
                     options['--attach'] or self._results.journal.record(name).get('detach'))
@@ -8617,7 +12909,10 @@ class CommandOrder:
         name, journal = self._name, self._results.journal
         if worker.state == 'connecting':
             self._report.note(f'{worker.name}: {worker.unanswered("; interrupted")}')
-        if not worker.busy or worker.state == 'failed' and not worker.was_ready or run.cancel():
+        if not worker.busy or worker.state == 'failed' and not worker.was_ready:
+            return
+        self._unconfirmed = run.cancel()
+        if self._unconfirmed:
             return
         state = journal.record(name).get('state')
         if state in ('claimed', 'ended'):
@@ -8682,7 +12977,7 @@ class CommandOrder:
             if word != 'started':
                 self._report.note(f'{name}: it has ended already' if word == 'ended' else
                                   f'{name}: {what}')
-            unsure = any(attempt.name == name for attempt in run.unconfirmed)
+            unsure = any(attempt.name == name for attempt in self._unconfirmed)
             return int(unsure or word not in ('started', 'ended', 'absent'))
         if word == 'started' or options['--detach'] and word == 'ended':
             return self._print_name()
@@ -8700,19 +12995,21 @@ def execute_to(argv):
     options = read_options(EXECUTE_TO_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_machines(options, 'command')
-    timeout_s = None if options['--timeout'] is None else options.number('--timeout', above=0)
+    timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
     machines, wrong = usable_machines(options['--machines'], reporter)
     allow_files(min(len(machines), at_once))
-    name = options['--job-name'] or new_name('to')
-    check_job_name(name, '--job-name')
     backwards = read_backwards(options) or ()
     forwards = read_forwards(options, Forwards(()))
     check_forwards(forwards)
-    is_kept = bool(backwards or options['--job-name'])
+    name, is_kept = options['--job-name'] or new_name(options['<command>']), bool(
+        backwards or options['--job-name'])
+    check_job_name(name, '--job-name')
     policy = Policy(probes=False, tied=True, at_once=at_once,
                     machine_timeout_s=timeout_s, how=How(keep=is_kept))
+    if is_kept and not options['--job-name']:
+        name = take_name(name)
     client = Client(None, reporter.trace, nice=nice, live=False)
     results = client.results = ResultStore(
         *(['job_results', f'commands/{name}'] if is_kept else [f'{client.run_folder}/results']))
@@ -8857,12 +13154,7 @@ def query_machines(argv):
     options = read_options(QUERY_MACHINES_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_machines(options)
-    interval = None
-    if options['--watch'] is not None:
-        if len(options['--watch']) > 1:
-            raise UsageError('--watch takes one number of seconds.')
-        options['--watch'] = (options['--watch'] or ('5',))[0]
-        interval = options.number('--watch', least=MEASURE_LEAST_S)
+    interval = read_interval(options, int(MEASURE_LEAST_S))
     hardware = set(option_kinds(HARDWARE_OPTIONS))
     allocation = read_allocation(options) if options.given & hardware else None
     machines, wrong = usable_machines(options['--machines'], reporter)
@@ -8885,6 +13177,16 @@ def query_machines(argv):
             client.close()
 
 
+def read_interval(options, least):
+    """Return the seconds of --watch, or None; least: the fewest that make sense."""
+    if options['--watch'] is None:
+        return None
+    if len(options['--watch']) > 1:
+        raise UsageError('--watch takes one time.')
+    options['--watch'] = (options['--watch'] or ('5',))[0]
+    return options.seconds('--watch', least=least)
+
+
 def watch_machines(run, reporter, interval, allocation, as_json):
     """Show what the machines have, once or at each interval in seconds, until an interrupt."""
     while True:
@@ -8894,7 +13196,8 @@ def watch_machines(run, reporter, interval, allocation, as_json):
         if as_json:
             reporter.show(json_lines(run.workers, allocation), False)
         else:
-            reporter.show(machine_table(run.workers, allocation, reporter.paint), interval)
+            reporter.show(machine_table(run.workers, allocation, reporter.paint,
+                                        reporter.columns), interval)
         if interval is None or reporter.nobody_reads:
             return
         run.client.wait_while(lambda: True, time.monotonic() + interval, lambda: run.interrupts)
@@ -8921,7 +13224,8 @@ def json_lines(workers, allocation):
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
-            batch_jobs=have.batch_jobs, gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
+            batch_jobs=have.batch_jobs, batch_users=dict(collections.Counter(have.batch_users)),
+            gpu_trouble=have.gpu_trouble or have.lost_gpus or None,
             gpus=[{'index': gpu.index, 'name': gpu.name, 'uuid': gpu.uuid,
                    'memory_free_mb': gpu.memory_mb, 'memory_total_mb': gpu.total_memory_mb,
                    'utilization': round(gpu.utilization, 3), 'users': list(gpu.users),
@@ -8931,55 +13235,138 @@ def json_lines(workers, allocation):
         yield json.dumps(found)
 
 
-def machine_table(workers, allocation, paint):
+SHORTEST_NAME = 12              # no name of a machine is shortened to less, so that it fits
+
+
+class TableRow(NamedTuple):
+    """A line of the table: cells (text, share that is free or None), and behind them a text.
+
+    may_cut: the text may be cut where the terminal is too narrow
+    """
+    cells: tuple
+    text: str = ''
+    may_cut: bool = True
+
+
+def machine_table(workers, allocation, paint, columns=None):
     """Yield the lines of a table: what each machine and each of its GPUs has free of what it has.
 
     paint(text, share) colours a text by the share that is free.
+    columns: of the terminal, to which the table is shortened; None for no limit
     """
-    head = ['machine', 'cores', 'memory GB', 'GPU', 'memory GB', 'busy', 'used by']
-    head[1:1] = ['jobs fit'] if allocation else []
-    rows, said = [], {}
+    rows = [TableRow(tuple((title, None) for title in (
+        'machine', 'free cores, GPUs', 'free memory', 'busy')), 'used by')]
     for worker in workers:
-        have = worker.capacity
-        if worker.state != 'ready':
-            rows.append([worker.name])
-            said[len(rows) - 1] = f'cannot be used: {worker.why}'
-            continue
-        cells = [worker.name]
-        if allocation:
-            fit = room_for(have, allocation)[0]
-            cells.append(paint(str(fit), 1.0 if fit else 0.0))
-        cells.append(paint(f'{have.cores:.1f}/{have.total_cores:g}',
-                           have.cores / max(have.total_cores, 0.01)))
-        cells.append(free_of(have.memory_mb, have.total_memory_mb, paint))
-        for gpu in have.gpus or (None,):
-            if gpu is None:
-                rows.append(cells)
-                break
-            users = ', '.join(map(printable, gpu.users)) + (
-                f' ({count_of(gpu.others, "process")})' if gpu.others else '')
-            users += f' {count_of(gpu.batch_jobs, "batch job")}' if gpu.batch_jobs else ''
-            rows.append([*cells, printable(f'{gpu.index} {gpu.name}'),
-                         free_of(gpu.memory_mb, gpu.total_memory_mb, paint),
-                         paint(f'{gpu.utilization:.0%}', 1 - gpu.utilization), users.strip()])
-            cells = [''] * len(cells)
-        said[len(rows) - 1] = have.gpu_trouble or have.lost_gpus
-    widths = [max([len(title), *(len(bare(row[column])) for row in rows if len(row) > column)])
-              for column, title in enumerate(head)]
-    for number, row in enumerate([head, *rows]):
-        line = '  '.join(cell + ' ' * (width - len(bare(cell))) for cell, width
-                         in zip(row, widths))
-        yield f'{line}  {said.get(number - 1, "")}'.rstrip()
+        rows += machine_rows(worker, allocation)
+    widths = table_widths(rows, columns)
+    for row in rows:
+        yield table_line(row, widths, paint, columns)
+    yield machine_sum(workers, allocation)
 
 
-def free_of(free_mb, total_mb, paint):
-    """Return 'free/total' in GB."""
-    return paint(f'{free_mb / 1024:.1f}/{total_mb / 1024:.1f}', free_mb / max(total_mb, 1))
+def machine_rows(worker, allocation):
+    """Yield the TableRows of a machine: one for itself, one for each of its GPUs."""
+    have, name = worker.capacity, (printable(worker.name), None)
+    if worker.state != 'ready':
+        yield TableRow((name,), f'cannot be used: {worker.why}', may_cut=False)
+        return
+    jobs = collections.Counter(f'user {user}' if user.isdigit() else printable(user) or 'you'
+                               for user in have.batch_users)
+    notes = [such_jobs(room_for(have, allocation)[0])] if allocation else []
+    notes += ['batch jobs: ' + ', '.join(f'{user} {jobs[user]}' for user in jobs)] if jobs else []
+    trouble = have.gpu_trouble or have.lost_gpus
+    if trouble == NO_NVIDIA_SMI:        # as on each machine that has no GPU: no row of its own
+        notes, trouble = [*notes, 'no nvidia-smi'], ''
+    cores = free_of(have.cores, have.total_cores)
+    yield TableRow((name, (f'{cores} cores', have.cores / max(have.total_cores, 0.01)),
+                    free_memory(have.memory_mb, have.total_memory_mb), ('', None)),
+                   '; '.join(notes))
+    for gpu in have.gpus:
+        short = re.sub('^(NVIDIA |GeForce |Tesla )+', '', printable(gpu.name))
+        users = ', '.join(map(printable, gpu.users))
+        uses = [f'{users} ({count_of(gpu.others, "process")})'] if gpu.others else []
+        uses += [count_of(gpu.batch_jobs, 'batch job')] if gpu.batch_jobs else []
+        yield TableRow((('', None), (f'GPU {gpu.index} {short}', None),
+                        free_memory(gpu.memory_mb, gpu.total_memory_mb),
+                        (f'{gpu.utilization:.0%}', 1 - gpu.utilization)), ', '.join(uses))
+    if trouble:
+        yield TableRow((('', None),), trouble, may_cut=False)
 
 
-def bare(text):
-    """Return the text without its colours."""
-    return re.sub(r'\x1b\[\d*m', '', text)
+def table_widths(rows, columns):
+    """Return the width of each column of the table: names are shortened where it is too wide."""
+    widths = [max(len(row.cells[place][0]) for row in rows if len(row.cells) > place)
+              for place in range(4)]
+    if columns:
+        shortest_gpu = max(len(row.cells[1][0]) for row in rows if len(row.cells) > 1
+                           and not row.cells[1][0].startswith('GPU '))
+        over = (sum(widths) + 2 * len(widths) - columns
+                + max(len(row.text) for row in rows if row.may_cut))
+        for place, least in enumerate((SHORTEST_NAME, shortest_gpu)):
+            less = min(max(over, 0), max(widths[place] - least, 0))
+            widths[place], over = widths[place] - less, over - less
+    return widths
+
+
+def free_memory(free_mb, total_mb):
+    """Return the cell for memory."""
+    return f'{free_of(free_mb / 1024, total_mb / 1024)} GB', free_mb / max(total_mb, 1)
+
+
+def free_of(free, total):
+    """Return 'FREE of TOTAL', in whole numbers where these are large."""
+    places = 1 if total < 100 else 0
+    return f'{free:.{places}f} of {round(total, places):g}'
+
+
+def table_line(row, widths, paint, columns):
+    """Return a TableRow as a line."""
+    line, length = '', 0
+    for place, ((text, share), width) in enumerate(zip(row.cells, widths)):
+        text = shorten(text, width, 0 if place else (width - 1) // 2)
+        padding = ' ' * (width - len(text))
+        shown = text if share is None else paint(text, share)
+        line += (padding + shown if place > 1 else shown + padding) + '  '
+        length += width + 2
+    text = row.text
+    if columns and row.may_cut:
+        text = shorten(text, columns - length)
+    return (line + text).rstrip()
+
+
+def shorten(text, width, end=0):
+    """Return the text with an ellipsis in front of its last `end` characters if it is too long."""
+    if len(text) <= width:
+        return text
+    return f'{text[:width - 1 - end]}…{text[len(text) - end:]}' if width > 0 else ''
+
+
+def machine_sum(workers, allocation):
+    """Return the last line of the table: how many machines answer, and what is free in all."""
+    ready = [worker.capacity for worker in workers if worker.state == 'ready']
+    gpus = [gpu for have in ready for gpu in have.gpus]
+    free = sum(is_free(gpu) for gpu in gpus)
+    text = (f'{len(ready)} of {count_of(len(workers), "machine")} '
+            f'{"answers" if len(ready) == 1 else "answer"}')
+    if ready:
+        cores = free_of(sum(have.cores for have in ready), sum(have.total_cores for have in ready))
+        text += (f'; free: {cores} cores, '
+                 + (f'{free} of {count_of(len(gpus), "GPU")}' if gpus else 'no GPU'))
+    if ready and allocation:
+        fit = sum(room_for(have, allocation)[0] for have in ready)
+        text += f'; {such_jobs(fit)}'
+    return text
+
+
+def such_jobs(count):
+    """Return in words that this number of jobs fit."""
+    return f'{count_of(count, "such job")} {"fits" if count == 1 else "fit"}'
+
+
+def is_free(gpu):
+    """Tell whether nobody uses the GPU: no process, no batch job, hardly any memory and time."""
+    return not (gpu.others or gpu.batch_jobs) and gpu.utilization < 0.1 and (
+        gpu.memory_mb > 0.9 * gpu.total_memory_mb)
 
 
 def open_streams():
@@ -9001,23 +13388,6 @@ def check_surroundings():
         raise SchedulerError('the current folder is not there any more: cd to another.') from None
     if sys.getfilesystemencoding() != 'utf-8':      # else names and commands had other bytes there
         raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
-
-
-def allow_files(machines):
-    """Raise the limit of open files as far as it goes; raise an error if that is too few."""
-    import resource
-    least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for goal in (65536, 10240):         # macOS allows no more, whatever it says
-        goal = goal if hard == resource.RLIM_INFINITY else min(goal, hard)
-        with contextlib.suppress(ValueError, OSError):
-            if soft != resource.RLIM_INFINITY and soft < goal:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (goal, hard))
-                soft = goal
-    if soft != resource.RLIM_INFINITY and soft < least:
-        raise SchedulerError(f'only {soft} files may be open at a time here, and '
-                             f'{count_of(machines, "machine")} may need {least}. '
-                             f'Try: ulimit -n {least}, or name fewer machines.')
 
 
 COMMANDS = {
@@ -9067,14 +13437,14 @@ def main(argv=None):
 
 # ---- The remote runner: runs there ----
 
-# One runner serves one contact with a machine: it reads requests, starts jobs, and says what
-# becomes of them.  A running job does not need it, since a process beside the job (run_job) records
-# how it ends.  So all that must outlive the runner is in files.
+# One runner serves one contact with a machine: it reads requests, has jobs begun, and says what
+# becomes of them.  A job is run by a worker, a process beside the runner that runs one job after
+# the other and records how each ends.  A worker does not need the runner: if that is killed, each
+# worker runs its job to the end, and ends.  So all that must outlive the runner is in files.
 #
 # The folder of a project, WORKDIR/PROJECT:
 #
-#   jobs/KEY/   a job.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is that of the journal that claimed
-#               the job, since attempts alone begin anew when a job_results is removed
+#   jobs/       the files of jobs, and what workers have
 #   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
 #               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
 #   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
@@ -9082,40 +13452,55 @@ def main(argv=None):
 #   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
 #     self                      PID START BOOT_ID; its owner; the contact, BATCH.MACHINE.NUMBER
 #     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
-#     environment*, functions   what jobs get from the login and the setup
+#     kills                     how many processes the kernel had killed for lack of memory (look)
+#     to.WORKER, idle           FIFOs: what each worker has to run; which of them have nothing to do
+#     environment*              what the login and the setup leave (capture_login, sort_functions)
+#     functions, functions.all  what the bash of a job reads first (load_functions)
 #     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
-#     back.*, chunk.*, others.*, again.KEY/     bytes on their way to the client
+#     back.*, chunk.*, others.*, again.KEY        bytes on their way to the client
 #     cache/, claims/           the cache before, while it is removed; claims if /dev/shm has none
 #
-# The folder of a job, and who writes what:
+# The files of a job, in jobs/, and who writes what.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is
+# that of the journal that claimed the job, since attempts alone begin anew when a job_results is
+# removed:
 #
-#   cmd         the command.  The runner that creates it begins the job (take); one that creates it
-#               with no command sees to it that the job never begins (revoke)
-#   status      the record, see below (record); where a full disk refused that, its name says it
-#   work/       where the job runs: empty (make_job_folders) or a copy of its stage (copy_stage)
-#   alive       a FIFO that all that the job started has open (make_job_folders)
-#   out, err    the output of the job; in err a line of the runner if it ended the job (run_job)
-#   back        the list of what the job left, when it has ended (list_back)
-#   in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
-#   wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
-#               other runs the job in the session that has the terminal (prepare_tty)
-#   exports     with a terminal: the environment of the job, for tty (become_job)
-#   code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
-#   late        exists if the time limit was over (keep_time)
-#   untold      exists if the job ended and nobody could be told (last_words_of)
+#   KEY         the command, which bash runs from here, and behind it, as a comment, the record; see
+#               below.  The runner that creates it begins the job (take); one that creates it with
+#               no command sees to it that the job never begins (revoke).  Where a full disk refuses
+#               the record of the end, that is in the name: KEY ended STATUS
+#   .out .err   the output of the job, from its beginning on; in .err a line of the runner if it
+#               ended the job (launch)
+#   .back       the list of what the job left, if it left anything (list_results)
+#   .more/      what only some jobs have:
+#     in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
+#     wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
+#                 other runs the job in the session that has the terminal (prepare_tty)
+#     exports     with a terminal: the environment of the job, and its folder, for tty (launch)
+#     code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
+#     late        exists if the time limit was over (keep_time)
+#
+# What a worker has, in jobs/.  WORKER is PID.RANDOM of the runner and a number:
+#
+#   work.WORKER.N       the folder where its jobs run: empty, or a copy of a stage.  It is kept for
+#                       the next job where one left it as it was; else it is that job's, and N grows
+#   work.WORKER.alive   a FIFO that all that the job started has open
 #
 # The folder of claims of a user, /dev/shm/ssh_scheduler.UID, for the batches of all users to read:
 #
-#   PROJECT.KEY             80 bytes: PID START BOOT_ID of the runner (claim_needs), then of the job
-#                           (run_job); then CORES MB RESERVE GPU:MB:TIME:RESERVE..., which it needs.
-#                           Empty when the job has ended; removed by `clean`
-#   PROJECT.KEY.back/back   the list of what the job left, if the disk there is full (list_results)
+#   PROJECT.work.WORKER     80 bytes: PID START BOOT_ID of the worker; then what its job needs:
+#                           CORES MB RESERVE GPU:MB:TIME:RESERVE...; a line with the key of the
+#                           job, and the processor time of the worker before it (claim_needs).
+#                           Empty when the job has ended
+#   PROJECT.KEY.back        the list of what the job left, if the disk there is full (list_results)
 #
-# The record of a job, and what may follow:
+# The record of a job, and what may follow.  Behind it stands the folder where the job runs:
 #
-#   starting PID START BOOT_ID    the runner has begun the job (take)           -> running, lost
-#   running PID START BOOT_ID     the process that will record its end (run_job)  -> ended, lost
-#   ended STATUS                  its exit status, 137 if its processes were killed with run_job
+#   starting PID START BOOT_ID    the worker has the job, or will (take); .out is there from when
+#                                 the job has begun  -> ended, lost
+#   ended STATUS WALL             its exit status, 137 if its processes were killed with the worker;
+#                                 how long it ran, in hundredths of a second, if that is known;
+#                                 behind it `left` if it left processes, whose FIFO is that of the
+#                                 worker; or `untold` if the runner could not be told
 #   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
 #   revoked                       it never began, and never will (revoke)
 #   damaged                       the file is not whole; it is read as this word  -> lost
@@ -9141,6 +13526,7 @@ def main(argv=None):
 #   others IDENTITY         say which jobs of other journals are here  -> others, data
 #   ping NUMBER             say something  -> pong
 #   eof KEY                 the input of a job is complete
+#   where KEY...            say in which folder jobs run  -> place
 #   watch (KEY OUT ERR)...  look at jobs; OUT and ERR bytes of their streams are known
 #                           -> used, data, and as `adopt`
 #   list KEY                send the list of what a job left  -> data, unlistable
@@ -9164,10 +13550,12 @@ def main(argv=None):
 #   absent KEY              a job never began, and never will
 #   lost KEY WHY            a job is gone without a result
 #   ended KEY STATUS WALL CPU OUT ERR ENTRY...
-#                           a job has ended.  WALL, CPU: hundredths of a second, 0 where a record is
-#                           all there is; OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what
-#                           the job left, or only @ if that is long
+#                           a job has ended.  WALL, CPU: hundredths of a second; CPU is 0 where a
+#                           record is all there is, and so is WALL if the record does not have it;
+#                           OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what the job left,
+#                           or only @ if that is long
 #   left KEY PIDS           processes that a job started run on after it
+#   place KEY FOLDER        a job runs in this folder, below jobs/
 #   used KEY KB             the most memory that a running job had
 #   cancelled PIDS          `cancel` is done, and could not end these
 #   unlistable KEY          the list is too long to be sent
@@ -9178,8 +13566,9 @@ def main(argv=None):
 #                           SIZE bytes follow: a list; what a stream has grown by; of each job of
 #                           another journal KEY, word, number and command.  A NUL ends each
 #
-# A list has +PATH, what was made; -PATH, what cannot be read; mMODE PATH, of what was opened to be
-# read; !PATH, what is not there; ?PATH, what is no file, folder or link; sBYTES, how much it is.
+# A list has first wFOLDER, where it all is; then +PATH, what was made; -PATH, what cannot be read;
+# mMODE PATH, of what was opened to be read; !PATH, what is not there; ?PATH, what is no file,
+# folder or link; sBYTES, how much it is.
 
 # These variables change what bash, or a program that the scripts below use, does.  Tools keep all
 # others of the login: LD_* and the like are how programs work on some machines.
@@ -9231,14 +13620,30 @@ requests='' events='' signals='' waiting=0 capturing=''
 # What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
+# The assignments of BASH_ENV for a usual job and for one that gets all functions, and which one is
+# that: its command has in the place of a command $x, `x` or ". x", or has one of these words.
+functions='' all_functions='' named=''
+by_value=$'[;&|(){`!\n][ \t]*("?[$`]|\\.[ \t])'
 # What the jobs of a stage find, and so did not make: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
 tied=''                     # 1 if the jobs end with the channel
+finished=''                 # 1 if `finish` has removed what is of use to nobody
 arrived=()                  # the stages that came
 removing=()                 # the pids of what removes something
+looking=''                  # the process that looked last at running jobs; see `identify`
 survivors=''                # the pids of what end_processes could not end
-declare -A begun=()         # the jobs that began under this runner: KEY -> the file of its claim
-declare -A unbegun=()       # those of them that have no process yet
+declare -A claimant_seen=() # PID START BOOT_ID of who claims something -> when it was seen
+declare -A begun=()         # the jobs that began under this runner and were not removed
+sane_need=''                # what the last claim said it needs
+# The workers by number: what `identify` says of each, the pipe to it, the folder where its next job
+# runs ("gone" if it takes none), the stage that it has, its processor time, and its age: how many
+# stages had come when it began.  Those that are free; how many there were; their FIFO; their name.
+worker_self=() worker_fd=() worker_folder=() worker_stage=() worker_ticks=() worker_age=()
+free=() hired=0 age=0 idle='' prefix=''
+file_limit=''               # how many files the login may have open
+leftovers=()                # files and folders of workers that have ended
+# The environment of a job: what a worker has, and what each job is given.
+inherited='' apart=''
 # The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
 pending=()
 declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
@@ -9265,8 +13670,14 @@ escape() {                  # REPLY: the text $1 without tab and newline
 }
 
 beside() {                  # runs $@ in the background, so that the next request need not wait
-  "$@" {requests}<&- &
+  apart_from_workers "$@" {requests}<&- &
   disown "$!"
+}
+
+apart_from_workers() {      # a worker ends when nobody is left who could ask it for anything
+  local fd
+  for fd in "${worker_fd[@]}"; do exec {fd}>&-; done
+  "$@"
 }
 
 complaint() {               # REPLY: the last complaint in the log, without "line 7: " in front
@@ -9312,8 +13723,10 @@ identify() {                # REPLY: pid, start time and boot id of process $1; 
   REPLY="$1 ${fields[19]} $boot_id"
 }
 
-centiseconds() {            # REPLY: hundredths of a second since boot
+read_clocks() {             # REPLY: hundredths of a second since boot; clock: when that was
   read -r REPLY _ </proc/uptime
+  printf -v clock '%(%s)T' -1
+  clock=$((clock - ${REPLY%.*}))
   REPLY=${REPLY/./}
 }
 
@@ -9331,17 +13744,18 @@ enter() {                   # becomes the program $@ in the environment that `as
 assign() {                  # sets assignments, by_env and dropped from $environment
   local entry name entries
   local -A given=()
-  assignments='' by_env=() dropped=()
+  assignments='' by_env=() dropped=() inherited='' apart=''
   for entry in "${environment[@]}"; do
     name=${entry%%=*}
     case $name in
       # bash cannot assign to these, or does more than that
       [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
-        BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
+        FUNCNAME | BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
       *)
         given[$name]=1
         printf -v entry '%s=%q ' "$name" "${entry#*=}"
-        assignments+=$entry ;;
+        assignments+=$entry
+        if is_apart "$name"; then apart+=$entry; else inherited+=$entry; fi ;;
     esac
   done
   ((${#by_env[@]} == 0)) || by_env=(/usr/bin/env -- "${by_env[@]}")
@@ -9353,6 +13767,18 @@ assign() {                  # sets assignments, by_env and dropped from $environ
       *) [[ ${given[$name]-} ]] || dropped+=("$name") ;;
     esac
   done
+}
+
+is_apart() {                # succeeds if the variable $1 would change a worker or its programs
+  case $1 in
+    [a-z_]* | PATH | LANG* | LC_* | LD_* | GLIBC_* | GCONV_* | LOCPATH | MALLOC_*) ;;
+    BASH* | IFS | PS4 | TMOUT | FUNCNEST | GLOBIGNORE | EXECIGNORE | CDPATH | TIMEFORMAT) ;;
+    OPT* | REPLY | RANDOM | SRANDOM | SECONDS | LINENO | EPOCH* | HIST* | DIRSTACK) ;;
+    PIPESTATUS | MAPFILE | READLINE* | COPROC* | DU | DU_* | HOSTNAME | CHILD_MAX) ;;
+    TAR_* | TAPE | GREP_* | QUOTING_STYLE | TIME_STYLE | *BLOCK*SIZE | POSIX*) ;;
+    JOB_OOM_SCORE | GPU_LIMIT_S | OLD_DAYS | LONGEST_LIST | NO_BOOT_ID | DUMP_FUNCTIONS) ;;
+    *) return 1 ;;
+  esac
 }
 
 read_entries() {            # entries: what the file $1 holds, in which each ends with a NUL
@@ -9385,7 +13811,11 @@ read_environment() {        # environment: the entries of $1, without what each 
 
 DUMP_FUNCTIONS='{
     \builtin echo shopt -s extglob; \builtin declare -f; \builtin shopt -p extglob
-  } >"$SSH_SCHEDULER_CAPTURE.functions"'
+  } >"$SSH_SCHEDULER_CAPTURE.functions"
+  (
+    \builtin complete -p; \builtin shopt -s extdebug; IFS=$'\''\n'\''
+    \builtin declare -F $(\builtin compgen -A function)
+  ) >"$SSH_SCHEDULER_CAPTURE.completion" 2>/dev/null'
 
 capture_login() {           # leaves the environment of an interactive login in $run/environment
   local to=$run/environment shell=${SHELL:-$BASH} entries
@@ -9397,6 +13827,7 @@ capture_login() {           # leaves the environment of an interactive login in 
     printf '%s\n' "$shell" >"$run/login.silent"
   fi
   [[ ! $setup ]] || run_setup
+  sort_functions 2>/dev/null
 }
 
 ask_shell() {               # for capture_login: fills $to; sets shell to the one that was last
@@ -9410,7 +13841,7 @@ ask_shell() {               # for capture_login: fills $to; sets shell to the on
     assign
     next=
     dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
-    [[ $shell != */bash ]] || dump=${dump#exec }$'\n'$DUMP_FUNCTIONS
+    [[ $shell != */bash ]] || dump=$DUMP_FUNCTIONS$'\n\\builtin '$dump
     case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
       *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
       *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
@@ -9458,11 +13889,71 @@ or starts another program. So jobs have the environment of a command over ssh"
   assign
 } 2>/dev/null
 
+# bash-completion has 84 functions, which would take the bash of each job 2.7 ms.  So what only an
+# interactive shell calls is set aside, until a job names it: functions that complete, by what
+# `complete` or the file of the function says; those of git's prompt; and their helpers, whose names
+# begin with _.  What is exported, or what any other function names, is not set aside.
+sort_functions() (          # for capture_login: leaves their names, and the text of the others
+  local line lines names name word text more=1 ends=$' \t\n!"#$%&\'()*+,-./:;<=>?@[\\]^`{|}~'
+  local -A known=() aside=()
+  mapfile -t lines < <(cat "$run/"*.completion)
+  mapfile -t names < <(compgen -A function)
+  unset -f "${names[@]}"    # only the functions of the login count
+  # shellcheck disable=SC1091
+  . "$run/environment.functions"        # from here on, one of them may have the name of a builtin
+  set -f
+  IFS=$ends                 # of the words of a text
+  while IFS=' ' builtin read -r _ word name; do         # declare -f NAME, or -fx if it is exported
+    [[ $word != -f || $name == *[!A-Za-z0-9_]* ]] || known[$name]=1
+  done < <(builtin declare -F)
+  for line in "${lines[@]}"; do         # complete ... -F NAME ..., or NAME LINE FILE
+    case $line in
+      'complete'*' -F '*) line=${line#* -F } ;;
+      *' '*/bash-completion/* | *' '*/bash_completion | *' '*/bash_completion.d/*) ;;
+      *' '*/git-sh-prompt | *' '*/git-prompt.sh) ;;
+      *) continue ;;
+    esac
+    name=${line%% *}
+    [[ ! ${known[$name]-} ]] || aside[$name]=1
+  done
+  ((${#aside[@]})) || return
+  while [[ $more ]]; do                 # what they name joins them
+    more='' text=$(builtin declare -f "${!aside[@]}")
+    for word in $text; do
+      [[ $word != _* || ! ${known[$word]-} || ${aside[$word]-} ]] || aside[$word]=1 more=1
+    done
+  done
+  more=1
+  while [[ $more ]]; do                 # what the others name joins the others
+    more='' text=$(builtin unset -f "${!aside[@]}"; builtin declare -f)
+    for word in $text; do
+      [[ ! $word || ! ${aside[$word]-} ]] || { builtin unset -v "aside[$word]"; more=1; }
+    done
+  done
+  builtin unset -f "${!aside[@]}"
+  { builtin echo shopt -s extglob; builtin declare -f; builtin shopt -p extglob; } \
+    >"$run/environment.kept"
+  for name in "${!aside[@]}"; do builtin echo "$name"; done >"$run/environment.aside"
+)
+
 # bash reads the functions at its start; programs that it runs inherit those that are exported.
-load_functions() {          # for load_environment: has the bash of a job read them, by BASH_ENV
+load_functions() {          # for load_environment: sets functions, all_functions and named
   local entry bash_env=
   for entry in "${environment[@]}"; do [[ $entry != BASH_ENV=* ]] || bash_env=${entry#*=}; done
-  [[ $bash_env || -s $run/environment.functions ]] || return
+  offer_functions environment.functions functions.all
+  all_functions=$REPLY functions=$REPLY
+  [[ -s $run/environment.aside ]] || return
+  offer_functions environment.kept functions
+  functions=$REPLY
+  while read -r entry; do [[ $entry == _* ]] || named+=\|$entry; done <"$run/environment.aside"
+  named="(eval|source|complete|compgen|declare|typeset|type$named)[^A-Za-z0-9_./-]"
+  named="[^A-Za-z0-9_./-](-?_|$named|(do|then|else)[[:blank:]]+\"?[\$\`])"
+}
+
+offer_functions() {         # for load_functions: REPLY: what has bash read $2, made of the text $1
+  REPLY=$(<"$run/$1")
+  [[ $bash_env || ($REPLY && $REPLY != $'shopt -s extglob\nshopt -u extglob') ]] ||
+    { REPLY=; return; }
   {
     if [[ $bash_env ]]; then            # it may choose GPUs, too, as .bashrc does for people
       printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
@@ -9472,9 +13963,15 @@ load_functions() {          # for load_environment: has the bash of a job read t
     else
       printf 'builtin unset -v BASH_ENV\n'
     fi
-    cat -- "$run/environment.functions"
-  } >"$run/functions"
-  environment+=("BASH_ENV=$run/functions")
+    printf '%s\n' "$REPLY"
+  } >"$run/$2"
+  printf -v REPLY 'BASH_ENV=%q ' "$run/$2"
+}
+
+functions_of() {            # for launch: REPLY: the assignment of BASH_ENV, if any, for the job
+  local text=$'\n'$command$'\n'
+  REPLY=$functions          # regular expressions without ^ and $ are cheap: 30 us for both
+  [[ ! $named || ! ($text =~ $by_value || $text =~ $named) ]] || REPLY=$all_functions
 }
 
 read_ticks() {              # sets busy and total: processor ticks since boot
@@ -9678,10 +14175,10 @@ measure_again() {           # $1: its number; beside the loop, since nvidia-smi 
     { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
       read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
   fi
-  centiseconds
+  read_clocks
   began=$REPLY
   measure
-  centiseconds
+  read_clocks
   say_text measured "$1" "$((REPLY - began))"
 } 2>/dev/null
 
@@ -9718,7 +14215,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
   local stage=$home/stage/$1 id=$1 path entry
   shift
   {
-    mkdir -p -- "$stage/copy"
+    [[ -d $stage/copy ]] || mkdir -p -- "$stage/copy"
     for path; do
       [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
       ln -s -- "$stage/link/$path" "$stage/copy/$path"
@@ -9727,6 +14224,8 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
     (cd -- "$stage/copy" && listing .) >"$stage/list"
   } || { say_unstored "$id"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
+  dismiss_free              # they do not know it
+  age=$((age + 1))
   say_text staged "$id"
 } 2>>"$run/log"
 
@@ -9734,7 +14233,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
 # bits; an "m" with the mode that it had stands before it.  A file that stays shut is "-": otherwise
 # an empty folder would stand for all that lies in it.
 listing() {                 # what lies below $1 in the current folder, as rsync sees changes
-  find "$1" -mindepth "${2:-1}" "${@:3}" \
+  ${at_once:+exec} find "$1" -mindepth "${2:-1}" "${@:3}" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
     -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
     '(' '(' ! -readable -o -type d ! -executable ')' -printf '- %p\0' -prune -o \
@@ -9742,23 +14241,23 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
-# A job has no folder for its results: at its end it lists what it made or changed in its own
-# folder, and one rsync with a list of files fetches that of many jobs.
-# $1: job folder, $2: stage, $3: where the list goes, the rest: paths, or nothing: what changed
-list_back() {               # fails if the list cannot be written
-  local dir=$1 id=$2 to=$3 entry path kind failed='' found size=0
+# A job has no folder for its results: at its end it lists what it made or changed in the folder
+# where it ran, and one rsync with a list of files fetches that of many jobs.
+# $1: the folder below jobs/, $2: stage, $3: the list, the rest: paths, or nothing: what changed
+list_back() {               # makes no list where there is nothing to list; fails if it cannot
+  local folder=$1 id=$2 to=$3 entry path kind list='' found size=0
   shift 3
-  [[ -r $dir/work && -x $dir/work ]] || chmod u+rwx -- "$dir/work"
-  [[ -d $dir/work ]] || return 0
-  cd -- "$dir/work" && [[ -r . ]] || { printf -- '-./.\0' >"$to/back"; return; }
+  [[ -r $home/jobs/$folder && -x $home/jobs/$folder ]] || chmod u+rwx -- "$home/jobs/$folder"
+  [[ -d $home/jobs/$folder ]] || return 0
+  cd -- "$home/jobs/$folder" && [[ -r . ]] || { printf '%s\0' "w$folder" -./. >"$to"; return; }
   found=(*)
   (($# || ${#found[@]})) || return 0
-  : >"$to/back" || return
   while IFS= read -rd '' entry; do
     (($#)) || [[ ! ${sent["$id $entry"]+known} ]] || continue
     kind=${entry%% *}
     path=./${entry#*./}
     [[ ! ${linked["$id $path"]+known} || ! -L $path ]] || continue
+    [[ $list ]] || { exec {list}>"$to" && printf 'w%s\0' "$folder" >&"$list"; } || return
     case $kind in
       f) entry=${entry#f } size=$((size + ${entry%% *})) ;;&
       [fdl]) printf '+%s\0' "$path" ;;
@@ -9766,15 +14265,17 @@ list_back() {               # fails if the list cannot be written
       m*) printf '%s %s\0' "$kind" "$path" ;;
       '!'*) printf '%s\0' "$entry" ;;
       *) printf '?%s\0' "$path" ;;      # a socket, a fifo, a device
-    esac || failed=1
-  done < <(entries_of "$@") >>"$to/back"
-  ((size < 1000000)) || printf 's%s\0' "$size" >>"$to/back" || failed=1
-  [[ ! $failed ]]
+    esac >&"$list" || { size=-1; break; }
+  done < <(entries_of "$@")
+  [[ $list ]] || return 0
+  ((size < 1000000)) || printf 's%s\0' "$size" >&"$list" || size=-1
+  exec {list}>&-
+  ((size >= 0))
 }
 
 entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
-  local path above rest
-  (($#)) || listing .
+  local path above rest at_once=
+  (($#)) || { at_once=1; listing .; }
   for path; do
     above=. rest=$path
     while [[ -x $above && $rest == */* ]]; do
@@ -9792,8 +14293,8 @@ entries_of() {              # lists the paths $@ as rsync sees changes, or all; 
 }
 
 find_list() {               # REPLY: the file that lists what the job $1 left
-  REPLY=$home/jobs/$1/back
-  [[ ! -e $claims/$project.$1.back/back ]] || REPLY=$claims/$project.$1.back/back
+  REPLY=$home/jobs/$1.back
+  [[ ! -e $claims/$project.$1.back ]] || REPLY=$claims/$project.$1.back
 }
 
 send_list() {               # sends the list $2 of the job $1
@@ -9808,192 +14309,306 @@ send_list() {               # sends the list $2 of the job $1
   say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
 }
 
+find_folder() {             # REPLY: the folder below jobs/ with what the job $1 left, or ''
+  local entry=
+  find_list "$1"
+  [[ ! -e $REPLY ]] || IFS= read -rd '' entry <"$REPLY"
+  [[ $entry =~ ^w(work[.0-9]+)$ ]] && REPLY=${BASH_REMATCH[1]} || REPLY=
+}
+
 list_again() {              # sends what there is now of some paths ($2...) of the job $1
   local key=$1 to=$run/again.$1
   shift
-  mkdir -p -- "$to"
-  : >"$to/back"
-  if [[ -d $home/jobs/$key/work ]]; then
-    (list_back "$home/jobs/$key" '' "$to" "$@")
+  find_folder "$key"
+  if [[ $REPLY && -d $home/jobs/$REPLY ]]; then
+    : >"$to"
+    (list_back "$REPLY" '' "$to" "$@")
   else
-    printf '!%s\0' "$@" >"$to/back"
+    printf '!%s\0' "$@" >"$to"
   fi
-  send_list "$key" "$to/back"
+  send_list "$key" "$to"
 } 2>/dev/null
 
 # ---- Jobs ----
 
 start_pending() {           # starts the jobs that were asked for since the last time
-  local key dir held='' said='' starting=()
+  local key file held='' said='' taken=()
+  local -A worker_for=()    # key -> the number of its worker
   ((${#pending[@]})) || return 0
-  make_job_folders
+  hire_all
   claim_needs || held=1
   for key in "${pending[@]}"; do
-    dir=$home/jobs/$key
-    if [[ $held && ! -e $dir/cmd ]]; then
-      hold
+    file=$home/jobs/$key
+    if [[ $held && ! -e $file ]]; then
+      release
+      say "held"$'\t'"$key"             # other batches leave no room for it
     elif take; then
       ((${#said} < 3000)) || { say "started$said"; said=; }
       said+=$'\t'$key
-      starting+=("$key") unbegun[$key]=1
-      begun[$key]=$claims/$project.$key
+      taken+=("$key")
+      begun[$key]=1
     elif is_taken; then
       beside ask_about "$key"
     else
-      refuse
+      complaint
+      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      say_text refused "$key" "$REPLY"
+      release
     fi
   done
   [[ ! $said ]] || say "started$said"   # before the first can say that it ended
-  for key in "${starting[@]}"; do
-    beside run_job "$key"
-    unset -v "unbegun[$key]"
-  done
+  for key in "${taken[@]}"; do hand_over; done
   pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
   paths_of=()
 }
 
-make_job_folders() {        # for start_pending: those of all pending jobs, with two processes
-  local key dirs=() pipes=()
-  for key in "${pending[@]}"; do
-    dirs+=("$home/jobs/$key")
-    [[ ${stage_of[$key]} ]] || dirs+=("$home/jobs/$key/work")
-    pipes+=("$home/jobs/$key/alive")
-  done
-  in_groups make_some_folders "${dirs[@]}"
-  in_groups make_pipes "${pipes[@]}"
-}
-
-make_some_folders() {
-  mkdir -p -- "$@"
-}
-
-make_pipes() {              # some are there, where the job was started before
-  mkfifo -- "$@"
-} 2>/dev/null
-
-hold() {                    # for start_pending: other batches leave no room for the job $key
-  : >"$claims/$project.$key"
-  rm -f -- "$dir/alive"
-  rmdir -- "$dir/work" "$dir"
-  say "held"$'\t'"$key"
-}
-
-# The runner that creates `cmd` begins the job, and no other ever does.  O_EXCL (set -C) is as
-# atomic as mkdir, on NFS (version 3 and later) too, and needs no process: so one mkdir makes the
-# folders of many jobs.
+# The runner that creates the file of a job begins the job, and no other ever does.  O_EXCL (set -C)
+# is as atomic as mkdir, on NFS (version 3 and later) too, and needs no process.
 take() {                    # for start_pending: begins the job $key; fails if that cannot be
+  local slot=${worker_for[$key]-0} made=''
+  [[ ${worker_self[slot]-} ]] || return
   set -C
-  if ! : >"$dir/cmd"; then
+  {
+    made=1
     set +C
-    return 1
-  fi
+    printf '%s\n#%-126s\n' "${command_of[$key]}" \
+      "starting ${worker_self[slot]} ${worker_folder[slot]}" && prepare_tty
+  } >"$file" && return
   set +C
-  printf '%-95s\n' "starting $self" >"$dir/status" && prepare_tty &&
-    printf '%s\n' "${command_of[$key]}" >"$dir/cmd" && return
-  rm -f -- "$dir/cmd"       # the disk is full: nothing was started
+  [[ ! $made ]] || rm -f -- "$file"     # the disk is full: nothing was started
   return 1
 }
 
 is_taken() {                # for start_pending: tells whether the job $key was begun before
-  local command
-  command=$(<"$dir/cmd")
-  [[ -e $dir/cmd && (! $command || $command == "${command_of[$key]}") ]]
+  local text=
+  IFS= read -rd '' text <"$file"
+  text=${text%$'\n'#*}
+  [[ -e $file && (! $text || $text == '#'* || $text == "${command_of[$key]}") ]]
 } 2>/dev/null
-
-refuse() {                  # for start_pending: says why the job $key could not be begun
-  [[ -e $dir/cmd ]] || : >"$claims/$project.$key"
-  complaint
-  say_text refused "$key" "$REPLY"
-}
 
 # A terminal is a session of its own beside the channel, and runs `tty`.  `wait` stands in the place
 # of the job; a FIFO tells it the exit status, or that the session was cut off.  So a job has one
 # record of its end, whether it had a terminal or not.
 prepare_tty() {             # for take: writes these two, if the job $key wants a terminal
   [[ ${mode_of[$key]} == tty ]] || return 0
-  cat >"$dir/wait" <<'END' && cat >"$dir/tty" <<'END'
-mkfifo ../code
-read -r code <../code || code=129
+  mkdir -- "$file.more" && cat >"$file.more/wait" <<'END' && cat >"$file.more/tty" <<'END'
+mkfifo "${0%/*}/code"
+read -r code <"${0%/*}/code" || code=129
 exit "$code"
 END
-cd -- "${0%/*}/work" || exit
-until [[ -p ../code ]]; do sleep 0.02; done
-exec 8>../code 9>../alive
-{ IFS= read -r assignments; IFS= read -r by_env; } <../exports
+more=${0%/*}
+until [[ -p $more/code ]]; do sleep 0.02; done
+{ IFS= read -r assignments; IFS= read -r by_env; IFS= read -r folder; } <"$more/exports"
+exec 8>"$more/code" 9>"${folder%.*}.alive"
+cd -- "$folder" || exit
 trap : INT QUIT                         # what is typed is for the job; this tells how that ended
-set -- "$TERM" "$BASH"
-eval "$assignments TERM=\$1 $by_env \"\$2\" ../cmd 8>&-"
+set -- "$TERM" "$BASH" "${more%.more}"
+eval "$assignments TERM=\$1 $by_env \"\$2\" \"../\${3##*/}\" 8>&-"
 echo "$?" >&8
 END
 }
 
-# This process shares the process group of the job, and ignores what a job sends its own group
-# ("kill 0" is common in scripts), since it must live to record how the job ended.  If it is killed
-# all the same, the next `look` notices, and records 137.
-run_job() {                 # KEY, in a process and a group of its own: runs it, and records its end
-  local key=$1 dir=$home/jobs/$1 stage=${stage_of[$1]} mode=${mode_of[$1]} limit=${limit_of[$1]}
-  local alive input keeper='' watchdog='' status=125 began
-  trap : TERM INT HUP
-  exec {events}>&- {signals}>&-         # or the writer would outlive a runner that was killed
-  exec {alive}<>"$dir/alive"            # all that the job starts has it open, and is found by it
-  centiseconds
-  began=$REPLY
-  identify "$BASHPID"
-  record "$dir" "running $REPLY"
-  printf '%-80s' "$REPLY" 1<>"$claims/$project.$key"    # the claim was the runner's until now
-  # shellcheck disable=SC2064            # when it is run, there is no $key any more
-  trap "last_words_of $key" EXIT
-  if copy_stage; then
-    exec {input}</dev/null
-    [[ $mode != stdin ]] || keep_input
-    [[ ! $limit ]] || keep_time
-    # The streams go to files, so that no job waits for a slow reader or a broken link, and a client
-    # can be killed at any byte and come back.  The price is disk on both sides.
-    (become_job) <&"$input" >>"$dir/out" 2>>"$dir/err"
-    status=$?
-    # shellcheck disable=SC2064
-    trap "last_words_of $key $status" EXIT
-    end_keepers
-  fi
-  conclude
-} 2>/dev/null
+# ---- Workers ----
 
-copy_stage() {              # for run_job: gives the job its copy of what was sent
-  [[ $stage ]] || return 0
-  cp -a --reflink=auto -- "$home/stage/$stage/copy" "$dir/work" 2>>"$dir/err" && return
-  printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$dir/err"
-  return 1
+# A worker is a process that runs one job after the other, so that a job costs one fork.  The next
+# job cannot notice that: it is a bash of its own in a process group of its own, and the folder
+# where it runs is as it was sent (prepare_folder).  A worker ends when the runner has, and where a
+# job left anything behind: a process, a changed priority, or what only a few jobs have (stdin,
+# terminal, time limit).
+hire_all() {                # for start_pending: finds each job a worker, which is free or new
+  local key slot new=() pipes=() folders=("$home/jobs")
+  hear_workers
+  for key in "${pending[@]}"; do
+    [[ ! -e $home/jobs/$key && ! ${worker_for[$key]-} ]] || continue    # asked for twice
+    find_free "${stage_of[$key]}" || {
+      slot=$((hired += 1))
+      new+=("$slot")
+      pipes+=("$run/to.$slot" "$home/jobs/$prefix.$slot.alive")
+      worker_folder[slot]=$prefix.$slot.1 worker_ticks[slot]=0
+      [[ ${stage_of[$key]} ]] || folders+=("$home/jobs/$prefix.$slot.1")
+    }
+    worker_for[$key]=$slot worker_stage[slot]=${stage_of[$key]}
+  done
+  ((${#new[@]})) || return 0
+  in_groups make_some_folders "${folders[@]}"
+  in_groups make_some_pipes "${pipes[@]}"
+  for slot in "${new[@]}"; do hire; done
 }
 
-become_job() {              # for run_job: becomes the bash of the job
-  local own program=../cmd score
-  exec {held}>"$dir/alive" {alive}<&- {input}<&-
-  umask "$mask"
+make_some_folders() {
+  mkdir -p -- "$@"
+}
+
+make_some_pipes() {
+  mkfifo -- "$@"
+}
+
+find_free() {               # slot: a free worker, at best one with the stage $1; fails if none is
+  slot=''
+  for slot in "${free[@]}"; do
+    [[ ${worker_stage[slot]} != "$1" ]] || break
+  done
+  [[ $slot ]] && unset -v "free[$slot]"
+}
+
+hire() {                    # for hire_all: starts the worker $slot; else `take` has no worker
+  local fd orders
+  [[ -p $run/to.$slot && -p $home/jobs/$prefix.$slot.alive ]] || return
+  # Opened here: what is in the FIFO would be gone if this runner ended before the worker opened it.
+  exec {fd}<>"$run/to.$slot" || return
+  exec {orders}<"$run/to.$slot" || return
+  worker_fd[slot]=$fd
+  beside work "$slot"
+  exec {orders}<&-
+  worker_age[slot]=$age
+  ! identify "$!" || worker_self[slot]=$REPLY
+}
+
+hear_workers() {            # notes which workers are free, and lets those go that are of no use
+  local slot folder ticks
+  while read -r -t 0 -u "$idle" && read -r -u "$idle" slot folder ticks; do
+    worker_folder[slot]=$folder worker_ticks[slot]=$ticks
+    free[slot]=$slot
+    [[ $folder != gone && ${worker_age[slot]} == "$age" ]] || dismiss
+  done
+}
+
+dismiss() {                 # ends the worker $slot, and notes its files for removal
+  local fd=${worker_fd[slot]}
+  exec {fd}>&-
+  leftovers+=("$home/jobs/$prefix.$slot.alive" "$run/to.$slot")
+  [[ ${worker_folder[slot]} == gone ]] || leftovers+=("$home/jobs/${worker_folder[slot]}")
+  unset -v "worker_fd[$slot]" "worker_self[$slot]" "worker_age[$slot]" "worker_folder[$slot]" \
+    "worker_stage[$slot]" "worker_ticks[$slot]" "free[$slot]"
+}
+
+dismiss_free() {            # lets all workers end that have no job
+  local slot
+  hear_workers
+  for slot in "${!free[@]}"; do dismiss; done
+}
+
+release() {                 # for start_pending: the job $key does not need its worker
+  local slot=${worker_for[$key]-0}
+  [[ ${worker_self[slot]-} ]] || return
+  : >"$claims/$project.$prefix.$slot"
+  free[slot]=$slot
+}
+
+hand_over() {               # for start_pending: gives the job $key to its worker
+  local command=${command_of[$key]}
+  ((${#command} < 2000)) || command=    # a pipe holds 64 KiB; the worker reads the file
+  printf 'key=%q stage=%q gpus=%q mode=%q limit=%q back=%q paths=%q command=%q\0' "$key" \
+    "${stage_of[$key]}" "${gpus_of[$key]}" "${mode_of[$key]}" "${limit_of[$key]}" \
+    "${back_of[$key]}" "${paths_of[$key]}" "$command" >&"${worker_fd[${worker_for[$key]}]}"
+}
+
+# Its variables are not local: it is a process of its own, and bash looks a name up in each function
+# that has called the present one.
+work() {                    # a worker, in a process and a group of its own; $1: its number
+  # `orders` is of `hire`
+  slot=$1 folder=${worker_folder[$1]} claim=$claims/$project.$prefix.$1
+  pipe=$home/jobs/$prefix.$1.alive
+  gpus='' mode='' limit='' back='' paths=''     # and what else an order sets
+  has='' fresh=1 baseline='' ticks=0 login_folder=$PWD
+  trap : TERM INT HUP PIPE
+  ulimit -Sn "$file_limit"
+  exec {fd}<>"$pipe"                    # so that no open waits
+  exec {left}<"$pipe" {input}</dev/null {fd}>&- {events}>&- {signals}>&- {idle}>&-
   read -r score </proc/self/oom_score_adj && ((score >= JOB_OOM_SCORE)) ||
     echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
-  cd -- "$dir/work" || exit
-  printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
-  [[ ${gpus_of[$key]} == - ]] ||
-    own+="CUDA_VISIBLE_DEVICES=${gpus_of[$key]} CUDA_DEVICE_ORDER=PCI_BUS_ID "
-  assignments+=$own
-  if [[ $mode == tty ]]; then
-    program=../wait
-    printf '%s\n' "$assignments" "${by_env:+$(printf '%q ' "${by_env[@]}")}" >../exports
+  read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ nice _ </proc/self/stat
+  enter_environment
+  [[ -d $home/jobs/$folder ]] || has=none
+  read_clocks
+  made=$REPLY
+  while read_order && run_job; do :; done
+} 2>/dev/null
+
+read_order() {              # for work: the fields of the next job; fails if the runner has ended
+  IFS= read -rd '' -u "$orders" order && eval "$order" || return
+  file=$home/jobs/$key
+  [[ $command ]] || { IFS= read -rd '' command <"$file"; command=${command%$'\n'#*}; }
+}
+
+# A worker has the environment of the jobs, but for what would change itself or the programs that
+# it runs.  That each job gets on its own way: to export all for each took 0.15 ms a job.
+enter_environment() {
+  export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
+  eval "export $inherited"
+  SHLVL=$((SHLVL - 1))                  # a job is no deeper in shells for having a worker
+}
+
+run_job() {                 # for work: runs the job $key; fails if the worker cannot have another
+  status='' pid=''
+  # shellcheck disable=SC2064            # when it is run, the variables of callers are gone
+  trap "last_words_of $slot $folder $key" EXIT
+  read_clocks
+  began=$REPLY
+  if prepare_folder; then
+    [[ $mode != stdin ]] || keep_input
+    [[ ! $limit ]] || keep_time
+    launch
+    [[ ! $mode$limit ]] || end_keepers
+  else
+    printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$file.err"
+    has=none
   fi
-  enter "$BASH" "$program"
+  status=${status:-125}
+  # shellcheck disable=SC2064
+  trap "last_words_of $slot $folder $key $status" EXIT
+  conclude
+}
+
+# The streams go to files, so that no job waits for a slow reader or a broken link, and a client
+# can be killed at any byte and come back.  The price is disk on both sides.
+#
+# The job has a process group of its own: "kill 0", which is common in scripts, does not reach the
+# worker, which must live to record how the job ended; and what stays in the group is seen.
+launch() {                  # for run_job: runs the bash of the job to its end; sets pid and status
+  program=("../$key")
+  printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
+  [[ $gpus == - ]] || own+="CUDA_VISIBLE_DEVICES=$gpus CUDA_DEVICE_ORDER=PCI_BUS_ID "
+  [[ ! $functions$named ]] || { functions_of; own+=$REPLY; }
+  if [[ $mode == tty ]]; then
+    # shellcheck disable=SC2034          # what eval is given has it
+    program=("$file.more/wait")
+    printf '%s\n' "$assignments$own" "${by_env:+$(printf '%q ' "${by_env[@]}")}" \
+      "$home/jobs/$folder" >"$file.more/exports"
+  fi
+  exec {out}>>"$file.out" {err}>>"$file.err" || return  # that `out` exists means: it was begun
+  umask "$mask"
+  set -m
+  eval "$apart$own"'"${by_env[@]}" "$BASH" "${program[@]}" <&"$input" >&"$out" 2>&"$err" \
+    {held}>"$pipe" {input}<&- {out}>&- {err}>&- {orders}<&- {left}<&- &'
+  pid=$!
+  set +m
+  umask 077
+  exec {out}>&- {err}>&-
+  await
+}
+
+# A trapped signal would end `wait`, and where it comes as the job ends, bash has lost the status of
+# the job (it then says -1).  So the worker ignores them for as long as it waits, and not before it
+# has started the job, which would ignore them, too.
+await() {                   # for launch: waits for the job; sets status
+  trap '' TERM INT HUP PIPE
+  wait "$pid"
+  status=$?
+  trap : TERM INT HUP PIPE
 }
 
 # The input is a FIFO that a process beside the job holds open until `eof` says that it is complete:
 # so a broken connection is no end of file.
 keep_input() {              # for run_job: sets input and keeper
-  local eof both
-  mkfifo -- "$dir/eof" "$dir/in.new"
+  mkdir -- "$file.more"
+  mkfifo -- "$file.more/eof" "$file.more/in.new"
   # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
-  exec {eof}<>"$dir/eof" {both}<>"$dir/in.new" {input}<&-
-  exec {input}<"$dir/in.new"
-  mv -- "$dir/in.new" "$dir/in"
+  exec {eof}<>"$file.more/eof" {both}<>"$file.more/in.new" {input}<&-
+  exec {input}<"$file.more/in.new"
+  mv -- "$file.more/in.new" "$file.more/in"
   # A cancel must not end this: the job would take its input for complete.
-  { trap '' TERM; exec {alive}<&- {input}<&-; read -r <&"$eof"; } &
+  { trap '' TERM; exec {left}<&- {orders}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
   exec {eof}<&- {both}<&-
@@ -10003,121 +14618,250 @@ keep_input() {              # for run_job: sets input and keeper
 keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
   {
     trap '' TERM
-    exec {input}<&-
-    read -r -t "$limit" <&"$alive"      # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$dir/err"
-    : >"$dir/late"
+    exec {quiet}<>"$pipe" {left}<&- {orders}<&- {input}<&-
+    read -r -t "$limit" <&"$quiet"      # nothing ever comes
+    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$file.err"
+    mkdir -p -- "$file.more"
+    : >"$file.more/late"
     end_jobs 5 "$key"
   } &
   watchdog=$!
 }
 
 end_keepers() {             # for run_job: the job has ended; changes status if its time was over
-  exec {input}<&-
-  [[ ! $keeper ]] || kill -KILL "$keeper"
-  if [[ -e $dir/late ]]; then
+  if [[ $mode == stdin ]]; then
+    exec {input}<&-
+    kill -KILL "$keeper"
+  fi
+  if [[ -e $file.more/late ]]; then
     wait "$watchdog"
     status=124              # as timeout(1) has it
-  elif [[ $watchdog ]]; then
+  elif [[ $limit ]]; then
     kill -KILL "$watchdog"
+    wait "$watchdog"
   fi
 }
 
 conclude() {                # for run_job: records how the job ended, and says so
-  local used wall
-  # The 16th and 17th field are the time of the children for which this process has waited.
-  IFS= read -r used </proc/self/stat
-  # shellcheck disable=SC2206
-  used=(${used##*) })
-  [[ ${back_of[$key]} == none ]] || list_results
-  : >"$claims/$project.$key"            # first: who reads the record may remove that
-  record "$dir" "ended $status"
-  centiseconds
+  local before=$ticks wall used next=gone
+  read_clocks
   wall=$((REPLY - began))
-  say_left
-  say_ended "$key" "$status" "$wall" "$((used[13] + used[14]))"
+  read_ticks_of_jobs
+  used=$((ticks - before))
+  ((status != 137)) || tell_lack_of_memory
+  [[ ! -e $file ]] || list_results      # else it was cancelled, and is removed already
+  [[ ! -e $claim ]] || : >"$claim"      # first: who reads the record may remove that
+  record "$file" "ended $status $wall $folder" "$command"
+  if leaves_nothing && [[ $niceness == "$nice" && ! $mode$limit ]]; then
+    [[ ! -e $file.back ]] || { next_folder; read_ticks_of_jobs; }       # not of the next job
+    next=$folder
+  elif [[ -e $file && ! -e $file.back ]]; then
+    printf 'w%s\0' "$folder" >"$file.back"      # the folder goes with the job
+  fi
+  # The worker is free before anybody hears that the job has ended, and asks for the next.
+  printf '%s\n' "$slot $next $ticks" 1<>"$run/idle"
+  say_ended "$key" "$status" "$wall" "$used"
   trap - EXIT
+  [[ $next != gone ]]
+}
+
+read_ticks_of_jobs() {      # for conclude: ticks of the children that have ended, and niceness
+  read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ user_ticks system_ticks _ niceness _ </proc/self/stat
+  ticks=$((user_ticks + system_ticks))
+}
+
+# The kernel counts what it kills for lack of memory, whoever limits that.  The last look at the
+# jobs has noted the count (look).
+tell_lack_of_memory() {     # for conclude: in the stderr of the job, if that is why it was killed
+  local before
+  read -r before <"$run/kills" && count_kills && ((REPLY > before)) &&
+    echo "ssh-scheduler: the kernel killed a process for lack of memory, and then this job ended" \
+      >>"$file.err"
+}
+
+count_kills() {             # REPLY: how many processes the kernel has killed for lack of memory
+  local name
+  while read -r name REPLY; do [[ $name != oom_kill ]] || return 0; done <"$proc/vmstat"
+  return 1
 }
 
 list_results() {            # for conclude: what the job left; if that cannot be, its status is 125
-  local paths left=$claims/$project.$key.back   # this lies in memory
-  eval "paths=(${paths_of[$key]})"
-  ! list_back "$dir" "$stage" "$dir" "${paths[@]}" || return 0
+  local listed
+  if is_untouched; then
+    [[ $back == paths ]] || return
+  else
+    baseline=
+    [[ $back != none ]] || return
+  fi
+  eval "listed=($paths)"
+  ! list_back "$folder" "$stage" "$file.back" "${listed[@]}" || return
   printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
     1<>"$run/events"
-  mkdir -p -- "$left" && list_back "$dir" "$stage" "$left" "${paths[@]}" || ((status)) ||
+  # The claims lie in memory.
+  list_back "$folder" "$stage" "$claims/$project.$key.back" "${listed[@]}" || ((status)) ||
     status=125
 }
 
-say_left() {                # for conclude: says what the job started and did not wait for
-  local left pid comm text='' count=0
-  exec {left}<"$dir/alive" {alive}<&-
-  # If nobody else has it open, that is known at once.  What is about to end is given a moment.
+leaves_nothing() {          # for conclude: tells whether all that the job started has ended
+  # If no process has the FIFO open, read ends at once.  One that is about to end gets 0.1 s.
   read -r -t 0.1 <&"$left"
-  (($? > 128)) || return
-  while read -r pid; do
-    [[ $pid != "$BASHPID" ]] && { read -r comm <"/proc/$pid/comm"; } || continue
+  if (($? > 128)); then
+    say_left
+    return 1
+  fi
+  [[ ! $pid ]] || ! kill -0 -- "-$pid"
+}
+
+say_left() {                # for leaves_nothing: records and tells that processes run on
+  local other comm text='' count=0
+  [[ ! -e $file ]] || record "$file" "ended $status $wall left $folder" "$command"
+  while read -r other; do
+    [[ $other != "$BASHPID" ]] && { read -r comm <"/proc/$other/comm"; } || continue
     count=$((count + 1))
     escape "$comm"
-    ((count > 5)) || text+="${text:+, }$REPLY ($pid)"
+    ((count > 5)) || text+="${text:+, }$REPLY ($other)"
   done < <(exec {left}<&-; holders "$key")
   ((count < 6)) || text+=" and $((count - 5)) more"
   ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
 }
 
-last_words_of() {           # the same for the run_job of $1; $2: the exit status, if the job ended
-  local dir=$home/jobs/$1
-  : >"$claims/$project.$1"
-  if [[ $2 ]]; then
-    record "$dir" "ended $2"
-    : >"$dir/untold"        # the next look at it says so
+last_words_of() {           # of worker $1, with the folder $2 and the job $3, which ended with $4
+  : >"$claims/$project.$prefix.$1"
+  if [[ $4 ]]; then
+    record "$home/jobs/$3" "ended $4 untold $2"         # the next look at it says so
   else
-    record "$dir" lost
+    record "$home/jobs/$3" "lost $2"
     no_process
-    printf 'refused\t%s\t%s\n' "$1" "$REPLY" 1<>"$run/events"
+    printf 'refused\t%s\t%s\n' "$3" "$REPLY" 1<>"$run/events"
   fi
 }
 
-# A record is written over the one before, not renamed into its place.  A rename costs a process,
-# and a full disk refuses a new file, but not these 96 bytes, which were paid for when the job was
-# taken.  A record that is not whole says nothing.
-record() {                  # $1: job folder, $2: how the job stands, or how it ended
+# ---- Folders of workers ----
+
+# Each job has its own copy of what was sent.  A copy that the job before left untouched is kept for
+# the next one, since to copy and to remove costs more than a job.  That it is untouched is known
+# from the time of the last change (ctime) of anything in it: whatever a job does to a file, its
+# mode or its folder renews that, and no program can set it.  du, which stays beside the worker and
+# is asked through a pipe, tells the latest.  A kernel notes times in steps of up to 10 ms: so
+# before du is believed, the copy is older than that, and was compared with what was sent.
+prepare_folder() {          # for run_job: enters a folder that is as it was sent
+  [[ $has == "$stage" ]] && { [[ $fresh$baseline ]] || is_as_sent; } || make_folder || return
+  fresh=
+  [[ . -ef $home/jobs/$folder ]] || cd -- "$home/jobs/$folder" || return
+  OLDPWD=$login_folder
+}
+
+make_folder() {             # fails if the files cannot be copied
+  [[ ! -e $home/jobs/$folder ]] || remove "$home/jobs/$folder"
+  has=$stage fresh=1 baseline=''
+  if [[ $stage ]]; then
+    cp -a --reflink=auto -- "$home/stage/$stage/copy" "$home/jobs/$folder"
+  else
+    mkdir -- "$home/jobs/$folder"
+  fi 2>>"$file.err" || return
+  read_clocks
+  made=$REPLY
+}
+
+next_folder() {             # what is in the present one belongs to the job that has run
+  folder=${folder%.*}.$((${folder##*.} + 1)) has=none baseline=''
+}
+
+is_as_sent() {              # compares the folder with what was sent, names and modes included
+  local sent_as='700 d .'
+  ((began - made > 2)) || sleep 0.03
+  ask_du || return
+  baseline=$answer since=$clock
+  [[ ! $stage ]] || sent_as=$(describe "$home/stage/$stage/copy")
+  [[ $(describe "$home/jobs/$folder") == "$sent_as" ]] || baseline=
+  [[ $baseline ]]
+}
+
+describe() {                # prints what a job sees of the folder $1, shortened
+  cd -- "$1" || return
+  if [[ $stage ]]; then
+    find . -type d -printf '%m d %T@ %p\0' -o -printf '%m %y %s %T@ %l %p\0' | sort -z | cksum
+  else
+    find . -printf '%m %y %p\n'
+  fi
+}
+
+is_untouched() {            # tells whether nothing has changed in the folder since is_as_sent
+  [[ $baseline ]] && ((clock - since < 2 && since - clock < 2)) &&      # else the clock was set
+    ask_du && [[ $answer == "$baseline" ]] && since=$clock
+}
+
+# Its complaints come through the same pipe, so that each question has an answer.  A read with a
+# time limit would take 0.1 ms more: bash waits for each byte by itself.
+ask_du() {                  # answer: when anything in the folder was last changed
+  local path
+  if [[ ! ${DU[1]-} ]]; then
+    coproc DU {
+      cd -- "$home/jobs" && exec {left}<&- {orders}<&- \
+        du -sl --time=ctime --time-style=+%s.%N --files0-from=- 2>&1
+    }
+  fi
+  printf '%s\0' "$folder" >&"${DU[1]}" &&
+    IFS=$'\t' read -r -u "${DU[0]}" _ answer path && [[ $path == "$folder" ]] ||
+    { end_du; return 1; }
+}
+
+end_du() {                  # it has said what was not asked for
+  [[ ! ${DU_PID-} ]] || { kill "$DU_PID"; wait "$DU_PID"; }
+}
+
+# ---- Records ----
+
+# The record is the last line of the file of a job, behind its command: a comment, for the bash that
+# runs the file.  It is written over the one before, not renamed into its place.  A rename costs a
+# process, and a full disk refuses a new file, but not these 128 bytes, which were paid for when the
+# job was taken.  A record that is not whole says nothing.
+record() {                  # $1: the file of a job, $2: its record, $3: its command, if known
+  local text=${3-}$'\n'
+  [[ -e $1 ]] || return                 # the job was removed; the redirection would make it again
+  if (($# == 2)); then
+    IFS= read -rd '' text <"$1"
+    text=${text%#*}
+  fi
   # Where even that fails, the result goes into the name of the file, which costs nothing.
-  printf '%-95s\n' "$2" 1<>"$1/status" || [[ $2 != ended* ]] || mv -- "$1/status" "$1/status $2"
+  printf '%s#%-126s\n' "$text" "$2" 1<>"$1" || [[ $2 != ended* ]] || mv -- "$1" "$1 $2"
 }
 
-read_record() {             # $1: job folder; sets word and value from its record, if it makes sense
-  local file now
-  word='' value=''
-  for file in "$1/status" "$1/status ended "*; do
-    [[ $file == */status ]] || { word=ended value=${file##* }; return; }
-    read -r word value <"$file"
-  done
-  file='^(ended [0-9]{1,3}|(running|starting) [1-9][0-9]* [0-9]+( [0-9a-f-]+)?|revoked |lost )$'
-  [[ "$word $value" =~ $file ]] || word=damaged value=''
+read_record() {             # $1: the file of a job; sets word, value, more and folder
+  local line='' other now
+  word=damaged value='' more='' folder=''
+  if [[ -e $1 ]]; then
+    ! IFS= read -rd '' line <"$1" || return 0   # no command has a NUL
+    ((${#line} < 128)) || line=${line: -128}
+    line=${line%$'\n'}
+    line=${line##*$'\n'}
+  else
+    for other in "$1 ended "*; do line="#${other#"$1 "}"; done
+  fi
+  line=${line%"${line##*[! ]}"}
+  other='revoked|lost|ended [0-9]{1,3}( [0-9]{1,15})?|starting [1-9][0-9]* [0-9]+ [0-9a-f-]+'
+  [[ $line =~ ^#($other)( untold| left)?( (work[.0-9]+))?$ ]] || return 0
+  folder=${BASH_REMATCH[5]} more=${BASH_REMATCH[3]# }
+  word=${BASH_REMATCH[1]%% *} value=${BASH_REMATCH[1]#* }
   if [[ $value == *" $NO_BOOT_ID" ]]; then      # what began later than now began before a restart
-    file=${value#* }
+    line=${value#* }
     read -r now _ </proc/uptime
-    ((10#${file%% *} <= 10#${now/./})) || value=${value%% *}" ${file%% *} ${NO_BOOT_ID//0/f}"
+    ((10#${line%% *} <= 10#${now/./})) || value=${value%% *}" ${line%% *} ${NO_BOOT_ID//0/f}"
   fi
 }
 
-lives() {                   # tells whether the job with the record $1 $2 has a process left
-  local pid=${2%% *}
-  [[ $1 == running && $pid == [1-9]* && $pid != *[!0-9]* && $pid != 1 ]] || return
-  if identify "$pid"; then [[ $REPLY == "$2" ]]; else kill -0 -- "-$pid"; fi
-} 2>/dev/null
-
-is_runner() {               # tells whether the process that `identify` once named $1 is still there
+is_alive() {                # tells whether the process that `identify` once named $1 is still there
   identify "${1%% *}" && [[ $REPLY == "$1" ]]
 }
 
 say_ended() {               # $1: key, $2: exit status, $3, $4: wall and processor time (cs)
-  local dir=$home/jobs/$1 event entry back=
+  local file=$home/jobs/$1 event entry back=
   event=ended$'\t'$1$'\t'$2$'\t'$3$'\t'$4
-  stream_text "$dir/out"
+  REPLY='='
+  [[ ! -s $file.out ]] || stream_text "$file.out"
   event+=$'\t'$REPLY
-  stream_text "$dir/err"
+  REPLY='='
+  [[ ! -s $file.err ]] || stream_text "$file.err"
   event+=$'\t'$REPLY
   find_list "$1"
   if [[ -s $REPLY ]]; then
@@ -10127,15 +14871,18 @@ say_ended() {               # $1: key, $2: exit status, $3, $4: wall and process
     done <"$REPLY"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
-  # The FIFO is opened by name, since a job does not hold it open; without a runner nobody listens.
+  # The FIFO is opened by name, since a worker does not hold it open; without a runner none listens.
   printf '%s\n' "$event$back" 1<>"$run/events"
+}
+
+say_recorded_end() {        # $1: key; value: STATUS WALL, or STATUS alone, as in its record
+  [[ $value == *' '* ]] || value+=' 0'
+  say_ended "$1" "${value%% *}" "${value#* }" 0
 }
 
 stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short text, else "@BYTES"
   local text=
-  if [[ ! -s $1 ]]; then
-    REPLY='='
-  elif IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
+  if IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
     REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
   else
     escape "$text"
@@ -10144,50 +14891,76 @@ stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short 
 }
 
 # How a job stands is decided once: if it runs, `look` notices its end, at most 2 s later.  To ask
-# in a loop took 1.6 % of a core for each job.
-ask_about() {               # says how the job $1 stands, which was begun before
-  local key=$1 dir=$home/jobs/$1 word value tries why='it ended without a record of how'
-  for ((tries = 0; tries < 20; tries++)); do
-    is_runner "$self" || return         # nobody listens
-    read_record "$dir"
-    if [[ $word == revoked ]]; then
-      say "absent"$'\t'"$key"           # again: who was told so may have lost contact before
-      return
-    elif [[ $word == ended ]]; then
-      say_ended "$key" "$value" 0 0
-      return
-    elif [[ $value =~ ^[1-9][0-9]*\ [0-9]+\ ([0-9a-f-]{36})$ &&
-      ${BASH_REMATCH[1]} != "$boot_id" ]]; then
-      why='the machine was restarted'
-      break
-    elif lives "$word" "$value"; then
-      say "started"$'\t'"$key"
-      return
-    elif [[ $word == running ]]; then
-      read_record "$dir"                # what ends records that before it is gone
-      [[ $word == ended ]] || { record_killed "$key"; return; }
-      tries=0
-    elif [[ $word == lost ]]; then
-      break
-    elif [[ $word == starting ]] && is_runner "$value"; then
-      tries=0               # another runner will begin it, and has much to do
-    fi
-    sleep 0.1
+# in a loop took 1.6 % of a core for each job.  One process asks about all, since to search /proc is
+# dear, and many such searches at the same time bring a busy machine down.
+ask_about() {               # says how the jobs $@ stand, which were begun before
+  local key file word value more folder tries asked=("$@") later lost=()
+  local -A why=()
+  for ((tries = 0; tries < 20 && ${#asked[@]}; tries++)); do
+    ((tries == 0)) || sleep 0.1
+    later=()
+    for key in "${asked[@]}"; do
+      is_alive "$self" || return        # the runner has ended
+      file=$home/jobs/$key
+      read_record "$file"
+      is_told || later+=("$key")
+    done
+    asked=("${later[@]}")
   done
-  record "$dir" lost        # so that it is not taken for one that was killed
-  end_processes 5 "$key"    # what it started elsewhere may live, and it may be started again
-  say_text lost "$key" "$why"
+  lost+=("${asked[@]}")
+  ((${#lost[@]})) || return
+  for key in "${lost[@]}"; do           # so that it is not taken for one that was killed
+    read_record "$home/jobs/$key"
+    record "$home/jobs/$key" "lost${folder:+ $folder}"
+  done
+  end_processes 5 "${lost[@]}"          # what they started may live, and they may be started again
+  for key in "${lost[@]}"; do
+    say_text lost "$key" "${why[$key]-it ended without a record of how}"
+  done
 } 2>/dev/null
 
+is_told() {                 # for ask_about: says how the job $key stands; fails where it may change
+  case $word in
+    revoked) say "absent"$'\t'"$key" ;;         # again: the answer may have been lost
+    ended) say_recorded_end "$key" ;;
+    lost) lost+=("$key") ;;
+    starting)
+      if [[ $value != *" $boot_id" ]]; then
+        why[$key]='the machine was restarted'
+        lost+=("$key")
+      elif is_alive "$value"; then
+        [[ -e $file.out ]] || ((tries == 19)) || return         # its files are copied
+        say "started"$'\t'"$key"
+      else
+        read_record "$file"             # what ends records that before it is gone
+        [[ $word == starting ]] || return
+        is_left_told
+      fi ;;
+    *) return 1 ;;
+  esac
+}
+
+# Its file `out` says that a job was begun, since its worker opens that and then begins it.
+is_left_told() {            # for is_told: the same for a job whose worker is gone
+  if [[ ! -e $file.out ]]; then
+    lost+=("$key")          # its worker never began it
+  elif [[ $(holders "$key") ]]; then
+    say "started"$'\t'"$key"
+  else
+    record_killed "$key"
+  fi
+}
+
 look() {                    # triples KEY OUT ERR, the known bytes of its streams: says the rest
-  local files=() size file chunk count=0
+  local files=() size file chunk count=0 unclear=()
   local -A since what
+  ! count_kills || echo "$REPLY" >"$run/kills"
   while (($#)); do
     look_at "$1"
     for file in "out $2" "err $3"; do
-      files+=("$home/jobs/$1/${file% *}")
-      since["$home/jobs/$1/${file% *}"]=${file#* }
-      what["$home/jobs/$1/${file% *}"]=$1$'\t'${file/ /$'\t'}
+      files+=("$home/jobs/$1.${file% *}")
+      since["$home/jobs/$1.${file% *}"]=${file#* }
+      what["$home/jobs/$1.${file% *}"]=$1$'\t'${file/ /$'\t'}
     done
     shift 3
   done
@@ -10198,6 +14971,7 @@ look() {                    # triples KEY OUT ERR, the known bytes of its stream
     tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
     say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
   done < <(in_groups sizes_of "${files[@]}")
+  ((${#unclear[@]} == 0)) || is_alive "$looking" || ask_about "${unclear[@]}"
 } 2>/dev/null
 
 sizes_of() {
@@ -10205,34 +14979,36 @@ sizes_of() {
 }
 
 look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
-  local word value pids rss peak ticks
+  local word value more folder pids rss peak ticks
   read_record "$home/jobs/$1"
-  if lives "$word" "$value"; then
+  if [[ $word == starting ]] && is_alive "$value"; then
     use_of "${value%% *}"
     ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
-  elif [[ $word == running || -e $home/jobs/$1/untold ||
-    ($word != starting && ! ${begun[$1]-}) ]]; then
-    ask_about "$1" &        # but of what began here run_job tells the end, and more of it
+  elif [[ $word == starting || $more == untold || ! ${begun[$1]-} ]]; then
+    unclear+=("$1")         # but of what began here its worker tells the end, and more of it
   fi
 }
 
 list_others() {             # says which jobs lie here that journals other than $1 claimed
-  local dir id runner who word value list=$run/others.$RANDOM
+  local file id runner who word value more folder command list=$run/others.$RANDOM
   local -A led=()           # identities of journals whose clients are connected
-  for dir in "$home"/run.*; do
-    { read -r runner && IFS= read -r who; } <"$dir/self" || continue
-    [[ $dir == */"run.${HOSTNAME:-here}."* ]] && ! is_runner "$runner" || led["${who##* }"]=1
+  for file in "$home"/run.*; do
+    { read -r runner && IFS= read -r who; } <"$file/self" || continue
+    [[ $file == */"run.${HOSTNAME:-here}."* ]] && ! is_alive "$runner" || led["${who##* }"]=1
   done
-  for dir in "$home"/jobs/*; do
-    id=${dir##*.}
-    [[ $id == *-* ]] && id=${id##*-} || id=none         # journals had no identity once
+  for file in "$home"/jobs/*; do
+    id=${file##*.}
+    [[ $id == *-* ]] && id=${id#*-} || continue         # it is of a job, or of a worker
+    id=${id%% *} file=${file%%" ended "*}
     [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
-    read_record "$dir"
-    if [[ $word == running ]] && ! lives "$word" "$value"; then
-      read_record "$dir"                # it may have ended at this moment
-      word=${word/running/lost}
+    read_record "$file"
+    if [[ $word == starting ]]; then
+      word=running
+      is_alive "$value" || { read_record "$file"; word=${word/starting/lost}; }
     fi
-    [[ $word == revoked ]] || printf '%s\0' "${dir##*/}" "$word" "${value%% *}" "$(<"$dir/cmd")"
+    IFS= read -rd '' command <"$file"
+    [[ $word == revoked ]] || printf '%s\0' "${file##*/}" "$word" "${value%% *}" \
+      "${command%$'\n#'*}"
   done >"$list"
   if [[ -s $list ]]; then
     say "bulk"$'\t'"$list"$'\t'"others"
@@ -10255,39 +15031,29 @@ own_claims() {              # makes the folder of claims; what another user may 
 } 2>/dev/null
 
 claim_needs() {             # claims what the pending jobs need; fails if others leave no room
-  local key file
+  local key slot file
   own_claims                # another batch that ended may have taken the folder away
   umask 022
-  for key in "${pending[@]}"; do
-    [[ -e $home/jobs/$key/cmd ]] ||     # it was started before
-      printf '%-80s%s\n' "$self" "${need_of[$key]}" >"$claims/$project.$key"
+  for key in "${!worker_for[@]}"; do
+    slot=${worker_for[$key]}
+    [[ ! ${worker_self[slot]-} ]] || printf '%-80s%s\n%s %s\n' "${worker_self[slot]}" \
+      "${need_of[$key]}" "$key" "${worker_ticks[slot]}" >"$claims/$project.$prefix.$slot"
   done
   umask 077
   ((${#limits[@]})) || return 0
   for file in "$shared"/ssh_scheduler.*/*; do
-    [[ $file == "$claims/$project."* ]] || { fits_all; return; }
+    [[ $file == "$claims/$project."* || ! -s $file ]] || { fits_all; return; }
   done
 }
 
 fits_all() {                # tells whether all that is claimed here is within the limits
-  local file process need key word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
+  local file process need key base word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
   local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
-  for file in "$shared"/ssh_scheduler.*/*; do
-    read_claim "$file" || continue
-    # shellcheck disable=SC2086          # numbers and colons: read_claim saw to that
-    set -- $need
-    all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
-    [[ ! $key ]] || ours=$((ours + 1))
-    shift 3
-    for word; do
-      IFS=: read -r gpu mb time reserved <<<"$word"
-      [[ ! $key ]] || mine[gpu]=1
-      ((jobs[gpu] += 1, gpu_mb[gpu] += mb, gpu_time[gpu] += time, gpu_alone[gpu] += reserved))
-    done
+  for file in "$claims/$project."*; do add_claim; done
+  for file in "$shared"/ssh_scheduler.*/*; do   # of many batches, the first that fill it are enough
+    [[ $file != "$claims/$project."* ]] && add_claim && ! has_room && return 1
   done
-  ((alone == 0 || all == 1)) || return
-  # one job may start on a machine however busy its processors are
-  ((memory <= limits[1] && (cores <= limits[0] || ours == 1))) || return
+  has_room || return
   for word in "${limits[@]:2}"; do
     IFS=: read -r gpu mb time <<<"$word"
     [[ ${mine[gpu]-} ]] || continue
@@ -10296,40 +15062,91 @@ fits_all() {                # tells whether all that is claimed here is within t
   done
 }
 
+add_claim() {               # for fits_all: fails where nobody claims anything
+  read_claim "$file" || return
+  # shellcheck disable=SC2086            # numbers and colons: read_claim saw to that
+  set -- $need
+  all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
+  [[ ! $key ]] || ours=$((ours + 1))
+  shift 3
+  for word; do
+    IFS=: read -r gpu mb time reserved <<<"$word"
+    [[ ! $key ]] || mine[gpu]=1
+    ((jobs[gpu] += 1, gpu_mb[gpu] += mb, gpu_time[gpu] += time, gpu_alone[gpu] += reserved))
+  done
+}
+
+has_room() {                # for fits_all: tells whether cores and memory are enough so far
+  # one job may start on a machine however busy its processors are
+  ((alone == 0 || all == 1)) && ((memory <= limits[1] && (cores <= limits[0] || ours == 1)))
+}
+
 read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
-  local pid start boot number error
-  [[ -f $1 && ! -L $1 ]] || return 1    # to open a FIFO would take for ever
-  { read -r -n 4000 pid start boot need <"$1"; } 2>/dev/null || return 1
-  # The claim of another user may say anything.
-  number='(0|[1-9][0-9]{0,8})'
-  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] || return 1
+  local pid start boot
+  [[ -s $1 && -f $1 && ! -L $1 ]] || return 1   # to open a FIFO would take for ever
+  key='' base=0
+  { read -r -n 4000 pid start boot need && { read -r -n 400 key base || :; }; } 2>/dev/null <"$1" ||
+    return 1
+  [[ $need == "$sane_need" ]] || is_sane || return 1
   [[ $pid == [1-9]* && $pid != *[!0-9]* && ${#pid} -lt 10 ]] || return 1
-  process=$pid key=
-  [[ $1 != "$claims/$project."* ]] || key=${1#"$claims/$project."}
+  process=$pid
+  [[ $1 == "$claims/$project."* ]] || key=
+  [[ $base == [1-9]* && $base != *[!0-9]* && ${#base} -lt 10 ]] || base=0
+  is_there
+}
+
+# To look for a process costs more than to read its claim.  So it is believed for two seconds: a
+# start may then be held for so much longer, and no machine is filled beyond its limits.
+is_there() {                # for read_claim: tells whether the process of the claim is
+  local claimant="$pid $start $boot" error
+  ((SECONDS - ${claimant_seen[$claimant]:--9} > 2)) || return 0
   if identify "$pid"; then
-    [[ $REPLY == "$pid $start $boot" ]]
+    [[ $REPLY == "$claimant" ]] || return
   else                      # where /proc hides the processes of others, kill tells
     error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
-    [[ $error == *permitted* && $boot == "$boot_id" ]]
+    [[ $error == *permitted* && $boot == "$boot_id" ]] || return
   fi
+  ((${#claimant_seen[@]} < 2000)) || claimant_seen=()
+  claimant_seen[$claimant]=$SECONDS
+}
+
+is_sane() {                 # for read_claim: another user may say anything; most say the same
+  local number='(0|[1-9][0-9]{0,8})'
+  [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] && sane_need=$need
 }
 
 say_claims() {              # says of each job, of whatever batch, what it claims and uses
-  local file process need key pids rss peak ticks pid
+  local file process need key base pids rss peak ticks pid
+  local -A user_of=()       # folder of claims -> the name of its user; '' for our own
   for file in "$shared"/ssh_scheduler.*/*; do
     read_claim "$file" || continue
     use_of "$process"
     for pid in "${pids[@]}"; do claim_of["$pid"]=${key:-other}; done
-    say_text probe claim "$rss $ticks ${key:--} $need"
+    [[ $key ]] || name_claimant "${file%/*}"
+    say_text probe claim "$rss $((ticks - base)) ${key:--${user_of[${file%/*}]}} $need"
   done
+}
+
+name_claimant() {           # for say_claims: whose the folder of claims $1 is
+  local user number
+  [[ ! ${user_of[$1]+x} ]] || return 0
+  user_of[$1]=
+  [[ -O $1 ]] || read -r user number < <(stat -c '%U %u' -- "$1" 2>/dev/null)
+  [[ $user != UNKNOWN ]] || user=$number
+  user_of[$1]=$user
 }
 
 # ---- Ending ----
 
 revoke() {                  # begins the job $1 itself, so that it never starts; fails if it did
-  local dir=$home/jobs/$1
-  [[ ! -e $dir/cmd ]] && mkdir -p -- "$dir" && ( set -C; : >"$dir/cmd" ) &&
-    printf '%-95s\n' revoked >"$dir/status"
+  local file=$home/jobs/$1 word value more folder revoked=''
+  read_record "$file"       # one that has ended may have that in its name
+  [[ $word != ended ]] || return
+  [[ -d $home/jobs ]] || mkdir -p -- "$home/jobs"
+  set -C
+  { printf '#%-126s\n' revoked >"$file"; } && revoked=1
+  set +C
+  [[ $revoked ]]
 } 2>/dev/null
 
 # The client that holds the lock of a job_results owns its runners.  A runner that an earlier client
@@ -10344,7 +15161,7 @@ end_old_runners() {         # ends such runners; the jobs that they started run 
       [[ $who == "$owner" ]] || continue
     [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
     for ((tries = 0; tries < 100; tries++)); do
-      is_runner "$runner" || break
+      is_alive "$runner" || break
       kill -KILL "${runner%% *}"
       sleep 0.02
     done
@@ -10352,37 +15169,40 @@ end_old_runners() {         # ends such runners; the jobs that they started run 
 } 2>/dev/null
 
 end_jobs() {                # $1: seconds from TERM to KILL, the rest: keys; sets survivors
-  local key word value
+  local key word value more folder
   end_processes "$@"
   shift
   for key; do
     read_record "$home/jobs/$key"
-    [[ $word == running ]] && ! lives "$word" "$value" || continue
+    [[ $word == starting ]] && ! is_alive "$value" || continue
     read_record "$home/jobs/$key"       # what ends records that before it is gone
     [[ $word == ended ]] || record_killed "$key"
   done
 } 2>/dev/null
 
 record_killed() {           # records the end of the job $1, of which nobody else is left to do so
-  local dir=$home/jobs/$1
-  echo 'ssh-scheduler: it was killed with its whole process group' >>"$dir/err"
-  (list_back "$dir" '' "$dir" .)        # all: what was sent is not known any more
-  record "$dir" 'ended 137'
-  say_ended "$1" 137 0 0
+  local key=$1 file=$home/jobs/$1 word value more folder
+  read_record "$file"
+  if [[ $word != ended ]]; then         # nobody else was faster
+    echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+    # all: what was sent is not known any more
+    [[ ! $folder ]] || (list_back "$folder" '' "$file.back" .)
+    value=137
+    record "$file" "ended 137${folder:+ $folder}"
+  fi
+  say_recorded_end "$key"
 }
 
 end_processes() {           # end_jobs without a record: ends all that the jobs started
-  local until=$((SECONDS + $1)) key signal=TERM tries=0 clear=0 pause=5 seconds
-  local -A wrappers=()                  # pid of the run_job of a job -> its key
+  local until=$((SECONDS + $1)) signal=TERM tries=0 clear=0 pause=5 seconds awaited
+  local -A workers=() groups=()         # pid of a worker -> the key of its job; those of jobs
   local living=()
   shift
-  for key; do find_wrapper; done
   # What a job started while it was looked for is found the next time.
   while ((clear < 2 && tries < 40)); do
-    living=()
     find_living "$@"
     if ((${#living[@]} == 0)); then
-      clear=$((clear + 1))
+      [[ $awaited ]] && ((SECONDS < until + 20)) && sleep 0.02 || clear=$((clear + 1))
       continue
     fi
     clear=0
@@ -10401,43 +15221,49 @@ end_processes() {           # end_jobs without a record: ends all that the jobs 
   survivors=${living[*]}
 } 2>/dev/null
 
-find_wrapper() {            # for end_processes: adds the process that records the end of $key
-  local word value
-  while read_record "$home/jobs/$key"; [[ $word == starting ]] && is_runner "$value"; do
-    sleep 0.02              # it is about to run
-  done
-  lives "$word" "$value" && wrappers[${value%% *}]=$key
-}
-
 say_killed() {              # for end_processes: in the streams of the jobs, before they can end
   local key
-  for key in "${wrappers[@]}"; do
+  for key in "${workers[@]}"; do
     echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
-      >>"$home/jobs/$key/err"
+      >>"$home/jobs/$key.err"
   done
 }
 
 # Processes are told to end in the order in which they began: a shell that hears of it after its
 # child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
 # between, they would stand for ever.
-find_living() {             # living: the pids of what the jobs $@ started, but not their wrappers
-  local pid fields index since=()       # by start time and pid
-  local -A parent=() mine=()
-  for pid in "${!wrappers[@]}" $(holders "$@"); do mine[$pid]=1; done
+find_living() {             # living: the pids of what the jobs $@ started, but not their workers
+  local pid key index since=()          # by start time and pid
+  local -A parent=() group=() mine=()
+  living=() awaited=''
+  for key; do find_worker; done
+  for pid in "${!workers[@]}" $(holders "$@"); do mine[$pid]=1; done
   read_processes
+  for pid in "${!parent[@]}"; do
+    [[ ! ${workers[${parent[$pid]}]-} || ${group[$pid]} != "$pid" ]] || groups[$pid]=1
+  done
   for ((index = 1; index;)); do         # until no more child of theirs is found
     index=0
     for pid in "${!parent[@]}"; do
-      [[ ! ${mine[$pid]-} && ${mine[${parent[$pid]}]-} ]] || continue
+      [[ ! ${mine[$pid]-} ]] || continue
+      [[ ${mine[${parent[$pid]}]-} || ${groups[${group[$pid]}]-} ]] || continue
       mine[$pid]=1 index=1
     done
   done
   for pid in "${since[@]}"; do
-    [[ ! ${mine[$pid]-} || ${wrappers[$pid]-} ]] || living+=("$pid")
+    [[ ! ${mine[$pid]-} || ${workers[$pid]-} ]] || living+=("$pid")
   done
 }
 
-read_processes() {          # for find_living: parent and since of all; mine, if of a job's group
+find_worker() {             # for find_living: adds the worker of $key, if that has not ended
+  local word value more folder
+  read_record "$home/jobs/$key"
+  [[ $word == starting ]] && is_alive "$value" || return
+  workers[${value%% *}]=$key
+  [[ -e $home/jobs/$key.out ]] || awaited=1     # it is about to begin the job
+}
+
+read_processes() {          # for find_living: parent, group and since of all processes
   local pid stat fields
   for stat in /proc/[1-9]*/stat; do
     { IFS= read -r fields <"$stat"; } || continue
@@ -10446,30 +15272,32 @@ read_processes() {          # for find_living: parent and since of all; mine, if
     fields=(${fields##*) })
     [[ ${fields[0]} != Z ]] || { unset -v "mine[$pid]"; continue; }
     [[ $pid != "$BASHPID" ]] || continue
-    parent[$pid]=${fields[1]} since[fields[19] << 22 | pid]=$pid
-    [[ ! ${wrappers[${fields[2]}]-} ]] || mine[$pid]=1
+    parent[$pid]=${fields[1]} group[$pid]=${fields[2]} since[fields[19] << 22 | pid]=$pid
   done
 }
 
-# A process that leaves its session, its parent and its environment still has the FIFO `alive` open,
-# since it inherited that.  One that closes all files and clears its environment is not found; only
-# control groups could do that.
+# A process that leaves its session, its parent and its environment still has the FIFO of the worker
+# open, since it inherited that.  One that closes all files and clears its environment is not found;
+# only control groups could do that.
 holders() {                 # prints the pids of what the jobs $@ started
   in_groups holders_of_some "$@" | sort -u
 }
 
 holders_of_some() {
-  local key pattern tests=() marks=()
+  local key pattern tests=() marks=() word value more folder
   for key; do
-    pattern=$home/jobs/$key/alive
+    marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
+    read_record "$home/jobs/$key"
+    # The FIFO of a worker is that of its next job, if the job that has ended left nothing.
+    [[ $folder && ($word != ended || $more == left) ]] || continue
+    pattern=$home/jobs/${folder%.*}.alive
     pattern=${pattern//\\/\\\\}
     pattern=${pattern//\[/\\[}
     pattern=${pattern//\*/\\*}
     tests+=(-o -lname "${pattern//\?/\\?}" -print)
-    marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
   done
   {
-    find /proc/[1-9]*/fd "${tests[@]:1}"
+    ((${#tests[@]} == 0)) || find /proc/[1-9]*/fd "${tests[@]:1}"
     grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
   } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done
 } 2>/dev/null
@@ -10490,36 +15318,50 @@ wait_removed() {            # waits until what is being removed is gone
   removing=()
 }
 
-farewell() {                # removes what came, if no job needs it, though nobody said "finish"
+farewell() {                # removes what came, if no job needs it, if nobody said "finish"
   wait_removed
+  [[ ! $finished ]] || return 0
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
     end_jobs 5 "${!begun[@]}"
-    (cd -- "$home/jobs" && remove "${!begun[@]}")
+    (remove_jobs "${!begun[@]}")
   fi
-  rmdir -- "$home/jobs"
-  [[ -e $home/jobs ]] || tidy "${arrived[@]}"
+  ! is_unused || tidy "${arrived[@]}"
+}
+
+is_unused() {               # tells whether no job is left here: what lies in jobs/ is of workers
+  local file
+  for file in "$home/jobs"/*; do
+    [[ ${file##*/} =~ ^work[.0-9]+(\.alive)?$ ]] || return 1
+  done
 }
 
 tidy() {                    # removes what is of use to nobody any more; $@: and this
-  local dir value others='' gone=("$@" "$run" "${begun[@]}")
-  [[ ! -e $home/jobs ]] || rmdir -- "$home/jobs"
-  if [[ ! -e $home/jobs ]]; then        # a job that is left may need these files
+  local dir value others='' gone=("$@" "$run")
+  dismiss_free
+  gone+=("${leftovers[@]}")
+  leftovers=()
+  # Of two runners that end at once, each would leave to the other what no runner needs any more.
+  echo leaves >"$run/self"
+  if is_unused; then        # a job that is left may need these files
     for dir in "$home"/run.*; do
       [[ $dir != "$run" ]] || continue
-      { read -r value <"$dir/self"; } && ! is_runner "$value" &&
+      { read -r value <"$dir/self"; } && ! is_alive "$value" &&
         [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
     done
-    [[ $others ]] || gone+=("$home/stage" "$claims/$project."*)
+    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$claims/$project."*)
   fi
-  remove "${gone[@]}"
-  rmdir -- "$claims" "$home/stage" "$home"
+  remove "$claims/$project.$prefix."* "${gone[@]}"
+  rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
 } 2>/dev/null
 
 # What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay:
 # a user may be away for three weeks.
 forget_old() {              # removes what other folders' batches left, where that is two weeks old
-  local dir entry hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
+  local dir entry found hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
+  # shellcheck disable=SC2206            # it is a pattern
+  found=("${home%/*}"/*-$hex$hex$hex)
+  [[ ${found[*]} && ${found[*]} != "$home" ]] || return 0       # which saves two processes
   while IFS= read -rd '' dir; do
     # Each run changes the time of its folder.  One that holds anything else is of somebody else.
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
@@ -10532,6 +15374,19 @@ forget_old() {              # removes what other folders' batches left, where th
     remove "$dir"
   done < <(find "${home%/*}" -mindepth 1 -maxdepth 1 -type d -name "*-$hex$hex$hex" \
     -mtime "+$OLD_DAYS" -print0)
+} 2>/dev/null
+
+remove_jobs() {             # removes all that there is of the jobs $@
+  local key gone=()
+  cd -- "$home/jobs" || return
+  for key; do
+    gone+=("$key" "$key.out" "$key.err")
+    [[ -e $key ]] || gone+=("$key ended "*)
+    [[ ! -e $key.more ]] || gone+=("$key.more")
+    find_folder "$key"
+    [[ ! $REPLY ]] || gone+=("$REPLY" "$key.back" "$claims/$project.$key.back")
+  done
+  remove "${gone[@]}"
 } 2>/dev/null
 
 remove() {                  # also what a job has shut
@@ -10550,6 +15405,7 @@ main() {
   # This comes first, so that the client can tell "bash runs" from "ready".
   printf '\n%s\n' "$token"
   find_home
+  raise_file_limit
   end_old_runners
   make_folders || return 0
   open_events
@@ -10583,9 +15439,12 @@ find_home() {               # sets where things are, and who this is
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
   { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # it may come from elsewhere
-  while read -r field uid _ && [[ $field != Uid: ]]; do :; done </proc/self/status
-  run=$home/run.${HOSTNAME:-here}.$$.$RANDOM$RANDOM     # pids begin anew after a restart
-  mask=$(umask)
+  while read -r field uid _ && [[ $field != Uid: ]]; do
+    [[ $field != Umask: ]] || mask=$uid
+  done </proc/self/status
+  prefix=work.$$.$RANDOM$RANDOM         # pids begin anew after a restart
+  run=$home/run.${HOSTNAME:-here}.${prefix#work.}
+  mask=${mask:-$(umask)}    # Linux tells it since 4.7; to ask bash costs a process
   umask 077
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
   boot_id=${boot_id:-$NO_BOOT_ID}
@@ -10593,12 +15452,24 @@ find_home() {               # sets where things are, and who this is
   self=$REPLY
 }
 
+# The runner has a file open for each worker.  Jobs keep the limit of the login.
+raise_file_limit() {        # sets file_limit
+  local first second third hard
+  while read -r first second third file_limit hard _; do
+    [[ "$first $second $third" != 'Max open files' ]] || { ulimit -Sn "$hard"; return; }
+  done </proc/self/limits
+} 2>/dev/null
+
 # The client compares the accounts of its machines: to look for living runners here would miss two
 # that run one after the other.
 make_folders() {            # sets account and claims; says why, and fails, where that cannot be
   local said
+  if has_older_jobs; then
+    say_older_jobs
+    return 1
+  fi
   if ! said=$({ mkdir -p -- "$home/stage" "$home/jobs" "$run" &&
-    mkfifo -- "$run/events" "$run/signals" && echo 'for no known reason' >"$run/log" &&
+    mkfifo -- "$run/events" "$run/signals" "$run/idle" && echo 'for no known reason' >"$run/log" &&
     { stat -L -c %d.%i -- "${home%/*}" /proc/self/ns/pid 2>/dev/null || :; }; } 2>&1); then
     said=${said##*$'\n'}
     if [[ $said == *fork:* ]]; then no_process; else explain_full "cannot write there: $said"; fi
@@ -10612,13 +15483,29 @@ make_folders() {            # sets account and claims; says why, and fails, wher
   own_claims
 }
 
+# An older version made a folder of each job.  This one cannot collect that, and must not take it
+# for a job that never began.
+has_older_jobs() {          # tells whether jobs of such a version are here
+  local pipe
+  for pipe in "$home/jobs"/*/alive; do
+    [[ ! -p $pipe || ${pipe%/alive} =~ /work\.[.0-9]+$ ]] || return 0
+  done
+  return 1
+}
+
+say_older_jobs() {
+  escape "jobs of an older ssh-scheduler are there, in $home/jobs: end that batch with the version \
+that began it, or remove this folder"
+  printf 'broken\t%s\n' "$REPLY"
+}
+
 open_events() {             # from now on all is said through `writer`, and complaints go to the log
-  exec {events}<>"$run/events" {signals}<>"$run/signals"
+  exec {events}<>"$run/events" {signals}<>"$run/signals" {idle}<>"$run/idle"
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
   # The writer does not hold its own pipe open: so it ends when nobody is left who could say
   # something.
-  writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {requests}<&- &
+  writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {idle}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
   trap last_words EXIT
@@ -10656,9 +15543,8 @@ last_words() {              # says why the runner ends, and which jobs it did no
   local key
   [[ -e $run ]] || return 0
   ! complaint || return 0
-  for key in "${!unbegun[@]}"; do
-    : >"$claims/$project.$key"
-    say_text refused "$key" "$REPLY"
+  for key in "${pending[@]}"; do
+    [[ -e $home/jobs/$key ]] || say_text refused "$key" "$REPLY"
   done
   say_text broken "$REPLY" later
 }
@@ -10666,12 +15552,12 @@ last_words() {              # says why the runner ends, and which jobs it did no
 look_around() {             # begins what takes long, before anybody asks for it
   read_ticks
   busy_before=$busy total_before=$total
-  { capture_login; echo environment >&"$signals"; } {events}>&- {requests}<&- &
+  { capture_login; echo environment >&"$signals"; } {events}>&- {idle}>&- {requests}<&- &
   capturing=$!
   disown "$!"
   waiting=1
   [[ $want_gpus == 1 ]] || return
-  { query_gpus; echo gpus >&"$signals"; } {events}>&- {requests}<&- &
+  { query_gpus; echo gpus >&"$signals"; } {events}>&- {idle}>&- {requests}<&- &
   disown "$!"
   waiting=2
 }
@@ -10679,7 +15565,7 @@ look_around() {             # begins what takes long, before anybody asks for it
 serve() {                   # does what is asked for, until the channel ends
   local verb fields
   while :; do
-    # Starts that came together share two processes, which make their folders.
+    # Starts that came together share two processes, which make what new workers need.
     if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
     read_request || return
     if declare -F "do_$verb"; then      # stdout is /dev/null
@@ -10691,13 +15577,10 @@ serve() {                   # does what is asked for, until the channel ends
 }
 
 read_request() {            # verb and fields: the next request; fails where it was cut off
-  local count field
+  local count index=0
   fields=()
   IFS= read -rd '' -u "$requests" verb && IFS= read -rd '' -u "$requests" count || return
-  while ((count-- > 0)); do
-    IFS= read -rd '' -u "$requests" field || return
-    fields+=("$field")
-  done
+  while ((index++ < count)); do IFS= read -rd '' -u "$requests" "fields[index]" || return; done
 }
 
 do_probe() { probe measure; }
@@ -10712,7 +15595,7 @@ do_limits() { limits=("$@"); }
 
 do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   arrived+=("$home/stage/$1")
-  mkdir -p -- "$home/stage/$1"
+  mkdir -p -- "$home/stage/$1/copy"
   # What is left of an archive that could not be unpacked must not be taken for requests.
   head -c "$2" <&"$requests" |
     { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
@@ -10732,7 +15615,7 @@ do_unsent() {               # WHY a folder could not be filled
 do_freeze() { freeze "$@"; }
 
 do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
-  pending+=("$1")
+  pending+=("$1") finished=''
   stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
   back_of[$1]=$8
   REPLY=
@@ -10750,15 +15633,16 @@ cancel() {
   say "cancelled"$'\t'"$survivors"
 }
 
-do_adopt() {                # KEY...
-  local key
-  for key; do beside revoke_or_ask "$key"; done
-}
+do_adopt() { beside revoke_or_ask "$@"; }               # KEY...
 
 # A job that may have been started is begun here before it is asked about.  If that succeeds, it
 # never began and never will, and the client places it again as a new attempt.
 revoke_or_ask() {
-  if revoke "$1"; then say "absent"$'\t'"$1"; else ask_about "$1"; fi
+  local key begun_before=()
+  for key; do
+    if revoke "$key"; then say "absent"$'\t'"$key"; else begun_before+=("$key"); fi
+  done
+  ask_about "${begun_before[@]}"
 }
 
 do_revoke() {               # KEY...
@@ -10770,7 +15654,7 @@ revoke_all() {
   local key
   for key; do revoke "$key"; done
   end_processes 5 "$@"
-  cd -- "$home/jobs" && remove "$@"
+  remove_jobs "$@"
 }
 
 do_others() { beside list_others "$1"; }
@@ -10778,10 +15662,23 @@ do_others() { beside list_others "$1"; }
 do_ping() { say "pong"$'\t'"$1"; }
 
 do_eof() {                  # KEY
-  [[ ! -p $home/jobs/$1/eof ]] || echo 1<>"$home/jobs/$1/eof"
+  [[ ! -p $home/jobs/$1.more/eof ]] || echo 1<>"$home/jobs/$1.more/eof"
 }
 
-do_watch() { beside look "$@"; }
+do_where() { beside say_folders "$@"; }
+
+say_folders() {             # says in which folders the jobs $@ run
+  local key word value more folder
+  for key; do
+    read_record "$home/jobs/$key"
+    [[ ! $folder ]] || say "place"$'\t'"$key"$'\t'"$folder"
+  done
+} 2>/dev/null
+
+do_watch() {                # (KEY OUT ERR)...
+  beside look "$@"
+  identify "$!" && looking=$REPLY
+}
 
 do_list() {                 # KEY
   find_list "$1"
@@ -10791,10 +15688,12 @@ do_list() {                 # KEY
 do_again() { beside list_again "$@"; }
 
 do_clean() {                # KEY...
-  local key gone=("$@")
-  for key; do gone+=("$claims/$project.$key"{,.back}); done
-  (cd -- "$home/jobs" && remove "${gone[@]}") &
+  local key
+  for key; do unset -v "begun[$key]"; done
+  hear_workers
+  { remove_jobs "$@"; remove "${leftovers[@]}"; } &
   removing+=("$!")
+  leftovers=()
 }
 
 do_finish() {               # STAGE that becomes the cache, or "", STAGE... to remove
@@ -10807,46 +15706,176 @@ do_finish() {               # STAGE that becomes the cache, or "", STAGE... to r
     mv -T -- "$home/stage/$kept" "$home/cache"
   fi
   tidy "${@/#/$home/stage/}"
-  begun=()                  # what lies there now is kept
+  finished=1
   say finished
   forget_old
 }
 
 main
 '''
+REMOTE_CALL = 'main\n'       # what comes behind the functions, which others use, too
+
+# Runs there, for as long as a shell is open beside a job: finds the job, and writes for the shell
+# what the shell reads.  The functions of the remote runner stand in front of it.
+REMOTE_VISIT = r'''
+visit() {                   # stdin: token, workdir, project, key of the job; its end is ours
+  local key field word value more folder process='' to=''
+  local -A parent=() group=() mine=()
+  exec {requests}<&0 </dev/null
+  for field in token workdir project key; do
+    IFS= read -rd '' -u "$requests" "${field?}" || return
+  done
+  printf '\n%s\n' "$token"
+  find_home
+  find_job
+  if [[ $word == open ]]; then
+    word=full
+    [[ -w $shared ]] || shared=/tmp
+    to=$(mktemp -d -- "$shared/ssh_scheduler_shell.XXXXXXXX") && write_shell &&
+      word="open $to/shell"
+  fi
+  printf '%s\n' "$word"
+  while read -r -u "$requests"; do      # the client asks whether the shell has begun
+    [[ -e $to/shell ]] && echo unused || echo used
+  done
+  # The client has ended.  A shell that it left behind ends, and what runs in its foreground.
+  ! { read -r process <"$to.pid"; } || kill -HUP -- "-${process:-0}" || kill -HUP "$process"
+  [[ ! $to ]] || remove "$to" "$to.pid"
+} 2>/dev/null
+
+find_job() {                # sets word, and process: that of the job $key, if it has one
+  local tries
+  for ((tries = 0; tries < 20; tries++)); do
+    ((tries == 0)) || sleep 0.1
+    read_record "$home/jobs/$key"
+    case $word in
+      starting) ;;
+      damaged | revoked) word=absent ;&
+      *) return ;;
+    esac
+    find_process && break
+  done
+  if [[ $process ]]; then
+    [[ -r /proc/$process/environ ]] && word=open || word=closed
+  elif is_alive "$value"; then
+    word=begins
+  else
+    word=lost
+  fi
+}
+
+# It is the first process that the job has: usually the child of its worker.  In the group of the
+# worker is what keeps a time limit, which has the FIFO open, too.
+find_process() {            # sets process to the bash of the job; fails while there is none
+  local pid worker=${value%% *} since=()
+  parent=() group=() mine=() process=''
+  for pid in $(holders "$key"); do mine[$pid]=1; done
+  read_processes
+  for pid in "${since[@]}"; do
+    [[ ${parent[$pid]} != "$worker" || ${group[$pid]} != "$pid" ]] || mine[$pid]=1
+    [[ ${mine[$pid]-} && ${group[$pid]} != "$worker" ]] || continue
+    process=$pid
+    return
+  done
+  return 1
+}
+
+write_shell() {             # writes three files for bash to read: shell, environment and rc
+  local entry name entries known='' odd=() exports=''
+  read_entries "/proc/$process/environ"
+  ((${#entries[@]})) || return
+  for entry in "${entries[@]}"; do
+    name=${entry%%=*}
+    case $name in
+      PWD | OLDPWD | SHLVL | _ | TERM | SSH_SCHEDULER_ID | BASH_ENV) ;;
+      UID | EUID | PPID | GROUPS | SHELLOPTS | BASHOPTS | FUNCNAME | BASH_[!E]*) ;;
+      [0-9]* | *[!A-Za-z0-9_]*) odd+=("$entry") ;;
+      *)
+        known+=" | $name"
+        printf -v entry 'export %s=%q\n' "$name" "${entry#*=}"
+        exports+=$entry ;;
+    esac
+  done
+  write_environment >"$to/environment" && write_rc >"$to/rc" && write_start >"$to/shell"
+}
+
+write_environment() {       # for write_shell: what gives a bash the environment of the job
+  printf '%s\n' 'for ssh_scheduler_name in $(compgen -e); do case $ssh_scheduler_name in'
+  printf '  PWD | OLDPWD | SHLVL | _ | TERM | SSH_* %s) ;;\n' "$known"
+  printf '%s\n' '  *) unset -v "$ssh_scheduler_name" ;; esac; done' 'unset -v ssh_scheduler_name'
+  printf '%s' "$exports"
+}
+
+# A start file may choose GPUs or a Python, as the login of the job did before its `setup`.  So what
+# the job has is given once more after it.
+write_rc() {                # for write_shell: what the shell reads first
+  local to_read=''
+  for entry in "${entries[@]}"; do [[ $entry != BASH_ENV=* ]] || to_read=${entry#*=}; done
+  printf '[[ $- != *i* || ! -r ~/.bashrc ]] || . ~/.bashrc\n. %q 2>/dev/null\n' "$to/environment"
+  printf 'rm -rf -- %q\nunset -v BASH_ENV\n' "$to"
+  [[ ! -e $to_read ]] || printf 'export BASH_ENV=%q; . "$BASH_ENV"\n' "$to_read"
+  printf 'if [[ $- == *i* ]]; then\nPS1=%q$PS1\n' "(${key%.*}) "
+  printf 'ssh_scheduler_tell() {\n[[ ! -e /proc/%s ]] || return 0\n' "$process"
+  printf 'echo %q\n' "ssh-scheduler: ${key%.*} has ended; files that are made here now are lost"
+  printf 'PROMPT_COMMAND=${PROMPT_COMMAND#ssh_scheduler_tell;}\n}\n'
+  printf 'PROMPT_COMMAND="ssh_scheduler_tell;${PROMPT_COMMAND-}"\nfi\n'
+}
+
+write_start() {             # for write_shell: what becomes the shell
+  printf 'echo "$$" >%q\n' "$to.pid"
+  printf 'rm -f -- %q\ncd -- %q || exit\n' "$to/shell" "$home/jobs/$folder"
+  printf '. %q 2>/dev/null\n' "$to/environment"
+  printf '[ -t 0 ] && set -- --rcfile %q -i || export BASH_ENV=%q\n' "$to/rc" "$to/rc"
+  printf 'exec '
+  ((${#odd[@]} == 0)) || printf '%q ' /usr/bin/env -- "${odd[@]}"
+  printf '%q "$@"\n' "$BASH"
+}
+
+visit
+'''
 
 # Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
 REMOTE_FOLLOW = REMOTE_CLEAN + r'''
-main() {                    # stdin: token, folder of the job, known bytes of out and of err
-  local token dir out err
-  IFS= read -rd '' token && IFS= read -rd '' dir && IFS= read -rd '' out && IFS= read -rd '' err ||
+main() {                    # stdin: token, file of the job, known bytes of out and of err
+  local token file out err
+  IFS= read -rd '' token && IFS= read -rd '' file && IFS= read -rd '' out && IFS= read -rd '' err ||
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
-  until [[ -e $dir/out && -e $dir/err ]]; do    # they come when its files were copied
+  until [[ -e $file.out && -e $file.err ]]; do    # they come when its files were copied
     read -r -t 0.02
     (($? > 128)) || return
   done
-  tail -c "+$((out + 1))" -s 0.1 -f -- "$dir/out" </dev/null 2>/dev/null &
-  tail -c "+$((err + 1))" -s 0.1 -f -- "$dir/err" </dev/null >&2 2>/dev/null &
+  follow "$file.out" "$out" &
+  follow "$file.err" "$err" >&2 &
   read -r
   kill %1 %2
 }
+
+# tail takes 8 KB at a time, which is slow for much output: cat brings what is there already.
+follow() {                  # writes the file $1 from byte $2 on, and then all that is added to it
+  local known=$2 word=
+  if ((known == 0)) && [[ -s $1 ]]; then
+    cat <&3
+    while [[ $word != pos: ]]; do read -r word known || return; done </proc/self/fdinfo/3
+  fi 3<"$1"
+  exec tail -c "+$((known + 1))" -s 0.1 -f -- "$1"
+} </dev/null 2>/dev/null
 set -m
 main
 '''
 
 # Runs there, beside a job: takes what comes for its standard input.
 REMOTE_FEED = REMOTE_CLEAN + r'''
-main() {                    # stdin: folder of the job, then its input
-  local dir
-  IFS= read -rd '' dir || return
-  until [[ -p $dir/in ]]; do
-    [[ -e $dir ]] || return
+main() {                    # stdin: file of the job, then its input
+  local file
+  IFS= read -rd '' file || return
+  until [[ -p $file.more/in ]]; do
+    [[ -e $file ]] || return
     sleep 0.02
   done
   # Opened for both it does not block; then this side is closed, so that it is told when none reads.
-  exec {both}<>"$dir/in"
+  exec {both}<>"$file.more/in"
   exec 1>"/dev/fd/$both" {both}<&-
   exec cat
 }

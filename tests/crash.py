@@ -7,6 +7,7 @@ CRASH_AT        the number of the point, or
 CRASH_WHEN      a regular expression that describes it; without both it lives
 CRASH_AFTER     a file that must not be empty before it ends there
 CRASH_SIGNAL    what it sends itself there: SIGKILL
+CRASH_REQUEST   JSON: it does not end there, but another command asks this of it
 CRASH_LOG       a file to which those that it came to are added
 CRASH_SETTINGS  JSON: constants of the module that are others
 """
@@ -20,11 +21,15 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ssh_scheduler
+try:
+    import ssh_scheduler
+except KeyboardInterrupt:           # before the program has begun, which would say the same
+    sys.exit(130)
 
 LAST = int(os.environ.get('CRASH_AT', 0))
 WHEN = os.environ.get('CRASH_WHEN')
 AFTER = os.environ.get('CRASH_AFTER')
+REQUEST = os.environ.get('CRASH_REQUEST')
 SIGNAL = getattr(signal, os.environ.get('CRASH_SIGNAL', 'SIGKILL'))
 LOG = os.environ.get('CRASH_LOG', os.devnull)
 passed, stopped = 0, False
@@ -40,7 +45,19 @@ def point(what):
         stopped = True
         while AFTER and not os.path.getsize(AFTER):
             time.sleep(0.01)
-        os.kill(os.getpid(), SIGNAL)
+        if REQUEST:
+            leave_request()
+        else:
+            os.kill(os.getpid(), SIGNAL)
+
+
+def leave_request():
+    """Do what another command does to ask something."""
+    inbox = Path('job_results/.ssh_scheduler/inbox')
+    inbox.mkdir(0o700, parents=True, exist_ok=True)
+    path = inbox / f'{time.time_ns():020}-1'
+    path.with_suffix('.new').write_text(REQUEST)
+    real_rename(path.with_suffix('.new'), path.with_suffix('.request'))
 
 
 def counted(function, word):
@@ -61,7 +78,7 @@ def write(fd, data):
     where = os.path.basename(path).partition(':')[0]
     what = f'write to {where}: {bytes(data[:90])!r} … {bytes(data[-60:])!r}'
     point(f'before {what}')
-    half = passed + 1 == LAST
+    half = passed + 1 == LAST and not REQUEST
     done = real_write(fd, data[:len(data) // 2] if half else data)
     point(f'amid {what}')
     point(f'after {what}')
@@ -69,6 +86,7 @@ def write(fd, data):
 
 
 real_write, os.write = os.write, write
+real_rename = os.rename
 for name in ('rename', 'replace', 'mkdir'):
     setattr(os, name, counted(getattr(os, name), name))
 subprocess.Popen = counted(subprocess.Popen, 'start')

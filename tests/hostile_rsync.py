@@ -2,7 +2,7 @@
 
 It stands in for rsync on a machine and speaks protocol 30 of rsync, as far as a sender has to.  Its
 file list is that of the JSON file ENTRIES: [[name, mode, target of a link], …], names in Latin-1,
-where {job} is the job's folder over there.  All files have the same content, so nobody needs to
+where {work} is the job's folder over there.  All files have the same content, so nobody needs to
 know how the other side sorts them.
 """
 import hashlib
@@ -86,7 +86,7 @@ def entry(name, mode, target):
 
 
 def greet():
-    """Agree on the protocol; return the first folder of the names that are asked for."""
+    """Agree on the protocol; return the folder of the first name that is asked for."""
     sys.stdout.buffer.write(struct.pack('<i', 30) + b'\0' + struct.pack('<i', 1))
     sys.stdout.buffer.flush()
     read_raw(4)                         # its own protocol
@@ -98,7 +98,7 @@ def greet():
     asked = bytearray()
     while not asked.endswith(b'\0\0'):     # these are not in pieces
         asked += read_raw(1)
-    return bytes(asked).split(b'/')[1]         # ./JOB/work/…
+    return bytes(asked).split(b'/')[1]         # ./work.…/…
 
 
 def send_files():
@@ -127,10 +127,10 @@ def main():
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with open(sys.argv[1]) as file:
         entries = json.load(file)
-    job = greet()
+    work = greet()
     for name, mode, target in entries:
-        write(entry(name.encode('latin-1').replace(b'{job}', job), mode,
-                    target.encode('latin-1').replace(b'{job}', job)))
+        write(entry(name.encode('latin-1').replace(b'{work}', work), mode,
+                    target.encode('latin-1').replace(b'{work}', work)))
     write(b'\0')                                  # the end of the list
     send_files()
     write(varlong(0, 3) * 5)                        # statistics

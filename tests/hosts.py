@@ -467,9 +467,13 @@ class Host(Machine):
         """Each packet to sshd is answered with a reset: connections break, and none begins."""
         self.link.filter('meta l4proto tcp counter reject with tcp reset', '')
 
-    def lossy(self, percent=20):
-        """So many packets are lost, in each direction."""
-        rule = f'numgen random mod 100 < {percent} {DROP}'
+    def lossy(self, one_in=5):
+        """One packet in `one_in` is lost, in each direction.
+
+        Lost by counting, not by chance: by chance the same packet is lost five times in some runs,
+        and no connection survives that.
+        """
+        rule = f'numgen inc mod {one_in} == 0 {DROP}'
         self.link.filter(rule, rule)
 
     def slow(self, bytes_per_s=20_000):

@@ -40,7 +40,7 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
         ledgers = ledgers_of(ledgers)
     results = Path(results)
     runs = read_ledgers(ledgers)
-    reported = read_report([stdout] if isinstance(stdout, str) else stdout)
+    reported = read_report([stdout] if isinstance(stdout, str) else stdout, again)
     journal = read_journal(journal or results / '.ssh_scheduler/journal')
     wrong = []
     for job in sorted({*runs, *reported, *journal, *jobs}):
@@ -68,9 +68,10 @@ def read_ledgers(ledgers):
     return runs
 
 
-def read_report(texts):
+def read_report(texts, again=False):
     """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last, by a run only once.
 
+    again: jobs may have run again, since somebody asked for that
     Skipped are those whose results are there: a run that was killed need not have noted that.
     """
     reported = {}
@@ -80,8 +81,8 @@ def read_report(texts):
             word, _, rest = line.partition(': ')
             job = rest.partition(';')[0]
             if word in ('finished', 'failed') and ';' in rest:
-                assert job not in ended, (f'{job} is reported {ended[job]} and then {word}, by one '
-                                          'run.')
+                assert again or job not in ended, (f'{job} is reported {ended[job]} and then '
+                                                   f'{word}, by one run.')
                 ended[job] = word
             if word in ('finished', 'failed', 'started') and ';' in rest:
                 reported[job] = word
@@ -102,7 +103,8 @@ def read_journal(path):
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            if event['event'] not in ('tidied', 'journal'):     # which tell of no job
+            # These tell of no job, or do not change it.
+            if event['event'] not in ('tidied', 'journal', 'answered', 'unwanted', 'wanted'):
                 events[event['job']].append(event)
         except (ValueError, KeyError, TypeError):
             raise AssertionError(f'The journal has no event in line {number}: {line!r}') from None
@@ -120,10 +122,11 @@ def check_runs(job, runs, events, again):
         if 'start' not in words or words.count('end') > 1:
             yield f'{job}: the ledger of {account} makes no sense: {words} of attempt {attempt}.'
     starts, whole = sorted(runs), sorted(key for key, words in runs.items() if 'end' in words)
-    excused = sum(event['event'] in ('lost', 'cancelled') for event in events)
+    excused = sum(event['event'] in ('lost', 'cancelled', 'renamed') for event in events)
     if len(starts) > 1 + excused:
         yield f'{job} ran twice: {these(starts)}; the journal gave up {excused}.'
-    if len(whole) > (1 + excused if again else 1):
+    asked = sum(event['event'] == 'renamed' for event in events)
+    if len(whole) > 1 + (excused if again else asked):
         yield f'{job} ran twice from its start to its end: {these(whole)}.'
 
 
@@ -140,7 +143,7 @@ def check_journal(job, runs, events, said):
             if again and event['machine'] != claim['machine']:
                 yield (f'The journal contradicts itself: attempt {claim["attempt"]} of {job} is '
                        f'claimed on {claim["machine"]} and on {event["machine"]}.')
-            if not again and state not in (None, 'lost', 'cancelled'):
+            if not again and state not in (None, 'lost', 'cancelled', 'renamed'):
                 yield (f'The journal contradicts itself: {job} is claimed anew (attempt '
                        f'{event["attempt"]}), but was {state}.')
             if again and state == 'collected' or event['attempt'] < claim.get('attempt', 1):
@@ -149,11 +152,14 @@ def check_journal(job, runs, events, said):
             claim = event
         elif word in ('lost', 'cancelled') and state == 'collected':
             yield f'The journal contradicts itself: {job} is {word}, but was collected.'
-        elif not claim or word in ('committing', 'collected') and state != 'ended':
+        elif not claim or word in ('committing', 'collected') and state != 'ended' or (
+                word in ('cancelling', 'stopping') and state != 'claimed'):
             yield f'The journal contradicts itself: {job} is {word}, but was {state}.'
         if word == 'ended':
             code = event['exit_code']
-        state = state if word == 'committing' else word
+        if word == 'renamed' and state != 'collected':
+            yield f'The journal contradicts itself: {job} runs again, but was {state}.'
+        state = state if word in ('committing', 'cancelling', 'stopping') else word
 
     claims = {(event['attempt'], event['machine']) for event in events
               if event['event'] == 'claimed'}

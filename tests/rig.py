@@ -34,11 +34,14 @@ from pathlib import Path
 
 SAFETY_NET_S = 30       # how long we wait for what always comes at once; never a measurement
 
-# package: a file that it brings, below one of SYSTEM_FOLDERS or LIBRARY_PATTERNS
+BASH_COMPLETION = '/usr/share/bash-completion/bash_completion'
+
+# package: a file that it brings, by its path, or below one of SYSTEM_FOLDERS or LIBRARY_PATTERNS
 DEBIAN_PACKAGES = {
     'openssh-server': 'sshd', 'openssh-client': 'ssh', 'rsync': 'rsync', 'procps': 'ps',
     'bash': 'bash', 'dash': 'dash', 'zsh': 'zsh', 'fish': 'fish', 'tcsh': 'tcsh',
     'shellcheck': 'shellcheck', 'libnss-wrapper': 'libnss_wrapper.so',
+    'bash-completion': BASH_COMPLETION,
 }
 SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin')
 # What hosts.py needs besides, of use to root only: without them its tests are skipped.
@@ -62,8 +65,11 @@ def nss_wrapper():
 
 def missing_tools(packages=DEBIAN_PACKAGES):
     """The Debian packages that have to be installed before a Machine can start."""
-    return [package for package, file in packages.items()
-            if not (nss_wrapper() if file.endswith('.so') else program(file))]
+    def is_there(file):
+        if file.startswith('/'):
+            return os.path.exists(file)
+        return nss_wrapper() if file.endswith('.so') else program(file)
+    return [package for package, file in packages.items() if not is_there(file)]
 
 
 # ---- Temporary folders, and what is left of them ----
@@ -306,8 +312,7 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
 NOTED = r'''#!/bin/bash
 # Runs a command for a job, and notes its start and its end: see ledgers.py.  As a good program does
 # it fails where it cannot write.
-try=${PWD%/work}                        # .../NAME.ATTEMPT-IDENTITY
-try=${try##*.}
+try=${SSH_SCHEDULER_ID##*.}             # PROJECT.NAME.ATTEMPT-IDENTITY
 note() {
     local text="$SSH_SCHEDULER_JOB ${try%-*} $1"
     echo "$text" >>"$RIG_LEDGER" && echo "$text" && echo "$text" >>ran
@@ -557,8 +562,15 @@ class Machine:
 
         Its name with `.awaited` tells that one waits.
         """
+        self._hold_copies(until, '==')
+
+    def hold_sends(self, until):
+        """The same for each rsync that sends files to it."""
+        self._hold_copies(until, '!=')
+
+    def _hold_copies(self, until, sign):
         self._script('rsync', f'''#!/bin/bash
-if [[ " $* " == *" --sender "* ]]; then
+if [[ " $* " {sign} *" --sender "* ]]; then
     until [ -e {until} ]; do touch {until}.awaited; sleep 0.02; done
 fi
 exec {program('rsync')} "$@"

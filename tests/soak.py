@@ -95,7 +95,10 @@ def round_of(dice, machines, folder, happened):
                 began = time.monotonic()
                 while process.poll() is None and not calm and time.monotonic() < began + 20:
                     time.sleep(dice.uniform(0, 1.5))
-                    trouble(dice, machines, process, happened)
+                    if dice.random() < 0.3:
+                        said.append(ask(dice, argv, {'cwd': project, 'env': env}, happened))
+                    else:
+                        trouble(dice, machines, process, happened)
                 if not calm:        # now and then, it is left alone to its end
                     process.send_signal(dice.choice((signal.SIGKILL, signal.SIGINT)))
                 process.wait(LIMIT_S)
@@ -115,7 +118,28 @@ def round_of(dice, machines, folder, happened):
                        jobs=[f'batch.sh.{n}' for n in range(1, JOBS + 1)], again=True)
     for machine in machines:
         machine.ledger.write_text('')
+        # What a killed run left there is removed by the next run of its folder, and there is none:
+        # after 50 rounds the disk would be full.
+        shutil.rmtree(machine.home / '.ssh_scheduler', ignore_errors=True)
     return number + 1
+
+
+def ask(dice, argv, how, happened):
+    """Have another command ask something of the client; return what it said.
+
+    Where no client runs it does that alone; the same command again then is the client.
+    """
+    job, file = str(dice.randrange(1, JOBS + 1)), dice.choice(argv[argv.index('--machines') + 1:])
+    name, options = dice.choice([
+        ('cancel', ['--cancel', job]), ('rerun', ['--rerun', job]), ('rerun', ['--rerun-failed']),
+        ('drop', ['--drop-machine', file]), ('move', ['--drop-machine', file, '--now']),
+        ('the same again', None)])
+    happened[name] += 1
+    words = argv if options is None else [*argv[:argv.index('batch.sh') + 1], *options]
+    done = subprocess.run(words, **how, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=LIMIT_S)
+    assert 'Traceback' not in done.stderr, done.stderr
+    return done.stdout
 
 
 def trouble(dice, machines, process, happened):

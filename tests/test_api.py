@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import rig
@@ -96,7 +97,7 @@ def test_importing_has_no_effect(python, project, client_home):
         import experiments.vendor.ssh_scheduler as s
         print([signal.getsignal(n) for n in signal.valid_signals()] == before[1])
         print(threading.active_count(), sorted(os.listdir('.')))
-        print({'yaml', 'docopt', 'tqdm'} & set(sys.modules))
+        print({'yaml', 'docopt', 'rich'} & set(sys.modules))
         print(s.__file__.endswith('foreign/experiments/vendor/ssh_scheduler.py'))
     ''')
     assert said == 'True\n1 []\nset()\nTrue\n'
@@ -172,8 +173,8 @@ def test_a_job_as_in_the_docstring(run_jobs, project, machine):
     assert said[0] == ['waiting', True]
     assert [words[:2] for words in said[1:-2]] == [
         ['ready'], ['started', 'first'], ['ended', 'first'], ['collected', 'first']]
-    name, where, exit_code, wall_s, gpus, cpu_s, *peaks = said[3][1:]
-    assert 0 <= cpu_s < 60 and len(peaks) == 2
+    name, where, exit_code, wall_s, gpus, cpu_s, *peaks, started = said[3][1:]
+    assert 0 <= cpu_s < 60 and len(peaks) == 2 and 0 <= time.time() - started < 60
     assert (where, exit_code, gpus) == (machine, 0, None) and 0 <= wall_s < 60
     assert said[-2:] == [['done', 'ready', False, [], []], ['left']]
     results = project / 'job_results'

@@ -239,6 +239,11 @@ def test_where_no_bash_can_tell_nothing_is_refused(tmp_path, monkeypatch, versio
     ssh_scheduler.check_syntax('batch.sh', jobs_of('if\necho "a\n'))
 
 
+def test_plain_lines_are_not_given_to_bash(monkeypatch):
+    monkeypatch.setattr(ssh_scheduler, 'Processes', None)
+    ssh_scheduler.check_syntax('batch.sh', jobs_of('python3 train.py --seed 3\n'))
+
+
 PIECES = ['a', ' ', '"', "'", '$', '$b', '|', '&', '&&', ';', '>', '<', '2>&1', '(', ')', '{', '}',
           '`', '#', '!', '\\', '=', '[', ']', '*', '~', ' if ', ' then ', ' do ', ' done ', 'time',
           'é', '\t', '-', '0', '$(', '"a $b"', "'a'"]
@@ -257,6 +262,33 @@ def test_a_plain_line_is_one_that_bash_can_read(text):
     "A='x y' b --time 3 *.py"])
 def test_usual_lines_are_plain(text):
     assert ssh_scheduler.PLAIN_LINE.fullmatch(text)
+
+
+@pytest.mark.parametrize('command', ['true', './train --seed=3 >out', 'python3 a.py | tee "b c"'])
+def test_a_usual_line_is_not_split_to_know_that_it_is_no_setting(monkeypatch, command):
+    """Else the 50,000 lines of a large batch would take seconds."""
+    monkeypatch.setattr(shlex, 'shlex', None)
+    assert ssh_scheduler.setting_of(command) is None
+
+
+WORDS = ['export', 'cd', 'ml', 'load', 'conda', 'activate', '.', 'A=1', 'true', './x', "'", '"',
+         ' ', '\t', '\n', '\\', '\\\n', '\v', '\xa0', ';', '&&', '|', '(', '#', '>', '$A', '/', 'é']
+
+
+@ANY
+@given(command=st.lists(st.sampled_from(WORDS), max_size=8).map(''.join))
+def test_the_first_word_alone_never_decides_otherwise_than_all_words(command):
+    quick = ssh_scheduler.setting_of(command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssh_scheduler, 'SETTING_WORDS', Everything())
+        assert ssh_scheduler.setting_of(command) == quick
+
+
+class Everything:
+    """A set that has all."""
+
+    def __contains__(self, _):
+        return True
 
 
 @pytest.mark.parametrize(('command', 'begin', 'setup'), [
@@ -429,6 +461,22 @@ def test_a_machine_in_a_partial_command_is_ignored_with_a_warning():
         'batch.sh, line 2: --machine is ignored: machines are allocated automatically']
 
 
+@pytest.mark.parametrize('machines', ['--machines m', '--machines m n --', '--machine=m',
+                                      '--machine m --machines n o --'])
+def test_either_form_and_any_number_of_machines_is_ignored(machines):
+    warnings = []
+    (job,) = jobs_of(f"execute_remote {machines} 'echo a'", warn=warnings.append)
+    assert job.command == 'echo a'
+    assert warnings == [
+        'batch.sh, line 1: --machine is ignored: machines are allocated automatically']
+
+
+def test_sizes_in_a_line_may_have_units():
+    (job,) = jobs_of('execute_remote --memory-required=8G --gpu-memory-required 1.5G true',
+                     '--memory-required', '500M')
+    assert (job.allocation.memory_mb, job.allocation.gpu_memory_mb) == (8192, 1536)
+
+
 @pytest.mark.parametrize(('line', 'command'), [
     ('execute_remote true', 'true'),
     ('  execute_remote\ttrue', 'true'),
@@ -476,6 +524,9 @@ def test_words_of_a_continued_line_are_bash_s(text):
     ("execute_remote 'a", 'No closing quotation. The command is one word, in quotes.'),
     ('execute_remote --job-nam x y', 'unknown option --job-nam (did you mean --job-name?).'),
     ('execute_remote --num-cpus=0 y', "--num-cpus must be a number above 0, not '0'."),
+    ('execute_remote --memory-required=8X y', "--memory-required must be a size of at least 0 MB, "
+     "not '8X'. Examples: 2000 (MB), 500M, 8G."),
+    ('execute_remote --timeout=2h y', '--timeout has no meaning in a batch file.'),
     ('execute_remote --copy-forwards ../x -- y', '--copy-forwards ../x: this lies outside '),
 ])
 def test_a_wrong_partial_command_is_named(line, expected):

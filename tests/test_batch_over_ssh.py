@@ -3,12 +3,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, assert_clean, events, places, result
+from batching import NO_GPU, RESULTS, argv_of, assert_clean, events, places, result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,9 +94,11 @@ def test_a_rerun_skips_what_is_done_and_says_so(batches, run_cli, lab1):
                           'job_results/batch.sh.2.err')
     assert (again.returncode, result('batch.sh.1')) == (1, b'one\n')
     status = run_cli('execute_batch', 'batch.sh', '--status')
-    assert (status.returncode, status.stdout.splitlines()) == (1, [
-        f'failed: batch.sh.2: exit code 3 on {lab1.yaml()}',
-        '2 jobs: 1 finished, 1 failed, 0 on a machine, 0 waiting'])
+    lines = status.stdout.splitlines()
+    assert lines[3].split() == ['.2', 'failed', '3', str(lab1.yaml()), 'GPU', lines[3].split()[5],
+                                '0s', 'exit', '3', 'exit', 'code', '3,', 'nothing', 'said']
+    assert (status.returncode, lines[-1]) == (
+        1, '2 jobs: 1 finished, 1 failed, 0 on a machine, 0 waiting')
 
 
 def test_numbers_are_those_of_the_lines_in_the_file(batches, lab1):
@@ -230,6 +233,21 @@ def test_no_gpu_there_names_the_option_that_helps(batches, lab):
     assert '--no-gpu-required' in done.stderr.splitlines()[-1]
 
 
+def test_without_any_gpu_the_error_shows_the_command_that_runs(run_cli, lab, client_env, project):
+    """What it says is run as it stands; the batch is named by words that a shell would change."""
+    machine, batch = lab(), "a batch's $file.sh"
+    (project / batch).write_text('echo "it ran"\n')
+    done = run_cli('execute_batch', '--memory-required=0.01G', '--num-gpus', '2', '--exclude', '*',
+                   '--machine', machine.yaml(), batch)
+    assert (done.returncode, done.stderr.count('If the jobs need no GPU, type\n')) == (2, 1)
+    command = done.stderr.splitlines()[-1]
+    assert '--no-gpu-required' in command and '--num-gpus' not in command
+    again = subprocess.run(['sh', '-c', command], env=client_env, capture_output=True, text=True,
+                           timeout=rig.SAFETY_NET_S)
+    assert again.returncode == 0, again.stderr
+    assert 'done: 1 job: 1 finished' in again.stdout
+
+
 def test_the_surroundings_of_a_job(batches, lab1):
     lines = ['echo "$SSH_SCHEDULER_JOB $PYTHONUNBUFFERED"', 'wc -c', 'ps -o pgid= -p $$',
              'ls /proc/$$/fd', 'echo "$PATH"; pwd; umask',
@@ -245,9 +263,13 @@ def test_the_surroundings_of_a_job(batches, lab1):
     assert (streams, alive > 9, script) == ([0, 1, 2], True, 255)
     path, folder, umask = out[4].splitlines()
     assert path == lab1.path
-    assert folder.startswith(f'{lab1.home}/.ssh_scheduler/') and folder.endswith('/work')
+    assert re.fullmatch(re.escape(f'{lab1.home}/.ssh_scheduler/') + r'[^/]+/jobs/work[.0-9]+',
+                        folder)
     assert int(umask, 8) == int(lab1.run('umask').stdout, 8)
-    assert out[5] == 'shopt -u extglob\nshopt -u expand_aliases\n../cmd 0\n'
+    # bash-completion sets it
+    extglob = lab1.run('bash -lic "shopt -p extglob" 2>/dev/null').stdout
+    assert re.fullmatch(re.escape(extglob) + r'shopt -u expand_aliases\n'
+                        r'\.\./batch\.sh\.6\.1-[0-9a-f]+ 0\n', out[5])
     assert out[6] == '1\nno terminal\n'
     assert all(result(f'batch.sh.{n}', 'err') == b'' for n in range(1, len(lines) + 1))
 
@@ -469,10 +491,11 @@ def test_the_reader_of_stdout_may_leave(batches, lab1, gate):
     assert 'Traceback' not in batch.process.stderr.read()
 
 
-def test_a_second_run_in_the_same_folder_is_refused(batches, lab1, gate):
+def test_another_batch_in_the_same_folder_is_refused(batches, run_cli, lab1, gate):
     batch = batches.start([gate.wait('a')], [lab1], *NO_GPU)
     batch.until('started:')
-    other = batches.run(None, [lab1], *NO_GPU)
+    Path('other.sh').write_text('true\n')
+    other = run_cli('execute_batch', 'other.sh', *NO_GPU, '--machines', lab1.yaml())
     assert (other.returncode, other.stdout) == (2, '')
     assert f'in use by another run (process {batch.process.pid} on ' in other.stderr
     gate.open('a')
@@ -484,3 +507,66 @@ def test_signals_that_a_job_sends_to_its_group_stay_in_it(batches, lab1, ledger)
     done = batches.run(lines, [lab1], *NO_GPU)
     assert 'exit code 4' in done.stdout
     assert ledger.read_text() == 'alive\n'
+
+
+# ---- The journal is on the disk before a start ----
+
+# Runs the program, and adds to a file the size of the journal at each fsync, and each start sent.
+WATCHED = """\
+import os, sys
+import ssh_scheduler as s
+
+said = open(sys.argv.pop(1), 'w', buffering=1)
+fsync, send = os.fsync, s.Contact.send
+
+def watched_fsync(fd):
+    fsync(fd)
+    print('fsync', os.fstat(fd).st_size, file=said)
+
+def watched_send(contact, verb, *fields, **settings):
+    if verb == 'start':
+        print('start', fields[0], file=said)
+    send(contact, verb, *fields, **settings)
+
+os.fsync, s.Contact.send = watched_fsync, watched_send
+s.main()
+"""
+
+
+@pytest.fixture
+def watch(client_env, project, scheduler, tmp_path):
+    """Run a batch; return [('fsync', size of the journal) or ('start', key of a job)]."""
+    def watch(lines, machines, *options):
+        argv = argv_of(lines, machines, options)
+        done = subprocess.run(
+            [sys.executable, '-c', WATCHED, tmp_path / 'said', *map(str, argv)],
+            env={**client_env, 'PYTHONPATH': str(scheduler.parent)}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said = [line.split() for line in (tmp_path / 'said').read_text().splitlines()]
+        return [(word, int(what) if word == 'fsync' else what) for word, what in said]
+
+    return watch
+
+
+def test_all_starts_of_a_moment_share_one_fsync(watch, lab1, lab2):
+    seen = watch(['true'] * 64, [lab1, lab2], '--no-gpu-required', '--memory-required=1',
+                 '--num-cpus=0.01', '--copy-forwards')
+    assert [word for word, _ in seen] == ['fsync', *['start'] * 64]
+
+
+def test_no_start_is_sent_before_its_claim_is_on_the_disk(watch, lab1, lab2, project):
+    """Those that wait for files, for an answer or for room are no other."""
+    (project / 'file').write_text('x')
+    seen = watch(['true'] * 64, [lab1, lab2], '--no-gpu-required', '--memory-required=1',
+                 '--num-cpus=2')
+    journal = (RESULTS / '.ssh_scheduler/journal').read_bytes()
+    synced, sent = 0, 0
+    for word, what in seen:
+        if word == 'fsync':
+            synced = what
+            continue
+        name, _, attempt = what.partition('-')[0].rpartition('.')
+        claim = f'{{"event": "claimed", "job": "{name}", "attempt": {attempt}, '.encode()
+        assert claim in journal[:synced], f'{what} was sent before its fsync'
+        sent += 1
+    assert sent == 64

@@ -173,7 +173,7 @@ def test_names_that_differ_in_case_only_stay_there(client, run_cli, lab1, projec
     rig.put(tmp_path / 'programs/rsync', f'''#!/bin/sh
 {shutil.which("rsync")} "$@" || exit
 for last; do :; done
-case $last in *incoming*) cd "$last"batch.sh.1.1-*/work && mv b B; esac    # B came, then b as B
+case $last in *incoming*) cd "$last"work.* && mv b B; esac    # B came, then b as B
 ''', 0o755)
     (project / 'batch.sh').write_text('echo 1 >B; echo 2 >b; echo 3 >c\n')
     done = run_cli('execute_batch', 'batch.sh', *NO_GPU, '--copy-forwards', '--machines',
@@ -185,4 +185,4 @@ case $last in *incoming*) cd "$last"batch.sh.1.1-*/work && mv b B; esac    # B c
     assert sorted(path.name for path in (RESULTS / 'batch.sh.1').iterdir()) == ['c']
     folder = Path(warned[0].rpartition(', in ')[2])
     assert [(folder / name).read_text() for name in 'Bb'] == ['1\n', '2\n']
-    shutil.rmtree(folder.parent.parent.parent)
+    shutil.rmtree(folder.parent.parent)

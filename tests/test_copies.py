@@ -50,7 +50,9 @@ def as_usual_here(tree):
 
 def work_folders(home):
     """The folders of this test's jobs that are over there."""
-    return sorted(home.glob(f'.ssh_scheduler/{ssh_scheduler.project_name()}/jobs/*/work'))
+    return sorted(path for path in home.glob(
+        f'.ssh_scheduler/{ssh_scheduler.project_name()}/jobs/work.*')
+        if ssh_scheduler.FOLDER.fullmatch(path.name))
 
 
 def spy(folder, name, script):
@@ -646,7 +648,7 @@ def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
     assert done.returncode == 1
     assert 'batch.sh.1: its results could not be fetched: ' in done.stderr
     assert not os.path.lexists(RESULTS / 'batch.sh.1')
-    pid = [file.read_text() for file in machine.home.glob('.ssh_scheduler/*/jobs/*/out')]
+    pid = [file.read_text() for file in machine.home.glob('.ssh_scheduler/*/jobs/*.out')]
     os.rename(f'{key}.away', key)
     again = batches.run(None, [machine], *NO_GPU)
     assert again.returncode == 0, again.stderr

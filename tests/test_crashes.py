@@ -1,8 +1,10 @@
 """The program is killed at each point of its life at which it changes something: see crash.py."""
 import concurrent.futures
+import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ AT_A_TIME = 3
 class Life:
     """One batch in a folder of its own, with a ledger of its own."""
 
-    def __init__(self, folder, machine, word, env):
+    def __init__(self, folder, machine, word, env, commands=COMMANDS):
         self.folder, self.project, self.ledger = folder, folder / 'project', folder / 'ledger'
         self.env = {**env, 'CRASH_LOG': str(folder / 'points')}
         self.argv = [sys.executable, PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU,
@@ -29,13 +31,35 @@ class Life:
         (self.project / 'big').write_bytes(bytes(300_000))
         (self.project / 'batch.sh').write_text(''.join(
             f'RIG_LEDGER={self.ledger} {machine.bin}/{ledger_line(command)}\n'
-            for command in COMMANDS))
+            for command in commands))
+        self.jobs = [f'batch.sh.{n}' for n, _ in enumerate(commands, 1)]
 
-    def run(self, point=0):
-        """Run the batch to that point, or to its end."""
-        return subprocess.run(self.argv, cwd=self.project, stdin=subprocess.DEVNULL,
-                              env={**self.env, 'CRASH_AT': str(point)}, capture_output=True,
-                              text=True, timeout=60)
+    def run(self, point=0, request=None):
+        """Run the batch to that point, or to its end.
+
+        request: with it, the run does not end at the point, but another command asks this there
+        """
+        env = {**self.env, 'CRASH_AT': str(point)}
+        if request:
+            env['CRASH_REQUEST'] = json.dumps(request)
+        return subprocess.run(self.argv, cwd=self.project, stdin=subprocess.DEVNULL, env=env,
+                              capture_output=True, text=True, timeout=60)
+
+    def until_done(self, first):
+        """Run the batch until all its jobs have results; return these runs, the first one, too."""
+        runs = [first, self.run()]
+        return runs if runs[-1].returncode == 0 else [*runs, self.run()]
+
+    def ask(self, request):
+        """Do what another command does to ask something of the next client."""
+        inbox = self.project / 'job_results/.ssh_scheduler/inbox'
+        inbox.mkdir(0o700, parents=True, exist_ok=True)
+        (inbox / f'{time.time_ns():020}-1.request').write_text(json.dumps(request))
+
+    def check(self, machine_name, *runs):
+        """Raise unless each job ran once, as far as nobody asked for more."""
+        check_exactly_once({machine_name: self.ledger}, self.project / 'job_results',
+                           [run.stdout for run in runs], jobs=self.jobs, again=True)
 
     def points(self):
         """Those to which all runs came, as 'NUMBER WHAT'."""

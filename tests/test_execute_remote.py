@@ -23,6 +23,10 @@ from commands import (
     peak_mb,
     word,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ssh_scheduler as s
 
 PATIENT = {'ServerAliveInterval': '1', 'ServerAliveCountMax': '2'}     # a cut shows after 2 s
 BYTES = bytes(range(256))
@@ -109,9 +113,71 @@ def test_only_what_the_command_says_is_on_stdout(run, lab1, project):
     (project / 'file').write_text('text')
     done = run(lab1, 'cat file; echo made >made')
     assert (done.status, done.out) == (0, b'text')
-    name = re.fullmatch(rf'job (cat-file-echo-made-made\S*) on {lab1.yaml()}', done.notes[0])[1]
+    name = re.fullmatch(rf'job (cat-\d{{4}}) on {lab1.yaml()}', done.notes[0])[1]
     assert done.notes[1:] == [f'{lab1.yaml()}: sent 1 file, 4 bytes']
     assert (RESULTS / name / 'made').read_text() == 'made\n'
+
+
+@pytest.mark.parametrize('command, word', [
+    ('python3 -u src/train.py --lr 0.1', 'train'), ('bash run-all.sh', 'run-all'),
+    ('python3 -m pkg.eval --x', 'eval'), ('python3.11 -u -m eval', 'eval'),
+    ('cd src && A=1 B="x y" ./bin/fit -v', 'fit'), ('export A=1; source env; sleep 5', 'sleep'),
+    ('torchrun --nproc 2 train.py; true', 'train'), ('nvidia-smi -L', 'nvidia-smi'),
+    ('python3 -c "print(1)"', 'python3'), ("'/opt/a b/x y' z", 'a'), ('cd src', 'command'),
+    ('', 'command'), ('../' + 'long' * 20, 'long' * 6), ('é', 'command'), ('--x', 'x')])
+def test_a_made_up_name_is_short_and_tells_the_program(command, word):
+    assert s.new_name(command) == f'{word}-{time.strftime("%m%d")}'
+
+
+@settings(derandomize=True, max_examples=300)
+@given(st.text(max_size=40) | st.text('ab./-_=;&|\'" $(){}py\n', max_size=40))
+def test_a_made_up_name_is_a_name(command):
+    name = s.new_name(command)
+    s.check_job_name(name, 'here', 40)
+    assert re.fullmatch(r'.{1,24}-\d{4}', name)
+
+
+def test_clients_that_start_at_once_have_names_of_their_own(start, lab1, project):
+    (project / 'job_results').mkdir()
+    day = time.strftime('%m%d')
+    (project / f'job_results/tr-{day}-2.err').write_text('mine')
+    clients = [start(lab1, f'tr a b <<<{number}a', '--copy-forwards') for number in range(6)]
+    done = [client.end() for client in clients]
+    assert [end.out for end in done] == [f'{number}b\n'.encode() for number in range(6)]
+    names = [re.match(r'job (\S+) on', end.notes[0])[1] for end in done]
+    assert sorted(names) == sorted([f'tr-{day}', *(f'tr-{day}-{n}' for n in range(3, 8))])
+    for number, name in enumerate(names):
+        assert result(name) == f'{number}b\n'.encode()
+
+
+def test_a_name_is_free_again_where_nothing_was_started(run, lab1, project):
+    for _ in range(2):
+        done = run('nowhere.invalid:1', 'true', '--away-limit', '0')
+        assert done.status == 125
+        assert not (project / 'job_results').exists()
+
+
+def test_a_job_that_takes_too_long_is_stopped(run, lab1):
+    done = run(lab1, 'echo begun; sleep 1000', '--timeout', '0.01m', '--job-name', 'late')
+    assert (done.status, done.out) == (124, b'begun\n')
+    assert b'its time limit' in done.err
+
+
+def test_either_form_of_machine_is_taken(run_cli, lab1, project):
+    done = run_cli('execute_remote', '--machines', lab1.yaml(), '--copy-forwards', '--', 'echo a')
+    assert (done.returncode, done.stdout) == (0, 'a\n')
+
+
+def test_a_list_of_machines_may_have_one(run, lab1, project):
+    (project / 'one').write_text(f'# the only one\n{lab1.yaml()}\n')
+    done = run('@one', 'echo a', '--copy-forwards', '--job-name', 'n')
+    assert (done.status, done.out) == (0, b'a\n')
+    (project / 'two').write_text(f'{lab1.yaml()}\nlocalhost\n')
+    done = run('@two', 'echo a')
+    assert done.status == 2 and not (project / 'job_results/echo').exists()
+    assert done.notes == [
+        f'execute_remote: the command runs on one machine, and 2 are named: {lab1.yaml()}, '
+        'localhost. For many machines: execute_to or execute_batch.']
 
 
 def test_it_says_nothing_at_all_where_there_is_nothing_to_say(run, lab1):
@@ -164,7 +230,7 @@ def test_what_is_said_arrives_where_copying_its_files_took_long(start, lab, proj
     machine = lab()
     (project / 'data').write_text('data')
     (machine.bin / 'cp').write_text(
-        f'#!/bin/bash\n[[ ${{!#}} != */work ]] || {gate.wait("copy")}\nexec /bin/cp "$@"\n')
+        f'#!/bin/bash\n[[ ${{!#}} != */jobs/work.* ]] || {gate.wait("copy")}\nexec /bin/cp "$@"\n')
     (machine.bin / 'cp').chmod(0o755)
     running = start(machine, f'cat data; {gate.wait("a")}; head -c 3000 /dev/zero')
     wait_until(lambda: machine.log.read_text().count('Starting session: ') == 2, 'a follower')
@@ -398,7 +464,7 @@ def test_detach_attach(run, start, machine, gate, clean):
 def test_detach_makes_a_name(run, lab1):
     done = run(lab1, 'echo x', '--detach')
     name = done.out.decode().strip()
-    assert done.out.count(b'\n') == 1 and name.startswith('echo-x-')
+    assert done.out.count(b'\n') == 1 and re.fullmatch(r'echo-\d{4}', name)
     assert run(None, None, '--attach', name).out == b'x\n'
     assert_clean(lab1)
 
@@ -594,10 +660,10 @@ def test_what_ended_while_nobody_listened_is_shown(start, run, lab1, gate, ledge
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can make files of another user')
 def test_what_the_login_could_not_read_comes_with_the_same_command(start, run, lab, gate):
     machine = lab(uid=20001)
-    command = f'mkdir shut; echo $PWD; {gate.wait("a")}'
+    command = f'mkdir shut; echo $PWD/; {gate.wait("a")}'
     words = (machine, command, '--job-name', 'docked', '--copy-backwards', '.')
     running = start(*words)
-    running.until(b'/work\n')
+    running.until(b'/\n')
     shut = Path(running.out.decode().strip()) / 'shut'
     (shut / 'model').write_text('m')
     shut.chmod(0o700)

@@ -491,18 +491,22 @@ def test_24_a_pid_that_is_used_again(host, watch, gate, outside):
     once([machine], first, last, jobs=1)
 
 
-@pytest.mark.parametrize('record', [b'running -1 1 x\n', b'running 1 1 x\n', b'', b'\n', b'ended\n',
-                                    b'ended x\n', b'ended -1\n', b'ended 99999999999999999999\n',
-                                    bytes(range(256)) * 40000, b'running 2 ', b'claimed 5 5 5\n'])
+@pytest.mark.parametrize('record', [
+    b'#starting -1 1 a work.1.1\n', b'#starting 1 1 a work.1.1\n', b'', b'\n', b'#ended\n',
+    b'#ended x\n', b'#ended -1\n', b'#ended 99999999999999999999\n', bytes(range(256)) * 40000,
+    b'#starting 2 ', b'#claimed 5 5 5\n', b'#ended 0 work.1/2\n', b'#ended 0 ../work.1\n'])
 def test_25_a_damaged_record(host, watch, gate, outside, record):
     """Nothing foreign is ended, nothing is taken for a success."""
     machine = host(sees=(outside,))
     batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], [quick(machine)])
     has_begun(machine)
     first = batch.kill()
-    status, = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*/status')
+    file, = (path for path in machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*')
+             if path.name.count('.') == 3)          # not its streams
     machine.kill_wrapper('batch.sh.1')
-    status.write_bytes(record)
+    command, mark, _ = file.read_bytes().rpartition(b'#')
+    assert mark
+    file.write_bytes(command + record)
     foreign = machine.spawn('sleep 1000 </dev/null >/dev/null 2>&1')
     (outside / 'go').touch()
     last = watch(None, [quick(machine)]).end()
@@ -728,7 +732,7 @@ def test_40_one_lost_gpu_among_several(lab, batches, run_cli, to):
     why = 'has lost GPU0000:02:00.0 (nvidia-smi: GPU is lost.  Reboot it)'
     assert f'{machine.yaml()} {why}; 2 other GPUs can be used.' in done.stderr.splitlines()
     shown = run_cli('query_machines', '--machines', machine.yaml())
-    assert (shown.returncode, shown.stdout.splitlines()[-1].endswith(why)) == (0, True)
+    assert (shown.returncode, shown.stdout.splitlines()[-2].strip()) == (0, why)
 
 
 @pytest.fixture
@@ -928,7 +932,7 @@ def test_30_a_machine_that_comes_back_while_an_interrupt_waits_for_another(lab, 
     (outside / 'end').touch()
     wait_until(lambda: has(away.ledger, 'batch.sh.1 1 end'), 'its end')
     batch.process.send_signal(signal.SIGINT)
-    batch.complains('interrupted: ending all jobs')
+    batch.complains('interrupted: cancelling all jobs')
     away.start()
     first = batch.end()
     assert first.returncode == 130
@@ -950,7 +954,7 @@ def test_31_signals(host, watch, outside, numbers):
     has_begun(machine, 'batch.sh.2')
     batch.process.send_signal(numbers[0])
     if len(numbers) > 1:
-        batch.complains('ending all jobs (once more: leave them)')
+        batch.complains('cancelling all jobs (once more: leave them running)')
         batch.process.send_signal(numbers[1])
     first = batch.end()
     assert first.returncode == (-signal.SIGHUP if numbers[0] == signal.SIGHUP else 130)
@@ -967,8 +971,8 @@ def test_32_two_of_the_same(lab, watch, gate):
     batch = watch([waiting(gate)], [machine])
     has_begun(machine)
     second = watch(None, [machine]).end()
-    assert second.returncode == 2
-    assert re.search(rf'in use by another run \(process {batch.process.pid} on ', second.stderr)
+    assert (second.returncode, second.stdout) == (0, 'handed to the client that runs (process '
+        f'{batch.process.pid}): it has these lines and machines already\n')
     gate.open('a')
     done = batch.end()
     assert done.returncode == 0
@@ -1013,9 +1017,12 @@ def test_39_a_place_that_somebody_takes_while_the_job_runs(lab1, watch, run, run
         assert f'batch.sh.1: its results could not be fetched: {why}. ' in done.stderr, done.stderr
         assert f'batch.sh.1: on {lab1.yaml()}, ended: run the same command again' in done.stdout
     status = run_cli('execute_batch', 'batch.sh', '--status')
-    assert (status.returncode, status.stdout.splitlines()) == (1, [
-        f'ended: batch.sh.1: on {lab1.yaml()}, not collected yet',
-        '1 job: 0 finished, 0 failed, 1 on a machine, 0 waiting'])
+    lines = status.stdout.splitlines()
+    assert lines[0] == ('no client runs this batch, 1 ended and not collected yet, 0 waiting. To '
+                        'go on, type the command that started it')
+    assert lines[2].startswith(f'.1   ended  {lab1.yaml()}  ') and lines[2].endswith('  out')
+    assert (status.returncode, lines[-1]) == (
+        1, '1 job: 0 finished, 0 failed, 1 on a machine, 0 waiting')
     (RESULTS / 'batch.sh.1').rmdir()
     assert run(None, [lab1]).returncode == 0
     assert (result('batch.sh.1'), (RESULTS / 'batch.sh.1/made').read_text()) == (
@@ -1071,7 +1078,7 @@ def test_43_a_full_disk_under_the_journal(lab, run, disk, project):
 
 def test_44_a_slow_line_that_loses_packets(host, run):
     machine = host()
-    machine.lossy(20)
+    machine.lossy(5)
     machine.slow(20_000)
     done = run([ledger_line(f'echo {n}') for n in range(6)],
                [quick(machine, {'ServerAliveInterval': 5, 'ConnectTimeout': 15})])

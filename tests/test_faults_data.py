@@ -234,8 +234,8 @@ def test_34_without_a_proper_rsync_the_result_is_the_same(batches, lab, project,
 # ---- 35: a machine that means harm ----
 
 FILE, FOLDER, LINK = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777
-WORK = [['{job}', FOLDER, ''], ['{job}/work', FOLDER, '']]
-MADE = '{job}/work/made'
+WORK = ['{work}', FOLDER, '']
+MADE = '{work}/made'
 
 
 @pytest.fixture
@@ -297,19 +297,19 @@ def sends(entries):
 # What comes, and what is said of it: by rsync, or by us where it lets that pass
 ATTACKS = {
     '..': ([['../../../canary/evil', FILE, '']], r'\.\./canary/evil'),
-    '.. inside': ([[f'{MADE}/../../../../../../canary/evil', FILE, '']], r'\.\./canary/evil|made'),
+    '.. inside': ([[f'{MADE}/../../../../../canary/evil', FILE, '']], r'\.\./canary/evil|made'),
     'absolute': ([['{canary}/evil', FILE, '']], 'canary/evil|made'),
     'link and through it': (
-        [*WORK, [MADE, LINK, '{canary}'], [f'{MADE}/evil', FILE, '']],
+        [WORK, [MADE, LINK, '{canary}'], [f'{MADE}/evil', FILE, '']],
         'made/evil|made .* leads out'),
     'folder that is a link': (
-        [WORK[0], ['{job}/work', LINK, '{canary}'], [MADE, FILE, '']], 'work/made|made could not'),
+        [['{work}', LINK, '{canary}'], [MADE, FILE, '']], r'work\.\S*/made|made could not'),
     'twice, a link first': (
-        [*WORK, [MADE, LINK, '{canary}/file'], [MADE, FILE, '']], 'made .* leads out|^$'),
+        [WORK, [MADE, LINK, '{canary}/file'], [MADE, FILE, '']], 'made .* leads out|^$'),
     'not asked for': (
-        [*WORK, [MADE, FILE, ''], ['{job}/work/evil', FILE, '']], 'evil from .* was not asked for'),
+        [WORK, [MADE, FILE, ''], ['{work}/evil', FILE, '']], 'evil from .* was not asked for'),
     'beside its folder': ([['evil', FOLDER, ''], ['evil/evil', FILE, '']], 'made could not be fe'),
-    'terminal escapes': ([*WORK, ['{job}/work/\x1b[31mevil', FILE, '']],
+    'terminal escapes': ([WORK, ['{work}/\x1b[31mevil', FILE, '']],
                          r'\[31mevil from .* was not asked for'),
 }
 
@@ -329,8 +329,8 @@ def test_35_a_hostile_rsync_writes_nothing_outside(fetch, canary, attack):
 def test_35_a_hostile_rsync_gives_no_rights_and_no_devices(fetch):
     kinds = {'fifo': stat.S_IFIFO | 0o644, 'disk': stat.S_IFBLK | 0o644, 'setuid': FILE | 0o6111,
              'device': stat.S_IFCHR | 0o644, 'twice': FILE}
-    entries = [*WORK, ['{job}/work/twice', FILE, ''], *(
-        [f'{{job}}/work/{name}', mode, ''] for name, mode in kinds.items())]
+    entries = [WORK, ['{work}/twice', FILE, ''], *(
+        [f'{{work}}/{name}', mode, ''] for name, mode in kinds.items())]
     folder, said, _ = fetch(sends(entries), line='touch fifo disk setuid device twice')
     tree = tree_of(folder)
     assert {name: what[:2] for name, what in tree.items()} == {
@@ -355,10 +355,10 @@ HOSTILE_TAR = """
 import json, tarfile
 if '-c' not in sys.argv:
     os.execv(REAL, ['tar', *sys.argv[1:]])
-job = sys.stdin.buffer.read().decode().split('/')[1]
+work = sys.stdin.buffer.read().decode().split('\\0')[0].split('/')[1]
 with open(ENTRIES) as file:
     for name, kind, mode, link in json.load(file):
-        info = tarfile.TarInfo(name.replace('{job}', job))
+        info = tarfile.TarInfo(name.replace('{work}', work))
         info.type, info.mode, info.linkname = kind.encode(), mode, link
         info.size = 5 if kind == '0' else 0
         sys.stdout.buffer.write(info.tobuf(tarfile.PAX_FORMAT, 'utf-8', 'surrogateescape'))
@@ -368,7 +368,7 @@ sys.stdout.buffer.write(bytes(10240))
 
 
 def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
-    work = '{job}/work/'
+    work = '{work}/'
     entries = [
         ['../../../canary/evil', '0', 0o644, ''], [f'{canary}/evil', '0', 0o644, ''],
         [f'{work}link', '2', 0o777, str(canary)], [f'{work}link/evil', '0', 0o644, ''],
@@ -393,14 +393,17 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     assert (canary / 'file').stat().st_nlink == 1
 
 
-@pytest.mark.parametrize('place', ['{job}', '{job}/work'])
-def test_35_a_link_in_the_place_of_a_folder_is_not_followed(batches, lab, canary, place):
+@pytest.mark.parametrize(('line', 'below'), [
+    ('echo good >made', ''), ('echo good >made; head -c 9000 /dev/zero', '/file')])
+def test_35_a_link_in_the_place_of_a_folder_or_a_stream_is_not_followed(batches, lab, canary, line,
+                                                                        below):
+    """What is asked for first has that place: the folder of the job, or its stdout."""
     machine = lab(leave_out=('rsync',))
     file = machine.folder / 'entries.json'
-    file.write_text(json.dumps([[place, '2', 0o777, str(canary)]]))
+    file.write_text(json.dumps([['{work}', '2', 0o777, f'{canary}{below}']]))
     hostile(machine, 'tar', f'ENTRIES, REAL = {str(file)!r}, {rig.program("tar")!r}\n'
             + HOSTILE_TAR)
-    done = batches.run(['echo good >made'], [machine], *NO_GPU, '--copy-forwards')
+    done = batches.run([line], [machine], *NO_GPU, '--copy-forwards')
     assert done.returncode == 1 and '1 not collected' in done.stdout, done.stdout
     assert 'its results could not be fetched' in done.stderr and 'Traceback' not in done.stderr
     assert not os.path.lexists(RESULTS / 'batch.sh.1')

@@ -60,6 +60,19 @@ def test_a_link_in_the_place_of_a_folder_is_not_followed(came, tmp_path):
     assert [path for path, _ in found] == ['a', 'a/file'] and os.listdir(came) == []
 
 
+def test_all_that_is_below_a_whole_path_stays(came):
+    for path in ('a/b/c', 'a/other', 'ab', 'one'):
+        (came / path).parent.mkdir(parents=True, exist_ok=True)
+        (came / path).write_text('x')
+    (came / 'a/b/in').symlink_to('../c')
+    (came / 'a/b/out').symlink_to('../../../c')
+    found = sorted(s.vet(str(came), [], whole=['./a/b/', 'one', 'none']))
+    assert found == [('a/b/out', 'leads out of its folder, to ../../../c'),
+                     ('a/other', 'was not asked for'), ('ab', 'was not asked for')]
+    assert sorted(tree_of(came)) == [b'a', b'a/b', b'a/b/c', b'a/b/in', b'one']
+    assert [*s.vet(str(came), [], whole=['.'])] == []
+
+
 def test_what_did_not_come_is_told(came):
     (came / 'a').mkdir()
     (came / 'a/file').write_text('x')
@@ -149,8 +162,8 @@ def test_what_is_larger_than_it_may_be_stays_there(batches, lab):
             '2.0 MB. It is kept on ') in done.stderr, done.stderr
     assert result('batch.sh.1') == b'said\n' and os.listdir(RESULTS / 'batch.sh.1') == []
     assert (RESULTS / 'batch.sh.2/small').read_text() == 'small\n'
-    (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*/work/large')
-    assert kept.stat().st_size == 3_000_000
+    (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/work.*/large')
+    assert kept.stat().st_size == 3_000_000 and str(kept.parent) in done.stderr
 
 
 def test_a_terabyte_that_is_none_does_not_fill_the_disk_here(batches, lab):
@@ -159,9 +172,10 @@ def test_a_terabyte_that_is_none_does_not_fill_the_disk_here(batches, lab):
     assert done.returncode == 1
     assert 'its results could not be fetched: they are 1.1 TB, and the disk here' in done.stderr
     assert not os.path.lexists(RESULTS / 'batch.sh.1')
-    (huge,) = machine.home.glob('.ssh_scheduler/*/jobs/*/work/huge')
+    (huge,) = machine.home.glob('.ssh_scheduler/*/jobs/work.*/huge')
     huge.unlink()
-    (huge.parents[1] / 'back').unlink()
+    (back,) = huge.parents[1].glob('batch.sh.1.1-*.back')
+    back.unlink()
     again = batches.run(None, [machine], *NO_GPU)       # the same run of it
     assert again.returncode == 0, again.stderr
     assert result('batch.sh.1') == b'said\n'

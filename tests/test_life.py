@@ -1,16 +1,20 @@
 """How far a job is: the table LIFE, its streams and the journal; and the flows that wait for it."""
 import collections
 import contextlib
+import fcntl
 import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
+import termios
 import time
 import weakref
 
 import pytest
 import rig
+from batching import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -20,6 +24,9 @@ from ssh_scheduler import LIFE
 
 ANY = settings(deadline=None, derandomize=True, max_examples=500)
 WALKS = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=50)
+
+
+F_GETPIPE_SZ = 1032         # fcntl has the name since Python 3.10
 
 
 # ---- Stream ----
@@ -190,7 +197,7 @@ FACTS = {'claimed': CLAIM, 'ended': {'exit_code': 3, 'wall_s': 1.5}, 'collected'
 
 def test_the_journal_understands_the_words_of_the_table(journal):
     words = {row.written for row in LIFE.values()} - {''}
-    assert words == {'claimed', 'ended', 'collected', 'lost', 'cancelled'}
+    assert words == {'claimed', 'ended', 'collected', 'lost', 'cancelled', 'stopping'}
     for word in words:
         journal.write(event='claimed', job=word, **CLAIM)
         if word != 'claimed':
@@ -198,8 +205,10 @@ def test_the_journal_understands_the_words_of_the_table(journal):
         again = s.Journal(journal.path)
         again.peek()
         for known in (journal, again):
-            assert known.record(word)['state'] == word
-            assert known.is_begun(word) == (word in ('claimed', 'ended'))
+            # One that was told to end is not known to have ended.
+            assert known.record(word)['state'] == ('claimed' if word == 'stopping' else word)
+            assert bool(known.record(word).get('stopping')) == (word == 'stopping')
+            assert known.is_begun(word) == (word in ('claimed', 'ended', 'stopping'))
             assert known.record(word).get('exit_code') == (3 if word == 'ended' else None)
             collected, others = known.remains('lab1')
             assert (known.key(word, 1) in collected) == (word == 'collected')
@@ -298,7 +307,7 @@ class Brittle(s.Journal):
 def plain(jobs):
     """Return the records as a file can have them; the time, and who wrote them, come with that."""
     return {name: {key: value for key, value in record.items() if key not in ('time', 'resumed')}
-            for name, record in json.loads(json.dumps(jobs)).items()}
+            for name, record in json.loads(json.dumps(jobs, default=dict)).items()}
 
 
 class AnyLife(RuleBasedStateMachine):
@@ -340,7 +349,8 @@ class AnyLife(RuleBasedStateMachine):
             with open(self.path) as file:
                 last = json.loads(file.readlines()[-1])
             assert (last['event'], last['job']) == (word, attempt.name)
-            assert self.journal.record(attempt.name)['state'] == word
+            record = self.journal.record(attempt.name)
+            assert record['stopping'] if word == 'stopping' else record['state'] == word
         assert (attempt in self.lives.of(attempt.machine, state)) == (state not in s.FORGOTTEN)
         assert attempt not in self.lives.of(attempt.machine, before)
         self.told.append((attempt, before))
@@ -460,6 +470,7 @@ class AnyLife(RuleBasedStateMachine):
             if before:
                 self.remains[machine][key] = 'collected'
             self.known[attempt.name] = word, attempt.key, attempt.record['machine'], ()
+        if word in ('claimed', 'stopping'):
             return
         _, key, machine, _ = self.known[attempt.name]
         self.known[attempt.name] = word, key, machine, kept
@@ -793,6 +804,26 @@ def test_a_child_that_a_callback_has_ended_is_not_read():
         while not heard:
             processes.wait()
         assert len(heard) == 1
+    finally:
+        processes.close()
+
+
+@pytest.mark.skipif(not s.LINUX, reason='only Linux has such pipes')
+def test_a_pipe_that_was_full_holds_more():
+    processes, came = s.Processes(), bytearray()
+
+    def held(request):
+        return int.from_bytes(fcntl.ioctl(stdout, request, bytes(4)), sys.byteorder)
+
+    try:
+        child = processes.start(['bash', '-c', 'head -c 70000 /dev/zero; read'], came.extend,
+                                lambda *_: pytest.fail('it waits'), keep_stdin=True)
+        stdout = child.popen.stdout.fileno()
+        assert fcntl.fcntl(stdout, F_GETPIPE_SZ) == s.PIPE_BYTES
+        wait_until(lambda: held(termios.FIONREAD) == s.PIPE_BYTES, 'its pipe is full')
+        while len(came) < 70000:
+            processes.wait()
+        assert fcntl.fcntl(stdout, F_GETPIPE_SZ) == s.WIDE_PIPE_BYTES
     finally:
         processes.close()
 

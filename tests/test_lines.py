@@ -3,7 +3,6 @@ import collections
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -199,7 +198,8 @@ def test_a_job_whose_line_is_gone_is_collected_and_not_run_again(batches, lab, g
     batch.process.kill()
     batch.end()
     status = batches.run(['echo b'], [], '--status')
-    assert 'batch.sh.1' in status.stdout and status.returncode == 1
+    assert '\n.1 ' in status.stdout
+    assert status.returncode == 1
     batch = batches.start(['echo b', 'echo c'], [machine], *NO_GPU)
     batch.until('finished: batch.sh.2-2')
     gate.open('a')
@@ -246,6 +246,17 @@ def test_a_job_whose_line_is_gone_is_cancelled_with_its_client(batches, lab):
     assert_clean(machine)
 
 
+def job_files(machine, name=''):
+    """The files with the records of all jobs over there, or of that one."""
+    return [path for path in machine.home.glob(f'.ssh_scheduler/*/jobs/{name}*-*')
+            if '.' not in path.name.rpartition('-')[2]]
+
+
+def record_of(file):
+    """The words of the record of a job, such as starting PID START BOOT_ID FOLDER."""
+    return file.read_text().rpartition('#')[2].split()
+
+
 @pytest.mark.parametrize('options', [(), ('--retries=0',)])
 def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab, ledger, options):
     machine = lab()
@@ -253,10 +264,10 @@ def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab
     batch.until('finished: batch.sh.2')
     batch.process.kill()
     batch.end()
-    (status,) = machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.*/status')
+    (file,) = job_files(machine, 'batch.sh.1')
     machine.kill_processes()
-    before = status.read_text()
-    status.write_text(before.replace(before.split()[3], '0' * 8 + before.split()[3][8:]))
+    before, boot_id = file.read_text(), record_of(file)[3]
+    file.write_text(before.replace(boot_id, '0' * 8 + boot_id[8:]))
     done = batches.run(['echo b'], [machine], *options, *NO_GPU)
     assert 'the machine was restarted. Its line is not in the batch file any more' in done.stderr
     assert (done.returncode, ledger.read_text()) == (0, 'ran\n')
@@ -287,8 +298,7 @@ def test_a_job_of_another_journal_is_never_taken_for_one_of_this(batches, lab, g
     assert note.startswith(
         f'{machine.yaml()}: 2 jobs of an earlier job_results of this folder run there. ')
     gate.open('a')
-    wait_until(lambda: [*machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.*/status')][0]
-               .read_text().startswith('ended'), 'its end')
+    wait_until(lambda: record_of(job_files(machine, 'batch.sh.1')[0])[0] == 'ended', 'its end')
 
     def earlier(action):
         told = batches._run_cli('execute_batch', '--machines', machine.yaml(),
@@ -306,7 +316,7 @@ def test_a_job_of_another_journal_is_never_taken_for_one_of_this(batches, lab, g
     assert earlier('remove').stdout.splitlines()[-1] == f'removed: batch.sh.2 on {machine.yaml()}'
     assert earlier('show').stdout == ''
     assert_clean(machine)
-    assert 'batch.sh.1-earlier' not in batches.run(['echo new', lines[0].replace('exit 3', 'true')],
+    assert '.1-earlier' not in batches.run(['echo new', lines[0].replace('exit 3', 'true')],
                                                    [], '--status').stdout
 
 
@@ -317,8 +327,7 @@ def test_a_collection_that_is_killed_is_completed_by_the_next(batches, client_en
     machine = lab()
     leave_jobs(batches, machine, gate)
     gate.open('a')
-    wait_until(lambda: any(path.read_text().startswith('ended') for path in
-                           machine.home.glob('.ssh_scheduler/*/jobs/*/status')), 'its end')
+    wait_until(lambda: any(record_of(file)[0] == 'ended' for file in job_files(machine)), 'its end')
     argv = ['execute_batch', '--machines', machine.yaml(), '--earlier=collect']
     cut = subprocess.run([sys.executable, Path(__file__).with_name('crash.py'), *argv],
                          env={**client_env, 'CRASH_WHEN': moment}, capture_output=True)
@@ -370,9 +379,8 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
     assert note == (
         'files changed since: large, more, train.py: 3 finished lines had the older files. To run '
-        'them again: rm -rf job_results/batch.sh.{1..3}{,.out,.err}')
-    os.system(f'bash -c {shlex.quote(note.partition("again: ")[2])}')
-    done = run(*lines)
+        'them again: --rerun {1..3}')
+    done = run(*lines, options=('--rerun', '1', '2', '3'))
     assert started(done) == ['batch.sh.1', 'batch.sh.2', 'batch.sh.3']
     assert result('batch.sh.1') == b'print(2)\n' and 'files changed' not in done.stderr
 
@@ -451,20 +459,15 @@ def test_a_file_that_is_removed_while_a_batch_runs_takes_no_machine_away(batches
     assert_clean(machine, cache=True)
 
 
-@pytest.mark.parametrize('names, command', [
-    (['b.sh.1'], 'b.sh.1'), (['b.sh.1', 'b.sh.2'], 'b.sh.{1,2}'),
-    (['b.sh.3', 'b.sh.1', 'b.sh.2', 'b.sh.9'], 'b.sh.{{1..3},9}'), (['b.sh.1-2', 'x'], None)])
-def test_what_removes_results_names_all_of_them(tmp_path, monkeypatch, names, command):
-    monkeypatch.chdir(tmp_path)
-    for name in (*names, 'b.sh.4', 'b.sh.10'):
-        (tmp_path / 'job_results' / name).mkdir(parents=True)
-        for end in ('.out', '.err'):
-            (tmp_path / f'job_results/{name}{end}').touch()
-    text = s.removal_of(names)
-    assert command is None or text == f'rm -rf job_results/{command}{{,.out,.err}}'
-    os.system(f'bash -c {shlex.quote(text)}')
-    assert {path.name for path in RESULTS.iterdir()} == {
-        f'{name}{end}' for name in ('b.sh.4', 'b.sh.10') for end in ('', '.out', '.err')}
+@pytest.mark.parametrize('names, words', [
+    (['b.sh.1'], '1'), (['b.sh.1', 'b.sh.2'], '1 2'), (['b.sh.3', 'b.sh.1', 'b.sh.2', 'b.sh.9'],
+                                                       '{1..3} 9'), (['b.sh.1-2', 'x'], None)])
+def test_what_runs_jobs_again_names_all_of_them(names, words):
+    text = s.rerun_of(names, 'b.sh')
+    assert words is None or text == f'--rerun {words}'
+    said = subprocess.run(['bash', '-c', f'printf "%s\\n" {text.partition(" ")[2]}'],
+                          capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(s.jobs_named(said, {*names, 'b.sh.4', 'b.sh.10'}, 'b.sh')) == sorted(names)
 
 
 def test_a_manifest_has_all_that_tells_files_apart(tmp_path, monkeypatch):
@@ -545,7 +548,8 @@ def test_any_edits_against_a_model(first, rounds):
             assert job.name == usual or usual in known
         # some begin, of these and of those that ran, some end: as if the client was killed
         for number, job in enumerate(found.waiting):
-            known[job.name] = {'command': job.command, 'state': 'claimed', 'own': '', 'batch': 'b'}
+            known[job.name] = s.Record({'command': job.command, 'state': 'claimed', 'own': '',
+                                        'batch': 'b'})
             if runs and number == runs:
                 break
         for number, record in enumerate(known.values()):

@@ -153,6 +153,81 @@ def test_functions_with_extended_patterns_work_where_the_login_has_them(batches,
     assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (b'one of them\n' * 2, b'')
 
 
+# ---- Functions that only an interactive shell calls ----
+
+INTERACTIVE = f"""
+    . {rig.BASH_COMPLETION}
+    export CALL=_complete_me COMMAND_OF_A_LOGIN=greet
+    _complete_me() {{ _helper_of_it; }}
+    _helper_of_it() {{ echo called; }}
+    complete -F _complete_me me
+    _shared() {{ echo "hello $1"; }}
+    _complete_it() {{ _shared; greet; }}
+    complete -F _complete_it it
+    greet() {{ _shared "$1"; }}
+    _dispatch_by_name() {{ echo dispatched; }}
+    dispatch() {{ "_dispatch_$1"; }}
+    exported() {{ echo exported; }}
+    complete -F exported what
+    export -f exported
+"""
+# Lines that name a function in all the places where a shell may find its name.
+NAMED = ['command -v {}', 'true;command -v {}', 'x=$(command -v {}); [ "$x" ]', '(command -v {})',
+         'if command -v "{}"; then :; else exit 1; fi', 'true&&command -v {}|grep .',
+         "command -v '{}'", '{{ command -v {};}}', '"${{NONE:-command}}" -v ${{NONE:-{}}}',
+         'f={};command -v "$f"', 'command -v \\{}', 'true\tand;command\t-v\t{}\t',
+         'test `command -v {}` = {}']
+# Lines that call one and do not name it.
+UNNAMED = ['$CALL', '"$CALL"', 'true; $CALL', 'true;"$CALL"', 'true && "$CALL"', '! $CALL; true',
+           'for i in 1; do $CALL; done', 'if true; then\t"$CALL"; fi', 'echo "$($CALL)"',
+           '{ $CALL; }', '`echo $CALL`', '(${CALL})', 'eval "$CALL"', '. ./calls', 'source ./calls',
+           'true; . ./calls']
+
+
+@pytest.fixture(params=['login', 'setup', 'BASH_ENV'])
+def with_completion(request, lab, project):
+    """The machine file of one whose jobs have bash-completion, and functions of a user."""
+    (project / 'calls').write_text('$CALL\n')
+    if request.param == 'setup':
+        return lab().yaml(setup=INTERACTIVE)
+    machine = lab(startup={'.bashrc': f'case $- in *i*) ;; *) return;; esac\n{INTERACTIVE}',
+                           '.bashenv': 'of_bash_env() { echo too; }\n'})
+    if request.param == 'BASH_ENV':
+        with open(machine.home / '.profile', 'a') as out:
+            out.write('export BASH_ENV=~/.bashenv\n')
+    return machine
+
+
+def outputs(batches, machine, lines):
+    """What each of these lines wrote; none may fail, nor complain."""
+    done = batches.run(lines, [machine], *NO_GPU)
+    assert done.returncode == 0, done.stderr
+    numbers = range(1, len(lines) + 1)
+    assert not [lines[number - 1] for number in numbers if result(f'batch.sh.{number}', 'err')]
+    return [result(f'batch.sh.{number}').decode() for number in numbers]
+
+
+def test_each_function_that_a_line_names_is_there(batches, with_completion):
+    names = subprocess.run(['bash', '--norc', '-ic', f'{INTERACTIVE}\ncompgen -A function'],
+                           check=True, capture_output=True, text=True).stdout.split()
+    assert len(names) > 50
+    forms = [NAMED[number % len(NAMED)].format(name, name) for number, name in enumerate(names)]
+    outputs(batches, with_completion, forms)
+
+
+def test_a_function_that_a_line_calls_without_its_name_is_there(batches, with_completion):
+    assert set(outputs(batches, with_completion, UNNAMED)) == {'called\n'}
+
+
+def test_functions_of_the_user_are_there_and_those_for_completion_are_not(
+        batches, with_completion):
+    lines = {'greet me': 'hello me\n', 'true | $COMMAND_OF_A_LOGIN you': 'hello you\n',
+             'dispatch by_name': 'dispatched\n', "bash -c 'exported'": 'exported\n',
+             'echo !(b*)': 'calls\n', 'set | grep -c COMP_WORDS; true': '0\n',
+             'set | grep -c COMP_WORDS; true ./eval.py --type . "$CALL" $CALL a__b': '0\n'}
+    assert outputs(batches, with_completion, [*lines]) == [*lines.values()]
+
+
 @pytest.mark.parametrize('startup, env', [
     ({'.bashrc': 'readonly TMOUT=900 UIDS=1; export TMOUT UIDS\n'}, {}),
     ({'.bashenv': 'readonly TMOUT=900; export TMOUT\n'}, {'BASH_ENV': '{home}/.bashenv'}),

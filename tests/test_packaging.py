@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ('ssh_scheduler.py', 'combine_folders.py')
+MODULES = ('ssh_scheduler.py', 'combine_folders.py', 'results_table.py')
 COMMANDS = ('execute_remote', 'execute_batch', 'execute_to', 'query_machines')
-EXECUTABLES = (*COMMANDS, 'combine_folders')
+ALONE = ('combine_folders', 'results_table')        # each a file that needs no other
+EXECUTABLES = (*COMMANDS, *ALONE)
 
 # Set where a developer works and inherited by what we start: they would change what is tried.
 MEDDLING = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'UV_PYTHON', 'PIP_TARGET', 'PIP_USER',
@@ -112,7 +113,7 @@ def test_the_version_is_the_one_in_the_file(metadata):
     assert f"\n__version__ = '{metadata['version']}'\n" in source
 
 
-def test_two_modules_and_five_executables_are_installed_and_nothing_else(metadata):
+def test_three_modules_and_six_executables_are_installed_and_nothing_else(metadata):
     files = [path for path in metadata['files'] if '__pycache__' not in path]
     ours = {path for path in files if not path.split('/')[0].endswith('.dist-info')}
     assert ours == {*MODULES, *(f'../../../bin/{name}' for name in EXECUTABLES)}
@@ -198,10 +199,10 @@ def test_a_missing_library_is_one_sentence(run_bare, copied_file, words, has):
     assert (done.returncode, done.stdout) == (2, ''), done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f'{words[0]}: {sys.executable} has no module {missing}. Try: '
-                           f'{sys.executable} -m pip install docopt-ng PyYAML tqdm, or use uv')
+                           f'{sys.executable} -m pip install docopt-ng PyYAML rich, or use uv')
     needed = read_script_block(ROOT / 'ssh_scheduler.py')['dependencies']
     assert line.partition('pip install ')[2].partition(',')[0].split() == sorted(
-        needed, key=['docopt-ng', 'PyYAML', 'tqdm'].index)
+        needed, key=['docopt-ng', 'PyYAML', 'rich'].index)
 
 
 def test_a_library_that_fails_is_not_said_to_be_missing(run_bare, copied_file):
@@ -227,16 +228,19 @@ def test_the_script_block_says_what_setup_py_says(metadata):
     assert block == {'requires-python': metadata['python'], 'dependencies': metadata['requires']}
 
 
-def test_combine_folders_needs_nothing_but_python(tmp_path):
-    copied = shutil.copy2(ROOT / 'combine_folders.py', tmp_path)
+@pytest.mark.parametrize('name', ALONE)
+def test_a_file_that_stands_alone_needs_nothing_but_python(tmp_path, name):
+    copied = shutil.copy2(ROOT / f'{name}.py', tmp_path)
     assert read_script_block(Path(copied))['dependencies'] == []
-    assert_helps(run(sys.executable, '-S', copied, '--help', cwd=tmp_path), 'combine_folders')
+    assert_helps(run(sys.executable, '-S', copied, '--help', cwd=tmp_path), name)
 
 
-@pytest.mark.parametrize('words', [['ssh_scheduler.py', 'execute_batch'], ['combine_folders.py']])
+@pytest.mark.parametrize('words', [['ssh_scheduler.py', 'execute_batch'], ['combine_folders.py'],
+                                   ['results_table.py']])
 def test_uv_runs_the_copied_file(copied_file, words):
     folder = copied_file.parent
-    shutil.copy2(ROOT / 'combine_folders.py', folder)
+    for name in ALONE:
+        shutil.copy2(ROOT / f'{name}.py', folder)
     if not shutil.which('uv') or run('uv', '--version', cwd=folder).returncode != 0:
         pytest.skip('uv is not installed')
     # Neither this machine's cache nor a Python that uv would have to download.
@@ -282,7 +286,7 @@ def watch(event, args):
     if event == 'open' and str(args[0]).startswith(vendored) and '__pycache__' not in args[0]:
         acts.append(f'reads {os.path.relpath(args[0], vendored)}')
 
-sys.modules.update(yaml=None, docopt=None, tqdm=None)
+sys.modules.update(yaml=None, docopt=None, rich=None)
 os.umask(0o22)
 before = state()
 sys.addaudithook(watch)
@@ -293,7 +297,7 @@ print(json.dumps({'before': before, 'after': after, 'acts': seen}))
 '''
 
 
-@pytest.mark.parametrize('name', ['ssh_scheduler', 'combine_folders'])
+@pytest.mark.parametrize('name', ['ssh_scheduler', *ALONE])
 def test_importing_a_vendored_copy_has_no_effect(tmp_path, name):
     (tmp_path / 'vendored').mkdir()
     (tmp_path / 'home').mkdir()

@@ -13,6 +13,7 @@ import collections
 import contextlib
 import io
 import itertools
+import json
 import os
 import select
 import signal
@@ -44,11 +45,12 @@ HELD = ['the channel']      # the argv of what is not started: its bytes are the
 OURS = 10**9                # pings of the test have larger numbers
 LIMIT_S = 2 * rig.SAFETY_NET_S
 KINDS = ('short', 'long', 'files')
+ONCE = ('probe', 'enter', 'unpack', 'finish')   # what a contact begins and ends with comes once
+ROOM = (3000, 8000)         # what all batches together may take: thousandths of a core, MB
 
 # What a job does: it tells the test that it is there, and ends when and as the test says.
 JOB = r'''
-try=${PWD%/work}
-try=${try##*.}
+try=${SSH_SCHEDULER_ID##*.}
 try=${try%-*}
 gate=$FOLDER/gates/$SSH_SCHEDULER_JOB.$try
 mkfifo "$gate"
@@ -321,12 +323,13 @@ class Remote:
 class Attempt:
     """A job that was started over there, as it is known to the test."""
 
-    def __init__(self, pid, wrapper):
-        self.pid, self.wrapper = pid, wrapper
+    def __init__(self, pid, worker):
+        self.pid, self.worker = pid, worker
         self.ended = False              # it came to its end, and said so
         self.over = False               # no process of it is left
         self.status = None              # the exit status that was recorded
         self.broken = False             # what would have recorded its end is gone
+        self.unwanted = False           # somebody asked to cancel it, or to run its job again
 
 
 class World:
@@ -378,7 +381,8 @@ class World:
             'interruptible': lambda handler: contextlib.nullcontext(),  # of the main thread only
             'allow_files': lambda machines: None,                       # it is the tests' process
             'time': types.SimpleNamespace(monotonic=self.clock, time=time.time,
-                                          strftime=time.strftime, time_ns=time.time_ns),
+                                          strftime=time.strftime, time_ns=time.time_ns,
+                                          localtime=time.localtime),
         }.items():
             enter(mock.patch.object(s, name, value))
         enter(mock.patch.object(s.Connection, 'channel', lambda connection: HELD))
@@ -448,22 +452,39 @@ class World:
             others[number].ended = True
             return
         assert number not in others, f'{name} {number} is started twice'
+        self.note_cancelled()
         for other, attempt in others.items():
             assert attempt.over, f'{name} {number} is started, and {other} still runs'
-            assert attempt.status is None or attempt.broken, (
+            assert attempt.status is None or attempt.broken or attempt.unwanted, (
                 f'{name} {number} is started, and {other} has ended with {attempt.status}')
         others[number] = Attempt(*map(int, pids))
 
     def running(self):
         """Return [(job, number, Attempt)] of those that have processes."""
+        self.note_cancelled()
         return [(name, number, attempt) for name, attempts in sorted(self.attempts.items())
-                for number, attempt in sorted(attempts.items()) if not attempt.over]
+                for number, attempt in sorted(attempts.items())
+                if not (attempt.over or attempt.unwanted and rig.ends(attempt.pid, timeout_s=0))]
+
+    def note_cancelled(self):
+        """See which attempts have ended since somebody asked for that."""
+        for name, attempts in self.attempts.items():
+            for number, attempt in attempts.items():
+                if attempt.over or not attempt.unwanted or not rig.ends(attempt.pid, timeout_s=0):
+                    continue
+                word, *status = self.record(name, number).split() or ['']
+                attempt.broken |= word != 'ended' and rig.ends(attempt.worker, timeout_s=0)
+                if word == 'ended' and not attempt.broken:
+                    attempt.status = int(status[0])
+                attempt.over = word == 'ended' or attempt.broken
 
     def record(self, name, number):
         """Return what is recorded of it over there: 'ended 0', ..."""
-        for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}-*/status'):
-            with contextlib.suppress(FileNotFoundError):
-                return path.read_text().rstrip()
+        for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}-*'):
+            if '.' not in path.name.rpartition('-')[2]:
+                with contextlib.suppress(FileNotFoundError):
+                    words = path.read_text().rpartition('#')[2].split()
+                    return ' '.join(word for word in words if not s.FOLDER.fullmatch(word))
         return ''
 
     def end_job(self, name, number, attempt, code):
@@ -479,10 +500,9 @@ class World:
         assert rig.ends(attempt.pid, LIMIT_S)
         attempt.over = True
         if not attempt.broken:
-            assert rig.ends(attempt.wrapper, LIMIT_S)
-            word, status = self.record(name, number).split()
-            assert word == 'ended', f'{name} {number} has ended, and its record is {word}'
-            attempt.status = int(status)
+            self.until(lambda: self.record(name, number).split()[:1] == ['ended'],
+                       f'the record of the end of {name} {number}')
+            attempt.status = int(self.record(name, number).split()[1])
 
     def break_job(self, name, number, attempt, how):
         """Kill its command, what records its end, or both."""
@@ -491,12 +511,11 @@ class World:
             self.is_over(name, number, attempt)
             return
         attempt.broken = True
+        rig.kill(attempt.worker, lambda pid: True)      # first, so that it records nothing
         if how == 'group':
-            os.killpg(attempt.wrapper, signal.SIGKILL)
+            os.killpg(attempt.pid, signal.SIGKILL)
             self.is_over(name, number, attempt)
-        else:
-            rig.kill(attempt.wrapper, lambda pid: True)
-        assert rig.ends(attempt.wrapper, LIMIT_S)
+        assert rig.ends(attempt.worker, LIMIT_S)
 
     def reboot(self):
         """The machine loses its power."""
@@ -512,6 +531,34 @@ class World:
         (self.folder / 'shared').mkdir()
         self.boot()
 
+    def take_room(self, taken):
+        """Another batch, for which this process stands, needs all there is, or nothing."""
+        claim = self.folder / 'shared/ssh_scheduler.other/claim'
+        if taken:
+            began = Path('/proc/self/stat').read_text().rpartition(') ')[2].split()[19]
+            boot_id = (self.folder / 'proc/sys/kernel/random/boot_id').read_text().strip()
+            claim.parent.mkdir(exist_ok=True)
+            claim.write_text(' '.join(map(str, [os.getpid(), began, boot_id, *ROOM, 0])) + '\n')
+        elif claim.exists():
+            rig.remove(claim.parent)
+
+    # ---- What other commands ask ----
+
+    def ask(self, action, name):
+        """Ask that of the client; return whether the latest attempt of the job knows of it now."""
+        attempts = self.attempts[name]
+        if attempts:
+            attempts[max(attempts)].unwanted = True
+        inbox = self.project / 'job_results/.ssh_scheduler/inbox'
+        inbox.mkdir(0o700, parents=True, exist_ok=True)
+        path = inbox / f'{time.time_ns():020}-1'
+        path.with_suffix('.new').write_text(json.dumps(
+            {'batch': 'batch.sh', 'action': action, 'jobs': [name]}))
+        path.with_suffix('.new').rename(path.with_suffix('.request'))
+        self.now += 2 * s.REQUEST_S
+        if self.client.lives:
+            self.client.settle()
+
     # ---- What happens on the way ----
 
     def connect(self, line):
@@ -520,6 +567,7 @@ class World:
         if line.head and not line.runner:
             line.runner, self.finished = Remote(self, line.head), False
             self.remotes.append(line.runner)
+            line.runner.write(s.request('limits', *ROOM))
             line.runner.sync()
 
     def deliver(self, line, count, twice=False):
@@ -528,8 +576,8 @@ class World:
         if not line.runner:
             return 0
         arrived = [line.requests.popleft() for _ in range(min(count, len(line.requests)))]
-        for _, data in arrived:
-            line.runner.write(data * (2 if twice else 1))
+        for fields, data in arrived:
+            line.runner.write(data * (2 if twice and fields[0] not in ONCE else 1))
         if not line.runner.process.stdin.closed:
             line.runner.sync()
         for (verb, *fields), _ in arrived:
@@ -616,8 +664,18 @@ class World:
         self.client.settle()
         return count or gone
 
+    def until_it_sends(self, verb):
+        """Let all be said until such a request waits to arrive."""
+        for _ in range(100):
+            self.client.line.read()
+            if any(fields[0] == verb for fields, _ in self.client.line.requests):
+                return
+            self.exchange()
+        raise AssertionError(f'the client does not send {verb}')
+
     def finish(self):
         """No more faults: run the batch until there is nothing to do."""
+        self.take_room(False)
         for _ in range(8):
             until = time.monotonic() + LIMIT_S
             while self.client.lives:
@@ -637,6 +695,10 @@ class World:
         self.run_again()
         assert not self.client.lives, 'all is done, and yet it does something'
         self.client_ends()
+        for line in self.lines:         # at last arrives, too, what was under way for ever so long
+            self.deliver(line, 1000)
+            if line.runner and not line.runner.process.stdin.closed:
+                line.runner.close()
 
     @property
     def names(self):
@@ -649,9 +711,23 @@ class World:
                 number = [entry['attempt'] for entry in events if entry['event'] == 'claimed'][-1]
                 assert self.attempts[name][number].over, f'{name} {number} has not ended'
 
+    def check_starts(self):
+        """What is said to have started has started."""
+        for line in self.client.out.getvalue().splitlines() if self.client else ():
+            name = line.partition(': ')[2].partition(';')[0]
+            assert not line.startswith('started: ') or self.attempts[name], line
+
+    def check_streams(self):
+        """The part of an output that has arrived is the beginning of the output of one attempt."""
+        for name, kind in zip(self.names, self.kinds):
+            path = self.project / f'job_results/{name}.out'
+            here = path.read_text() if path.exists() else ''
+            assert not here or any(written(kind, name, number, True).startswith(here)
+                                   for number in self.attempts[name]), f'{path} is {here!r}'
+
     def check(self):
         """Compare what the jobs said, the journal, the report and the results."""
-        journal, reported = self.journal, ledgers.read_report(self.reports)
+        journal, reported = self.journal, ledgers.read_report(self.reports, again=True)
         ledger = self.folder / 'ledger'
         ledger.write_text(''.join(f'{line}\n' for line in self.ledger))
         runs = ledgers.read_ledgers({'localhost': ledger})
@@ -701,13 +777,21 @@ class Protocol(RuleBasedStateMachine):
         return self.world.client
 
     @initialize(kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
-                rounds=st.sampled_from([0, 1, 4, 4]))
-    def begin(self, kinds, rounds):
+                so_far=st.sampled_from(['begun', 'ready', 'starting', 'starting', 'running',
+                                        'running']),
+                twice=st.booleans(), taken=st.sampled_from([False, False, True]))
+    def begin(self, kinds, so_far, twice, taken):
         self.world.write_batch(kinds)
         self.world.start_client()
-        for _ in range(rounds):         # after four its jobs run
+        if so_far != 'begun':
             self.world.come_into_contact()
             self.world.exchange()
+        if so_far in ('starting', 'running'):
+            self.world.until_it_sends('start')
+        self.world.take_room(taken)
+        if so_far == 'running':
+            for _ in range(2):
+                self.world.exchange(twice)
 
     # The channel
 
@@ -752,6 +836,14 @@ class Protocol(RuleBasedStateMachine):
             self.client.line.hear(self.world.heard[-back:][0])
             self.client.settle()
 
+    @rule(back=st.integers(1, 3), count=few)
+    def late_answers_arrive(self, back, count):
+        """Those of a connection that is none any more for the client."""
+        lines = [line for line in self.client.lines if not line.is_open and line.runner]
+        if self.client.lives and lines[-back:]:
+            self.world.hear(lines[-back:][0], count)
+            self.client.settle()
+
     @rule(torn=st.integers(0, 200))
     def the_connection_breaks(self, torn):
         """What was under way may yet arrive over there; here comes a part of an answer at most."""
@@ -783,6 +875,10 @@ class Protocol(RuleBasedStateMachine):
         if running:
             self.world.break_job(*running[index % len(running)], how)
 
+    @rule(taken=st.booleans())
+    def another_batch_takes_or_leaves_the_room(self, taken):
+        self.world.take_room(taken)
+
     @rule()
     def the_remote_runner_is_killed(self):
         line = self.client.line
@@ -792,6 +888,13 @@ class Protocol(RuleBasedStateMachine):
     @rule()
     def the_machine_is_restarted(self):
         self.world.reboot()
+
+    # Other commands
+
+    @rule(index=index, action=st.sampled_from(['cancel', 'cancel', 'rerun']))
+    def something_is_asked(self, index, action):
+        names = self.world.names
+        self.world.ask(action, names[index % len(names)])
 
     # The client
 
@@ -819,6 +922,11 @@ class Protocol(RuleBasedStateMachine):
         self.world.look()
         self.world.check_ends()
 
+    @invariant()
+    def what_is_known_of_jobs_is_so(self):
+        self.world.check_starts()
+        self.world.check_streams()
+
     # The end
 
     def teardown(self):
@@ -836,7 +944,7 @@ EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # so many others, at random
 @pytest.mark.timeout(0 if EXAMPLES else 900)    # many examples, each with a dozen processes
 def test_no_fault_of_the_channel_makes_a_job_run_twice_or_loses_a_result():
     run_state_machine_as_test(Protocol, settings=settings(
-        max_examples=int(EXAMPLES or 25), stateful_step_count=20, derandomize=not EXAMPLES,
+        max_examples=int(EXAMPLES or 40), stateful_step_count=20, derandomize=not EXAMPLES,
         deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True,
         phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])]))
 
@@ -859,17 +967,40 @@ def begin(world, *kinds):
         world.exchange()
 
 
-def test_a_list_that_comes_twice_is_taken_once(world):
+def test_a_list_is_taken_once_and_when_it_was_asked_for(world):
+    """Empty ones, for which nobody asked, come while the job runs, and behind the right one."""
     begin(world, 'files')
-    world.end_job(*world.running()[0], 0)
     line = world.client.line
-    while not (line.runner.answers and line.runner.answers[0].startswith(b'data\t')):
-        world.hear(line, 1)
-        world.client.settle()
-        world.deliver(line, 1000)
-    world.hear(line, 1, twice=True)
+    key = s.ResultStore('job_results').peek().journal.key('batch.sh.1', 1)
+    unasked = f'data\t0\tback\t{key}\n'.encode()
+    line.hear(unasked)
+    world.client.settle()
+    world.end_job(*world.running()[0], 0)
+    world.until(lambda: line.runner.answers, 'its end')
+    world.hear(line, 1000, twice=True)      # of its end is heard once, too
+    world.client.settle()
+    world.deliver(line, 1000)               # "list"
+    world.until(lambda: line.runner.answers, 'a list')
+    assert line.runner.answers[0].startswith(b'data\t')
+    line.runner.answers.append(unasked)
+    world.hear(line, 2, twice=True)
     world.client.settle()
     assert world.journal['batch.sh.1'][-1]['event'] == 'collected'
+    world.finish()
+    world.check()
+
+
+def test_what_a_stream_grew_by_is_taken_once(world):
+    begin(world, 'long')
+    line = world.client.line
+    world.now += s.REFRESH_S + 1
+    world.client.settle()
+    world.deliver(line, 1000)               # "watch"
+    world.until(lambda: any(b'data\t' in answer for answer in line.runner.answers), 'its stream')
+    world.hear(line, 1000, twice=True)
+    world.client.settle()
+    assert Path('job_results/batch.sh.1.out').stat().st_size == 1500
+    world.check_streams()
     world.finish()
     world.check()
 
@@ -934,3 +1065,92 @@ def test_what_is_removed_while_it_is_said_is_said_whole(world):
     world.until(lambda: any(b'data\t' in answer for answer in line.runner.answers), 'its stream')
     world.finish()
     world.check()
+
+
+def break_and_connect(world):
+    world.client.line.end(255)
+    world.client.settle()
+    world.come_into_contact()
+
+
+def test_a_start_that_arrives_after_it_was_asked_about_never_begins(world):
+    """At a runner that is on another computer, which has the same home: nobody here can end it."""
+    world.write_batch(['short'])
+    world.start_client()
+    world.come_into_contact()
+    world.until_it_sends('start')
+    line = world.client.line
+    (folder,) = world.home.glob('.ssh_scheduler/*/run.*')
+    folder.rename(folder.with_name('run.elsewhere.1.1'))
+    break_and_connect(world)
+    while not world.running():
+        world.exchange()
+        world.now += 1
+    world.deliver(line, 1000)
+    world.finish()
+    world.finished = False              # the folder of the other runner stays
+    world.check()
+    assert list(world.attempts['batch.sh.1']) == [2]
+
+
+def test_how_a_job_ended_is_recorded_before_it_is_said(world):
+    """What says so is killed when it looks how long the output is."""
+    program, victim = world.folder / 'bin/stat', world.folder / 'victim'
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ncase "$*" in "-c %s -- "*.out) kill -9 $(cat {victim});; esac\n'
+                       f'exec {rig.program("stat")} "$@"\n')
+    program.chmod(0o755)
+    world.env['PATH'] = f'{program.parent}:{world.env["PATH"]}'
+    begin(world, 'long')
+    (name, number, attempt), = world.running()
+    victim.write_text(str(attempt.worker))
+    world.end_job(name, number, attempt, 3)
+    assert attempt.status == 3
+    break_and_connect(world)
+    world.finish()
+    world.check()
+
+
+def test_that_a_job_is_lost_is_said_again_where_that_was_lost(world):
+    begin(world, 'short')
+    world.reboot()
+    for _ in range(2):
+        break_and_connect(world)
+        world.exchange()
+        world.until_it_sends('adopt')
+        world.deliver(world.client.line, 1000)          # its answer is not heard
+    world.finish()
+    world.check()
+    assert list(world.attempts['batch.sh.1']) == [1, 2]
+
+
+def test_nothing_is_believed_that_a_contact_says_when_it_is_over(world):
+    """As that the machine is ready: the next contact has not heard that yet."""
+    begin(world, 'short')
+    break_and_connect(world)
+    former = world.client.line
+    world.deliver(former, 1000)             # "probe", which is answered
+    world.now += s.CONNECT_LIMIT_S
+    world.client.settle()
+    assert not former.is_open
+    world.come_into_contact()
+    world.hear(former, 1000)
+    world.client.settle()
+    line = world.client.line
+    assert world.exchange() and world.exchange() and world.client.line is line
+    world.finish()
+    world.check()
+
+
+def test_a_job_that_finds_no_room_waits(world):
+    world.write_batch(['short'])
+    world.start_client()
+    world.come_into_contact()
+    world.until_it_sends('start')
+    world.take_room(True)
+    for _ in range(3):
+        world.exchange()
+    assert 'started' not in world.client.out.getvalue() and not world.running()
+    world.finish()
+    world.check()
+    assert list(world.attempts['batch.sh.1']) == [2]

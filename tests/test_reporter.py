@@ -5,19 +5,12 @@ Run is followed step by step without a process.  Below that, the program itself 
 pipe and on a terminal.
 """
 import errno
-import fcntl
 import io
 import math
 import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 
 import pytest
-import rig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +33,7 @@ class Lab:
         self.workers = [FakeWorker(name, capacity) for name, capacity in machines.items()]
         options = s.read_options(s.EXECUTE_BATCH_USAGE, ['--machines', *machines, *words, path])
         self.jobs = s.read_jobs(path, text, options, self.reporter.warning)
-        self.allocation, self.path = s.read_allocation(options), path
+        self.options, self.allocation, self.path = options, s.read_allocation(options), path
         self.batch = None                       # the Run
         self.steps = iter(())
 
@@ -49,7 +42,8 @@ class Lab:
         name = s.name_of_batch(self.path)
         lines = s.match_lines(self.jobs, name, self.results)
         plan = s.plan_lines(lines, self.results, {w.machine.address for w in self.workers})
-        view = s.BatchView(self.reporter, self.results, plan, self.allocation, self.path)
+        view = s.BatchView(self.reporter, self.results, plan, self.allocation, self.options,
+                           self.path)
         run = self.batch = s.Run((*lines.jobs, *lines.gone), self.workers, self, view,
                                  s.Policy(asks_late=True, noted={'batch': name}))
         s.take_up_lines(run, plan)
@@ -60,8 +54,7 @@ class Lab:
         run.fleet.meet()
         view.limits(self.workers)
         view.check_room()
-        for warning in plan.warnings:
-            self.reporter.line(warning)
+        view.skipped()
         self.steps = iter(steps)
         return s.finish_batch(run, view, self.reporter, True)
 
@@ -409,12 +402,18 @@ def test_an_impossible_job_is_an_error_before_anything_starts(results):
     assert results.journal.jobs == {}
 
 
-@pytest.mark.parametrize('words, why', [
-    ([], "a has no GPU. For jobs that need no GPU: --no-gpu-required"),
-    (['--no-gpu-required', '--num-cpus=9'], 'a has 8.0 of 8 cores free.')])
-def test_the_error_of_an_impossible_job_names_the_way_out(results, words, why):
-    lab = Lab(results, {'a': NO_GPUS}, 'true\n', words)
-    with pytest.raises(s.DoesNotFit, match=re.escape(why)):
+@pytest.mark.parametrize('words, line, why', [
+    ([], 'true', 'a has no GPU. If the jobs need no GPU, type\n'
+     'execute_batch --no-gpu-required --machines a example/batch_script.sh'),
+    (['--num-gpus=2'], 'true', 'a has no GPU. If the jobs need no GPU, type\n'
+     'execute_batch --no-gpu-required --machines a example/batch_script.sh'),
+    ([], 'execute_remote --num-gpus 2 true', 'a has no GPU. If the job needs no GPU: '
+     '--no-gpu-required instead of --num-gpus in its line.'),
+    (['--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.'),       # it would not help
+    (['--no-gpu-required', '--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.')])
+def test_the_error_of_an_impossible_job_names_the_way_out(results, words, line, why):
+    lab = Lab(results, {'a': NO_GPUS}, f'{line}\n', words)
+    with pytest.raises(s.DoesNotFit, match=f'{re.escape(why)}$'):
         lab.run()
 
 
@@ -564,71 +563,36 @@ def test_a_pipe_gets_plain_lines_only(run_cli, project):
         assert re.match(r'machine |started: |finished: |failed: |done: |batch\.sh\.6: ', line)
 
 
-def on_a_terminal(scheduler, env, stdout=None):
-    """Run the batch on a terminal of its own; return (status, what was written to it)."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
-    try:
-        process = subprocess.Popen([sys.executable, scheduler, *WORDS], env=env, stdin=follower,
-                                   stdout=stdout or follower, stderr=follower,
-                                   start_new_session=True)
-    finally:
-        os.close(follower)
-    written = b''
-    try:
-        while rig.wait_readable(leader):
-            try:
-                written += os.read(leader, 4096)
-            except OSError as error:        # how Linux says that nobody holds the other end
-                assert error.errno == errno.EIO
-                break
-        else:
-            pytest.fail(f'silent after {written}')
-        return process.wait(rig.SAFETY_NET_S), written.decode()
-    finally:
-        os.close(leader)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+# ---- What is said once ----
+
+def test_why_a_machine_cannot_be_used_is_said_when_it_is_news(results):
+    lab = Lab(results, {'m': NO_GPUS, 'dead': NO_GPUS}, 'true\n', ['--no-gpu-required'])
+
+    def steps():
+        for why in ('nothing listens', 'nothing listens', 'it has no bash', 'nothing listens'):
+            lab.workers[1].become('failed', why)
+        lab.started()
+        lab.end('.1')
+        yield
+
+    lab.run(steps())
+    assert [line for line in lab.err.getvalue().splitlines() if line.startswith('dead')] == [
+        'dead: cannot be used: nothing listens.', 'dead: cannot be used: it has no bash.',
+        'dead: cannot be used: nothing listens.']
 
 
-def screen_lines(written):
-    """The lines as a terminal shows them: what follows a carriage return is written over."""
-    for line in written.replace('\r\n', '\n').split('\n'):
-        shown = ''
-        for part in line.split('\r'):
-            part = re.sub(r'\x1b\[[A-Z]', '', part)
-            shown = part + shown[len(part):]
-        yield shown.rstrip()
-
-
-def test_a_terminal_has_a_bar_below_whole_lines(scheduler, project, client_env):
-    (project / 'batch.sh').write_text(BATCH[0])
-    status, written = on_a_terminal(scheduler, client_env)
-    lines = list(screen_lines(written))
-    assert status == 1
-    assert sorted(line for line in lines if line in BATCH[1]) == sorted(BATCH[1])
-    assert len([line for line in lines if line.startswith('started: batch.sh.')]) == 6
-    bars = re.findall(r'\d+%\|[^\r\n]*', written)
-    assert '5 finished, 1 failed, 0 running, 0 waiting' in bars[-1]
-    assert '6/6' in bars[-1] and '0/6' in bars[0]
-    assert [line for line in lines if line.startswith('done: 6 jobs: 5 finished, 1 failed, ')]
-
-
-def test_a_terminal_for_diagnostics_alone_has_no_bar(scheduler, project, client_env):
-    (project / 'batch.sh').write_text(BATCH[0])
-    with open(project / 'out', 'wb') as out:
-        status, written = on_a_terminal(scheduler, client_env, stdout=out)
-    assert (status, written) == (1, '')
-    assert set(BATCH[1]) <= set((project / 'out').read_text().splitlines())
-
-
-def test_without_tqdm_there_is_no_bar_and_no_trouble(scheduler, project, client_env, tmp_path):
-    (tmp_path / 'blocked').mkdir()
-    (tmp_path / 'blocked/tqdm.py').write_text("raise ImportError('blocked')\n")
-    (project / 'batch.sh').write_text(BATCH[0])
-    env = {**client_env, 'PYTHONPATH': str(tmp_path / 'blocked')}
-    status, written = on_a_terminal(scheduler, env)
-    assert status == 1
-    assert set(BATCH[1]) <= set(screen_lines(written))
-    assert '%|' not in written and 'tqdm' not in written
+def test_that_all_machines_are_full_of_this_batch_is_no_news_on_a_terminal():
+    books = {FakeWorker(name, TWO_GPUS): s.MachineResources(TWO_GPUS) for name in ('a', 'b')}
+    for own in books.values():
+        for _ in range(2):
+            own.allocate(s.Allocation())
+    said = ('waiting: 3 jobs for a GPU of its own with 1000 MB: each of a, b has 2 in use by this '
+            'batch')
+    assert s.why_waiting(books, s.Allocation(), 3, s.BatchView.IS_OWN_NEWS) == said
+    assert s.why_waiting(books, s.Allocation(), 3, s.TerminalView.IS_OWN_NEWS) == ''
+    others = TWO_GPUS._replace(gpus=tuple(
+        gpu._replace(reserved=True, batch_jobs=1) for gpu in GPUS))
+    books[FakeWorker('c', others)] = s.MachineResources(others)
+    for view in (s.BatchView, s.TerminalView):
+        assert s.why_waiting(books, s.Allocation(), 3, view.IS_OWN_NEWS) == (
+            f'{said}; c has 2 in use by others')

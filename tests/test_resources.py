@@ -452,10 +452,10 @@ MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
 
 
 @pytest.mark.parametrize(('resources', 'ours', 'wanted', 'expected'), [
-    (free(gpus=[Gpu(0, 9000)]), [MINE], Allocation(), 'holds 1 of ours'),
+    (free(gpus=[Gpu(0, 9000)]), [MINE], Allocation(), 'has 1 in use by this batch'),
     (free(gpus=[Gpu(0, 9000), Gpu(1, 500, 0.0, 9000), Gpu(2, 9000, 0.9), Gpu(3, 9000, others=1),
                 Gpu(4, 9000, batch_jobs=1)]), [MINE], Allocation(gpus=5),
-     'has 4 in use by others, holds 1 of ours'),
+     'has 4 in use by others, 1 by this batch'),
     (free(gpus=[Gpu(0, 500, 0.0, 9000)]), [], Allocation(), 'has 1 in use by others'),
     (free(gpus=[Gpu(0, 9000)]), [], Allocation(gpus=2), 'has 1 GPU'),
     (free(), [], Allocation(), 'has no GPU'),
@@ -465,12 +465,13 @@ MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
      'has too little GPU (GPU 0 has 500 MB and 100% of its time free)'),
     (free(reserved=True), [], NO_GPU, 'is in use by another batch'),
     (free(batch_jobs=1), [], NO_GPU._replace(reserve=True), 'is in use by another batch'),
-    (free(), [NO_GPU, NO_GPU], NO_GPU._replace(reserve=True), 'holds 2 of ours'),
-    (free(max_jobs=1), [NO_GPU], NO_GPU, 'holds 1 of ours'),
+    (free(), [NO_GPU, NO_GPU], NO_GPU._replace(reserve=True), 'runs 2 jobs of this batch'),
+    (free(max_jobs=1), [NO_GPU], NO_GPU, 'runs 1 job of this batch'),
     (free(), [NO_GPU], NO_GPU._replace(memory_mb=7001),
-     'has 7000 MB of memory free, holds 1 of ours'),
+     'has 7000 MB of memory free, runs 1 job of this batch'),
     (free(), [], NO_GPU._replace(memory_mb=8001), 'has 8000 MB of memory free'),
-    (free(), [NO_GPU], NO_GPU._replace(cores=5.5), 'has 3.0 of 4 cores free, holds 1 of ours'),
+    (free(), [NO_GPU], NO_GPU._replace(cores=5.5),
+     'has 3.0 of 4 cores free, runs 1 job of this batch'),
     (free(), [], NO_GPU, ''),
 ])
 def test_who_holds_what_a_job_waits_for_is_said(resources, ours, wanted, expected):
@@ -560,6 +561,9 @@ def test_what_cuda_sees(allocation, gpus, visible):
     (Allocation(0.5, 10, True, 0), '0.5 cores and 10 MB of memory on a machine of its own'),
     (Allocation(8, 10, reserve_gpu=False, gpu_utilization=0.5),
      '8 cores and 10 MB of memory and a share of a GPU with 1000 MB and 50% of its time free'),
+    (Allocation(1, 10, gpus=2, reserve_gpu=False),
+     '1 core and 10 MB of memory and a share of 2 GPUs, each with 1000 MB and 75% of its time '
+     'free'),
 ])
 def test_an_allocation_in_words(allocation, expected):
     assert ssh_scheduler.describe(allocation) == expected
@@ -985,10 +989,17 @@ def test_what_is_no_claim_claims_nothing(text):
 
 def test_a_claim_is_read():
     assert ssh_scheduler.read_needs([claim(5, 70, 'a.b.2', 1500, 300, 1, '0:10:750:1 12:0:5:0'),
-                                     claim(key='-')]) == [
-        ssh_scheduler.Need('a.b.2', 1.5, 300, True, {0: (10, 0.75, True), 12: (0, 0.005, False)},
-                           5, 70),
-        ssh_scheduler.Need('', 1.0, 1000, False, {}, 0, 0)]
+                                     claim(key='-'), claim(key='-ann')]) == [
+        ssh_scheduler.Need('a.b.2', '', 1.5, 300, True,
+                           {0: (10, 0.75, True), 12: (0, 0.005, False)}, 5, 70),
+        ssh_scheduler.Need('', '', 1.0, 1000, False, {}, 0, 0),
+        ssh_scheduler.Need('', 'ann', 1.0, 1000, False, {}, 0, 0)]
+
+
+def test_whose_jobs_run_is_told():
+    capacity = probe(claim(), claim(key='-'), claim(key='-ann'), claim(key='x.1'),
+                     claim(key='-ann'), ours=OURS)
+    assert (capacity.batch_jobs, capacity.batch_users) == (4, ('', '', 'ann', 'ann'))
 
 
 # ---- Any facts ----
@@ -1006,8 +1017,8 @@ ROWS = st.tuples(st.integers(0, 9).map(str), st.just('GPU-x'), SMALL, SMALL,
 PAIRS = st.tuples(NUMBERS, NUMBERS).map('/'.join) | NUMBERS
 PARTS = st.lists(st.tuples(st.integers(0, 9).map(str), SMALL, st.integers(0, 2000).map(str),
                            st.sampled_from('01')).map(':'.join), max_size=3)
-CLAIMS = st.tuples(SMALL, NUMBERS, st.sampled_from(['job.1', 'two.1', '-', 'x']), SMALL, SMALL,
-                   st.sampled_from('01'), PARTS.map(' '.join)).map(' '.join).map(str.strip)
+CLAIMS = st.tuples(SMALL, NUMBERS, st.sampled_from(['job.1', 'two.1', '-', '-ann', 'x']), SMALL,
+                   SMALL, st.sampled_from('01'), PARTS.map(' '.join)).map(' '.join).map(str.strip)
 USERS = st.tuples(st.sampled_from(['GPU-x', 'GPU-aa-bb']), NUMBERS | SMALL, st.text(max_size=4),
                   st.sampled_from(['', 'job.1', 'other'])).map(' '.join)
 FACT = st.one_of(

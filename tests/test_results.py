@@ -3,8 +3,14 @@ import contextlib
 import json
 import os
 import resource
+import subprocess
+import sys
+import tempfile
+import tracemalloc
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ssh_scheduler
 from ssh_scheduler import ResultsError, ResultStore
@@ -197,6 +203,7 @@ def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
 
 @pytest.mark.parametrize('line', [
     'this is no JSON', '5', 'null', '[]', '"claimed"', '{}', '{"event": "ended"}',
+    '{"event": "lost", "job": "job"} {}', '{"event": "lost", "job": "job"},',
     '{"event": "ended", "job": "nobody"}', '{"event": "claimed", "job": "x"}', '', '\xff',
     '{"event": "claimed", "job": ["x"], "command": "", "machine": "", "attempt": 1}'])
 def test_a_journal_that_lies_is_refused_with_its_line(folder, line):
@@ -318,3 +325,129 @@ def test_what_was_on_its_way_when_a_run_was_killed_is_removed(store, folder):
 def test_importing_made_nothing_here():
     assert ssh_scheduler.ResultStore('x').journal.jobs == {}
     assert not os.path.exists('x')
+
+
+# ---- Many jobs ----
+
+def test_a_job_that_was_collected_costs_little_memory(store, folder):
+    """A batch of 50,000 lines has so many of them, and its client has no other large thing."""
+    count = 2000
+    for number in range(count):
+        name = f'batch.sh.{number}'
+        store.journal.write(
+            event='claimed', job=name, attempt=1, machine='ben@lab1:22', gpus='0', own='',
+            command=f'./train --seed={number}', where='lab1.yaml', backwards=None,
+            batch='batch.sh', files='5ce449d2aab8f64e')
+        store.journal.write(event='ended', job=name, exit_code=0, wall_s=1.0, cpu_s=0.5)
+        store.journal.write(event='committing', job=name, inode=10**6 + number, kept=[])
+        store.journal.write(event='collected', job=name, kept=[])
+    store.journal.write(event='tidied', machine='ben@lab1:22')
+    tracemalloc.start()
+    try:
+        reader = ResultStore(folder).peek()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(reader.journal.jobs) == count
+    assert taken / count < 550          # bytes; as a dict 1,800
+
+
+def test_facts_of_a_claim_that_nobody_asks_for_are_no_error(store):
+    store.journal.write(event='claimed', job='job', attempt=1, machine='m', command='true',
+                        items=1, get=2)
+    record = store.journal.record('job')
+    assert 'where' not in record and record.get('where', 'x') == 'x'
+    assert dict(record) == {'attempt': 1, 'machine': 'm', 'command': 'true', 'state': 'claimed',
+                            'key': record['key'], 'time': record['time'], 'resumed': None}
+    with pytest.raises(KeyError):
+        record['where']
+
+
+NAMES = ('a', 'a.out', 'a.err', 'a.out.out', 'b')
+ENDS = ('', '.out', '.err')
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(here=st.sets(st.tuples(st.sampled_from(NAMES), st.sampled_from(ENDS))),
+       states=st.fixed_dictionaries({name: st.sampled_from(
+           [None, 'claimed', 'ended', 'collected', 'lost', 'cancelled']) for name in NAMES}))
+def test_one_look_finds_what_is_there(here, states):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, path in enumerate({f'{folder}/{name}{end}' for name, end in here}):
+            os.symlink('nowhere', path) if number % 2 else open(path, 'x').close()
+        store = ResultStore(folder).open()
+        for name, state in states.items():
+            if state:
+                claim(store, name)
+            if state not in (None, 'claimed'):
+                store.journal.write(event=state, job=name, exit_code=0, kept=())
+        before = [(store.exists(name), store.is_done(name), store.remnants(name)) for name in NAMES]
+        store.present.look()
+        after = [(store.exists(name), store.is_done(name), store.remnants(name)) for name in NAMES]
+        assert after == before
+        for name in NAMES:
+            assert store.is_done(name) == (states[name] == 'collected' and any(
+                os.path.lexists(f'{folder}/{name}{end}') for end in ENDS))
+        store.close()
+
+
+def test_the_results_of_many_jobs_are_found_with_one_look(store, folder, monkeypatch):
+    for number in range(100):
+        claim(store, f'batch.sh.{number}', command=f'echo {number}')
+        commit(store, f'batch.sh.{number}', {'out': b'', 'err': b''}, None, True)
+    jobs = [ssh_scheduler.Job(f'batch.sh.{number}', f'echo {number}', number, None, None)
+            for number in range(100)]
+    monkeypatch.setattr(os.path, 'lexists', None)
+    monkeypatch.setattr(os, 'lstat', None)
+    lines = ssh_scheduler.match_lines(jobs, 'batch.sh', store)
+    assert len(lines.done) == 100 and lines.usual == {}
+    assert not any(store.remnants(job.name) for job in lines.done)
+
+
+def test_a_job_that_is_claimed_anew_is_looked_for_anew(store, folder):
+    claim(store)
+    commit(store, 'job', {'out': b'', 'err': b''}, None, False)
+    store.present.look()
+    for end in ('.out', '.err'):
+        os.unlink(f'{folder}/job{end}')
+    assert store.exists('job')              # as it was
+    claim(store, 'job', 2)
+    commit(store, 'job', {'out': b'', 'err': b''}, None, False)
+    assert store.exists('job')
+    os.unlink(f'{folder}/job.out')
+    assert store.remnants('job') == [f'{folder}/job.err']
+
+
+# ---- Names that are made up ----
+
+TAKER = """
+import os, sys
+import ssh_scheduler as s
+os.read(0, 1)                           # until all are here
+for _ in range(20):
+    print(s.take_name('name'))
+"""
+
+
+def test_no_two_clients_take_the_same_name(tmp_path):
+    """Eight processes at once, each of which begins when the same pipe closes."""
+    root = os.path.dirname(ssh_scheduler.__file__)
+    ready, go = os.pipe()
+    clients = [subprocess.Popen([sys.executable, '-c', TAKER], stdin=ready, cwd=tmp_path, text=True,
+                                stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': root})
+               for _ in range(8)]
+    os.close(ready)
+    os.close(go)
+    names = [name for client in clients for name in client.communicate(timeout=60)[0].split()]
+    assert sorted(names, key=lambda name: (len(name), name)) == [
+        'name', *(f'name-{number}' for number in range(2, 161))]
+
+
+@pytest.mark.parametrize('there', ['job_results', 'job_results/.ssh_scheduler',
+                                   'job_results/.ssh_scheduler/commands'])
+def test_a_file_in_the_way_of_a_name_is_a_sentence(tmp_path, monkeypatch, there):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs(os.path.dirname(there) or '.', exist_ok=True)
+    open(there, 'w').close()
+    with pytest.raises(ResultsError, match='^job_results, where results go, cannot be used: '):
+        ssh_scheduler.take_name('name')

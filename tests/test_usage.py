@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combine_folders
+import results_table
 import ssh_scheduler
 
 ANY = settings(deadline=None, derandomize=True, max_examples=150)
@@ -29,6 +30,7 @@ POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execu
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
 # What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
 WORDS = st.text(st.characters(blacklist_characters='\0', blacklist_categories=()), max_size=12)
+PATHS = WORDS.filter(lambda word: word == '-' or word and not word.startswith('-'))
 
 
 def split(line):
@@ -153,6 +155,9 @@ OTHERS = [
     ("execute_to --copy-backwards made --machines a --diff --job-name n -- 'x'",
      {'<command>': 'x', '--copy-backwards': ('made',), '--machines': ('a',), '--diff': True,
       '--job-name': 'n'}),
+    ("execute_batch b --machines a --joblog log --on-finish 'echo x' --on-failure='mail -s x y'",
+     {'<batch>': 'b', '--machines': ('a',), '--joblog': 'log', '--on-finish': 'echo x',
+      '--on-failure': 'mail -s x y'}),
     # flags take no word
     ('execute_batch --reserve b --dry-run --verbose',
      {'<batch>': 'b', '--reserve': True, '--dry-run': True, '--verbose': True}),
@@ -217,10 +222,10 @@ def test_a_command_line_of_the_readme_is_understood(line):
         return
     command = line.split()[0]
     if command == 'execute_remote':     # in a batch file, it names no machine
-        assert options['<command>'] or options['--attach']
+        assert options['<command>'] or options['--attach'] or options['--shell']
     else:
-        assert options['--machines'] and (command not in POSITIONALS
-                                          or options[POSITIONALS[command]])
+        assert options['--machines'] or options.given & {'--status', '--cancel'}
+        assert command not in POSITIONALS or options[POSITIONALS[command]]
     if command != 'execute_to':
         ssh_scheduler.read_allocation(options)
 
@@ -228,7 +233,7 @@ def test_a_command_line_of_the_readme_is_understood(line):
 # ---- What is wrong is named ----
 
 @pytest.mark.parametrize(('words', 'expected'), [
-    (['b', '--machine', 'a'], 'unknown option --machine (did you mean --machines?).'),
+    (['b', '--machnes', 'a'], 'unknown option --machnes (did you mean --machines?).'),
     (['b', '--nogpu-required'],
      'unknown option --nogpu-required (did you mean --no-gpu-required?).'),
     (['b', '--num-cpu=3'], 'unknown option --num-cpu (did you mean --num-cpus?).'),
@@ -280,7 +285,8 @@ def test_a_wrong_command_line_is_named(words, expected):
 def test_the_nearest_word_is_one_that_may_be_meant(word, expected):
     known = ssh_scheduler.option_kinds(ssh_scheduler.EXECUTE_BATCH_USAGE)
     assert set(expected) <= set(known)
-    for module in (ssh_scheduler, combine_folders):     # each stands alone, so it has its own
+    # each stands alone, so it has its own
+    for module in (ssh_scheduler, combine_folders, results_table):
         assert module.nearest(word, known) == (
             f' (did you mean {" or ".join(expected)}?)' if expected else '')
 
@@ -313,10 +319,11 @@ def test_the_missing_command_of_a_partial_line_is_named():
     ('--num-cpus=two', "--num-cpus must be a number above 0, not 'two'."),
     ('--num-cpus=', "--num-cpus must be a number above 0, not ''."),
     ('--num-cpus=inf', "--num-cpus must be a number above 0, not 'inf'."),
-    ('--memory-required=-5', "--memory-required must be a number of at least 0, not '-5'."),
-    ('--memory-required=nan', "--memory-required must be a number of at least 0, not 'nan'."),
-    ('--memory-required=1e999', "--memory-required must be a number of at least 0, not '1e999'."),
-    ('--gpu-memory-required=-1', "--gpu-memory-required must be a number of at least 0, not '-1'."),
+    *[(f'--{option}={value}', f"--{option} must be a size of at least 0 MB, not '{value}'. "
+       'Examples: 2000 (MB), 500M, 8G.')
+      for option in ('memory-required', 'gpu-memory-required')
+      for value in ('-5', 'nan', '1e999', '8X', '8GG', 'G', '-8G', '1e3G', '8,5G', '٣G', '8\u212a',
+                    '')],
     ('--gpu-utilization=nan',
      "--gpu-utilization must be a number above 0 and at most 1, not 'nan'."),
     ('--gpu-utilization=0', "--gpu-utilization must be a number above 0 and at most 1, not '0'."),
@@ -336,6 +343,12 @@ def test_a_bad_number_is_named(words, expected):
     ('--memory-required=0', {'memory_mb': 0}),
     ('--memory-required=10.5', {'memory_mb': 11}),      # never less than was asked for
     ('--gpu-memory-required 0', {'gpu_memory_mb': 0}),
+    ('--memory-required=8G', {'memory_mb': 8192}),
+    ('--memory-required 1.5gb', {'memory_mb': 1536}),
+    ('--memory-required=1T', {'memory_mb': 1048576}),
+    ('--memory-required=1K', {'memory_mb': 1}),
+    ('--gpu-memory-required=500M', {'gpu_memory_mb': 500}),
+    ('--gpu-memory-required 2GiB', {'gpu_memory_mb': 2048}),
     ('--gpu-utilization=1', {'gpu_utilization': 1.0}),
     ('--reserve', {'reserve': True}),
     ('--no-gpu-required', {'gpus': 0}),
@@ -346,10 +359,142 @@ def test_a_number_changes_one_part_of_the_allocation(words, expected):
     assert allocation == ssh_scheduler.Allocation()._replace(**expected)
 
 
+# ---- Sizes and times ----
+
+UNITS_MB = {'K': 1 / 1024, 'M': 1, 'G': 1024, 'T': 1024 * 1024}
+UNITS_S = {'d': 86400, 'h': 3600, 'm': 60, 's': 1}
+NUMBERS = st.integers(0, 10**6).map(str) | st.decimals(0, 10**6, places=3).map(str)
+
+
+@ANY
+@given(number=NUMBERS, unit=st.sampled_from('KMGT'), end=st.sampled_from(['', 'B', 'iB']),
+       blank=st.sampled_from(['', ' ']), lower=st.booleans())
+def test_any_size_with_a_unit_is_read(number, unit, end, blank, lower):
+    text = f'{number}{blank}{unit}{end}'
+    assert ssh_scheduler.size_mb(text.lower() if lower else text) == pytest.approx(
+        float(number) * UNITS_MB[unit])
+    assert ssh_scheduler.size_mb(number) == ssh_scheduler.seconds(number) == float(number)
+
+
+@ANY
+@given(parts=st.dictionaries(st.sampled_from('dhms'), NUMBERS, min_size=1),
+       blank=st.sampled_from(['', ' ']), upper=st.booleans())
+def test_any_time_with_units_is_read(parts, blank, upper):
+    text = blank.join(f'{parts[unit]}{unit}' for unit in UNITS_S if unit in parts)
+    assert ssh_scheduler.seconds(text.upper() if upper else text) == pytest.approx(
+        sum(float(number) * UNITS_S[unit] for unit, number in parts.items()))
+
+
+@ANY
+@given(text=st.text('0123456789.dhmsKMGTBi -+e_٣\u212a\u017f', max_size=8) | WORDS)
+def test_any_text_is_a_size_or_a_time_or_neither(text):
+    """What has no unit is the number that it was before there were units."""
+    try:
+        plain = float(text)
+    except ValueError:
+        plain = None
+    for read, units in ((ssh_scheduler.size_mb, 'kmgtib'), (ssh_scheduler.seconds, 'dhms')):
+        value = read(text)
+        if plain is not None:
+            assert value == plain or value != value and plain != plain
+        elif value == value:
+            assert value >= 0 and set(text.lower().strip()) <= set(f'0123456789. {units}')
+            assert text.isascii() and text.strip()[-1].lower() in units
+
+
+@pytest.mark.parametrize('text', ['1h30', '30m1h', '1h1h', 'h', '1.h.', '1:30', '2hours', '1m-5s',
+                                  '', ' ', '5ms', '1w'])
+def test_what_is_no_time_is_nan(text):
+    assert ssh_scheduler.seconds(text) != ssh_scheduler.seconds(text)
+
+
+@pytest.mark.parametrize(('command', 'option', 'text', 'value'), [
+    ('execute_batch', '--timeout', '2h', 7200), ('execute_batch', '--lost-after', '10m', 600),
+    ('execute_batch', '--away-limit', '1h30m', 5400), ('execute_remote', '--timeout', '1.5h', 5400),
+    ('execute_remote', '--away-limit', '1d', 86400), ('execute_to', '--timeout', '90', 90)])
+def test_a_time_is_read_in_seconds(command, option, text, value):
+    options = read([command, 'x', option, text])
+    assert options.seconds(option, above=0) == value
+
+
+@pytest.mark.parametrize(('words', 'complaint'), [
+    (['execute_batch', 'b', '--timeout', '2hours'], "--timeout must be a time above 0 s, not "
+     "'2hours'. Examples: 90 (seconds), 10m, 1h30m."),
+    (['execute_batch', 'b', '--timeout=0s'], '--timeout must be a time above 0 s'),
+    (['execute_batch', 'b', '--lost-after=-1'], '--lost-after must be a time of at least 0 s'),
+    (['execute_batch', 'b', '--away-limit=1h30'], '--away-limit must be a time of at least 0 s'),
+    (['execute_batch', 'b', '--max-result-size=2Q'], '--max-result-size must be a size of at least '
+     "0 MB, not '2Q'. Examples: 2000 (MB), 500M, 8G."),
+    (['execute_remote', 'true', '--timeout=x'], '--timeout must be a time above 0 s'),
+    (['execute_remote', 'true', '--away-limit=x'], '--away-limit must be a time of at least 0 s'),
+    (['execute_to', 'true', '--timeout=x'], '--timeout must be a time above 0 s')])
+def test_a_wrong_size_or_time_is_one_sentence(run_cli, project, words, complaint):
+    (project / 'b').write_text('true\n')
+    machine = '--machine' if words[0] == 'execute_remote' else '--machines'
+    done = run_cli(words[0], machine, 'localhost', *words[1:])
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith(f'{words[0]}: {complaint}') and 'Traceback' not in done.stderr
+
+
+# ---- Both forms of --machines ----
+
+@pytest.mark.parametrize(('line', 'expected'), [
+    ('execute_batch b --machine a', {'<batch>': 'b', '--machines': ('a',)}),
+    ('execute_batch --machine a b c', {'<batch>': 'c', '--machines': ('a', 'b')}),
+    ('execute_batch b --machine a --machines b --machine=c',
+     {'<batch>': 'b', '--machines': ('a', 'b', 'c')}),
+    ("execute_to --machine a b -- 'x'", {'<command>': 'x', '--machines': ('a', 'b')}),
+    ("execute_remote --machines a 'x'", {'<command>': 'x', '--machine': 'a'}),
+    ("execute_remote 'x' --machines=a", {'<command>': 'x', '--machine': 'a'}),
+    ('execute_remote --attach n --machines a',
+     {'<command>': None, '--attach': 'n', '--machine': 'a'})])
+def test_either_form_of_machines_is_taken(line, expected):
+    assert said(line) == expected
+
+
+def test_either_form_of_machines_is_taken_by_query_machines():
+    assert read('query_machines --machine a b')['--machines'] == ('a', 'b')
+
+
+@pytest.mark.parametrize('words', [
+    ['--machines', 'a', 'b', 'x'], ['--machines', 'a', 'b', '--', 'x'],
+    ['--machine', 'a', '--machines', 'b', '--', 'x'], ['x', '--machines=a', '--machines', 'b']])
+def test_a_second_machine_of_one_command_is_a_sentence(words):
+    assert complaint(*words, command='execute_remote') == (
+        'the command runs on one machine, and 2 are named: a, b. For many machines: execute_to or '
+        'execute_batch.')
+
+
+def test_a_word_behind_the_end_of_the_options_is_no_machine():
+    assert said(['execute_remote', '--machines', 'a', '--', '--machine=b']) == {
+        '<command>': '--machine=b', '--machine': 'a'}
+
+
+# ---- The whole command, to type it again ----
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['b.sh', '--machines', 'a'], '--added b.sh --machines a'),
+    (['--machines', 'a', 'b c.sh'], "--added --machines a 'b c.sh'"),
+    (['b', '--num-gpus', '2', '--machines', 'a'], '--added b --machines a'),
+    (['--num-gpus=2', '--exclude', '*', '--', 'b'], "--added --exclude '*' -- b"),
+    (['--machines', 'a', '--', '--num-gpus=2'], '--added --machines a -- --num-gpus=2')])
+def test_a_command_line_with_an_option_more(words, expected):
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], words)
+    assert options.typed('--added', without='--num-gpus') == f'execute_batch {expected}'
+
+
+@ANY
+@given(argv=st.lists(WORDS, max_size=5), batch=PATHS)
+def test_what_is_shown_to_be_typed_is_read_as_it_was(argv, batch):
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], [
+        '--machines', 'a', *(f'--exclude={word}' for word in argv), '--', batch])
+    command, *words = shlex.split(options.typed('--no-gpu-required', without='--num-gpus'))
+    again = ssh_scheduler.read_options(USAGES['execute_batch'], words)
+    assert command == 'execute_batch' and again['--no-gpu-required']
+    assert {**again, '--no-gpu-required': False} == options
+
+
 # ---- Any words at all ----
-
-PATHS = WORDS.filter(lambda word: word == '-' or word and not word.startswith('-'))
-
 
 @ANY
 @given(lists=st.dictionaries(st.sampled_from(LISTS), st.lists(PATHS, max_size=4)), batch=WORDS)
@@ -434,9 +579,21 @@ def test_what_cannot_be_given_together_is_named(words):
         f'{words[2]} cannot be given with --attach.')
 
 
-def test_help_fits_a_terminal_of_100_columns():
+def test_help_fits_a_terminal_of_80_columns():
     for usage in (*USAGES.values(), *OTHER_USAGES.values(), ssh_scheduler.OVERVIEW):
-        assert all(len(line) <= 100 for line in usage.splitlines())
+        assert [line for line in usage.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize('option', ['--timeout', '--nice', '--cancel', '--copy-forwards'])
+def test_the_help_gives_the_reason_where_commands_differ(option):
+    """A word of the reason stands with the option, or for execute_to where it has no such one."""
+    reasons = {'--timeout': ('counts as failed', 'its exit status', 'The login counts'),
+               '--nice': ('gives way', 'somebody waits', 'somebody waits'),
+               '--cancel': ('Without a name: all', 'may have many', 'nothing to cancel'),
+               '--copy-forwards': ('most commands need files', 'most commands need files',
+                                   'since most such commands')}
+    for usage, reason in zip((*USAGES.values(), ssh_scheduler.EXECUTE_TO_USAGE), reasons[option]):
+        assert ' '.join(reason.split()) in ' '.join(usage.split())
 
 
 def test_version_is_shown():
@@ -445,9 +602,9 @@ def test_version_is_shown():
 
 
 def test_a_wrong_option_is_named_before_the_usage_line():
-    out, err, status = call_main('execute_batch', 'b', '--machine', 'a')
+    out, err, status = call_main('execute_batch', 'b', '--machne', 'a')
     said, usage = err.split('\n', 1)
-    assert said == 'execute_batch: unknown option --machine (did you mean --machines?).'
+    assert said == 'execute_batch: unknown option --machne (did you mean --machine?).'
     assert usage.startswith('Usage:\n  execute_batch [options] ') and usage in (
         ssh_scheduler.EXECUTE_BATCH_USAGE)
     assert (out, status) == ('', 2)

@@ -1,0 +1,146 @@
+"""Plants faults in the protocol, one at a time, and tells which test finds each.
+
+    make planted        or    .venv/bin/python tests/planted.py [WORD]...
+
+Each fault is a small change of the text of ssh_scheduler.py that takes one guarantee away.  It is
+made in a copy, with which the tests of the protocol run: those of single cases, then the model with
+its usual examples, or as many as PROTOCOL_EXAMPLES says.  The exit status is 1 if a fault is not
+found.  With WORDs only the faults run that have one of them in their names.
+"""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = 'ssh_scheduler.py'
+CASES = ['tests/test_protocol.py', '-k', 'not no_fault']
+MODEL = ['tests/test_protocol.py', '-k', 'no_fault']
+CRASHES = ['tests/test_crashes.py', '-k', 'localhost']
+REQUESTS = ['tests/test_requests.py', '-k', 'single_jobs or put_aside or away']
+LIMIT_S = 900
+
+# name: what is tried, and pairs of texts: what stands in the program once, and what is put there
+FAULTS = {
+    # over there
+    'a job is begun by each who wants it (no O_EXCL)': (CASES, MODEL, (
+        ('  set -C\n  {\n', '  set +C\n  {\n'),)),
+    'a job that is revoked may yet begin': (CASES, MODEL, (
+        ('{ printf \'#%-126s\\n\' revoked >"$file"; } && revoked=1', 'revoked=1'),)),
+    'the end of a job is said before it is recorded': (CASES, MODEL, (
+        ('  record "$file" "ended $status $wall $folder" "$command"\n  if leaves_nothing',
+         '  if leaves_nothing'),
+        ('"$wall" "$used"\n',
+         '"$wall" "$used"\n  sleep 1\n'
+         '  record "$file" "ended $status $wall $folder" "$command"\n'))),
+    'a job that is lost is recorded as one that ended well': (CASES, MODEL, (
+        ('"lost${folder:+ $folder}"\n', '"ended 0${folder:+ $folder}"\n'),)),
+    'old runners live on': (CASES, MODEL, (
+        ('      kill -KILL "${runner%% *}"\n', ''),)),
+    # here
+    'a start is sent before the journal has it': (CRASHES, (
+        ('attempt.stage.ready:\n', 'attempt.stage.ready and not attempt.why:\n'
+         '                attempt.why = "sent"\n'),
+        ("                worker.lives.move(attempt, 'claimed', **attempt.record)\n",
+         '                later = self._client.processes.call_later     # after the next writes\n'
+         '                later(0, functools.partial(later, 0, functools.partial(\n'
+         '                    worker.lives.move, attempt, "claimed", **attempt.record)))\n'))),
+    'the client does not ask how its jobs stand': (CASES, MODEL, (
+        ("            worker.contact.send('adopt', *self._inherited)\n", ''),)),
+    'a job is placed again with the number that it had': (CASES, MODEL, (
+        (".get('attempt', 0) + 1\n", ".get('attempt', 1)\n"),)),
+    'the end of a job is believed twice': (CASES, MODEL, (
+        ("key, *ALIVE)\n        return attempt if attempt and attempt.streams else None\n",
+         "key, *ALIVE, 'ended')\n"
+         "        return attempt if attempt and attempt.streams else None\n"),)),
+    'a list is taken for which nobody asked': (CASES, MODEL, (
+        ('return attempt if attempt and attempt.leavings is None else None', 'return attempt'),)),
+    'what a stream grew by is taken from any byte on': (CASES, MODEL, (
+        ("new = data[self.here - offset:] if offset <= self.here else b''", 'new = data'),)),
+    'a job is removed before its results are here': (CASES, MODEL, (
+        ('        if entries == [(\'@\', \'\')]:\n',
+         "        self._worker.contact.send('clean', attempt.key)\n"
+         '        if entries == [(\'@\', \'\')]:\n'),)),
+    'an event of a contact that is over is believed': (CASES, MODEL, (
+        ('                if not self.is_over:\n                    self._hand_on',
+         '                if True:\n                    self._hand_on'),)),
+    'a job that found no room is taken for one that runs': (CASES, MODEL, (
+        ("            self._worker.lives.move(attempt, 'held')\n",
+         "            self._worker.lives.move(attempt, 'running')\n"),)),
+    # what people ask
+    'a job that was cancelled starts again': (REQUESTS, MODEL, (
+        ('        if job.name in self.wishes.cancelled:\n            return\n', ''),)),
+    'what was promised of a cancel is lost with the client': (REQUESTS, (
+        ("        if record.get('cancelling'):", '        if False:'),)),
+    'results are put aside by halves': (REQUESTS, (
+        ('            self._end_commits()\n            self._end_renames()\n',
+         '            self._end_commits()\n'),)),
+    'a job on a machine that was away is not cancelled there': (REQUESTS, (
+        ('            if self._worker.run.wishes.unwanted(attempt):', '            if False:'),)),
+}
+
+
+def plant(text, changes):
+    """Return the text with these changes; raise ValueError where one has not one place."""
+    for old, new in changes:
+        if text.count(old) != 1:
+            raise ValueError(f'this is there {text.count(old)} times: {old!r}')
+        text = text.replace(old, new)
+    return text
+
+
+def find(text, tries):
+    """Return which test fails with this text of the program, and why, or ''."""
+    with tempfile.TemporaryDirectory(prefix='planted-') as folder:
+        shutil.copytree(HERE, Path(folder, 'tests'), ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(HERE.parent / 'pyproject.toml', folder)
+        Path(folder, PROGRAM).write_text(text)
+        for arguments in tries:
+            status, said = run_tests(folder, arguments)
+            if status not in (0, 1):
+                raise ValueError(f'pytest cannot run: {said[-2000:]}')
+            if status:
+                test, why = (match[1] if match else 'unknown' for match in (
+                    re.search(pattern, said, re.M) for pattern in (
+                        r'^(?:FAILED|ERROR) \S+::(\S+)', '^E +(.*)')))
+                return f'{test}\n    {why[:110]}'
+    return ''
+
+
+def run_tests(folder, arguments):
+    """Run pytest in this folder; return its exit status, and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *arguments],
+        cwd=folder, env={**os.environ, 'PYTHONPATH': folder}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)      # so that pytest ends its processes
+        process.communicate()
+        raise
+    return process.returncode, said
+
+
+def main(words):
+    text, missed = (HERE.parent / PROGRAM).read_text(), 0
+    for name, (*tries, changes) in FAULTS.items():
+        if words and not any(word in name for word in words):
+            continue
+        began = time.monotonic()
+        try:
+            found = find(plant(text, changes), tries)
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            found, name = '', f'{name}: {error}'
+        missed += not found
+        print(f'{name:55} {time.monotonic() - began:4.0f} s  {found or "NOT FOUND"}', flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

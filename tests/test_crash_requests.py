@@ -1,0 +1,76 @@
+"""A command asks something of the client at each point of its life, or before it is killed."""
+import concurrent.futures
+
+import pytest
+from test_crashes import AT_A_TIME, COMMANDS, Life
+
+CANCEL = {'batch': 'batch.sh', 'action': 'cancel', 'jobs': ['1']}
+RERUN = {**CANCEL, 'action': 'rerun'}
+
+
+def sweep(whole, live):
+    """Assert that no life that differs at one of the points of a whole one is wrong."""
+    with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as lives:
+        wrong = [text for text in lives.map(live, range(1, len(whole.points()) + 1)) if text]
+    assert not wrong, '\n'.join(wrong)
+
+
+@pytest.fixture
+def new_life(lab, client_env, tmp_path):
+    machine = lab()
+    env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}
+    return lambda name: Life(tmp_path / str(name), machine, 'localhost', env, COMMANDS[1:2])
+
+
+def test_a_job_is_cancelled_at_any_moment(new_life):
+    """It has ended then, is cancelled by this client, or by the next one; the third runs it."""
+    def live(point):
+        life = new_life(point)
+        first = life.run(point, CANCEL)
+        if len(life.points()) < point:
+            return ''                   # it was a little shorter than the whole one
+        runs = life.until_done(first)
+        said = '\n'.join(f'{run.stdout}{run.stderr}' for run in runs)
+        answers = said.count('batch.sh.1: ')
+        try:
+            assert runs[-1].returncode == 0 and 'Traceback' not in said
+            assert 'asked by another command' in said and answers
+            assert not [*life.project.glob('job_results/.ssh_scheduler/inbox/*.request')]
+            life.check('localhost', *runs)
+        except AssertionError as error:
+            return f'{life.points()[point - 1]}: {error}\n{said}'
+        return ''
+
+    whole = new_life('whole')
+    assert whole.run().returncode == 0
+    sweep(whole, live)
+
+
+@pytest.mark.parametrize('request_', [CANCEL, RERUN], ids=['cancel', 'rerun'])
+def test_a_request_is_acted_on_once_wherever_the_program_is_killed(new_life, request_):
+    def live(point):
+        life = new_life(point)
+        runs = [life.run()] if request_ is RERUN else []
+        life.ask(request_)
+        (life.folder / 'points').unlink(missing_ok=True)
+        runs += life.until_done(life.run(point))
+        said = '\n'.join(f'{run.stdout}{run.stderr}' for run in runs)
+        asides = {path.name for path in life.project.glob('job_results/batch.sh.1~*')}
+        try:
+            assert runs[-1].returncode == 0 and 'Traceback' not in said
+            assert asides == ({f'batch.sh.1~1{end}' for end in ('', '.out', '.err')}
+                              if request_ is RERUN else set())
+            assert life.ledger.read_text().count('batch.sh.1 2 end') <= 1
+            if request_ is RERUN:
+                assert life.ledger.read_text().count(' end') == len(life.jobs) + 1
+            life.check('localhost', *runs)
+        except AssertionError as error:
+            return f'{life.points()[point - 1]}: {error}\n{said}'
+        return ''
+
+    whole = new_life('whole')
+    runs = [whole.run()] if request_ is RERUN else []
+    whole.ask(request_)
+    (whole.folder / 'points').unlink(missing_ok=True)
+    assert whole.run().returncode in (0, 1) and not runs or runs[0].returncode == 0
+    sweep(whole, live)
