@@ -79,10 +79,14 @@ class Follower:
 
 
 class Gate:
-    """FIFOs that hold jobs up: a job that runs gate.wait(name) ends it once gate.open(name) ran."""
+    """FIFOs that hold jobs up: a job that runs gate.wait(name) ends it once gate.open(name) ran.
+
+    If several jobs wait at one gate, each `open` lets one of them through.
+    """
 
     def __init__(self, folder):
         self.folder = folder
+        self._ends = []
         folder.mkdir()
         folder.chmod(0o777)
 
@@ -118,8 +122,15 @@ class Gate:
                 time.sleep(0.005)
                 continue
             os.write(fd, b'\n')
-            os.close(fd)
+            # A FIFO that nobody has open for writing is at its end for all who read it, so the
+            # other jobs that wait there would fail.
+            self._ends.append(fd)
             return
+
+    def close(self):
+        for fd in self._ends:
+            os.close(fd)
+        self._ends = []
 
 
 def wait_until(test, what):

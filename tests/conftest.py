@@ -229,7 +229,9 @@ def outside():
 @pytest.fixture
 def gate(outside):
     """FIFOs that hold jobs up."""
-    return Gate(outside / 'gate')
+    gate = Gate(outside / 'gate')
+    yield gate
+    gate.close()
 
 
 @pytest.fixture

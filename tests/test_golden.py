@@ -76,8 +76,11 @@ def steady(line, columns):
         return right(rf'(?:[━╸─]+ +)?\d+%  [\d.]+ \w+/s(?:  {time_text} left)?',
                      f'{"━" * 10 if columns > 60 else ""}     50%  2.5 MB/s'
                      + '  9s left' * (' left' in line), line)
-    if re.match(r' \S*( +)?\d+/\d+ ', line):        # whether there is room for the time left
-        line = right(r'\S+ left', '9s left' if columns > 60 else '', line).rstrip()
+    if re.match(r' \S*( +)?\d+/\d+ ', line):
+        if columns > 60:
+            line = right(r'\S+ left', '9s left', line)
+        else:       # how long the time left is, if it is known yet, decides what else has room
+            line = re.sub(r'( +\d+ waiting)?( +\S+ left)?$', '', line)
     line = re.sub(rf'^(\.\d+ +lab\d GPU \d)( +){time_text}(?=  |$)',
                   lambda match: match[1] + '9s'.rjust(len(match[0]) - len(match[1])), line)
     return right(f' {time_text}', '9s', line)
@@ -184,6 +187,7 @@ class Scene:
             self._end(shown)
         finally:
             shown.close()
+            self.gate.close()
         self._again()
 
     def play_large(self):
