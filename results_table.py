@@ -1843,7 +1843,7 @@ def machines_of(stories, origin):
     found, names = {}, {}
     for story in stories.values():
         for machine in (*story.short, *story.facts, *story.seen):
-            name = story.short.get(machine, machine)
+            name = story.short.get(machine, re.sub(':22$', '', machine))
             names.setdefault(name, set()).add((id(story), machine))
     by_id = {id(story): story for story in stories.values()}
     all_samples = {name: [one for number, machine in pairs
@@ -2562,9 +2562,10 @@ h1 { font-size: 24px; font-weight: 650; line-height: 1.2; margin: 0 0 2px; lette
 h2 { font-size: 17px; font-weight: 650; margin: 0 0 4px; }
 h3 { font-size: 14px; font-weight: 650; margin: 16px 0 4px; }
 section { border-top: 1px solid var(--rule); padding: 18px 0 24px; scroll-margin-top: 4px; }
-p { margin: 0 0 8px; max-width: 78ch; }
+p { margin: 0 0 8px; max-width: 96ch; }
+#lead { max-width: none; }
 .muted, .hint { color: var(--muted); }
-.hint { font-size: 12.5px; }
+.hint { font-size: 12.5px; max-width: 110ch; }
 a { color: var(--accent); }
 code, pre, .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .92em; }
 [hidden] { display: none !important; }
@@ -2623,6 +2624,7 @@ tbody tr:hover td { background: var(--raised); }
 .sign.finished { color: var(--finished); } .sign.failed { color: var(--failed); }
 .sign.running { color: var(--running); } .sign.lost { color: var(--lost); }
 .sign.cancelled, .sign.ended, .sign.earlier { color: var(--muted); }
+#machines-body td, #asked-body td { vertical-align: middle; }
 /* Drawings */
 svg { display: block; }
 svg text { fill: var(--muted); font-size: 11.5px; font-family: inherit; }
@@ -2660,10 +2662,13 @@ text.on-bar { fill: var(--on-bar); pointer-events: none; font-size: 10.5px; }
   padding: 7px 10px; border-radius: 5px; pointer-events: none; overflow-wrap: anywhere; }
 #tip div:first-child { font-weight: 650; }
 #tip .code { opacity: .85; }
-.choices { display: flex; flex-wrap: wrap; gap: 0 14px; max-height: 132px; overflow-y: auto;
+.choices { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr));
+  gap: 0 14px; max-height: 140px; overflow-y: auto;
   border: 1px solid var(--rule); border-radius: 5px; padding: 5px 9px; margin: 6px 0; }
 .choices legend { color: var(--muted); font-size: 12.5px; padding: 0 4px; }
-.choices label { display: inline-flex; gap: 5px; align-items: center; font-size: 12.5px; }
+.choices .row { grid-column: 1 / -1; display: flex; gap: 14px; }
+.choices label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.choices label { display: flex; min-width: 0; gap: 5px; align-items: center; font-size: 12.5px; }
 .failure { display: grid; grid-template-columns: 3.5em 1fr; gap: 0 10px; padding: 7px 0;
   border-bottom: 1px solid var(--rule); }
 .failure .count { text-align: right; font-weight: 650; font-size: 16px; color: var(--failed); }
@@ -2729,7 +2734,7 @@ function fill(node, facts, children) {
       node.setAttribute(name, value === true ? '' : value);
     }
   }
-  for (const child of children.flat(2)) if (child !== null && child !== '') node.append(child);
+  for (const child of children.flat(Infinity)) if (child !== null && child !== '') node.append(child);
   return node;
 }
 
@@ -2746,7 +2751,7 @@ function byId(id) {
 }
 
 function put(id, ...children) {
-  byId(id).replaceChildren(...children.flat(2));
+  byId(id).replaceChildren(...children.flat(Infinity).filter(child => child !== ''));
 }
 
 function button(text, act, facts) {
@@ -2759,8 +2764,14 @@ function choice(id, label, options, chosen, act) {
   return el('label', {}, label, select);
 }
 
+const NUMERIC = /^((under )?[\d.,]+( ?%|s|m \d+s|h \d+m|d \d+h)?|no job)?$/;
+
+function looksNumeric(value) {
+  return value === null || typeof value === 'number' || (typeof value === 'string' && NUMERIC.test(value));
+}
+
 function tableOf(heads, rows, caption) {
-  const numeric = heads.map((_, at) => rows.some(row => typeof row[at] === 'number'));
+  const numeric = heads.map((_, at) => rows.every(row => looksNumeric(row[at])));
   const cell = (name, value, at, more) => el(name,
     {class: numeric[at] ? 'number' : null, ...more},
     value instanceof Node || Array.isArray(value) ? value : shown(value));
@@ -3048,10 +3059,16 @@ function turnPage(step) {
   showTable();
 }
 
+// Return [state, count] in the order of the states.
+function inOrder(counts) {
+  return data.states.map(state => state || 'unknown').filter(state => counts.has(state))
+    .map(state => [state, counts.get(state)]);
+}
+
 function showStates() {
   const counts = new Map();
   for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
-  put('states', [...counts].map(([state, count]) => button(
+  put('states', inOrder(counts).map(([state, count]) => button(
     [el('span', {class: `sign ${state}`, 'aria-hidden': 'true'}, SIGNS[state]),
       `${count.toLocaleString('en')} ${state}`],
     event => {
@@ -3228,10 +3245,10 @@ function niceStep(length, most) {
   return [1, 2, 5, 10].find(one => one * power >= rough) * power;
 }
 
-function linearScale(low, high, from, to) {
+function linearScale(low, high, from, to, room = 70) {
   if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [-1, 1];
   const at = value => from + (value - low) / (high - low) * (to - from);
-  const step = niceStep(high - low, Math.abs(to - from) / 70), ticks = [];
+  const step = niceStep(high - low, Math.abs(to - from) / room), ticks = [];
   for (let n = Math.ceil(low / step); n * step <= high + step / 1e6; n++) {
     ticks.push(Number((n * step).toPrecision(12)));
   }
@@ -3265,7 +3282,7 @@ function scaleFor(values, isLog, from, to, pad = 0.05) {
   let high = finite.length ? finite.reduce((a, b) => Math.max(a, b)) : 1;
   if (isLog) return logScale(low / (high / low) ** pad, high * (high / low) ** pad, from, to);
   const room = (high - low) * pad;
-  return linearScale(low - room, high + room, from, to);
+  return linearScale(low - room, high + room, from, to, from > to ? 40 : 70);
 }
 
 const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200,
@@ -3372,13 +3389,15 @@ function beginTimeline() {
     lane.y = y;
     lane.share = busyShare(lane.tries);
     for (const tries of packs[at]) {
-      view.rows.push({lane, tries, y, height});
-      y += height;
+      const own = packs[at].length === 1 ? 18 : height;
+      view.rows.push({lane, tries, y, height: own});
+      y += own;
     }
     y = Math.max(y, lane.y + 16) + 5;
     lane.bottom = y - 3;
   });
   view.height = y;
+  if (view.lanes.length <= 40) view.lanes.forEach(lane => unfolded.add(lane.machine));
   showLegend();
   bindMarks(byId('lanes'), tellBar, openBar);
   byId('lanes').addEventListener('scroll', () => requestAnimationFrame(showLanes));
@@ -3391,12 +3410,12 @@ function beginTimeline() {
 }
 
 function showLegend() {
-  const states = [...new Set(jobs.flatMap(job => job.tries.map(one => one.state)))];
+  const states = new Set(jobs.flatMap(job => job.tries.map(one => one.state)));
   const swatch = (kind, text) => el('span', {}, draw('svg', {width: 26, height: 12,
     'aria-hidden': 'true'}, draw('rect', {class: `bar ${kind}`, x: 1, y: 1, width: 24, height: 10})),
   text);
   const before = jobs.some(job => job.tries.length > 1);
-  put('legend', states.map(state => swatch(state, MEANINGS[state] || state)),
+  put('legend', data.states.map(state => state || 'unknown').filter(state => states.has(state)).map(state => swatch(state, MEANINGS[state] || state)),
     before ? swatch('finished before', 'an earlier try (dashed edge)') : '');
 }
 
@@ -3452,7 +3471,7 @@ function showTimeAxis() {
     path += `L${right},${y.toFixed(1)}L${right},38Z`;
     parts.push(draw('path', {class: 'waiting', d: path}),
       draw('text', {class: 'strong', x: 0, y: 32}, 'waiting'),
-      draw('text', {x: right + 5, y: 32}, most));
+      draw('text', {x: right + 5, y: 32}, most.toLocaleString('en')));
   }
   const top = most ? 42 : 4;
   parts.push(draw('line', {class: 'axis', x1: left, x2: right, y1: top, y2: top}), ticks.map(tick => [
@@ -3575,11 +3594,13 @@ function mostOf(values) {
 
 // The machines and GPUs, each with its tries and with what was seen of it.
 function useRows() {
+  const of = data.machines.map(() => []);
+  for (const job of jobs) for (const one of job.tries) if (of[one.machine]) of[one.machine].push(one);
   return data.machines.flatMap((one, machine) => {
-    const tries = jobs.flatMap(job => job.tries.filter(other => other.machine === machine));
-    const own = {name: one.name, machine, tries, busy: one.use && one.use.cores,
-      memory: one.use && one.use.memory, what: 'cores', times: one.use && one.use.t};
+    const tries = of[machine];
     const gpus = view.lanes.filter(lane => lane.machine === machine && lane.gpu !== null);
+    const own = {name: one.name, machine, tries, gpus: gpus.length, busy: one.use && one.use.cores,
+      memory: one.use && one.use.memory, what: 'cores', times: one.use && one.use.t};
     return [own, ...gpus.map(({gpu}) => {
       const seen = one.use && one.use.gpus[gpu];
       return {name: `${one.name} GPU ${gpu}`, machine, isGpu: true, what: 'GPU',
@@ -3616,15 +3637,17 @@ function unbroken(times, values) {
 }
 
 function useChart(row, width) {
-  const height = 40, scale = linearScale(span.from, span.to, 0, width), parts = [];
+  const height = 44, scale = linearScale(span.from, span.to, 0, width), parts = [];
   const y = share => 33 - 31 * Math.min(share, 1);
   parts.push(draw('line', {class: 'grid', x1: 0, x2: width, y1: y(0), y2: y(0)}),
     draw('line', {class: 'grid', x1: 0, x2: width, y1: y(1), y2: y(1)}));
-  for (const one of row.tries) {
-    const x = scale.at(one.began);
-    parts.push(draw('rect', {class: 'had-job', x, y: 36,
-      width: Math.max(scale.at(one.ended ?? now) - x, 0.7), height: 3}));
-  }
+  const marks = [...row.tries].sort((a, b) => a.began - b.began).reduce((path, one) => {
+    const x = scale.at(one.began), to = Math.max(scale.at(one.ended ?? now), x + 0.8);
+    if (to <= path.end) return path;
+    const from = Math.max(x, path.end);
+    return {d: `${path.d}M${from.toFixed(1)},36H${to.toFixed(1)}V39H${from.toFixed(1)}Z`, end: to};
+  }, {d: '', end: 0});
+  parts.push(draw('path', {class: 'had-job', d: marks.d}));
   for (const [from, to] of row.busy ? unbroken(row.times, row.busy) : []) {
     const xs = row.times.slice(from, to).map(scale.at), ys = row.busy.slice(from, to).map(y);
     const line = linePath(xs, ys);
@@ -3678,10 +3701,26 @@ function bindCursor(chart, cursor, row, scale, width) {
   });
 }
 
+const unfolded = new Set();
+const MOST_ROWS = 300;
+
+// The name of a machine; where there are many, a button that shows its GPUs or hides them.
+function foldButton(row) {
+  if (!row.gpus || row.isGpu) return el('span', {class: row.isGpu ? 'muted' : 'parameter'}, row.name);
+  const isOpen = unfolded.has(row.machine);
+  return button([isOpen ? '\u25be ' : '\u25b8 ', row.name], () => {
+    if (!unfolded.delete(row.machine)) unfolded.add(row.machine);
+    showMachines();
+    byId('machines-body').querySelector(`[data-machine="${row.machine}"]`)?.focus();
+  }, {class: 'plain', 'aria-expanded': isOpen, 'data-machine': row.machine,
+    'aria-label': `${row.name} and its GPUs`});
+}
+
 function showMachines() {
   byId('machines').hidden = !data.machines.length;
   if (!data.machines.length) return;
-  const rows = useRows(), isSeen = rows.some(row => row.busy && row.busy.some(one => one !== null));
+  const all = useRows(), rows = all.filter(row => !row.isGpu || unfolded.has(row.machine))
+    .slice(0, MOST_ROWS), isSeen = all.some(row => row.busy && row.busy.some(one => one !== null));
   byId('machines-hint').textContent = isSeen
     ? 'Area: how busy the cores or the GPU were. Dashed line: memory in use. Both count all '
       + 'processes of the machine. Blue marks below: our jobs.'
@@ -3691,14 +3730,15 @@ function showMachines() {
   if (isSeen) heads.push('busy, mean', 'memory, most');
   const cells = rows.map(row => {
     const share = busyShare(row.tries), idle = (1 - share) * span.length;
-    const found = [el('span', {class: row.isGpu ? 'muted' : 'parameter'}, row.name), useChart(row, width),
+    const found = [foldButton(row), useChart(row, width),
       new Set(row.tries.map(one => one.job)).size,
       row.tries.length ? percent(share) : 'no job', durationOf(idle)];
     if (isSeen) found.push(row.busy ? percent(meanOf(row.busy)) : '',
       row.memory ? percent(mostOf(row.memory)) : '');
     return found;
   });
-  put('machines-body', tableOf(heads, cells, 'Machines and GPUs'));
+  put('machines-body', tableOf(heads, cells, 'Machines and GPUs'), rows.length < MOST_ROWS ? ''
+    : el('p', {class: 'hint'}, `Only the first ${MOST_ROWS} rows are shown.`));
 }
 
 // ---- Asked for and used ----
@@ -3721,21 +3761,21 @@ function askedGroups() {
 function useStrip(group, width) {
   const {at, asked} = group, values = group.jobs.map(job => job.used[at]);
   const scale = linearScale(0, Math.max(asked || 0, ...values.slice(-1)) * 1.05 || 1, 4, width - 4);
-  const parts = [draw('line', {class: 'axis', x1: 4, x2: width - 4, y1: 22, y2: 22})];
+  const parts = [draw('line', {class: 'axis', x1: 4, x2: width - 4, y1: 43, y2: 43})];
   const counts = new Map();
   for (const job of evenlyOf(group.jobs, 300)) {
     const x = Math.round(scale.at(job.used[at]) * 2) / 2, place = Math.round(x / 5);
-    const level = counts.get(place) || 0;
+    const level = counts.get(place) || 0, step = 3.4;
     counts.set(place, level + 1);
-    parts.push(draw('circle', {class: 'mark dot', cx: x, cy: Math.max(18 - 4 * level, 4), r: 3,
+    parts.push(draw('circle', {class: 'mark dot', cx: x, cy: Math.max(38 - step * level, 4), r: 3,
       'data-job': job.n, role: 'button', tabindex: -1,
       'aria-label': `${job.name} used ${shown(job.used[at])} ${group.unit}`}));
   }
   if (asked !== null) {
     const x = scale.at(asked);
-    parts.push(draw('line', {class: 'asked', x1: x, x2: x, y1: 2, y2: 27}));
+    parts.push(draw('line', {class: 'asked', x1: x, x2: x, y1: 6, y2: 50}));
   }
-  const strip = draw('svg', {width, height: 30, role: 'group',
+  const strip = draw('svg', {width, height: 52, role: 'group',
     'aria-label': `${group.what} that jobs used`}, parts);
   bindMarks(strip, mark => tellJob(jobs[mark.dataset.job]), mark => openJob(jobs[mark.dataset.job]));
   isReachable(strip);
@@ -3769,6 +3809,7 @@ function showAsked() {
 const COUNTER = /^(epoch|step|iter(ation)?|batch)s?$/i;
 const REPEATS = /^(seed|fold|run|rep|repeat|repetition|trial|id|replica)s?$/i;
 const COLOURS = 8;
+const MOST_MEANS = 40;
 const plot = {metric: null, parameter: null, group: null, log: null};
 
 function isGood(job) {
@@ -3784,6 +3825,31 @@ function textOf(column, value) {
   return column.texts[column.values.indexOf(value)] || shown(value);
 }
 
+// Sort the values of a parameter into at most so many grades: each value is one, or, of more numbers,
+// a range with as many jobs as the others; of more words, the last grade has the rest.
+function gradesOf(column, some, most) {
+  const levels = levelsOf(column, some);
+  if (levels.length <= most) {
+    return {all: levels.map(value => ({x: value, text: textOf(column, value)})),
+      of: job => levels.indexOf(column.values[job.n])};
+  }
+  if (levels.some(value => typeof value !== 'number')) {
+    return {all: levels.slice(0, most).map((value, at) => ({x: value,
+      text: at < most - 1 ? textOf(column, value) : `${levels.length - at} others`})),
+    of: job => Math.min(levels.indexOf(column.values[job.n]), most - 1)};
+  }
+  const values = some.map(job => column.values[job.n]).filter(value => value !== null).sort(compare);
+  const count = Math.min(most, 12), ends = Array.from({length: count},
+    (_, at) => values[Math.ceil((at + 1) * values.length / count) - 1]);
+  const isLog = spansDecades(levels, 50);
+  const all = [...new Set(ends)].map((end, at, kept) => {
+    const own = values.filter(value => value <= end && (!at || value > kept[at - 1]));
+    const middle = isLog ? Math.sqrt(own[0] * end) : (own[0] + end) / 2;
+    return {x: middle, end, text: own[0] === end ? shown(end) : `${shown(own[0])} to ${shown(end)}`};
+  });
+  return {all, of: job => all.findIndex(one => column.values[job.n] <= one.end), isRange: true};
+}
+
 function spreadOf(values) {
   const mean = meanOf(values);
   const square = values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
@@ -3792,12 +3858,12 @@ function spreadOf(values) {
 
 // Return the groups of good jobs that have the same value of a parameter (and of another one).
 function meansOf(some, metric, parameter, group = null) {
-  const found = new Map();
+  const found = new Map(), grades = gradesOf(parameter, some, MOST_MEANS);
   for (const job of some) {
-    const y = metric.values[job.n], x = parameter.values[job.n];
-    if (!isGood(job) || !Number.isFinite(y) || x === null) continue;
-    const part = group ? group.values[job.n] : null, key = JSON.stringify([x, part]);
-    if (!found.has(key)) found.set(key, {x, part, values: []});
+    const y = metric.values[job.n];
+    if (!isGood(job) || !Number.isFinite(y) || parameter.values[job.n] === null) continue;
+    const at = grades.of(job), part = group ? group.of(job) : 0, key = `${at}/${part}`;
+    if (!found.has(key)) found.set(key, {...grades.all[at], part, values: []});
     found.get(key).values.push(y);
   }
   return [...found.values()].map(one => ({...one, ...spreadOf(one.values)}));
@@ -3818,8 +3884,8 @@ function explainedBy(some, metric, parameter) {
 function bestMetric() {
   const useful = metrics.filter(one => !COUNTER.test(one.head)
     && new Set(one.values.filter(Number.isFinite)).size > 1);
-  return useful.find(one => /(^|[^a-z])(val|valid|validation|test|eval)/i.test(one.head))
-    || useful[0] || metrics[0] || null;
+  const named = word => useful.find(one => new RegExp(`(^|[^a-z])${word}`, 'i').test(one.head));
+  return named('test') || named('val') || named('eval') || useful[0] || metrics[0] || null;
 }
 
 function bestParameter(metric) {
@@ -3835,7 +3901,7 @@ function extremesOf(metric, parameter) {
   const means = meansOf(jobs, metric, parameter).sort((a, b) => a.mean - b.mean);
   if (means.length < 2) return '';
   const say = one => `${shown(Number(one.mean.toPrecision(4)))} at ${parameter.head} = `
-    + `${textOf(parameter, one.x)} (${one.values.length > 1 ? `mean of ${many(one.values.length, 'job')}`
+    + `${one.text} (${one.values.length > 1 ? `mean of ${many(one.values.length, 'job')}`
       : '1 job'})`;
   return `lowest ${say(means[0])}, highest ${say(means.at(-1))}`;
 }
@@ -3854,17 +3920,30 @@ function colour(at) {
   return `var(--c${Math.min(at, COLOURS - 1)})`;
 }
 
+// Return the values that a drawing has room for: those of jobs that finished well, if there are some.
+// What a job that explodes has printed would leave no room for all others.
+function rangeOf(some, valuesOf) {
+  const good = some.filter(isGood).flatMap(valuesOf).filter(Number.isFinite);
+  return good.length ? good : some.flatMap(valuesOf).filter(Number.isFinite);
+}
+
+function withinEdges(scale, bottom, top) {
+  const at = value => Math.min(Math.max(scale.at(value), top), bottom);
+  const isOutside = value => !(scale.at(value) >= top - 1 && scale.at(value) <= bottom + 1);
+  return {...scale, at, isOutside};
+}
+
 function plotData() {
   const {metric, parameter, group} = plot;
   const there = chosen.jobs.filter(job => parameter.values[job.n] !== null
     && metric.values[job.n] !== null && (!group || group.values[job.n] !== null));
   const drawn = there.filter(job => Number.isFinite(metric.values[job.n]));
-  const parts = group ? levelsOf(group, there) : [null];
+  const parts = group && gradesOf(group, there, COLOURS);
   const levels = levelsOf(parameter, drawn);
   const isWords = levels.some(one => typeof one !== 'number');
   return {there, drawn, parts, levels, isWords, isLogX: !isWords && spansDecades(levels, 50),
-    isLogY: plot.log ?? spansDecades(drawn.map(job => metric.values[job.n]), 1000),
-    means: meansOf(drawn, metric, parameter, group)};
+    isLogY: plot.log ?? spansDecades(rangeOf(drawn, job => [metric.values[job.n]]), 1000),
+    means: meansOf(drawn, metric, parameter, parts)};
 }
 
 function xAxis(found, left, right, bottom) {
@@ -3891,10 +3970,10 @@ function xAxis(found, left, right, bottom) {
 }
 
 function pointsOf(found, x, y) {
-  const {metric, parameter, group} = plot, aside = found.parts.length > 1 ? 6 : 0;
-  const shift = at => (at - (found.parts.length - 1) / 2) * Math.min(aside, 30 / found.parts.length);
+  const {metric, parameter} = plot, count = found.parts ? found.parts.all.length : 1;
+  const shift = at => (at - (count - 1) / 2) * (count > 1 ? Math.min(6, 30 / count) : 0);
   const points = evenlyOf(found.drawn, 2500).map(job => {
-    const part = Math.max(found.parts.indexOf(group ? group.values[job.n] : null), 0);
+    const part = found.parts ? Math.max(found.parts.of(job), 0) : 0;
     const jitter = x.width ? ((job.n * 0.618) % 1 - 0.5) * Math.min(x.width * 0.5, 40) : 0;
     const good = isGood(job);
     return draw('path', {class: `mark dot ${good ? '' : 'other'}`, role: 'button', tabindex: -1,
@@ -3903,15 +3982,17 @@ function pointsOf(found, x, y) {
         y.at(metric.values[job.n]), 4),
       'aria-label': `${job.name}, ${job.state}: ${settingsOf(job)}, ${metric.head} ${metric.texts[job.n]}`});
   });
-  const means = found.parts.flatMap((value, part) => {
-    const own = found.means.filter(one => one.part === value).sort((a, b) => compare(a.x, b.x));
+  const means = Array.from({length: count}, (_, part) => {
+    const own = found.means.filter(one => one.part === part).sort((a, b) => compare(a.x, b.x));
     const spots = own.map(one => [x.at(one.x) + shift(part), y.at(one.mean), one]);
     const whiskers = spots.filter(([, , one]) => one.deviation && !found.isLogY).map(
       ([at, , one]) => draw('line', {class: 'spread', stroke: colour(part), x1: at, x2: at,
         y1: y.at(one.mean - one.deviation), y2: y.at(one.mean + one.deviation)}));
     if (x.width) return [...whiskers, spots.map(([at, height]) => draw('line', {class: 'mean',
       stroke: colour(part), x1: at - 22, x2: at + 22, y1: height, y2: height}))];
-    return [...whiskers, draw('path', {class: 'mean', stroke: colour(part),
+    const middles = spots.map(([at, height]) => draw('line', {class: 'mean', stroke: colour(part),
+      x1: at - 9, x2: at + 9, y1: height, y2: height}));
+    return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean', stroke: colour(part),
       d: linePath(spots.map(one => one[0]), spots.map(one => one[1]))})];
   });
   return [means, points];
@@ -3924,8 +4005,8 @@ function picture(width, height, facts, ...children) {
 function showPlot() {
   if (!plot.metric || !plot.parameter) return;
   const found = plotData(), {metric, parameter, group} = plot;
-  const width = Math.min(widthOf('plot'), 900), height = 350, left = 66, bottom = height - 46;
-  const ys = found.drawn.map(job => metric.values[job.n]);
+  const width = widthOf('plot'), height = 350, left = 66, bottom = height - 46;
+  const ys = rangeOf(found.drawn, job => [metric.values[job.n]]);
   const spread = found.isLogY ? [] : found.means.flatMap(
     one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
   byId('plot-log').checked = found.isLogY;
@@ -3936,7 +4017,9 @@ function showPlot() {
     return;
   }
   const x = xAxis(found, left, width - 8, bottom);
-  const y = scaleFor([...ys, ...spread], found.isLogY && ys.every(one => one > 0), bottom, 26);
+  const y = withinEdges(scaleFor([...ys, ...spread], found.isLogY && ys.every(one => one > 0), bottom,
+    26), bottom, 26);
+  found.outside = found.drawn.filter(job => y.isOutside(metric.values[job.n])).length;
   const label = `${metric.head} over ${parameter.head}, ${many(found.drawn.length, 'job')}; `
     + 'the table below has the means';
   put('plot', picture(width, height, {role: 'group', 'aria-label': label},
@@ -3949,10 +4032,10 @@ function showPlot() {
 }
 
 function partLegend(found) {
-  return el('div', {class: 'swatches'}, found.parts.slice(0, 30).map((value, at) => el('span', {},
+  return el('div', {class: 'swatches'}, found.parts.all.map((one, at) => el('span', {},
     draw('svg', {width: 14, height: 14, 'aria-hidden': 'true'}, draw('path',
       {d: shapeOf(at, 7, 7, 4), fill: colour(at)})),
-    `${plot.group.head} = ${textOf(plot.group, value)}`)));
+    `${plot.group.head} = ${one.text}`)));
 }
 
 function showPlotWords(found) {
@@ -3963,11 +4046,12 @@ function showPlotWords(found) {
   byId('plot-hint').textContent = ['A mark is a job. The line goes through the means of jobs that '
     + 'finished well', found.isLogY ? '.' : '; whiskers are one sample standard deviation.',
   others ? ` Hollow marks failed or still run: ${others}.` : '',
+  found.outside ? ` At the edge, since they lie beyond it: ${found.outside}.` : '',
   strange ? ` Not drawn, since they are no finite numbers: ${strange}.` : '',
   found.isLogX || found.isLogY ? ` Logarithmic: ${[found.isLogX && parameter.head,
     found.isLogY && metric.head].filter(Boolean).join(' and ')}.` : '', ` ${cut}`].join('');
   const rows = [...found.means].sort((a, b) => a.mean - b.mean).slice(0, 500).map(one => [
-    ...(group ? [textOf(group, one.part)] : []), textOf(parameter, one.x), one.values.length,
+    ...(group ? [found.parts.all[one.part].text] : []), one.text, one.values.length,
     one.mean, one.deviation, Math.min(...one.values), Math.max(...one.values)]);
   put('plot-table', tableOf([...(group ? [group.head] : []), parameter.head, 'jobs',
     `mean ${metric.head}`, 'deviation', 'lowest', 'highest'], rows, 'Means'));
@@ -4011,7 +4095,7 @@ function beginPlot() {
 // ---- Curves ----
 
 const DASHES = ['', '7 3', '2 2', '9 3 2 3'];
-const curve = {name: '', colour: null, picked: null, log: null, most: 24, listed: 200};
+const curve = {name: '', colour: null, picked: null, log: null, most: 40, listed: 200};
 
 function curveNames() {
   const counts = new Map();
@@ -4031,17 +4115,16 @@ function pickedJobs() {
 }
 
 function curveColours(some) {
-  const levels = curve.colour ? levelsOf(curve.colour, some) : [];
-  return job => curve.colour ? Math.max(levels.indexOf(curve.colour.values[job.n]), 0) :
-    some.indexOf(job) % COLOURS;
+  const grades = curve.colour && gradesOf(curve.colour, some, COLOURS);
+  return {grades, of: job => grades ? Math.max(grades.of(job), 0) : some.indexOf(job) % COLOURS};
 }
 
 function showCurveJobs() {
   const there = evenlyOf(curveJobs(), curve.listed), shownJobs = new Set(pickedJobs().map(job => job.n));
   const set = jobs => { curve.picked = new Set(jobs.map(job => job.n)); showCurves(); };
   put('curve-jobs', el('legend', {}, `Jobs: ${shownJobs.size} of ${curveJobs().length} are drawn`),
-    button('All', () => set(there), {id: 'curves-all', class: 'link'}),
-    button('None', () => set([]), {id: 'curves-none', class: 'link'}),
+    el('span', {class: 'row'}, button('All', () => set(there), {id: 'curves-all', class: 'link'}),
+      button('None', () => set([]), {id: 'curves-none', class: 'link'})),
     there.map(job => el('label', {title: settingsOf(job)}, el('input', {type: 'checkbox',
       checked: shownJobs.has(job.n), 'data-job': job.n, change: event => {
         const picked = new Set(pickedJobs().map(one => one.n));
@@ -4049,7 +4132,7 @@ function showCurveJobs() {
         else picked.delete(job.n);
         curve.picked = picked;
         drawCurves();
-      }}), `${shortName(job)} ${settingsOf(job).slice(0, 40)}`)));
+      }}), el('span', {}, `${shortName(job)} ${settingsOf(job)}`))));
 }
 
 function showCurves() {
@@ -4062,7 +4145,7 @@ function drawCurves() {
   const some = pickedJobs(), of = job => data.curves[job.n][curve.name];
   byId('curve-jobs').querySelector('legend').textContent =
     `Jobs: ${some.length} of ${curveJobs().length} are drawn`;
-  const ys = some.flatMap(job => of(job)[1]).filter(Number.isFinite);
+  const ys = rangeOf(some, job => of(job)[1]);
   if (!ys.length) {
     put('curve-plot', el('p', {}, 'No job with numbers is chosen.'));
     put('curve-table');
@@ -4071,12 +4154,12 @@ function drawCurves() {
   const positive = ys.every(value => value > 0);
   const isLog = positive && (curve.log ?? spansDecadesOf(ys, 1000));
   byId('curve-log').checked = isLog;
-  const width = Math.min(widthOf('curve-plot'), 1000), height = 340, left = 66, bottom = height - 46;
+  const width = widthOf('curve-plot'), height = 340, left = 66, bottom = height - 46;
   const xs = some.flatMap(job => of(job)[0]);
   const x = scaleFor(xs, false, left, width - 10, 0), y = scaleFor(ys, isLog, bottom, 26);
   const place = curveColours(some);
   const lines = some.map(job => {
-    const [a, b] = of(job), at = place(job);
+    const [a, b] = of(job), at = place.of(job);
     return draw('path', {class: `mark curve ${some.length > 40 ? 'thin' : ''}`, stroke: colour(at),
       'stroke-dasharray': DASHES[at % DASHES.length] || null, 'data-job': job.n, tabindex: -1,
       role: 'button', 'aria-label': `${job.name}: ${settingsOf(job)}, ${curve.name} from `
@@ -4090,7 +4173,8 @@ function drawCurves() {
     {x: x.at(tick), y: bottom + 18, 'text-anchor': 'middle'}, shown(tick))),
   draw('line', {class: 'axis', x1: left, x2: width - 10, y1: bottom, y2: bottom}),
   draw('text', {class: 'strong', x: (left + width) / 2, y: height - 6, 'text-anchor': 'middle'},
-    counter), lines), curveLegend(some, place));
+    counter), draw('svg', {x: 0, y: 22, width, height: bottom - 20, viewBox: `0 22 ${width} ${bottom - 20}`},
+  lines)), curveLegend(some, place));
   isReachable(byId('curve-plot'));
   put('curve-table', tableOf(['job', 'settings', 'values', 'first', 'lowest', 'highest', 'last'],
     some.slice(0, 300).map(job => {
@@ -4116,7 +4200,7 @@ function curveLegend(some, place) {
     {x1: 1, x2: 25, y1: 5, y2: 5, stroke: colour(at), 'stroke-width': 2,
       'stroke-dasharray': DASHES[at % DASHES.length] || null}));
   const entries = curve.colour
-    ? levelsOf(curve.colour, some).map(value => `${curve.colour.head} = ${textOf(curve.colour, value)}`)
+    ? place.grades.all.map(one => `${curve.colour.head} = ${one.text}`)
     : some.length <= COLOURS ? some.map(job => `${shortName(job)} ${settingsOf(job)}`) : [];
   return el('div', {class: 'swatches'}, entries.slice(0, 30).map(
     (text, at) => el('span', {}, line(at), text)));
@@ -4128,7 +4212,7 @@ function beginCurves() {
   if (!names.length) return;
   const wanted = plot.metric && plot.metric.key;
   curve.name = names.includes(wanted) ? wanted : names[0];
-  curve.colour = plot.parameter && levelsOf(plot.parameter, jobs).length <= COLOURS ? plot.parameter : null;
+  curve.colour = plot.parameter;
   put('curve-controls',
     choice('curve-name', 'Curve', names.map(name => [name, name]), curve.name,
       event => { curve.name = event.target.value; curve.log = curve.picked = null; showCurves(); }),
@@ -4167,16 +4251,25 @@ function failureGroups() {
   return [...groups.values()].sort((a, b) => b.jobs.length - a.jobs.length);
 }
 
+// Return the fewest of the settings, one or two, that no good job has together.
+function culprits(shared, good, mayPair) {
+  const has = (job, settings) => settings.every(([column, value]) => column.values[job.n] === value);
+  const candidates = [...shared.map(one => [one]), ...(mayPair ? shared.flatMap(
+    (one, at) => shared.slice(at + 1).map(other => [one, other])) : [])];
+  return (good.length && candidates.find(settings => !good.some(job => has(job, settings)))) || [];
+}
+
 // Return what all jobs of a group share that no job which finished well has.
 function sharedBy(some) {
-  const good = jobs.filter(isGood), said = [];
+  const good = jobs.filter(isGood), said = [], shared = [];
   for (const column of parameters) {
     const value = column.values[some[0].n];
     if (value === null || some.some(job => column.values[job.n] !== value)) continue;
-    if (good.length && !good.some(job => column.values[job.n] === value)) {
-      said.push(`${column.head} = ${textOf(column, value)}, with which no job finished well`);
-    }
+    shared.push([column, value]);
   }
+  const settings = culprits(shared, good, some.length > 1);
+  if (settings.length) said.push(`${listOf(settings.map(([column, value]) =>
+    `${column.head} = ${textOf(column, value)}`))}, with which no job finished well`);
   const places = new Set(some.map(job => job.tries.at(-1)?.machine));
   const [place] = places;
   const several = new Set(jobs.map(job => job.tries.at(-1)?.machine)).size > 1;
@@ -4213,7 +4306,7 @@ function showFailures() {
 function pathsPart(what, paths, count) {
   if (!paths || !count) return '';
   const more = count > paths.length ? `, and ${count - paths.length} more` : '';
-  return el('details', {}, el('summary', {}, `${many(count, 'file')} ${what}`),
+  return el('details', {}, el('summary', {}, `${what}: ${count}`),
     el('p', {class: 'code'}, paths.join(', ') + more));
 }
 
@@ -4226,14 +4319,14 @@ function sentOf(one) {
   return el('div', {}, el('h3', {}, `Files ${one.digest.slice(0, 8)}: ${many(one.jobs, 'job')}`),
     el('p', {}, [commit + state, files].filter(Boolean).join(' \u00b7 ')
       || 'What these files were was not recorded.'),
-    pathsPart('differ from the commit', one.changed, one.changed_count),
-    pathsPart('that the commit does not have', one.untracked, one.untracked_count),
+    pathsPart('Files that differ from the commit', one.changed, one.changed_count),
+    pathsPart('Files that the commit does not have', one.untracked, one.untracked_count),
     links.length ? el('p', {}, 'See ', links.flatMap((link, at) => at ? [', ', link] : [link])) : '');
 }
 
 function showRan() {
   const rows = data.machines.filter(one => Object.keys(one.facts).length).map(({name, facts}) => [
-    name, facts.cores || '', facts.memory_mb ? bytesOf(facts.memory_mb * 1048576) : '',
+    name, facts.cores || '', facts.memory_mb ? `${shown(Math.round(facts.memory_mb / 102.4) / 10)} GB` : '',
     listOf([...new Set((facts.gpus || []).map(gpu => gpu.model))].map(model => {
       const count = facts.gpus.filter(gpu => gpu.model === model).length;
       return count > 1 ? `${count} \u00d7 ${model}` : model;
@@ -4270,12 +4363,11 @@ function showLead() {
   const counts = new Map();
   for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
   let x = 0;
-  const bars = data.states.map(state => state || 'unknown').filter(state => counts.has(state))
-    .map(state => {
-      const width = 1000 * counts.get(state) / jobs.length;
-      x += width;
-      return draw('rect', {class: `bar ${state}`, x: x - width, y: 0, width, height: 10});
-    });
+  const bars = inOrder(counts).map(([state, count]) => {
+    const width = 1000 * count / jobs.length;
+    x += width;
+    return draw('rect', {class: `bar ${state}`, x: x - width, y: 0, width, height: 10});
+  });
   put('shares', draw('svg', {viewBox: '0 0 1000 10', preserveAspectRatio: 'none', role: 'img',
     'aria-label': [...counts].map(([state, count]) => `${count} ${state}`).join(', ')}, bars));
   byId('shares').hidden = !jobs.length;
@@ -4315,7 +4407,8 @@ function showGlance() {
   add('failures', listOf(groups.map(one => `${one.jobs.length}\u00d7 ${one.words}`), 3), 'failures');
   put('glance', lines);
   byId('glance').hidden = !lines.length;
-  put('notes', data.notes.map(note => el('p', {}, note)));
+  put('notes', data.notes.map(note => el('p', {},
+    note.replace(/^[a-z](?=[a-z]* )/, letter => letter.toUpperCase()))));
   byId('notes').hidden = !data.notes.length;
 }
 
