@@ -2652,8 +2652,12 @@ text.on-bar { fill: var(--on-bar); pointer-events: none; font-size: 10.5px; }
 .memory-line { stroke: var(--c1); fill: none; stroke-dasharray: 3 2; }
 .had-job { fill: var(--finished); } .cursor { stroke: var(--ink); }
 .asked { stroke: var(--ink); stroke-width: 2; }
-.dot { fill: var(--c0); fill-opacity: .55; stroke: var(--c0); stroke-width: .8; }
+svg { color: var(--c0); }
+.dot { fill: currentColor; fill-opacity: .55; stroke: currentColor; stroke-width: .8; }
+.dot.small { fill-opacity: .35; stroke-opacity: .5; }
 .dot.other { fill: var(--paper); stroke-dasharray: 2 1.5; stroke-width: 1.3; }
+.means, .halo { pointer-events: none; }
+.halo * { stroke: var(--paper); stroke-width: 4.5; opacity: .8; }
 .mean { fill: none; stroke-width: 2; } .spread { stroke-width: 1.3; }
 .curve { fill: none; stroke-width: 1.5; } .curve.thin { stroke-width: 1; opacity: .6; }
 .curve.mark:focus, .curve.mark.on { stroke-width: 3.2; opacity: 1; stroke: var(--ink); }
@@ -2695,16 +2699,22 @@ footer { color: var(--muted); font-size: 12.5px; padding-top: 4px; padding-botto
   dialog { padding: 12px; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 5px; }
 }
+@page { size: A4 landscape; margin: 12mm; }
 @media print {
   :root { color-scheme: light; }
   body { font-size: 10pt; }
   nav, .controls, .choices, .skip, #tip, .hint, details:not([open]) { display: none !important; }
   header, main, footer { max-width: none; padding: 0; }
-  section { break-inside: auto; padding: 10px 0; }
+  section { padding: 10px 0; }
+  #parameters, #curves { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   tr, .failure, svg { break-inside: avoid; }
   #lanes, pre { max-height: none; overflow: visible; }
   .scroll { overflow: visible; }
+  svg { max-width: 100%; height: auto; }
+  #machines-body svg, #asked-body svg { max-width: 34vw; }
+  table { font-size: 8pt; } th, td { padding-right: 8px; }
+  th[aria-sort] button::after { content: ""; }
   td.long { white-space: normal; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
@@ -2822,9 +2832,25 @@ function dateOf(time) {
   return new Date(1000 * (data.origin + time));
 }
 
+const formats = new Map();
+
+// To make a format takes a browser longer than to use it a hundred times.
+function dateText(time, facts) {
+  const key = JSON.stringify(facts);
+  if (!formats.has(key)) formats.set(key, new Intl.DateTimeFormat('en', facts));
+  return formats.get(key).format(dateOf(time));
+}
+
 function timeOf(time, withDay = true) {
-  const format = {...(withDay ? DAY : {}), ...CLOCK, second: span.length < 7200 ? '2-digit' : undefined};
-  return dateOf(time).toLocaleString('en', format);
+  const second = span.length < 7200 ? '2-digit' : undefined;
+  return dateText(time, {...(withDay ? DAY : {}), ...CLOCK, second});
+}
+
+// Return 'Nov 27, 09:32:04 to 09:32:45'; the end of what still runs is null.
+function rangeOfTimes(from, to) {
+  if (to === null) return `${timeOf(from)} to now`;
+  const day = time => dateOf(time).toDateString();
+  return `${timeOf(from)} to ${timeOf(to, day(from) !== day(to))}`;
 }
 
 function bytesOf(count) {
@@ -2917,8 +2943,7 @@ function tellJob(job, one = job.tries.at(-1)) {
   if (job.command) lines.push(job.command);
   if (one) {
     const length = (one.ended ?? now) - one.began;
-    const until = one.ended === null ? 'still running' : timeOf(one.ended);
-    lines.push(`${timeOf(one.began)} to ${until}: ${durationOf(length)}`
+    lines.push(`${rangeOfTimes(one.began, one.ended)}: ${durationOf(length)}`
       + (whereOf(one) && ` on ${whereOf(one)}`));
     if (one.since !== null) lines.push(`waited ${durationOf(one.began - one.since)} before`);
   }
@@ -2971,12 +2996,30 @@ function choose() {
     && (!chosen.reason || reasonKey(job) === chosen.reason.key)
     && tests.every(test => test(job)));
   chosen.jobs = jobs.filter(job => chosen.passes[job.n]);
-  followers.forEach(follow => follow());
+  showTable();
+  showReason();
+  later(followers);
+}
+
+// Do these one after the other, with time between for who types and scrolls; drop what still waits.
+let waiting = [];
+
+function later(acts) {
+  const begin = !waiting.length;
+  waiting = [...acts];
+  if (begin) setTimeout(doNext);
+}
+
+function doNext() {
+  const until = performance.now() + 12;
+  while (waiting.length && performance.now() < until) waiting.shift()();
+  if (waiting.length) setTimeout(doNext);
 }
 
 // ---- The table of jobs ----
 
-const table = {rows: [], column: null, descending: false, page: 0, size: 50};
+// isPaper: it is being printed; a browser forgets buttons in the head of each page.
+const table = {rows: [], isPaper: false, column: null, descending: false, page: 0, size: 50};
 const collator = new Intl.Collator('en', {numeric: true});
 
 function compare(one, other) {
@@ -3015,7 +3058,7 @@ function showHeads() {
       table.descending ? 'descending' : 'ascending';
     return el('th', {scope: 'col', 'aria-sort': direction, 'data-key': column.key,
       class: `${column.numeric ? 'number' : ''} ${column === firstMetric ? 'first-metric' : ''}`},
-    button(column.head, () => sortBy(column), {class: 'plain'}));
+    table.isPaper ? column.head : button(column.head, () => sortBy(column), {class: 'plain'}));
   })));
 }
 
@@ -3099,7 +3142,6 @@ function beginTable() {
   byId('page-before').addEventListener('click', () => turnPage(-1));
   byId('page-after').addEventListener('click', () => turnPage(1));
   showStates();
-  followers.push(showTable, showReason);
 }
 
 // ---- The output of a job ----
@@ -3125,10 +3167,9 @@ function factsPart(job) {
   const pairs = [['Command', el('span', {class: 'code'}, job.command)]];
   for (const one of job.tries) {
     const waited = one.since === null ? '' : `, after waiting ${durationOf(one.began - one.since)}`;
-    const end = one.ended === null ? 'now' : timeOf(one.ended);
     const exit = one.exit === null ? one.state : `${one.state}, exit code ${one.exit}`;
-    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${timeOf(one.began)} to ${end} (${durationOf(
-      (one.ended ?? now) - one.began)})${whereOf(one) && ` on ${whereOf(one)}`}${waited}: ${exit}`]);
+    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${rangeOfTimes(one.began, one.ended)} (${
+      durationOf((one.ended ?? now) - one.began)})${whereOf(one) && ` on ${whereOf(one)}`}${waited}: ${exit}`]);
   }
   if (job.reason) pairs.push(['Why it failed', job.reason]);
   const used = [['MB', 0], ['MB of GPU memory', 1], ['cores', 2]].map(([unit, at]) => {
@@ -3163,6 +3204,7 @@ function openJob(job) {
 
 function hideTip() {
   byId('tip').hidden = true;
+  byId('wait-of')?.replaceChildren();
   document.querySelectorAll('.mark.on').forEach(mark => mark.classList.remove('on'));
 }
 
@@ -3175,6 +3217,15 @@ function showTip(lines, box) {
   const above = box.top - tip.offsetHeight - 8;
   tip.style.left = `${Math.max(left, 8)}px`;
   tip.style.top = `${above > 4 ? above : Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 4)}px`;
+}
+
+// The page was scrolled: what has the focus goes on telling, the pointer is at another place now.
+function followTip() {
+  const one = document.activeElement, mark = one && one.closest('.mark');
+  if (byId('tip').hidden) return;
+  if (mark) mark.dispatchEvent(new FocusEvent('focusin', {bubbles: true}));
+  else if (one && one.matches('svg[tabindex]')) one.dispatchEvent(new FocusEvent('focus'));
+  else hideTip();
 }
 
 function visibleBox(mark) {
@@ -3293,8 +3344,8 @@ function timeTicks(from, to, most) {
   const zone = 60 * dateOf(from).getTimezoneOffset(), ticks = [];
   let at = Math.ceil((data.origin + from - zone) / step) * step - data.origin + zone;
   for (; at <= to; at += step) ticks.push(at);
-  return {ticks, text: time => step >= 86400 ? dateOf(time).toLocaleString('en', DAY) :
-    dateOf(time).toLocaleString('en', {...CLOCK, second: step < 60 ? '2-digit' : undefined})};
+  return {ticks, text: time => dateText(time, step >= 86400 ? DAY :
+    {...CLOCK, second: step < 60 ? '2-digit' : undefined})};
 }
 
 function yAxis(scale, left, right, label) {
@@ -3302,6 +3353,10 @@ function yAxis(scale, left, right, label) {
     draw('line', {class: 'grid', x1: left, x2: right, y1: scale.at(tick), y2: scale.at(tick)}),
     draw('text', {x: left - 6, y: scale.at(tick) + 4, 'text-anchor': 'end'}, shown(tick))]),
   draw('text', {class: 'strong', x: 0, y: 12}, label)];
+}
+
+function picture(width, height, facts, ...children) {
+  return draw('svg', {width, height, viewBox: `0 0 ${width} ${height}`, ...facts}, ...children);
 }
 
 function widthOf(id) {
@@ -3479,7 +3534,7 @@ function showTimeAxis() {
     draw('text', {x: scale.at(tick), y: top + 17, 'text-anchor': 'middle'}, text(tick))]));
   const label = `Axis from ${timeOf(view.from)} to ${timeOf(view.to)}`
     + (most ? `; at most ${many(most, 'job')} waited` : '');
-  put('time-axis', draw('svg', {width, height: top + 22, role: 'img', 'aria-label': label}, parts));
+  put('time-axis', picture(width, top + 22, {role: 'img', 'aria-label': label}, parts));
 }
 
 function evenlyOf(list, most) {
@@ -3505,7 +3560,7 @@ function showLanes() {
       draw('text', {x: right + 5, y: lane.y + 13}, idle));
   }
   view.rows.filter(visible).forEach(row => parts.push(...barsOf(row, scale, left, right)));
-  put('lanes', draw('svg', {width, height: view.height}, parts));
+  put('lanes', picture(width, view.height, {}, parts));
   isReachable(area);
   if (focused) area.querySelector(`[data-key="${focused}"]`)?.focus({preventScroll: true});
 }
@@ -3661,7 +3716,7 @@ function useChart(row, width) {
   const cursor = draw('line', {class: 'cursor', y1: 0, y2: 40, x1: -9, x2: -9});
   const label = `${row.name} over time: ${row.busy ? `${row.what} busy ${percent(meanOf(row.busy))} `
     + `in the mean, memory at most ${percent(mostOf(row.memory))}` : 'nothing was seen'}`;
-  const chart = draw('svg', {width, height, role: 'img', 'aria-label': label, tabindex: 0},
+  const chart = picture(width, height, {role: 'img', 'aria-label': label, tabindex: 0},
     parts, cursor);
   bindCursor(chart, cursor, row, scale, width);
   return chart;
@@ -3775,7 +3830,7 @@ function useStrip(group, width) {
     const x = scale.at(asked);
     parts.push(draw('line', {class: 'asked', x1: x, x2: x, y1: 6, y2: 50}));
   }
-  const strip = draw('svg', {width, height: 52, role: 'group',
+  const strip = picture(width, 52, {role: 'group',
     'aria-label': `${group.what} that jobs used`}, parts);
   bindMarks(strip, mark => tellJob(jobs[mark.dataset.job]), mark => openJob(jobs[mark.dataset.job]));
   isReachable(strip);
@@ -3972,14 +4027,14 @@ function xAxis(found, left, right, bottom) {
 function pointsOf(found, x, y) {
   const {metric, parameter} = plot, count = found.parts ? found.parts.all.length : 1;
   const shift = at => (at - (count - 1) / 2) * (count > 1 ? Math.min(6, 30 / count) : 0);
+  const isMany = found.drawn.length > 300;
   const points = evenlyOf(found.drawn, 2500).map(job => {
     const part = found.parts ? Math.max(found.parts.of(job), 0) : 0;
     const jitter = x.width ? ((job.n * 0.618) % 1 - 0.5) * Math.min(x.width * 0.5, 40) : 0;
-    const good = isGood(job);
-    return draw('path', {class: `mark dot ${good ? '' : 'other'}`, role: 'button', tabindex: -1,
-      style: null, fill: good ? colour(part) : null, stroke: colour(part), 'data-job': job.n,
+    return draw('path', {class: `mark dot ${isGood(job) ? '' : 'other'} ${isMany ? 'small' : ''}`, role: 'button', tabindex: -1,
+      color: colour(part), 'data-job': job.n,
       'data-part': part, d: shapeOf(part, x.at(parameter.values[job.n]) + shift(part) + jitter,
-        y.at(metric.values[job.n]), 4),
+        y.at(metric.values[job.n]), isMany ? 2.5 : 4),
       'aria-label': `${job.name}, ${job.state}: ${settingsOf(job)}, ${metric.head} ${metric.texts[job.n]}`});
   });
   const means = Array.from({length: count}, (_, part) => {
@@ -3995,11 +4050,8 @@ function pointsOf(found, x, y) {
     return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean', stroke: colour(part),
       d: linePath(spots.map(one => one[0]), spots.map(one => one[1]))})];
   });
-  return [means, points];
-}
-
-function picture(width, height, facts, ...children) {
-  return draw('svg', {width, height, viewBox: `0 0 ${width} ${height}`, ...facts}, ...children);
+  return [points, draw('g', {class: 'halo'}, means.flat(Infinity).map(one => one && one.cloneNode())),
+    draw('g', {class: 'means'}, means)];
 }
 
 function showPlot() {
@@ -4350,15 +4402,14 @@ function showLead() {
   const gpus = view.lanes.filter(lane => lane.gpu !== null).length;
   const parts = [many(jobs.length, 'job')];
   if (jobs.some(job => job.tries.length)) {
-    const sameDay = timeOf(span.from).split(',')[0] === timeOf(span.to).split(',')[0];
-    parts.push(`${timeOf(span.from)} to ${timeOf(span.to, !sameDay)} (${durationOf(length)})`,
+    parts.push(`${rangeOfTimes(span.from, span.to)} (${durationOf(length)})`,
       `${durationOf(seconds)} of job time`);
   }
   if (data.machines.length) parts.push(many(data.machines.length, 'machine')
     + (gpus ? `, ${many(gpus, 'GPU')}` : ''));
   parts.push(data.places.join(', '));
   byId('lead').textContent = parts.join(' \u00b7 ');
-  const made = dateOf(now).toLocaleString('en', {...DAY, year: 'numeric', ...CLOCK, second: '2-digit'});
+  const made = dateText(now, {...DAY, year: 'numeric', ...CLOCK, second: '2-digit'});
   byId('foot').textContent = `Made by results_table, ${made}. Times are those of this computer's zone.`;
   const counts = new Map();
   for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
@@ -4491,7 +4542,7 @@ function beginDrawings() {
     pending = setTimeout(redrawAll, 100);
   }).observe(document.body);
   addEventListener('keydown', event => { if (event.key === 'Escape') hideTip(); });
-  addEventListener('scroll', hideTip, {passive: true});
+  addEventListener('scroll', followTip, {passive: true, capture: true});
   addEventListener('beforeprint', () => printed(true));
   addEventListener('afterprint', () => printed(false));
   addEventListener('pagehide', remember);
@@ -4500,6 +4551,7 @@ function beginDrawings() {
 // On paper nothing can be turned or scrolled: it has all rows, as far as that is readable.
 function printed(isPaper) {
   table.size = isPaper ? 2000 : 50;
+  table.isPaper = isPaper;
   view.all = isPaper && view.rows.length <= 400;
   showTable();
   showLanes();
