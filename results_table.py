@@ -315,6 +315,12 @@ def is_number(value):
     return isinstance(value, (int, float))
 
 
+def is_finite(value):
+    """Tell whether a value of a file is a number that JSON has and that can be reckoned with."""
+    return (isinstance(value, int) and abs(value) < 2**63
+            or isinstance(value, float) and math.isfinite(value))
+
+
 def short_number(value):
     """Return a number in at most six digits, for people."""
     if isinstance(value, int) and abs(value) < 10**9:
@@ -512,7 +518,7 @@ def job_from(name, facts, folder):
         return '' if facts.get(key) is None else str(facts[key])
 
     def number(key, is_known=True):
-        return facts[key] if is_known and is_number(facts.get(key)) else None
+        return facts[key] if is_known and is_finite(facts.get(key)) else None
 
     return Job(
         name, folder, facts.get('state', ''), batch_of(name, facts), text('command'), short,
@@ -1357,8 +1363,8 @@ def check_output(option, path):
     folder = os.path.realpath(os.path.dirname(path) or '.')
     while folder != os.path.dirname(folder):
         if has_journals(folder):
-            raise UsageError(f'{option} {printable(path)}: results_table writes nothing into a folder '
-                             'of results. Name another file.')
+            raise UsageError(f'{option} {printable(path)}: results_table writes nothing into a '
+                             'folder of results. Name another file.')
         folder = os.path.dirname(folder)
     if os.path.isdir(path):
         raise UsageError(f'{option} {printable(path)}: this is a folder. Name a file.')
@@ -1503,6 +1509,11 @@ NOISE = re.compile(r'[\W_]*|(During handling of|The above exception was) .*:|\++
 SIGNALS = {2: 'INT', 6: 'ABRT', 8: 'FPE', 9: 'KILL', 11: 'SEGV', 13: 'PIPE', 15: 'TERM'}
 
 
+def is_time(value):
+    """Tell whether a value is a time of this millennium or so, in seconds since 1970."""
+    return is_finite(value) and 0 <= value < 10**11
+
+
 class Story(NamedTuple):
     """What the journals of a folder tell over time.
 
@@ -1533,9 +1544,9 @@ def read_story(folder):
     for part in ('', *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', '')))):
         for event in objects_in(os.path.join(inner, part, 'journal')):
             with contextlib.suppress(KeyError, TypeError):      # a strange fact tells nothing
-                retell(event, story)
+                retell({**event, 'folder': folder}, story)
     for sample in objects_in(os.path.join(inner, 'seen')):
-        if is_number(sample.get('time')) and isinstance(sample.get('machine'), str):
+        if is_time(sample.get('time')) and isinstance(sample.get('machine'), str):
             story.seen.setdefault(sample['machine'], []).append(sample)
     return story
 
@@ -1569,18 +1580,18 @@ def retell(event, story):
 def span_of(one):
     """Return (when a try began, when it ended or None while it runs) or None if nothing tells."""
     began, wall_s, until = one.get('time'), one.get('wall_s'), one.get('until')
-    if not is_number(began):
+    if not is_time(began):
         return None
     if one['state'] == 'running':
         return began, None
-    end = began + wall_s if is_number(wall_s) else until
-    return began, max(end, began) if is_number(end) else began
+    end = began + wall_s if is_finite(wall_s) else until
+    return began, max(end, began) if is_time(end) else began
 
 
 def waited_since(one, former, story):
     """Return since when the job of a try had waited, or None.  former: its try before, or None."""
     begun = [time_s for time_s in story.begun.get(one.get('batch'), ())
-             if is_number(time_s) and time_s <= one['time']]
+             if is_time(time_s) and time_s <= one['time']]
     freed = former and span_of(former)
     times = [*begun[-1:], *([freed[1]] if freed and freed[1] and freed[1] <= one['time'] else [])]
     return max(times, default=None)
@@ -1796,18 +1807,18 @@ def samples_of(samples, most, origin):
     groups = [samples[at:at + size] for at in range(0, len(samples), size)]
 
     def mean(group, value):
-        values = [found for found in map(value, group) if is_number(found)]
+        values = [found for found in map(value, group) if is_finite(found)]
         return round(sum(values) / len(values), 3) if values else None
 
     def share(part, whole):
-        return lambda one: (one[part] / one[whole] if is_number(one.get(part))
-                            and is_number(one.get(whole)) and one[whole] > 0 else None)
+        return lambda one: (one[part] / one[whole] if is_finite(one.get(part))
+                            and is_finite(one.get(whole)) and one[whole] > 0 else None)
 
     def of_gpu(index, value):
         def find(one):
             for gpu in one['gpus'] if isinstance(one.get('gpus'), list) else ():
                 if isinstance(gpu, list) and len(gpu) == 4 and gpu[0] == index:
-                    return value(gpu) if all(map(is_number, gpu[1:])) else None
+                    return value(gpu) if all(map(is_finite, gpu[1:])) else None
             return None
         return find
 
@@ -1838,23 +1849,29 @@ def facts_text(facts):
     return found
 
 
-def machines_of(stories, origin):
-    """Return {name of a machine for people: its facts and its use} of all Stories."""
+def machines_of(stories, used, window):
+    """Return {name of a machine for people: its facts and its use} of all Stories.
+
+    used: the names of those that had jobs; of others only those are there of which something was
+    seen in the window: (from, to, the origin of the page's times)
+    """
+    begin, end, origin = window
     found, names = {}, {}
-    for story in stories.values():
+    for folder, story in stories.items():
         for machine in (*story.short, *story.facts, *story.seen):
             name = story.short.get(machine, re.sub(':22$', '', machine))
-            names.setdefault(name, set()).add((id(story), machine))
-    by_id = {id(story): story for story in stories.values()}
-    all_samples = {name: [one for number, machine in pairs
-                          for one in by_id[number].seen.get(machine, ())]
+            names.setdefault(name, {})[folder, machine] = True
+    all_samples = {name: [one for folder, machine in pairs
+                          for one in stories[folder].seen.get(machine, ())
+                          if begin <= one['time'] <= end]
                    for name, pairs in names.items()}
+    names = {name: names[name] for name in names if name in used or all_samples[name]}
     series = sum(2 + 2 * len(one[0].get('gpus') or ()) for one in all_samples.values() if one)
     most = min(max(SAMPLES // max(series, 1), 24), 240)
     for name, pairs in sorted(names.items(), key=lambda item: naturally(item[0])):
         facts = {}
-        for number, machine in pairs:
-            facts.update(facts_text(by_id[number].facts.get(machine)))
+        for folder, machine in pairs:
+            facts.update(facts_text(stories[folder].facts.get(machine)))
         use = samples_of(all_samples[name], most, origin) if all_samples[name] else None
         found[name] = {'name': printable(name), 'facts': facts, 'use': use}
     return found
@@ -1874,7 +1891,7 @@ def provenance(jobs, links):
             if isinstance(record.get(key), str):
                 one[key] = printable(record[key])
         for key in ('time', 'files', 'bytes', 'kept', 'kept_bytes'):
-            if is_number(record.get(key)):
+            if is_finite(record.get(key)):
                 one[key] = record[key]
         for key in ('changed', 'untracked'):
             if isinstance(record.get(key), list):
@@ -1938,28 +1955,25 @@ def listed(values):
     return {'levels': list(numbers), 'codes': codes}
 
 
-def job_data(table, stories, origin, machines, room):
-    """Return what the page tells of each job, as lists of equal length, and the tails.
+def job_data(jobs, stories, tries_of_all, origin, machines, room):
+    """Return what the page tells of each Job, as lists of equal length, and the tails.
 
     room: bytes for the tails
     """
-    jobs = table.jobs
     sizes = [stream_sizes(job) for job in jobs]
     limits = tail_limits(jobs, sizes, room)
-    shown = {(job.folder, job.name) for job in jobs}
     commands = [printable(job.command) for job in jobs]
     prefix = os.path.commonprefix(commands) if len(jobs) > 1 else ''
     most = max(COMMANDS_BYTES // len(jobs), 200)
     numbers = {name: number for number, name in enumerate(machines)}
     found = collections.defaultdict(list)
     found.update(prefix=prefix, tails={})
-    for number, (job, limit) in enumerate(zip(jobs, limits)):
+    for number, (job, tries) in enumerate(zip(jobs, tries_of_all)):
         story = stories[job.folder]
-        *tails, last, reason = ends_of(job, sizes[number], limit)
-        tries = tries_of(job, story, shown)
+        *tails, last, reason = ends_of(job, sizes[number], limits[number])
         found['name'].append(printable(job.name))
         found['state'].append(STATES.index(job.state))
-        found['exit'].append(job.exit_code)
+        found['exit'].append(job.exit_code if is_finite(job.exit_code) else None)
         found['command'].append(cut(commands[number][len(prefix):], most))
         found['last'].append(last)
         found['reason'].append(reason)
@@ -1975,6 +1989,20 @@ def job_data(table, stories, origin, machines, room):
     return found
 
 
+def window_of(stories, tries_of_all, now):
+    """Return (when the jobs began to wait or run, when they ended, the origin of all times)."""
+    begins, ends = [], []
+    for tries in tries_of_all:
+        for one in filter(span_of, tries):
+            began, ended = span_of(one)
+            begun = stories[one['folder']].begun.get(one.get('batch'), ())
+            begins += [began, *(time_s for time_s in begun
+                                if is_time(time_s) and time_s <= began)][:2]
+            ends.append(now if ended is None else ended)
+    begin = min(begins, default=now)
+    return begin, max(ends, default=now), math.floor(begin)
+
+
 def try_data(one, former, story, origin, numbers):
     """Return [waited since, began, ended, state, machine, GPUs, exit code] of a try."""
     began, ended = span_of(one)
@@ -1984,21 +2012,21 @@ def try_data(one, former, story, origin, numbers):
     return [None if since is None else round(since - origin, 2), round(began - origin, 2),
             None if ended is None else round(ended - origin, 2), STATES.index(one['state']),
             numbers.get(machine, -1), gpus,
-            one['exit_code'] if is_number(one.get('exit_code')) else None]
+            one['exit_code'] if is_finite(one.get('exit_code')) else None]
 
 
 def used_by(one):
     """Return [MB, MB of the GPU, cores] that a try used; None is unknown."""
     cpu_s, wall_s = one.get('cpu_s'), one.get('wall_s')
-    cores = cpu_s / wall_s if is_number(cpu_s) and is_number(wall_s) and wall_s >= 1 else None
-    return [*(one[key] if is_number(one.get(key)) else None for key in USED),
+    cores = cpu_s / wall_s if is_finite(cpu_s) and is_finite(wall_s) and wall_s >= 1 else None
+    return [*(one[key] if is_finite(one.get(key)) else None for key in USED),
             None if cores is None else round(cores, 2)]
 
 
 def asked_by(one):
     """Return [MB, MB of the GPU, cores, GPUs] that a try asked for; None is nothing."""
     asked = one.get('asked')
-    return [asked[key] if isinstance(asked, dict) and is_number(asked.get(key)) else None
+    return [asked[key] if isinstance(asked, dict) and is_finite(asked.get(key)) else None
             for key in ASKED]
 
 
@@ -2008,23 +2036,22 @@ def report_data(table, notes, folder, now, room=TAILS_BYTES):
     notes: sentences; folder: that the page lies in; now: seconds since 1970; room: for tails
     """
     stories = {one: read_story(one) for one in dict.fromkeys(job.folder for job in table.jobs)}
-    times = [one['time'] for story in stories.values() for tries in story.tries.values()
-             for one in tries if is_number(one.get('time'))]
-    origin = math.floor(min([now, *times, *(
-        time_s for story in stories.values() for begun in story.begun.values()
-        for time_s in begun if is_number(time_s))]))
-    machines = machines_of(stories, origin)
+    shown = {(job.folder, job.name) for job in table.jobs}
+    tries = [tries_of(job, stories[job.folder], shown) for job in table.jobs]
+    *window, origin = window_of(stories, tries, now)
+    used = {stories[one['folder']].short.get(str(one.get('machine')))
+            for some in tries for one in some}
+    machines = machines_of(stories, used, (*window, origin))
     links = linker(folder)
-    jobs = job_data(table, stories, origin, machines, room) if table.jobs else {}
+    jobs = job_data(table.jobs, stories, tries, origin, machines, room) if table.jobs else {}
     curves, looked = find_curves(table.jobs)
     if table.jobs:
         places = {one: f"{links(os.path.join(one, ''))}/" for one in stories}
         jobs['folder'] = listed([places[job.folder] for job in table.jobs])
         jobs['links'] = {number: links(job.path()) for number, job in enumerate(table.jobs)
                          if not PLAIN_NAME.fullmatch(job.name)}
-    variables = {str(name) for story in stories.values() for tries in story.tries.values()
-                 for one in tries if isinstance(one.get('variables'), list)
-                 for name in one['variables']}
+    variables = {str(name) for some in tries for one in some
+                 if isinstance(one.get('variables'), list) for name in one['variables']}
     batches = [batch for batch in dict.fromkeys(job.batch for job in table.jobs) if batch]
     return {
         'made': round(now, 1), 'origin': origin, 'states': STATES,
@@ -2098,9 +2125,13 @@ def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinis
     notes = {}
     if html is not None:
         check_page(os.fsdecode(html), wishes)
-    table = read_table(results, wishes, lambda sentence: notes.update({sentence: True}))
-    for note in notes if report else ():
-        report(note)
+
+    def note(sentence):
+        notes[sentence] = True
+        if report:
+            report(sentence)
+
+    table = read_table(results, wishes, note)
     if html is not None:
         put_page(table, notes, os.fsdecode(html))
     return as_dictionaries(table)
@@ -2434,7 +2465,8 @@ PAGE_HTML = r'''<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  form-action 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
 <meta name="generator" content="results_table">
@@ -2462,8 +2494,9 @@ PAGE_HTML = r'''<!DOCTYPE html>
         spellcheck="false" aria-describedby="filter-help"></label>
       <span id="states" class="controls" role="group" aria-label="Filter by outcome"></span>
     </div>
-    <p id="filter-help" class="hint">Words, or tests such as <code id="filter-example">exit=0</code>.
-      The plots and curves below show the same jobs. A click on a head sorts.</p>
+    <p id="filter-help" class="hint">Words, or tests such as
+      <code id="filter-example">exit=0</code>. The plots and curves below show the same
+      jobs. A click on a head sorts.</p>
     <div class="scroll" role="region" aria-labelledby="table-head" tabindex="0">
       <table><thead id="heads"></thead><tbody id="rows"></tbody></table></div>
     <div class="controls" id="pages"><button id="page-before" type="button">Previous</button>
@@ -2501,7 +2534,8 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <div class="controls" id="plot-controls"></div>
     <div id="plot"></div>
     <p id="plot-hint" class="hint"></p>
-    <details id="plot-details"><summary>The same as a table</summary><div id="plot-table"></div></details>
+    <details id="plot-details"><summary>The same as a table</summary>
+      <div id="plot-table"></div></details>
   </section>
   <section id="curves" aria-labelledby="curves-head">
     <h2 id="curves-head">Curves</h2>
@@ -2509,7 +2543,8 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <fieldset class="choices" id="curve-jobs"><legend>Jobs</legend></fieldset>
     <div id="curve-plot"></div>
     <p id="curve-hint" class="hint"></p>
-    <details id="curve-details"><summary>The same as a table</summary><div id="curve-table"></div></details>
+    <details id="curve-details"><summary>The same as a table</summary>
+      <div id="curve-table"></div></details>
   </section>
   <section id="failures" aria-labelledby="failures-head">
     <h2 id="failures-head">Failures</h2>
@@ -2567,7 +2602,8 @@ p { margin: 0 0 8px; max-width: 96ch; }
 .muted, .hint { color: var(--muted); }
 .hint { font-size: 12.5px; max-width: 110ch; }
 a { color: var(--accent); }
-code, pre, .code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .92em; }
+code, pre, .code { font-size: .92em;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 [hidden] { display: none !important; }
 nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 10px 0 14px; font-size: 13px; }
 nav a { text-decoration: none; }
@@ -2599,7 +2635,7 @@ button.link { border: 0; background: none; padding: 0; min-height: 0; color: var
   max-width: 100%; }
 .controls label > select, .controls label > input { color: var(--ink); }
 input[type=search] { width: 24em; }
-.shares { display: flex; height: 10px; border-radius: 3px; overflow: hidden; margin: 8px 0; gap: 1px; }
+.shares { height: 10px; border-radius: 3px; overflow: hidden; margin: 8px 0; }
 .shares svg { display: block; width: 100%; height: 10px; }
 /* Tables */
 .scroll { overflow-x: auto; position: relative; }
@@ -2744,7 +2780,9 @@ function fill(node, facts, children) {
       node.setAttribute(name, value === true ? '' : value);
     }
   }
-  for (const child of children.flat(Infinity)) if (child !== null && child !== '') node.append(child);
+  for (const child of children.flat(Infinity)) {
+    if (child !== null && child !== '') node.append(child);
+  }
   return node;
 }
 
@@ -2777,7 +2815,8 @@ function choice(id, label, options, chosen, act) {
 const NUMERIC = /^((under )?[\d.,]+( ?%|s|m \d+s|h \d+m|d \d+h)?|no job)?$/;
 
 function looksNumeric(value) {
-  return value === null || typeof value === 'number' || (typeof value === 'string' && NUMERIC.test(value));
+  return value === null || typeof value === 'number'
+    || (typeof value === 'string' && NUMERIC.test(value));
 }
 
 function tableOf(heads, rows, caption) {
@@ -2785,7 +2824,8 @@ function tableOf(heads, rows, caption) {
   const cell = (name, value, at, more) => el(name,
     {class: numeric[at] ? 'number' : null, ...more},
     value instanceof Node || Array.isArray(value) ? value : shown(value));
-  return el('div', {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption}, el('table', {},
+  const facts = {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption};
+  return el('div', facts, el('table', {},
     el('thead', {}, el('tr', {}, heads.map((head, at) => cell('th', head, at, {scope: 'col'})))),
     el('tbody', {}, rows.map(row => el('tr', {}, row.map((value, at) => cell('td', value, at)))))));
 }
@@ -2838,7 +2878,8 @@ const formats = new Map();
 function dateText(time, facts) {
   const key = JSON.stringify(facts);
   if (!formats.has(key)) formats.set(key, new Intl.DateTimeFormat('en', facts));
-  return formats.get(key).format(dateOf(time));
+  const date = dateOf(time);
+  return Number.isNaN(date.getTime()) ? '?' : formats.get(key).format(date);
 }
 
 function timeOf(time, withDay = true) {
@@ -2894,7 +2935,8 @@ function readJobs(raw) {
 }
 
 function readColumns(raw) {
-  return raw.map(column => {
+  const isJob = column => column.key === 'job';       // it opens a row, and is its head
+  return [...raw.filter(isJob), ...raw.filter(one => !isJob(one))].map(column => {
     const values = expand(column.values);
     const texts = column.texts ? expand(column.texts) : values.map(cellText);
     return {...column, values, texts};
@@ -2933,7 +2975,8 @@ function settingsOf(job) {
 function whereOf(one) {
   if (one.machine < 0) return '';
   const name = data.machines[one.machine].name;
-  return one.gpus.length ? `${name} GPU${one.gpus.length > 1 ? 's' : ''} ${one.gpus.join(', ')}` : name;
+  if (!one.gpus.length) return name;
+  return `${name} GPU${one.gpus.length > 1 ? 's' : ''} ${one.gpus.join(', ')}`;
 }
 
 // Lines that tell of a job, and of one of its tries; the first is its head.
@@ -3125,19 +3168,26 @@ function showStates() {
 function showReason() {
   const one = byId('only-reason');
   one.hidden = chosen.reason === null;
-  one.textContent = `only: ${chosen.reason?.words} \u2715`;
-  one.setAttribute('aria-label', `Only jobs that failed so: ${chosen.reason?.words}. Show all again`);
+  const words = chosen.reason?.words;
+  one.textContent = `only: ${words} \u2715`;
+  one.setAttribute('aria-label', `Only jobs that failed so: ${words}. Show all again`);
 }
 
 function beginTable() {
   put('shared', data.shared.map(line => el('p', {class: 'code muted'}, line)));
   const example = parameters.find(one => one.numeric) || columns.find(one => one.numeric);
-  if (example) byId('filter-example').textContent = `${example.head}>${example.texts.find(Boolean)}`;
+  if (example) {
+    byId('filter-example').textContent = `${example.head}>${example.texts.find(Boolean)}`;
+  }
   byId('filter').value = chosen.text;
   let pending = 0;
   byId('filter').addEventListener('input', () => {
     clearTimeout(pending);
-    pending = setTimeout(() => { chosen.text = byId('filter').value; table.page = 0; choose(); }, 80);
+    pending = setTimeout(() => {
+      chosen.text = byId('filter').value;
+      table.page = 0;
+      choose();
+    }, 80);
   });
   byId('page-before').addEventListener('click', () => turnPage(-1));
   byId('page-after').addEventListener('click', () => turnPage(1));
@@ -3168,8 +3218,9 @@ function factsPart(job) {
   for (const one of job.tries) {
     const waited = one.since === null ? '' : `, after waiting ${durationOf(one.began - one.since)}`;
     const exit = one.exit === null ? one.state : `${one.state}, exit code ${one.exit}`;
-    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${rangeOfTimes(one.began, one.ended)} (${
-      durationOf((one.ended ?? now) - one.began)})${whereOf(one) && ` on ${whereOf(one)}`}${waited}: ${exit}`]);
+    const length = durationOf((one.ended ?? now) - one.began), where = whereOf(one);
+    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${rangeOfTimes(one.began, one.ended)} `
+      + `(${length})${where && ` on ${where}`}${waited}: ${exit}`]);
   }
   if (job.reason) pairs.push(['Why it failed', job.reason]);
   const used = [['MB', 0], ['MB of GPU memory', 1], ['cores', 2]].map(([unit, at]) => {
@@ -3216,7 +3267,8 @@ function showTip(lines, box) {
   const left = Math.min(Math.max(box.left, 8), innerWidth - tip.offsetWidth - 8);
   const above = box.top - tip.offsetHeight - 8;
   tip.style.left = `${Math.max(left, 8)}px`;
-  tip.style.top = `${above > 4 ? above : Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 4)}px`;
+  const below = Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 4);
+  tip.style.top = `${above > 4 ? above : below}px`;
 }
 
 // The page was scrolled: what has the focus goes on telling, the pointer is at another place now.
@@ -3258,9 +3310,10 @@ function bindMarks(area, tell, open) {
   const show = (mark, box) => { hideTip(); mark.classList.add('on'); showTip(tell(mark), box); };
   area.addEventListener('pointerover', event => {
     const mark = markOf(event);
-    if (mark) show(mark, mark.classList.contains('curve') || mark.getBoundingClientRect().width > 300
-      ? {left: event.clientX, top: event.clientY - 6, bottom: event.clientY + 12}
-      : mark.getBoundingClientRect());
+    if (!mark) return;
+    const box = mark.getBoundingClientRect(), isWide = box.width > 300;
+    show(mark, isWide || mark.classList.contains('curve')
+      ? {left: event.clientX, top: event.clientY - 6, bottom: event.clientY + 12} : box);
   });
   area.addEventListener('pointerout', event => { if (markOf(event)) hideTip(); });
   area.addEventListener('focusin', event => {
@@ -3297,7 +3350,10 @@ function niceStep(length, most) {
 }
 
 function linearScale(low, high, from, to, room = 70) {
-  if (low === high) [low, high] = low ? [low - Math.abs(low) / 2, high + Math.abs(high) / 2] : [-1, 1];
+  if (low === high) {
+    const aside = Math.abs(low) / 2 || 1;
+    [low, high] = [low - aside, high + aside];
+  }
   const at = value => from + (value - low) / (high - low) * (to - from);
   const step = niceStep(high - low, Math.abs(to - from) / room), ticks = [];
   for (let n = Math.ceil(low / step); n * step <= high + step / 1e6; n++) {
@@ -3340,7 +3396,7 @@ const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10
   86400, 172800, 604800];
 
 function timeTicks(from, to, most) {
-  const step = STEPS.find(one => (to - from) / one <= most) || 2419200;
+  const step = STEPS.find(one => (to - from) / one <= most) || niceStep(to - from, most);
   const zone = 60 * dateOf(from).getTimezoneOffset(), ticks = [];
   let at = Math.ceil((data.origin + from - zone) / step) * step - data.origin + zone;
   for (; at <= to; at += step) ticks.push(at);
@@ -3466,11 +3522,12 @@ function beginTimeline() {
 
 function showLegend() {
   const states = new Set(jobs.flatMap(job => job.tries.map(one => one.state)));
+  const box = {x: 1, y: 1, width: 24, height: 10};
   const swatch = (kind, text) => el('span', {}, draw('svg', {width: 26, height: 12,
-    'aria-hidden': 'true'}, draw('rect', {class: `bar ${kind}`, x: 1, y: 1, width: 24, height: 10})),
-  text);
+    'aria-hidden': 'true'}, draw('rect', {class: `bar ${kind}`, ...box})), text);
   const before = jobs.some(job => job.tries.length > 1);
-  put('legend', data.states.map(state => state || 'unknown').filter(state => states.has(state)).map(state => swatch(state, MEANINGS[state] || state)),
+  const there = data.states.map(state => state || 'unknown').filter(state => states.has(state));
+  put('legend', there.map(state => swatch(state, MEANINGS[state] || state)),
     before ? swatch('finished before', 'an earlier try (dashed edge)') : '');
 }
 
@@ -3490,7 +3547,8 @@ function shift(share) {
 
 function showTimeline() {
   if (!view.lanes.length) return;
-  byId('zoom-out').disabled = byId('zoom-all').disabled = view.to - view.from >= 0.999 * span.length;
+  const isAll = view.to - view.from >= 0.999 * span.length;
+  byId('zoom-out').disabled = byId('zoom-all').disabled = isAll;
   byId('earlier').disabled = view.from <= span.from + 1e-9;
   byId('later').disabled = view.to >= span.to - 1e-9;
   showTimeAxis();
@@ -3529,9 +3587,12 @@ function showTimeAxis() {
       draw('text', {x: right + 5, y: 32}, most.toLocaleString('en')));
   }
   const top = most ? 42 : 4;
-  parts.push(draw('line', {class: 'axis', x1: left, x2: right, y1: top, y2: top}), ticks.map(tick => [
-    draw('line', {class: 'axis', x1: scale.at(tick), x2: scale.at(tick), y1: top, y2: top + 5}),
-    draw('text', {x: scale.at(tick), y: top + 17, 'text-anchor': 'middle'}, text(tick))]));
+  parts.push(draw('line', {class: 'axis', x1: left, x2: right, y1: top, y2: top}));
+  for (const tick of ticks) {
+    const x = scale.at(tick);
+    parts.push(draw('line', {class: 'axis', x1: x, x2: x, y1: top, y2: top + 5}),
+      draw('text', {x, y: top + 17, 'text-anchor': 'middle'}, text(tick)));
+  }
   const label = `Axis from ${timeOf(view.from)} to ${timeOf(view.to)}`
     + (most ? `; at most ${many(most, 'job')} waited` : '');
   put('time-axis', picture(width, top + 22, {role: 'img', 'aria-label': label}, parts));
@@ -3553,8 +3614,8 @@ function showLanes() {
   const focused = area.contains(document.activeElement) && document.activeElement.dataset.key;
   for (const lane of view.lanes) {
     if (lane.y > bottom || lane.bottom < top) continue;
-    const idle = lane.share < 0.005 ? 'no job' : percent(lane.share);
-    parts.push(draw('line', {class: 'lane-line', x1: 0, x2: width, y1: lane.bottom, y2: lane.bottom}),
+    const idle = lane.share < 0.005 ? 'no job' : percent(lane.share), y = lane.bottom;
+    parts.push(draw('line', {class: 'lane-line', x1: 0, x2: width, y1: y, y2: y}),
       draw('svg', {x: 0, y: lane.y, width: left - 8, height: 18},
         draw('text', {class: 'strong', x: 0, y: 13}, laneName(lane))),
       draw('text', {x: right + 5, y: lane.y + 13}, idle));
@@ -3594,8 +3655,9 @@ function barOf({tries, state, x, to}, row) {
   const key = `${one.job}-${job.tries.indexOf(one)}-${row.lane.gpu}`;
   const label = tries.length > 1 ? `${many(tries.length, 'job')}, ${state}: zoom in to see each` :
     tellJob(job, one).filter((_, at) => at !== 1).join('; ');
-  const facts = {class: `mark bar ${state} ${one.isLatest ? '' : 'before'} ${passes ? '' : 'faded'}`,
-    x: x.toFixed(1), y: row.y + 1, width: width.toFixed(1), height: row.height - 2, rx: 1.5,
+  const kinds = [state, one.isLatest ? '' : 'before', passes ? '' : 'faded'].join(' ');
+  const facts = {class: `mark bar ${kinds}`, x: x.toFixed(1), y: row.y + 1,
+    width: width.toFixed(1), height: row.height - 2, rx: 1.5,
     role: 'button', tabindex: -1, 'aria-label': label, 'data-key': key, 'data-job': one.job,
     'data-try': job.tries.indexOf(one), 'data-count': tries.length};
   const bar = draw('rect', facts);
@@ -3642,6 +3704,11 @@ function meanOf(values) {
   return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : null;
 }
 
+function leastOf(values) {
+  const there = values.filter(value => typeof value === 'number');
+  return there.length ? there.reduce((a, b) => Math.min(a, b)) : null;
+}
+
 function mostOf(values) {
   const there = values.filter(value => typeof value === 'number');
   return there.length ? there.reduce((a, b) => Math.max(a, b)) : null;
@@ -3650,7 +3717,7 @@ function mostOf(values) {
 // The machines and GPUs, each with its tries and with what was seen of it.
 function useRows() {
   const of = data.machines.map(() => []);
-  for (const job of jobs) for (const one of job.tries) if (of[one.machine]) of[one.machine].push(one);
+  jobs.forEach(job => job.tries.forEach(one => of[one.machine]?.push(one)));
   return data.machines.flatMap((one, machine) => {
     const tries = of[machine];
     const gpus = view.lanes.filter(lane => lane.machine === machine && lane.gpu !== null);
@@ -3705,8 +3772,8 @@ function useChart(row, width) {
   parts.push(draw('path', {class: 'had-job', d: marks.d}));
   for (const [from, to] of row.busy ? unbroken(row.times, row.busy) : []) {
     const xs = row.times.slice(from, to).map(scale.at), ys = row.busy.slice(from, to).map(y);
-    const line = linePath(xs, ys);
-    parts.push(draw('path', {class: 'busy-area', d: `${line}L${xs.at(-1)},${y(0)}L${xs[0]},${y(0)}Z`}),
+    const line = linePath(xs, ys), floor = `L${xs.at(-1)},${y(0)}L${xs[0]},${y(0)}Z`;
+    parts.push(draw('path', {class: 'busy-area', d: line + floor}),
       draw('path', {class: 'busy-line', d: line}));
   }
   for (const [from, to] of row.memory ? unbroken(row.times, row.memory) : []) {
@@ -3714,8 +3781,9 @@ function useChart(row, width) {
       row.times.slice(from, to).map(scale.at), row.memory.slice(from, to).map(y))}));
   }
   const cursor = draw('line', {class: 'cursor', y1: 0, y2: 40, x1: -9, x2: -9});
-  const label = `${row.name} over time: ${row.busy ? `${row.what} busy ${percent(meanOf(row.busy))} `
-    + `in the mean, memory at most ${percent(mostOf(row.memory))}` : 'nothing was seen'}`;
+  const label = `${row.name} over time: ` + (!row.busy ? 'nothing was seen'
+    : `${row.what} busy ${percent(meanOf(row.busy))} in the mean, `
+      + `memory at most ${percent(mostOf(row.memory))}`);
   const chart = picture(width, height, {role: 'img', 'aria-label': label, tabindex: 0},
     parts, cursor);
   bindCursor(chart, cursor, row, scale, width);
@@ -3732,7 +3800,8 @@ function bindCursor(chart, cursor, row, scale, width) {
     const parts = [[row.what, row.busy], ['memory', row.memory]].filter(
       ([, values]) => values && values[at] !== null).map(
       ([what, values]) => `${what} ${percent(values[at])}`);
-    const running = row.tries.filter(one => one.began <= times[at] && (one.ended ?? now) >= times[at]);
+    const running = row.tries.filter(
+      one => one.began <= times[at] && (one.ended ?? now) >= times[at]);
     showTip([`${row.name}, ${timeOf(times[at])}`, parts.join(', ') || 'nothing was seen',
       many(running.length, 'job')], {left: box.left + x, top: box.top, bottom: box.bottom});
   };
@@ -3761,7 +3830,8 @@ const MOST_ROWS = 300;
 
 // The name of a machine; where there are many, a button that shows its GPUs or hides them.
 function foldButton(row) {
-  if (!row.gpus || row.isGpu) return el('span', {class: row.isGpu ? 'muted' : 'parameter'}, row.name);
+  if (row.isGpu) return el('span', {class: 'muted'}, row.name);
+  if (!row.gpus) return el('span', {class: 'parameter'}, row.name);
   const isOpen = unfolded.has(row.machine);
   return button([isOpen ? '\u25be ' : '\u25b8 ', row.name], () => {
     if (!unfolded.delete(row.machine)) unfolded.add(row.machine);
@@ -3832,7 +3902,8 @@ function useStrip(group, width) {
   }
   const strip = picture(width, 52, {role: 'group',
     'aria-label': `${group.what} that jobs used`}, parts);
-  bindMarks(strip, mark => tellJob(jobs[mark.dataset.job]), mark => openJob(jobs[mark.dataset.job]));
+  const jobOf = mark => jobs[mark.dataset.job];
+  bindMarks(strip, mark => tellJob(jobOf(mark)), mark => openJob(jobOf(mark)));
   isReachable(strip);
   return strip;
 }
@@ -3868,7 +3939,7 @@ const MOST_MEANS = 40;
 const plot = {metric: null, parameter: null, group: null, log: null};
 
 function isGood(job) {
-  return (job.state === 'finished' || job.state === 'earlier' || job.state === 'unknown') && !job.exit;
+  return ['finished', 'earlier', 'unknown'].includes(job.state) && !job.exit;
 }
 
 function levelsOf(column, some) {
@@ -3880,8 +3951,8 @@ function textOf(column, value) {
   return column.texts[column.values.indexOf(value)] || shown(value);
 }
 
-// Sort the values of a parameter into at most so many grades: each value is one, or, of more numbers,
-// a range with as many jobs as the others; of more words, the last grade has the rest.
+// Sort the values of a parameter into at most so many grades: each value is one, or, of more
+// numbers, a range with as many jobs as the others; of more words, the last grade has the rest.
 function gradesOf(column, some, most) {
   const levels = levelsOf(column, some);
   if (levels.length <= most) {
@@ -3893,14 +3964,16 @@ function gradesOf(column, some, most) {
       text: at < most - 1 ? textOf(column, value) : `${levels.length - at} others`})),
     of: job => Math.min(levels.indexOf(column.values[job.n]), most - 1)};
   }
-  const values = some.map(job => column.values[job.n]).filter(value => value !== null).sort(compare);
+  const values = some.map(job => column.values[job.n]).filter(value => value !== null);
+  values.sort(compare);
   const count = Math.min(most, 12), ends = Array.from({length: count},
     (_, at) => values[Math.ceil((at + 1) * values.length / count) - 1]);
   const isLog = spansDecades(levels, 50);
   const all = [...new Set(ends)].map((end, at, kept) => {
     const own = values.filter(value => value <= end && (!at || value > kept[at - 1]));
     const middle = isLog ? Math.sqrt(own[0] * end) : (own[0] + end) / 2;
-    return {x: middle, end, text: own[0] === end ? shown(end) : `${shown(own[0])} to ${shown(end)}`};
+    const text = own[0] === end ? shown(end) : `${shown(own[0])} to ${shown(end)}`;
+    return {x: middle, end, text};
   });
   return {all, of: job => all.findIndex(one => column.values[job.n] <= one.end), isRange: true};
 }
@@ -3975,8 +4048,8 @@ function colour(at) {
   return `var(--c${Math.min(at, COLOURS - 1)})`;
 }
 
-// Return the values that a drawing has room for: those of jobs that finished well, if there are some.
-// What a job that explodes has printed would leave no room for all others.
+// Return the values that a drawing has room for: those of jobs that finished well, if there are
+// some. What a job that explodes has printed would leave no room for all others.
 function rangeOf(some, valuesOf) {
   const good = some.filter(isGood).flatMap(valuesOf).filter(Number.isFinite);
   return good.length ? good : some.flatMap(valuesOf).filter(Number.isFinite);
@@ -4006,7 +4079,8 @@ function xAxis(found, left, right, bottom) {
   if (isWords) {
     const width = (right - left) / levels.length;
     const at = value => left + (levels.indexOf(value) + 0.5) * width;
-    const most = Math.max(Math.floor(width / 7), 3), each = Math.ceil(levels.length * 14 / (right - left));
+    const most = Math.max(Math.floor(width / 7), 3);
+    const each = Math.ceil(levels.length * 14 / (right - left));
     const cut = text => text.length > most ? `${text.slice(0, most - 1)}\u2026` : text;
     const marks = levels.filter((_, n) => n % each === 0).map(value => draw('text',
       {x: at(value), y: bottom + 18, 'text-anchor': 'middle'},
@@ -4017,10 +4091,11 @@ function xAxis(found, left, right, bottom) {
   // The values that were tried are the best ticks, where there is room for them.
   const near = levels.some((value, n) => n && scale.at(value) - scale.at(levels[n - 1]) < 46);
   const ticks = near ? scale.ticks : levels;
-  const marks = ticks.map(tick => [
-    draw('line', {class: 'axis', x1: scale.at(tick), x2: scale.at(tick), y1: bottom, y2: bottom + 5}),
-    draw('text', {x: scale.at(tick), y: bottom + 18, 'text-anchor': 'middle'},
-      near ? shown(tick) : textOf(plot.parameter, tick))]);
+  const marks = ticks.map(tick => {
+    const x = scale.at(tick), text = near ? shown(tick) : textOf(plot.parameter, tick);
+    return [draw('line', {class: 'axis', x1: x, x2: x, y1: bottom, y2: bottom + 5}),
+      draw('text', {x, y: bottom + 18, 'text-anchor': 'middle'}, text)];
+  });
   return {at: scale.at, marks, width: 0};
 }
 
@@ -4031,11 +4106,14 @@ function pointsOf(found, x, y) {
   const points = evenlyOf(found.drawn, 2500).map(job => {
     const part = found.parts ? Math.max(found.parts.of(job), 0) : 0;
     const jitter = x.width ? ((job.n * 0.618) % 1 - 0.5) * Math.min(x.width * 0.5, 40) : 0;
-    return draw('path', {class: `mark dot ${isGood(job) ? '' : 'other'} ${isMany ? 'small' : ''}`, role: 'button', tabindex: -1,
+    const kinds = `${isGood(job) ? '' : 'other'} ${isMany ? 'small' : ''}`;
+    const label = `${job.name}, ${job.state}: ${settingsOf(job)}, `
+      + `${metric.head} ${metric.texts[job.n]}`;
+    return draw('path', {class: `mark dot ${kinds}`, role: 'button', tabindex: -1,
       color: colour(part), 'data-job': job.n,
       'data-part': part, d: shapeOf(part, x.at(parameter.values[job.n]) + shift(part) + jitter,
         y.at(metric.values[job.n]), isMany ? 2.5 : 4),
-      'aria-label': `${job.name}, ${job.state}: ${settingsOf(job)}, ${metric.head} ${metric.texts[job.n]}`});
+      'aria-label': label});
   });
   const means = Array.from({length: count}, (_, part) => {
     const own = found.means.filter(one => one.part === part).sort((a, b) => compare(a.x, b.x));
@@ -4047,11 +4125,11 @@ function pointsOf(found, x, y) {
       stroke: colour(part), x1: at - 22, x2: at + 22, y1: height, y2: height}))];
     const middles = spots.map(([at, height]) => draw('line', {class: 'mean', stroke: colour(part),
       x1: at - 9, x2: at + 9, y1: height, y2: height}));
-    return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean', stroke: colour(part),
-      d: linePath(spots.map(one => one[0]), spots.map(one => one[1]))})];
+    return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean',
+      stroke: colour(part), d: linePath(spots.map(one => one[0]), spots.map(one => one[1]))})];
   });
-  return [points, draw('g', {class: 'halo'}, means.flat(Infinity).map(one => one && one.cloneNode())),
-    draw('g', {class: 'means'}, means)];
+  const behind = means.flat(Infinity).map(one => one && one.cloneNode());
+  return [points, draw('g', {class: 'halo'}, behind), draw('g', {class: 'means'}, means)];
 }
 
 function showPlot() {
@@ -4069,8 +4147,8 @@ function showPlot() {
     return;
   }
   const x = xAxis(found, left, width - 8, bottom);
-  const y = withinEdges(scaleFor([...ys, ...spread], found.isLogY && ys.every(one => one > 0), bottom,
-    26), bottom, 26);
+  const isLog = found.isLogY && ys.every(one => one > 0);
+  const y = withinEdges(scaleFor([...ys, ...spread], isLog, bottom, 26), bottom, 26);
   found.outside = found.drawn.filter(job => y.isOutside(metric.values[job.n])).length;
   const label = `${metric.head} over ${parameter.head}, ${many(found.drawn.length, 'job')}; `
     + 'the table below has the means';
@@ -4094,7 +4172,8 @@ function showPlotWords(found) {
   const {metric, parameter, group} = plot;
   const strange = found.there.length - found.drawn.length;
   const others = found.drawn.filter(job => !isGood(job)).length;
-  const cut = found.drawn.length > 2500 ? `2,500 of ${many(found.drawn.length, 'job')} are drawn.` : '';
+  const count = found.drawn.length;
+  const cut = count > 2500 ? `2,500 of ${many(count, 'job')} are drawn.` : '';
   byId('plot-hint').textContent = ['A mark is a job. The line goes through the means of jobs that '
     + 'finished well', found.isLogY ? '.' : '; whiskers are one sample standard deviation.',
   others ? ` Hollow marks failed or still run: ${others}.` : '',
@@ -4116,8 +4195,9 @@ function pick(list, event) {
 function showExplained() {
   const shares = parameters.map(one => [explainedBy(chosen.jobs, plot.metric, one), one])
     .filter(([share]) => share !== null).sort((a, b) => b[0] - a[0]);
-  byId('explained').textContent = shares.length > 1 ? `Of the differences in ${plot.metric.head}, this `
-    + `share goes with: ${shares.map(([share, one]) => `${one.head} ${percent(share)}`).join(', ')}.` : '';
+  const texts = shares.map(([share, one]) => `${one.head} ${percent(share)}`).join(', ');
+  byId('explained').textContent = shares.length > 1
+    ? `Of the differences in ${plot.metric.head}, this share goes with: ${texts}.` : '';
 }
 
 function beginPlot() {
@@ -4172,7 +4252,8 @@ function curveColours(some) {
 }
 
 function showCurveJobs() {
-  const there = evenlyOf(curveJobs(), curve.listed), shownJobs = new Set(pickedJobs().map(job => job.n));
+  const there = evenlyOf(curveJobs(), curve.listed);
+  const shownJobs = new Set(pickedJobs().map(job => job.n));
   const set = jobs => { curve.picked = new Set(jobs.map(job => job.n)); showCurves(); };
   put('curve-jobs', el('legend', {}, `Jobs: ${shownJobs.size} of ${curveJobs().length} are drawn`),
     el('span', {class: 'row'}, button('All', () => set(there), {id: 'curves-all', class: 'link'}),
@@ -4225,19 +4306,19 @@ function drawCurves() {
     {x: x.at(tick), y: bottom + 18, 'text-anchor': 'middle'}, shown(tick))),
   draw('line', {class: 'axis', x1: left, x2: width - 10, y1: bottom, y2: bottom}),
   draw('text', {class: 'strong', x: (left + width) / 2, y: height - 6, 'text-anchor': 'middle'},
-    counter), draw('svg', {x: 0, y: 22, width, height: bottom - 20, viewBox: `0 22 ${width} ${bottom - 20}`},
-  lines)), curveLegend(some, place));
+    counter), draw('svg', {y: 22, width, height: bottom - 20,
+    viewBox: `0 22 ${width} ${bottom - 20}`}, lines)), curveLegend(some, place));
   isReachable(byId('curve-plot'));
   put('curve-table', tableOf(['job', 'settings', 'values', 'first', 'lowest', 'highest', 'last'],
     some.slice(0, 300).map(job => {
       const values = of(job)[1], finite = values.filter(Number.isFinite);
-      return [job.name, settingsOf(job), values.length, values[0], mostOf(finite.map(one => -one)) * -1,
+      return [job.name, settingsOf(job), values.length, values[0], leastOf(finite),
         mostOf(finite), values.at(-1)];
     }), 'Curves'));
 }
 
 function spansDecadesOf(values, ratio) {
-  const low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
+  const low = leastOf(values), high = mostOf(values);
   return low > 0 && high / low >= ratio;
 }
 
@@ -4278,10 +4359,10 @@ function beginCurves() {
       curve.log = event.target.checked;
       showCurves();
     }}), 'logarithmic'));
-  const few = data.looked < jobs.length ? ` The outputs of ${many(data.looked, 'job')}, from all over `
-    + `the ${jobs.length.toLocaleString('en')}, were read for this.` : '';
-  byId('curve-hint').textContent = 'Numbers that stand in several lines of an output under one name; '
-    + `of long outputs a selection.${few}`;
+  const few = data.looked >= jobs.length ? '' : ` The outputs of ${many(data.looked, 'job')}, from `
+    + `all over the ${jobs.length.toLocaleString('en')}, were read for this.`;
+  byId('curve-hint').textContent = 'Numbers that stand in several lines of an output under one '
+    + `name; of long outputs a selection.${few}`;
   bindMarks(byId('curve-plot'), mark => tellJob(jobs[mark.dataset.job]),
     mark => openJob(jobs[mark.dataset.job]));
   followers.push(showCurves);
@@ -4305,7 +4386,8 @@ function failureGroups() {
 
 // Return the fewest of the settings, one or two, that no good job has together.
 function culprits(shared, good, mayPair) {
-  const has = (job, settings) => settings.every(([column, value]) => column.values[job.n] === value);
+  const has = (job, settings) => settings.every(
+    ([column, value]) => column.values[job.n] === value);
   const candidates = [...shared.map(one => [one]), ...(mayPair ? shared.flatMap(
     (one, at) => shared.slice(at + 1).map(other => [one, other])) : [])];
   return (good.length && candidates.find(settings => !good.some(job => has(job, settings)))) || [];
@@ -4363,9 +4445,11 @@ function pathsPart(what, paths, count) {
 }
 
 function sentOf(one) {
-  const commit = one.commit ? `commit ${one.commit.slice(0, 12)}${one.branch ? ` on ${one.branch}` : ''}` : '';
+  const branch = one.branch ? ` on ${one.branch}` : '';
+  const commit = one.commit ? `commit ${one.commit.slice(0, 12)}${branch}` : '';
   const state = one.commit && !one.changed_count && !one.untracked_count ? ', unchanged' : '';
-  const files = one.files === undefined ? '' : `${many(one.files, 'file')}, ${bytesOf(one.bytes || 0)}`;
+  const files = one.files === undefined ? ''
+    : `${many(one.files, 'file')}, ${bytesOf(one.bytes || 0)}`;
   const links = [['the differences to the commit', one.diff], ['the list of files', one.list]]
     .filter(([, link]) => link).map(([text, href]) => el('a', {href}, text));
   return el('div', {}, el('h3', {}, `Files ${one.digest.slice(0, 8)}: ${many(one.jobs, 'job')}`),
@@ -4373,24 +4457,29 @@ function sentOf(one) {
       || 'What these files were was not recorded.'),
     pathsPart('Files that differ from the commit', one.changed, one.changed_count),
     pathsPart('Files that the commit does not have', one.untracked, one.untracked_count),
-    links.length ? el('p', {}, 'See ', links.flatMap((link, at) => at ? [', ', link] : [link])) : '');
+    links.length ? el('p', {}, 'See ', links.map((link, at) => at ? [', ', link] : link)) : '');
+}
+
+function gigabytes(megabytes) {
+  return `${shown(Math.round(megabytes / 102.4) / 10)} GB`;
 }
 
 function showRan() {
   const rows = data.machines.filter(one => Object.keys(one.facts).length).map(({name, facts}) => [
-    name, facts.cores || '', facts.memory_mb ? `${shown(Math.round(facts.memory_mb / 102.4) / 10)} GB` : '',
+    name, facts.cores || '', facts.memory_mb ? gigabytes(facts.memory_mb) : '',
     listOf([...new Set((facts.gpus || []).map(gpu => gpu.model))].map(model => {
       const count = facts.gpus.filter(gpu => gpu.model === model).length;
       return count > 1 ? `${count} \u00d7 ${model}` : model;
     })), facts.driver || '', facts.kernel || '', facts.python || '']);
   const mixed = data.sent.length > 1
-    ? el('p', {}, `The jobs of this page ran with ${data.sent.length} different sets of files.`) : '';
+    ? el('p', {}, `These jobs ran with ${data.sent.length} different sets of files.`) : '';
   put('ran-body', mixed, data.sent.map(sentOf),
     data.sent.length ? '' : el('p', {}, 'Which files the jobs ran with was not recorded.'),
-    data.variables.length ? el('p', {}, 'Environment variables that were handed over (their names): ',
+    data.variables.length ? el('p', {},
+      'Environment variables that were handed over (their names): ',
       el('span', {class: 'code'}, data.variables.join(', '))) : '',
-    rows.length ? [el('h3', {}, 'Machines'), tableOf(['machine', 'cores', 'memory', 'GPUs', 'driver',
-      'kernel', 'Python'], rows, 'Facts of machines')]
+    rows.length ? [el('h3', {}, 'Machines'), tableOf(['machine', 'cores', 'memory', 'GPUs',
+      'driver', 'kernel', 'Python'], rows, 'Facts of machines')]
       : el('p', {class: 'muted'}, 'Facts of the machines were not recorded.'));
 }
 
@@ -4410,7 +4499,7 @@ function showLead() {
   parts.push(data.places.join(', '));
   byId('lead').textContent = parts.join(' \u00b7 ');
   const made = dateText(now, {...DAY, year: 'numeric', ...CLOCK, second: '2-digit'});
-  byId('foot').textContent = `Made by results_table, ${made}. Times are those of this computer's zone.`;
+  byId('foot').textContent = `Made by results_table, ${made}. Times are of this computer's zone.`;
   const counts = new Map();
   for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
   let x = 0;
@@ -4426,17 +4515,19 @@ function showLead() {
 
 function showNav() {
   const sections = [...document.querySelectorAll('main > section')].filter(one => !one.hidden);
-  put('nav', sections.map(one => el('a', {href: `#${one.id}`}, one.querySelector('h2').textContent)));
+  put('nav', sections.map(one => el('a', {href: `#${one.id}`},
+    one.querySelector('h2').textContent)));
 }
 
 // Return the sentence about machines and GPUs that had few jobs.
 function idleWords() {
   const rows = useRows(), gpus = rows.filter(row => row.isGpu && row.tries.length);
-  const some = rows.filter(row => row.isGpu || !rows.some(
-    other => other.isGpu && other.machine === row.machine && (other.tries.length || !row.tries.length)));
+  const some = rows.filter(row => row.isGpu || !rows.some(other => other.isGpu
+    && other.machine === row.machine && (other.tries.length || !row.tries.length)));
   if (some.length < 2) return '';
   const shares = some.map(row => [busyShare(row.tries), row.name]).sort((a, b) => a[0] - b[0]);
-  const idle = shares.filter(([share]) => share < 0.5), rest = shares.filter(([share]) => share >= 0.5);
+  const idle = shares.filter(([share]) => share < 0.5);
+  const rest = shares.filter(([share]) => share >= 0.5);
   if (!idle.length) return `each ${gpus.length ? 'GPU' : 'machine'} had a job for at least `
     + `${percent(shares[0][0])} of the time`;
   const say = ([share, name]) => share < 0.005 ? `${name} had no job` :
@@ -4455,7 +4546,8 @@ function showGlance() {
     'parameters');
   add('machines', jobs.length ? idleWords() : '', 'machines');
   const groups = failureGroups();
-  add('failures', listOf(groups.map(one => `${one.jobs.length}\u00d7 ${one.words}`), 3), 'failures');
+  const reasons = groups.map(one => `${one.jobs.length}\u00d7 ${one.words}`);
+  add('failures', listOf(reasons, 3), 'failures');
   put('glance', lines);
   byId('glance').hidden = !lines.length;
   put('notes', data.notes.map(note => el('p', {},
@@ -4468,7 +4560,8 @@ function definePatterns() {
     patternUnits: 'userSpaceOnUse'}, draw('rect', {width: size, height: size, fill: base}), marks);
   const line = (d, stroke, width) => draw('path', {d, stroke, 'stroke-width': width, fill: 'none'});
   byId('patterns').append(draw('defs', {},
-    pattern('is-failed', 6, 'var(--failed)', line('M-1,7L7,-1M-1,1L1,-1M5,7L7,5', 'var(--paper)', 1.4)),
+    pattern('is-failed', 6, 'var(--failed)', line('M-1,7L7,-1M-1,1L1,-1M5,7L7,5', 'var(--paper)',
+      1.4)),
     pattern('is-running', 8, 'var(--running)', line('M4,0V8', 'var(--paper)', 2)),
     pattern('is-ended', 5, 'var(--ended)', draw('circle', {cx: 2.5, cy: 2.5, r: 1,
       fill: 'var(--ink)'})),
@@ -4506,7 +4599,8 @@ function restoreTable(kept) {
 function restoreRest(kept) {
   for (const [id, value] of kept.selects || []) {
     const select = byId(id);
-    if (!select || select.value === value || ![...select.options].some(one => one.value === value)) continue;
+    const isThere = select && [...select.options].some(one => one.value === value);
+    if (!isThere || select.value === value) continue;
     select.value = value;
     select.dispatchEvent(new Event('change'));
   }
@@ -4564,9 +4658,10 @@ function begin() {
   beginTable();
   choose();
   performance.mark('table');
-  const rest = [beginTimeline, showTimeline, showLead, showMachines, showAsked, beginPlot, beginCurves,
-    () => { if (plot.metric) { showExplained(); showPlot(); } }, showCurves, showFailures, showRan,
-    showGlance, showNav, beginDrawings, () => beginReloading(kept), () => restoreRest(kept),
+  const rest = [beginTimeline, showTimeline, showLead, showMachines, showAsked, beginPlot,
+    beginCurves, () => { if (plot.metric) { showExplained(); showPlot(); } }, showCurves,
+    showFailures, showRan, showGlance, showNav, beginDrawings, () => beginReloading(kept),
+    () => restoreRest(kept),
     () => { document.documentElement.dataset.ready = 'yes'; performance.mark('ready'); }];
   const next = () => {
     const until = performance.now() + 30;

@@ -1,4 +1,4 @@
-"""Made-up folders job_results for the page of results_table: as batches on many machines leave them.
+"""Made-up folders job_results, as batches on many machines leave them: for test_report_page.py.
 
 The times are those of one made-up clock, which begins at BEGIN.
 """
