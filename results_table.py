@@ -98,9 +98,9 @@ Output:
                           that JSON lacks are the strings nan, inf and -inf.
   --markdown              Write a table for Markdown.
   --latex                 Write a tabular for LaTeX, which needs booktabs.
-  --html=<file>           Write a page for a browser, which needs no network: the
-                          table, a timeline, plots, curves, why jobs failed, the
-                          ends of their outputs, and what ran. - is stdout.
+  --html=<file>           Write a page for a browser that needs no network: the
+                          table, a timeline, the use of machines, plots, curves,
+                          why jobs failed, their outputs' ends, and what ran.
   -h --help               Show this.
 
 CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
@@ -3758,6 +3758,11 @@ function unbroken(times, values) {
   return parts;
 }
 
+// One sample alone would draw no line.
+function atLeastTwo(xs, ys) {
+  return xs.length > 1 ? [xs, ys] : [[xs[0] - 2, xs[0] + 2], [ys[0], ys[0]]];
+}
+
 function useChart(row, width) {
   const height = 44, scale = linearScale(span.from, span.to, 0, width), parts = [];
   const y = share => 33 - 31 * Math.min(share, 1);
@@ -3771,14 +3776,15 @@ function useChart(row, width) {
   }, {d: '', end: 0});
   parts.push(draw('path', {class: 'had-job', d: marks.d}));
   for (const [from, to] of row.busy ? unbroken(row.times, row.busy) : []) {
-    const xs = row.times.slice(from, to).map(scale.at), ys = row.busy.slice(from, to).map(y);
+    const [xs, ys] = atLeastTwo(row.times.slice(from, to).map(scale.at),
+      row.busy.slice(from, to).map(y));
     const line = linePath(xs, ys), floor = `L${xs.at(-1)},${y(0)}L${xs[0]},${y(0)}Z`;
     parts.push(draw('path', {class: 'busy-area', d: line + floor}),
       draw('path', {class: 'busy-line', d: line}));
   }
   for (const [from, to] of row.memory ? unbroken(row.times, row.memory) : []) {
-    parts.push(draw('path', {class: 'memory-line', d: linePath(
-      row.times.slice(from, to).map(scale.at), row.memory.slice(from, to).map(y))}));
+    parts.push(draw('path', {class: 'memory-line', d: linePath(...atLeastTwo(
+      row.times.slice(from, to).map(scale.at), row.memory.slice(from, to).map(y)))}));
   }
   const cursor = draw('line', {class: 'cursor', y1: 0, y2: 40, x1: -9, x2: -9});
   const label = `${row.name} over time: ` + (!row.busy ? 'nothing was seen'
