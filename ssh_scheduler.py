@@ -141,6 +141,10 @@ Files:
   --copy-backwards=<path>...    Files to fetch from a job, by default those
                                 that the job made or changed in its folder.
                                 A dot: all files. With no path: none.
+  --keep-files=<size>           Keep copies of the files that are sent, the
+                                smallest first, up to this size in all of
+                                job_results: execute_batch --reproduce needs
+                                them [default: 20].
 """
 
 # What the options of all commands mean by a size and a time; see size_mb and seconds.
@@ -3317,7 +3321,7 @@ def older_files(plan, results, files, path):
         now = files.manifest(forwards)
         if digest in (None, now.digest):
             return set()
-        before = results.manifests.get(digest)
+        before = results.sent.get(digest)
         return set(now.changed(before) if before else ['(not recorded)']) - {
             os.path.normpath(path)}
 
@@ -5519,7 +5523,7 @@ def read_partial(job, where, warn):
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
         for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
-                                     '--shell', '--forward', '--nice', '--timeout',
+                                     '--shell', '--forward', '--nice', '--timeout', '--keep-files',
                                      '--away-limit', '--verbose'}:
             raise UsageError(f'{name} has no meaning in a batch file.')
         backwards = options['--copy-backwards']
@@ -5923,43 +5927,43 @@ def scan_tree(paths, exclude, option='--copy-forwards', never=()):
 
 
 # A Manifest reads contents while logins are under way, and no more than it has time for then: of
-# files up to CONTENT_BYTES, the CONTENTS smallest of them, CONTENTS_BYTES in all.
-CONTENT_BYTES, CONTENTS, CONTENTS_BYTES = 64 * 1024, 5000, 32 * 2**20
+# the CONTENTS smallest files, CONTENTS_BYTES in all.
+CONTENTS, CONTENTS_BYTES = 5000, 32 * 2**20
+TO = '-> '                  # in front of the target of a link
 
 
 class Manifest:
-    """The files that a job was given, to be compared when a batch is continued later.
+    """The files that a job was given: to be compared with later ones, and to be sent once more.
 
-    files: {path: [mode, size, time of change in ns, digest of the content or '']}; files without a
-    digest of their content are told apart by size and time
+    files: {path: [mode, size, time of change in ns, content]}; the content is the digest of what
+    the file holds, '-> TARGET' of a link, or '' of what is told apart by size and time
+    linked: the paths of --link-forwards, of whose files no content is read
     digest: 16 hex digits of all that, without the times of files that have a digest
     """
 
-    def __init__(self, files):
+    def __init__(self, files, linked=()):
         import hashlib
-        self.files = files
+        self.files, self.linked = files, tuple(linked)
         rows = [[path, mode, size, content or ns]
                 for path, (mode, size, ns, content) in sorted(files.items())]
-        self.digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+        self.digest = hashlib.blake2b(json.dumps([rows, self.linked]).encode(),
+                                      digest_size=8).hexdigest()
 
     @classmethod
-    def of(cls, *trees):
-        """Return the Manifest of the files of these Trees."""
-        import hashlib
-        entries = [entry for tree in trees for entry in tree.entries if entry.kind != 'd']
-        read, total = {}, 0
-        for entry in sorted(entries, key=lambda entry: (entry.size, entry.path))[:CONTENTS]:
+    def of(cls, copy, link, linked=()):
+        """Return the Manifest of the files of the two Trees of Forwards; linked: their link."""
+        entries = [entry for entry in copy.entries if entry.kind != 'd']
+        contents = {entry.path: TO + entry.target for entry in entries if entry.kind == 'l'}
+        files, total = [entry for entry in entries if entry.kind == 'f'], 0
+        for entry in sorted(files, key=lambda entry: (entry.size, entry.path))[:CONTENTS]:
             total += entry.size
-            if entry.size > CONTENT_BYTES or total > CONTENTS_BYTES:
+            if total > CONTENTS_BYTES:
                 break
             with contextlib.suppress(OSError):          # a file that is gone fails when it is sent
-                content = os.fsencode(entry.target) if entry.kind == 'l' else None
-                if content is None:
-                    with open(entry.path, 'rb') as file:
-                        content = file.read()
-                read[entry.path] = hashlib.blake2b(content, digest_size=8).hexdigest()
-        return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns, read.get(entry.path, '')]
-                    for entry in entries})
+                contents[entry.path] = content_digest(read_file(entry.path))
+        entries += [entry for entry in link.entries if entry.kind != 'd']
+        return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns,
+                                 contents.get(entry.path, '')] for entry in entries}, linked)
 
     def changed(self, older):
         """Return the paths that differ from an older Manifest, sorted."""
@@ -5970,6 +5974,18 @@ class Manifest:
             return one[3] != other[3] if one[3] and other[3] else one[2] != other[2]
 
         return sorted(filter(differ, self.files.keys() | older.files.keys()))
+
+
+def read_file(path):
+    """Return the bytes of a file."""
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def content_digest(data):
+    """Return 32 hex digits that stand for these bytes."""
+    import hashlib
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
@@ -6550,7 +6566,7 @@ class ResultStore:
         self.folder, self.part = folder, part
         self.inner = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.journal = Journal(os.path.join(self.inner, 'journal'))
-        self.manifests = Manifests(self.inner, self.journal)
+        self.sent = Sent(os.path.join(folder, '.ssh_scheduler'))
         self.present = Presence(folder, self.journal)
         self.partials = Partials(folder, self.inner)
         self.lock = Lock(folder, part, self.inner)
@@ -6597,6 +6613,7 @@ class ResultStore:
         """Let go of the lock; where nothing was started, leave nothing behind."""
         if not self.lock.is_held:
             return
+        self.sent.close()
         if self.journal.is_empty:
             try:
                 for name in ('journal', 'lock'):
@@ -7047,38 +7064,179 @@ class Presence:
             record.here |= ENDS[end]
 
 
-class Manifests:
-    """The digests of the files that jobs had, with what they stand for: files/DIGEST.json."""
+KEPT_AT_ONCE = 64           # files that are kept between two looks at what happens
+STALE_S = 3600.0            # nobody takes that long to keep a set of files
 
-    def __init__(self, folder, journal):
-        self._folder, self._journal = os.path.join(folder, 'files'), journal
+
+class Sent:
+    """What was sent with jobs: for each set of files that has a digest of its own a folder.
+
+    sent/DIGEST/files.json      Manifest.files: what was sent
+    sent/DIGEST/record.json     when, how much, how much of it is kept, and what git says of it
+    sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Checkout
+    sent/DIGEST/files/PATH      the files that are kept: hard links into the store
+    sent/store/HASH             their contents, each once; limit_bytes in all
+
+    The smallest files are kept first: code, and not data.  Clients of several jobs may write here
+    at the same time, so each thing appears by one rename.
+    """
+
+    def __init__(self, folder):
+        self.folder = os.path.join(folder, 'sent')
+        self.limit_bytes = 0            # None: nothing is noted at all
+        self._store = os.path.join(self.folder, 'store')
         self._found = {}                # digest -> Manifest, None where that is not known
+        self._under_way = {}            # digest -> the generator that keeps it
+        self._claimed = set()           # digests of sets that jobs have which this client began
+        self._made = set()              # digests of sets that this client has put here
+        self._used = None               # bytes in the store
 
-    def keep(self, manifest):
-        """Keep what tells files apart, for the claims in the journal to refer to."""
-        if self._found.get(manifest.digest):
+    def claim(self, manifest):
+        """Have the set of files here, since a job has them.  Raises OSError."""
+        if manifest.digest not in self._claimed:
+            for _ in self.keeping(manifest):
+                pass
+            self._claimed.add(manifest.digest)
+
+    def keeping(self, manifest):
+        """Yield, some files at a time, while the set of files is put here.  Raises OSError."""
+        digest = manifest.digest
+        if self.limit_bytes is None or self._found.get(digest):
             return
-        path = self._path(manifest.digest)
+        if digest not in self._under_way:
+            self._under_way[digest] = self._make(manifest)
         try:
-            os.makedirs(self._folder, exist_ok=True)
-            with open(f'{path}.new', 'w', encoding='utf-8') as file:
-                json.dump(manifest.files, file)
-            os.replace(f'{path}.new', path)
-        except OSError as error:
-            raise self._journal.unwritable(error) from None
-        self._found[manifest.digest] = manifest
+            for _ in self._under_way[digest]:
+                yield
+        finally:
+            self._under_way.pop(digest, None)
 
     def get(self, digest):
-        """Return the Manifest that has this digest; None where it was not kept."""
-        if digest not in self._found:
+        """Return the Manifest that has this digest; None where it is not here."""
+        if not self._found.get(digest):
             self._found[digest] = None
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                with open(self._path(digest), encoding='utf-8') as file:
-                    self._found[digest] = Manifest(json.load(file))
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                files = json.loads(read_file(self.path(digest, 'files.json')))
+                self._found[digest] = Manifest(files, self.record(digest).get('linked', ()))
         return self._found[digest]
 
-    def _path(self, digest):
-        return os.path.join(self._folder, f'{digest}.json')
+    def record(self, digest):
+        """Return what is noted of a set, see above; an empty dict where it is not here."""
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(read_file(self.path(digest, 'record.json')))
+            return record if isinstance(record, dict) else {}
+        return {}
+
+    def path(self, digest, *names):
+        """Return the path of a set, or of something in it."""
+        return os.path.join(self.folder, str(digest), *names)
+
+    def note(self, digest, patch=b'', **facts):
+        """Add facts to the record of a set, and the differences to its commit.  Raises OSError."""
+        if patch:
+            put_file(self.path(digest, 'diff.patch'), patch)
+        put_file(self.path(digest, 'record.json'),
+                 as_json({**self.record(digest), **facts}))
+
+    def content(self, digest):
+        """Return the bytes of this digest from the store; None where they are not here, whole."""
+        with contextlib.suppress(OSError):
+            data = read_file(os.path.join(self._store, digest))
+            return data if content_digest(data) == digest else None
+        return None
+
+    def close(self):
+        """Remove the sets of which no job has begun, and what is in the store for them alone."""
+        unclaimed, self._made = self._made - self._claimed, set()
+        for digest in unclaimed:
+            remove_tree(self.path(digest))
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._store) if unclaimed else ():
+                if entry.stat().st_nlink == 1:
+                    os.unlink(entry.path)
+            os.rmdir(self._store)       # which fails where something is in it
+            os.rmdir(self.folder)
+
+    def _make(self, manifest):
+        digest, record = manifest.digest, self.record(manifest.digest)
+        if not record:
+            os.makedirs(self._store, exist_ok=True)
+            for entry in os.scandir(self.folder):       # of clients that were killed
+                if entry.name.startswith('new-') and entry.stat().st_mtime < time.time() - STALE_S:
+                    remove_tree(entry.path)
+            folder = private_folder(os.path.join(self.folder, 'new'))
+            try:
+                yield from self._fill(folder, manifest)
+                os.chmod(folder, new_folder_mode())
+                with contextlib.suppress(OSError):      # another client was first
+                    os.rename(folder, self.path(digest))
+                    self._made.add(digest)
+            finally:
+                if os.path.isdir(folder):
+                    remove_tree(folder)
+        self._found[digest] = manifest
+
+    def _fill(self, folder, manifest):
+        kept, kept_bytes = 0, 0
+        smallest = sorted((size, path, content)
+                          for path, (_, size, _, content) in manifest.files.items() if content)
+        for number, (_, path, content) in enumerate(smallest, 1):
+            with contextlib.suppress(OSError):          # the disk is full, or the file is gone
+                size = self._keep_file(path, content, os.path.join(folder, 'files', path))
+                if size is not None:
+                    kept, kept_bytes = kept + 1, kept_bytes + size
+            if number % KEPT_AT_ONCE == 0:
+                yield
+        sizes = [size for _, size, _, _ in manifest.files.values()]
+        put_file(os.path.join(folder, 'files.json'), as_json(manifest.files))
+        put_file(os.path.join(folder, 'record.json'), as_json({
+            'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
+            'linked': list(manifest.linked), 'kept': kept, 'kept_bytes': kept_bytes}))
+
+    def _keep_file(self, path, content, target):
+        """Keep a file, or link, that has this content; return its size; None if it is not kept."""
+        if not self.limit_bytes:
+            return None
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if content.startswith(TO):
+            os.symlink(content[len(TO):], target)
+            return 0
+        kept = os.path.join(self._store, content)
+        if not os.path.exists(kept):
+            size = os.stat(path).st_size
+            if self._used_bytes() + size > self.limit_bytes:
+                return None
+            data = read_file(path)
+            if content_digest(data) != content:         # it has changed since
+                return None
+            put_file(kept, data, 0o444)
+            self._used += len(data)
+        os.link(kept, target)
+        return os.stat(kept).st_size
+
+    def _used_bytes(self):
+        """Return how much is in the store."""
+        if self._used is None:
+            self._used = sum(entry.stat().st_size for entry in os.scandir(self._store))
+        return self._used
+
+
+def as_json(value):
+    """Return JSON as bytes, with an end of line."""
+    return json.dumps(value).encode() + b'\n'
+
+
+def put_file(path, data, mode=0o666):
+    """Write a file, so that at no moment it is there in part.  Raises OSError."""
+    new = f'{path}.new-{os.getpid()}'
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), 'wb') as file:
+            file.write(data)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
 
 
 def take_name(stem):
@@ -8509,6 +8667,7 @@ class Client:
         self.files = Files()
         self.results = results
         self.starts = Starts(self)
+        self.keeper = Keeper(self)
 
     @property
     def journal(self):
@@ -8629,7 +8788,7 @@ class Files:
     def manifest(self, forwards):
         """Return the Manifest of the Forwards; made once."""
         if forwards not in self._manifests:
-            self._manifests[forwards] = Manifest.of(*self.trees(forwards))
+            self._manifests[forwards] = Manifest.of(*self.trees(forwards), forwards.link)
         return self._manifests[forwards]
 
     def small_archive(self, forwards):
@@ -8646,6 +8805,104 @@ class Files:
             self.manifest(forwards)
             self._archives[forwards] = data
         return self._archives[forwards]
+
+
+GIT_LIMIT_S = 60.0          # for an answer of git
+GIT_PATHS = 500             # that one git is asked about
+MOST_LISTED = 1000          # untracked files in a record
+
+
+class Keeper:
+    """Has what is sent to machines kept here, and has git say what it is, while it is sent."""
+
+    def __init__(self, client):
+        self._client = client
+        self._begun, self._at_work = set(), set()       # digests of sets of files
+
+    @property
+    def is_busy(self):
+        """Tell whether a record is not complete."""
+        return bool(self._at_work)
+
+    def keep(self, manifest):
+        """Begin to keep these files, which are sent now."""
+        sent = self._client.results and self._client.results.sent
+        if manifest.digest in self._begun or not sent or sent.limit_bytes is None:
+            return
+        self._begun.add(manifest.digest)
+        self._at_work.add(manifest.digest)
+        self._client.flows.start(self._keep(sent, manifest))
+
+    def claim(self, manifest):
+        """Have these files kept: the journal is about to name them."""
+        try:
+            self._client.results.sent.claim(manifest)
+        except OSError as error:
+            raise self._client.journal.unwritable(error) from None
+
+    def _keep(self, sent, manifest):
+        """A flow: keep the files, and then what git says of them."""
+        try:
+            for _ in sent.keeping(manifest):
+                yield 0
+            if in_checkout() and not sent.record(manifest.digest).get('commit'):
+                facts, patch = yield from self._ask_git(manifest, sent.limit_bytes)
+                if facts:
+                    sent.note(manifest.digest, patch, **facts)
+        except (OSError, SchedulerError) as error:      # there is no git; or see `claim`
+            self._client.trace(f'what was sent is not recorded: {error}')
+        finally:
+            self._at_work.discard(manifest.digest)
+
+    def _ask_git(self, manifest, limit_bytes):
+        """A flow: return (facts for the record, the differences to the commit as a patch).
+
+        No path is in them that was not sent.
+        """
+        head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
+        if not head:
+            return {}, b''                  # it has no commit yet
+        commit, branch = os.fsdecode(head).split('\n')[:2]
+        differ = ('diff', 'HEAD', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
+        changed = yield from self._git(*differ, '--name-only', '-z')
+        tracked = yield from self._git('ls-files', '-z')
+        sent = {path for path in manifest.files if not is_below(path, manifest.linked)}
+        changed = sorted(sent.intersection(os.fsdecode(changed).split('\0')))
+        untracked = sorted(sent.difference(os.fsdecode(tracked).split('\0')))
+        patch = b''
+        for start in range(0, len(changed), GIT_PATHS) if limit_bytes else ():
+            patch += yield from self._git(
+                '--literal-pathspecs', *differ, '--binary', '--no-color', '--src-prefix=a/',
+                '--dst-prefix=b/', '--', *changed[start:start + GIT_PATHS])
+        too_large = {'patch_bytes': len(patch)} if len(patch) > limit_bytes else {}
+        return {'commit': commit, 'branch': branch, 'changed': changed,
+                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked),
+                **too_large}, b'' if too_large else patch
+
+    def _git(self, *words):
+        """A flow: return what git prints; nothing where it fails.  It changes nothing."""
+        said = bytearray()
+        child = self._client.processes.start(
+            ['git', '-c', 'core.fsmonitor=false', *words], said.extend, None, has_input=False,
+            env={**os.environ, 'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1'},
+            deadline_s=GIT_LIMIT_S)
+        end = yield child
+        return b'' if end.status else bytes(said)
+
+
+def in_checkout():
+    """Tell whether the current folder is in a git checkout."""
+    folder = os.path.realpath('.')
+    while not os.path.lexists(os.path.join(folder, '.git')):
+        if folder == '/':
+            return False
+        folder = os.path.dirname(folder)
+    return True
+
+
+def is_below(path, folders):
+    """Tell whether a path is one of these, or lies below one."""
+    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
 
 
 def make_run_folder():
@@ -8842,6 +9099,7 @@ class Stages:
             if is_small(*files.trees(forwards)):
                 data = files.small_archive(forwards)
             stage = self._stages[forwards] = self._stage(forwards)      # as the archive has them
+            self._worker.client.keeper.keep(stage.manifest)
             if stage.ready:
                 pass
             elif stage.small:
@@ -8884,10 +9142,12 @@ class Stages:
             self._contact.send('unsent', f'the files could not be sent: {why}')
             return
         if stage.looks:
-            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link)
+            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link,
+                                                                stage.forwards.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
             worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
                                   'there have the newer files')
+            worker.client.keeper.keep(stage.manifest)
         self._freeze(stage)
 
     def _send_parts(self, stage):
@@ -9988,7 +10248,7 @@ class JobControl:
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
             if attempt.stage and attempt.stage.ready:
                 former = results.journal.record(attempt.name)
-                results.manifests.keep(attempt.stage.manifest)
+                self._client.keeper.claim(attempt.stage.manifest)
                 attempt.record['files'] = attempt.stage.manifest.digest
                 worker.lives.move(attempt, 'claimed', **attempt.record)
                 if former.get('kept') and former['machine'] == worker.machine.address:
@@ -11844,6 +12104,7 @@ def execute_batch(argv):
         check_forwards(forwards)
     policy, settings = read_policy(options), read_settings(options)
     results = ResultStore('job_results')
+    results.sent.limit_bytes = read_keep_files(options)
     answer = open_or_hand_over(results, name, options, text)
     if answer:
         return tell_answer(answer, reporter, handed_to(results.lock.holder))
@@ -11900,6 +12161,11 @@ def read_settings(options):
     return {'nice': options.whole_number('--nice', least=0, most=19),
             'live': not options['--no-live'], 'away_limit_s': away_limit_s,
             'max_result_bytes': None if max_result_mb is None else int(max_result_mb * 1e6)}
+
+
+def read_keep_files(options):
+    """Return how many bytes of what is sent may be kept in job_results."""
+    return int(options.size_mb('--keep-files', least=0) * 2**20)
 
 
 def open_or_hand_over(results, name, options, text):
@@ -12546,6 +12812,7 @@ def execute_remote(argv):
         return (cancel_batch_job(name, batch, reporter) if options['--cancel'] else
                 watch_batch_job(name, batch, ports, reporter))
     results = ResultStore('job_results', f'commands/{name}')
+    results.sent.limit_bytes = read_keep_files(options)
     try:
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
@@ -13013,6 +13280,7 @@ def execute_to(argv):
     client = Client(None, reporter.trace, nice=nice, live=False)
     results = client.results = ResultStore(
         *(['job_results', f'commands/{name}'] if is_kept else [f'{client.run_folder}/results']))
+    results.sent.limit_bytes = 0 if is_kept else None
     try:
         results.open()
         workers = workers_for(machines, client, reporter)
@@ -13209,8 +13477,8 @@ def close_all(workers, client, hurried=lambda: False):
     """Have all machines tidied up, and wait for that, or until hurried()."""
     for worker in workers:
         worker.close()
-    client.wait_while(lambda: any(worker.state == 'closing' for worker in workers),
-                      time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: client.keeper.is_busy or any(
+        worker.state == 'closing' for worker in workers), time.monotonic() + FAREWELL_S, hurried)
 
 
 def json_lines(workers, allocation):
