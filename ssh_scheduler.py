@@ -143,8 +143,8 @@ Files:
                                 A dot: all files. With no path: none.
   --keep-files=<size>           Keep copies of the files that are sent, the
                                 smallest first, up to this size in all of
-                                job_results: execute_batch --reproduce needs
-                                them [default: 20].
+                                job_results. With them execute_batch can
+                                reproduce a job [default: 20].
 """
 
 # What the options of all commands mean by a size and a time; see size_mb and seconds.
@@ -168,7 +168,8 @@ Usage:
                 [--copy-backwards=<path>]... [--sync-back=<path>]...
                 [--watch=<time>]... [--cancel=<job>]... [--rerun=<job>]...
                 [--drop-machine=<machine>]... [--]
-                (<batch> | --earlier=<action>)
+                (<batch> | [<batch>] --what=<job> | [<batch>] --reproduce=<job>
+                 | --earlier=<action>)
   execute_batch --help | --version
 
   <batch> has one bash command on each line; - is the standard input. Results
@@ -187,6 +188,7 @@ batch, 57, or its whole name:
   --waiting                     With --status: only jobs that wait.
   --watch=<time>...             With --status: show it again at this interval, 5
                                 seconds by default, until all jobs have ended.
+                                With --report: write it at this interval.
   --json                        With --status: one JSON object for each job, on
                                 a line of its own.
   --follow=<job>                Show what a job prints, from beginning to end;
@@ -204,6 +206,13 @@ batch, 57, or its whole name:
                                 start them on other machines.
 The same command again, with other lines or --machines, changes the batch that
 runs: new lines wait, lines that are gone do not start, new machines join.
+
+Later, also when the batch file is gone:
+  --what=<job>                  Show what a job was: command, files, commit of
+                                git, machine, times.
+  --reproduce=<job>             Run a job once more, with the files that it had
+                                then, as <job>-again; by default on the same
+                                machine. Say what could not be the same.
 
 Other:
   --dry-run                     Ask the machines, show what would start where,
@@ -239,6 +248,10 @@ Other:
                                 left on the machines: show them; collect those
                                 that have ended, under free names; or remove
                                 them, and stop those that run.
+
+  --report=<file>               Write an HTML page on all results in job_results
+                                when the batch has ended; with --watch=<time>
+                                also again and again while it runs.
 
 For other programs:
   --joblog=<file>               Write a line for each job that ends, with tabs:
@@ -978,6 +991,14 @@ class Record(collections.abc.MutableMapping):
         return True
 
 
+def as_json(value):
+    """Return JSON as bytes, with an end of line."""
+    return json.dumps(value).encode() + b'\n'
+
+
+JOURNAL_VERSION = 2         # docs: README, "The journal"
+
+
 class Journal:
     """The events of the jobs of a job_results: a JSON object a line.  Each event is written before
     anything follows from it.
@@ -985,6 +1006,8 @@ class Journal:
     jobs: name of a job -> its Record
     answered: the ids of requests that were acted on, see Inbox
     unwanted: name of a job that was cancelled -> process id of the client that does not start it
+    machines: address -> facts of the machine: kernel, driver, python, cores, memory_mb, gpus
+    preface: events that are written before the next claim, if there is one
     identity: 8 random hex digits of this journal, which its first line tells.  The files of a job
     on a machine have them in their names.  So a job that another journal started, such as that of a
     job_results which was removed, is never taken for a job of this one.
@@ -993,6 +1016,7 @@ class Journal:
     def __init__(self, path):
         self.path = path
         self.jobs, self.answered, self.unwanted = {}, set(), {}
+        self.machines, self.preface = {}, []
         self.identity, self._noted_identity = '', False
         self._remains = {}              # machine -> {key: state} of which folders are there
         self._fd = None
@@ -1038,12 +1062,16 @@ class Journal:
 
     def write(self, **event):
         """Add an event.  Before an act that cannot be undone the caller waits for `sync`, too."""
+        if self.preface and event['event'] == 'claimed':
+            preface, self.preface = self.preface, []
+            for before in preface:
+                self.write(**before)
         self.check()
-        event['time'] = round(time.time(), 3)
-        line = json.dumps(event).encode() + b'\n'
+        event.setdefault('time', round(time.time(), 3))
+        line = as_json(event)
         if not self._noted_identity:
-            first = {'event': 'journal', 'identity': self.identity}
-            line = json.dumps(first).encode() + b'\n' + line
+            line = as_json({'event': 'journal', 'identity': self.identity,
+                            'version': JOURNAL_VERSION}) + line
         try:
             written = os.write(self._fd, line)
             if written < len(line):     # the disk is full; what follows must not be glued to it
@@ -1121,6 +1149,10 @@ class Journal:
             self._remains.pop(event['machine'], None)
         elif word == 'answered':
             self.answered.add(event['id'])
+        elif word == 'machine':
+            self.machines[event['machine']] = event['facts']
+        elif word == 'begun':
+            pass                            # for those who read when jobs began to wait
         elif word == 'unwanted':
             self.unwanted.update(dict.fromkeys(event['jobs'], event['client']))
         elif word == 'wanted':
@@ -1199,6 +1231,11 @@ class Journal:
         record = {'attempt': number, 'machine': worker.machine.address, 'gpus': gpus,
                   'command': job.command, 'where': worker.machine.word or worker.name, **noted}
         return Attempt(job, worker, self.key(job.name, number), record, how)
+
+    def note_machine(self, address, facts, since):
+        """Note the facts of a machine, unless they are known.  since: when they began to hold."""
+        if self.machines.get(address) != facts:
+            self.write(event='machine', machine=address, facts=facts, time=round(since, 3))
 
     def may_have_streams(self, name):
         """Tell whether an earlier attempt, or a run before, may have written the job's streams."""
@@ -1727,7 +1764,7 @@ INTERRUPT_S = 10.0          # for jobs to end that were told to
 LAST_WORDS_S = 5.0          # for the output of jobs that were told to end
 LIVE_S = 5.0                # between two looks at a machine while jobs wait
 REFRESH_S = 2.0             # between two looks at what running jobs write and use
-CALM_S = 30.0               # between two looks while none waits, to see what GPU jobs use
+CALM_S = 30.0               # between two looks while none waits, to see what jobs use
 ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; it doubles
 TROUBLES = 3                # jobs lost in a row after which a machine gets no more for a while
 PATIENT_TROUBLES = 6        # after this many, half an hour, nobody waits for that machine alone
@@ -2254,7 +2291,8 @@ class Run:
         """Send one job off; the starts of one moment are sent together."""
         attempt = self.client.journal.new_attempt(
             job, worker, self._how(worker), placement and placement.visible_gpus,
-            own=job.own, backwards=job.backwards, **(self.policy.noted or {}))
+            own=job.own, backwards=job.backwards, **noted_of(job, worker.machine),
+            **(self.policy.noted or {}))
         attempt.placement = placement
         self.lives.move(attempt, 'placed')
         worker.start(attempt)
@@ -2277,7 +2315,7 @@ class Run:
                                self.policy.interval_s or LIVE_S)
         else:
             for worker in {attempt.machine for attempt in self.lives.all_of(*HOLDING)
-                           if attempt.placement and attempt.placement.gpus}:
+                           if attempt.placement}:
                 worker.measure(CALM_S)
         for standing in self.fleet.standing.values():
             standing.freed = False
@@ -2463,6 +2501,21 @@ class Run:
     def others(self, worker, jobs):
         """A machine has these OtherJobs."""
         self.view.others(worker, jobs)
+
+
+def noted_of(job, machine):
+    """Return what the journal has of the claim of a job beside what starts it."""
+    asked = job.allocation
+    noted = {'variables': sorted(dict(machine.env))} if machine.env else {}
+    if asked:
+        noted['asked'] = {'cores': asked.cores, 'memory_mb': asked.memory_mb, 'gpus': asked.gpus}
+        if asked.gpus:
+            noted['asked'].update(gpu_memory_mb=asked.gpu_memory_mb,
+                                  gpu_utilization=asked.gpu_utilization,
+                                  reserve_gpu=asked.reserve_gpu)
+        if asked.reserve:
+            noted['asked']['reserve'] = True
+    return noted
 
 
 # ---- Phrases: times, commands, last lines and tables, as people read them ----
@@ -5005,10 +5058,12 @@ def parse_options(usage, argv, in_batch):
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
-    positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
+    positionals = list(dict.fromkeys(re.findall(r'(?<![=\w])<(\w+)>', pattern)))
     # Options that stand in the place of a word, as in (<word> | --this) or (--this | --that).
-    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))
-    if spell_out(argv, kinds, 0)[1] & instead:
+    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?=\s+\||\))', pattern))
+    beside = set(re.findall(r'\[<\w+>\] (--[a-z-]+)', pattern))      # … or beside one
+    spelled, given = spell_out(argv, kinds, 0)
+    if given & instead and not (given & beside and spelled[-1] != '--'):
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if not in_batch:
@@ -6306,6 +6361,28 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
 
 
+def use_in(facts, before):
+    """Return what is in use on a machine, by all who use it, as `Seen` has it.
+
+    before: the Sample of the last probe, or None
+    """
+    values = dict(facts)
+    processors, cores, total_mb, available_mb = read_size(facts)
+    now, busy = two_numbers(values.get('ticks')), None
+    if before and now[1] - before.total >= FEWEST_TICKS:
+        busy = max(now[0] - before.busy, 0) / (now[1] - before.total) * processors
+    gpus = []
+    for key, line in facts:
+        numbers = [number_or_none(field.strip()) for field in line.split(',', 5)[:5]]
+        if key == 'gpu' and len(numbers) == 5 and None not in (numbers[0], *numbers[2:]):
+            index, _, total, free, share = numbers
+            gpus.append([index, max(total - free, 0), total, min(share, 100) / 100])
+    return {'busy_cores': round(min(decimal(values.get('load'), 0.0) if busy is None else busy,
+                                    processors), 2),
+            'cores': cores, 'used_memory_mb': total_mb - available_mb, 'memory_mb': total_mb,
+            'gpus': gpus}
+
+
 def read_size(facts):
     """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
     values = dict(facts)
@@ -6567,6 +6644,7 @@ class ResultStore:
         self.inner = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.journal = Journal(os.path.join(self.inner, 'journal'))
         self.sent = Sent(os.path.join(folder, '.ssh_scheduler'))
+        self.seen = Seen(self.inner, self.journal)
         self.present = Presence(folder, self.journal)
         self.partials = Partials(folder, self.inner)
         self.lock = Lock(folder, part, self.inner)
@@ -7221,11 +7299,6 @@ class Sent:
         return self._used
 
 
-def as_json(value):
-    """Return JSON as bytes, with an end of line."""
-    return json.dumps(value).encode() + b'\n'
-
-
 def put_file(path, data, mode=0o666):
     """Write a file, so that at no moment it is there in part.  Raises OSError."""
     new = f'{path}.new-{os.getpid()}'
@@ -7237,6 +7310,36 @@ def put_file(path, data, mode=0o666):
         with contextlib.suppress(OSError):
             os.unlink(new)
         raise
+
+
+SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: the larger of this and this share of all
+
+
+class Seen:
+    """The file `seen`: samples of what is in use on machines, for a report.  A JSON object a line.
+
+    A machine has at most one every SEEN_S; the longer the client runs, the fewer.  So a week has
+    some hundreds.  They are of no importance: nobody is told where they cannot be written.
+    """
+
+    def __init__(self, inner, journal):
+        self._path, self._journal = os.path.join(inner, 'seen'), journal
+        self._began, self._last = time.monotonic(), {}      # machine -> when it had a sample
+        self._first = []                # lines, until a job is claimed
+
+    def add(self, machine, sample):
+        """Add what is in use on a machine (its address), unless it had a sample lately."""
+        now = time.monotonic()
+        apart_s = max(SEEN_S, SEEN_SHARE * (now - self._began))
+        if now - self._last.get(machine, -math.inf) < apart_s:
+            return
+        self._last[machine] = now
+        self._first.append(as_json({'machine': machine, 'time': round(time.time(), 1), **sample}))
+        if not self._journal.is_empty:
+            with contextlib.suppress(OSError):
+                with open(self._path, 'ab') as file:
+                    file.write(b''.join(self._first))
+            self._first = []
 
 
 def take_name(stem):
@@ -8112,6 +8215,75 @@ class Hooks:
             self._processes.wait(0.2)
 
 
+REPORT_LIMIT_S = 600.0              # for a report to be made
+
+
+class HtmlReport:
+    """The page of --report, which results_table.py makes, each time anew and in one rename."""
+
+    def __init__(self, path, interval_s, processes, reporter):
+        self._path, self._interval_s = path, interval_s
+        self._processes, self._report = processes, reporter
+        self._program = find_results_table()
+        self._child = None
+        folder, name = os.path.split(path)
+        if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
+            raise UsageError(f'--report {path}: this is no file in a folder that exists.')
+
+    @property
+    def path_here(self):
+        """The path of the page below the current folder; it starts with .. if it lies elsewhere."""
+        return os.path.relpath(os.path.realpath(self._path), os.path.realpath('.'))
+
+    def begin(self, _view):
+        """The batch begins."""
+        if self._interval_s is not None:
+            self._processes.call_later(self._interval_s, self._again)
+
+    def changed(self, _attempt, _before):
+        """An attempt is in another state now."""
+
+    def lost(self, _attempt):
+        """A job is gone without a result, and is not started again."""
+
+    def finish(self):
+        """The batch has ended, and its results are here: make the page, and wait for that."""
+        self._processes = Processes()
+        try:
+            self._make()
+            while self._child:
+                self._processes.wait()
+        except KeyboardInterrupt:
+            self._report.note(f'{self._path} was not written: interrupted.')
+        finally:
+            self._processes.close()
+
+    def _again(self):
+        if not self._child:
+            self._make()
+        self._processes.call_later(self._interval_s, self._again)
+
+    def _make(self):
+        self._child = self._processes.start(
+            [sys.executable, self._program, 'job_results', '--html', self._path], ignore,
+            self._made, has_input=False, deadline_s=REPORT_LIMIT_S)
+
+    def _made(self, status, complaint):
+        self._child = None
+        if status:
+            why = complaint_line(complaint.decode('utf-8', 'replace')) or f'exit code {status}'
+            self._report.note(f'{self._path} was not written: {sentence(why)}')
+
+
+def find_results_table():
+    """Return the path of results_table.py; raise if it is not there."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'results_table.py')
+    if not os.path.isfile(path):
+        raise UsageError('--report needs results_table.py, in the same folder as '
+                         f'{os.path.basename(__file__)}: {os.path.dirname(path)}')
+    return path
+
+
 # ---- Wire: the language of the channel ----
 
 LONGEST_LINE = 64 * 1024
@@ -8218,6 +8390,7 @@ EVENTS = {
     'probe': Fields((os.fsdecode, lambda raw: raw.decode('utf-8', 'replace'))),
     'ready': Fields((os.fsdecode, bytes)),
     'measured': Fields((number_of, number_of)),
+    'facts': Fields((text_of, text_of, text_of)),
     'staged': Fields((os.fsdecode,)),
     'stage_failed': Fields((os.fsdecode, text_of)),
     'started': Fields(rest=os.fsdecode),
@@ -8664,10 +8837,9 @@ class Client:
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
         self.accounts = {}              # what tells accounts apart -> the Worker that has it
-        self.files = Files()
+        self.files = Files(Keeper(self))
         self.results = results
         self.starts = Starts(self)
-        self.keeper = Keeper(self)
 
     @property
     def journal(self):
@@ -8729,10 +8901,11 @@ class Files:
     """The files that go along, by Forwards: looked at once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
+    keeper: the Keeper, which has those kept that are sent
     """
 
-    def __init__(self):
-        self.never = set()
+    def __init__(self, keeper=None):
+        self.never, self.keeper = set(), keeper
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -9099,7 +9272,7 @@ class Stages:
             if is_small(*files.trees(forwards)):
                 data = files.small_archive(forwards)
             stage = self._stages[forwards] = self._stage(forwards)      # as the archive has them
-            self._worker.client.keeper.keep(stage.manifest)
+            self._worker.client.files.keeper.keep(stage.manifest)
             if stage.ready:
                 pass
             elif stage.small:
@@ -9147,7 +9320,7 @@ class Stages:
             names = names_of([*map(printable, stage.manifest.changed(before))])
             worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
                                   'there have the newer files')
-            worker.client.keeper.keep(stage.manifest)
+            worker.client.files.keeper.keep(stage.manifest)
         self._freeze(stage)
 
     def _send_parts(self, stage):
@@ -9973,6 +10146,7 @@ MEASURE_LEAST_S = 1.0               # between two looks at what a machine has fr
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # a look without an answer has failed; the most one is put off
 DRAIN_S = 10.0                      # a follower silent this long after the end of its job is dead
+FACTS_S = 1.0                       # for a machine to tell which one it is, at the end
 FAREWELL_S = 30.0                   # for tidying up on the machine
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
 
@@ -9994,10 +10168,13 @@ class Gauge:
         self._number, self._asked_at = 0, 0.0       # of the look that is under way, or was
         self._due = None                    # when it will be asked, or None
         self._cost_s = 0.0                  # what the last look took of a core
+        self._facts_since = None            # when this contact had its first claim
+        self.awaits_facts = False           # nothing is known of which machine it is, so far
 
     def renew(self):
         """Forget a look that will not be answered, as one over a former contact."""
         self._facts, self._due, self._is_asked = [], None, False
+        self._facts_since, self.awaits_facts = None, False
 
     def on_probe(self, key, value):
         """Note one fact."""
@@ -10019,6 +10196,9 @@ class Gauge:
         ours = {attempt.key for attempt in worker.lives.of(worker, *ALIVE)} | self._ended_keys
         self.capacity = parse_probe(self._facts, worker.machine, ours, self._sample,
                                     self._ended_ticks)
+        if worker.client.results:
+            worker.client.results.seen.add(worker.machine.address,
+                                           use_in(self._facts, self._sample))
         self._sample = read_sample(self._facts,
                                    self._sample.gpu_free_mb if self._sample else None)
         for key, mb in gpu_memory(self._facts).items():
@@ -10058,6 +10238,36 @@ class Gauge:
             self._number, self._asked_at = self._number + 1, now
             self._facts, self._is_asked = [], True
             self._worker.contact.send('measure', self._number)
+
+    def claims(self):
+        """A job is about to be claimed there: ask which machine it is, once a contact."""
+        if self._facts_since is None:
+            self._facts_since = time.time()
+            self.awaits_facts = (self._worker.machine.address
+                                 not in self._worker.client.journal.machines)
+            # behind the start of the job
+            self._worker.client.processes.call_later(0, self._ask_facts)
+
+    def _ask_facts(self):
+        if self._worker.state == 'ready':
+            self._worker.contact.send('facts')
+
+    def on_facts(self, kernel, driver, python):
+        """Have the journal know which machine it is."""
+        journal, address = self._worker.client.journal, self._worker.machine.address
+        if python == '-':                   # the next time it is told
+            python = journal.machines.get(address, {}).get('python', '')
+        else:
+            self.awaits_facts = False
+        version = re.search(r' (\d+(?:\.\d+)+) ', f'{driver} ')
+        facts = {'kernel': kernel[:80], 'driver': version and version[1],
+                 'python': python.removeprefix('Python ')[:40]}
+        if self.capacity:
+            facts.update(cores=self.capacity.total_cores, memory_mb=self.capacity.total_memory_mb,
+                         gpus=[{'index': gpu.index, 'model': gpu.name,
+                                'memory_mb': gpu.total_memory_mb} for gpu in self.capacity.gpus])
+        journal.note_machine(address, {name: fact for name, fact in facts.items() if fact},
+                             self._facts_since or time.time())
 
     def on_measured(self, number, cost_cs):
         """All facts of a look have come; it took this much of a core (1/100 s)."""
@@ -10248,8 +10458,9 @@ class JobControl:
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
             if attempt.stage and attempt.stage.ready:
                 former = results.journal.record(attempt.name)
-                self._client.keeper.claim(attempt.stage.manifest)
+                self._client.files.keeper.claim(attempt.stage.manifest)
                 attempt.record['files'] = attempt.stage.manifest.digest
+                worker.gauge.claims()
                 worker.lives.move(attempt, 'claimed', **attempt.record)
                 if former.get('kept') and former['machine'] == worker.machine.address:
                     worker.collector.forget(former['key'])      # its results were deleted here
@@ -12068,8 +12279,348 @@ def runs_again(kept):
     return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
 
 
+# ---- Past: what exactly a job was, and the same once more ----
+
+def ask_here(argv, feed=None):
+    """Run a program here; return (its exit status, its stdout, its stderr as text)."""
+    said, ended = bytearray(), []
+    processes = Processes()
+    try:
+        processes.start(argv, said.extend, lambda *end: ended.append(end), feed=feed,
+                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
+        while not ended:
+            processes.wait()
+    finally:
+        processes.close()
+    status, complaint = ended[0]
+    return status, bytes(said), complaint.decode('utf-8', 'replace')
+
+
+class Past(NamedTuple):
+    """One start of a job, as its journal tells of it."""
+    name: str
+    claimed: dict                   # the journal's event
+    ended: dict                     # the same; empty if it has not ended, or not been heard of
+    state: str                      # the journal's word for what became of it
+    machine: dict                   # facts of the machine at that time: see Journal.machines
+
+    @property
+    def where(self):
+        """The machine, as the user named it."""
+        return self.claimed.get('where') or self.claimed['machine']
+
+
+def find_past(word, batch=None):
+    """Return the Past of a job: NAME, NAME~1, or with the batch 57 or .57; of a batch or not."""
+    results = ResultStore('job_results').peek()
+    name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
+                 if name in results.journal.jobs), word)
+    parts = ('', f'commands/{name}') if is_file_name(name) else ()
+    for part in parts:
+        inner = os.path.join(results.folder, '.ssh_scheduler', part)
+        past = read_past(name, os.path.join(inner, 'journal'))
+        if past:
+            return past
+    raise UsageError(f'no job {printable(name)} has started in this folder'
+                     f'{nearest(name, results.journal.jobs)}. The jobs of a batch: '
+                     f'execute_batch {"<batch>" if batch is None else "…"} --status')
+
+
+def is_file_name(name):
+    """Tell whether the name can be that of a file in a folder."""
+    return '/' not in name and '\0' not in name and name not in ('', '.', '..')
+
+
+def read_past(name, path):
+    """Return the Past of a job by the journal at this path; None if that does not know the job."""
+    found, machines = {}, collections.defaultdict(list)
+    stem = name.partition('~')[0]
+    try:
+        lines = read_file(path).splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            event = json.loads(line)
+            word, job = event['event'], event.get('job')
+            if word == 'machine':
+                machines[event['machine']].append((event['time'], event['facts']))
+            elif job != stem:
+                continue
+            elif word == 'claimed':
+                found[job] = Past(job, event, {}, word, {})
+            elif word == 'renamed' and job in found:
+                found[event['to']] = found.pop(job)._replace(name=event['to'])
+            elif job in found and word in LIFE_WORDS:
+                found[job] = found[job]._replace(
+                    state=word, ended=event if word == 'ended' else found[job].ended)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue                # `open` names a line that cannot be read
+    past = found.get(name)
+    if not past:
+        return None
+    began = past.claimed.get('time', math.inf)
+    facts = [facts for since, facts in machines[past.claimed['machine']] if since <= began]
+    return past._replace(machine=facts[-1] if facts else {})
+
+
+LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
+
+
+def what_became(past):
+    """Yield (head, text) of how a job ended, and when."""
+    claimed, ended, now = past.claimed, past.ended, time.time()
+    states = {'claimed': 'runs, as far as is known here', 'ended': 'has ended, and is not fetched',
+              'lost': 'its machine lost it', 'cancelled': 'was cancelled'}
+    text = states.get(past.state, '')
+    if ended:
+        code = ended['exit_code']
+        text = (f'exit code {code}' if code else 'finished, exit code 0') + (
+            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '')
+    yield 'outcome', text
+    if 'time' in claimed:
+        until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
+        yield 'started', f'{clock_of(claimed["time"], now - 86400)}{until}'
+    if claimed.get('attempt', 1) > 1:
+        yield 'attempt', str(claimed['attempt'])
+    if claimed.get('reproduces'):
+        yield 'reproduces', printable(claimed['reproduces'])
+
+
+def where_it_ran(past):
+    """Yield (head, text) of the machine of a job, of what it asked for, and of what it used."""
+    claimed, ended, facts = past.claimed, past.ended, past.machine
+    gpus = gpus_of(claimed.get('gpus'))
+    models = {gpu['index']: gpu['model'] for gpu in facts.get('gpus', ())}
+    parts = [past.where]
+    parts += [f'GPU {index}' + (f' ({models[index]})' if index in models else '')
+              for index in gpus]
+    yield 'machine', printable(', '.join(parts))
+    known = [f'{label} {facts[key]}' for key, label in FACT_LABELS.items() if facts.get(key)]
+    if known:
+        yield '', printable(', '.join(known))
+    if claimed.get('asked'):
+        yield 'asked for', describe(allocation_of(claimed))
+    used = [f'{text} {ended[key]:.0f} MB' for key, text in (
+        ('peak_memory_mb', 'memory'), ('peak_gpu_memory_mb', 'memory of GPUs')) if ended.get(key)]
+    if 'cpu_s' in ended:
+        used.insert(0, f'processor time {duration_of(ended["cpu_s"])}')
+    if used:
+        yield 'used', ', '.join(used)
+    if claimed.get('variables'):
+        yield 'variables', printable(', '.join(claimed['variables']))
+
+
+FACT_LABELS = {'kernel': 'Linux', 'driver': 'driver of GPUs', 'python': 'Python'}
+
+
+def allocation_of(claimed):
+    """Return the Allocation that a claim of the journal says; None where it says none."""
+    asked = claimed.get('asked')
+    if not isinstance(asked, dict):
+        return None
+    return Allocation(**{name: value for name, value in asked.items()
+                         if name in Allocation._fields})
+
+
+def what_it_had(past, sent):
+    """Yield (head, text) of the files that a job had, and of how they differ from those of now."""
+    digest = past.claimed.get('files')
+    manifest, record = sent.get(digest), sent.record(digest)
+    if not manifest or not record:
+        yield 'files', 'not recorded' if manifest is None else 'none were sent'
+        return
+    folder = sent.path(digest)
+    yield 'files', (f'{count_of(record["files"], "file")}, {size_of(record["bytes"])}, '
+                    f'{record["kept"]} of them kept in {folder}/files')
+    commit = record.get('commit')
+    if commit:
+        yield 'commit', f'{commit} ({printable(record["branch"])})'
+        for head, paths, more in (
+                ('changed', record['changed'], f': {folder}/diff.patch'
+                 if os.path.exists(f'{folder}/diff.patch') else ''),
+                ('not in git', record['untracked'], '')):
+            if paths:
+                yield head, f'{names_of([*map(printable, paths)])}{more}'
+    now = [path for path in manifest.files if differs_now(path, manifest)]
+    yield 'since then', (f'{names_of([*map(printable, now)])} changed' if now else
+                         'no file changed') + f': execute_batch --reproduce {past.name}'
+
+
+def differs_now(path, manifest):
+    """Tell whether a file that was sent is another one here and now, or none."""
+    mode, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+        if content.startswith(TO):
+            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
+        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
+            return True
+        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
+    except OSError:
+        return True
+
+
+class Rebuilt:
+    """A folder with the files that a job had, to send them once more; a context manager.
+
+    While it is open it is the current folder, and job_results in it is a link to that of before.
+
+    unlike: sentences on files that are not as they were
+    """
+
+    def __init__(self, past, sent):
+        self._manifest, self._sent = sent.get(past.claimed.get('files')), sent
+        self._commit = sent.record(past.claimed.get('files')).get('commit')
+        self._here = os.path.realpath('.')
+        self._folder, self.unlike = None, []
+
+    def __enter__(self):
+        inner = os.path.join(self._here, 'job_results', '.ssh_scheduler')
+        stem = f'reproduce.{os.uname().nodename}.'
+        for name in os.listdir(inner):              # of clients that were killed
+            pid = name[len(stem):].partition('-')[0] if name.startswith(stem) else ''
+            if pid.isdigit() and not is_process(int(pid)):
+                remove_tree(os.path.join(inner, name))
+        self._folder = private_folder(os.path.join(inner, f'{stem}{os.getpid()}'))
+        try:
+            self._fill()
+            os.symlink('../..', os.path.join(self._folder, 'job_results'))
+            os.chdir(self._folder)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        os.chdir(self._here)
+        remove_tree(self._folder)
+
+    def _fill(self):
+        changed, missing = [], []
+        for path, (mode, _, ns, content) in sorted(self._manifest.files.items()):
+            target = os.path.join(self._folder, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if content.startswith(TO):
+                os.symlink(content[len(TO):], target)
+                continue
+            data = self._content(path, content) if content else None
+            if data is not None:
+                with open(target, 'xb') as file:
+                    file.write(data)
+                os.chmod(target, mode)
+                os.utime(target, ns=(ns, ns))
+            elif not os.path.isfile(path) or os.path.islink(path):
+                missing.append(printable(path))
+            else:
+                if differs_now(path, self._manifest):
+                    changed.append(printable(path))
+                self._take(path, target)
+        for path in self._sent.record(self._manifest.digest).get('empty', ()):
+            os.makedirs(os.path.join(self._folder, path), exist_ok=True)
+        if changed:
+            self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
+                               'gets what is there now')
+        if missing:
+            self.unlike.append(f'{names_of(missing)}: gone since, and no copy was kept: the job '
+                               'does not get it')
+
+    def _content(self, path, content):
+        """Return what a file had in it; None where that is nowhere any more."""
+        data = self._sent.content(content)
+        if data is None and not differs_now(path, self._manifest):
+            data = read_file(path)
+        if data is None and self._commit:
+            _, said, _ = ask_here(['git', 'show', f'{self._commit}:./{path}'])
+            data = said if content_digest(said) == content else None
+        return data
+
+    def _take(self, path, target):
+        """Take a file that is too large to be read; it is only sent from there."""
+        try:
+            os.link(path, target)
+        except OSError:                     # job_results lies in another file system
+            import shutil
+            shutil.copy2(path, target)
+
+
+def is_process(pid):
+    """Tell whether there is such a process on this computer."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def unlike_then(past, again):
+    """Yield in words each fact of the machine in which two Pasts differ, as far as both are known.
+    """
+    def models(one):
+        known = {gpu['index']: gpu['model'] for gpu in one.machine.get('gpus', ())}
+        return ', '.join(sorted(known.get(index, '?') for index in gpus_of(
+            one.claimed.get('gpus'))))
+
+    for label, then, now in (
+            ('GPU', models(past), models(again)),
+            *((label, past.machine.get(key), again.machine.get(key))
+              for key, label in FACT_LABELS.items()),
+            ('variables', *(', '.join(one.claimed.get('variables', ['none']))
+                            for one in (past, again)))):
+        if then and now and then != now:
+            yield printable(f'{label} {now} (then {then})')
+
+
+def name_of_copy(past):
+    """Return the name of the job that reproduces this one: NAME-again, or the next that is free.
+
+    One that was begun and is not collected is continued.
+    """
+    results = ResultStore('job_results').peek()
+    stem = f'{past.name.replace("~", "-")}-again'
+
+    def is_taken(name):
+        journal = ResultStore('job_results', f'commands/{name}').peek().journal
+        return not journal.is_begun(name) and (
+            name in journal.jobs or name in results.journal.jobs or results.exists(name))
+
+    return free_name(stem, is_taken)
+
+
+def digest_of(pieces):
+    """Return what stands for the bytes."""
+    import hashlib
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def tell_likeness(past, name, unlike, reporter):
+    """Say what could not be the same in the job that reproduces a Past, and compare the outputs.
+
+    unlike: sentences on files
+    """
+    again = find_past(name)
+    unlike = [*unlike, *unlike_then(past, again)]
+    for text in unlike:
+        reporter.line(f'not the same: {text}')
+    if not unlike:
+        reporter.line('the same: all files, and all that is known of the machine')
+    results = ResultStore('job_results').peek()
+    try:
+        same = digest_of(results.read(past.name, 'out')) == digest_of(results.read(name, 'out'))
+    except OSError:
+        return
+    reporter.line('the same: stdout' if same else 'not the same: stdout: diff '
+                  f'{results.folder}/{past.name}.out {results.folder}/{name}.out')
+
+
 # ---- Commands ----
 
+LEAST_REPORT_S = 1.0        # between two pages of a report
 LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
 WATCH_S = 0.1               # between two looks at what a job has written here
 
@@ -12078,8 +12629,9 @@ def execute_batch(argv):
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
-    if options['--earlier']:
-        return earlier_jobs(options, reporter)
+    alone = next((option for option in ALONE if options[option]), None)
+    if alone:
+        return ALONE[alone](options, reporter)
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
     if not (asked or reruns):
@@ -12122,6 +12674,57 @@ def execute_batch(argv):
     return status
 
 
+def past_in(options, option):
+    """Return the Past of the job that an option names, which may be a number of <batch>."""
+    batch = options['<batch>']
+    return find_past(options[option], batch and name_of_batch(batch))
+
+
+def show_what(options, reporter):
+    """Tell what exactly a job was (--what); return the exit status."""
+    past, sent = past_in(options, '--what'), ResultStore('job_results').sent
+    for head, text in (('command', printable(past.claimed['command'])), *what_became(past),
+                       *where_it_ran(past), *what_it_had(past, sent)):
+        reporter.line(f'{head + ":" if head else "":12}{text}')
+    return 0
+
+
+def reproduce(options, reporter):
+    """Run a job once more with the files that it had (--reproduce); return the exit status."""
+    past = past_in(options, '--reproduce')
+    for option in ('--copy-forwards', '--link-forwards', '--exclude'):
+        if option in options.given:
+            raise UsageError(f'{option} cannot be given with --reproduce, which sends the files '
+                             'that the job had.')
+    sent, claimed = ResultStore('job_results').sent, past.claimed
+    manifest = sent.get(claimed.get('files'))
+    if not manifest:
+        raise ResultsError(f'the files that {past.name} had are not recorded, so it cannot be '
+                           'reproduced. Its command: ' + printable(claimed['command']))
+    name = options['<batch>'] = name_of_copy(past)
+    machines, wrong = usable_machines(options['--machines'] or (past.where,), reporter)
+    allocation = read_allocation(options, allocation_of(claimed) or Allocation(
+        gpus=len(gpus_of(claimed.get('gpus')))))
+    job = Job(name, claimed['command'], 1, allocation, Forwards(link=manifest.linked),
+              as_paths(claimed.get('backwards')), claimed.get('own', ''))
+    options['--link-forwards'] = manifest.linked
+    policy = read_policy(options)
+    policy = policy._replace(noted={**policy.noted, 'reproduces': past.name})
+    results = ResultStore('job_results', f'commands/{name}')
+    results.sent.limit_bytes = read_keep_files(options)
+    results.open(name)
+    client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
+    try:
+        reporter.line(f'{past.name}: {printable(claimed["command"])}')
+        with Rebuilt(past, sent) as rebuilt:
+            status = run_batch(options, machines, [job], client, reporter, policy) or wrong
+            tell_likeness(past, name, rebuilt.unlike, reporter)
+    finally:
+        client.close()
+        results.close()
+    return status
+
+
 class BatchCall(NamedTuple):
     """A call of execute_batch, as far as it was read."""
     options: Options
@@ -12142,9 +12745,10 @@ def check_asked(options):
         if given and name not in options.given:
             raise UsageError(f'{" and ".join(given)} can only be given with {name}.')
 
-    one_of(*ASKED, '--dry-run')
+    one_of(*ASKED, *ALONE, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
-    only_with('--status', *STATUS_OPTIONS, '--watch', '--json')
+    only_with('--status', *STATUS_OPTIONS, '--json', *['--watch'] * ('--report' not in
+                                                                    options.given))
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
@@ -12235,7 +12839,8 @@ def run_told(options, client, reporter, hooks, run):
 
     run(told): runs it; told: who is told of what happens
     """
-    log, others = None, (hooks, *read_sync_back(options, client, reporter))
+    log, report = None, read_report(options, client, reporter)
+    others = (hooks, *report, *read_sync_back(options, client, reporter))
     if options['--joblog'] and not options['--dry-run']:
         log = JobLog(options['--joblog'], reporter.warning)
         client.files.never.add(log.path_here)
@@ -12253,7 +12858,19 @@ def run_told(options, client, reporter, hooks, run):
     client.results.close()              # the command of --on-failure may take a minute
     with interruptible(hooks.interrupt):
         hooks.await_failure()
+    for page in report if hooks.has_begun else ():
+        page.finish()
     return status
+
+
+def read_report(options, client, reporter):
+    """Return the HtmlReport that --report asks for, or nothing, as a tuple."""
+    if not options['--report'] or options['--dry-run']:
+        return ()
+    interval = read_interval(options, LEAST_REPORT_S, '60')
+    page = HtmlReport(options['--report'], interval, client.processes, reporter)
+    client.files.never.add(page.path_here)
+    return (page,)
 
 
 def read_policy(options):
@@ -12282,31 +12899,16 @@ def check_syntax(path, jobs):
         return                          # a process less before the first login
     said = b''
     with contextlib.suppress(SchedulerError):
-        _, said, _ = ask_bash(['-O', 'extglob', '-c', SYNTAX_CHECK],
+        _, said, _ = ask_here(['bash', '-O', 'extglob', '-c', SYNTAX_CHECK],
                               (job.command.encode() + b'\0' for job in doubtful))
     refuse_syntax(path, doubtful, said)
-
-
-def ask_bash(words, feed=None):
-    """Run bash with these words; return (its exit status, its stdout, its stderr as text)."""
-    said, ended = bytearray(), []
-    processes = Processes()
-    try:
-        processes.start(['bash', *words], said.extend, lambda *end: ended.append(end), feed=feed,
-                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
-        while not ended:
-            processes.wait()
-    finally:
-        processes.close()
-    status, complaint = ended[0]
-    return status, bytes(said), complaint.decode('utf-8', 'replace')
 
 
 def check_hooks(options):
     """Raise if bash refuses the command of --on-finish or --on-failure."""
     for option in HOOKS:
-        status, _, complaint = ask_bash(['-n', '-c', options[option]]) if options[option] else (
-            0, b'', '')
+        command = options[option]
+        status, _, complaint = ask_here(['bash', '-n', '-c', command]) if command else (0, b'', '')
         if status:
             why = complaint_line(complaint).partition(': line ')[2].partition(': ')[2]
             raise UsageError(sentence(f'{option}: bash refuses this command: {why}'))
@@ -12336,6 +12938,8 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
             view.open()
             view.names()
             desk.open(dry)
+            results.journal.preface = [{'event': 'begun', 'batch': name_of_batch(path),
+                                        'time': round(time.time(), 3)}]
             has_work = run.scheduler.waits or run.lives.all_of(*ALIVE) or any(
                 results.kept(worker.machine.address) for worker in workers)
             if has_work:
@@ -12765,6 +13369,10 @@ def collect_others(run, worker, jobs):
                           batch=None)
         run.take_up(Job(name, job.command, 0, None, None), worker, journal.record(name))
     worker.ask()
+
+
+# The same for options that do without a batch file.
+ALONE = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
 
 
 @contextlib.contextmanager
@@ -13378,15 +13986,6 @@ def print_group(head, stream, pieces, reporter):
         reporter.raw(stream, b'\n')
 
 
-def digest_of(pieces):
-    """Return what stands for the bytes."""
-    import hashlib
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
-
-
 LONGEST_DIFFERENCE = 2**20      # bytes; comparing takes the square of that time, at worst
 
 
@@ -13445,13 +14044,13 @@ def query_machines(argv):
             client.close()
 
 
-def read_interval(options, least):
+def read_interval(options, least, usual='5'):
     """Return the seconds of --watch, or None; least: the fewest that make sense."""
     if options['--watch'] is None:
         return None
     if len(options['--watch']) > 1:
         raise UsageError('--watch takes one time.')
-    options['--watch'] = (options['--watch'] or ('5',))[0]
+    options['--watch'] = (options['--watch'] or (usual,))[0]
     return options.seconds('--watch', least=least)
 
 
@@ -13475,9 +14074,11 @@ def watch_machines(run, reporter, interval, allocation, as_json):
 
 def close_all(workers, client, hurried=lambda: False):
     """Have all machines tidied up, and wait for that, or until hurried()."""
+    client.wait_while(lambda: any(worker.state == 'ready' and worker.gauge.awaits_facts
+                                  for worker in workers), time.monotonic() + FACTS_S, hurried)
     for worker in workers:
         worker.close()
-    client.wait_while(lambda: client.keeper.is_busy or any(
+    client.wait_while(lambda: client.files.keeper.is_busy or any(
         worker.state == 'closing' for worker in workers), time.monotonic() + FAREWELL_S, hurried)
 
 
@@ -14435,6 +15036,10 @@ measure() {                 # says what the machine has, and what of it is free
   say_claims
   [[ $want_gpus != 1 ]] || say_gpus
 }
+
+say_python() {              # $1 $2: kernel and driver; it may take long to find the python3
+  say_text facts "$1" "$2" "$(enter timeout 10 python3 -V)"
+} 2>/dev/null
 
 measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
   local began line pid
@@ -15860,6 +16465,13 @@ do_tie() { tied=1; }
 do_measure() { beside measure_again "$1"; }
 
 do_limits() { limits=("$@"); }
+
+do_facts() {
+  local kernel='' driver=''
+  { read -r kernel <"$proc/sys/kernel/osrelease"; read -r driver <"$proc/driver/nvidia/version"; }
+  say_text facts "$kernel" "$driver" -
+  beside say_python "$kernel" "$driver"
+} 2>/dev/null
 
 do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   arrived+=("$home/stage/$1")
