@@ -39,9 +39,9 @@ As usual, some things make this less simple:
     and only when a folder has two such names.
 
 Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
-Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function,
-Options, Terminal, Command.  A section uses only what stands above it: the passes get their parts
-as arguments.
+Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge:
+Function, Options, Terminal, Command.  A section uses only what stands above it: the passes get
+their parts as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.

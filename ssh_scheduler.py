@@ -11087,6 +11087,9 @@ NO_VISIT = {
 }
 
 
+HINTS = 5                   # times that a shell is told to end before it is killed
+
+
 class Visit:
     """A login of its own, to a machine where a job runs: a shell beside the job, and ports.
 
@@ -11156,9 +11159,14 @@ class Visit:
             lambda status, _: ended.append(status), terminal=True)
         # It has no pipes to us, which would tell of its end.
         before = signal.signal(signal.SIGCHLD, lambda *_: processes.wake())
+        hints = 0
         try:
             while not ended:
-                processes.wait()
+                processes.wait(TICK_S)
+                if self._told and not ended:    # a bash that just begins to read a line misses it
+                    hints += 1
+                    self._shell.popen.send_signal(signal.SIGHUP if hints < HINTS else
+                                                  signal.SIGKILL)
         finally:
             signal.signal(signal.SIGCHLD, before)
         return ended[0]
