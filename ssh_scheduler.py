@@ -11087,7 +11087,7 @@ NO_VISIT = {
 }
 
 
-HINTS = 5                   # times that a shell is told to end before it is killed
+HINTS = 3                   # times that a shell is told to end before it is killed
 
 
 class Visit:

@@ -434,6 +434,17 @@ def test_a_shell_at_a_terminal_ends_with_its_client(command, terminal, machine):
     without_job(command)
 
 
+def test_a_shell_that_does_not_listen_ends_with_its_client(command, terminal):
+    with_job(command, 'localhost', 'sleep 1000')
+    at = terminal('job')
+    at.until(rb'\(job\) ')
+    at.type(b"trap '' HUP; echo de''af\n")
+    at.until(rb'\ndeaf')
+    os.kill(at.pid, signal.SIGTERM)
+    assert at.end() == 143
+    without_job(command)
+
+
 # ---- Ports ----
 
 SERVER = """\
