@@ -439,7 +439,7 @@ def test_a_shell_that_does_not_listen_ends_with_its_client(command, terminal):
     at = terminal('job')
     at.until(rb'\(job\) ')
     at.type(b"trap '' HUP; echo de''af\n")
-    at.until(rb'\ndeaf')
+    at.until(rb'deaf')
     os.kill(at.pid, signal.SIGTERM)
     assert at.end() == 143
     without_job(command)
