@@ -39,9 +39,9 @@ As usual, some things make this less simple:
     and only when a folder has two such names.
 
 Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
-Names, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge: Function,
-Options, Terminal, Command.  A section uses only what stands above it: the passes get their parts
-as arguments.
+Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge:
+Function, Options, Terminal, Command.  A section uses only what stands above it: the passes get
+their parts as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -870,6 +870,74 @@ def exclusion(patterns):
     except re.error as error:
         raise UsageError(f'--exclude: not a pattern: {error}.') from None
     return lambda path, is_folder: (for_folders if is_folder else for_all).fullmatch(path)
+
+
+# ---- Origins: which files the jobs had whose results are combined ----
+
+def mixed_files(sources):
+    """Return a sentence if the sources are results of jobs that had different files; '' else.
+
+    The journal beside the results tells the digest of the files of each job, and files.json what
+    that stands for.  The batch file does not count, since lines are added to it.
+    """
+    groups = {}                         # (folder of results, what its jobs had) -> their names
+    for folder, names in jobs_by_results(sources).items():
+        for name, (digest, batch) in files_of_jobs(folder, names).items():
+            groups.setdefault(what_they_had(folder, digest, batch), []).append(name)
+    if len(groups) < 2:
+        return ''
+    first, *others = (names[0] for names in groups.values())
+    return (f'these results were made with {len(groups)} different sets of files, for example '
+            f'{printable(first)} and {printable(others[0])}. What each had: execute_batch --what '
+            f'{printable(first)}')
+
+
+def jobs_by_results(sources):
+    """Return {folder of results: names of jobs} of those sources that lie in one."""
+    found = {}
+    for source in sources:
+        folder, name = os.path.split(os.path.abspath(source))
+        if os.path.isdir(os.path.join(folder, '.ssh_scheduler')):
+            found.setdefault(folder, set()).add(name)
+    return found
+
+
+def files_of_jobs(folder, names):
+    """Return {name of a job: (digest of its files, name of its batch)} of those that are known."""
+    inner, known = os.path.join(folder, '.ssh_scheduler'), {}
+    for path in (inner, *(os.path.join(inner, 'commands', name) for name in names)):
+        for event in events_in(os.path.join(path, 'journal')):
+            job = event.get('job')
+            if event.get('event') == 'claimed':
+                known[job] = event.get('files'), event.get('batch')
+            elif event.get('event') == 'renamed' and job in known:
+                known[event.get('to')] = known[job]
+    return {name: known[name] for name in sorted(names & known.keys())
+            if isinstance(known[name][0], str)}
+
+
+def events_in(path):
+    """Yield the events of a journal; what cannot be read has none."""
+    import json
+    with contextlib.suppress(OSError), open(path, 'rb') as journal:
+        for line in journal:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                yield event if isinstance(event, dict) else {}
+
+
+def what_they_had(folder, digest, batch):
+    """Return what stands for a set of files, without the batch file."""
+    import json
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        with open(os.path.join(folder, '.ssh_scheduler', 'sent', digest, 'files.json'),
+                  encoding='utf-8') as file:
+            files = json.load(file)
+        return json.dumps(sorted(
+            (path, mode, size, content or changed)
+            for path, (mode, size, changed, content) in files.items()
+            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', path).lstrip('.-')[-150:] != batch))
+    return digest
 
 
 # ---- System: what Python's os does not offer ----
@@ -2163,6 +2231,9 @@ def run(argv, terminal):
                      f'{printable(path)}')
     terminal.say(summary('would combine' if dry_run else 'combined', result, dest,
                          result.conflicts, folders))
+    mixed = mixed_files(sources)
+    if mixed:
+        terminal.complain(f'note: {mixed}')
     return 0
 
 

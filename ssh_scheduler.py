@@ -141,6 +141,10 @@ Files:
   --copy-backwards=<path>...    Files to fetch from a job, by default those
                                 that the job made or changed in its folder.
                                 A dot: all files. With no path: none.
+  --keep-files=<size>           Keep copies of the files that are sent, the
+                                smallest first, up to this size in all of
+                                job_results. With them execute_batch can
+                                reproduce a job [default: 20].
 """
 
 # What the options of all commands mean by a size and a time; see size_mb and seconds.
@@ -164,7 +168,8 @@ Usage:
                 [--copy-backwards=<path>]... [--sync-back=<path>]...
                 [--watch=<time>]... [--cancel=<job>]... [--rerun=<job>]...
                 [--drop-machine=<machine>]... [--]
-                (<batch> | --earlier=<action>)
+                (<batch> | [<batch>] --what=<job> | [<batch>] --reproduce=<job>
+                 | --earlier=<action>)
   execute_batch --help | --version
 
   <batch> has one bash command on each line; - is the standard input. Results
@@ -183,6 +188,7 @@ batch, 57, or its whole name:
   --waiting                     With --status: only jobs that wait.
   --watch=<time>...             With --status: show it again at this interval, 5
                                 seconds by default, until all jobs have ended.
+                                With --report: write it at this interval.
   --json                        With --status: one JSON object for each job, on
                                 a line of its own.
   --follow=<job>                Show what a job prints, from beginning to end;
@@ -200,6 +206,13 @@ batch, 57, or its whole name:
                                 start them on other machines.
 The same command again, with other lines or --machines, changes the batch that
 runs: new lines wait, lines that are gone do not start, new machines join.
+
+Later, also when the batch file is gone:
+  --what=<job>                  Show what a job was: command, files, commit of
+                                git, machine, times.
+  --reproduce=<job>             Run a job once more, with the files that it had
+                                then, as <job>-again; by default on the same
+                                machine. Say what could not be the same.
 
 Other:
   --dry-run                     Ask the machines, show what would start where,
@@ -235,6 +248,10 @@ Other:
                                 left on the machines: show them; collect those
                                 that have ended, under free names; or remove
                                 them, and stop those that run.
+
+  --report=<file>               Write an HTML page on all results in job_results
+                                when the batch has ended; with --watch=<time>
+                                also again and again while it runs.
 
 For other programs:
   --joblog=<file>               Write a line for each job that ends, with tabs:
@@ -974,6 +991,14 @@ class Record(collections.abc.MutableMapping):
         return True
 
 
+def as_json(value):
+    """Return JSON as bytes, with an end of line."""
+    return json.dumps(value).encode() + b'\n'
+
+
+JOURNAL_VERSION = 2         # docs: README, "The journal"
+
+
 class Journal:
     """The events of the jobs of a job_results: a JSON object a line.  Each event is written before
     anything follows from it.
@@ -981,6 +1006,8 @@ class Journal:
     jobs: name of a job -> its Record
     answered: the ids of requests that were acted on, see Inbox
     unwanted: name of a job that was cancelled -> process id of the client that does not start it
+    machines: address -> facts of the machine: kernel, driver, python, cores, memory_mb, gpus
+    preface: events that are written before the next claim, if there is one
     identity: 8 random hex digits of this journal, which its first line tells.  The files of a job
     on a machine have them in their names.  So a job that another journal started, such as that of a
     job_results which was removed, is never taken for a job of this one.
@@ -989,6 +1016,7 @@ class Journal:
     def __init__(self, path):
         self.path = path
         self.jobs, self.answered, self.unwanted = {}, set(), {}
+        self.machines, self.preface = {}, []
         self.identity, self._noted_identity = '', False
         self._remains = {}              # machine -> {key: state} of which folders are there
         self._fd = None
@@ -1034,12 +1062,16 @@ class Journal:
 
     def write(self, **event):
         """Add an event.  Before an act that cannot be undone the caller waits for `sync`, too."""
+        if self.preface and event['event'] == 'claimed':
+            preface, self.preface = self.preface, []
+            for before in preface:
+                self.write(**before)
         self.check()
-        event['time'] = round(time.time(), 3)
-        line = json.dumps(event).encode() + b'\n'
+        event.setdefault('time', round(time.time(), 3))
+        line = as_json(event)
         if not self._noted_identity:
-            first = {'event': 'journal', 'identity': self.identity}
-            line = json.dumps(first).encode() + b'\n' + line
+            line = as_json({'event': 'journal', 'identity': self.identity,
+                            'version': JOURNAL_VERSION}) + line
         try:
             written = os.write(self._fd, line)
             if written < len(line):     # the disk is full; what follows must not be glued to it
@@ -1117,6 +1149,10 @@ class Journal:
             self._remains.pop(event['machine'], None)
         elif word == 'answered':
             self.answered.add(event['id'])
+        elif word == 'machine':
+            self.machines[event['machine']] = event['facts']
+        elif word == 'begun':
+            pass                            # for those who read when jobs began to wait
         elif word == 'unwanted':
             self.unwanted.update(dict.fromkeys(event['jobs'], event['client']))
         elif word == 'wanted':
@@ -1195,6 +1231,11 @@ class Journal:
         record = {'attempt': number, 'machine': worker.machine.address, 'gpus': gpus,
                   'command': job.command, 'where': worker.machine.word or worker.name, **noted}
         return Attempt(job, worker, self.key(job.name, number), record, how)
+
+    def note_machine(self, address, facts, since):
+        """Note the facts of a machine, unless they are known.  since: when they began to hold."""
+        if self.machines.get(address) != facts:
+            self.write(event='machine', machine=address, facts=facts, time=round(since, 3))
 
     def may_have_streams(self, name):
         """Tell whether an earlier attempt, or a run before, may have written the job's streams."""
@@ -1723,7 +1764,7 @@ INTERRUPT_S = 10.0          # for jobs to end that were told to
 LAST_WORDS_S = 5.0          # for the output of jobs that were told to end
 LIVE_S = 5.0                # between two looks at a machine while jobs wait
 REFRESH_S = 2.0             # between two looks at what running jobs write and use
-CALM_S = 30.0               # between two looks while none waits, to see what GPU jobs use
+CALM_S = 30.0               # between two looks while none waits, to see what jobs use
 ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; it doubles
 TROUBLES = 3                # jobs lost in a row after which a machine gets no more for a while
 PATIENT_TROUBLES = 6        # after this many, half an hour, nobody waits for that machine alone
@@ -2250,7 +2291,8 @@ class Run:
         """Send one job off; the starts of one moment are sent together."""
         attempt = self.client.journal.new_attempt(
             job, worker, self._how(worker), placement and placement.visible_gpus,
-            own=job.own, backwards=job.backwards, **(self.policy.noted or {}))
+            own=job.own, backwards=job.backwards, **noted_of(job, worker.machine),
+            **(self.policy.noted or {}))
         attempt.placement = placement
         self.lives.move(attempt, 'placed')
         worker.start(attempt)
@@ -2273,7 +2315,7 @@ class Run:
                                self.policy.interval_s or LIVE_S)
         else:
             for worker in {attempt.machine for attempt in self.lives.all_of(*HOLDING)
-                           if attempt.placement and attempt.placement.gpus}:
+                           if attempt.placement}:
                 worker.measure(CALM_S)
         for standing in self.fleet.standing.values():
             standing.freed = False
@@ -2459,6 +2501,21 @@ class Run:
     def others(self, worker, jobs):
         """A machine has these OtherJobs."""
         self.view.others(worker, jobs)
+
+
+def noted_of(job, machine):
+    """Return what the journal has of the claim of a job beside what starts it."""
+    asked = job.allocation
+    noted = {'variables': sorted(dict(machine.env))} if machine.env else {}
+    if asked:
+        noted['asked'] = {'cores': asked.cores, 'memory_mb': asked.memory_mb, 'gpus': asked.gpus}
+        if asked.gpus:
+            noted['asked'].update(gpu_memory_mb=asked.gpu_memory_mb,
+                                  gpu_utilization=asked.gpu_utilization,
+                                  reserve_gpu=asked.reserve_gpu)
+        if asked.reserve:
+            noted['asked']['reserve'] = True
+    return noted
 
 
 # ---- Phrases: times, commands, last lines and tables, as people read them ----
@@ -3317,7 +3374,7 @@ def older_files(plan, results, files, path):
         now = files.manifest(forwards)
         if digest in (None, now.digest):
             return set()
-        before = results.manifests.get(digest)
+        before = results.sent.get(digest)
         return set(now.changed(before) if before else ['(not recorded)']) - {
             os.path.normpath(path)}
 
@@ -5001,10 +5058,12 @@ def parse_options(usage, argv, in_batch):
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
-    positionals = re.findall(r'(?<![=\w])<(\w+)>', pattern)
+    positionals = list(dict.fromkeys(re.findall(r'(?<![=\w])<(\w+)>', pattern)))
     # Options that stand in the place of a word, as in (<word> | --this) or (--this | --that).
-    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?= \||\))', pattern))
-    if spell_out(argv, kinds, 0)[1] & instead:
+    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?=\s+\||\))', pattern))
+    beside = set(re.findall(r'\[<\w+>\] (--[a-z-]+)', pattern))      # … or beside one
+    spelled, given = spell_out(argv, kinds, 0)
+    if given & instead and not (given & beside and spelled[-1] != '--'):
         positionals = []
     spelled, given = spell_out(argv, kinds, len(positionals))
     if not in_batch:
@@ -5519,7 +5578,7 @@ def read_partial(job, where, warn):
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
         for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
-                                     '--shell', '--forward', '--nice', '--timeout',
+                                     '--shell', '--forward', '--nice', '--timeout', '--keep-files',
                                      '--away-limit', '--verbose'}:
             raise UsageError(f'{name} has no meaning in a batch file.')
         backwards = options['--copy-backwards']
@@ -5923,43 +5982,53 @@ def scan_tree(paths, exclude, option='--copy-forwards', never=()):
 
 
 # A Manifest reads contents while logins are under way, and no more than it has time for then: of
-# files up to CONTENT_BYTES, the CONTENTS smallest of them, CONTENTS_BYTES in all.
-CONTENT_BYTES, CONTENTS, CONTENTS_BYTES = 64 * 1024, 5000, 32 * 2**20
+# the CONTENTS smallest files, CONTENTS_BYTES in all.
+CONTENTS, CONTENTS_BYTES = 5000, 32 * 2**20
+TO = '-> '                  # in front of the target of a link
+
+
+def is_inside(path):
+    """Tell whether a relative path is one that may be sent: it does not lead out of its folder."""
+    return (os.path.normpath(path) == path and path[:1] != '/'
+            and not {'..', '.', *NEVER_SENT}.intersection(path.split('/')))
 
 
 class Manifest:
-    """The files that a job was given, to be compared when a batch is continued later.
+    """The files that a job was given: to be compared with later ones, and to be sent once more.
 
-    files: {path: [mode, size, time of change in ns, digest of the content or '']}; files without a
-    digest of their content are told apart by size and time
-    digest: 16 hex digits of all that, without the times of files that have a digest
+    files: {path: [mode, size, time of change in ns, content]}; the content is the digest of what
+    the file holds, '-> TARGET' of a link, or '' of what is told apart by size and time
+    linked: the paths of --link-forwards, of whose files no content is read
+    empty: the folders in which nothing is
+    digest: 16 hex digits of files and linked, without the times of files that have a digest
     """
 
-    def __init__(self, files):
+    def __init__(self, files, linked=(), empty=()):
         import hashlib
-        self.files = files
+        self.files, self.linked, self.empty = files, tuple(linked), tuple(empty)
         rows = [[path, mode, size, content or ns]
                 for path, (mode, size, ns, content) in sorted(files.items())]
-        self.digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+        self.digest = hashlib.blake2b(json.dumps([rows, self.linked]).encode(),
+                                      digest_size=8).hexdigest()
 
     @classmethod
-    def of(cls, *trees):
-        """Return the Manifest of the files of these Trees."""
-        import hashlib
-        entries = [entry for tree in trees for entry in tree.entries if entry.kind != 'd']
-        read, total = {}, 0
-        for entry in sorted(entries, key=lambda entry: (entry.size, entry.path))[:CONTENTS]:
+    def of(cls, copy, link, linked=()):
+        """Return the Manifest of the files of the two Trees of Forwards; linked: their link."""
+        entries = [entry for entry in copy.entries if entry.kind != 'd']
+        contents = {entry.path: TO + entry.target for entry in entries if entry.kind == 'l'}
+        files, total = [entry for entry in entries if entry.kind == 'f'], 0
+        for entry in sorted(files, key=lambda entry: (entry.size, entry.path))[:CONTENTS]:
             total += entry.size
-            if entry.size > CONTENT_BYTES or total > CONTENTS_BYTES:
+            if total > CONTENTS_BYTES:
                 break
             with contextlib.suppress(OSError):          # a file that is gone fails when it is sent
-                content = os.fsencode(entry.target) if entry.kind == 'l' else None
-                if content is None:
-                    with open(entry.path, 'rb') as file:
-                        content = file.read()
-                read[entry.path] = hashlib.blake2b(content, digest_size=8).hexdigest()
-        return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns, read.get(entry.path, '')]
-                    for entry in entries})
+                contents[entry.path] = content_digest(read_file(entry.path))
+        entries += [entry for entry in link.entries if entry.kind != 'd']
+        folders = {entry.path for entry in copy.entries if entry.kind == 'd'}
+        empty = sorted(folders - {os.path.dirname(entry.path) for entry in copy.entries})
+        return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns,
+                                 contents.get(entry.path, '')] for entry in entries},
+                   linked, empty)
 
     def changed(self, older):
         """Return the paths that differ from an older Manifest, sorted."""
@@ -5970,6 +6039,18 @@ class Manifest:
             return one[3] != other[3] if one[3] and other[3] else one[2] != other[2]
 
         return sorted(filter(differ, self.files.keys() | older.files.keys()))
+
+
+def read_file(path):
+    """Return the bytes of a file."""
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def content_digest(data):
+    """Return 32 hex digits that stand for these bytes."""
+    import hashlib
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
@@ -6290,6 +6371,28 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
 
 
+def use_in(facts, before):
+    """Return what is in use on a machine, by all who use it, as `Seen` has it.
+
+    before: the Sample of the last probe, or None
+    """
+    values = dict(facts)
+    processors, cores, total_mb, available_mb = read_size(facts)
+    now, busy = two_numbers(values.get('ticks')), None
+    if before and now[1] - before.total >= FEWEST_TICKS:
+        busy = max(now[0] - before.busy, 0) / (now[1] - before.total) * processors
+    gpus = []
+    for key, line in facts:
+        numbers = [number_or_none(field.strip()) for field in line.split(',', 5)[:5]]
+        if key == 'gpu' and len(numbers) == 5 and None not in (numbers[0], *numbers[2:]):
+            index, _, total, free, share = numbers
+            gpus.append([index, max(total - free, 0), total, min(share, 100) / 100])
+    return {'busy_cores': round(min(decimal(values.get('load'), 0.0) if busy is None else busy,
+                                    processors), 2),
+            'cores': cores, 'used_memory_mb': total_mb - available_mb, 'memory_mb': total_mb,
+            'gpus': gpus}
+
+
 def read_size(facts):
     """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
     values = dict(facts)
@@ -6550,7 +6653,8 @@ class ResultStore:
         self.folder, self.part = folder, part
         self.inner = os.path.join(folder, '.ssh_scheduler', part).rstrip('/')
         self.journal = Journal(os.path.join(self.inner, 'journal'))
-        self.manifests = Manifests(self.inner, self.journal)
+        self.sent = Sent(os.path.join(folder, '.ssh_scheduler'))
+        self.seen = Seen(self.inner, self.journal)
         self.present = Presence(folder, self.journal)
         self.partials = Partials(folder, self.inner)
         self.lock = Lock(folder, part, self.inner)
@@ -6597,6 +6701,8 @@ class ResultStore:
         """Let go of the lock; where nothing was started, leave nothing behind."""
         if not self.lock.is_held:
             return
+        self.sent.close()
+        self.seen.write()
         if self.journal.is_empty:
             try:
                 for name in ('journal', 'lock'):
@@ -7047,38 +7153,212 @@ class Presence:
             record.here |= ENDS[end]
 
 
-class Manifests:
-    """The digests of the files that jobs had, with what they stand for: files/DIGEST.json."""
+KEPT_AT_ONCE = 64           # files that are kept between two looks at what happens
+STALE_S = 3600.0            # nobody takes that long to keep a set of files
 
-    def __init__(self, folder, journal):
-        self._folder, self._journal = os.path.join(folder, 'files'), journal
+
+class Sent:
+    """What was sent with jobs: for each set of files that has a digest of its own a folder.
+
+    sent/DIGEST/files.json      Manifest.files: what was sent
+    sent/DIGEST/record.json     when, how much, how much of it is kept, and what git says of it
+    sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Checkout
+    sent/DIGEST/files/PATH      the files that are kept: hard links into the store
+    sent/store/HASH             their contents, each once; limit_bytes in all
+
+    The smallest files are kept first: code, and not data.  Clients of several jobs may write here
+    at the same time, so each thing appears by one rename.
+    """
+
+    def __init__(self, folder):
+        self.folder = os.path.join(folder, 'sent')
+        self.limit_bytes = 0            # None: nothing is noted at all
+        self._store = os.path.join(self.folder, 'store')
         self._found = {}                # digest -> Manifest, None where that is not known
+        self._under_way = {}            # digest -> the generator that keeps it
+        self._claimed = set()           # digests of sets that jobs have which this client began
+        self._made = set()              # digests of sets that this client has put here
+        self._used = None               # bytes in the store
 
-    def keep(self, manifest):
-        """Keep what tells files apart, for the claims in the journal to refer to."""
-        if self._found.get(manifest.digest):
+    def claim(self, manifest):
+        """Have the set of files here, since a job has them.  Raises OSError."""
+        if manifest.digest not in self._claimed:
+            for _ in self.keeping(manifest):
+                pass
+            self._claimed.add(manifest.digest)
+
+    def keeping(self, manifest):
+        """Yield, some files at a time, while the set of files is put here.  Raises OSError."""
+        digest = manifest.digest
+        if self.limit_bytes is None or self._found.get(digest):
             return
-        path = self._path(manifest.digest)
+        if digest not in self._under_way:
+            self._under_way[digest] = self._make(manifest)
         try:
-            os.makedirs(self._folder, exist_ok=True)
-            with open(f'{path}.new', 'w', encoding='utf-8') as file:
-                json.dump(manifest.files, file)
-            os.replace(f'{path}.new', path)
-        except OSError as error:
-            raise self._journal.unwritable(error) from None
-        self._found[manifest.digest] = manifest
+            for _ in self._under_way[digest]:
+                yield
+        finally:
+            self._under_way.pop(digest, None)
 
     def get(self, digest):
-        """Return the Manifest that has this digest; None where it was not kept."""
-        if digest not in self._found:
+        """Return the Manifest that has this digest; None where it is not here."""
+        if not self._found.get(digest):
             self._found[digest] = None
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                with open(self._path(digest), encoding='utf-8') as file:
-                    self._found[digest] = Manifest(json.load(file))
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                record = self.record(digest)
+                found = Manifest(json.loads(read_file(self.path(digest, 'files.json'))),
+                                 record.get('linked', ()), record.get('empty', ()))
+                if found.digest == digest and all(map(is_inside, (*found.files, *found.empty))):
+                    self._found[digest] = found
         return self._found[digest]
 
-    def _path(self, digest):
-        return os.path.join(self._folder, f'{digest}.json')
+    def record(self, digest):
+        """Return what is noted of a set, see above; an empty dict where it is not here."""
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(read_file(self.path(digest, 'record.json')))
+            return record if isinstance(record, dict) else {}
+        return {}
+
+    def path(self, digest, *names):
+        """Return the path of a set, or of something in it."""
+        return os.path.join(self.folder, str(digest), *names)
+
+    def note(self, digest, patch=b'', **facts):
+        """Add facts to the record of a set, and the differences to its commit.  Raises OSError."""
+        if patch:
+            put_file(self.path(digest, 'diff.patch'), patch)
+        put_file(self.path(digest, 'record.json'),
+                 as_json({**self.record(digest), **facts}))
+
+    def content(self, digest):
+        """Return the bytes of this digest from the store; None where they are not here, whole."""
+        with contextlib.suppress(OSError):
+            data = read_file(os.path.join(self._store, digest))
+            return data if content_digest(data) == digest else None
+        return None
+
+    def close(self):
+        """Remove the sets of which no job has begun, and what is in the store for them alone."""
+        unclaimed, self._made = self._made - self._claimed, set()
+        for digest in unclaimed:
+            remove_tree(self.path(digest))
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._store) if unclaimed else ():
+                if entry.stat().st_nlink == 1:
+                    os.unlink(entry.path)
+            os.rmdir(self._store)       # which fails where something is in it
+            os.rmdir(self.folder)
+
+    def _make(self, manifest):
+        digest, record = manifest.digest, self.record(manifest.digest)
+        if not record:
+            os.makedirs(self._store, exist_ok=True)
+            for entry in os.scandir(self.folder):       # of clients that were killed
+                if entry.name.startswith('new-') and entry.stat().st_mtime < time.time() - STALE_S:
+                    remove_tree(entry.path)
+            folder = private_folder(os.path.join(self.folder, 'new'))
+            try:
+                yield from self._fill(folder, manifest)
+                os.chmod(folder, new_folder_mode())
+                with contextlib.suppress(OSError):      # another client was first
+                    os.rename(folder, self.path(digest))
+                    self._made.add(digest)
+            finally:
+                if os.path.isdir(folder):
+                    remove_tree(folder)
+        self._found[digest] = manifest
+
+    def _fill(self, folder, manifest):
+        kept, kept_bytes = 0, 0
+        smallest = sorted((size, path, content)
+                          for path, (_, size, _, content) in manifest.files.items() if content)
+        for number, (_, path, content) in enumerate(smallest, 1):
+            with contextlib.suppress(OSError):          # the disk is full, or the file is gone
+                size = self._keep_file(path, content, os.path.join(folder, 'files', path))
+                if size is not None:
+                    kept, kept_bytes = kept + 1, kept_bytes + size
+            if number % KEPT_AT_ONCE == 0:
+                yield
+        sizes = [size for _, size, _, _ in manifest.files.values()]
+        put_file(os.path.join(folder, 'files.json'), as_json(manifest.files))
+        put_file(os.path.join(folder, 'record.json'), as_json({
+            'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
+            'linked': manifest.linked, 'empty': manifest.empty,
+            'kept': kept, 'kept_bytes': kept_bytes}))
+
+    def _keep_file(self, path, content, target):
+        """Keep a file, or link, that has this content; return its size; None if it is not kept."""
+        if not self.limit_bytes:
+            return None
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if content.startswith(TO):
+            os.symlink(content[len(TO):], target)
+            return 0
+        kept = os.path.join(self._store, content)
+        if not os.path.exists(kept):
+            size = os.stat(path).st_size
+            if self._used_bytes() + size > self.limit_bytes:
+                return None
+            data = read_file(path)
+            if content_digest(data) != content:         # it has changed since
+                return None
+            put_file(kept, data, 0o444)
+            self._used += len(data)
+        os.link(kept, target)
+        return os.stat(kept).st_size
+
+    def _used_bytes(self):
+        """Return how much is in the store."""
+        if self._used is None:
+            self._used = sum(entry.stat().st_size for entry in os.scandir(self._store))
+        return self._used
+
+
+def put_file(path, data, mode=0o666):
+    """Write a file, so that at no moment it is there in part.  Raises OSError."""
+    new = f'{path}.new-{os.getpid()}'
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), 'wb') as file:
+            file.write(data)
+        os.replace(new, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(new)
+        raise
+
+
+SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: the larger of this and this share of all
+
+
+class Seen:
+    """The file `seen`: samples of what is in use on machines, for a report.  A JSON object a line.
+
+    A machine has at most one every SEEN_S; the longer the client runs, the fewer.  So a week has
+    some hundreds.  They are of no importance: nobody is told where they cannot be written.
+    """
+
+    def __init__(self, inner, journal):
+        self._path, self._journal = os.path.join(inner, 'seen'), journal
+        self._began, self._last = time.monotonic(), {}      # machine -> when it had a sample
+        self._unwritten = []            # lines, until a job is claimed
+
+    def add(self, machine, sample):
+        """Add what is in use on a machine (its address), unless it had a sample lately."""
+        now = time.monotonic()
+        apart_s = max(SEEN_S, SEEN_SHARE * (now - self._began))
+        if now - self._last.get(machine, -math.inf) < apart_s:
+            return
+        self._last[machine] = now
+        self._unwritten.append(as_json({'machine': machine, 'time': round(time.time(), 1),
+                                        **sample}))
+        self.write()
+
+    def write(self):
+        """Write what was added, unless no job was ever claimed here."""
+        if self._unwritten and not self._journal.is_empty:
+            with contextlib.suppress(OSError), open(self._path, 'ab') as file:
+                file.write(b''.join(self._unwritten))
+            self._unwritten = []
 
 
 def take_name(stem):
@@ -7954,6 +8234,75 @@ class Hooks:
             self._processes.wait(0.2)
 
 
+REPORT_LIMIT_S = 600.0              # for a report to be made
+
+
+class HtmlReport:
+    """The page of --report, which results_table.py makes, each time anew and in one rename."""
+
+    def __init__(self, path, interval_s, processes, reporter):
+        self._path, self._interval_s = path, interval_s
+        self._processes, self._report = processes, reporter
+        self._program = find_results_table()
+        self._child = None
+        folder, name = os.path.split(path)
+        if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
+            raise UsageError(f'--report {path}: this is no file in a folder that exists.')
+
+    @property
+    def path_here(self):
+        """The path of the page below the current folder; it starts with .. if it lies elsewhere."""
+        return os.path.relpath(os.path.realpath(self._path), os.path.realpath('.'))
+
+    def begin(self, _view):
+        """The batch begins."""
+        if self._interval_s is not None:
+            self._processes.call_later(self._interval_s, self._again)
+
+    def changed(self, _attempt, _before):
+        """An attempt is in another state now."""
+
+    def lost(self, _attempt):
+        """A job is gone without a result, and is not started again."""
+
+    def finish(self):
+        """The batch has ended, and its results are here: make the page, and wait for that."""
+        self._processes = Processes()
+        try:
+            self._make()
+            while self._child:
+                self._processes.wait()
+        except KeyboardInterrupt:
+            self._report.note(f'{self._path} was not written: interrupted.')
+        finally:
+            self._processes.close()
+
+    def _again(self):
+        if not self._child:
+            self._make()
+        self._processes.call_later(self._interval_s, self._again)
+
+    def _make(self):
+        self._child = self._processes.start(
+            [sys.executable, self._program, 'job_results', '--html', self._path], ignore,
+            self._made, has_input=False, deadline_s=REPORT_LIMIT_S)
+
+    def _made(self, status, complaint):
+        self._child = None
+        if status:
+            why = complaint_line(complaint.decode('utf-8', 'replace')) or f'exit code {status}'
+            self._report.note(f'{self._path} was not written: {sentence(why)}')
+
+
+def find_results_table():
+    """Return the path of results_table.py; raise if it is not there."""
+    path = os.path.join(os.path.dirname(os.path.realpath(__file__)), 'results_table.py')
+    if not os.path.isfile(path):
+        raise UsageError('--report needs results_table.py, in the same folder as '
+                         f'{os.path.basename(__file__)}: {os.path.dirname(path)}')
+    return path
+
+
 # ---- Wire: the language of the channel ----
 
 LONGEST_LINE = 64 * 1024
@@ -8060,6 +8409,7 @@ EVENTS = {
     'probe': Fields((os.fsdecode, lambda raw: raw.decode('utf-8', 'replace'))),
     'ready': Fields((os.fsdecode, bytes)),
     'measured': Fields((number_of, number_of)),
+    'facts': Fields((text_of, text_of, text_of)),
     'staged': Fields((os.fsdecode,)),
     'stage_failed': Fields((os.fsdecode, text_of)),
     'started': Fields(rest=os.fsdecode),
@@ -8506,7 +8856,7 @@ class Client:
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
         self.accounts = {}              # what tells accounts apart -> the Worker that has it
-        self.files = Files()
+        self.files = Files(Keeper(self))
         self.results = results
         self.starts = Starts(self)
 
@@ -8570,10 +8920,11 @@ class Files:
     """The files that go along, by Forwards: looked at once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
+    keeper: the Keeper, which has those kept that are sent
     """
 
-    def __init__(self):
-        self.never = set()
+    def __init__(self, keeper=None):
+        self.never, self.keeper = set(), keeper
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -8629,7 +8980,7 @@ class Files:
     def manifest(self, forwards):
         """Return the Manifest of the Forwards; made once."""
         if forwards not in self._manifests:
-            self._manifests[forwards] = Manifest.of(*self.trees(forwards))
+            self._manifests[forwards] = Manifest.of(*self.trees(forwards), forwards.link)
         return self._manifests[forwards]
 
     def small_archive(self, forwards):
@@ -8646,6 +8997,104 @@ class Files:
             self.manifest(forwards)
             self._archives[forwards] = data
         return self._archives[forwards]
+
+
+GIT_LIMIT_S = 60.0          # for an answer of git
+GIT_PATHS = 500             # that one git is asked about
+MOST_LISTED = 1000          # untracked files in a record
+
+
+class Keeper:
+    """Has what is sent to machines kept here, and has git say what it is, while it is sent."""
+
+    def __init__(self, client):
+        self._client = client
+        self._begun, self._at_work = set(), set()       # digests of sets of files
+
+    @property
+    def is_busy(self):
+        """Tell whether a record is not complete."""
+        return bool(self._at_work)
+
+    def keep(self, manifest):
+        """Begin to keep these files, which are sent now."""
+        sent = self._client.results and self._client.results.sent
+        if manifest.digest in self._begun or not sent or sent.limit_bytes is None:
+            return
+        self._begun.add(manifest.digest)
+        self._at_work.add(manifest.digest)
+        self._client.flows.start(self._keep(sent, manifest))
+
+    def claim(self, manifest):
+        """Have these files kept: the journal is about to name them."""
+        try:
+            self._client.results.sent.claim(manifest)
+        except OSError as error:
+            raise self._client.journal.unwritable(error) from None
+
+    def _keep(self, sent, manifest):
+        """A flow: keep the files, and then what git says of them."""
+        try:
+            for _ in sent.keeping(manifest):
+                yield 0
+            if in_checkout() and not sent.record(manifest.digest).get('commit'):
+                facts, patch = yield from self._ask_git(manifest, sent.limit_bytes)
+                if facts:
+                    sent.note(manifest.digest, patch, **facts)
+        except (OSError, SchedulerError) as error:      # there is no git; or see `claim`
+            self._client.trace(f'what was sent is not recorded: {error}')
+        finally:
+            self._at_work.discard(manifest.digest)
+
+    def _ask_git(self, manifest, limit_bytes):
+        """A flow: return (facts for the record, the differences to the commit as a patch).
+
+        No path is in them that was not sent.
+        """
+        head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
+        if not head:
+            return {}, b''                  # it has no commit yet
+        commit, branch = os.fsdecode(head).split('\n')[:2]
+        differ = ('diff', 'HEAD', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
+        changed = yield from self._git(*differ, '--name-only', '-z')
+        tracked = yield from self._git('ls-files', '-z')
+        sent = {path for path in manifest.files if not is_below(path, manifest.linked)}
+        changed = sorted(sent.intersection(os.fsdecode(changed).split('\0')))
+        untracked = sorted(sent.difference(os.fsdecode(tracked).split('\0')))
+        patch = b''
+        for start in range(0, len(changed), GIT_PATHS) if limit_bytes else ():
+            patch += yield from self._git(
+                '--literal-pathspecs', *differ, '--binary', '--no-color', '--src-prefix=a/',
+                '--dst-prefix=b/', '--', *changed[start:start + GIT_PATHS])
+        too_large = {'patch_bytes': len(patch)} if len(patch) > limit_bytes else {}
+        return {'commit': commit, 'branch': branch, 'changed': changed,
+                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked),
+                **too_large}, b'' if too_large else patch
+
+    def _git(self, *words):
+        """A flow: return what git prints; nothing where it fails.  It changes nothing."""
+        said = bytearray()
+        child = self._client.processes.start(
+            ['git', '-c', 'core.fsmonitor=false', *words], said.extend, None, has_input=False,
+            env={**os.environ, 'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1'},
+            deadline_s=GIT_LIMIT_S)
+        end = yield child
+        return b'' if end.status else bytes(said)
+
+
+def in_checkout():
+    """Tell whether the current folder is in a git checkout."""
+    folder = os.path.realpath('.')
+    while not os.path.lexists(os.path.join(folder, '.git')):
+        if folder == '/':
+            return False
+        folder = os.path.dirname(folder)
+    return True
+
+
+def is_below(path, folders):
+    """Tell whether a path is one of these, or lies below one."""
+    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
 
 
 def make_run_folder():
@@ -8842,6 +9291,7 @@ class Stages:
             if is_small(*files.trees(forwards)):
                 data = files.small_archive(forwards)
             stage = self._stages[forwards] = self._stage(forwards)      # as the archive has them
+            self._worker.client.files.keeper.keep(stage.manifest)
             if stage.ready:
                 pass
             elif stage.small:
@@ -8884,10 +9334,12 @@ class Stages:
             self._contact.send('unsent', f'the files could not be sent: {why}')
             return
         if stage.looks:
-            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link)
+            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link,
+                                                                stage.forwards.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
             worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
                                   'there have the newer files')
+            worker.client.files.keeper.keep(stage.manifest)
         self._freeze(stage)
 
     def _send_parts(self, stage):
@@ -9713,6 +10165,7 @@ MEASURE_LEAST_S = 1.0               # between two looks at what a machine has fr
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
 MEASURE_LIMIT_S = 60.0              # a look without an answer has failed; the most one is put off
 DRAIN_S = 10.0                      # a follower silent this long after the end of its job is dead
+FACTS_S = 1.0                       # for a machine to tell which one it is, at the end
 FAREWELL_S = 30.0                   # for tidying up on the machine
 RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
 
@@ -9734,10 +10187,13 @@ class Gauge:
         self._number, self._asked_at = 0, 0.0       # of the look that is under way, or was
         self._due = None                    # when it will be asked, or None
         self._cost_s = 0.0                  # what the last look took of a core
+        self._facts_since = None            # when this contact had its first claim
+        self.awaits_facts = False           # nothing is known of which machine it is, so far
 
     def renew(self):
         """Forget a look that will not be answered, as one over a former contact."""
         self._facts, self._due, self._is_asked = [], None, False
+        self._facts_since, self.awaits_facts = None, False
 
     def on_probe(self, key, value):
         """Note one fact."""
@@ -9759,6 +10215,9 @@ class Gauge:
         ours = {attempt.key for attempt in worker.lives.of(worker, *ALIVE)} | self._ended_keys
         self.capacity = parse_probe(self._facts, worker.machine, ours, self._sample,
                                     self._ended_ticks)
+        if worker.client.results:
+            worker.client.results.seen.add(worker.machine.address,
+                                           use_in(self._facts, self._sample))
         self._sample = read_sample(self._facts,
                                    self._sample.gpu_free_mb if self._sample else None)
         for key, mb in gpu_memory(self._facts).items():
@@ -9798,6 +10257,36 @@ class Gauge:
             self._number, self._asked_at = self._number + 1, now
             self._facts, self._is_asked = [], True
             self._worker.contact.send('measure', self._number)
+
+    def claims(self):
+        """A job is about to be claimed there: ask which machine it is, once a contact."""
+        if self._facts_since is None:
+            self._facts_since = time.time()
+            self.awaits_facts = (self._worker.machine.address
+                                 not in self._worker.client.journal.machines)
+            # behind the start of the job
+            self._worker.client.processes.call_later(0, self._ask_facts)
+
+    def _ask_facts(self):
+        if self._worker.state == 'ready':
+            self._worker.contact.send('facts')
+
+    def on_facts(self, kernel, driver, python):
+        """Have the journal know which machine it is."""
+        journal, address = self._worker.client.journal, self._worker.machine.address
+        if python == '-':                   # the next time it is told
+            python = journal.machines.get(address, {}).get('python', '')
+        else:
+            self.awaits_facts = False
+        version = re.search(r' (\d+(?:\.\d+)+) ', f'{driver} ')
+        facts = {'kernel': kernel[:80], 'driver': version and version[1],
+                 'python': python.removeprefix('Python ')[:40]}
+        if self.capacity:
+            facts.update(cores=self.capacity.total_cores, memory_mb=self.capacity.total_memory_mb,
+                         gpus=[{'index': gpu.index, 'model': gpu.name,
+                                'memory_mb': gpu.total_memory_mb} for gpu in self.capacity.gpus])
+        journal.note_machine(address, {name: fact for name, fact in facts.items() if fact},
+                             self._facts_since or time.time())
 
     def on_measured(self, number, cost_cs):
         """All facts of a look have come; it took this much of a core (1/100 s)."""
@@ -9988,8 +10477,9 @@ class JobControl:
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
             if attempt.stage and attempt.stage.ready:
                 former = results.journal.record(attempt.name)
-                results.manifests.keep(attempt.stage.manifest)
+                self._client.files.keeper.claim(attempt.stage.manifest)
                 attempt.record['files'] = attempt.stage.manifest.digest
+                worker.gauge.claims()
                 worker.lives.move(attempt, 'claimed', **attempt.record)
                 if former.get('kept') and former['machine'] == worker.machine.address:
                     worker.collector.forget(former['key'])      # its results were deleted here
@@ -10616,6 +11106,9 @@ NO_VISIT = {
 }
 
 
+HINTS = 3                   # times that a shell is told to end before it is killed
+
+
 class Visit:
     """A login of its own, to a machine where a job runs: a shell beside the job, and ports.
 
@@ -10685,9 +11178,14 @@ class Visit:
             lambda status, _: ended.append(status), terminal=True)
         # It has no pipes to us, which would tell of its end.
         before = signal.signal(signal.SIGCHLD, lambda *_: processes.wake())
+        hints = 0
         try:
             while not ended:
-                processes.wait()
+                processes.wait(TICK_S)
+                if self._told and not ended:    # a bash that just begins to read a line misses it
+                    hints += 1
+                    self._shell.popen.send_signal(signal.SIGHUP if hints < HINTS else
+                                                  signal.SIGKILL)
         finally:
             signal.signal(signal.SIGCHLD, before)
         return ended[0]
@@ -11808,8 +12306,348 @@ def runs_again(kept):
     return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
 
 
+# ---- Past: what exactly a job was, and the same once more ----
+
+def ask_here(argv, feed=None):
+    """Run a program here; return (its exit status, its stdout, its stderr as text)."""
+    said, ended = bytearray(), []
+    processes = Processes()
+    try:
+        processes.start(argv, said.extend, lambda *end: ended.append(end), feed=feed,
+                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
+        while not ended:
+            processes.wait()
+    finally:
+        processes.close()
+    status, complaint = ended[0]
+    return status, bytes(said), complaint.decode('utf-8', 'replace')
+
+
+class Past(NamedTuple):
+    """One start of a job, as its journal tells of it."""
+    name: str
+    claimed: dict                   # the journal's event
+    ended: dict                     # the same; empty if it has not ended, or not been heard of
+    state: str                      # the journal's word for what became of it
+    machine: dict                   # facts of the machine at that time: see Journal.machines
+
+    @property
+    def where(self):
+        """The machine, as the user named it."""
+        return self.claimed.get('where') or self.claimed['machine']
+
+
+def find_past(word, batch=None):
+    """Return the Past of a job: NAME, NAME~1, or with the batch 57 or .57; of a batch or not."""
+    results = ResultStore('job_results').peek()
+    name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
+                 if name in results.journal.jobs), word)
+    parts = ('', f'commands/{name}') if is_file_name(name) else ()
+    for part in parts:
+        inner = os.path.join(results.folder, '.ssh_scheduler', part)
+        past = read_past(name, os.path.join(inner, 'journal'))
+        if past:
+            return past
+    raise UsageError(f'no job {printable(name)} has started in this folder'
+                     f'{nearest(name, results.journal.jobs)}. The jobs of a batch: '
+                     f'execute_batch {"<batch>" if batch is None else "…"} --status')
+
+
+def is_file_name(name):
+    """Tell whether the name can be that of a file in a folder."""
+    return '/' not in name and '\0' not in name and name not in ('', '.', '..')
+
+
+def read_past(name, path):
+    """Return the Past of a job by the journal at this path; None if that does not know the job."""
+    found, machines = {}, collections.defaultdict(list)
+    stem = name.partition('~')[0]
+    try:
+        lines = read_file(path).splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        try:
+            event = json.loads(line)
+            word, job = event['event'], event.get('job')
+            if word == 'machine':
+                machines[event['machine']].append((event['time'], event['facts']))
+            elif job != stem:
+                continue
+            elif word == 'claimed':
+                found[job] = Past(job, event, {}, word, {})
+            elif word == 'renamed' and job in found:
+                found[event['to']] = found.pop(job)._replace(name=event['to'])
+            elif job in found and word in LIFE_WORDS:
+                found[job] = found[job]._replace(
+                    state=word, ended=event if word == 'ended' else found[job].ended)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue                # `open` names a line that cannot be read
+    past = found.get(name)
+    if not past:
+        return None
+    began = past.claimed.get('time', math.inf)
+    facts = [facts for since, facts in machines[past.claimed['machine']] if since <= began]
+    return past._replace(machine=facts[-1] if facts else {})
+
+
+LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
+
+
+def what_became(past):
+    """Yield (head, text) of how a job ended, and when."""
+    claimed, ended, now = past.claimed, past.ended, time.time()
+    states = {'claimed': 'runs, as far as is known here', 'ended': 'has ended, and is not fetched',
+              'lost': 'its machine lost it', 'cancelled': 'was cancelled'}
+    text = states.get(past.state, '')
+    if ended:
+        code = ended['exit_code']
+        text = (f'exit code {code}' if code else 'finished, exit code 0') + (
+            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '')
+    yield 'outcome', text
+    if 'time' in claimed:
+        until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
+        yield 'started', f'{clock_of(claimed["time"], now - 86400)}{until}'
+    if claimed.get('attempt', 1) > 1:
+        yield 'attempt', str(claimed['attempt'])
+    if claimed.get('reproduces'):
+        yield 'reproduces', printable(claimed['reproduces'])
+
+
+def where_it_ran(past):
+    """Yield (head, text) of the machine of a job, of what it asked for, and of what it used."""
+    claimed, ended, facts = past.claimed, past.ended, past.machine
+    gpus = gpus_of(claimed.get('gpus'))
+    models = {gpu['index']: gpu['model'] for gpu in facts.get('gpus', ())}
+    parts = [past.where]
+    parts += [f'GPU {index}' + (f' ({models[index]})' if index in models else '')
+              for index in gpus]
+    yield 'machine', printable(', '.join(parts))
+    known = [f'{label} {facts[key]}' for key, label in FACT_LABELS.items() if facts.get(key)]
+    if known:
+        yield '', printable(', '.join(known))
+    if claimed.get('asked'):
+        yield 'asked for', describe(allocation_of(claimed))
+    used = [f'{text} {ended[key]:.0f} MB' for key, text in (
+        ('peak_memory_mb', 'memory'), ('peak_gpu_memory_mb', 'memory of GPUs')) if ended.get(key)]
+    if 'cpu_s' in ended:
+        used.insert(0, f'processor time {duration_of(ended["cpu_s"])}')
+    if used:
+        yield 'used', ', '.join(used)
+    if claimed.get('variables'):
+        yield 'variables', printable(', '.join(claimed['variables']))
+
+
+FACT_LABELS = {'kernel': 'Linux', 'driver': 'driver of GPUs', 'python': 'Python'}
+
+
+def allocation_of(claimed):
+    """Return the Allocation that a claim of the journal says; None where it says none."""
+    asked = claimed.get('asked')
+    if not isinstance(asked, dict):
+        return None
+    return Allocation(**{name: value for name, value in asked.items()
+                         if name in Allocation._fields})
+
+
+def what_it_had(past, sent):
+    """Yield (head, text) of the files that a job had, and of how they differ from those of now."""
+    digest = past.claimed.get('files')
+    manifest, record = sent.get(digest), sent.record(digest)
+    if not manifest or not record:
+        yield 'files', 'not recorded' if manifest is None else 'none were sent'
+        return
+    folder = sent.path(digest)
+    yield 'files', (f'{count_of(record["files"], "file")}, {size_of(record["bytes"])}, '
+                    f'{record["kept"]} of them kept in {folder}/files')
+    commit = record.get('commit')
+    if commit:
+        yield 'commit', f'{commit} ({printable(record["branch"])})'
+        for head, paths, more in (
+                ('changed', record['changed'], f': {folder}/diff.patch'
+                 if os.path.exists(f'{folder}/diff.patch') else ''),
+                ('not in git', record['untracked'], '')):
+            if paths:
+                yield head, f'{names_of([*map(printable, paths)])}{more}'
+    now = [path for path in manifest.files if differs_now(path, manifest)]
+    yield 'since then', (f'{names_of([*map(printable, now)])} changed' if now else
+                         'no file changed') + f': execute_batch --reproduce {past.name}'
+
+
+def differs_now(path, manifest):
+    """Tell whether a file that was sent is another one here and now, or none."""
+    mode, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+        if content.startswith(TO):
+            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
+        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
+            return True
+        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
+    except OSError:
+        return True
+
+
+class Rebuilt:
+    """A folder with the files that a job had, to send them once more; a context manager.
+
+    While it is open it is the current folder, and job_results in it is a link to that of before.
+
+    unlike: sentences on files that are not as they were
+    """
+
+    def __init__(self, past, sent):
+        self._manifest, self._sent = sent.get(past.claimed.get('files')), sent
+        self._commit = sent.record(past.claimed.get('files')).get('commit')
+        self._here = os.path.realpath('.')
+        self._folder, self.unlike = None, []
+
+    def __enter__(self):
+        inner = os.path.join(self._here, 'job_results', '.ssh_scheduler')
+        stem = f'reproduce.{os.uname().nodename}.'
+        for name in os.listdir(inner):              # of clients that were killed
+            pid = name[len(stem):].partition('-')[0] if name.startswith(stem) else ''
+            if pid.isdigit() and not is_process(int(pid)):
+                remove_tree(os.path.join(inner, name))
+        self._folder = private_folder(os.path.join(inner, f'{stem}{os.getpid()}'))
+        try:
+            self._fill()
+            os.symlink('../..', os.path.join(self._folder, 'job_results'))
+            os.chdir(self._folder)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        os.chdir(self._here)
+        remove_tree(self._folder)
+
+    def _fill(self):
+        changed, missing = [], []
+        for path, (mode, _, ns, content) in sorted(self._manifest.files.items()):
+            target = os.path.join(self._folder, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            if content.startswith(TO):
+                os.symlink(content[len(TO):], target)
+                continue
+            data = self._content(path, content) if content else None
+            if data is not None:
+                with open(target, 'xb') as file:
+                    file.write(data)
+                os.chmod(target, mode)
+                os.utime(target, ns=(ns, ns))
+            elif not os.path.isfile(path) or os.path.islink(path):
+                missing.append(printable(path))
+            else:
+                if differs_now(path, self._manifest):
+                    changed.append(printable(path))
+                self._take(path, target)
+        for path in self._manifest.empty:
+            os.makedirs(os.path.join(self._folder, path), exist_ok=True)
+        if changed:
+            self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
+                               'gets what is there now')
+        if missing:
+            self.unlike.append(f'{names_of(missing)}: gone since, and no copy was kept: the job '
+                               'does not get it')
+
+    def _content(self, path, content):
+        """Return what a file had in it; None where that is nowhere any more."""
+        data = self._sent.content(content)
+        if data is None and not differs_now(path, self._manifest):
+            data = read_file(path)
+        if data is None and self._commit:
+            _, said, _ = ask_here(['git', 'show', f'{self._commit}:./{path}'])
+            data = said if content_digest(said) == content else None
+        return data
+
+    def _take(self, path, target):
+        """Take a file that is too large to be read; it is only sent from there."""
+        try:
+            os.link(path, target)
+        except OSError:                     # job_results lies in another file system
+            import shutil
+            shutil.copy2(path, target)
+
+
+def is_process(pid):
+    """Tell whether there is such a process on this computer."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def unlike_then(past, again):
+    """Yield in words each fact of the machine in which two Pasts differ, as far as both are known.
+    """
+    def models(one):
+        known = {gpu['index']: gpu['model'] for gpu in one.machine.get('gpus', ())}
+        return ', '.join(sorted(known.get(index, '?') for index in gpus_of(
+            one.claimed.get('gpus'))))
+
+    for label, then, now in (
+            ('GPU', models(past), models(again)),
+            *((label, past.machine.get(key), again.machine.get(key))
+              for key, label in FACT_LABELS.items()),
+            ('variables', *(', '.join(one.claimed.get('variables', ['none']))
+                            for one in (past, again)))):
+        if then and now and then != now:
+            yield printable(f'{label} {now} (then {then})')
+
+
+def name_of_copy(past):
+    """Return the name of the job that reproduces this one: NAME-again, or the next that is free.
+
+    One that was begun and is not collected is continued.
+    """
+    results = ResultStore('job_results').peek()
+    stem = f'{past.name.replace("~", "-")}-again'
+
+    def is_taken(name):
+        journal = ResultStore('job_results', f'commands/{name}').peek().journal
+        return not journal.is_begun(name) and (
+            name in journal.jobs or name in results.journal.jobs or results.exists(name))
+
+    return free_name(stem, is_taken)
+
+
+def digest_of(pieces):
+    """Return what stands for the bytes."""
+    import hashlib
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def tell_likeness(past, name, unlike, reporter):
+    """Say what could not be the same in the job that reproduces a Past, and compare the outputs.
+
+    unlike: sentences on files
+    """
+    again = find_past(name)
+    unlike = [*unlike, *unlike_then(past, again)]
+    for text in unlike:
+        reporter.line(f'not the same: {text}')
+    if not unlike:
+        reporter.line('the same: all files, and all that is known of the machine')
+    results = ResultStore('job_results').peek()
+    try:
+        same = digest_of(results.read(past.name, 'out')) == digest_of(results.read(name, 'out'))
+    except OSError:
+        return
+    reporter.line('the same: stdout' if same else 'not the same: stdout: diff '
+                  f'{results.folder}/{past.name}.out {results.folder}/{name}.out')
+
+
 # ---- Commands ----
 
+LEAST_REPORT_S = 1.0        # between two pages of a report
 LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
 WATCH_S = 0.1               # between two looks at what a job has written here
 
@@ -11818,8 +12656,9 @@ def execute_batch(argv):
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
-    if options['--earlier']:
-        return earlier_jobs(options, reporter)
+    alone = next((option for option in ALONE if options[option]), None)
+    if alone:
+        return ALONE[alone](options, reporter)
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
     if not (asked or reruns):
@@ -11844,6 +12683,7 @@ def execute_batch(argv):
         check_forwards(forwards)
     policy, settings = read_policy(options), read_settings(options)
     results = ResultStore('job_results')
+    results.sent.limit_bytes = read_keep_files(options)
     answer = open_or_hand_over(results, name, options, text)
     if answer:
         return tell_answer(answer, reporter, handed_to(results.lock.holder))
@@ -11858,6 +12698,57 @@ def execute_batch(argv):
         results.close()
     with interruptible(hooks.interrupt):    # the command may start another batch in this folder
         hooks.finish(status)
+    return status
+
+
+def past_in(options, option):
+    """Return the Past of the job that an option names, which may be a number of <batch>."""
+    batch = options['<batch>']
+    return find_past(options[option], batch and name_of_batch(batch))
+
+
+def show_what(options, reporter):
+    """Tell what exactly a job was (--what); return the exit status."""
+    past, sent = past_in(options, '--what'), ResultStore('job_results').sent
+    for head, text in (('command', printable(past.claimed['command'])), *what_became(past),
+                       *where_it_ran(past), *what_it_had(past, sent)):
+        reporter.line(f'{head + ":" if head else "":12}{text}')
+    return 0
+
+
+def reproduce(options, reporter):
+    """Run a job once more with the files that it had (--reproduce); return the exit status."""
+    past = past_in(options, '--reproduce')
+    for option in ('--copy-forwards', '--link-forwards', '--exclude'):
+        if option in options.given:
+            raise UsageError(f'{option} cannot be given with --reproduce, which sends the files '
+                             'that the job had.')
+    sent, claimed = ResultStore('job_results').sent, past.claimed
+    manifest = sent.get(claimed.get('files'))
+    if not manifest:
+        raise ResultsError(f'the files that {past.name} had are not recorded, so it cannot be '
+                           'reproduced. Its command: ' + printable(claimed['command']))
+    name = options['<batch>'] = name_of_copy(past)
+    machines, wrong = usable_machines(options['--machines'] or (past.where,), reporter)
+    allocation = read_allocation(options, allocation_of(claimed) or Allocation(
+        gpus=len(gpus_of(claimed.get('gpus')))))
+    job = Job(name, claimed['command'], 1, allocation, Forwards(link=manifest.linked),
+              as_paths(claimed.get('backwards')), claimed.get('own', ''))
+    options['--link-forwards'] = manifest.linked
+    policy = read_policy(options)
+    policy = policy._replace(noted={**policy.noted, 'reproduces': past.name})
+    results = ResultStore('job_results', f'commands/{name}')
+    results.sent.limit_bytes = read_keep_files(options)
+    results.open(name)
+    client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
+    try:
+        reporter.line(f'{past.name}: {printable(claimed["command"])}')
+        with Rebuilt(past, sent) as rebuilt:
+            status = run_batch(options, machines, [job], client, reporter, policy) or wrong
+            tell_likeness(past, name, rebuilt.unlike, reporter)
+    finally:
+        client.close()
+        results.close()
     return status
 
 
@@ -11881,9 +12772,10 @@ def check_asked(options):
         if given and name not in options.given:
             raise UsageError(f'{" and ".join(given)} can only be given with {name}.')
 
-    one_of(*ASKED, '--dry-run')
+    one_of(*ASKED, *ALONE, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
-    only_with('--status', *STATUS_OPTIONS, '--watch', '--json')
+    only_with('--status', *STATUS_OPTIONS, '--json', *['--watch'] * ('--report' not in
+                                                                    options.given))
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
@@ -11900,6 +12792,11 @@ def read_settings(options):
     return {'nice': options.whole_number('--nice', least=0, most=19),
             'live': not options['--no-live'], 'away_limit_s': away_limit_s,
             'max_result_bytes': None if max_result_mb is None else int(max_result_mb * 1e6)}
+
+
+def read_keep_files(options):
+    """Return how many bytes of what is sent may be kept in job_results."""
+    return int(options.size_mb('--keep-files', least=0) * 2**20)
 
 
 def open_or_hand_over(results, name, options, text):
@@ -11969,7 +12866,8 @@ def run_told(options, client, reporter, hooks, run):
 
     run(told): runs it; told: who is told of what happens
     """
-    log, others = None, (hooks, *read_sync_back(options, client, reporter))
+    log, report = None, read_report(options, client, reporter)
+    others = (hooks, *report, *read_sync_back(options, client, reporter))
     if options['--joblog'] and not options['--dry-run']:
         log = JobLog(options['--joblog'], reporter.warning)
         client.files.never.add(log.path_here)
@@ -11987,7 +12885,19 @@ def run_told(options, client, reporter, hooks, run):
     client.results.close()              # the command of --on-failure may take a minute
     with interruptible(hooks.interrupt):
         hooks.await_failure()
+    for page in report if hooks.has_begun else ():
+        page.finish()
     return status
+
+
+def read_report(options, client, reporter):
+    """Return the HtmlReport that --report asks for, or nothing, as a tuple."""
+    if not options['--report'] or options['--dry-run']:
+        return ()
+    interval = read_interval(options, LEAST_REPORT_S, '60')
+    page = HtmlReport(options['--report'], interval, client.processes, reporter)
+    client.files.never.add(page.path_here)
+    return (page,)
 
 
 def read_policy(options):
@@ -12016,31 +12926,16 @@ def check_syntax(path, jobs):
         return                          # a process less before the first login
     said = b''
     with contextlib.suppress(SchedulerError):
-        _, said, _ = ask_bash(['-O', 'extglob', '-c', SYNTAX_CHECK],
+        _, said, _ = ask_here(['bash', '-O', 'extglob', '-c', SYNTAX_CHECK],
                               (job.command.encode() + b'\0' for job in doubtful))
     refuse_syntax(path, doubtful, said)
-
-
-def ask_bash(words, feed=None):
-    """Run bash with these words; return (its exit status, its stdout, its stderr as text)."""
-    said, ended = bytearray(), []
-    processes = Processes()
-    try:
-        processes.start(['bash', *words], said.extend, lambda *end: ended.append(end), feed=feed,
-                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
-        while not ended:
-            processes.wait()
-    finally:
-        processes.close()
-    status, complaint = ended[0]
-    return status, bytes(said), complaint.decode('utf-8', 'replace')
 
 
 def check_hooks(options):
     """Raise if bash refuses the command of --on-finish or --on-failure."""
     for option in HOOKS:
-        status, _, complaint = ask_bash(['-n', '-c', options[option]]) if options[option] else (
-            0, b'', '')
+        command = options[option]
+        status, _, complaint = ask_here(['bash', '-n', '-c', command]) if command else (0, b'', '')
         if status:
             why = complaint_line(complaint).partition(': line ')[2].partition(': ')[2]
             raise UsageError(sentence(f'{option}: bash refuses this command: {why}'))
@@ -12070,6 +12965,8 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
             view.open()
             view.names()
             desk.open(dry)
+            results.journal.preface = [{'event': 'begun', 'batch': name_of_batch(path),
+                                        'time': round(time.time(), 3)}]
             has_work = run.scheduler.waits or run.lives.all_of(*ALIVE) or any(
                 results.kept(worker.machine.address) for worker in workers)
             if has_work:
@@ -12501,6 +13398,10 @@ def collect_others(run, worker, jobs):
     worker.ask()
 
 
+# The same for options that do without a batch file.
+ALONE = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
+
+
 @contextlib.contextmanager
 def interruptible(handler):
     """Have SIGINT and SIGTERM call the handler, unless we were started with them ignored."""
@@ -12546,6 +13447,7 @@ def execute_remote(argv):
         return (cancel_batch_job(name, batch, reporter) if options['--cancel'] else
                 watch_batch_job(name, batch, ports, reporter))
     results = ResultStore('job_results', f'commands/{name}')
+    results.sent.limit_bytes = read_keep_files(options)
     try:
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
@@ -13013,6 +13915,7 @@ def execute_to(argv):
     client = Client(None, reporter.trace, nice=nice, live=False)
     results = client.results = ResultStore(
         *(['job_results', f'commands/{name}'] if is_kept else [f'{client.run_folder}/results']))
+    results.sent.limit_bytes = 0 if is_kept else None
     try:
         results.open()
         workers = workers_for(machines, client, reporter)
@@ -13110,15 +14013,6 @@ def print_group(head, stream, pieces, reporter):
         reporter.raw(stream, b'\n')
 
 
-def digest_of(pieces):
-    """Return what stands for the bytes."""
-    import hashlib
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
-
-
 LONGEST_DIFFERENCE = 2**20      # bytes; comparing takes the square of that time, at worst
 
 
@@ -13177,13 +14071,13 @@ def query_machines(argv):
             client.close()
 
 
-def read_interval(options, least):
+def read_interval(options, least, usual='5'):
     """Return the seconds of --watch, or None; least: the fewest that make sense."""
     if options['--watch'] is None:
         return None
     if len(options['--watch']) > 1:
         raise UsageError('--watch takes one time.')
-    options['--watch'] = (options['--watch'] or ('5',))[0]
+    options['--watch'] = (options['--watch'] or (usual,))[0]
     return options.seconds('--watch', least=least)
 
 
@@ -13207,10 +14101,12 @@ def watch_machines(run, reporter, interval, allocation, as_json):
 
 def close_all(workers, client, hurried=lambda: False):
     """Have all machines tidied up, and wait for that, or until hurried()."""
+    client.wait_while(lambda: any(worker.state == 'ready' and worker.gauge.awaits_facts
+                                  for worker in workers), time.monotonic() + FACTS_S, hurried)
     for worker in workers:
         worker.close()
-    client.wait_while(lambda: any(worker.state == 'closing' for worker in workers),
-                      time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: client.files.keeper.is_busy or any(
+        worker.state == 'closing' for worker in workers), time.monotonic() + FAREWELL_S, hurried)
 
 
 def json_lines(workers, allocation):
@@ -14167,6 +15063,10 @@ measure() {                 # says what the machine has, and what of it is free
   say_claims
   [[ $want_gpus != 1 ]] || say_gpus
 }
+
+say_python() {              # $1 $2: kernel and driver; it may take long to find the python3
+  say_text facts "$1" "$2" "$(enter timeout 10 python3 -V)"
+} 2>/dev/null
 
 measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
   local began line pid
@@ -15592,6 +16492,13 @@ do_tie() { tied=1; }
 do_measure() { beside measure_again "$1"; }
 
 do_limits() { limits=("$@"); }
+
+do_facts() {
+  local kernel='' driver=''
+  { read -r kernel <"$proc/sys/kernel/osrelease"; read -r driver <"$proc/driver/nvidia/version"; }
+  say_text facts "$kernel" "$driver" -
+  beside say_python "$kernel" "$driver"
+} 2>/dev/null
 
 do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   arrived+=("$home/stage/$1")

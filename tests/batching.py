@@ -194,7 +194,7 @@ def assert_clean(machine, cache=False):
     What other tests have on a machine that they share is theirs.
     """
     for pid, _ in machine.processes():
-        assert rig.ends(pid, timeout_s=5), f'still on {machine.name}: {tell(machine.processes())}'
+        assert rig.ends(pid), f'still on {machine.name}: {tell(machine.processes())}'
     project = ssh_scheduler.project_name()
     left = places(machine.home).get(project, set()) - ({'cache'} if cache else set())
     assert not left, [*machine.home.glob('.ssh_scheduler/*/*/*')]

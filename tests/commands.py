@@ -177,7 +177,7 @@ def nasty_pids(ledger):
 
 
 def assert_ended(pids):
-    left = [kind for kind, pid in pids.items() if not rig.ends(pid, timeout_s=5)]
+    left = [kind for kind, pid in pids.items() if not rig.ends(pid)]
     for kind in left:
         rig.kill(pids[kind], lambda pid: True)
     assert not left, f'still there: {left}'

@@ -136,7 +136,7 @@ def client_home():
     (folder / 'tmp').mkdir()
     yield folder
     left = [f'{pid} {rig.cmdline(pid)}' for pid in rig.knowing(folder)
-            if not rig.ends(pid, timeout_s=5)]
+            if not rig.ends(pid)]
     kill_all_of(folder)
     rig.remove(folder)
     assert not left, 'the program left processes behind on this side:\n' + '\n'.join(left)

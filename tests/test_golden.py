@@ -196,7 +196,7 @@ class Scene:
         self.grow('checkpoints/last.ckpt', 3_000_000_000)
         shown = self.terminal('--machines', *(machine.name for machine in self.machines))
         try:
-            shown.until(lambda text: 'choices' in text and len(re.findall(r' 0%  \d', text)) == 2)
+            shown.until(lambda text: self._waits(text) and len(re.findall(r' 0%  \d', text)) == 2)
             self.take('large', shown)
             shown.press('\x03')
             shown.until(lambda text: 'Press a key' in text)
@@ -206,9 +206,14 @@ class Scene:
         finally:
             shown.close()
 
+    def _waits(self, text):
+        """Tell whether the machines are known, and how far the batch is, which follows that."""
+        return 'choices' in text and f' 0/{self.count} ' in text
+
     def _start(self, shown):
         first, second = self.machines[:2]
-        shown.until(lambda text: 'choices' in text and len(re.findall(' [2-7][0-9]%', text)) == 2)
+        shown.until(lambda text: self._waits(text) and len(
+            re.findall(' [2-7][0-9]%', text)) == 2)
         self.take('start', shown)
         self.free(second).touch()
         shown.until(lambda text: '2 running' in text and '24/117' in text)

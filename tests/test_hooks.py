@@ -10,7 +10,7 @@ from types import SimpleNamespace as Some
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, events, result, wrote
+from batching import NO_GPU, RESULTS, Batches, events, result, wait_until, wrote
 
 import ssh_scheduler as s
 
@@ -313,7 +313,7 @@ def test_an_interrupt_leaves_on_failure_that_goes_on(start, ledger):
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == 'over'
     assert done.stderr.splitlines()[-1] == (
         f'--on-failure: its command is left running here, as process {pid}.')
-    assert rig.cmdline(pid) == 'sleep 1000'
+    wait_until(lambda: rig.cmdline(pid) == 'sleep 1000', 'bash has become it')
     os.kill(pid, signal.SIGKILL)
 
 
@@ -330,15 +330,18 @@ def test_on_failure_that_goes_on_is_left_after_a_time(project, monkeypatch, caps
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith('waiting for the command of --on-failure, at most 0.1 s')
     pid = int(second.rpartition(' ')[2][:-1])
-    assert rig.cmdline(pid) == 'sleep 1000'
+    wait_until(lambda: rig.cmdline(pid) == 'sleep 1000', 'bash has become it')
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def test_a_job_that_its_machine_loses_for_good_is_told_of(start, ledger, outside):
+def test_a_job_that_its_machine_loses_for_good_is_told_of(start, ledger, gate, outside):
     """It takes its record away, and who would write another."""
-    batch = start(['echo >~/.ssh_scheduler/*/jobs/batch.sh.1.1-????????; kill -KILL $PPID; '
-                   f'echo over >>{ledger}'])
+    batch = start([f'{gate.wait("a")}; echo >~/.ssh_scheduler/*/jobs/batch.sh.1.1-????????; '
+                   f'kill -KILL $PPID; echo over >>{ledger}'])
+    batch.until('started: batch.sh.1')
+    batch.process.send_signal(signal.SIGSTOP)           # it does not hear of that
+    gate.open('a')
     wrote(ledger, 'over')
     batch.process.kill()
     batch.end()

@@ -134,7 +134,7 @@ def test_a_job_results_of_the_version_before_is_read(run, project):
             event.pop(key, None)
     journal.write_text(''.join(json.dumps(event) + '\n' for event in old
                                if event['event'] not in ('journal', 'tidied')))
-    shutil.rmtree(RESULTS / '.ssh_scheduler/files')
+    shutil.rmtree(RESULTS / '.ssh_scheduler/sent')
     done = run('echo b', 'echo a', 'echo c')
     assert warnings(done) == [ELSEWHERE.format(1, 'batch.sh.2'), ELSEWHERE.format(2, 'batch.sh.1')]
     assert (started(done), done.returncode) == (['batch.sh.3'], 0)
@@ -375,7 +375,7 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     assert 'files changed' not in run(*lines).stderr
     (project / 'train.py').write_text('print(2)\n')
     (project / 'more').touch()
-    (project / 'large').touch()
+    (project / 'large').write_bytes(bytes(300_000))
     (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
     assert note == (
         'files changed since: large, more, train.py: 3 finished lines had the older files. To run '
@@ -477,13 +477,14 @@ def test_a_manifest_has_all_that_tells_files_apart(tmp_path, monkeypatch):
     (tmp_path / 'large').write_bytes(bytes(100_000))
 
     def now():
-        return s.Manifest.of(s.scan_tree(('.',), ()))
+        return s.Manifest.of(s.scan_tree(('.',), ()), s.Tree((), ()))
 
     first = now()
     assert json.loads(json.dumps(first.files)).keys() == {'a\udcff', 'link', 'large'}
     changes = [lambda: (tmp_path / 'a\udcff').write_text('2'),
                lambda: (tmp_path / 'a\udcff').chmod(0o755),
-               lambda: os.utime('large', (0, 0)), lambda: (tmp_path / 'link').unlink()]
+               lambda: (tmp_path / 'large').write_bytes(bytes(99_999) + b'1'),
+               lambda: (tmp_path / 'link').unlink()]
     for change, path in zip(changes, ['a\udcff', 'a\udcff', 'large', 'link']):
         before = now()
         change()

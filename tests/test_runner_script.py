@@ -395,7 +395,7 @@ def test_a_probe_knows_a_real_limit(channel, env):
     finally:
         rig.ends(runner.process.pid)
         for pid in open(f'{group}/cgroup.procs').read().split():
-            rig.ends(int(pid), timeout_s=5)
+            rig.ends(int(pid))
         os.rmdir(group)
 
 
@@ -1676,15 +1676,14 @@ def test_what_outlives_its_job_is_told_with_its_name(runner):
     assert not [event for event in runner.events if event[0] == 'left']
 
 
-def test_many_that_outlive_their_job_are_counted(runner):
+def test_many_that_outlive_their_job_are_counted(runner, env):
     runner.start('job', 'for n in {1..8}; do setsid sleep 1000 & done')
     (text,) = runner.until('left', 'job.1')
     runner.ended('job')
     assert text.count('sleep (') == 5 and text.endswith(' and 3 more')
     runner.send('cancel', 5, 'job.1')    # they are its, though it has ended
     runner.until('cancelled')
-    assert not [pid for pid in rig.pids() if b'SSH_SCHEDULER_JOB=job\0' in
-                rig.read_proc(pid, 'environ') and rig.cmdline(pid) == 'sleep 1000']
+    assert not [pid for pid in rig.knowing(env['HOME']) if rig.cmdline(pid) == 'sleep 1000']
 
 
 def test_cancel_of_many_ends_all_they_started(runner, tmp_path):
@@ -1703,7 +1702,7 @@ def test_cancel_of_many_ends_all_they_started(runner, tmp_path):
         time.sleep(0.01)
     runner.send('cancel', 5, *(f'job{number}.1' for number in range(4)))
     runner.until('cancelled', '')
-    assert all(rig.ends(int(pid), timeout_s=1) for pid in ledger.read_text().split())
+    assert all(rig.ends(int(pid)) for pid in ledger.read_text().split())
     assert all(runner.record(f'job{number}')[0] == 'ended' for number in range(4))
 
 
@@ -1833,7 +1832,7 @@ def test_a_job_runs_on_without_the_channel(runner, gate, cut, env):
         runner.process.wait(rig.SAFETY_NET_S)
         assert cut is killed or not [event for event in runner.rest() if event[0] != 'probe']
         others = set(rig.knowing(env['HOME'])) - {worker, *job}
-        assert all(rig.ends(pid, timeout_s=5) for pid in others)
+        assert all(rig.ends(pid) for pid in others)
         fifo.write('go\n')
     assert rig.ends(worker)
     assert runner.record('job') == ['ended', '3']
@@ -1847,7 +1846,7 @@ def test_the_speaker_of_a_killed_runner_ends_with_the_channel(runner, env):
     runner.process.wait(rig.SAFETY_NET_S)
     runner.process.stdin.close()
     runner.process.stdout.close()
-    assert all(rig.ends(pid, timeout_s=5) for pid in rig.knowing(env['HOME']))
+    assert all(rig.ends(pid) for pid in rig.knowing(env['HOME']))
 
 
 def test_another_channel_adopts_a_running_job(channel, gate, tmp_path):

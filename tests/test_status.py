@@ -474,7 +474,7 @@ def test_in_a_pipe_the_table_is_whole(made, run_cli, client_env):
     made.claim(6, machine='/a/long/path/to/machines/' + 'x' * 60 + '.yaml')
     made.say(6, err='warned: ' + 'y' * 3000)
     code, lines = status_of(run_cli)
-    assert lines[-3].endswith('x.yaml  0s ago      --lr 3.0    warned: ' + 'y' * 3000)
+    assert re.search(r'x\.yaml  \d+s ago +--lr 3\.0    warned: y{3000}$', lines[-3])
     assert '.1   finished   lab1 GPU 0' in lines[2]
     assert not re.search('[\x00-\x1f…]', ''.join(lines[:-2]))
 
@@ -502,13 +502,13 @@ def test_the_time_left_is_told_as_by_the_client_while_it_runs(project, run_cli):
     for line in (1, 2):
         made.claim(line)
         made.end(line, line % 2, wall_s=100.0)
-    made.claim(4, age_s=50)
+    made.claim(4, age_s=40)
     with made.hold():
         assert status_of(run_cli)[1][0].endswith(', 1 running, 4 waiting')
         made.claim(3)
         made.end(3, wall_s=100.0)
         _, lines = status_of(run_cli)
-        assert lines[0].endswith(', 1 running, 3 waiting, 6m–7m left')      # 350 s
+        assert lines[0].endswith(', 1 running, 3 waiting, 6m–7m left')      # 360 s
         assert 'left' not in ''.join(lines[1:])
         made.claim(5, machine='lab2', age_s=10)
         assert status_of(run_cli)[1][0].endswith(', 2 running, 2 waiting, 3m–4m left')     # 190 s

@@ -155,9 +155,10 @@ def test_a_typed_interrupt_is_the_shells(command, terminal, machine):
     with_job(command, machine, 'sleep 1000')
     at = terminal('job')
     at.until(rb'\(job\) ')
-    at.type(b'HISTFILE=; (exec sleep 1234)\n')
+    sleep = f'sleep 1000.{os.getpid()}'         # no other run of these tests has that
+    at.type(f'HISTFILE=; (exec {sleep})\n'.encode())
     # A bash that is about to become something else forgets that it was interrupted.
-    wait_until(lambda: any(rig.cmdline(pid) == 'sleep 1234' for pid in rig.pids()), 'the sleep')
+    wait_until(lambda: any(rig.cmdline(pid) == sleep for pid in rig.pids()), 'the sleep')
     at.type(b'\x03')
     at.type(b'echo "go"es on; exit 5\n')
     at.until(rb'goes on')
@@ -414,12 +415,13 @@ def test_a_shell_that_is_told_to_end(command, lab1, ledger):
 def test_a_shell_that_reads_a_pipe_is_interrupted_with_what_it_runs(command, machine, ledger):
     with_job(command, machine, 'sleep 1000')
     visit = command('--shell', 'job', stdin=subprocess.PIPE)
-    visit.process.stdin.write(f'echo $$ >>{ledger}; sleep 1235\n'.encode())
+    sleep = f'sleep 1001.{os.getpid()}'         # no other run of these tests has that
+    visit.process.stdin.write(f'echo $$ >>{ledger}; {sleep}\n'.encode())
     visit.process.stdin.flush()
-    wait_until(lambda: any(rig.cmdline(pid) == 'sleep 1235' for pid in rig.pids()), 'the sleep')
+    wait_until(lambda: any(rig.cmdline(pid) == sleep for pid in rig.pids()), 'the sleep')
     visit.signal(signal.SIGINT)
     assert visit.end().status == 130
-    wait_until(lambda: not any(rig.cmdline(pid) == 'sleep 1235' for pid in rig.pids()), 'its end')
+    wait_until(lambda: not any(rig.cmdline(pid) == sleep for pid in rig.pids()), 'its end')
     without_job(command)
 
 
@@ -427,6 +429,17 @@ def test_a_shell_at_a_terminal_ends_with_its_client(command, terminal, machine):
     with_job(command, machine, 'sleep 1000')
     at = terminal('job')
     at.until(rb'\(job\) ')
+    os.kill(at.pid, signal.SIGTERM)
+    assert at.end() == 143
+    without_job(command)
+
+
+def test_a_shell_that_does_not_listen_ends_with_its_client(command, terminal):
+    with_job(command, 'localhost', 'sleep 1000')
+    at = terminal('job')
+    at.until(rb'\(job\) ')
+    at.type(b"trap '' HUP; echo de''af\n")
+    at.until(rb'deaf')
     os.kill(at.pid, signal.SIGTERM)
     assert at.end() == 143
     without_job(command)
