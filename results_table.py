@@ -1495,6 +1495,7 @@ SAMPLES = 60_000                    # of the use of machines, all together
 LAST_LINE = 160                     # characters of a job's last line
 PATHS = 200                         # changed files that are named
 
+COUNTED = re.compile(r'(?i)\b(epoch|step|iteration|iter|batch)s?[ :=#(\[]{1,3}([0-9]{1,15})\b')
 PLAIN_NAME = re.compile(r'[\w.~-]+', re.ASCII)      # the same in an address
 STATES = ('finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier', '')
 USED = ('peak_memory_mb', 'peak_gpu_memory_mb')
@@ -1735,6 +1736,12 @@ def evenly(items, most):
     return [items[number * (len(items) - 1) // max(most - 1, 1)] for number in range(most)]
 
 
+def counted(line, ordinal):
+    """Return (name, number) of what a line counts: Epoch 3/50, step [3]; else ('', the ordinal)."""
+    match = COUNTED.search(line[:LONGEST_LINE])
+    return (match[1].lower(), int(match[2])) if match else ('', ordinal)
+
+
 def curves_in(lines, share, points):
     """Return {name: [[x], [y], name of x]} of numbers that have one name in several lines.
 
@@ -1752,9 +1759,10 @@ def curves_in(lines, share, points):
         chosen += evenly(numbers, points)
     found = collections.defaultdict(list)
     for number in evenly(sorted(chosen), 4 * points):
-        pairs = metrics_of_line(decoded(lines[number]))
+        line = decoded(lines[number])
+        pairs = metrics_of_line(line)
         counter = next(((name, reading.value) for name, reading in pairs
-                        if COUNTER.fullmatch(name)), ('', ordinal[number]))
+                        if COUNTER.fullmatch(name)), None) or counted(line, ordinal[number])
         for name, reading in pairs:
             if not COUNTER.fullmatch(name) and is_number(reading.value):
                 found[name].append((counter[1], rounded(reading.value, 5), counter[0]))
@@ -2591,6 +2599,7 @@ body {
   font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
   font-variant-numeric: tabular-nums;
 }
+header, main, footer, dialog { overflow-wrap: anywhere; }
 header, main, footer { max-width: 1240px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 20px; }
 h1 { font-size: 24px; font-weight: 650; line-height: 1.2; margin: 0 0 2px; letter-spacing: -.01em; }
@@ -2610,7 +2619,8 @@ nav a { text-decoration: none; }
 nav a:hover { text-decoration: underline; }
 .glance { list-style: none; margin: 0 0 14px; padding: 10px 14px; background: var(--raised);
   border-radius: 6px; }
-.glance li { display: grid; grid-template-columns: 9em 1fr; gap: 0 12px; padding: 3px 0;
+.glance li { display: grid; grid-template-columns: 9em minmax(0, 1fr); gap: 0 12px;
+  padding: 3px 0;
   max-width: none; }
 .glance .what { color: var(--muted); }
 .notes { border-left: 3px solid var(--running); margin: 0 0 14px; padding: 2px 12px; }
@@ -2633,7 +2643,7 @@ button.link { border: 0; background: none; padding: 0; min-height: 0; color: var
 .controls { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; margin: 8px 0; }
 .controls label { display: inline-flex; align-items: center; gap: 6px; color: var(--muted);
   max-width: 100%; }
-.controls label > select, .controls label > input { color: var(--ink); }
+.controls label > select, .controls label > input { color: var(--ink); min-width: 0; }
 input[type=search] { width: 24em; }
 .shares { height: 10px; border-radius: 3px; overflow: hidden; margin: 8px 0; }
 .shares svg { display: block; width: 100%; height: 10px; }
@@ -2681,7 +2691,7 @@ text.on-bar { fill: var(--on-bar); pointer-events: none; font-size: 10.5px; }
 .waiting { fill: var(--muted); opacity: .3; }
 .swatches { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12.5px; color: var(--muted);
   margin: 4px 0; }
-.swatches span { display: inline-flex; align-items: center; gap: 6px; }
+.swatches span { min-width: 0; display: inline-flex; align-items: center; gap: 6px; }
 #lanes { max-height: 62vh; overflow-y: auto; overflow-x: hidden; }
 .lane-line { stroke: var(--rule); stroke-width: .7; }
 .busy-area { fill: var(--c0); opacity: .28; } .busy-line { stroke: var(--c0); fill: none; }
@@ -2709,7 +2719,7 @@ svg { color: var(--c0); }
 .choices .row { grid-column: 1 / -1; display: flex; gap: 14px; }
 .choices label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .choices label { display: flex; min-width: 0; gap: 5px; align-items: center; font-size: 12.5px; }
-.failure { display: grid; grid-template-columns: 3.5em 1fr; gap: 0 10px; padding: 7px 0;
+.failure { display: grid; grid-template-columns: 3.5em minmax(0, 1fr); gap: 0 10px; padding: 7px 0;
   border-bottom: 1px solid var(--rule); }
 .failure .count { text-align: right; font-weight: 650; font-size: 16px; color: var(--failed); }
 .failure .reason { overflow-wrap: anywhere; unicode-bidi: plaintext; }
@@ -2728,7 +2738,7 @@ details > summary { cursor: pointer; color: var(--muted); font-size: 13px; }
 footer { color: var(--muted); font-size: 12.5px; padding-top: 4px; padding-bottom: 32px; }
 @media (max-width: 640px) {
   header, main, footer { padding-left: 12px; padding-right: 12px; }
-  .glance li { grid-template-columns: 1fr; padding: 5px 0; }
+  .glance li { grid-template-columns: minmax(0, 1fr); padding: 5px 0; }
   h1 { font-size: 20px; }
   input[type=search] { width: 100%; }
   .controls label.wide { width: 100%; }
@@ -3992,7 +4002,8 @@ function spreadOf(values) {
 
 // Return the groups of good jobs that have the same value of a parameter (and of another one).
 function meansOf(some, metric, parameter, group = null) {
-  const found = new Map(), grades = gradesOf(parameter, some, MOST_MEANS);
+  const isWords = some.some(job => typeof parameter.values[job.n] === 'string');
+  const found = new Map(), grades = gradesOf(parameter, some, isWords ? Infinity : MOST_MEANS);
   for (const job of some) {
     const y = metric.values[job.n];
     if (!isGood(job) || !Number.isFinite(y) || parameter.values[job.n] === null) continue;
@@ -4085,12 +4096,14 @@ function xAxis(found, left, right, bottom) {
   if (isWords) {
     const width = (right - left) / levels.length;
     const at = value => left + (levels.indexOf(value) + 0.5) * width;
-    const most = Math.max(Math.floor(width / 7), 3);
+    const most = found.isTilted ? 15 : Math.max(Math.floor(width / 7), 3);
     const each = Math.ceil(levels.length * 14 / (right - left));
-    const cut = text => text.length > most ? `${text.slice(0, most - 1)}\u2026` : text;
-    const marks = levels.filter((_, n) => n % each === 0).map(value => draw('text',
-      {x: at(value), y: bottom + 18, 'text-anchor': 'middle'},
-      cut(textOf(plot.parameter, value)), draw('title', {}, textOf(plot.parameter, value))));
+    const marks = levels.filter((_, n) => n % each === 0).map(value => {
+      const text = textOf(plot.parameter, value), x = at(value), y = bottom + 18;
+      return draw('text', found.isTilted ? {'text-anchor': 'end',
+        transform: `translate(${x + 4},${y - 6}) rotate(-40)`} : {x, y, 'text-anchor': 'middle'},
+      text.length > most ? `${text.slice(0, most - 1)}\u2026` : text, draw('title', {}, text));
+    });
     return {at, marks, width};
   }
   const scale = scaleFor(levels, isLogX, left + 12, right - 12, 0.03);
@@ -4108,7 +4121,7 @@ function xAxis(found, left, right, bottom) {
 function pointsOf(found, x, y) {
   const {metric, parameter} = plot, count = found.parts ? found.parts.all.length : 1;
   const shift = at => (at - (count - 1) / 2) * (count > 1 ? Math.min(6, 30 / count) : 0);
-  const isMany = found.drawn.length > 300;
+  const isMany = found.drawn.length > 300, half = Math.min(0.4 * x.width, 22);
   const points = evenlyOf(found.drawn, 2500).map(job => {
     const part = found.parts ? Math.max(found.parts.of(job), 0) : 0;
     const jitter = x.width ? ((job.n * 0.618) % 1 - 0.5) * Math.min(x.width * 0.5, 40) : 0;
@@ -4128,7 +4141,7 @@ function pointsOf(found, x, y) {
       ([at, , one]) => draw('line', {class: 'spread', stroke: colour(part), x1: at, x2: at,
         y1: y.at(one.mean - one.deviation), y2: y.at(one.mean + one.deviation)}));
     if (x.width) return [...whiskers, spots.map(([at, height]) => draw('line', {class: 'mean',
-      stroke: colour(part), x1: at - 22, x2: at + 22, y1: height, y2: height}))];
+      stroke: colour(part), x1: at - half, x2: at + half, y1: height, y2: height}))];
     const middles = spots.map(([at, height]) => draw('line', {class: 'mean', stroke: colour(part),
       x1: at - 9, x2: at + 9, y1: height, y2: height}));
     return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean',
@@ -4141,7 +4154,10 @@ function pointsOf(found, x, y) {
 function showPlot() {
   if (!plot.metric || !plot.parameter) return;
   const found = plotData(), {metric, parameter, group} = plot;
-  const width = widthOf('plot'), height = 350, left = 66, bottom = height - 46;
+  const width = widthOf('plot'), left = 66, longest = Math.max(...found.levels.map(
+    level => textOf(parameter, level).length), 1);
+  found.isTilted = found.isWords && longest * 7 > (width - left) / found.levels.length;
+  const bottom = 304, height = bottom + (found.isTilted ? 104 : 46);
   const ys = rangeOf(found.drawn, job => [metric.values[job.n]]);
   const spread = found.isLogY ? [] : found.means.flatMap(
     one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
@@ -4258,8 +4274,10 @@ function curveColours(some) {
 }
 
 function showCurveJobs() {
-  const there = evenlyOf(curveJobs(), curve.listed);
-  const shownJobs = new Set(pickedJobs().map(job => job.n));
+  const picked = pickedJobs(), shownJobs = new Set(picked.map(job => job.n));
+  const others = curveJobs().filter(job => !shownJobs.has(job.n));
+  const there = [...picked.slice(0, 400), ...evenlyOf(others, curve.listed)];
+  there.sort((a, b) => a.n - b.n);
   const set = jobs => { curve.picked = new Set(jobs.map(job => job.n)); showCurves(); };
   put('curve-jobs', el('legend', {}, `Jobs: ${shownJobs.size} of ${curveJobs().length} are drawn`),
     el('span', {class: 'row'}, button('All', () => set(there), {id: 'curves-all', class: 'link'}),
@@ -4296,7 +4314,8 @@ function drawCurves() {
   const width = widthOf('curve-plot'), height = 340, left = 66, bottom = height - 46;
   const xs = some.flatMap(job => of(job)[0]);
   const x = scaleFor(xs, false, left, width - 10, 0), y = scaleFor(ys, isLog, bottom, 26);
-  const place = curveColours(some);
+  const isWhole = xs.every(Number.isInteger), place = curveColours(some);
+  const ticks = x.ticks.filter(tick => !isWhole || Number.isInteger(tick));
   const lines = some.map(job => {
     const [a, b] = of(job), at = place.of(job);
     return draw('path', {class: `mark curve ${some.length > 40 ? 'thin' : ''}`, stroke: colour(at),
@@ -4308,7 +4327,7 @@ function drawCurves() {
   const counter = mostUsed(some.map(job => of(job)[2])) || 'number of the value in the output';
   put('curve-plot', picture(width, height, {role: 'group',
     'aria-label': `${curve.name} over ${counter} of ${many(some.length, 'job')}`},
-  yAxis(y, left, width - 10, curve.name), x.ticks.map(tick => draw('text',
+  yAxis(y, left, width - 10, curve.name), ticks.map(tick => draw('text',
     {x: x.at(tick), y: bottom + 18, 'text-anchor': 'middle'}, shown(tick))),
   draw('line', {class: 'axis', x1: left, x2: width - 10, y1: bottom, y2: bottom}),
   draw('text', {class: 'strong', x: (left + width) / 2, y: height - 6, 'text-anchor': 'middle'},
