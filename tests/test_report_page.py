@@ -203,7 +203,7 @@ def test_a_click_on_a_head_sorts_and_says_so(page):
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'ascending'
     values = [float(text) for text in page.column(8) if text]
-    assert len(values) == 26 and values == sorted(values)
+    assert len(values) == 26 and values == sorted(values) and len(page.jobs()) == 30
     assert page.column(8)[-4:] == [''] * 4
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'descending'
@@ -293,6 +293,19 @@ def test_outcomes_differ_in_more_than_colour(page):
     assert page.count('#patterns pattern') == 5
     assert page.texts('#legend span') == [
         'finished', 'failed', 'lost', 'an earlier try (dashed edge)']
+
+
+def test_a_try_that_another_claim_follows_is_lost(project):
+    folder = reports.Folder().begin()
+    folder.claim('grid.sh.1', './a', reports.BEGIN + 1)
+    folder.job('grid.sh.1', './a', reports.BEGIN + 50, attempt=2, machine='lab2:22').close()
+    results_table(html='report.html')
+    data = data_of('report.html')
+    names = [machine['name'] for machine in data['machines']]
+    assert [(began, ended, data['states'][state], names[machine])
+            for _, began, ended, state, machine, _, _ in data['jobs']['tries'][0]] == [
+        (1, 50, 'lost', 'lab1'), (50, 110, 'finished', 'lab2')]
+    assert [since for since, *_ in data['jobs']['tries'][0]] == [0, 50]     # it waited from then
 
 
 def test_bars_that_overlap_lie_in_rows_of_their_own(project, opened):
@@ -567,6 +580,17 @@ def test_a_point_tells_and_opens(page):
     assert page.page.is_visible('#details')
 
 
+def test_what_has_the_focus_tells_even_if_the_page_scrolls_to_it(page):
+    page.page.evaluate('scrollTo(0, 0)')
+    page.page.evaluate('''() => { window.scrolled = new Promise(
+        done => addEventListener('scroll', () => requestAnimationFrame(done), {once: true})); }''')
+    page.page.focus('#plot .dot[tabindex="0"]')
+    page.page.evaluate('() => window.scrolled.then(() => null)')
+    assert re.fullmatch(r'test_loss 0\.\d+', tip(page)[-1])
+    mark, box = page.at('#plot .dot.on')[0], page.at('#tip')[0]
+    assert min(abs(box['bottom'] - mark['top']), abs(box['top'] - mark['bottom'])) < 30
+
+
 def test_numbers_that_are_none_are_counted_and_many_values_are_ranges(project, opened):
     folder = reports.Folder().begin()
     for number in range(1, 101):
@@ -654,6 +678,19 @@ def test_failures_are_grouped_by_reason(page):
     assert len(page.jobs()) == 30
     page.page.click('.failure >> nth=1 >> text=grid.sh.11')
     assert page.text('#details-head').endswith('grid.sh.11: failed')
+
+
+def test_reasons_that_differ_in_numbers_only_are_one(project, opened):
+    folder = reports.Folder().begin()
+    for number in range(1, 11):
+        folder.job(f'grid.sh.{number}', f'./a --n {number}', exit_code=1,
+                   err=f'no line {number}\n' if number < 9 else f'no file {number}\n')
+    page = made(folder, opened)
+    assert page.texts('.failure .count') == ['8×', '2×']
+    assert page.texts('.failure .reason') == ['exit code 1: no line 1', 'exit code 1: no file 9']
+    assert 'and 2 more' in page.text('.failure .jobs')
+    page.page.click('.failure >> nth=0 >> text=Show in the table')
+    assert page.jobs() == [f'.{number}' for number in range(1, 9)]
 
 
 @pytest.mark.parametrize('code, err, words', [
