@@ -454,13 +454,17 @@ def is_partial(folder, name, known):
         os.path.join(folder, BOOKKEEPING, 'partial', 'names', job)))
 
 
+def journals_in(folder):
+    """Return the paths of the journals in a job_results: of its batches, and of single commands."""
+    inner = os.path.join(folder, BOOKKEEPING)
+    return [os.path.join(inner, 'journal'),
+            *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', 'journal')))]
+
+
 def read_journals(folder):
     """Return {name of a job: its facts} of all journals in a job_results."""
-    inner = os.path.join(folder, BOOKKEEPING)
-    paths = [os.path.join(inner, 'journal'),
-             *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', 'journal')))]
     known = {}
-    for path in paths:
+    for path in journals_in(folder):
         with contextlib.suppress(FileNotFoundError):
             try:
                 read_journal(path, known)
@@ -1518,9 +1522,9 @@ def is_time(value):
 class Story(NamedTuple):
     """What the journals of a folder tell over time.
 
-    A try is a dictionary: the facts of a claim and of what became of it.
+    An attempt is a dictionary: the facts of a claim and of what became of it.
     """
-    tries: dict                 # name of a job -> its tries, the first one first
+    attempts: dict              # name of a job -> its attempts, the first one first
     before: dict                # name of a job -> the names of its earlier results
     begun: dict                 # batch -> the times at which a client began to run it
     facts: dict                 # machine -> its facts
@@ -1542,8 +1546,8 @@ def read_story(folder):
     """Return the Story of a job_results."""
     story = Story({}, {}, {}, {}, {}, {})
     inner = os.path.join(folder, BOOKKEEPING)
-    for part in ('', *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', '')))):
-        for event in objects_in(os.path.join(inner, part, 'journal')):
+    for path in journals_in(folder):
+        for event in objects_in(path):
             with contextlib.suppress(KeyError, TypeError):      # a strange fact tells nothing
                 retell({**event, 'folder': folder}, story)
     for sample in objects_in(os.path.join(inner, 'seen')):
@@ -1560,26 +1564,26 @@ def retell(event, story):
     elif word == 'machine':
         story.facts[event['machine']] = event['facts']
     elif word == 'claimed':
-        tries = story.tries.setdefault(name, [])
-        if tries and tries[-1]['state'] == 'running':
-            tries[-1].update(state='lost', until=time_s)
-        tries.append({**event, 'state': 'running'})
+        attempts = story.attempts.setdefault(name, [])
+        if attempts and attempts[-1]['state'] == 'running':
+            attempts[-1].update(state='lost', until=time_s)
+        attempts.append({**event, 'state': 'running'})
         story.short[str(event['machine'])] = job_from(name, event, '').machine
     elif word == 'renamed':
-        story.tries[event['to']] = story.tries.pop(name)
+        story.attempts[event['to']] = story.attempts.pop(name)
         story.before.setdefault(name, []).append(event['to'])
     elif word == 'ended':
-        story.tries[name][-1].update(event, state='ended', until=time_s,
-                                     time=story.tries[name][-1].get('time'))
+        last = story.attempts[name][-1]
+        last.update(event, state='ended', until=time_s, time=last.get('time'))
     elif word in ('collected', 'lost', 'cancelled'):
-        last = story.tries[name][-1]
+        last = story.attempts[name][-1]
         last.setdefault('until', time_s)
         last['state'] = word if word != 'collected' else (
             'failed' if last.get('exit_code') else 'finished')
 
 
 def span_of(one):
-    """Return (when a try began, when it ended or None while it runs) or None if nothing tells."""
+    """Return (when an attempt began, when it ended or None while it runs); None if unknown."""
     began, wall_s, until = one.get('time'), one.get('wall_s'), one.get('until')
     if not is_time(began):
         return None
@@ -1590,7 +1594,10 @@ def span_of(one):
 
 
 def waited_since(one, former, story):
-    """Return since when the job of a try had waited, or None.  former: its try before, or None."""
+    """Return since when the job of an attempt had waited, or None.
+
+    former: the job's attempt before, or None
+    """
     begun = [time_s for time_s in story.begun.get(one.get('batch'), ())
              if is_time(time_s) and time_s <= one['time']]
     freed = former and span_of(former)
@@ -1598,13 +1605,13 @@ def waited_since(one, former, story):
     return max(times, default=None)
 
 
-def tries_of(job, story, shown):
-    """Return the tries of a Job, also those of its earlier results that have no row of their own.
+def attempts_of(job, story, shown):
+    """Return the attempts of a Job, also of its earlier results that have no row of their own.
 
     shown: (folder, name) of all jobs that have a row
     """
     names = [name for name in story.before.get(job.name, ()) if (job.folder, name) not in shown]
-    return [one for name in (*names, job.name) for one in story.tries.get(name, ())]
+    return [one for name in (*names, job.name) for one in story.attempts.get(name, ())]
 
 
 # -- Why jobs failed --
@@ -1963,7 +1970,7 @@ def listed(values):
     return {'levels': list(numbers), 'codes': codes}
 
 
-def job_data(jobs, stories, tries_of_all, origin, machines, room):
+def job_data(jobs, stories, all_attempts, origin, machines, room):
     """Return what the page tells of each Job, as lists of equal length, and the tails.
 
     room: bytes for the tails
@@ -1976,7 +1983,7 @@ def job_data(jobs, stories, tries_of_all, origin, machines, room):
     numbers = {name: number for number, name in enumerate(machines)}
     found = collections.defaultdict(list)
     found.update(prefix=prefix, tails={})
-    for number, (job, tries) in enumerate(zip(jobs, tries_of_all)):
+    for number, (job, attempts) in enumerate(zip(jobs, all_attempts)):
         story = stories[job.folder]
         *tails, last, reason = ends_of(job, sizes[number], limits[number])
         found['name'].append(printable(job.name))
@@ -1986,9 +1993,9 @@ def job_data(jobs, stories, tries_of_all, origin, machines, room):
         found['last'].append(last)
         found['reason'].append(reason)
         found['sizes'].append(sizes[number])
-        found['tries'].append([try_data(one, former, story, origin, numbers)
-                               for former, one in zip([None, *tries], tries) if span_of(one)])
-        latest = tries[-1] if tries else {}
+        found['attempts'].append([attempt_data(one, former, story, origin, numbers)
+                               for former, one in zip([None, *attempts], attempts) if span_of(one)])
+        latest = attempts[-1] if attempts else {}
         found['used'].append(used_by(latest))
         found['asked'].append(asked_by(latest))
         if any(tails):
@@ -1997,11 +2004,11 @@ def job_data(jobs, stories, tries_of_all, origin, machines, room):
     return found
 
 
-def window_of(stories, tries_of_all, now):
+def window_of(stories, all_attempts, now):
     """Return (when the jobs began to wait or run, when they ended, the origin of all times)."""
     begins, ends = [], []
-    for tries in tries_of_all:
-        for one in filter(span_of, tries):
+    for attempts in all_attempts:
+        for one in filter(span_of, attempts):
             began, ended = span_of(one)
             begun = stories[one['folder']].begun.get(one.get('batch'), ())
             begins += [began, *(time_s for time_s in begun
@@ -2011,8 +2018,8 @@ def window_of(stories, tries_of_all, now):
     return begin, max(ends, default=now), math.floor(begin)
 
 
-def try_data(one, former, story, origin, numbers):
-    """Return [waited since, began, ended, state, machine, GPUs, exit code] of a try."""
+def attempt_data(one, former, story, origin, numbers):
+    """Return [waited since, began, ended, state, machine, GPUs, exit code] of an attempt."""
     began, ended = span_of(one)
     since = waited_since(one, former, story)
     machine = story.short.get(str(one.get('machine')), '')
@@ -2024,7 +2031,7 @@ def try_data(one, former, story, origin, numbers):
 
 
 def used_by(one):
-    """Return [MB, MB of the GPU, cores] that a try used; None is unknown."""
+    """Return [MB, MB of the GPU, cores] that an attempt used; None is unknown."""
     cpu_s, wall_s = one.get('cpu_s'), one.get('wall_s')
     cores = cpu_s / wall_s if is_finite(cpu_s) and is_finite(wall_s) and wall_s >= 1 else None
     return [*(one[key] if is_finite(one.get(key)) else None for key in USED),
@@ -2032,7 +2039,7 @@ def used_by(one):
 
 
 def asked_by(one):
-    """Return [MB, MB of the GPU, cores, GPUs] that a try asked for; None is nothing."""
+    """Return [MB, MB of the GPU, cores, GPUs] that an attempt asked for; None is nothing."""
     asked = one.get('asked')
     return [asked[key] if isinstance(asked, dict) and is_finite(asked.get(key)) else None
             for key in ASKED]
@@ -2045,20 +2052,20 @@ def report_data(table, notes, folder, now, room=TAILS_BYTES):
     """
     stories = {one: read_story(one) for one in dict.fromkeys(job.folder for job in table.jobs)}
     shown = {(job.folder, job.name) for job in table.jobs}
-    tries = [tries_of(job, stories[job.folder], shown) for job in table.jobs]
-    *window, origin = window_of(stories, tries, now)
+    attempts = [attempts_of(job, stories[job.folder], shown) for job in table.jobs]
+    *window, origin = window_of(stories, attempts, now)
     used = {stories[one['folder']].short.get(str(one.get('machine')))
-            for some in tries for one in some}
+            for some in attempts for one in some}
     machines = machines_of(stories, used, (*window, origin))
     links = linker(folder)
-    jobs = job_data(table.jobs, stories, tries, origin, machines, room) if table.jobs else {}
+    jobs = job_data(table.jobs, stories, attempts, origin, machines, room) if table.jobs else {}
     curves, looked = find_curves(table.jobs)
     if table.jobs:
         places = {one: f"{links(os.path.join(one, ''))}/" for one in stories}
         jobs['folder'] = listed([places[job.folder] for job in table.jobs])
         jobs['links'] = {number: links(job.path()) for number, job in enumerate(table.jobs)
                          if not PLAIN_NAME.fullmatch(job.name)}
-    variables = {str(name) for some in tries for one in some
+    variables = {str(name) for some in attempts for one in some
                  if isinstance(one.get('variables'), list) for name in one['variables']}
     batches = [batch for batch in dict.fromkeys(job.batch for job in table.jobs) if batch]
     return {
@@ -2641,7 +2648,8 @@ button.plain { border: 0; background: none; padding: 0; min-height: 0; text-alig
 button.link { border: 0; background: none; padding: 0; min-height: 0; color: var(--accent);
   text-decoration: underline; text-underline-offset: 2px; }
 .controls { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; margin: 8px 0; }
-.controls label { display: inline-flex; align-items: center; gap: 6px; color: var(--muted);
+.controls label { overflow-wrap: normal; display: inline-flex; align-items: center; gap: 6px;
+  color: var(--muted);
   max-width: 100%; }
 .controls label > select, .controls label > input { color: var(--ink); min-width: 0; }
 input[type=search] { width: 24em; }
@@ -2649,7 +2657,7 @@ input[type=search] { width: 24em; }
 .shares svg { display: block; width: 100%; height: 10px; }
 /* Tables */
 .scroll { overflow-x: auto; position: relative; }
-table { border-collapse: collapse; font-size: 13px; }
+table { border-collapse: separate; border-spacing: 0; font-size: 13px; }
 th, td { text-align: left; padding: 3px 14px 3px 0; vertical-align: baseline; white-space: nowrap;
   border-bottom: 1px solid var(--rule); unicode-bidi: plaintext; }
 th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
@@ -2935,10 +2943,10 @@ function readJobs(raw) {
   if (!raw.name) return [];
   const reasons = expand(raw.reason), folders = expand(raw.folder);
   return raw.name.map((name, n) => {
-    const tries = raw.tries[n].map(([since, began, ended, state, machine, gpus, exit]) => ({
+    const attempts = raw.attempts[n].map(([since, began, ended, state, machine, gpus, exit]) => ({
       job: n, since, began, ended, state: stateName(state), machine, gpus, exit}));
-    if (tries.length) tries.at(-1).isLatest = true;
-    return {n, name, state: stateName(raw.state[n]), exit: raw.exit[n], tries,
+    if (attempts.length) attempts.at(-1).isLatest = true;
+    return {n, name, state: stateName(raw.state[n]), exit: raw.exit[n], attempts,
       command: raw.prefix + raw.command[n], last: raw.last[n], reason: reasons[n],
       sizes: raw.sizes[n], folder: folders[n], used: raw.used[n], asked: raw.asked[n]};
   });
@@ -2963,7 +2971,7 @@ const span = spanOf(jobs);
 function spanOf(some) {
   let from = Infinity, to = -Infinity;
   for (const job of some) {
-    for (const one of job.tries) {
+    for (const one of job.attempts) {
       from = Math.min(from, one.since ?? one.began);
       to = Math.max(to, one.ended ?? now);
     }
@@ -2989,10 +2997,10 @@ function whereOf(one) {
   return `${name} GPU${one.gpus.length > 1 ? 's' : ''} ${one.gpus.join(', ')}`;
 }
 
-// Lines that tell of a job, and of one of its tries; the first is its head.
-function tellJob(job, one = job.tries.at(-1)) {
+// Lines that tell of a job, and of one of its attempts; the first is its head.
+function tellJob(job, one = job.attempts.at(-1)) {
   const lines = [`${job.name}: ${one ? one.state : job.state}`
-    + (one && !one.isLatest ? ', an earlier try' : '')];
+    + (one && !one.isLatest ? ', an earlier attempt' : '')];
   if (job.command) lines.push(job.command);
   if (one) {
     const length = (one.ended ?? now) - one.began;
@@ -3225,11 +3233,11 @@ function streamPart(name, text, size) {
 
 function factsPart(job) {
   const pairs = [['Command', el('span', {class: 'code'}, job.command)]];
-  for (const one of job.tries) {
+  for (const one of job.attempts) {
     const waited = one.since === null ? '' : `, after waiting ${durationOf(one.began - one.since)}`;
     const exit = one.exit === null ? one.state : `${one.state}, exit code ${one.exit}`;
     const length = durationOf((one.ended ?? now) - one.began), where = whereOf(one);
-    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${rangeOfTimes(one.began, one.ended)} `
+    pairs.push([one.isLatest ? 'Ran' : 'Earlier attempt', `${rangeOfTimes(one.began, one.ended)} `
       + `(${length})${where && ` on ${where}`}${waited}: ${exit}`]);
   }
   if (job.reason) pairs.push(['Why it failed', job.reason]);
@@ -3437,12 +3445,12 @@ function laneKey(machine, gpu) {
   return `${machine}/${gpu}`;
 }
 
-// Return the lanes, in the order of machines and GPUs: {machine, gpu (null: none), tries}.
+// Return the lanes, in the order of machines and GPUs: {machine, gpu (null: none), attempts}.
 function findLanes() {
   const lanes = new Map();
   const lane = (machine, gpu) => {
     const key = laneKey(machine, gpu);
-    if (!lanes.has(key)) lanes.set(key, {machine, gpu, tries: []});
+    if (!lanes.has(key)) lanes.set(key, {machine, gpu, attempts: []});
     return lanes.get(key);
   };
   data.machines.forEach((one, machine) => {
@@ -3450,8 +3458,9 @@ function findLanes() {
     Object.keys(one.use ? one.use.gpus : {}).forEach(gpu => lane(machine, Number(gpu)));
   });
   for (const job of jobs) {
-    for (const one of job.tries) {
-      for (const gpu of one.gpus.length ? one.gpus : [null]) lane(one.machine, gpu).tries.push(one);
+    for (const one of job.attempts) {
+      const gpus = one.gpus.length ? one.gpus : [null];
+      gpus.forEach(gpu => lane(one.machine, gpu).attempts.push(one));
     }
   }
   data.machines.forEach((_, machine) => {
@@ -3467,11 +3476,11 @@ function laneName(lane) {
   return lane.gpu === null ? name : `${name} GPU ${lane.gpu}`;
 }
 
-// Spread the tries of a lane over as few rows as it takes for none to overlap.
-function packed(tries) {
+// Spread the attempts of a lane over as few rows as it takes for none to overlap.
+function packed(attempts) {
   const rows = [], ends = [];
-  tries.sort((a, b) => a.began - b.began || a.job - b.job);
-  for (const one of tries) {
+  attempts.sort((a, b) => a.began - b.began || a.job - b.job);
+  for (const one of attempts) {
     let at = ends.findIndex(end => end <= one.began + 1e-6);
     if (at < 0) at = rows.push([]) - 1;
     rows[at].push(one);
@@ -3480,10 +3489,10 @@ function packed(tries) {
   return rows.length ? rows : [[]];
 }
 
-// Return for how much of the time at least one of the tries ran.
-function busyShare(tries) {
+// Return for how much of the time at least one of the attempts ran.
+function busyShare(attempts) {
   let busy = 0, until = -Infinity;
-  for (const one of [...tries].sort((a, b) => a.began - b.began)) {
+  for (const one of [...attempts].sort((a, b) => a.began - b.began)) {
     const end = one.ended ?? now;
     busy += Math.max(end - Math.max(one.began, until), 0);
     until = Math.max(until, end);
@@ -3502,16 +3511,16 @@ function beginTimeline() {
   view.lanes = findLanes();
   byId('timeline').hidden = !view.lanes.length;
   if (!view.lanes.length) return;
-  const packs = view.lanes.map(lane => packed(lane.tries));
+  const packs = view.lanes.map(lane => packed(lane.attempts));
   const count = packs.reduce((sum, rows) => sum + rows.length, 0);
   const height = count <= 40 ? 18 : count <= 120 ? 13 : 9;
   let y = 2;
   view.lanes.forEach((lane, at) => {
     lane.y = y;
-    lane.share = busyShare(lane.tries);
-    for (const tries of packs[at]) {
+    lane.share = busyShare(lane.attempts);
+    for (const attempts of packs[at]) {
       const own = packs[at].length === 1 ? 18 : height;
-      view.rows.push({lane, tries, y, height: own});
+      view.rows.push({lane, attempts, y, height: own});
       y += own;
     }
     y = Math.max(y, lane.y + 16) + 5;
@@ -3531,14 +3540,14 @@ function beginTimeline() {
 }
 
 function showLegend() {
-  const states = new Set(jobs.flatMap(job => job.tries.map(one => one.state)));
+  const states = new Set(jobs.flatMap(job => job.attempts.map(one => one.state)));
   const box = {x: 1, y: 1, width: 24, height: 10};
   const swatch = (kind, text) => el('span', {}, draw('svg', {width: 26, height: 12,
     'aria-hidden': 'true'}, draw('rect', {class: `bar ${kind}`, ...box})), text);
-  const before = jobs.some(job => job.tries.length > 1);
+  const before = jobs.some(job => job.attempts.length > 1);
   const there = data.states.map(state => state || 'unknown').filter(state => states.has(state));
   put('legend', there.map(state => swatch(state, MEANINGS[state] || state)),
-    before ? swatch('finished before', 'an earlier try (dashed edge)') : '');
+    before ? swatch('finished before', 'an earlier attempt (dashed edge)') : '');
 }
 
 function zoom(by) {
@@ -3569,7 +3578,7 @@ function showTimeline() {
 function waitingSteps() {
   const changes = [];
   for (const job of jobs) {
-    for (const one of job.tries) {
+    for (const one of job.attempts) {
       if (one.since !== null) changes.push([one.since, 1], [one.began, -1]);
     }
   }
@@ -3639,7 +3648,7 @@ function showLanes() {
 function barsOf(row, scale, left, right) {
   const waits = [], bars = [];
   let end = left, open = null;
-  for (const one of row.tries) {
+  for (const one of row.attempts) {
     const x = Math.max(scale.at(one.began), left);
     const to = Math.min(scale.at(one.ended ?? now), right);
     if (to < left || x > right) { end = Math.max(end, Math.min(to, right)); continue; }
@@ -3648,9 +3657,9 @@ function barsOf(row, scale, left, right) {
       y1: row.y + row.height / 2, y2: row.y + row.height / 2}));
     end = to;
     const thin = to - x < 2.2;
-    if (open && thin && open.state === one.state && x - open.x < 2.2) open.tries.push(one);
+    if (open && thin && open.state === one.state && x - open.x < 2.2) open.attempts.push(one);
     else {
-      open = {tries: [one], state: one.state, x, to};
+      open = {attempts: [one], state: one.state, x, to};
       bars.push(open);
     }
     open.to = Math.max(open.to, to);
@@ -3659,36 +3668,37 @@ function barsOf(row, scale, left, right) {
   return [...waits, ...bars.map(bar => barOf(bar, row))];
 }
 
-function barOf({tries, state, x, to}, row) {
-  const [one] = tries, job = jobs[one.job], width = Math.max(to - x, 1.6);
-  const passes = tries.some(other => chosen.passes[other.job]);
-  const key = `${one.job}-${job.tries.indexOf(one)}-${row.lane.gpu}`;
-  const label = tries.length > 1 ? `${many(tries.length, 'job')}, ${state}: zoom in to see each` :
-    tellJob(job, one).filter((_, at) => at !== 1).join('; ');
+function barOf({attempts, state, x, to}, row) {
+  const [one] = attempts, job = jobs[one.job], width = Math.max(to - x, 1.6);
+  const passes = attempts.some(other => chosen.passes[other.job]);
+  const key = `${one.job}-${job.attempts.indexOf(one)}-${row.lane.gpu}`;
+  const label = attempts.length > 1
+    ? `${many(attempts.length, 'job')}, ${state}: zoom in to see each`
+    : tellJob(job, one).filter((_, at) => at !== 1).join('; ');
   const kinds = [state, one.isLatest ? '' : 'before', passes ? '' : 'faded'].join(' ');
   const facts = {class: `mark bar ${kinds}`, x: x.toFixed(1), y: row.y + 1,
     width: width.toFixed(1), height: row.height - 2, rx: 1.5,
     role: 'button', tabindex: -1, 'aria-label': label, 'data-key': key, 'data-job': one.job,
-    'data-try': job.tries.indexOf(one), 'data-count': tries.length};
+    'data-attempt': job.attempts.indexOf(one), 'data-count': attempts.length};
   const bar = draw('rect', facts);
   const text = shortName(job);
   if (row.height < 14 || width < 7 * text.length + 8 || state !== 'finished' || !passes) return bar;
   return [bar, draw('text', {class: 'on-bar', x: x + 5, y: row.y + row.height / 2 + 3.7}, text)];
 }
 
-function barTry(mark) {
-  return jobs[mark.dataset.job].tries[mark.dataset.try];
+function barAttempt(mark) {
+  return jobs[mark.dataset.job].attempts[mark.dataset.attempt];
 }
 
 function tellBar(mark) {
-  const one = barTry(mark), count = Number(mark.dataset.count);
+  const one = barAttempt(mark), count = Number(mark.dataset.count);
   if (count > 1) return [`${many(count, 'job')}, ${one.state}`, 'Zoom in to see each.'];
   return tellJob(jobs[one.job], one);
 }
 
 function openBar(mark) {
   if (mark.dataset.count === '1') return openJob(jobs[mark.dataset.job]);
-  const one = barTry(mark), length = (view.to - view.from) / 8;
+  const one = barAttempt(mark), length = (view.to - view.from) / 8;
   [view.from, view.to] = [one.began - length / 2, one.began + length / 2];
   return shift(0);
 }
@@ -3697,7 +3707,7 @@ function openBar(mark) {
 function showWait(event) {
   const group = byId('wait-of'), mark = event.target.closest('.mark');
   if (!group || !mark) return;
-  const one = barTry(mark), {left, right} = gutters();
+  const one = barAttempt(mark), {left, right} = gutters();
   const scale = linearScale(view.from, view.to, left, right);
   const y = Number(mark.getAttribute('y')) + Number(mark.getAttribute('height')) / 2;
   const from = one.since === null ? 0 : Math.max(scale.at(one.since), left);
@@ -3724,19 +3734,20 @@ function mostOf(values) {
   return there.length ? there.reduce((a, b) => Math.max(a, b)) : null;
 }
 
-// The machines and GPUs, each with its tries and with what was seen of it.
+// The machines and GPUs, each with its attempts and with what was seen of it.
 function useRows() {
   const of = data.machines.map(() => []);
-  jobs.forEach(job => job.tries.forEach(one => of[one.machine]?.push(one)));
+  jobs.forEach(job => job.attempts.forEach(one => of[one.machine]?.push(one)));
   return data.machines.flatMap((one, machine) => {
-    const tries = of[machine];
+    const attempts = of[machine];
     const gpus = view.lanes.filter(lane => lane.machine === machine && lane.gpu !== null);
-    const own = {name: one.name, machine, tries, gpus: gpus.length, busy: one.use && one.use.cores,
-      memory: one.use && one.use.memory, what: 'cores', times: one.use && one.use.t};
+    const {cores = null, memory = null, t = null} = one.use || {};
+    const own = {name: one.name, machine, attempts, gpus: gpus.length, what: 'cores', times: t,
+      busy: cores, memory};
     return [own, ...gpus.map(({gpu}) => {
       const seen = one.use && one.use.gpus[gpu];
       return {name: `${one.name} GPU ${gpu}`, machine, isGpu: true, what: 'GPU',
-        tries: tries.filter(other => other.gpus.includes(gpu)), busy: seen && seen.busy,
+        attempts: attempts.filter(other => other.gpus.includes(gpu)), busy: seen && seen.busy,
         memory: seen && seen.memory, times: one.use && one.use.t};
     })];
   });
@@ -3778,7 +3789,7 @@ function useChart(row, width) {
   const y = share => 33 - 31 * Math.min(share, 1);
   parts.push(draw('line', {class: 'grid', x1: 0, x2: width, y1: y(0), y2: y(0)}),
     draw('line', {class: 'grid', x1: 0, x2: width, y1: y(1), y2: y(1)}));
-  const marks = [...row.tries].sort((a, b) => a.began - b.began).reduce((path, one) => {
+  const marks = [...row.attempts].sort((a, b) => a.began - b.began).reduce((path, one) => {
     const x = scale.at(one.began), to = Math.max(scale.at(one.ended ?? now), x + 0.8);
     if (to <= path.end) return path;
     const from = Math.max(x, path.end);
@@ -3816,7 +3827,7 @@ function bindCursor(chart, cursor, row, scale, width) {
     const parts = [[row.what, row.busy], ['memory', row.memory]].filter(
       ([, values]) => values && values[at] !== null).map(
       ([what, values]) => `${what} ${percent(values[at])}`);
-    const running = row.tries.filter(
+    const running = row.attempts.filter(
       one => one.began <= times[at] && (one.ended ?? now) >= times[at]);
     showTip([`${row.name}, ${timeOf(times[at])}`, parts.join(', ') || 'nothing was seen',
       many(running.length, 'job')], {left: box.left + x, top: box.top, bottom: box.bottom});
@@ -3870,10 +3881,10 @@ function showMachines() {
   const heads = ['', 'over time', 'jobs', 'had a job', 'idle for'];
   if (isSeen) heads.push('busy, mean', 'memory, most');
   const cells = rows.map(row => {
-    const share = busyShare(row.tries), idle = (1 - share) * span.length;
+    const share = busyShare(row.attempts), idle = (1 - share) * span.length;
     const found = [foldButton(row), useChart(row, width),
-      new Set(row.tries.map(one => one.job)).size,
-      row.tries.length ? percent(share) : 'no job', durationOf(idle)];
+      new Set(row.attempts.map(one => one.job)).size,
+      row.attempts.length ? percent(share) : 'no job', durationOf(idle)];
     if (isSeen) found.push(row.busy ? percent(meanOf(row.busy)) : '',
       row.memory ? percent(mostOf(row.memory)) : '');
     return found;
@@ -4429,9 +4440,9 @@ function sharedBy(some) {
   const settings = culprits(shared, good, some.length > 1);
   if (settings.length) said.push(`${listOf(settings.map(([column, value]) =>
     `${column.head} = ${textOf(column, value)}`))}, with which no job finished well`);
-  const places = new Set(some.map(job => job.tries.at(-1)?.machine));
+  const places = new Set(some.map(job => job.attempts.at(-1)?.machine));
   const [place] = places;
-  const several = new Set(jobs.map(job => job.tries.at(-1)?.machine)).size > 1;
+  const several = new Set(jobs.map(job => job.attempts.at(-1)?.machine)).size > 1;
   if (some.length > 1 && places.size === 1 && place >= 0 && several) {
     said.push(`all ran on ${data.machines[place].name}`);
   }
@@ -4511,11 +4522,11 @@ function showRan() {
 // ---- The top of the page ----
 
 function showLead() {
-  const length = span.to - span.from, seconds = jobs.reduce((sum, job) => sum + job.tries.reduce(
+  const length = span.to - span.from, seconds = jobs.reduce((sum, job) => sum + job.attempts.reduce(
     (all, one) => all + (one.ended ?? now) - one.began, 0), 0);
   const gpus = view.lanes.filter(lane => lane.gpu !== null).length;
   const parts = [many(jobs.length, 'job')];
-  if (jobs.some(job => job.tries.length)) {
+  if (jobs.some(job => job.attempts.length)) {
     parts.push(`${rangeOfTimes(span.from, span.to)} (${durationOf(length)})`,
       `${durationOf(seconds)} of job time`);
   }
@@ -4546,11 +4557,11 @@ function showNav() {
 
 // Return the sentence about machines and GPUs that had few jobs.
 function idleWords() {
-  const rows = useRows(), gpus = rows.filter(row => row.isGpu && row.tries.length);
+  const rows = useRows(), gpus = rows.filter(row => row.isGpu && row.attempts.length);
   const some = rows.filter(row => row.isGpu || !rows.some(other => other.isGpu
-    && other.machine === row.machine && (other.tries.length || !row.tries.length)));
+    && other.machine === row.machine && (other.attempts.length || !row.attempts.length)));
   if (some.length < 2) return '';
-  const shares = some.map(row => [busyShare(row.tries), row.name]).sort((a, b) => a[0] - b[0]);
+  const shares = some.map(row => [busyShare(row.attempts), row.name]).sort((a, b) => a[0] - b[0]);
   const idle = shares.filter(([share]) => share < 0.5);
   const rest = shares.filter(([share]) => share >= 0.5);
   if (!idle.length) return `each ${gpus.length ? 'GPU' : 'machine'} had a job for at least `

@@ -275,7 +275,7 @@ def test_a_table_of_many_rows_has_pages(project, opened):
 
 # ---- The timeline ----
 
-def test_a_lane_for_each_machine_and_gpu_and_a_bar_for_each_try(page):
+def test_a_lane_for_each_machine_and_gpu_and_a_bar_for_each_attempt(page):
     assert page.texts('#lanes svg svg text') == [
         'lab1 GPU 0', 'lab1 GPU 1', 'lab2 GPU 0', 'lab2 GPU 1', 'lab3 GPU 0', 'lab4']
     counts = {kind: page.count(f'#lanes .bar.{kind}') for kind in ('finished', 'failed', 'lost')}
@@ -292,10 +292,10 @@ def test_outcomes_differ_in_more_than_colour(page):
     assert fills['finished'].startswith('rgb')
     assert page.count('#patterns pattern') == 5
     assert page.texts('#legend span') == [
-        'finished', 'failed', 'lost', 'an earlier try (dashed edge)']
+        'finished', 'failed', 'lost', 'an earlier attempt (dashed edge)']
 
 
-def test_a_try_that_another_claim_follows_is_lost(project):
+def test_an_attempt_that_another_claim_follows_is_lost(project):
     folder = reports.Folder().begin()
     folder.claim('grid.sh.1', './a', reports.BEGIN + 1)
     folder.job('grid.sh.1', './a', reports.BEGIN + 50, attempt=2, machine='lab2:22').close()
@@ -303,9 +303,9 @@ def test_a_try_that_another_claim_follows_is_lost(project):
     data = data_of('report.html')
     names = [machine['name'] for machine in data['machines']]
     assert [(began, ended, data['states'][state], names[machine])
-            for _, began, ended, state, machine, _, _ in data['jobs']['tries'][0]] == [
+            for _, began, ended, state, machine, _, _ in data['jobs']['attempts'][0]] == [
         (1, 50, 'lost', 'lab1'), (50, 110, 'finished', 'lab2')]
-    assert [since for since, *_ in data['jobs']['tries'][0]] == [0, 50]     # it waited from then
+    assert [since for since, *_ in data['jobs']['attempts'][0]] == [0, 50]     # it waited from then
 
 
 def test_bars_that_overlap_lie_in_rows_of_their_own(project, opened):
@@ -346,7 +346,7 @@ def test_pointing_at_a_bar_tells_of_its_job(page):
 def test_waiting_jobs_are_counted_over_time(page):
     assert 'at most 30 jobs waited' in page.page.get_attribute('#time-axis svg', 'aria-label')
     assert page.count('#time-axis path.waiting') == 1
-    assert page.count('#lanes .wait') > 0           # between the two tries on lab3
+    assert page.count('#lanes .wait') > 0           # between the two attempts on lab3
 
 
 def test_the_keyboard_moves_over_bars_and_opens_one(page):
@@ -411,7 +411,7 @@ def path_of(url):
 def test_the_tries_of_a_job_are_listed(page):
     page.page.click('#lanes .bar.lost')
     facts = page.texts('#details dt')
-    assert facts[:3] == ['Command', 'Earlier try', 'Ran']
+    assert facts[:3] == ['Command', 'Earlier attempt', 'Ran']
     assert re.search(r'on lab3 GPU 0, after waiting \d+m \d\ds: lost$',
                      page.texts('#details dd')[1])
 
@@ -939,6 +939,21 @@ def test_a_page_of_a_running_batch_says_as_of_when_and_loads_itself_again(projec
     page.ready()
     assert page.jobs() == ['.4', '.3', '.2']            # the filter and the order stay
     assert page.count('#reload') == 0                   # it does not run any more
+
+
+def test_commands_of_execute_remote_are_in_the_timeline(project, opened):
+    folder = reports.Folder().begin()
+    folder.job('grid.sh.1', './a').close()
+    other = reports.Folder('other')
+    other.job('single', './eval', reports.BEGIN + 30, machine='lab2:22', batch=None)
+    other.close()
+    (folder.inner / 'commands/single').mkdir(parents=True)
+    (other.inner / 'journal').rename(folder.inner / 'commands/single/journal')
+    (other.path / 'single.out').rename(folder.path / 'single.out')
+    results_table(html='report.html')
+    page = opened()
+    assert page.jobs() == ['.1', 'single'] and page.count('#lanes .bar') == 2
+    assert page.texts('#lanes svg svg text') == ['lab1', 'lab2']
 
 
 def test_without_jobs_there_is_a_page(project, opened):
