@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from batching import NO_GPU, tree_of
+from batching import NO_GPU, tree_of, wait_until
 from commands import Terminal
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -1111,6 +1111,7 @@ def test_a_real_batch_while_it_runs_and_after(batches, lab1, gate):
     follower = batches.start(lines, [lab1], '--memory-required=100', '--gpu-memory-required=100')
     for _ in range(2):
         follower.until('finished:')
+    wait_until(lambda: len(results_table()) == 3, 'the claim of the last job')
     rows = {row['seed']: row for row in results_table()}
     assert rows[3]['state'] == 'running' and rows[3]['exit'] is None
     gate.open('go')
