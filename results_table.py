@@ -1486,7 +1486,7 @@ def counts_of(table):
 # ---- Report: what the page shows, as data for its script ----
 
 PAGE_BYTES = 95 * 10**5             # that a page has at most, whatever jobs wrote
-TAILS_BYTES = 4 * 2**20             # of the ends of all streams together
+TAILS_BYTES = 3 * 2**20             # of the ends of all streams together
 TAIL_BYTES = 2**13                  # of the end of one stream
 COMMANDS_BYTES = 4 * 10**6          # of all commands together, but for what they share
 CURVE_JOBS = 1000                   # whose curves a page has
@@ -1685,11 +1685,12 @@ def level(sizes, room):
 def tail_limits(jobs, sizes, room):
     """Return how many bytes of each Job's streams a page shows: of those that failed more."""
     failed = [bool(job.exit_code) for job in jobs]
-    limits = {}
+    limits, left = {}, room // 2
     for which in (True, False):
         of_these = [size or 0 for fails, pair in zip(failed, sizes) if fails == which
                     for size in pair]
-        limits[which] = level(of_these, room // 2)
+        limits[which] = level(of_these, left)
+        left = room - sum(min(size, limits[which]) for size in of_these)
     return [limits[fails] for fails in failed]
 
 

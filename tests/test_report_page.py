@@ -1053,6 +1053,37 @@ def test_the_command_writes_a_page_with_links_from_its_place(project):
     assert command('--html', '-').stdout.startswith('<!DOCTYPE html>')
 
 
+def test_results_of_two_folders_are_in_one_page(project, opened):
+    for name in ('one', 'two & three'):
+        folder = reports.Folder(f'sets/{name}').begin()
+        folder.job('grid.sh.1', f'./a --n {len(name)}', out=f'{name}\n').close()
+    Path('link').symlink_to('sets/one')
+    results_table('link', 'sets/two & three', html='report.html')
+    page = opened()
+    assert page.texts('#heads th')[:2] == ['job', 'folder']
+    assert page.column(2) == ['link', 'sets/two & three']
+    for number, name in ((1, 'one'), (2, 'two & three')):
+        page.page.click(f'#rows tr:nth-child({number}) button')
+        link = page.page.eval_on_selector('#details a', 'one => one.href')
+        assert path_of(link).read_text() == f'{name}\n'
+        page.page.keyboard.press('Escape')
+
+
+def test_whatever_jobs_write_the_page_stays_small(project, monkeypatch):
+    folder = reports.Folder().begin()
+    for number in range(30):
+        folder.job(f'grid.sh.{number}', f'./a {number}', out='<' * 10**5)   # six bytes each there
+    folder.close()
+    results_table(html='report.html')
+    whole = os.path.getsize('report.html')
+    assert whole > 10**6
+    monkeypatch.setattr(module, 'PAGE_BYTES', whole // 2)
+    monkeypatch.setattr(module, 'TAILS_BYTES', 2**18)
+    results_table(html='report.html')
+    assert os.path.getsize('report.html') < whole // 2
+    assert data_of('report.html')['jobs']['tails']
+
+
 @pytest.mark.parametrize('words, sentence', [
     (['--html', 'a.html', '--csv', 'b'], '--csv and --html: give one of them.'),
     (['--html', 'a.html', '--mean-over=n'], '--html shows all jobs, and their means over any '
