@@ -4229,9 +4229,10 @@ function pick(list, event) {
 function showExplained() {
   const shares = parameters.map(one => [explainedBy(chosen.jobs, plot.metric, one), one])
     .filter(([share]) => share !== null).sort((a, b) => b[0] - a[0]);
-  const texts = shares.map(([share, one]) => `${one.head} ${percent(share)}`).join(', ');
+  const texts = shares.map(
+    ([share, one], at) => `${one.head}${at ? '' : ' explains'} ${percent(share)}`);
   byId('explained').textContent = shares.length > 1
-    ? `Of the differences in ${plot.metric.head}, this share goes with: ${texts}.` : '';
+    ? `Of the differences in ${plot.metric.head}, ${texts.join(', ')}.` : '';
 }
 
 function beginPlot() {

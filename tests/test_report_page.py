@@ -541,7 +541,7 @@ def test_a_plot_of_numbers_is_logarithmic_over_decades_and_has_means(page):
     assert len(centres) == 5 and page.count('#plot .dot') == 26
     steps = [b - a for a, b in zip(centres, centres[1:])]
     assert steps[0] == pytest.approx(steps[2], rel=0.1)         # 0.0003 to 0.001, 0.003 to 0.01
-    assert 'lr 9' in page.text('#explained') and 'Logarithmic: lr.' in page.text('#plot-hint')
+    assert 'lr explains 9' in page.text('#explained') and 'Logarithmic: lr.' in page.text('#plot-hint')
     page.page.click('#plot-details summary')
     rows = page.page.eval_on_selector_all(
         '#plot-table tbody tr', 'all => all.map(row => [...row.cells].map(one => one.textContent))')
