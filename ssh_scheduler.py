@@ -12774,8 +12774,8 @@ def check_asked(options):
 
     one_of(*ASKED, *ALONE, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
-    only_with('--status', *STATUS_OPTIONS, '--json', *['--watch'] * ('--report' not in
-                                                                    options.given))
+    only_with('--status', *STATUS_OPTIONS, *['--watch'] * ('--report' not in options.given),
+              '--json')
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
@@ -14407,6 +14407,7 @@ def main(argv=None):
 #   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
 #   tie                     end all jobs with the channel
 #   measure NUMBER          say again what the machine has  -> probe, measured
+#   facts                   say which machine it is  -> facts
 #   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
 #   unpack ID BYTES         take BYTES bytes of tar, which follow  -> stage_failed, broken
 #   folder PATH             make a folder that rsync will fill
@@ -14438,6 +14439,7 @@ def main(argv=None):
 #   probe NAME VALUE        something that the machine has
 #   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
 #   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
+#   facts KERNEL DRIVER PYTHON      what /proc and python3 say of versions; first with - as PYTHON
 #   staged ID               jobs can have this stage
 #   stage_failed ID WHY     the stage could not be stored
 #   started KEY...          jobs run

@@ -84,7 +84,7 @@ def tree(folder):
 def heads(done):
     """{head: text} of what --what has printed; lines without a head belong to the one before."""
     assert (done.returncode, done.stderr) == (0, ''), done
-    found = {}
+    found, head = {}, ''
     for line in done.stdout.splitlines():
         head = line[:12].strip(': ') or head
         found.setdefault(head, []).append(line[12:])
@@ -428,8 +428,8 @@ def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
     (project / 'other').write_bytes(bytes(2_000_001))
     (project / 'lost').write_bytes(bytes(2_000_002))
     line = 'cat data/set; stat -c %s big other lost; true'
-    batches.run([line], [old.yaml(env={'KEY': 'x'})], '--link-forwards', 'data', '--keep-files', '1',
-                '--memory-required', '100')
+    batches.run([line], [old.yaml(env={'KEY': 'x'})], '--link-forwards', 'data', '--keep-files',
+                '1', '--memory-required', '100')
     (project / 'data/set').write_text('2')
     (project / 'other').write_bytes(b'o' + bytes(1_999_999))
     (project / 'lost').unlink()
