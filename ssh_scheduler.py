@@ -5987,18 +5987,25 @@ CONTENTS, CONTENTS_BYTES = 5000, 32 * 2**20
 TO = '-> '                  # in front of the target of a link
 
 
+def is_inside(path):
+    """Tell whether a relative path is one that may be sent: it does not lead out of its folder."""
+    return (os.path.normpath(path) == path and path[:1] != '/'
+            and not {'..', '.', *NEVER_SENT}.intersection(path.split('/')))
+
+
 class Manifest:
     """The files that a job was given: to be compared with later ones, and to be sent once more.
 
     files: {path: [mode, size, time of change in ns, content]}; the content is the digest of what
     the file holds, '-> TARGET' of a link, or '' of what is told apart by size and time
     linked: the paths of --link-forwards, of whose files no content is read
-    digest: 16 hex digits of all that, without the times of files that have a digest
+    empty: the folders in which nothing is
+    digest: 16 hex digits of files and linked, without the times of files that have a digest
     """
 
-    def __init__(self, files, linked=()):
+    def __init__(self, files, linked=(), empty=()):
         import hashlib
-        self.files, self.linked = files, tuple(linked)
+        self.files, self.linked, self.empty = files, tuple(linked), tuple(empty)
         rows = [[path, mode, size, content or ns]
                 for path, (mode, size, ns, content) in sorted(files.items())]
         self.digest = hashlib.blake2b(json.dumps([rows, self.linked]).encode(),
@@ -6017,8 +6024,11 @@ class Manifest:
             with contextlib.suppress(OSError):          # a file that is gone fails when it is sent
                 contents[entry.path] = content_digest(read_file(entry.path))
         entries += [entry for entry in link.entries if entry.kind != 'd']
+        folders = {entry.path for entry in copy.entries if entry.kind == 'd'}
+        empty = sorted(folders - {os.path.dirname(entry.path) for entry in copy.entries})
         return cls({entry.path: [entry.mode, entry.size, entry.mtime_ns,
-                                 contents.get(entry.path, '')] for entry in entries}, linked)
+                                 contents.get(entry.path, '')] for entry in entries},
+                   linked, empty)
 
     def changed(self, older):
         """Return the paths that differ from an older Manifest, sorted."""
@@ -6692,6 +6702,7 @@ class ResultStore:
         if not self.lock.is_held:
             return
         self.sent.close()
+        self.seen.write()
         if self.journal.is_empty:
             try:
                 for name in ('journal', 'lock'):
@@ -7194,8 +7205,11 @@ class Sent:
         if not self._found.get(digest):
             self._found[digest] = None
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                files = json.loads(read_file(self.path(digest, 'files.json')))
-                self._found[digest] = Manifest(files, self.record(digest).get('linked', ()))
+                record = self.record(digest)
+                found = Manifest(json.loads(read_file(self.path(digest, 'files.json'))),
+                                 record.get('linked', ()), record.get('empty', ()))
+                if found.digest == digest and all(map(is_inside, (*found.files, *found.empty))):
+                    self._found[digest] = found
         return self._found[digest]
 
     def record(self, digest):
@@ -7269,7 +7283,8 @@ class Sent:
         put_file(os.path.join(folder, 'files.json'), as_json(manifest.files))
         put_file(os.path.join(folder, 'record.json'), as_json({
             'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
-            'linked': list(manifest.linked), 'kept': kept, 'kept_bytes': kept_bytes}))
+            'linked': manifest.linked, 'empty': manifest.empty,
+            'kept': kept, 'kept_bytes': kept_bytes}))
 
     def _keep_file(self, path, content, target):
         """Keep a file, or link, that has this content; return its size; None if it is not kept."""
@@ -7325,7 +7340,7 @@ class Seen:
     def __init__(self, inner, journal):
         self._path, self._journal = os.path.join(inner, 'seen'), journal
         self._began, self._last = time.monotonic(), {}      # machine -> when it had a sample
-        self._first = []                # lines, until a job is claimed
+        self._unwritten = []            # lines, until a job is claimed
 
     def add(self, machine, sample):
         """Add what is in use on a machine (its address), unless it had a sample lately."""
@@ -7334,12 +7349,16 @@ class Seen:
         if now - self._last.get(machine, -math.inf) < apart_s:
             return
         self._last[machine] = now
-        self._first.append(as_json({'machine': machine, 'time': round(time.time(), 1), **sample}))
-        if not self._journal.is_empty:
-            with contextlib.suppress(OSError):
-                with open(self._path, 'ab') as file:
-                    file.write(b''.join(self._first))
-            self._first = []
+        self._unwritten.append(as_json({'machine': machine, 'time': round(time.time(), 1),
+                                        **sample}))
+        self.write()
+
+    def write(self):
+        """Write what was added, unless no job was ever claimed here."""
+        if self._unwritten and not self._journal.is_empty:
+            with contextlib.suppress(OSError), open(self._path, 'ab') as file:
+                file.write(b''.join(self._unwritten))
+            self._unwritten = []
 
 
 def take_name(stem):
@@ -12524,7 +12543,7 @@ class Rebuilt:
                 if differs_now(path, self._manifest):
                     changed.append(printable(path))
                 self._take(path, target)
-        for path in self._sent.record(self._manifest.digest).get('empty', ()):
+        for path in self._manifest.empty:
             os.makedirs(os.path.join(self._folder, path), exist_ok=True)
         if changed:
             self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
