@@ -12656,9 +12656,9 @@ def execute_batch(argv):
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
-    alone = next((option for option in ALONE if options[option]), None)
+    alone = next((option for option in WITHOUT_BATCH if options[option]), None)
     if alone:
-        return ALONE[alone](options, reporter)
+        return WITHOUT_BATCH[alone](options, reporter)
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
     if not (asked or reruns):
@@ -12772,7 +12772,7 @@ def check_asked(options):
         if given and name not in options.given:
             raise UsageError(f'{" and ".join(given)} can only be given with {name}.')
 
-    one_of(*ASKED, *ALONE, '--dry-run')
+    one_of(*ASKED, *WITHOUT_BATCH, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
     only_with('--status', *STATUS_OPTIONS, *['--watch'] * ('--report' not in options.given),
               '--json')
@@ -13399,7 +13399,7 @@ def collect_others(run, worker, jobs):
 
 
 # The same for options that do without a batch file.
-ALONE = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
+WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
 
 
 @contextlib.contextmanager
