@@ -12630,7 +12630,9 @@ def tell_likeness(past, name, unlike, reporter):
 
     unlike: sentences on files
     """
-    again = find_past(name)
+    again = read_past(name, f'job_results/.ssh_scheduler/commands/{name}/journal')
+    if not again or not again.ended:        # it was interrupted, or left running
+        return
     unlike = [*unlike, *unlike_then(past, again)]
     for text in unlike:
         reporter.line(f'not the same: {text}')
