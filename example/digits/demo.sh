@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # A sweep from its batch file to a table, a page, and the same again after the code has changed.
-#   bash example/digits/demo.sh [MACHINE...]       which need python3 with scikit-learn
-# Works in a new folder, and says where that is.
+#   bash example/digits/demo.sh                    on this computer, with the python3 of this shell
+#   bash example/digits/demo.sh MACHINE...         with the python3 of these machines
+# It needs scikit-learn, works in a new folder, and says where that is.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=$(mktemp -d)
-[ $# -gt 0 ] || set -- localhost
+[ $# -gt 0 ] || { set -- localhost; PYTHON=$(command -v python3); export PYTHON; }
 cp -R "$here" "$folder/example"
 cd "$folder"
 

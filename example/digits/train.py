@@ -1,4 +1,4 @@
-"""Learn to read handwritten digits with scikit-learn, and say after each epoch how well that goes."""
+"""Learn to read handwritten digits with scikit-learn, and say after each epoch how well."""
 import argparse
 
 from sklearn.datasets import load_digits
