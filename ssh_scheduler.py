@@ -12738,7 +12738,8 @@ def reproduce(options, reporter):
               as_paths(claimed.get('backwards')), claimed.get('own', ''))
     options['--link-forwards'] = manifest.linked
     policy = read_policy(options)
-    policy = policy._replace(noted={**policy.noted, 'reproduces': past.name})
+    policy = policy._replace(noted={'batch': claimed.get('batch') or name,
+                                    'reproduces': past.name})
     results = ResultStore('job_results', f'commands/{name}')
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
