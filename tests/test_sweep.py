@@ -1,6 +1,7 @@
 """A whole sweep with scikit-learn on two machines, by the commands of the README's section.
 
-From the batch file to CSV, to LaTeX, to a page, and to the same job once more after the code changed.
+From the batch file to CSV, to LaTeX, to a page, and to the same job once more after the code has
+changed.
 """
 import csv
 import json
@@ -33,8 +34,8 @@ def shell(project, scheduler, client_env, lab1, lab2):
     programs = project.parent / 'bin'
     programs.mkdir()
     for name, file in (('execute_batch', scheduler), ('results_table', ROOT / 'results_table.py')):
-        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} '
-                                     f'{shlex.quote(str(file))} {name * (file == scheduler)} "$@"\n')
+        words = [sys.executable, str(file), *[name] * (file == scheduler)]
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (programs / name).chmod(0o755)
     activate = Path(sys.executable).parent / 'activate'
     for name, machine in (('lab1', lab1), ('lab2', lab2)):
