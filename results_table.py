@@ -89,7 +89,8 @@ Options:
   --unfinished            With --mean-over: take all other jobs, too.
   --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
   --columns=<columns>     Only these columns, in this order: lr,val_acc,exit.
-  --earlier               Also the results of jobs that were run again (NAME~1).
+  --earlier               Also the results of jobs that were run again (NAME~1),
+                          and of jobs that reproduce others (NAME-again).
 
 Output:
   --wide                  The whole table, whatever the width; also in a pipe.
@@ -199,6 +200,7 @@ class Job(NamedTuple):
     memory_mb: Optional[int] = None
     gpu_memory_mb: Optional[int] = None
     attempt: int = 1
+    copy_of: str = ''           # the job that it reproduces
 
     def path(self, end=''):
         """Return the path of its folder, or with .out or .err of a stream."""
@@ -359,6 +361,7 @@ def unified(readings):
 # ---- Reading: what the journals tell of each job ----
 
 BOOKKEEPING = '.ssh_scheduler'
+MOST_SETS = 50                  # sets of files that are compared
 PARTIAL = '.partial'            # the end of a folder with what a running job has written so far
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
 NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # how a version without `batch` named jobs
@@ -442,9 +445,37 @@ def read_jobs(place, report):
         if strange:
             report(f'left out, since no job has such results: {names_of(strange)}')
     jobs = [job_from(name, known.get(name, {}), place.folder) for name in names]
+    jobs = with_equal_files(jobs, place.folder)
     return [job for job in sorted(jobs, key=lambda job: naturally(job.name))
             if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present
             or job.name in streams]
+
+
+def with_equal_files(jobs, folder):
+    """Return the Jobs with one digest for files that differ in the batch file only.
+
+    Lines are added to it, which changes nothing for the jobs of other lines.
+    """
+    pairs = list(dict.fromkeys((job.files, job.batch) for job in jobs if job.files))
+    if not 1 < len(pairs) <= MOST_SETS:
+        return jobs
+    first, found = {}, {}
+    for digest, batch in pairs:
+        found[digest, batch] = first.setdefault(what_they_had(folder, digest, batch), digest)
+    return [job._replace(files=found.get((job.files, job.batch), '')) for job in jobs]
+
+
+def what_they_had(folder, digest, batch):
+    """Return what stands for a set of files, without the batch file."""
+    path = os.path.join(folder, BOOKKEEPING, 'sent', digest, 'files.json')
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        with open(path, encoding='utf-8') as file:
+            files = json.load(file)
+        return json.dumps(sorted(
+            (name, mode, size, content or changed)
+            for name, (mode, size, changed, content) in files.items()
+            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name).lstrip('.-')[-150:] != batch))
+    return digest
 
 
 def is_partial(folder, name, known):
@@ -529,7 +560,7 @@ def job_from(name, facts, folder):
         ','.join(re.findall('[0-9]+', text('gpus'))), text('files'),
         number('exit_code', has_ended), number('time'), number('wall_s', has_ended),
         number('peak_memory_mb', has_ended), number('peak_gpu_memory_mb', has_ended),
-        number('attempt') or 1)
+        number('attempt') or 1, text('reproduces'))
 
 
 # ---- Parameters: the words in which commands differ ----
@@ -2216,9 +2247,9 @@ def read_table(results, wishes, report):
     except OSError as error:
         raise TableError(f'{printable(str(error.filename))} cannot be read: '
                          f'{reason_of(error)}.') from None
-    earlier = [job for job in jobs if job.state == 'earlier']
+    earlier = [job for job in jobs if job.state == 'earlier' or job.copy_of]
     if earlier and not wishes.earlier:
-        jobs = [job for job in jobs if job.state != 'earlier']
+        jobs = [job for job in jobs if job.state != 'earlier' and not job.copy_of]
         if any(place.names for place in places):
             report(f'left out: {many(len(earlier), "result")} of jobs that were run again '
                    '(--earlier shows them)')

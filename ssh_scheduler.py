@@ -55,7 +55,8 @@ The promises, and the functions that keep them:
     before it is answered (Desk.look, Inbox.answer).
     Results belong to the command and the files that made them.  A line of a batch file is looked
     up by its command (match_lines), and the key of a job on a machine, NAME.ATTEMPT-IDENTITY,
-    names the journal that claimed it.
+    names the journal that claimed it.  What was sent is kept when it is sent (Keeper, Sent), and is
+    checked against its digests before it is sent once more (Rebuilt).
 
 Only Processes starts and waits for processes, in one thread.  Only Report prints.  Text meant for
 a shell on a machine stands in constants: BOOTSTRAP in Connection, the programs at the end of the
@@ -67,7 +68,7 @@ those programs.
     What is seen   Phrases, Report, Lines, Views, Status
     The edges      Options, Machine files, Batch files, Files to send, Archives, Probe
     The work       Results, Processes, Job log, Hooks, Wire, Connection, Client, Copies, Contact,
-                   Results on their way, Worker, Visits, As a library, Requests
+                   Results on their way, Worker, Visits, As a library, Requests, Past
     The commands   Commands
     On a machine   The remote runner, which opens with the files of a job, requests and events
 
@@ -12630,7 +12631,9 @@ def tell_likeness(past, name, unlike, reporter):
 
     unlike: sentences on files
     """
-    again = find_past(name)
+    again = read_past(name, f'job_results/.ssh_scheduler/commands/{name}/journal')
+    if not again or not again.ended:        # it was interrupted, or left running
+        return
     unlike = [*unlike, *unlike_then(past, again)]
     for text in unlike:
         reporter.line(f'not the same: {text}')
@@ -12656,9 +12659,9 @@ def execute_batch(argv):
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
-    alone = next((option for option in ALONE if options[option]), None)
+    alone = next((option for option in WITHOUT_BATCH if options[option]), None)
     if alone:
-        return ALONE[alone](options, reporter)
+        return WITHOUT_BATCH[alone](options, reporter)
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
     if not (asked or reruns):
@@ -12736,7 +12739,8 @@ def reproduce(options, reporter):
               as_paths(claimed.get('backwards')), claimed.get('own', ''))
     options['--link-forwards'] = manifest.linked
     policy = read_policy(options)
-    policy = policy._replace(noted={**policy.noted, 'reproduces': past.name})
+    policy = policy._replace(noted={'batch': claimed.get('batch') or name,
+                                    'reproduces': past.name})
     results = ResultStore('job_results', f'commands/{name}')
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
@@ -12772,10 +12776,10 @@ def check_asked(options):
         if given and name not in options.given:
             raise UsageError(f'{" and ".join(given)} can only be given with {name}.')
 
-    one_of(*ASKED, *ALONE, '--dry-run')
+    one_of(*ASKED, *WITHOUT_BATCH, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
-    only_with('--status', *STATUS_OPTIONS, '--json', *['--watch'] * ('--report' not in
-                                                                    options.given))
+    only_with('--status', *STATUS_OPTIONS, *['--watch'] * ('--report' not in options.given),
+              '--json')
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
@@ -13399,7 +13403,7 @@ def collect_others(run, worker, jobs):
 
 
 # The same for options that do without a batch file.
-ALONE = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
+WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
 
 
 @contextlib.contextmanager
@@ -14407,6 +14411,7 @@ def main(argv=None):
 #   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
 #   tie                     end all jobs with the channel
 #   measure NUMBER          say again what the machine has  -> probe, measured
+#   facts                   say which machine it is  -> facts
 #   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
 #   unpack ID BYTES         take BYTES bytes of tar, which follow  -> stage_failed, broken
 #   folder PATH             make a folder that rsync will fill
@@ -14438,6 +14443,7 @@ def main(argv=None):
 #   probe NAME VALUE        something that the machine has
 #   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
 #   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
+#   facts KERNEL DRIVER PYTHON      what /proc and python3 say of versions; first with - as PYTHON
 #   staged ID               jobs can have this stage
 #   stage_failed ID WHY     the stage could not be stored
 #   started KEY...          jobs run

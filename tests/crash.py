@@ -14,6 +14,7 @@ CRASH_SETTINGS  JSON: constants of the module that are others
 import json
 import os
 import re
+import selectors
 import signal
 import subprocess
 import sys
@@ -32,15 +33,16 @@ AFTER = os.environ.get('CRASH_AFTER')
 REQUEST = os.environ.get('CRASH_REQUEST')
 SIGNAL = getattr(signal, os.environ.get('CRASH_SIGNAL', 'SIGKILL'))
 LOG = os.environ.get('CRASH_LOG', os.devnull)
-passed, stopped = 0, False
+passed, stopped, has_waited = 0, False, False
 
 
 def point(what):
     """Count this moment, and end here if it is the one."""
-    global passed, stopped
+    global passed, stopped, has_waited
     passed += 1
     with open(LOG, 'a') as log:
-        log.write(f'{passed} {what}\n')
+        log.write(f'{passed} {what}{", after a wait" if has_waited else ""}\n')
+    has_waited = False
     if passed == LAST or WHEN and not stopped and re.search(WHEN, what):
         stopped = True
         while AFTER and not os.path.getsize(AFTER):
@@ -85,7 +87,16 @@ def write(fd, data):
     return done
 
 
+def select(*args):
+    """The wait of the selector; what happens elsewhere meanwhile may change what a kill leaves."""
+    global has_waited
+    has_waited = True
+    return real_select(*args)
+
+
 real_write, os.write = os.write, write
+real_select = selectors.DefaultSelector.select
+selectors.DefaultSelector.select = select
 real_rename = os.rename
 for name in ('rename', 'replace', 'mkdir'):
     setattr(os, name, counted(getattr(os, name), name))

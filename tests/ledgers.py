@@ -104,7 +104,8 @@ def read_journal(path):
         try:
             event = json.loads(line)
             # These tell of no job, or do not change it.
-            if event['event'] not in ('tidied', 'journal', 'answered', 'unwanted', 'wanted'):
+            if event['event'] not in ('tidied', 'journal', 'answered', 'unwanted', 'wanted',
+                                      'begun', 'machine'):
                 events[event['job']].append(event)
         except (ValueError, KeyError, TypeError):
             raise AssertionError(f'The journal has no event in line {number}: {line!r}') from None

@@ -83,7 +83,7 @@ class Folder:
         folder.mkdir(parents=True)
         (folder / 'record.json').write_text(json.dumps(
             {'version': 1, 'time': BEGIN, 'files': 12, 'bytes': 34567, **record}))
-        (folder / 'files.json').write_text('{}')
+        (folder / 'files.json').write_text(json.dumps({'train.py': ['100644', 9, 1, digest]}))
         (folder / 'diff.patch').write_text('--- a\n')
 
     def close(self):

@@ -1,5 +1,7 @@
 """The limits of CONTRIBUTING and the rules of the sections, as .ci/measure finds them."""
 
+import ast
+import collections
 import runpy
 from pathlib import Path
 
@@ -19,6 +21,19 @@ def broken(findings):
 def test_nothing_is_above_the_limits(name):
     _, findings = MEASURE['measure_file'](str(ROOT / name))
     assert broken(findings) == {}
+
+
+@pytest.mark.parametrize('name', ['ssh_scheduler.py', 'combine_folders.py', 'results_table.py'])
+def test_no_name_of_a_file_has_two_meanings(name):
+    """The second would be that of all functions, also of those above it."""
+    bound = collections.Counter()
+    for node in ast.parse((ROOT / name).read_text(encoding='utf-8')).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound[node.name] += 1
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in getattr(node, 'targets', None) or [node.target]:
+                bound.update(one.id for one in ast.walk(target) if isinstance(one, ast.Name))
+    assert [one for one, times in bound.items() if times > 1 and one != '_'] == []
 
 
 # --- The measures find what they are to find -----------------------------------------------------

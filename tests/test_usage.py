@@ -224,7 +224,8 @@ def test_a_command_line_of_the_readme_is_understood(line):
     if command == 'execute_remote':     # in a batch file, it names no machine
         assert options['<command>'] or options['--attach'] or options['--shell']
     else:
-        assert options['--machines'] or options.given & {'--status', '--cancel'}
+        assert options['--machines'] or options.given & {'--status', '--cancel', '--what',
+                                                           '--reproduce'}
         assert command not in POSITIONALS or options[POSITIONALS[command]]
     if command != 'execute_to':
         ssh_scheduler.read_allocation(options)
