@@ -198,14 +198,14 @@ def test_one_line_for_each_kind_of_failure(run, named):
         (machine.folder / 'it').write_text(command)
     off.stop()
     hangs.freeze()
-    done = run(files, 'echo said; . $RIG_MACHINE/it', '--timeout=5')
+    done = run(files, 'echo said; . $RIG_MACHINE/it', '--timeout=8')
     hangs.thaw()
     assert done.status == 1
     assert sorted(done.out.decode().split('\n')) == [
         '', *(f'{name:<6} said' for name in ('bad1:', 'bad2:', 'good:', 'noisy:', 'worse:'))]
     assert sorted(done.notes) == [
         'failed: bad1, bad2 (exit code 3)', 'failed: worse (exit code 255)',
-        'timed out: hangs (after 5 s)',
+        'timed out: hangs (after 8 s)',
         f'unreachable: off (nothing listens at 127.0.0.1 port {off.port})']
     assert_all_clean([good, bad1, bad2, worse, noisy])
 
