@@ -58,7 +58,7 @@ def test_one_account_direct_and_by_a_jump_host(run_cli, lab, ssh_config, tmp_pat
     by_jump = tmp_path / 'by_jump.yaml'
     by_jump.write_text(machine.yaml(proxy_jump=at(jump)).read_text())
     direct = machine.yaml()
-    done = run_cli('execute_to', '--machines', by_jump, direct, '--', 'echo here', timeout=20)
+    done = run_cli('execute_to', '--machines', by_jump, direct, '--', 'echo here')
     assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
     assert 'are the same account, ' in done.stderr and done.stderr.count('\n') == 1
 
