@@ -16,6 +16,7 @@
                          chosen, averaged, sorted                    (Means, Choosing)
                            |
           terminal, CSV, JSON, Markdown, LaTeX                       (Forms, Screen)
+          a page: the table, the times of jobs, their streams        (Report, Page)
 
 A Cell has a value, for programs, and a text, for people: 3720.4 and 1h 02m.  A Column may be only
 for programs (the whole command) or have another name for people (where).
@@ -25,8 +26,8 @@ last line without an end is left for the next time.  Of streams only the ends ar
 may have 100 MB.  Nothing is written below job_results.
 
 Sections: Usage, Words, Errors, Records, Numbers, Reading, Parameters, Metrics, Columns, Means,
-Choosing, Forms, Screen; and the edge: Function, Options, Terminal, Command.  A section uses only
-what stands above it.
+Choosing, Forms, Screen, Report; the edge: Function, Options, Terminal, Command; and Page.  A
+section uses only what stands above it, but for the texts of Page, which stand last.
 
 As a library: results_table() and TableError keep their documented behaviour; everything else may
 change.  Importing has no effect.
@@ -88,7 +89,8 @@ Options:
   --unfinished            With --mean-over: take all other jobs, too.
   --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
   --columns=<columns>     Only these columns, in this order: lr,val_acc,exit.
-  --earlier               Also the results of jobs that were run again (NAME~1).
+  --earlier               Also the results of jobs that were run again (NAME~1),
+                          and of jobs that reproduce others (NAME-again).
 
 Output:
   --wide                  The whole table, whatever the width; also in a pipe.
@@ -97,6 +99,9 @@ Output:
                           that JSON lacks are the strings nan, inf and -inf.
   --markdown              Write a table for Markdown.
   --latex                 Write a tabular for LaTeX, which needs booktabs.
+  --html=<file>           Write a page for a browser that needs no network: the
+                          table, a timeline, the use of machines, plots, curves,
+                          why jobs failed, their outputs' ends, and what ran.
   -h --help               Show this.
 
 CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
@@ -195,6 +200,7 @@ class Job(NamedTuple):
     memory_mb: Optional[int] = None
     gpu_memory_mb: Optional[int] = None
     attempt: int = 1
+    copy_of: str = ''           # the job that it reproduces
 
     def path(self, end=''):
         """Return the path of its folder, or with .out or .err of a stream."""
@@ -311,6 +317,12 @@ def is_number(value):
     return isinstance(value, (int, float))
 
 
+def is_finite(value):
+    """Tell whether a value of a file is a number that JSON has and that can be reckoned with."""
+    return (isinstance(value, int) and abs(value) < 2**63
+            or isinstance(value, float) and math.isfinite(value))
+
+
 def short_number(value):
     """Return a number in at most six digits, for people."""
     if isinstance(value, int) and abs(value) < 10**9:
@@ -349,6 +361,7 @@ def unified(readings):
 # ---- Reading: what the journals tell of each job ----
 
 BOOKKEEPING = '.ssh_scheduler'
+MOST_SETS = 50                  # sets of files that are compared
 PARTIAL = '.partial'            # the end of a folder with what a running job has written so far
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
 NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # how a version without `batch` named jobs
@@ -432,9 +445,37 @@ def read_jobs(place, report):
         if strange:
             report(f'left out, since no job has such results: {names_of(strange)}')
     jobs = [job_from(name, known.get(name, {}), place.folder) for name in names]
+    jobs = with_equal_files(jobs, place.folder)
     return [job for job in sorted(jobs, key=lambda job: naturally(job.name))
             if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present
             or job.name in streams]
+
+
+def with_equal_files(jobs, folder):
+    """Return the Jobs with one digest for files that differ in the batch file only.
+
+    Lines are added to it, which changes nothing for the jobs of other lines.
+    """
+    pairs = list(dict.fromkeys((job.files, job.batch) for job in jobs if job.files))
+    if not 1 < len(pairs) <= MOST_SETS:
+        return jobs
+    first, found = {}, {}
+    for digest, batch in pairs:
+        found[digest, batch] = first.setdefault(what_they_had(folder, digest, batch), digest)
+    return [job._replace(files=found.get((job.files, job.batch), '')) for job in jobs]
+
+
+def what_they_had(folder, digest, batch):
+    """Return what stands for a set of files, without the batch file."""
+    path = os.path.join(folder, BOOKKEEPING, 'sent', digest, 'files.json')
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        with open(path, encoding='utf-8') as file:
+            files = json.load(file)
+        return json.dumps(sorted(
+            (name, mode, size, content or changed)
+            for name, (mode, size, changed, content) in files.items()
+            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name).lstrip('.-')[-150:] != batch))
+    return digest
 
 
 def is_partial(folder, name, known):
@@ -508,14 +549,14 @@ def job_from(name, facts, folder):
         return '' if facts.get(key) is None else str(facts[key])
 
     def number(key, is_known=True):
-        return facts[key] if is_known and is_number(facts.get(key)) else None
+        return facts[key] if is_known and is_finite(facts.get(key)) else None
 
     return Job(
         name, folder, facts.get('state', ''), batch_of(name, facts), text('command'), short,
         ','.join(re.findall('[0-9]+', text('gpus'))), text('files'),
         number('exit_code', has_ended), number('time'), number('wall_s', has_ended),
         number('peak_memory_mb', has_ended), number('peak_gpu_memory_mb', has_ended),
-        number('attempt') or 1)
+        number('attempt') or 1, text('reproduces'))
 
 
 # ---- Parameters: the words in which commands differ ----
@@ -1348,6 +1389,37 @@ def as_latex(table):
         *map(line, cells_for_people(table, columns)), r'\bottomrule', r'\end{tabular}', ''])
 
 
+def check_output(option, path):
+    """Raise unless a file may be written there: what jobs brought back is never overwritten."""
+    folder = os.path.realpath(os.path.dirname(path) or '.')
+    while folder != os.path.dirname(folder):
+        if has_journals(folder):
+            raise UsageError(f'{option} {printable(path)}: results_table writes nothing into a '
+                             'folder of results. Name another file.')
+        folder = os.path.dirname(folder)
+    if os.path.isdir(path):
+        raise UsageError(f'{option} {printable(path)}: this is a folder. Name a file.')
+
+
+def write_file(path, text):
+    """Write a file; it appears when it is complete.  Raises OSError."""
+    path = os.path.realpath(path)
+    data = text.encode('utf-8', 'backslashreplace')
+    if os.path.exists(path) and not os.path.isfile(path):       # such as a fifo, or /dev/stdout
+        with open(path, 'wb') as file:
+            file.write(data)
+        return
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
 # ---- Screen: the table for a terminal ----
 
 SHORTEST = 12                       # columns of a terminal that a cell is cut to, at most
@@ -1438,24 +1510,678 @@ def counts_of(table):
     return f'{groups}{jobs}{": " if counts else ""}{", ".join(counts)}'
 
 
+# ---- Report: what the page shows, as data for its script ----
+
+PAGE_BYTES = 95 * 10**5             # that a page has at most, whatever jobs wrote
+TAILS_BYTES = 4 * 2**20             # of the ends of all streams together
+TAIL_BYTES = 2**13                  # of the end of one stream
+COMMANDS_BYTES = 4 * 10**6          # of all commands together, but for what they share
+CURVE_JOBS = 1000                   # whose curves a page has
+CURVES_BYTES = 48 * 2**20           # of streams that are read for curves, of all jobs together
+CURVE_BYTES = 2**20                 # of one stream
+PIECE_BYTES = 2**16                 # of a longer stream, of which pieces are read
+CURVE_POINTS = 100_000              # of all curves together
+CURVE_NAMES = 12                    # curves of one job
+SAMPLES = 60_000                    # of the use of machines, all together
+LAST_LINE = 160                     # characters of a job's last line
+PATHS = 200                         # changed files that are named
+
+PLAIN_NAME = re.compile(r'[\w.~-]+', re.ASCII)      # the same in an address
+STATES = ('finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier', '')
+USED = ('peak_memory_mb', 'peak_gpu_memory_mb')
+ASKED = ('memory_mb', 'gpu_memory_mb', 'cores', 'gpus')
+
+# What tells why a job failed, where its exit code or the frameworks do.
+GPU_IS_FULL = re.compile('CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED'
+                         '|RESOURCE_EXHAUSTED: Out of memory')
+FRAMES = re.compile(r'Traceback \(most recent call last\):|  File ".*", line [0-9]')
+NOISE = re.compile(r'[\W_]*|(During handling of|The above exception was) .*:|\++ .*'
+                   r'|\s+at .*|\s+warnings\.warn\(.*|note: run with `RUST_BACKTRACE.*')
+SIGNALS = {2: 'INT', 6: 'ABRT', 8: 'FPE', 9: 'KILL', 11: 'SEGV', 13: 'PIPE', 15: 'TERM'}
+
+
+def is_time(value):
+    """Tell whether a value is a time of this millennium or so, in seconds since 1970."""
+    return is_finite(value) and 0 <= value < 10**11
+
+
+class Story(NamedTuple):
+    """What the journals of a folder tell over time.
+
+    A try is a dictionary: the facts of a claim and of what became of it.
+    """
+    tries: dict                 # name of a job -> its tries, the first one first
+    before: dict                # name of a job -> the names of its earlier results
+    begun: dict                 # batch -> the times at which a client began to run it
+    facts: dict                 # machine -> its facts
+    short: dict                 # machine -> its name for people
+    seen: dict                  # machine -> its samples
+
+
+def objects_in(path):
+    """Yield the JSON objects of a file that has one a line; what cannot be read is passed over."""
+    with contextlib.suppress(OSError), open(path, 'rb') as file:
+        for line in file:
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value, dict) and line.endswith(b'\n'):
+                    yield value
+
+
+def read_story(folder):
+    """Return the Story of a job_results."""
+    story = Story({}, {}, {}, {}, {}, {})
+    inner = os.path.join(folder, BOOKKEEPING)
+    for part in ('', *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', '')))):
+        for event in objects_in(os.path.join(inner, part, 'journal')):
+            with contextlib.suppress(KeyError, TypeError):      # a strange fact tells nothing
+                retell({**event, 'folder': folder}, story)
+    for sample in objects_in(os.path.join(inner, 'seen')):
+        if is_time(sample.get('time')) and isinstance(sample.get('machine'), str):
+            story.seen.setdefault(sample['machine'], []).append(sample)
+    return story
+
+
+def retell(event, story):
+    """Add an event of a journal to a Story."""
+    word, name, time_s = event['event'], event.get('job'), event.get('time')
+    if word == 'begun':
+        story.begun.setdefault(event['batch'], []).append(time_s)
+    elif word == 'machine':
+        story.facts[event['machine']] = event['facts']
+    elif word == 'claimed':
+        tries = story.tries.setdefault(name, [])
+        if tries and tries[-1]['state'] == 'running':
+            tries[-1].update(state='lost', until=time_s)
+        tries.append({**event, 'state': 'running'})
+        story.short[str(event['machine'])] = job_from(name, event, '').machine
+    elif word == 'renamed':
+        story.tries[event['to']] = story.tries.pop(name)
+        story.before.setdefault(name, []).append(event['to'])
+    elif word == 'ended':
+        story.tries[name][-1].update(event, state='ended', until=time_s,
+                                     time=story.tries[name][-1].get('time'))
+    elif word in ('collected', 'lost', 'cancelled'):
+        last = story.tries[name][-1]
+        last.setdefault('until', time_s)
+        last['state'] = word if word != 'collected' else (
+            'failed' if last.get('exit_code') else 'finished')
+
+
+def span_of(one):
+    """Return (when a try began, when it ended or None while it runs) or None if nothing tells."""
+    began, wall_s, until = one.get('time'), one.get('wall_s'), one.get('until')
+    if not is_time(began):
+        return None
+    if one['state'] == 'running':
+        return began, None
+    end = began + wall_s if is_finite(wall_s) else until
+    return began, max(end, began) if is_time(end) else began
+
+
+def waited_since(one, former, story):
+    """Return since when the job of a try had waited, or None.  former: its try before, or None."""
+    begun = [time_s for time_s in story.begun.get(one.get('batch'), ())
+             if is_time(time_s) and time_s <= one['time']]
+    freed = former and span_of(former)
+    times = [*begun[-1:], *([freed[1]] if freed and freed[1] and freed[1] <= one['time'] else [])]
+    return max(times, default=None)
+
+
+def tries_of(job, story, shown):
+    """Return the tries of a Job, also those of its earlier results that have no row of their own.
+
+    shown: (folder, name) of all jobs that have a row
+    """
+    names = [name for name in story.before.get(job.name, ()) if (job.folder, name) not in shown]
+    return [one for name in (*names, job.name) for one in story.tries.get(name, ())]
+
+
+# -- Why jobs failed --
+
+def text_of(data):
+    """Return an output for people: what a line that is overwritten had at the end, no escapes."""
+    lines = decoded(data).replace('\r\n', '\n').split('\n')
+    lines = [line.rstrip('\r').rpartition('\r')[2] for line in lines]
+    return '\n'.join(line if line.isprintable() else '\t'.join(map(printable, line.split('\t')))
+                     for line in lines)
+
+
+def telling_line(lines):
+    """Return the line of a stderr that tells most of why a job failed; '' if there is none.
+
+    That is the last one but for noise; of a Python traceback the line of its exception.
+    """
+    told, raised, in_frames = [], None, False
+    for line in lines:
+        if FRAMES.match(line):
+            in_frames = True
+        elif line.strip() and not (in_frames and line[0].isspace()):
+            if in_frames:
+                in_frames, raised = False, len(told)
+            if not NOISE.fullmatch(line):
+                told.append(line)
+    if raised is not None and raised < len(told) <= raised + 9:     # a message may go on below it
+        return told[raised].strip()
+    return (told or [''])[-1].strip()
+
+
+def reason_words(job, lines):
+    """Return why a Job failed, in words.  lines: the last ones of its stderr."""
+    told, code = telling_line(lines), job.exit_code
+    if job.state == 'lost' or code is None or code < 0:
+        return f'{job.machine or "its machine"} lost it'
+    if any(map(GPU_IS_FULL.search, lines)):
+        return f'exit code {code}: GPU out of memory'
+    if told.startswith('ssh-scheduler: the kernel killed'):
+        return f'exit code {code}: {job.machine} ran out of memory'
+    if 128 < code < 160 and not told.startswith('ssh-scheduler: '):
+        name = SIGNALS.get(code - 128)
+        return f'ended by signal {code - 128}{f" ({name})" if name else ""}'
+    told = re.sub(r'^ssh-scheduler: |^\S*: line [0-9]+: ', '', told)
+    return f'exit code {code}: {cut(told, LAST_LINE)}' if told else (
+        f'exit code {code}, nothing on stderr')
+
+
+# -- Ends of streams --
+
+def stream_sizes(job):
+    """Return the sizes of stdout and stderr in bytes; None of what is no file."""
+    sizes = []
+    for end in ('.out', '.err'):
+        try:
+            info = os.stat(job.path(end))
+            sizes.append(info.st_size if stat.S_ISREG(info.st_mode) else None)
+        except OSError:
+            sizes.append(None)
+    return sizes
+
+
+def level(sizes, room):
+    """Return how much each may have at most, so that all together fit into the room."""
+    most = TAIL_BYTES
+    while most > 1 and sum(min(size, most) for size in sizes) > room:
+        most *= 0.9
+    return int(most) if most > 1 else 0
+
+
+def tail_limits(jobs, sizes, room):
+    """Return how many bytes of each Job's streams a page shows: of those that failed more."""
+    failed = [bool(job.exit_code) for job in jobs]
+    limits = {}
+    for which in (True, False):
+        of_these = [size or 0 for fails, pair in zip(failed, sizes) if fails == which
+                    for size in pair]
+        limits[which] = level(of_these, room // 2)
+    return [limits[fails] for fails in failed]
+
+
+def tail_of(path, size):
+    """Return the text of the last bytes of a stream, from the beginning of a line on."""
+    data, is_whole = read_end(path, size) or (b'', True)
+    if not is_whole:
+        data = data.partition(b'\n')[2] or data
+    return text_of(data).strip('\n')
+
+
+def ends_of(job, sizes, limit):
+    """Return (tail of stdout, tail of stderr, the last line, why it failed or '')."""
+    out, err = (tail_of(job.path(end), max(limit, 1024)) if size else ''
+                for end, size in zip(('.out', '.err'), sizes))
+    reason = reason_words(job, err.split('\n')) if job.state in ('failed', 'lost') or (
+        job.exit_code) else ''
+    last = next((line.strip() for text in (out, err) for line in reversed(text.split('\n'))
+                 if line.strip()), '')
+    # A character takes one byte at least, so this is never longer than what was read.
+    return (*(text if len(text) <= limit else text[len(text) - limit:] for text in (out, err)),
+            cut(last, LAST_LINE), reason)
+
+
+# -- Curves --
+
+def pieces_of(path, most):
+    """Return (lines of a stream, how many bytes of it each of them stands for).
+
+    Of a stream with more than `most` bytes these are lines of pieces all over it.
+    """
+    with opened(path) as (fd, size), contextlib.suppress(OSError):
+        if fd is None:
+            return [], 1
+        if size <= most:
+            return lines_of(os.pread(fd, size, 0)), 1
+        step = min(PIECE_BYTES, most)
+        count = max(most // step, 1)
+        lines = []
+        for number in range(count):
+            at = (size - step) * number // max(count - 1, 1)
+            lines += lines_of(os.pread(fd, step, at), number == 0)[:-1]
+        return lines, size / (count * step)
+    return [], 1
+
+
+def evenly(items, most):
+    """Return at most so many of the items, from all over them, with the first and the last."""
+    if len(items) <= most:
+        return items
+    return [items[number * (len(items) - 1) // max(most - 1, 1)] for number in range(most)]
+
+
+def curves_in(lines, share, points):
+    """Return {name: [[x], [y], name of x]} of numbers that have one name in several lines.
+
+    x is what the same line counts, such as an epoch, or which of the values it is.  share: how
+    many lines of the stream each of these stands for
+    """
+    shapes = NUMBERS.sub(b'0', b'\n'.join(lines)).split(b'\n')
+    groups = collections.defaultdict(list)
+    for number, shape in enumerate(shapes):
+        if may_have_number(shape):
+            groups[shape].append(number)
+    chosen, ordinal = [], {}
+    for numbers in groups.values():
+        ordinal.update((number, round((place + 1) * share)) for place, number in enumerate(numbers))
+        chosen += evenly(numbers, points)
+    found = collections.defaultdict(list)
+    for number in evenly(sorted(chosen), 4 * points):
+        pairs = metrics_of_line(decoded(lines[number]))
+        counter = next(((name, reading.value) for name, reading in pairs
+                        if COUNTER.fullmatch(name)), ('', ordinal[number]))
+        for name, reading in pairs:
+            if not COUNTER.fullmatch(name) and is_number(reading.value):
+                found[name].append((counter[1], rounded(reading.value, 5), counter[0]))
+    curves = {}
+    for name, values in [*found.items()][:CURVE_NAMES]:
+        counters = {counter for _, _, counter in values}
+        values = evenly(values, points)
+        if len(values) > 1:
+            one = counters.pop() if len(counters) == 1 else ''
+            xs = [x for x, _, _ in values]
+            xs = xs if len(counters) == 0 else [*range(1, len(values) + 1)]
+            curves[name] = [xs, [y for _, y, _ in values], one]
+    return curves
+
+
+def find_curves(jobs):
+    """Return ({number of a job: its curves}, how many jobs were looked at)."""
+    numbers = evenly([number for number, job in enumerate(jobs) if job.state != 'lost'],
+                     CURVE_JOBS)
+    if not numbers:
+        return {}, 0
+    most = min(max(CURVES_BYTES // len(numbers), PIECE_BYTES // 2), CURVE_BYTES)
+    points = min(max(CURVE_POINTS // len(numbers) // 3, 16), 200)
+    found = {}
+    for number in numbers:
+        lines, share = pieces_of(jobs[number].path('.out'), most)
+        curves = curves_in(lines, share, points) if len(lines) > 1 else {}
+        if curves:
+            found[number] = curves
+    return found, len(numbers)
+
+
+def rounded(value, digits):
+    """Return a number with so many digits, for a drawing; what JSON lacks is a text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return exact_number(value)
+    short = float(f'{value:.{digits}g}')
+    return int(short) if abs(short) < 2**53 and short == int(short) else short
+
+
+# -- Machines --
+
+def samples_of(samples, most, origin):
+    """Return the use of a machine over time, as lists of equal length; averages of neighbours.
+
+    Shares of cores, memory, and of each GPU how busy it was and its memory; None is unknown
+    """
+    samples = sorted(samples, key=lambda one: one['time'])
+    size = -(-len(samples) // most)
+    groups = [samples[at:at + size] for at in range(0, len(samples), size)]
+
+    def mean(group, value):
+        values = [found for found in map(value, group) if is_finite(found)]
+        return round(sum(values) / len(values), 3) if values else None
+
+    def share(part, whole):
+        return lambda one: (one[part] / one[whole] if is_finite(one.get(part))
+                            and is_finite(one.get(whole)) and one[whole] > 0 else None)
+
+    def of_gpu(index, value):
+        def find(one):
+            for gpu in one['gpus'] if isinstance(one.get('gpus'), list) else ():
+                if isinstance(gpu, list) and len(gpu) == 4 and gpu[0] == index:
+                    return value(gpu) if all(map(is_finite, gpu[1:])) else None
+            return None
+        return find
+
+    indexes = sorted({gpu[0] for one in samples if isinstance(one.get('gpus'), list)
+                      for gpu in one['gpus'] if isinstance(gpu, list) and gpu
+                      and isinstance(gpu[0], int)})
+    return {
+        't': [round(group[0]['time'] - origin, 1) for group in groups],
+        'cores': [mean(group, share('busy_cores', 'cores')) for group in groups],
+        'memory': [mean(group, share('used_memory_mb', 'memory_mb')) for group in groups],
+        'gpus': {str(index): {
+            'busy': [mean(group, of_gpu(index, lambda gpu: gpu[3])) for group in groups],
+            'memory': [mean(group, of_gpu(index, lambda gpu: gpu[1] / gpu[2] if gpu[2] else None))
+                       for group in groups]} for index in indexes}}
+
+
+def facts_text(facts):
+    """Return {what: text} of what a journal tells of a machine."""
+    if not isinstance(facts, dict):
+        return {}
+    gpus = facts.get('gpus')
+    found = {key: printable(str(facts[key])) for key in ('kernel', 'cores', 'memory_mb', 'driver',
+                                                         'python') if facts.get(key) is not None}
+    if isinstance(gpus, list):
+        found['gpus'] = [{'index': gpu.get('index'), 'model': printable(str(gpu.get('model', ''))),
+                          'memory_mb': gpu.get('memory_mb')} for gpu in gpus
+                         if isinstance(gpu, dict) and isinstance(gpu.get('index'), int)]
+    return found
+
+
+def machines_of(stories, used, window):
+    """Return {name of a machine for people: its facts and its use} of all Stories.
+
+    used: the names of those that had jobs; of others only those are there of which something was
+    seen in the window: (from, to, the origin of the page's times)
+    """
+    begin, end, origin = window
+    found, names = {}, {}
+    for folder, story in stories.items():
+        for machine in (*story.short, *story.facts, *story.seen):
+            name = story.short.get(machine, re.sub(':22$', '', machine))
+            names.setdefault(name, {})[folder, machine] = True
+    all_samples = {name: [one for folder, machine in pairs
+                          for one in stories[folder].seen.get(machine, ())
+                          if begin <= one['time'] <= end]
+                   for name, pairs in names.items()}
+    names = {name: names[name] for name in names if name in used or all_samples[name]}
+    series = sum(2 + 2 * len(one[0].get('gpus') or ()) for one in all_samples.values() if one)
+    most = min(max(SAMPLES // max(series, 1), 24), 240)
+    for name, pairs in sorted(names.items(), key=lambda item: naturally(item[0])):
+        facts = {}
+        for folder, machine in pairs:
+            facts.update(facts_text(stories[folder].facts.get(machine)))
+        use = samples_of(all_samples[name], most, origin) if all_samples[name] else None
+        found[name] = {'name': printable(name), 'facts': facts, 'use': use}
+    return found
+
+
+# -- What ran --
+
+def provenance(jobs, links):
+    """Return a list of what is known of each set of files that was sent, the most used first."""
+    counts = collections.Counter((job.folder, job.files) for job in jobs if job.files)
+    found = []
+    for (folder, digest), count in counts.most_common(50):
+        inner = os.path.join(folder, BOOKKEEPING, 'sent', os.path.basename(digest))
+        record = next(objects_in_whole(os.path.join(inner, 'record.json')), {})
+        one = {'digest': printable(digest), 'jobs': count}
+        for key in ('commit', 'branch'):
+            if isinstance(record.get(key), str):
+                one[key] = printable(record[key])
+        for key in ('time', 'files', 'bytes', 'kept', 'kept_bytes'):
+            if is_finite(record.get(key)):
+                one[key] = record[key]
+        for key in ('changed', 'untracked'):
+            if isinstance(record.get(key), list):
+                one[key] = [printable(str(path)) for path in record[key][:PATHS]]
+                one[f'{key}_count'] = len(record[key])
+        for key, name in (('diff', 'diff.patch'), ('list', 'files.json')):
+            if os.path.isfile(os.path.join(inner, name)):
+                one[key] = links(os.path.join(inner, name))
+        found.append(one)
+    return found
+
+
+def objects_in_whole(path):
+    """Yield the JSON object that a whole file is, if it is one."""
+    data, is_whole = read_end(path, 2**24) or (b'', False)
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data) if is_whole else None
+        if isinstance(value, dict):
+            yield value
+
+
+# -- All of it --
+
+def linker(folder):
+    """Return a function that gives the address of a path, as a page in the folder links to it."""
+    from urllib.parse import quote
+    folder = os.path.realpath(folder)
+
+    def address(path):
+        # What a link in the path leads to may lie elsewhere, so only the folder's is resolved.
+        real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+        return './' + quote(os.fsencode(os.path.relpath(real, folder)))
+
+    return address
+
+
+def column_data(table, column):
+    """Return a column of the table for the page: its values, and texts where these say more."""
+    cells = [row.get(column.key, EMPTY) for row in table.rows]
+    values = [rounded(cell.value, 9) if is_number(cell.value) else
+              None if cell.value is None else printable(str(cell.value)) for cell in cells]
+    texts = [printable(cell.text) for cell in cells]
+    if column.kind == METRIC or all(text == ('' if value is None else str(value))
+                                    for text, value in zip(texts, values)):
+        texts = None
+    elif all(isinstance(value, str) or value is None for value in values) and (
+            column is not JOB):
+        values, texts = texts, None
+    return {'key': printable(column.key), 'head': printable(column.head), 'kind': column.kind,
+            'numeric': is_numeric(table, column), 'values': listed(values),
+            'texts': texts and listed(texts)}
+
+
+def listed(values):
+    """Return a list as it is, or, where values repeat, as {different ones, which of them each is}.
+    """
+    numbers = {}
+    if len(values) < 50 or len(set(values)) > len(values) // 4:
+        return values
+    codes = [numbers.setdefault(value, len(numbers)) for value in values]
+    return {'levels': list(numbers), 'codes': codes}
+
+
+def job_data(jobs, stories, tries_of_all, origin, machines, room):
+    """Return what the page tells of each Job, as lists of equal length, and the tails.
+
+    room: bytes for the tails
+    """
+    sizes = [stream_sizes(job) for job in jobs]
+    limits = tail_limits(jobs, sizes, room)
+    commands = [printable(job.command) for job in jobs]
+    prefix = os.path.commonprefix(commands) if len(jobs) > 1 else ''
+    most = max(COMMANDS_BYTES // len(jobs), 200)
+    numbers = {name: number for number, name in enumerate(machines)}
+    found = collections.defaultdict(list)
+    found.update(prefix=prefix, tails={})
+    for number, (job, tries) in enumerate(zip(jobs, tries_of_all)):
+        story = stories[job.folder]
+        *tails, last, reason = ends_of(job, sizes[number], limits[number])
+        found['name'].append(printable(job.name))
+        found['state'].append(STATES.index(job.state))
+        found['exit'].append(job.exit_code if is_finite(job.exit_code) else None)
+        found['command'].append(cut(commands[number][len(prefix):], most))
+        found['last'].append(last)
+        found['reason'].append(reason)
+        found['sizes'].append(sizes[number])
+        found['tries'].append([try_data(one, former, story, origin, numbers)
+                               for former, one in zip([None, *tries], tries) if span_of(one)])
+        latest = tries[-1] if tries else {}
+        found['used'].append(used_by(latest))
+        found['asked'].append(asked_by(latest))
+        if any(tails):
+            found['tails'][number] = tails
+    found['reason'] = listed(found['reason'])
+    return found
+
+
+def window_of(stories, tries_of_all, now):
+    """Return (when the jobs began to wait or run, when they ended, the origin of all times)."""
+    begins, ends = [], []
+    for tries in tries_of_all:
+        for one in filter(span_of, tries):
+            began, ended = span_of(one)
+            begun = stories[one['folder']].begun.get(one.get('batch'), ())
+            begins += [began, *(time_s for time_s in begun
+                                if is_time(time_s) and time_s <= began)][:2]
+            ends.append(now if ended is None else ended)
+    begin = min(begins, default=now)
+    return begin, max(ends, default=now), math.floor(begin)
+
+
+def try_data(one, former, story, origin, numbers):
+    """Return [waited since, began, ended, state, machine, GPUs, exit code] of a try."""
+    began, ended = span_of(one)
+    since = waited_since(one, former, story)
+    machine = story.short.get(str(one.get('machine')), '')
+    gpus = [int(gpu) for gpu in re.findall('[0-9]+', str(one.get('gpus') or ''))]
+    return [None if since is None else round(since - origin, 2), round(began - origin, 2),
+            None if ended is None else round(ended - origin, 2), STATES.index(one['state']),
+            numbers.get(machine, -1), gpus,
+            one['exit_code'] if is_finite(one.get('exit_code')) else None]
+
+
+def used_by(one):
+    """Return [MB, MB of the GPU, cores] that a try used; None is unknown."""
+    cpu_s, wall_s = one.get('cpu_s'), one.get('wall_s')
+    cores = cpu_s / wall_s if is_finite(cpu_s) and is_finite(wall_s) and wall_s >= 1 else None
+    return [*(one[key] if is_finite(one.get(key)) else None for key in USED),
+            None if cores is None else round(cores, 2)]
+
+
+def asked_by(one):
+    """Return [MB, MB of the GPU, cores, GPUs] that a try asked for; None is nothing."""
+    asked = one.get('asked')
+    return [asked[key] if isinstance(asked, dict) and is_finite(asked.get(key)) else None
+            for key in ASKED]
+
+
+def report_data(table, notes, folder, now, room=TAILS_BYTES):
+    """Return all that the page shows of a Table, for JSON.
+
+    notes: sentences; folder: that the page lies in; now: seconds since 1970; room: for tails
+    """
+    stories = {one: read_story(one) for one in dict.fromkeys(job.folder for job in table.jobs)}
+    shown = {(job.folder, job.name) for job in table.jobs}
+    tries = [tries_of(job, stories[job.folder], shown) for job in table.jobs]
+    *window, origin = window_of(stories, tries, now)
+    used = {stories[one['folder']].short.get(str(one.get('machine')))
+            for some in tries for one in some}
+    machines = machines_of(stories, used, (*window, origin))
+    links = linker(folder)
+    jobs = job_data(table.jobs, stories, tries, origin, machines, room) if table.jobs else {}
+    curves, looked = find_curves(table.jobs)
+    if table.jobs:
+        places = {one: f"{links(os.path.join(one, ''))}/" for one in stories}
+        jobs['folder'] = listed([places[job.folder] for job in table.jobs])
+        jobs['links'] = {number: links(job.path()) for number, job in enumerate(table.jobs)
+                         if not PLAIN_NAME.fullmatch(job.name)}
+    variables = {str(name) for some in tries for one in some
+                 if isinstance(one.get('variables'), list) for name in one['variables']}
+    batches = [batch for batch in dict.fromkeys(job.batch for job in table.jobs) if batch]
+    return {
+        'made': round(now, 1), 'origin': origin, 'states': STATES,
+        'running': any(job.state == 'running' for job in table.jobs),
+        'title': printable(', '.join(batches[:4]) + ', …' * (len(batches) > 4)) or 'results',
+        'places': [printable(one) for one in stories], 'notes': [*notes],
+        'shared': [*table.shared],
+        'columns': [column_data(table, column) for column in columns_for(table, PEOPLE)],
+        'jobs': jobs, 'machines': [*machines.values()], 'curves': curves, 'looked': looked,
+        'sent': provenance(table.jobs, links), 'variables': sorted(map(printable, variables))}
+
+
+UNSAFE = re.compile('[<>&\u007f-\u009f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
+
+
+def safe_json(value):
+    """Return JSON that means the same in a page: nothing in it is markup or cannot be encoded."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
+    return UNSAFE.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
+
+
+def write_page(table, notes, path, now):
+    """Write the page of a Table; return how many bytes it has.  now: seconds since 1970."""
+    page = as_html(table, notes, os.path.dirname(path) or '.', now)
+    write_file(path, page)
+    return len(page.encode('utf-8', 'backslashreplace'))
+
+
+def as_html(table, notes, folder, now):
+    """Return the page of a Table: what is large in it is cut until it fits."""
+    for room in (TAILS_BYTES, TAILS_BYTES // 4, TAILS_BYTES // 20, 0):
+        data = report_data(table, notes, folder, now, room)
+        page = page_of(data['title'], safe_json(data))
+        if len(page.encode('utf-8', 'backslashreplace')) <= PAGE_BYTES:
+            break
+    return page
+
+
+def page_of(title, data):
+    """Return the page with its data, which only its own style and script may touch."""
+    import base64
+    import hashlib
+    import html
+
+    def fingerprint(text):
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    parts = {'TITLE': html.escape(title), 'DATA': data, 'STYLE': PAGE_STYLE, 'SCRIPT': PAGE_SCRIPT,
+             'STYLE_HASH': fingerprint(PAGE_STYLE), 'SCRIPT_HASH': fingerprint(PAGE_SCRIPT)}
+    return re.sub('@([A-Z_]+)@', lambda match: parts[match[1]], PAGE_HTML)
+
+
 # ---- Function ----
 
 TEST = re.compile(r'(?s)\s*(.+?)\s*(<=|>=|==|!=|<|>|=)\s*(.*?)\s*')
 
 
 def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinished=False,
-                  sort=(), columns=(), earlier=False, report=None):
+                  sort=(), columns=(), earlier=False, report=None, html=None):
     """Return the table of the results of jobs as a list of dictionaries, a row each.
 
     results are paths: folders job_results, or results in them; by default job_results.  The
     keywords are the options of the command; each may be a text or a list of texts.  All rows have
     the same keys, in the order of the columns; an empty cell is None.  report(sentence) is called
-    with what a user should know, such as that results of different files are mixed.
+    with what a user should know, such as that results of different files are mixed.  html is the
+    path of a page for a browser, which is written as well.
 
     All errors are TableErrors whose text is for users.
     """
     wishes = read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earlier)
-    return as_dictionaries(read_table(results, wishes, report or (lambda sentence: None)))
+    notes = {}
+    if html is not None:
+        check_page(os.fsdecode(html), wishes)
+
+    def note(sentence):
+        notes[sentence] = True
+        if report:
+            report(sentence)
+
+    table = read_table(results, wishes, note)
+    if html is not None:
+        put_page(table, notes, os.fsdecode(html))
+    return as_dictionaries(table)
+
+
+def check_page(path, wishes):
+    """Raise unless a page of what the Wishes ask for may be written there."""
+    if wishes.mean_over:
+        raise UsageError('--html shows all jobs, and their means over any parameter: leave '
+                         '--mean-over out.')
+    check_output('--html', path)
+
+
+def put_page(table, notes, path):
+    """Write the page of a Table; return how many bytes it has."""
+    try:
+        return write_page(table, notes, path, time.time())
+    except OSError as error:
+        raise TableError(f'{printable(path)} cannot be written: {reason_of(error)}.') from None
 
 
 def as_list(value):
@@ -1505,9 +2231,9 @@ def read_table(results, wishes, report):
     except OSError as error:
         raise TableError(f'{printable(str(error.filename))} cannot be read: '
                          f'{reason_of(error)}.') from None
-    earlier = [job for job in jobs if job.state == 'earlier']
+    earlier = [job for job in jobs if job.state == 'earlier' or job.copy_of]
     if earlier and not wishes.earlier:
-        jobs = [job for job in jobs if job.state != 'earlier']
+        jobs = [job for job in jobs if job.state != 'earlier' and not job.copy_of]
         if any(place.names for place in places):
             report(f'left out: {many(len(earlier), "result")} of jobs that were run again '
                    '(--earlier shows them)')
@@ -1617,18 +2343,6 @@ def nearest(word, known):
     return f' (did you mean {" or ".join(alike)}?)' if 0 < len(alike) < 4 else ''
 
 
-def check_output(path):
-    """Raise unless a file may be written there: what jobs brought back is never overwritten."""
-    folder = os.path.realpath(os.path.dirname(path) or '.')
-    while folder != os.path.dirname(folder):
-        if has_journals(folder):
-            raise UsageError(f'--csv {printable(path)}: results_table writes nothing into a folder '
-                             'of results. Name another file.')
-        folder = os.path.dirname(folder)
-    if os.path.isdir(path):
-        raise UsageError(f'--csv {printable(path)}: this is a folder. Name a file.')
-
-
 # ---- Terminal: the only printer ----
 
 class Terminal:
@@ -1693,25 +2407,6 @@ def write(stream, text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def write_file(path, text):
-    """Write a file; it appears when it is complete.  Raises OSError."""
-    path = os.path.realpath(path)
-    data = text.encode('utf-8', 'backslashreplace')
-    if os.path.exists(path) and not os.path.isfile(path):       # such as a fifo, or /dev/stdout
-        with open(path, 'wb') as file:
-            file.write(data)
-        return
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-
-
 def show_usage():
     """Print the usage text."""
     write(sys.stdout, USAGE)
@@ -1722,23 +2417,35 @@ def show_usage():
 def run(argv, terminal):
     """Do what the command line says."""
     words, options = read_options(argv)
-    forms = [name for name in (*FORMS, '--wide') if name in options]
+    forms = [name for name in (*FORMS, '--html', '--wide') if name in options]
     if len(forms) > 1:
         raise UsageError(f'{names_of(forms)}: give one of them.')
-    path = options.get('--csv', '-')
-    if path != '-':
-        check_output(path)
     wishes = read_wishes(
         *(options.get(name, ()) for name in ('--metric', '--from', '--where', '--mean-over')),
         '--unfinished' in options, *(options.get(name, ()) for name in ('--sort', '--columns')),
         '--earlier' in options)
-    table = read_table(words, wishes, terminal.say)
-    if not forms and terminal.shows or forms == ['--wide']:
+    path = options.get('--csv', options.get('--html', '-'))
+    if forms == ['--html']:
+        check_page(path, wishes)
+    elif path != '-':
+        check_output('--csv', path)
+    notes = {}
+    table = read_table(words, wishes, lambda sentence: notes.update({sentence: True}))
+    for note in notes:
+        terminal.say(note)
+    if forms == ['--html']:
+        run_page(table, notes, path, terminal)
+    elif not forms and terminal.shows or forms == ['--wide']:
         width = None if forms else terminal.width
         for line in as_screen(table, width, terminal.style) if table.rows else ():
             terminal.put(f'{line}\n')
-        return
-    text = FORMS[forms[0] if forms else '--csv'](table)
+    else:
+        run_form(table, FORMS[forms[0] if forms else '--csv'], path, terminal)
+
+
+def run_form(table, form, path, terminal):
+    """Write the table for programs or papers."""
+    text = form(table)
     if path == '-':
         terminal.put_lines(text)
         return
@@ -1749,6 +2456,16 @@ def run(argv, terminal):
     columns = columns_for(table, PROGRAMS)
     terminal.say(f'wrote {printable(path)}: {many(len(table.rows), "row")}, '
                  f'{many(len(columns), "column")}')
+
+
+def run_page(table, notes, path, terminal):
+    """Write the page for a browser."""
+    if path == '-':
+        terminal.put_lines(as_html(table, notes, '.', time.time()))
+        return
+    size = put_page(table, notes, path)
+    terminal.say(f'wrote {printable(path)}: {many(len(table.jobs), "job")}, '
+                 f'{size / 10**6:.1f} MB')
 
 
 def main():
@@ -1771,6 +2488,2228 @@ def main():
         return 130
     terminal.end()
     return 0
+
+
+# ---- Page: the texts of a page for a browser ----
+
+PAGE_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; base-uri 'none';
+  form-action 'none'; style-src 'sha256-@STYLE_HASH@'; script-src 'sha256-@SCRIPT_HASH@'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="referrer" content="no-referrer">
+<meta name="generator" content="results_table">
+<title>@TITLE@: results</title>
+<style>@STYLE@</style>
+</head>
+<body>
+<a class="skip" href="#table">Skip to the table</a>
+<header>
+  <h1 id="title">@TITLE@</h1>
+  <p id="lead" class="muted"></p>
+  <div id="shares" class="shares"></div>
+  <nav id="nav" aria-label="Sections"></nav>
+</header>
+<main>
+  <noscript><p>This page draws its table and plots with a script of its own. Please allow scripts
+  for it, or type: results_table --wide</p></noscript>
+  <ul id="glance" class="glance" aria-label="At a glance" hidden></ul>
+  <div id="notes" class="notes" role="note" hidden></div>
+  <section id="table" aria-labelledby="table-head">
+    <h2 id="table-head">Jobs</h2>
+    <div id="shared"></div>
+    <div class="controls">
+      <label class="wide">Filter <input type="search" id="filter" autocomplete="off"
+        spellcheck="false" aria-describedby="filter-help"></label>
+      <span id="states" class="controls" role="group" aria-label="Filter by outcome"></span>
+    </div>
+    <p id="filter-help" class="hint">Words, or tests such as
+      <code id="filter-example">exit=0</code>. The plots and curves below show the same
+      jobs. A click on a head sorts.</p>
+    <div class="scroll" role="region" aria-labelledby="table-head" tabindex="0">
+      <table><thead id="heads"></thead><tbody id="rows"></tbody></table></div>
+    <div class="controls" id="pages"><button id="page-before" type="button">Previous</button>
+      <span id="page-now" role="status" aria-live="polite"></span>
+      <button id="page-after" type="button">Next</button></div>
+  </section>
+  <section id="timeline" aria-labelledby="timeline-head">
+    <h2 id="timeline-head">Timeline</h2>
+    <p class="hint">A bar is a job. Point at it, or move with the arrow keys; a click or Enter opens
+      its output. A dotted line: the job waited. The right column: for how much of the time the
+      machine or GPU had a job.</p>
+    <div class="swatches" id="legend"></div>
+    <div class="controls" role="group" aria-label="Part of the time">
+      <button type="button" id="zoom-in">Zoom in</button>
+      <button type="button" id="zoom-out">Zoom out</button>
+      <button type="button" id="earlier">Earlier</button>
+      <button type="button" id="later">Later</button>
+      <button type="button" id="zoom-all">All</button></div>
+    <div id="time-axis"></div>
+    <div id="lanes" role="group" aria-label="Jobs by machine and GPU, over time"></div>
+  </section>
+  <section id="machines" aria-labelledby="machines-head">
+    <h2 id="machines-head">Machines</h2>
+    <p id="machines-hint" class="hint"></p>
+    <div id="machines-body"></div>
+  </section>
+  <section id="asked" aria-labelledby="asked-head">
+    <h2 id="asked-head">Asked for and used</h2>
+    <p id="asked-hint" class="hint"></p>
+    <div id="asked-body"></div>
+  </section>
+  <section id="parameters" aria-labelledby="parameters-head">
+    <h2 id="parameters-head">Parameters and metrics</h2>
+    <p id="explained"></p>
+    <div class="controls" id="plot-controls"></div>
+    <div id="plot"></div>
+    <p id="plot-hint" class="hint"></p>
+    <details id="plot-details"><summary>The same as a table</summary>
+      <div id="plot-table"></div></details>
+  </section>
+  <section id="curves" aria-labelledby="curves-head">
+    <h2 id="curves-head">Curves</h2>
+    <div class="controls" id="curve-controls"></div>
+    <fieldset class="choices" id="curve-jobs"><legend>Jobs</legend></fieldset>
+    <div id="curve-plot"></div>
+    <p id="curve-hint" class="hint"></p>
+    <details id="curve-details"><summary>The same as a table</summary>
+      <div id="curve-table"></div></details>
+  </section>
+  <section id="failures" aria-labelledby="failures-head">
+    <h2 id="failures-head">Failures</h2>
+    <div id="failures-body"></div>
+  </section>
+  <section id="ran" aria-labelledby="ran-head">
+    <h2 id="ran-head">What ran</h2>
+    <div id="ran-body"></div>
+  </section>
+</main>
+<footer id="foot"></footer>
+<dialog id="details" aria-labelledby="details-head"></dialog>
+<div id="tip" aria-hidden="true" hidden></div>
+<svg id="patterns" width="0" height="0" aria-hidden="true" focusable="false"></svg>
+<script type="application/json" id="data">@DATA@</script>
+<script>@SCRIPT@</script>
+</body>
+</html>
+'''
+
+PAGE_STYLE = r'''
+:root {
+  color-scheme: light dark;
+  --paper: #fdfdfc; --raised: #f4f4f1; --ink: #1d2126; --muted: #5d646c; --rule: #d9d9d4;
+  --accent: #1f5f99; --mark: #fff3c4;
+  --finished: #4f8ac0; --failed: #c94a10; --running: #d9a514; --ended: #9cc3e3;
+  --lost: #8450a0; --cancelled: #8d9298; --on-bar: #ffffff;
+  --c0: #0b66a8; --c1: #d55e00; --c2: #008a63; --c3: #b0478f; --c4: #8a6d00; --c5: #2f9bd0;
+  --c6: #5b4bb5; --c7: #6b6b6b;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #16191d; --raised: #1f2329; --ink: #e4e6e8; --muted: #9aa3ac; --rule: #353b43;
+    --accent: #7db8ec; --mark: #4a4012;
+    --finished: #5b9bd3; --failed: #ee7a3c; --running: #e3b94a; --ended: #335f83;
+    --lost: #b58ad0; --cancelled: #868d95; --on-bar: #0d1116;
+    --c0: #58a6e0; --c1: #f08a3c; --c2: #35c297; --c3: #e08ac2; --c4: #d9bd45; --c5: #8fd0f2;
+    --c6: #a99bf0; --c7: #b3b3b3;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+header, main, footer { max-width: 1240px; margin: 0 auto; padding: 0 24px; }
+header { padding-top: 20px; }
+h1 { font-size: 24px; font-weight: 650; line-height: 1.2; margin: 0 0 2px; letter-spacing: -.01em; }
+h2 { font-size: 17px; font-weight: 650; margin: 0 0 4px; }
+h3 { font-size: 14px; font-weight: 650; margin: 16px 0 4px; }
+section { border-top: 1px solid var(--rule); padding: 18px 0 24px; scroll-margin-top: 4px; }
+p { margin: 0 0 8px; max-width: 96ch; }
+#lead { max-width: none; }
+.muted, .hint { color: var(--muted); }
+.hint { font-size: 12.5px; max-width: 110ch; }
+a { color: var(--accent); }
+code, pre, .code { font-size: .92em;
+  font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+[hidden] { display: none !important; }
+nav { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 10px 0 14px; font-size: 13px; }
+nav a { text-decoration: none; }
+nav a:hover { text-decoration: underline; }
+.glance { list-style: none; margin: 0 0 14px; padding: 10px 14px; background: var(--raised);
+  border-radius: 6px; }
+.glance li { display: grid; grid-template-columns: 9em 1fr; gap: 0 12px; padding: 3px 0;
+  max-width: none; }
+.glance .what { color: var(--muted); }
+.notes { border-left: 3px solid var(--running); margin: 0 0 14px; padding: 2px 12px; }
+.notes p { margin: 3px 0; }
+.skip { position: absolute; left: -999px; }
+.skip:focus { left: 8px; top: 8px; background: var(--paper); padding: 6px 10px; z-index: 9; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button, select, input { font: inherit; color: inherit; }
+button, select, input[type=search] { background: var(--paper); border: 1px solid var(--rule);
+  border-radius: 5px; padding: 3px 9px; min-height: 30px; max-width: 100%; }
+button { cursor: pointer; }
+button:hover:not(:disabled) { border-color: var(--accent); }
+button:disabled { color: var(--muted); cursor: default; opacity: .6; }
+button[aria-pressed=true] { background: var(--accent); color: var(--paper);
+  border-color: var(--accent); }
+button.plain { border: 0; background: none; padding: 0; min-height: 0; text-align: inherit;
+  color: inherit; }
+button.link { border: 0; background: none; padding: 0; min-height: 0; color: var(--accent);
+  text-decoration: underline; text-underline-offset: 2px; }
+.controls { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 14px; margin: 8px 0; }
+.controls label { display: inline-flex; align-items: center; gap: 6px; color: var(--muted);
+  max-width: 100%; }
+.controls label > select, .controls label > input { color: var(--ink); }
+input[type=search] { width: 24em; }
+.shares { height: 10px; border-radius: 3px; overflow: hidden; margin: 8px 0; }
+.shares svg { display: block; width: 100%; height: 10px; }
+/* Tables */
+.scroll { overflow-x: auto; position: relative; }
+table { border-collapse: collapse; font-size: 13px; }
+th, td { text-align: left; padding: 3px 14px 3px 0; vertical-align: baseline; white-space: nowrap;
+  border-bottom: 1px solid var(--rule); unicode-bidi: plaintext; }
+th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
+td.number, th.number { text-align: right; }
+td.long { max-width: 26em; overflow: hidden; text-overflow: ellipsis; }
+th button.plain { font-weight: 600; }
+th button.plain:hover { color: var(--accent); }
+th[aria-sort] button::after { content: "\2195"; opacity: .35; padding-left: 3px; }
+th[aria-sort=ascending] button::after { content: "\2191"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "\2193"; opacity: 1; }
+#table th:first-child, #table td:first-child { position: sticky; left: 0;
+  background: var(--paper); z-index: 1; }
+tbody tr:hover td { background: var(--raised); }
+.parameter { font-weight: 500; }
+.first-metric { border-left: 1px solid var(--rule); padding-left: 14px; }
+.bad { color: var(--failed); font-weight: 600; }
+.sign { display: inline-block; width: 1.3em; font-weight: 700; }
+.sign.finished { color: var(--finished); } .sign.failed { color: var(--failed); }
+.sign.running { color: var(--running); } .sign.lost { color: var(--lost); }
+.sign.cancelled, .sign.ended, .sign.earlier { color: var(--muted); }
+#machines-body td, #asked-body td { vertical-align: middle; }
+/* Drawings */
+svg { display: block; }
+svg text { fill: var(--muted); font-size: 11.5px; font-family: inherit; }
+svg text.strong { fill: var(--ink); font-weight: 600; }
+svg .axis { stroke: var(--rule); } svg .grid { stroke: var(--rule); stroke-width: .6; }
+.mark { cursor: pointer; }
+.bar.finished { fill: var(--finished); } .bar.running { fill: url(#is-running); }
+.bar.failed { fill: url(#is-failed); } .bar.ended { fill: url(#is-ended); }
+.bar.lost { fill: url(#is-lost); } .bar.cancelled { fill: url(#is-cancelled); }
+.bar.earlier, .bar.unknown { fill: var(--cancelled); }
+.bar { stroke: var(--paper); stroke-width: .7; }
+.bar.before { opacity: .75; stroke: var(--ink); stroke-width: 1; stroke-dasharray: 2 2; }
+.faded { opacity: .16; }
+.mark:focus, .mark.on { outline: none; stroke: var(--ink); stroke-width: 2; }
+text.on-bar { fill: var(--on-bar); pointer-events: none; font-size: 10.5px; }
+.wait { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 1.5 2.5; }
+.wait.strong { stroke: var(--ink); stroke-width: 1.6; pointer-events: none; }
+.waiting { fill: var(--muted); opacity: .3; }
+.swatches { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 12.5px; color: var(--muted);
+  margin: 4px 0; }
+.swatches span { display: inline-flex; align-items: center; gap: 6px; }
+#lanes { max-height: 62vh; overflow-y: auto; overflow-x: hidden; }
+.lane-line { stroke: var(--rule); stroke-width: .7; }
+.busy-area { fill: var(--c0); opacity: .28; } .busy-line { stroke: var(--c0); fill: none; }
+.memory-line { stroke: var(--c1); fill: none; stroke-dasharray: 3 2; }
+.had-job { fill: var(--finished); } .cursor { stroke: var(--ink); }
+.asked { stroke: var(--ink); stroke-width: 2; }
+svg { color: var(--c0); }
+.dot { fill: currentColor; fill-opacity: .55; stroke: currentColor; stroke-width: .8; }
+.dot.small { fill-opacity: .35; stroke-opacity: .5; }
+.dot.other { fill: var(--paper); stroke-dasharray: 2 1.5; stroke-width: 1.3; }
+.means, .halo { pointer-events: none; }
+.halo * { stroke: var(--paper); stroke-width: 4.5; opacity: .8; }
+.mean { fill: none; stroke-width: 2; } .spread { stroke-width: 1.3; }
+.curve { fill: none; stroke-width: 1.5; } .curve.thin { stroke-width: 1; opacity: .6; }
+.curve.mark:focus, .curve.mark.on { stroke-width: 3.2; opacity: 1; stroke: var(--ink); }
+#tip { position: fixed; z-index: 20; max-width: min(460px, calc(100vw - 16px));
+  background: var(--ink); color: var(--paper); font-size: 12.5px; line-height: 1.4;
+  padding: 7px 10px; border-radius: 5px; pointer-events: none; overflow-wrap: anywhere; }
+#tip div:first-child { font-weight: 650; }
+#tip .code { opacity: .85; }
+.choices { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr));
+  gap: 0 14px; max-height: 140px; overflow-y: auto;
+  border: 1px solid var(--rule); border-radius: 5px; padding: 5px 9px; margin: 6px 0; }
+.choices legend { color: var(--muted); font-size: 12.5px; padding: 0 4px; }
+.choices .row { grid-column: 1 / -1; display: flex; gap: 14px; }
+.choices label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.choices label { display: flex; min-width: 0; gap: 5px; align-items: center; font-size: 12.5px; }
+.failure { display: grid; grid-template-columns: 3.5em 1fr; gap: 0 10px; padding: 7px 0;
+  border-bottom: 1px solid var(--rule); }
+.failure .count { text-align: right; font-weight: 650; font-size: 16px; color: var(--failed); }
+.failure .reason { overflow-wrap: anywhere; unicode-bidi: plaintext; }
+.failure .jobs { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px; margin-top: 2px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margin: 8px 0; }
+dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+dialog { border: 1px solid var(--rule); border-radius: 8px; background: var(--paper);
+  color: var(--ink); width: min(940px, calc(100vw - 16px)); max-height: calc(100vh - 32px);
+  padding: 16px 20px 20px; }
+dialog::backdrop { background: rgb(0 0 0 / .45); }
+dialog .top { display: flex; justify-content: space-between; gap: 12px; align-items: start; }
+pre { background: var(--raised); padding: 9px 11px; border-radius: 5px; overflow: auto;
+  max-height: 42vh; margin: 4px 0; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: 12px; unicode-bidi: plaintext; }
+details > summary { cursor: pointer; color: var(--muted); font-size: 13px; }
+footer { color: var(--muted); font-size: 12.5px; padding-top: 4px; padding-bottom: 32px; }
+@media (max-width: 640px) {
+  header, main, footer { padding-left: 12px; padding-right: 12px; }
+  .glance li { grid-template-columns: 1fr; padding: 5px 0; }
+  h1 { font-size: 20px; }
+  input[type=search] { width: 100%; }
+  .controls label.wide { width: 100%; }
+  dialog { padding: 12px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 5px; }
+}
+@page { size: A4 landscape; margin: 12mm; }
+@media print {
+  :root { color-scheme: light; }
+  body { font-size: 10pt; }
+  nav, .controls, .choices, .skip, #tip, .hint, details:not([open]) { display: none !important; }
+  header, main, footer { max-width: none; padding: 0; }
+  section { padding: 10px 0; }
+  #parameters, #curves { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+  tr, .failure, svg { break-inside: avoid; }
+  #lanes, pre { max-height: none; overflow: visible; }
+  .scroll { overflow: visible; }
+  svg { max-width: 100%; height: auto; }
+  #machines-body svg, #asked-body svg { max-width: 34vw; }
+  table { font-size: 8pt; } th, td { padding-right: 8px; }
+  th[aria-sort] button::after { content: ""; }
+  td.long { white-space: normal; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+@media print and (prefers-color-scheme: dark) {
+  :root {
+    --paper: #fff; --raised: #f4f4f1; --ink: #1d2126; --muted: #5d646c; --rule: #d9d9d4;
+    --accent: #1f5f99; --finished: #4f8ac0; --failed: #c94a10; --ended: #9cc3e3;
+    --c0: #0b66a8; --c1: #d55e00; --c2: #008a63; --c3: #b0478f; --on-bar: #fff;
+  }
+}
+'''
+
+PAGE_SCRIPT = r'''
+'use strict';
+
+// The data is text from jobs: it becomes text nodes and attributes here, and never markup.
+
+// ---- Elements ----
+
+const data = JSON.parse(document.getElementById('data').textContent);
+const SVG = 'http://www.w3.org/2000/svg';
+
+function fill(node, facts, children) {
+  for (const [name, value] of Object.entries(facts || {})) {
+    if (typeof value === 'function') node.addEventListener(name, value);
+    else if (value !== null && value !== undefined && value !== false) {
+      node.setAttribute(name, value === true ? '' : value);
+    }
+  }
+  for (const child of children.flat(Infinity)) {
+    if (child !== null && child !== '') node.append(child);
+  }
+  return node;
+}
+
+function el(name, facts, ...children) {
+  return fill(document.createElement(name), facts, children);
+}
+
+function draw(name, facts, ...children) {
+  return fill(document.createElementNS(SVG, name), facts, children);
+}
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function put(id, ...children) {
+  byId(id).replaceChildren(...children.flat(Infinity).filter(child => child !== ''));
+}
+
+function button(text, act, facts) {
+  return el('button', {type: 'button', click: act, ...facts}, text);
+}
+
+function choice(id, label, options, chosen, act) {
+  const select = el('select', {id, change: act},
+    options.map(([value, text]) => el('option', {value, selected: value === chosen}, text)));
+  return el('label', {}, label, select);
+}
+
+const NUMERIC = /^((under )?[\d.,]+( ?%|s|m \d+s|h \d+m|d \d+h)?|no job)?$/;
+
+function looksNumeric(value) {
+  return value === null || typeof value === 'number'
+    || (typeof value === 'string' && NUMERIC.test(value));
+}
+
+function tableOf(heads, rows, caption) {
+  const numeric = heads.map((_, at) => rows.every(row => looksNumeric(row[at])));
+  const cell = (name, value, at, more) => el(name,
+    {class: numeric[at] ? 'number' : null, ...more},
+    value instanceof Node || Array.isArray(value) ? value : shown(value));
+  const facts = {class: 'scroll', tabindex: 0, role: 'region', 'aria-label': caption};
+  return el('div', facts, el('table', {},
+    el('thead', {}, el('tr', {}, heads.map((head, at) => cell('th', head, at, {scope: 'col'})))),
+    el('tbody', {}, rows.map(row => el('tr', {}, row.map((value, at) => cell('td', value, at)))))));
+}
+
+// ---- Words ----
+
+function many(count, noun) {
+  return `${count.toLocaleString('en')} ${noun}${count === 1 ? '' : 's'}`;
+}
+
+function shown(value) {
+  if (value === null || value === undefined) return '';
+  if (typeof value !== 'number') return value;
+  if (Number.isInteger(value) && Math.abs(value) < 1e9) return String(value);
+  return String(Number(value.toPrecision(value < 1000 ? 4 : 6)));
+}
+
+function cellText(value) {
+  return typeof value === 'number' ? String(Number(value.toPrecision(6))) : value ?? '';
+}
+
+function percent(share) {
+  if (share === null) return '';
+  return share > 0 && share < 0.01 ? 'under 1 %' : `${Math.round(100 * share)} %`;
+}
+
+function durationOf(seconds) {
+  if (seconds < 10) return `${Math.round(10 * seconds) / 10}s`;
+  let minutes = Math.floor(Math.round(seconds) / 60);
+  const rest = Math.round(seconds) % 60, two = number => String(number).padStart(2, '0');
+  if (!minutes) return `${rest}s`;
+  let hours = Math.floor(minutes / 60);
+  if (!hours) return `${minutes}m ${two(rest)}s`;
+  minutes %= 60;
+  const days = Math.floor(hours / 24);
+  return days ? `${days}d ${hours % 24}h` : `${hours}h ${two(minutes)}m`;
+}
+
+const DAY = {month: 'short', day: 'numeric'};
+const CLOCK = {hour: '2-digit', minute: '2-digit', hourCycle: 'h23'};
+
+// A time is in seconds since the origin of the page.
+function dateOf(time) {
+  return new Date(1000 * (data.origin + time));
+}
+
+const formats = new Map();
+
+// To make a format takes a browser longer than to use it a hundred times.
+function dateText(time, facts) {
+  const key = JSON.stringify(facts);
+  if (!formats.has(key)) formats.set(key, new Intl.DateTimeFormat('en', facts));
+  const date = dateOf(time);
+  return Number.isNaN(date.getTime()) ? '?' : formats.get(key).format(date);
+}
+
+function timeOf(time, withDay = true) {
+  const second = span.length < 7200 ? '2-digit' : undefined;
+  return dateText(time, {...(withDay ? DAY : {}), ...CLOCK, second});
+}
+
+// Return 'Nov 27, 09:32:04 to 09:32:45'; the end of what still runs is null.
+function rangeOfTimes(from, to) {
+  if (to === null) return `${timeOf(from)} to now`;
+  const day = time => dateOf(time).toDateString();
+  return `${timeOf(from)} to ${timeOf(to, day(from) !== day(to))}`;
+}
+
+function bytesOf(count) {
+  if (count < 1000) return many(count, 'byte');
+  const units = ['kB', 'MB', 'GB', 'TB'];
+  const power = Math.min(Math.floor(Math.log10(count) / 3), units.length);
+  return `${Number((count / 1000 ** power).toPrecision(3))} ${units[power - 1]}`;
+}
+
+function listOf(texts, most = 4) {
+  const some = texts.slice(0, most);
+  if (texts.length > most) return `${some.join(', ')} and ${texts.length - most} more`;
+  return some.length < 2 ? some.join('') : `${some.slice(0, -1).join(', ')} and ${some.at(-1)}`;
+}
+
+const SIGNS = {finished: '\u2713', failed: '\u2715', running: '\u25b8', ended: '\u25cb',
+  lost: '?', cancelled: '\u2013', earlier: '\u21ba', unknown: '\u00b7'};
+const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal tells'};
+
+// ---- Jobs ----
+
+function expand(list) {
+  return Array.isArray(list) ? list : list.codes.map(code => list.levels[code]);
+}
+
+function stateName(code) {
+  return data.states[code] || 'unknown';
+}
+
+function readJobs(raw) {
+  if (!raw.name) return [];
+  const reasons = expand(raw.reason), folders = expand(raw.folder);
+  return raw.name.map((name, n) => {
+    const tries = raw.tries[n].map(([since, began, ended, state, machine, gpus, exit]) => ({
+      job: n, since, began, ended, state: stateName(state), machine, gpus, exit}));
+    if (tries.length) tries.at(-1).isLatest = true;
+    return {n, name, state: stateName(raw.state[n]), exit: raw.exit[n], tries,
+      command: raw.prefix + raw.command[n], last: raw.last[n], reason: reasons[n],
+      sizes: raw.sizes[n], folder: folders[n], used: raw.used[n], asked: raw.asked[n]};
+  });
+}
+
+function readColumns(raw) {
+  const isJob = column => column.key === 'job';       // it opens a row, and is its head
+  return [...raw.filter(isJob), ...raw.filter(one => !isJob(one))].map(column => {
+    const values = expand(column.values);
+    const texts = column.texts ? expand(column.texts) : values.map(cellText);
+    return {...column, values, texts};
+  });
+}
+
+const jobs = readJobs(data.jobs);
+const columns = readColumns(data.columns);
+const parameters = columns.filter(column => column.kind === 'parameter');
+const metrics = columns.filter(column => column.kind === 'metric' && column.numeric);
+const now = data.made - data.origin;
+const span = spanOf(jobs);
+
+function spanOf(some) {
+  let from = Infinity, to = -Infinity;
+  for (const job of some) {
+    for (const one of job.tries) {
+      from = Math.min(from, one.since ?? one.began);
+      to = Math.max(to, one.ended ?? now);
+    }
+  }
+  if (from > to) [from, to] = [0, 1];
+  return {from, to: Math.max(to, from + 0.1), length: Math.max(to - from, 0.1)};
+}
+
+function shortName(job) {
+  const column = columns.find(one => one.key === 'job');
+  return column ? column.texts[job.n] : job.name;
+}
+
+function settingsOf(job) {
+  return parameters.filter(one => one.values[job.n] !== null)
+    .map(one => `${one.head}=${one.texts[job.n]}`).join(' ');
+}
+
+function whereOf(one) {
+  if (one.machine < 0) return '';
+  const name = data.machines[one.machine].name;
+  if (!one.gpus.length) return name;
+  return `${name} GPU${one.gpus.length > 1 ? 's' : ''} ${one.gpus.join(', ')}`;
+}
+
+// Lines that tell of a job, and of one of its tries; the first is its head.
+function tellJob(job, one = job.tries.at(-1)) {
+  const lines = [`${job.name}: ${one ? one.state : job.state}`
+    + (one && !one.isLatest ? ', an earlier try' : '')];
+  if (job.command) lines.push(job.command);
+  if (one) {
+    const length = (one.ended ?? now) - one.began;
+    lines.push(`${rangeOfTimes(one.began, one.ended)}: ${durationOf(length)}`
+      + (whereOf(one) && ` on ${whereOf(one)}`));
+    if (one.since !== null) lines.push(`waited ${durationOf(one.began - one.since)} before`);
+  }
+  const exit = one ? one.exit : job.exit, [memory, gpuMemory] = job.used, facts = [];
+  if (exit !== null) facts.push(`exit code ${exit}`);
+  if (memory !== null) facts.push(`memory ${shown(memory)} MB`);
+  if (gpuMemory !== null) facts.push(`GPU memory ${shown(gpuMemory)} MB`);
+  if (facts.length) lines.push(facts.join(', '));
+  if (job.reason) lines.push(job.reason);
+  if (job.last) lines.push(`last line: ${job.last}`);
+  return lines;
+}
+
+// ---- What is chosen: the jobs that pass the filter, and who follows it ----
+
+const chosen = {text: '', states: new Set(), reason: null, jobs, passes: jobs.map(() => true)};
+const followers = [];
+const SIGNED = /^([^<>=!]+)(<=|>=|!=|=|<|>)(.+)$/;
+let haystacks = null;
+
+function haystackOf(job) {
+  haystacks = haystacks || new Array(jobs.length);
+  haystacks[job.n] = haystacks[job.n] || [job.name, job.command, job.state, job.reason, job.last,
+    ...columns.map(column => column.texts[job.n])].join('\n').toLowerCase();
+  return haystacks[job.n];
+}
+
+// Return a function that tells whether a job passes one word of the filter.
+function testOf(word) {
+  const match = SIGNED.exec(word);
+  const name = match && match[1].toLowerCase();
+  const column = match && columns.find(one => [one.key, one.head].some(
+    text => text.toLowerCase() === name));
+  if (!column) return job => haystackOf(job).includes(word.toLowerCase());
+  const number = Number(match[3]), sign = match[2];
+  return job => {
+    const value = column.values[job.n], text = column.texts[job.n];
+    const same = text === match[3] || value === match[3] || (value !== null && value === number);
+    if (sign === '=') return same;
+    if (sign === '!=') return !same;
+    if (typeof value !== 'number' || Number.isNaN(number)) return false;
+    return {'<': value < number, '<=': value <= number, '>': value > number,
+      '>=': value >= number}[sign];
+  };
+}
+
+function choose() {
+  const tests = chosen.text.split(/\s+/).filter(Boolean).map(testOf);
+  chosen.passes = jobs.map(job => (!chosen.states.size || chosen.states.has(job.state))
+    && (!chosen.reason || reasonKey(job) === chosen.reason.key)
+    && tests.every(test => test(job)));
+  chosen.jobs = jobs.filter(job => chosen.passes[job.n]);
+  showTable();
+  showReason();
+  later(followers);
+}
+
+// Do these one after the other, with time between for who types and scrolls; drop what still waits.
+let waiting = [];
+
+function later(acts) {
+  const begin = !waiting.length;
+  waiting = [...acts];
+  if (begin) setTimeout(doNext);
+}
+
+function doNext() {
+  const until = performance.now() + 12;
+  while (waiting.length && performance.now() < until) waiting.shift()();
+  if (waiting.length) setTimeout(doNext);
+}
+
+// ---- The table of jobs ----
+
+// isPaper: it is being printed; a browser forgets buttons in the head of each page.
+const table = {rows: [], isPaper: false, column: null, descending: false, page: 0, size: 50};
+const collator = new Intl.Collator('en', {numeric: true});
+
+function compare(one, other) {
+  if (typeof one === 'number' && typeof other === 'number') return one - other;
+  if (typeof one === 'number') return -1;
+  if (typeof other === 'number') return 1;
+  return collator.compare(one, other);
+}
+
+function isMissing(value) {
+  return value === null || value === 'nan';
+}
+
+function sortRows() {
+  table.rows = chosen.jobs.map(job => job.n);
+  if (!table.column) return;
+  const values = table.column.values, turn = table.descending ? -1 : 1;
+  const number = value => ({inf: Infinity, '-inf': -Infinity})[value] ?? value;
+  const there = table.rows.filter(n => !isMissing(values[n]));
+  there.sort((a, b) => turn * compare(number(values[a]), number(values[b])) || a - b);
+  table.rows = [...there, ...table.rows.filter(n => isMissing(values[n]))];
+}
+
+function sortBy(column) {
+  if (table.column !== column) [table.column, table.descending] = [column, false];
+  else if (!table.descending) table.descending = true;
+  else table.column = null;
+  table.page = 0;
+  showTable();
+}
+
+function showHeads() {
+  const firstMetric = columns.find(column => column.kind === 'metric');
+  put('heads', el('tr', {}, columns.map(column => {
+    const direction = table.column !== column ? 'none' :
+      table.descending ? 'descending' : 'ascending';
+    return el('th', {scope: 'col', 'aria-sort': direction, 'data-key': column.key,
+      class: `${column.numeric ? 'number' : ''} ${column === firstMetric ? 'first-metric' : ''}`},
+    table.isPaper ? column.head : button(column.head, () => sortBy(column), {class: 'plain'}));
+  })));
+}
+
+function rowOf(job) {
+  const firstMetric = columns.find(column => column.kind === 'metric');
+  return el('tr', {'data-job': job.n}, columns.map((column, at) => {
+    const text = column.texts[job.n];
+    const isBad = column.key === 'exit' && job.exit;
+    const kind = [column.numeric ? 'number' : '', column.kind, isBad ? 'bad' : '',
+      column === firstMetric ? 'first-metric' : '', text.length > 28 ? 'long' : ''].join(' ');
+    if (at) return el('td', {class: kind, title: text.length > 28 ? text : null}, text);
+    return el('td', {}, el('span', {class: `sign ${job.state}`, 'aria-hidden': 'true',
+      title: job.state}, SIGNS[job.state]),
+    button(text || job.name, () => openJob(job), {class: 'link',
+      'aria-label': `${job.name}, ${job.state}: open its output`}));
+  }));
+}
+
+function showTable() {
+  sortRows();
+  const heads = byId('heads');
+  const focused = heads.contains(document.activeElement)
+    && document.activeElement.closest('th').dataset.key;
+  showHeads();
+  if (focused) [...heads.querySelectorAll('th')].find(
+    head => head.dataset.key === focused)?.querySelector('button').focus();
+  const count = table.rows.length, last = Math.max(Math.ceil(count / table.size) - 1, 0);
+  table.page = Math.min(Math.max(table.page, 0), last);
+  const from = table.page * table.size, to = Math.min(from + table.size, count);
+  put('rows', table.rows.slice(from, to).map(n => rowOf(jobs[n])));
+  byId('page-before').disabled = table.page === 0;
+  byId('page-after').disabled = table.page === last;
+  byId('page-before').hidden = byId('page-after').hidden = last === 0;
+  const all = count === jobs.length ? '' : ` of ${jobs.length.toLocaleString('en')}`;
+  byId('page-now').textContent = last === 0 ? `${many(count, 'job')}${all}` :
+    `${(from + 1).toLocaleString('en')} to ${to.toLocaleString('en')} of ${many(count, 'job')}`;
+}
+
+function turnPage(step) {
+  table.page += step;
+  showTable();
+}
+
+// Return [state, count] in the order of the states.
+function inOrder(counts) {
+  return data.states.map(state => state || 'unknown').filter(state => counts.has(state))
+    .map(state => [state, counts.get(state)]);
+}
+
+function showStates() {
+  const counts = new Map();
+  for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
+  put('states', inOrder(counts).map(([state, count]) => button(
+    [el('span', {class: `sign ${state}`, 'aria-hidden': 'true'}, SIGNS[state]),
+      `${count.toLocaleString('en')} ${state}`],
+    event => {
+      if (!chosen.states.delete(state)) chosen.states.add(state);
+      event.currentTarget.setAttribute('aria-pressed', chosen.states.has(state));
+      choose();
+    }, {'aria-pressed': chosen.states.has(state), 'data-state': state})),
+  button('', () => { chosen.reason = null; choose(); }, {id: 'only-reason', hidden: true}));
+}
+
+function showReason() {
+  const one = byId('only-reason');
+  one.hidden = chosen.reason === null;
+  const words = chosen.reason?.words;
+  one.textContent = `only: ${words} \u2715`;
+  one.setAttribute('aria-label', `Only jobs that failed so: ${words}. Show all again`);
+}
+
+function beginTable() {
+  put('shared', data.shared.map(line => el('p', {class: 'code muted'}, line)));
+  const example = parameters.find(one => one.numeric) || columns.find(one => one.numeric);
+  if (example) {
+    byId('filter-example').textContent = `${example.head}>${example.texts.find(Boolean)}`;
+  }
+  byId('filter').value = chosen.text;
+  let pending = 0;
+  byId('filter').addEventListener('input', () => {
+    clearTimeout(pending);
+    pending = setTimeout(() => {
+      chosen.text = byId('filter').value;
+      table.page = 0;
+      choose();
+    }, 80);
+  });
+  byId('page-before').addEventListener('click', () => turnPage(-1));
+  byId('page-after').addEventListener('click', () => turnPage(1));
+  showStates();
+}
+
+// ---- The output of a job ----
+
+function linksOf(job) {
+  const address = end => (data.jobs.links[job.n] ?? job.folder
+    + encodeURIComponent(job.name)) + end;
+  const link = (text, end) => el('a', {href: address(end)}, text);
+  return [job.sizes[0] === null ? null : link('stdout', '.out'), job.sizes[1] === null ? null :
+    link('stderr', '.err'), job.state === 'running' ? null : link('folder', '/')].filter(Boolean);
+}
+
+function streamPart(name, text, size) {
+  if (size === null) return [el('h3', {}, name), el('p', {class: 'muted'}, 'There is no file.')];
+  const shown = size > 0 && !text ? ', not in this page' :
+    size > text.length + 1 ? ', its end' : '';
+  const part = [el('h3', {}, `${name}: ${bytesOf(size)}${shown}`)];
+  if (text) part.push(el('pre', {tabindex: 0, 'aria-label': name}, text));
+  return part;
+}
+
+function factsPart(job) {
+  const pairs = [['Command', el('span', {class: 'code'}, job.command)]];
+  for (const one of job.tries) {
+    const waited = one.since === null ? '' : `, after waiting ${durationOf(one.began - one.since)}`;
+    const exit = one.exit === null ? one.state : `${one.state}, exit code ${one.exit}`;
+    const length = durationOf((one.ended ?? now) - one.began), where = whereOf(one);
+    pairs.push([one.isLatest ? 'Ran' : 'Earlier try', `${rangeOfTimes(one.began, one.ended)} `
+      + `(${length})${where && ` on ${where}`}${waited}: ${exit}`]);
+  }
+  if (job.reason) pairs.push(['Why it failed', job.reason]);
+  const used = [['MB', 0], ['MB of GPU memory', 1], ['cores', 2]].map(([unit, at]) => {
+    const asked = job.asked[at] === null ? '' : ` (asked for ${shown(job.asked[at])})`;
+    return job.used[at] === null ? '' : `${shown(job.used[at])} ${unit}${asked}`;
+  }).filter(Boolean);
+  if (used.length) pairs.push(['Used', used.join(', ')]);
+  const values = columns.filter(one => one.kind !== 'fact' && one.values[job.n] !== null);
+  if (values.length) pairs.push(['Values', values.map(one => `${one.head} ${one.texts[job.n]}`)
+    .join(', ')]);
+  return el('dl', {}, pairs.map(([what, text]) => [el('dt', {}, what), el('dd', {}, text)]));
+}
+
+function openJob(job) {
+  const dialog = byId('details'), [out, err] = data.jobs.tails[job.n] || ['', ''];
+  const parts = [streamPart('stdout', out, job.sizes[0]), streamPart('stderr', err, job.sizes[1])];
+  if (job.exit) parts.reverse();
+  const links = linksOf(job);
+  hideTip();
+  dialog.replaceChildren(
+    el('div', {class: 'top'}, el('h2', {id: 'details-head'},
+      el('span', {class: `sign ${job.state}`, 'aria-hidden': 'true'}, SIGNS[job.state]),
+      `${job.name}: ${job.state}`),
+    button('Close', () => dialog.close(), {autofocus: true})),
+    factsPart(job), ...parts.flat(),
+    links.length ? el('p', {class: 'files'}, 'Files: ', links.flatMap(
+      (link, at) => at ? [', ', link] : [link])) : '');
+  dialog.showModal();
+}
+
+// ---- Marks: what can be pointed at, focused and opened ----
+
+function hideTip() {
+  byId('tip').hidden = true;
+  byId('wait-of')?.replaceChildren();
+  document.querySelectorAll('.mark.on').forEach(mark => mark.classList.remove('on'));
+}
+
+function showTip(lines, box) {
+  const tip = byId('tip');
+  tip.replaceChildren(...lines.map((line, at) => el('div',
+    {class: at === 1 && lines.length > 3 ? 'code' : null}, line)));
+  tip.hidden = false;
+  const left = Math.min(Math.max(box.left, 8), innerWidth - tip.offsetWidth - 8);
+  const above = box.top - tip.offsetHeight - 8;
+  tip.style.left = `${Math.max(left, 8)}px`;
+  const below = Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 4);
+  tip.style.top = `${above > 4 ? above : below}px`;
+}
+
+// The page was scrolled: what has the focus goes on telling, the pointer is at another place now.
+function followTip() {
+  const one = document.activeElement, mark = one && one.closest('.mark');
+  if (byId('tip').hidden) return;
+  if (mark) mark.dispatchEvent(new FocusEvent('focusin', {bubbles: true}));
+  else if (one && one.matches('svg[tabindex]')) one.dispatchEvent(new FocusEvent('focus'));
+  else hideTip();
+}
+
+function visibleBox(mark) {
+  const box = mark.getBoundingClientRect(), middle = (box.left + box.right) / 2;
+  return box.width > 300 ? {left: middle, top: box.top, bottom: box.bottom} : box;
+}
+
+function neighbour(mark, marks, key) {
+  const at = marks.indexOf(mark);
+  if (key === 'ArrowRight') return marks[at + 1];
+  if (key === 'ArrowLeft') return marks[at - 1];
+  if (key === 'Home') return marks[0];
+  if (key === 'End') return marks.at(-1);
+  const box = mark.getBoundingClientRect(), up = key === 'ArrowUp';
+  const x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
+  let best = null, least = Infinity;
+  for (const other of marks) {
+    const its = other.getBoundingClientRect(), step = (its.top + its.bottom) / 2 - y;
+    if (other === mark || (up ? step > -1 : step < 1)) continue;
+    const aside = Math.max(its.left - x, x - its.right, 0);
+    const far = 3 * Math.abs(step) + aside;
+    if (far < least) [best, least] = [other, far];
+  }
+  return best;
+}
+
+// Have the marks of a drawing tell what they stand for. tell(mark): lines; open(mark): on a click.
+function bindMarks(area, tell, open) {
+  const markOf = event => event.target.closest && event.target.closest('.mark');
+  const show = (mark, box) => { hideTip(); mark.classList.add('on'); showTip(tell(mark), box); };
+  area.addEventListener('pointerover', event => {
+    const mark = markOf(event);
+    if (!mark) return;
+    const box = mark.getBoundingClientRect(), isWide = box.width > 300;
+    show(mark, isWide || mark.classList.contains('curve')
+      ? {left: event.clientX, top: event.clientY - 6, bottom: event.clientY + 12} : box);
+  });
+  area.addEventListener('pointerout', event => { if (markOf(event)) hideTip(); });
+  area.addEventListener('focusin', event => {
+    const mark = markOf(event);
+    if (!mark) return;
+    area.querySelectorAll('.mark[tabindex="0"]').forEach(one => one.setAttribute('tabindex', -1));
+    mark.setAttribute('tabindex', 0);
+    show(mark, visibleBox(mark));
+  });
+  area.addEventListener('focusout', hideTip);
+  area.addEventListener('click', event => { if (markOf(event)) open(markOf(event)); });
+  area.addEventListener('keydown', event => {
+    const mark = markOf(event);
+    if (!mark) return;
+    if (event.key === 'Enter' || event.key === ' ') open(mark);
+    else if (/^(Arrow|Home|End)/.test(event.key)) {
+      const next = neighbour(mark, [...area.querySelectorAll('.mark')], event.key);
+      if (next) { next.setAttribute('tabindex', 0); next.focus(); }
+    } else return;
+    event.preventDefault();
+  });
+}
+
+function isReachable(area) {
+  const first = area.querySelector('.mark');
+  if (first && !area.querySelector('.mark[tabindex="0"]')) first.setAttribute('tabindex', 0);
+}
+
+// ---- Axes ----
+
+function niceStep(length, most) {
+  const rough = length / Math.max(most, 1), power = 10 ** Math.floor(Math.log10(rough));
+  return [1, 2, 5, 10].find(one => one * power >= rough) * power;
+}
+
+function linearScale(low, high, from, to, room = 70) {
+  if (low === high) {
+    const aside = Math.abs(low) / 2 || 1;
+    [low, high] = [low - aside, high + aside];
+  }
+  const at = value => from + (value - low) / (high - low) * (to - from);
+  const step = niceStep(high - low, Math.abs(to - from) / room), ticks = [];
+  for (let n = Math.ceil(low / step); n * step <= high + step / 1e6; n++) {
+    ticks.push(Number((n * step).toPrecision(12)));
+  }
+  return {at, ticks};
+}
+
+function logScale(low, high, from, to) {
+  const [a, b] = low === high ? [Math.log10(low) - 0.5, Math.log10(low) + 0.5] :
+    [Math.log10(low), Math.log10(high)];
+  const at = value => from + (Math.log10(value) - a) / (b - a) * (to - from);
+  const each = Math.max(Math.ceil((b - a) / (Math.abs(to - from) / 60)), 1), ticks = [];
+  for (let n = Math.ceil(a - 1e-9); n <= b + 1e-9; n++) if (n % each === 0) ticks.push(10 ** n);
+  if (ticks.length > 2) return {at, ticks: ticks.map(tick => Number(tick.toPrecision(3)))};
+  for (let n = Math.floor(a); n <= b; n++) {
+    for (const part of [2, 5]) {
+      const tick = part * 10 ** n;
+      if (tick >= low && tick <= high) ticks.push(tick);
+    }
+  }
+  return {at, ticks: ticks.sort((x, y) => x - y).map(tick => Number(tick.toPrecision(3)))};
+}
+
+function spansDecades(values, ratio) {
+  const low = Math.min(...values), high = Math.max(...values);
+  return low > 0 && high / low >= ratio;
+}
+
+function scaleFor(values, isLog, from, to, pad = 0.05) {
+  const finite = values.filter(Number.isFinite);
+  let low = finite.length ? finite.reduce((a, b) => Math.min(a, b)) : 0;
+  let high = finite.length ? finite.reduce((a, b) => Math.max(a, b)) : 1;
+  if (isLog) return logScale(low / (high / low) ** pad, high * (high / low) ** pad, from, to);
+  const room = (high - low) * pad;
+  return linearScale(low - room, high + room, from, to, from > to ? 40 : 70);
+}
+
+const STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200,
+  86400, 172800, 604800];
+
+function timeTicks(from, to, most) {
+  const step = STEPS.find(one => (to - from) / one <= most) || niceStep(to - from, most);
+  const zone = 60 * dateOf(from).getTimezoneOffset(), ticks = [];
+  let at = Math.ceil((data.origin + from - zone) / step) * step - data.origin + zone;
+  for (; at <= to; at += step) ticks.push(at);
+  return {ticks, text: time => dateText(time, step >= 86400 ? DAY :
+    {...CLOCK, second: step < 60 ? '2-digit' : undefined})};
+}
+
+function yAxis(scale, left, right, label) {
+  return [scale.ticks.map(tick => [
+    draw('line', {class: 'grid', x1: left, x2: right, y1: scale.at(tick), y2: scale.at(tick)}),
+    draw('text', {x: left - 6, y: scale.at(tick) + 4, 'text-anchor': 'end'}, shown(tick))]),
+  draw('text', {class: 'strong', x: 0, y: 12}, label)];
+}
+
+function picture(width, height, facts, ...children) {
+  return draw('svg', {width, height, viewBox: `0 0 ${width} ${height}`, ...facts}, ...children);
+}
+
+function widthOf(id) {
+  return Math.max(byId(id).clientWidth, 240);
+}
+
+// ---- The timeline ----
+
+const view = {from: span.from, to: span.to, lanes: [], rows: [], height: 0, focus: null};
+
+function laneKey(machine, gpu) {
+  return `${machine}/${gpu}`;
+}
+
+// Return the lanes, in the order of machines and GPUs: {machine, gpu (null: none), tries}.
+function findLanes() {
+  const lanes = new Map();
+  const lane = (machine, gpu) => {
+    const key = laneKey(machine, gpu);
+    if (!lanes.has(key)) lanes.set(key, {machine, gpu, tries: []});
+    return lanes.get(key);
+  };
+  data.machines.forEach((one, machine) => {
+    (one.facts.gpus || []).forEach(gpu => lane(machine, gpu.index));
+    Object.keys(one.use ? one.use.gpus : {}).forEach(gpu => lane(machine, Number(gpu)));
+  });
+  for (const job of jobs) {
+    for (const one of job.tries) {
+      for (const gpu of one.gpus.length ? one.gpus : [null]) lane(one.machine, gpu).tries.push(one);
+    }
+  }
+  data.machines.forEach((_, machine) => {
+    if (![...lanes.values()].some(one => one.machine === machine)) lane(machine, null);
+  });
+  const found = [...lanes.values()].filter(one => one.machine >= 0);
+  found.sort((a, b) => a.machine - b.machine || (a.gpu ?? -1) - (b.gpu ?? -1));
+  return found;
+}
+
+function laneName(lane) {
+  const name = data.machines[lane.machine].name;
+  return lane.gpu === null ? name : `${name} GPU ${lane.gpu}`;
+}
+
+// Spread the tries of a lane over as few rows as it takes for none to overlap.
+function packed(tries) {
+  const rows = [], ends = [];
+  tries.sort((a, b) => a.began - b.began || a.job - b.job);
+  for (const one of tries) {
+    let at = ends.findIndex(end => end <= one.began + 1e-6);
+    if (at < 0) at = rows.push([]) - 1;
+    rows[at].push(one);
+    ends[at] = Math.max(one.ended ?? now, one.began);
+  }
+  return rows.length ? rows : [[]];
+}
+
+// Return for how much of the time at least one of the tries ran.
+function busyShare(tries) {
+  let busy = 0, until = -Infinity;
+  for (const one of [...tries].sort((a, b) => a.began - b.began)) {
+    const end = one.ended ?? now;
+    busy += Math.max(end - Math.max(one.began, until), 0);
+    until = Math.max(until, end);
+  }
+  return Math.min(busy / span.length, 1);
+}
+
+function gutters() {
+  const width = widthOf('lanes');
+  const longest = Math.max(...view.lanes.map(lane => laneName(lane).length), 6);
+  const left = Math.min(7 * longest + 14, width < 560 ? 96 : 230);
+  return {left, right: width - 46, width};
+}
+
+function beginTimeline() {
+  view.lanes = findLanes();
+  byId('timeline').hidden = !view.lanes.length;
+  if (!view.lanes.length) return;
+  const packs = view.lanes.map(lane => packed(lane.tries));
+  const count = packs.reduce((sum, rows) => sum + rows.length, 0);
+  const height = count <= 40 ? 18 : count <= 120 ? 13 : 9;
+  let y = 2;
+  view.lanes.forEach((lane, at) => {
+    lane.y = y;
+    lane.share = busyShare(lane.tries);
+    for (const tries of packs[at]) {
+      const own = packs[at].length === 1 ? 18 : height;
+      view.rows.push({lane, tries, y, height: own});
+      y += own;
+    }
+    y = Math.max(y, lane.y + 16) + 5;
+    lane.bottom = y - 3;
+  });
+  view.height = y;
+  if (view.lanes.length <= 40) view.lanes.forEach(lane => unfolded.add(lane.machine));
+  showLegend();
+  bindMarks(byId('lanes'), tellBar, openBar);
+  byId('lanes').addEventListener('scroll', () => requestAnimationFrame(showLanes));
+  byId('lanes').addEventListener('focusin', showWait);
+  byId('lanes').addEventListener('pointerover', showWait);
+  const acts = {'zoom-in': () => zoom(0.5), 'zoom-out': () => zoom(2), earlier: () => shift(-0.5),
+    later: () => shift(0.5), 'zoom-all': () => zoom(Infinity)};
+  for (const [id, act] of Object.entries(acts)) byId(id).addEventListener('click', act);
+  followers.push(showLanes);
+}
+
+function showLegend() {
+  const states = new Set(jobs.flatMap(job => job.tries.map(one => one.state)));
+  const box = {x: 1, y: 1, width: 24, height: 10};
+  const swatch = (kind, text) => el('span', {}, draw('svg', {width: 26, height: 12,
+    'aria-hidden': 'true'}, draw('rect', {class: `bar ${kind}`, ...box})), text);
+  const before = jobs.some(job => job.tries.length > 1);
+  const there = data.states.map(state => state || 'unknown').filter(state => states.has(state));
+  put('legend', there.map(state => swatch(state, MEANINGS[state] || state)),
+    before ? swatch('finished before', 'an earlier try (dashed edge)') : '');
+}
+
+function zoom(by) {
+  const middle = (view.from + view.to) / 2;
+  const half = Math.min(Math.max((view.to - view.from) * by, span.length / 4000), span.length) / 2;
+  [view.from, view.to] = [middle - half, middle + half];
+  shift(0);
+}
+
+function shift(share) {
+  const length = view.to - view.from;
+  const from = Math.min(Math.max(view.from + share * length, span.from), span.to - length);
+  [view.from, view.to] = [from, from + length];
+  showTimeline();
+}
+
+function showTimeline() {
+  if (!view.lanes.length) return;
+  const isAll = view.to - view.from >= 0.999 * span.length;
+  byId('zoom-out').disabled = byId('zoom-all').disabled = isAll;
+  byId('earlier').disabled = view.from <= span.from + 1e-9;
+  byId('later').disabled = view.to >= span.to - 1e-9;
+  showTimeAxis();
+  showLanes();
+}
+
+// How many jobs waited, as steps: [[time, count]].
+function waitingSteps() {
+  const changes = [];
+  for (const job of jobs) {
+    for (const one of job.tries) {
+      if (one.since !== null) changes.push([one.since, 1], [one.began, -1]);
+    }
+  }
+  changes.sort((a, b) => a[0] - b[0]);
+  let count = 0;
+  return changes.map(([time, by]) => [time, count += by]);
+}
+
+function showTimeAxis() {
+  const {left, right, width} = gutters(), scale = linearScale(view.from, view.to, left, right);
+  const {ticks, text} = timeTicks(view.from, view.to, (right - left) / 90);
+  const steps = waitingSteps(), most = Math.max(...steps.map(one => one[1]), 0);
+  const parts = [];
+  if (most) {
+    let path = `M${left},38`, y = 38;
+    for (const [time, count] of evenlyOf(steps, 2000)) {
+      const x = Math.min(Math.max(scale.at(time), left), right);
+      path += `L${x.toFixed(1)},${y}`;
+      y = 38 - 32 * count / most;
+      path += `L${x.toFixed(1)},${y.toFixed(1)}`;
+    }
+    path += `L${right},${y.toFixed(1)}L${right},38Z`;
+    parts.push(draw('path', {class: 'waiting', d: path}),
+      draw('text', {class: 'strong', x: 0, y: 32}, 'waiting'),
+      draw('text', {x: right + 5, y: 32}, most.toLocaleString('en')));
+  }
+  const top = most ? 42 : 4;
+  parts.push(draw('line', {class: 'axis', x1: left, x2: right, y1: top, y2: top}));
+  for (const tick of ticks) {
+    const x = scale.at(tick);
+    parts.push(draw('line', {class: 'axis', x1: x, x2: x, y1: top, y2: top + 5}),
+      draw('text', {x, y: top + 17, 'text-anchor': 'middle'}, text(tick)));
+  }
+  const label = `Axis from ${timeOf(view.from)} to ${timeOf(view.to)}`
+    + (most ? `; at most ${many(most, 'job')} waited` : '');
+  put('time-axis', picture(width, top + 22, {role: 'img', 'aria-label': label}, parts));
+}
+
+function evenlyOf(list, most) {
+  if (list.length <= most) return list;
+  return Array.from({length: most}, (_, n) => list[Math.round(n * (list.length - 1) / (most - 1))]);
+}
+
+// Only the rows that can be seen are drawn; of bars that are too thin to be told apart, one.
+function showLanes() {
+  if (!view.lanes.length) return;
+  const area = byId('lanes'), {left, right, width} = gutters();
+  const scale = linearScale(view.from, view.to, left, right);
+  const top = view.all ? 0 : area.scrollTop - 200;
+  const bottom = view.all ? view.height : area.scrollTop + Math.max(area.clientHeight, 500) + 200;
+  const parts = [draw('g', {id: 'wait-of'})], visible = one => one.y < bottom && one.y >= top;
+  const focused = area.contains(document.activeElement) && document.activeElement.dataset.key;
+  for (const lane of view.lanes) {
+    if (lane.y > bottom || lane.bottom < top) continue;
+    const idle = lane.share < 0.005 ? 'no job' : percent(lane.share), y = lane.bottom;
+    parts.push(draw('line', {class: 'lane-line', x1: 0, x2: width, y1: y, y2: y}),
+      draw('svg', {x: 0, y: lane.y, width: left - 8, height: 18},
+        draw('text', {class: 'strong', x: 0, y: 13}, laneName(lane))),
+      draw('text', {x: right + 5, y: lane.y + 13}, idle));
+  }
+  view.rows.filter(visible).forEach(row => parts.push(...barsOf(row, scale, left, right)));
+  put('lanes', picture(width, view.height, {}, parts));
+  isReachable(area);
+  if (focused) area.querySelector(`[data-key="${focused}"]`)?.focus({preventScroll: true});
+}
+
+function barsOf(row, scale, left, right) {
+  const waits = [], bars = [];
+  let end = left, open = null;
+  for (const one of row.tries) {
+    const x = Math.max(scale.at(one.began), left);
+    const to = Math.min(scale.at(one.ended ?? now), right);
+    if (to < left || x > right) { end = Math.max(end, Math.min(to, right)); continue; }
+    const since = one.since === null ? x : Math.max(scale.at(one.since), end);
+    if (x - since > 3) waits.push(draw('line', {class: 'wait', x1: since, x2: x - 1,
+      y1: row.y + row.height / 2, y2: row.y + row.height / 2}));
+    end = to;
+    const thin = to - x < 2.2;
+    if (open && thin && open.state === one.state && x - open.x < 2.2) open.tries.push(one);
+    else {
+      open = {tries: [one], state: one.state, x, to};
+      bars.push(open);
+    }
+    open.to = Math.max(open.to, to);
+    if (!thin) open = null;
+  }
+  return [...waits, ...bars.map(bar => barOf(bar, row))];
+}
+
+function barOf({tries, state, x, to}, row) {
+  const [one] = tries, job = jobs[one.job], width = Math.max(to - x, 1.6);
+  const passes = tries.some(other => chosen.passes[other.job]);
+  const key = `${one.job}-${job.tries.indexOf(one)}-${row.lane.gpu}`;
+  const label = tries.length > 1 ? `${many(tries.length, 'job')}, ${state}: zoom in to see each` :
+    tellJob(job, one).filter((_, at) => at !== 1).join('; ');
+  const kinds = [state, one.isLatest ? '' : 'before', passes ? '' : 'faded'].join(' ');
+  const facts = {class: `mark bar ${kinds}`, x: x.toFixed(1), y: row.y + 1,
+    width: width.toFixed(1), height: row.height - 2, rx: 1.5,
+    role: 'button', tabindex: -1, 'aria-label': label, 'data-key': key, 'data-job': one.job,
+    'data-try': job.tries.indexOf(one), 'data-count': tries.length};
+  const bar = draw('rect', facts);
+  const text = shortName(job);
+  if (row.height < 14 || width < 7 * text.length + 8 || state !== 'finished' || !passes) return bar;
+  return [bar, draw('text', {class: 'on-bar', x: x + 5, y: row.y + row.height / 2 + 3.7}, text)];
+}
+
+function barTry(mark) {
+  return jobs[mark.dataset.job].tries[mark.dataset.try];
+}
+
+function tellBar(mark) {
+  const one = barTry(mark), count = Number(mark.dataset.count);
+  if (count > 1) return [`${many(count, 'job')}, ${one.state}`, 'Zoom in to see each.'];
+  return tellJob(jobs[one.job], one);
+}
+
+function openBar(mark) {
+  if (mark.dataset.count === '1') return openJob(jobs[mark.dataset.job]);
+  const one = barTry(mark), length = (view.to - view.from) / 8;
+  [view.from, view.to] = [one.began - length / 2, one.began + length / 2];
+  return shift(0);
+}
+
+// Draw since when the job of this bar had waited.
+function showWait(event) {
+  const group = byId('wait-of'), mark = event.target.closest('.mark');
+  if (!group || !mark) return;
+  const one = barTry(mark), {left, right} = gutters();
+  const scale = linearScale(view.from, view.to, left, right);
+  const y = Number(mark.getAttribute('y')) + Number(mark.getAttribute('height')) / 2;
+  const from = one.since === null ? 0 : Math.max(scale.at(one.since), left);
+  const to = scale.at(one.began);
+  group.parentNode.append(group);
+  group.replaceChildren(...(one.since !== null && to > from ? [
+    draw('line', {class: 'wait strong', x1: from, x2: to, y1: y, y2: y})] : []));
+}
+
+// ---- Machines: their use over time ----
+
+function meanOf(values) {
+  const there = values.filter(value => typeof value === 'number');
+  return there.length ? there.reduce((sum, value) => sum + value, 0) / there.length : null;
+}
+
+function leastOf(values) {
+  const there = values.filter(value => typeof value === 'number');
+  return there.length ? there.reduce((a, b) => Math.min(a, b)) : null;
+}
+
+function mostOf(values) {
+  const there = values.filter(value => typeof value === 'number');
+  return there.length ? there.reduce((a, b) => Math.max(a, b)) : null;
+}
+
+// The machines and GPUs, each with its tries and with what was seen of it.
+function useRows() {
+  const of = data.machines.map(() => []);
+  jobs.forEach(job => job.tries.forEach(one => of[one.machine]?.push(one)));
+  return data.machines.flatMap((one, machine) => {
+    const tries = of[machine];
+    const gpus = view.lanes.filter(lane => lane.machine === machine && lane.gpu !== null);
+    const own = {name: one.name, machine, tries, gpus: gpus.length, busy: one.use && one.use.cores,
+      memory: one.use && one.use.memory, what: 'cores', times: one.use && one.use.t};
+    return [own, ...gpus.map(({gpu}) => {
+      const seen = one.use && one.use.gpus[gpu];
+      return {name: `${one.name} GPU ${gpu}`, machine, isGpu: true, what: 'GPU',
+        tries: tries.filter(other => other.gpus.includes(gpu)), busy: seen && seen.busy,
+        memory: seen && seen.memory, times: one.use && one.use.t};
+    })];
+  });
+}
+
+function linePath(xs, ys) {
+  let path = '', pen = 'M';
+  xs.forEach((x, at) => {
+    if (ys[at] === null || !Number.isFinite(ys[at])) pen = 'M';
+    else {
+      path += `${pen}${x.toFixed(1)},${ys[at].toFixed(1)}`;
+      pen = 'L';
+    }
+  });
+  return path;
+}
+
+// The parts of a series between which nothing was seen for long: [[from, to)].
+function unbroken(times, values) {
+  const steps = times.slice(1).map((time, at) => time - times[at]).sort((a, b) => a - b);
+  const usual = steps[Math.floor(steps.length / 2)] || 1, parts = [];
+  let from = null;
+  times.forEach((time, at) => {
+    const gap = at && time - times[at - 1] > 6 * usual;
+    if (from !== null && (values[at] === null || gap)) { parts.push([from, at]); from = null; }
+    if (values[at] !== null && from === null) from = at;
+  });
+  if (from !== null) parts.push([from, times.length]);
+  return parts;
+}
+
+// One sample alone would draw no line.
+function atLeastTwo(xs, ys) {
+  return xs.length > 1 ? [xs, ys] : [[xs[0] - 2, xs[0] + 2], [ys[0], ys[0]]];
+}
+
+function useChart(row, width) {
+  const height = 44, scale = linearScale(span.from, span.to, 0, width), parts = [];
+  const y = share => 33 - 31 * Math.min(share, 1);
+  parts.push(draw('line', {class: 'grid', x1: 0, x2: width, y1: y(0), y2: y(0)}),
+    draw('line', {class: 'grid', x1: 0, x2: width, y1: y(1), y2: y(1)}));
+  const marks = [...row.tries].sort((a, b) => a.began - b.began).reduce((path, one) => {
+    const x = scale.at(one.began), to = Math.max(scale.at(one.ended ?? now), x + 0.8);
+    if (to <= path.end) return path;
+    const from = Math.max(x, path.end);
+    return {d: `${path.d}M${from.toFixed(1)},36H${to.toFixed(1)}V39H${from.toFixed(1)}Z`, end: to};
+  }, {d: '', end: 0});
+  parts.push(draw('path', {class: 'had-job', d: marks.d}));
+  for (const [from, to] of row.busy ? unbroken(row.times, row.busy) : []) {
+    const [xs, ys] = atLeastTwo(row.times.slice(from, to).map(scale.at),
+      row.busy.slice(from, to).map(y));
+    const line = linePath(xs, ys), floor = `L${xs.at(-1)},${y(0)}L${xs[0]},${y(0)}Z`;
+    parts.push(draw('path', {class: 'busy-area', d: line + floor}),
+      draw('path', {class: 'busy-line', d: line}));
+  }
+  for (const [from, to] of row.memory ? unbroken(row.times, row.memory) : []) {
+    parts.push(draw('path', {class: 'memory-line', d: linePath(...atLeastTwo(
+      row.times.slice(from, to).map(scale.at), row.memory.slice(from, to).map(y)))}));
+  }
+  const cursor = draw('line', {class: 'cursor', y1: 0, y2: 40, x1: -9, x2: -9});
+  const label = `${row.name} over time: ` + (!row.busy ? 'nothing was seen'
+    : `${row.what} busy ${percent(meanOf(row.busy))} in the mean, `
+      + `memory at most ${percent(mostOf(row.memory))}`);
+  const chart = picture(width, height, {role: 'img', 'aria-label': label, tabindex: 0},
+    parts, cursor);
+  bindCursor(chart, cursor, row, scale, width);
+  return chart;
+}
+
+function bindCursor(chart, cursor, row, scale, width) {
+  let at = 0;
+  const times = row.times || [];
+  const show = () => {
+    if (!times.length) return;
+    const x = scale.at(times[at]), box = chart.getBoundingClientRect();
+    fill(cursor, {x1: x, x2: x}, []);
+    const parts = [[row.what, row.busy], ['memory', row.memory]].filter(
+      ([, values]) => values && values[at] !== null).map(
+      ([what, values]) => `${what} ${percent(values[at])}`);
+    const running = row.tries.filter(
+      one => one.began <= times[at] && (one.ended ?? now) >= times[at]);
+    showTip([`${row.name}, ${timeOf(times[at])}`, parts.join(', ') || 'nothing was seen',
+      many(running.length, 'job')], {left: box.left + x, top: box.top, bottom: box.bottom});
+  };
+  const hide = () => { fill(cursor, {x1: -9, x2: -9}, []); hideTip(); };
+  chart.addEventListener('pointermove', event => {
+    const x = event.clientX - chart.getBoundingClientRect().left;
+    const time = span.from + x / width * span.length;
+    const later = times.findIndex(one => one > time);
+    at = later < 0 ? times.length - 1 : Math.max(later - 1, 0);
+    show();
+  });
+  chart.addEventListener('pointerleave', hide);
+  chart.addEventListener('focus', show);
+  chart.addEventListener('blur', hide);
+  chart.addEventListener('keydown', event => {
+    const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    if (!step) return;
+    at = Math.min(Math.max(at + step * Math.ceil(times.length / 60), 0), times.length - 1);
+    show();
+    event.preventDefault();
+  });
+}
+
+const unfolded = new Set();
+const MOST_ROWS = 300;
+
+// The name of a machine; where there are many, a button that shows its GPUs or hides them.
+function foldButton(row) {
+  if (row.isGpu) return el('span', {class: 'muted'}, row.name);
+  if (!row.gpus) return el('span', {class: 'parameter'}, row.name);
+  const isOpen = unfolded.has(row.machine);
+  return button([isOpen ? '\u25be ' : '\u25b8 ', row.name], () => {
+    if (!unfolded.delete(row.machine)) unfolded.add(row.machine);
+    showMachines();
+    byId('machines-body').querySelector(`[data-machine="${row.machine}"]`)?.focus();
+  }, {class: 'plain', 'aria-expanded': isOpen, 'data-machine': row.machine,
+    'aria-label': `${row.name} and its GPUs`});
+}
+
+function showMachines() {
+  byId('machines').hidden = !data.machines.length;
+  if (!data.machines.length) return;
+  const all = useRows(), rows = all.filter(row => !row.isGpu || unfolded.has(row.machine))
+    .slice(0, MOST_ROWS), isSeen = all.some(row => row.busy && row.busy.some(one => one !== null));
+  byId('machines-hint').textContent = isSeen
+    ? 'Area: how busy the cores or the GPU were. Dashed line: memory in use. Both count all '
+      + 'processes of the machine. Blue marks below: our jobs.'
+    : 'How busy the machines were was not recorded. The marks show when they had jobs of ours.';
+  const width = Math.min(Math.max(widthOf('machines-body') - (isSeen ? 520 : 340), 150), 620);
+  const heads = ['', 'over time', 'jobs', 'had a job', 'idle for'];
+  if (isSeen) heads.push('busy, mean', 'memory, most');
+  const cells = rows.map(row => {
+    const share = busyShare(row.tries), idle = (1 - share) * span.length;
+    const found = [foldButton(row), useChart(row, width),
+      new Set(row.tries.map(one => one.job)).size,
+      row.tries.length ? percent(share) : 'no job', durationOf(idle)];
+    if (isSeen) found.push(row.busy ? percent(meanOf(row.busy)) : '',
+      row.memory ? percent(mostOf(row.memory)) : '');
+    return found;
+  });
+  put('machines-body', tableOf(heads, cells, 'Machines and GPUs'), rows.length < MOST_ROWS ? ''
+    : el('p', {class: 'hint'}, `Only the first ${MOST_ROWS} rows are shown.`));
+}
+
+// ---- Asked for and used ----
+
+const RESOURCES = [['memory', 'MB', 0], ['GPU memory', 'MB', 1], ['cores', '', 2]];
+
+function askedGroups() {
+  return RESOURCES.flatMap(([what, unit, at]) => {
+    const groups = new Map();
+    for (const job of jobs) {
+      if (job.used[at] === null) continue;
+      if (!groups.has(job.asked[at])) groups.set(job.asked[at], []);
+      groups.get(job.asked[at]).push(job);
+    }
+    return [...groups].sort((a, b) => compare(a[0] ?? -1, b[0] ?? -1)).map(([asked, members]) => ({
+      what, unit, at, asked, jobs: members.sort((a, b) => a.used[at] - b.used[at])}));
+  });
+}
+
+function useStrip(group, width) {
+  const {at, asked} = group, values = group.jobs.map(job => job.used[at]);
+  const scale = linearScale(0, Math.max(asked || 0, ...values.slice(-1)) * 1.05 || 1, 4, width - 4);
+  const parts = [draw('line', {class: 'axis', x1: 4, x2: width - 4, y1: 43, y2: 43})];
+  const counts = new Map();
+  for (const job of evenlyOf(group.jobs, 300)) {
+    const x = Math.round(scale.at(job.used[at]) * 2) / 2, place = Math.round(x / 5);
+    const level = counts.get(place) || 0, step = 3.4;
+    counts.set(place, level + 1);
+    parts.push(draw('circle', {class: 'mark dot', cx: x, cy: Math.max(38 - step * level, 4), r: 3,
+      'data-job': job.n, role: 'button', tabindex: -1,
+      'aria-label': `${job.name} used ${shown(job.used[at])} ${group.unit}`}));
+  }
+  if (asked !== null) {
+    const x = scale.at(asked);
+    parts.push(draw('line', {class: 'asked', x1: x, x2: x, y1: 6, y2: 50}));
+  }
+  const strip = picture(width, 52, {role: 'group',
+    'aria-label': `${group.what} that jobs used`}, parts);
+  const jobOf = mark => jobs[mark.dataset.job];
+  bindMarks(strip, mark => tellJob(jobOf(mark)), mark => openJob(jobOf(mark)));
+  isReachable(strip);
+  return strip;
+}
+
+function showAsked() {
+  const groups = askedGroups();
+  byId('asked').hidden = !jobs.length;
+  if (!groups.length) {
+    byId('asked-hint').textContent = 'What jobs used was not measured.';
+    return;
+  }
+  byId('asked-hint').textContent = 'A dot is a job, the upright line is what was asked for. '
+    + 'Cores are processor time divided by time, for jobs that ran at least a second.';
+  const width = Math.min(Math.max(widthOf('asked-body') - 560, 160), 420);
+  put('asked-body', tableOf(['', 'asked for', 'used', 'least', 'middle', 'most', ''],
+    groups.map(group => {
+      const used = group.jobs.map(job => job.used[group.at]), most = used.at(-1);
+      const over = group.asked === null ? 0 : used.filter(one => one > group.asked).length;
+      const say = group.asked === null || !group.asked ? '' :
+        over ? `${many(over, 'job')} used more` : `at most ${percent(most / group.asked)} of it`;
+      return [`${group.what}${group.unit && `, ${group.unit}`} (${many(used.length, 'job')})`,
+        group.asked === null ? 'nothing' : String(shown(group.asked)), useStrip(group, width),
+        used[0], used[Math.floor(used.length / 2)], most, say];
+    }), 'Asked for and used'));
+}
+
+// ---- Parameters and metrics ----
+
+const COUNTER = /^(epoch|step|iter(ation)?|batch)s?$/i;
+const REPEATS = /^(seed|fold|run|rep|repeat|repetition|trial|id|replica)s?$/i;
+const COLOURS = 8;
+const MOST_MEANS = 40;
+const plot = {metric: null, parameter: null, group: null, log: null};
+
+function isGood(job) {
+  return ['finished', 'earlier', 'unknown'].includes(job.state) && !job.exit;
+}
+
+function levelsOf(column, some) {
+  return [...new Set(some.map(job => column.values[job.n]).filter(value => value !== null))]
+    .sort(compare);
+}
+
+function textOf(column, value) {
+  return column.texts[column.values.indexOf(value)] || shown(value);
+}
+
+// Sort the values of a parameter into at most so many grades: each value is one, or, of more
+// numbers, a range with as many jobs as the others; of more words, the last grade has the rest.
+function gradesOf(column, some, most) {
+  const levels = levelsOf(column, some);
+  if (levels.length <= most) {
+    return {all: levels.map(value => ({x: value, text: textOf(column, value)})),
+      of: job => levels.indexOf(column.values[job.n])};
+  }
+  if (levels.some(value => typeof value !== 'number')) {
+    return {all: levels.slice(0, most).map((value, at) => ({x: value,
+      text: at < most - 1 ? textOf(column, value) : `${levels.length - at} others`})),
+    of: job => Math.min(levels.indexOf(column.values[job.n]), most - 1)};
+  }
+  const values = some.map(job => column.values[job.n]).filter(value => value !== null);
+  values.sort(compare);
+  const count = Math.min(most, 12), ends = Array.from({length: count},
+    (_, at) => values[Math.ceil((at + 1) * values.length / count) - 1]);
+  const isLog = spansDecades(levels, 50);
+  const all = [...new Set(ends)].map((end, at, kept) => {
+    const own = values.filter(value => value <= end && (!at || value > kept[at - 1]));
+    const middle = isLog ? Math.sqrt(own[0] * end) : (own[0] + end) / 2;
+    const text = own[0] === end ? shown(end) : `${shown(own[0])} to ${shown(end)}`;
+    return {x: middle, end, text};
+  });
+  return {all, of: job => all.findIndex(one => column.values[job.n] <= one.end), isRange: true};
+}
+
+function spreadOf(values) {
+  const mean = meanOf(values);
+  const square = values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  return {mean, deviation: values.length > 1 ? Math.sqrt(square / (values.length - 1)) : null};
+}
+
+// Return the groups of good jobs that have the same value of a parameter (and of another one).
+function meansOf(some, metric, parameter, group = null) {
+  const found = new Map(), grades = gradesOf(parameter, some, MOST_MEANS);
+  for (const job of some) {
+    const y = metric.values[job.n];
+    if (!isGood(job) || !Number.isFinite(y) || parameter.values[job.n] === null) continue;
+    const at = grades.of(job), part = group ? group.of(job) : 0, key = `${at}/${part}`;
+    if (!found.has(key)) found.set(key, {...grades.all[at], part, values: []});
+    found.get(key).values.push(y);
+  }
+  return [...found.values()].map(one => ({...one, ...spreadOf(one.values)}));
+}
+
+// Return which share of the differences of a metric goes with a parameter, or null. It is adjusted:
+// many values, each with few jobs, explain nothing by that alone.
+function explainedBy(some, metric, parameter) {
+  const groups = meansOf(some, metric, parameter), all = groups.flatMap(one => one.values);
+  if (groups.length < 2 || all.length <= groups.length) return null;
+  const square = (values, mean) => values.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  const whole = square(all, meanOf(all));
+  const within = groups.reduce((sum, one) => sum + square(one.values, one.mean), 0);
+  if (!whole) return null;
+  return Math.max(1 - within / (all.length - groups.length) / (whole / (all.length - 1)), 0);
+}
+
+function bestMetric() {
+  const useful = metrics.filter(one => !COUNTER.test(one.head)
+    && new Set(one.values.filter(Number.isFinite)).size > 1);
+  const named = word => useful.find(one => new RegExp(`(^|[^a-z])${word}`, 'i').test(one.head));
+  return named('test') || named('val') || named('eval') || useful[0] || metrics[0] || null;
+}
+
+function bestParameter(metric) {
+  const varying = parameters.filter(one => levelsOf(one, jobs).length > 1);
+  const shares = varying.map(one => explainedBy(jobs, metric, one) ?? -1);
+  const ranked = varying.map((one, at) => [shares[at] - (REPEATS.test(one.head) ? 2 : 0), one]);
+  ranked.sort((a, b) => b[0] - a[0]);
+  return ranked.length ? ranked[0][1] : parameters[0] || null;
+}
+
+// Return the sentence that tells for which value of the parameter the mean is lowest and highest.
+function extremesOf(metric, parameter) {
+  const means = meansOf(jobs, metric, parameter).sort((a, b) => a.mean - b.mean);
+  if (means.length < 2) return '';
+  const say = one => `${shown(Number(one.mean.toPrecision(4)))} at ${parameter.head} = `
+    + `${one.text} (${one.values.length > 1 ? `mean of ${many(one.values.length, 'job')}`
+      : '1 job'})`;
+  return `lowest ${say(means[0])}, highest ${say(means.at(-1))}`;
+}
+
+function shapeOf(kind, x, y, r) {
+  const shapes = [
+    `M${x - r},${y}a${r},${r} 0 1 0 ${2 * r},0a${r},${r} 0 1 0 ${-2 * r},0Z`,
+    `M${x - r},${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
+    `M${x},${y - 1.3 * r}l${1.3 * r},${2.3 * r}h${-2.6 * r}Z`,
+    `M${x},${y - 1.4 * r}l${1.4 * r},${1.4 * r}l${-1.4 * r},${1.4 * r}l${-1.4 * r},${-1.4 * r}Z`,
+    `M${x},${y + 1.3 * r}l${1.3 * r},${-2.3 * r}h${-2.6 * r}Z`];
+  return shapes[kind % shapes.length];
+}
+
+function colour(at) {
+  return `var(--c${Math.min(at, COLOURS - 1)})`;
+}
+
+// Return the values that a drawing has room for: those of jobs that finished well, if there are
+// some. What a job that explodes has printed would leave no room for all others.
+function rangeOf(some, valuesOf) {
+  const good = some.filter(isGood).flatMap(valuesOf).filter(Number.isFinite);
+  return good.length ? good : some.flatMap(valuesOf).filter(Number.isFinite);
+}
+
+function withinEdges(scale, bottom, top) {
+  const at = value => Math.min(Math.max(scale.at(value), top), bottom);
+  const isOutside = value => !(scale.at(value) >= top - 1 && scale.at(value) <= bottom + 1);
+  return {...scale, at, isOutside};
+}
+
+function plotData() {
+  const {metric, parameter, group} = plot;
+  const there = chosen.jobs.filter(job => parameter.values[job.n] !== null
+    && metric.values[job.n] !== null && (!group || group.values[job.n] !== null));
+  const drawn = there.filter(job => Number.isFinite(metric.values[job.n]));
+  const parts = group && gradesOf(group, there, COLOURS);
+  const levels = levelsOf(parameter, drawn);
+  const isWords = levels.some(one => typeof one !== 'number');
+  return {there, drawn, parts, levels, isWords, isLogX: !isWords && spansDecades(levels, 50),
+    isLogY: plot.log ?? spansDecades(rangeOf(drawn, job => [metric.values[job.n]]), 1000),
+    means: meansOf(drawn, metric, parameter, parts)};
+}
+
+function xAxis(found, left, right, bottom) {
+  const {levels, isWords, isLogX} = found;
+  if (isWords) {
+    const width = (right - left) / levels.length;
+    const at = value => left + (levels.indexOf(value) + 0.5) * width;
+    const most = Math.max(Math.floor(width / 7), 3);
+    const each = Math.ceil(levels.length * 14 / (right - left));
+    const cut = text => text.length > most ? `${text.slice(0, most - 1)}\u2026` : text;
+    const marks = levels.filter((_, n) => n % each === 0).map(value => draw('text',
+      {x: at(value), y: bottom + 18, 'text-anchor': 'middle'},
+      cut(textOf(plot.parameter, value)), draw('title', {}, textOf(plot.parameter, value))));
+    return {at, marks, width};
+  }
+  const scale = scaleFor(levels, isLogX, left + 12, right - 12, 0.03);
+  // The values that were tried are the best ticks, where there is room for them.
+  const near = levels.some((value, n) => n && scale.at(value) - scale.at(levels[n - 1]) < 46);
+  const ticks = near ? scale.ticks : levels;
+  const marks = ticks.map(tick => {
+    const x = scale.at(tick), text = near ? shown(tick) : textOf(plot.parameter, tick);
+    return [draw('line', {class: 'axis', x1: x, x2: x, y1: bottom, y2: bottom + 5}),
+      draw('text', {x, y: bottom + 18, 'text-anchor': 'middle'}, text)];
+  });
+  return {at: scale.at, marks, width: 0};
+}
+
+function pointsOf(found, x, y) {
+  const {metric, parameter} = plot, count = found.parts ? found.parts.all.length : 1;
+  const shift = at => (at - (count - 1) / 2) * (count > 1 ? Math.min(6, 30 / count) : 0);
+  const isMany = found.drawn.length > 300;
+  const points = evenlyOf(found.drawn, 2500).map(job => {
+    const part = found.parts ? Math.max(found.parts.of(job), 0) : 0;
+    const jitter = x.width ? ((job.n * 0.618) % 1 - 0.5) * Math.min(x.width * 0.5, 40) : 0;
+    const kinds = `${isGood(job) ? '' : 'other'} ${isMany ? 'small' : ''}`;
+    const label = `${job.name}, ${job.state}: ${settingsOf(job)}, `
+      + `${metric.head} ${metric.texts[job.n]}`;
+    return draw('path', {class: `mark dot ${kinds}`, role: 'button', tabindex: -1,
+      color: colour(part), 'data-job': job.n,
+      'data-part': part, d: shapeOf(part, x.at(parameter.values[job.n]) + shift(part) + jitter,
+        y.at(metric.values[job.n]), isMany ? 2.5 : 4),
+      'aria-label': label});
+  });
+  const means = Array.from({length: count}, (_, part) => {
+    const own = found.means.filter(one => one.part === part).sort((a, b) => compare(a.x, b.x));
+    const spots = own.map(one => [x.at(one.x) + shift(part), y.at(one.mean), one]);
+    const whiskers = spots.filter(([, , one]) => one.deviation && !found.isLogY).map(
+      ([at, , one]) => draw('line', {class: 'spread', stroke: colour(part), x1: at, x2: at,
+        y1: y.at(one.mean - one.deviation), y2: y.at(one.mean + one.deviation)}));
+    if (x.width) return [...whiskers, spots.map(([at, height]) => draw('line', {class: 'mean',
+      stroke: colour(part), x1: at - 22, x2: at + 22, y1: height, y2: height}))];
+    const middles = spots.map(([at, height]) => draw('line', {class: 'mean', stroke: colour(part),
+      x1: at - 9, x2: at + 9, y1: height, y2: height}));
+    return [...whiskers, spots.length > 30 ? '' : middles, draw('path', {class: 'mean',
+      stroke: colour(part), d: linePath(spots.map(one => one[0]), spots.map(one => one[1]))})];
+  });
+  const behind = means.flat(Infinity).map(one => one && one.cloneNode());
+  return [points, draw('g', {class: 'halo'}, behind), draw('g', {class: 'means'}, means)];
+}
+
+function showPlot() {
+  if (!plot.metric || !plot.parameter) return;
+  const found = plotData(), {metric, parameter, group} = plot;
+  const width = widthOf('plot'), height = 350, left = 66, bottom = height - 46;
+  const ys = rangeOf(found.drawn, job => [metric.values[job.n]]);
+  const spread = found.isLogY ? [] : found.means.flatMap(
+    one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
+  byId('plot-log').checked = found.isLogY;
+  if (!found.drawn.length) {
+    put('plot', el('p', {}, 'No job that is chosen has numbers of both.'));
+    put('plot-table');
+    byId('plot-hint').textContent = '';
+    return;
+  }
+  const x = xAxis(found, left, width - 8, bottom);
+  const isLog = found.isLogY && ys.every(one => one > 0);
+  const y = withinEdges(scaleFor([...ys, ...spread], isLog, bottom, 26), bottom, 26);
+  found.outside = found.drawn.filter(job => y.isOutside(metric.values[job.n])).length;
+  const label = `${metric.head} over ${parameter.head}, ${many(found.drawn.length, 'job')}; `
+    + 'the table below has the means';
+  put('plot', picture(width, height, {role: 'group', 'aria-label': label},
+    yAxis(y, left, width - 8, metric.head), x.marks,
+    draw('line', {class: 'axis', x1: left, x2: width - 8, y1: bottom, y2: bottom}),
+    draw('text', {class: 'strong', x: (left + width) / 2, y: height - 6, 'text-anchor': 'middle'},
+      parameter.head), pointsOf(found, x, y)), group ? partLegend(found) : '');
+  isReachable(byId('plot'));
+  showPlotWords(found);
+}
+
+function partLegend(found) {
+  return el('div', {class: 'swatches'}, found.parts.all.map((one, at) => el('span', {},
+    draw('svg', {width: 14, height: 14, 'aria-hidden': 'true'}, draw('path',
+      {d: shapeOf(at, 7, 7, 4), fill: colour(at)})),
+    `${plot.group.head} = ${one.text}`)));
+}
+
+function showPlotWords(found) {
+  const {metric, parameter, group} = plot;
+  const strange = found.there.length - found.drawn.length;
+  const others = found.drawn.filter(job => !isGood(job)).length;
+  const count = found.drawn.length;
+  const cut = count > 2500 ? `2,500 of ${many(count, 'job')} are drawn.` : '';
+  byId('plot-hint').textContent = ['A mark is a job. The line goes through the means of jobs that '
+    + 'finished well', found.isLogY ? '.' : '; whiskers are one sample standard deviation.',
+  others ? ` Hollow marks failed or still run: ${others}.` : '',
+  found.outside ? ` At the edge, since they lie beyond it: ${found.outside}.` : '',
+  strange ? ` Not drawn, since they are no finite numbers: ${strange}.` : '',
+  found.isLogX || found.isLogY ? ` Logarithmic: ${[found.isLogX && parameter.head,
+    found.isLogY && metric.head].filter(Boolean).join(' and ')}.` : '', ` ${cut}`].join('');
+  const rows = [...found.means].sort((a, b) => a.mean - b.mean).slice(0, 500).map(one => [
+    ...(group ? [found.parts.all[one.part].text] : []), one.text, one.values.length,
+    one.mean, one.deviation, Math.min(...one.values), Math.max(...one.values)]);
+  put('plot-table', tableOf([...(group ? [group.head] : []), parameter.head, 'jobs',
+    `mean ${metric.head}`, 'deviation', 'lowest', 'highest'], rows, 'Means'));
+}
+
+function pick(list, event) {
+  return list[Number(event.target.value)] ?? null;
+}
+
+function showExplained() {
+  const shares = parameters.map(one => [explainedBy(chosen.jobs, plot.metric, one), one])
+    .filter(([share]) => share !== null).sort((a, b) => b[0] - a[0]);
+  const texts = shares.map(([share, one]) => `${one.head} ${percent(share)}`).join(', ');
+  byId('explained').textContent = shares.length > 1
+    ? `Of the differences in ${plot.metric.head}, this share goes with: ${texts}.` : '';
+}
+
+function beginPlot() {
+  plot.metric = bestMetric();
+  plot.parameter = plot.metric && bestParameter(plot.metric);
+  byId('parameters').hidden = !plot.metric || !plot.parameter;
+  if (byId('parameters').hidden) return;
+  const index = list => list.map((one, at) => [String(at), one.head]);
+  const redraw = () => { showExplained(); showPlot(); };
+  put('plot-controls',
+    choice('plot-metric', 'Metric', index(metrics), String(metrics.indexOf(plot.metric)),
+      event => { plot.metric = pick(metrics, event); plot.log = null; redraw(); }),
+    choice('plot-parameter', 'over', index(parameters), String(parameters.indexOf(plot.parameter)),
+      event => { plot.parameter = pick(parameters, event); redraw(); }),
+    choice('plot-group', 'a line for each', [['', 'nothing'], ...index(parameters)], '',
+      event => { plot.group = event.target.value ? pick(parameters, event) : null; redraw(); }),
+    el('label', {}, el('input', {type: 'checkbox', id: 'plot-log', change: event => {
+      plot.log = event.target.checked;
+      redraw();
+    }}), 'logarithmic'));
+  bindMarks(byId('plot'), mark => [...tellJob(jobs[mark.dataset.job]),
+    `${plot.metric.head} ${plot.metric.texts[mark.dataset.job]}`],
+  mark => openJob(jobs[mark.dataset.job]));
+  followers.push(redraw);
+}
+
+// ---- Curves ----
+
+const DASHES = ['', '7 3', '2 2', '9 3 2 3'];
+const curve = {name: '', colour: null, picked: null, log: null, most: 40, listed: 200};
+
+function curveNames() {
+  const counts = new Map();
+  for (const one of Object.values(data.curves)) {
+    for (const name of Object.keys(one)) counts.set(name, (counts.get(name) || 0) + 1);
+  }
+  return [...counts].sort((a, b) => b[1] - a[1]).map(one => one[0]);
+}
+
+function curveJobs() {
+  return chosen.jobs.filter(job => data.curves[job.n] && data.curves[job.n][curve.name]);
+}
+
+function pickedJobs() {
+  const there = curveJobs();
+  return curve.picked ? there.filter(job => curve.picked.has(job.n)) : evenlyOf(there, curve.most);
+}
+
+function curveColours(some) {
+  const grades = curve.colour && gradesOf(curve.colour, some, COLOURS);
+  return {grades, of: job => grades ? Math.max(grades.of(job), 0) : some.indexOf(job) % COLOURS};
+}
+
+function showCurveJobs() {
+  const there = evenlyOf(curveJobs(), curve.listed);
+  const shownJobs = new Set(pickedJobs().map(job => job.n));
+  const set = jobs => { curve.picked = new Set(jobs.map(job => job.n)); showCurves(); };
+  put('curve-jobs', el('legend', {}, `Jobs: ${shownJobs.size} of ${curveJobs().length} are drawn`),
+    el('span', {class: 'row'}, button('All', () => set(there), {id: 'curves-all', class: 'link'}),
+      button('None', () => set([]), {id: 'curves-none', class: 'link'})),
+    there.map(job => el('label', {title: settingsOf(job)}, el('input', {type: 'checkbox',
+      checked: shownJobs.has(job.n), 'data-job': job.n, change: event => {
+        const picked = new Set(pickedJobs().map(one => one.n));
+        if (event.target.checked) picked.add(job.n);
+        else picked.delete(job.n);
+        curve.picked = picked;
+        drawCurves();
+      }}), el('span', {}, `${shortName(job)} ${settingsOf(job)}`))));
+}
+
+function showCurves() {
+  if (!curve.name) return;
+  showCurveJobs();
+  drawCurves();
+}
+
+function drawCurves() {
+  const some = pickedJobs(), of = job => data.curves[job.n][curve.name];
+  byId('curve-jobs').querySelector('legend').textContent =
+    `Jobs: ${some.length} of ${curveJobs().length} are drawn`;
+  const ys = rangeOf(some, job => of(job)[1]);
+  if (!ys.length) {
+    put('curve-plot', el('p', {}, 'No job with numbers is chosen.'));
+    put('curve-table');
+    return;
+  }
+  const positive = ys.every(value => value > 0);
+  const isLog = positive && (curve.log ?? spansDecadesOf(ys, 1000));
+  byId('curve-log').checked = isLog;
+  const width = widthOf('curve-plot'), height = 340, left = 66, bottom = height - 46;
+  const xs = some.flatMap(job => of(job)[0]);
+  const x = scaleFor(xs, false, left, width - 10, 0), y = scaleFor(ys, isLog, bottom, 26);
+  const place = curveColours(some);
+  const lines = some.map(job => {
+    const [a, b] = of(job), at = place.of(job);
+    return draw('path', {class: `mark curve ${some.length > 40 ? 'thin' : ''}`, stroke: colour(at),
+      'stroke-dasharray': DASHES[at % DASHES.length] || null, 'data-job': job.n, tabindex: -1,
+      role: 'button', 'aria-label': `${job.name}: ${settingsOf(job)}, ${curve.name} from `
+        + `${shown(b[0])} to ${shown(b.at(-1))}`,
+      d: linePath(a.map(x.at), b.map(value => Number.isFinite(value) ? y.at(value) : null))});
+  });
+  const counter = mostUsed(some.map(job => of(job)[2])) || 'number of the value in the output';
+  put('curve-plot', picture(width, height, {role: 'group',
+    'aria-label': `${curve.name} over ${counter} of ${many(some.length, 'job')}`},
+  yAxis(y, left, width - 10, curve.name), x.ticks.map(tick => draw('text',
+    {x: x.at(tick), y: bottom + 18, 'text-anchor': 'middle'}, shown(tick))),
+  draw('line', {class: 'axis', x1: left, x2: width - 10, y1: bottom, y2: bottom}),
+  draw('text', {class: 'strong', x: (left + width) / 2, y: height - 6, 'text-anchor': 'middle'},
+    counter), draw('svg', {y: 22, width, height: bottom - 20,
+    viewBox: `0 22 ${width} ${bottom - 20}`}, lines)), curveLegend(some, place));
+  isReachable(byId('curve-plot'));
+  put('curve-table', tableOf(['job', 'settings', 'values', 'first', 'lowest', 'highest', 'last'],
+    some.slice(0, 300).map(job => {
+      const values = of(job)[1], finite = values.filter(Number.isFinite);
+      return [job.name, settingsOf(job), values.length, values[0], leastOf(finite),
+        mostOf(finite), values.at(-1)];
+    }), 'Curves'));
+}
+
+function spansDecadesOf(values, ratio) {
+  const low = leastOf(values), high = mostOf(values);
+  return low > 0 && high / low >= ratio;
+}
+
+function mostUsed(texts) {
+  const counts = new Map();
+  texts.forEach(text => counts.set(text, (counts.get(text) || 0) + 1));
+  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0];
+}
+
+function curveLegend(some, place) {
+  const line = at => draw('svg', {width: 26, height: 10, 'aria-hidden': 'true'}, draw('line',
+    {x1: 1, x2: 25, y1: 5, y2: 5, stroke: colour(at), 'stroke-width': 2,
+      'stroke-dasharray': DASHES[at % DASHES.length] || null}));
+  const entries = curve.colour
+    ? place.grades.all.map(one => `${curve.colour.head} = ${one.text}`)
+    : some.length <= COLOURS ? some.map(job => `${shortName(job)} ${settingsOf(job)}`) : [];
+  return el('div', {class: 'swatches'}, entries.slice(0, 30).map(
+    (text, at) => el('span', {}, line(at), text)));
+}
+
+function beginCurves() {
+  const names = curveNames();
+  byId('curves').hidden = !names.length;
+  if (!names.length) return;
+  const wanted = plot.metric && plot.metric.key;
+  curve.name = names.includes(wanted) ? wanted : names[0];
+  curve.colour = plot.parameter;
+  put('curve-controls',
+    choice('curve-name', 'Curve', names.map(name => [name, name]), curve.name,
+      event => { curve.name = event.target.value; curve.log = curve.picked = null; showCurves(); }),
+    choice('curve-colour', 'a colour for each', [['', 'job'],
+      ...parameters.map((one, at) => [String(at), one.head])],
+    curve.colour ? String(parameters.indexOf(curve.colour)) : '', event => {
+      curve.colour = event.target.value ? pick(parameters, event) : null;
+      showCurves();
+    }),
+    el('label', {}, el('input', {type: 'checkbox', id: 'curve-log', change: event => {
+      curve.log = event.target.checked;
+      showCurves();
+    }}), 'logarithmic'));
+  const few = data.looked >= jobs.length ? '' : ` The outputs of ${many(data.looked, 'job')}, from `
+    + `all over the ${jobs.length.toLocaleString('en')}, were read for this.`;
+  byId('curve-hint').textContent = 'Numbers that stand in several lines of an output under one '
+    + `name; of long outputs a selection.${few}`;
+  bindMarks(byId('curve-plot'), mark => tellJob(jobs[mark.dataset.job]),
+    mark => openJob(jobs[mark.dataset.job]));
+  followers.push(showCurves);
+}
+
+// ---- Failures ----
+
+function reasonKey(job) {
+  return job.reason.replace(/[0-9]+/g, '0');
+}
+
+function failureGroups() {
+  const groups = new Map();
+  for (const job of jobs.filter(one => one.reason)) {
+    const key = reasonKey(job);
+    if (!groups.has(key)) groups.set(key, {key, words: job.reason, jobs: []});
+    groups.get(key).jobs.push(job);
+  }
+  return [...groups.values()].sort((a, b) => b.jobs.length - a.jobs.length);
+}
+
+// Return the fewest of the settings, one or two, that no good job has together.
+function culprits(shared, good, mayPair) {
+  const has = (job, settings) => settings.every(
+    ([column, value]) => column.values[job.n] === value);
+  const candidates = [...shared.map(one => [one]), ...(mayPair ? shared.flatMap(
+    (one, at) => shared.slice(at + 1).map(other => [one, other])) : [])];
+  return (good.length && candidates.find(settings => !good.some(job => has(job, settings)))) || [];
+}
+
+// Return what all jobs of a group share that no job which finished well has.
+function sharedBy(some) {
+  const good = jobs.filter(isGood), said = [], shared = [];
+  for (const column of parameters) {
+    const value = column.values[some[0].n];
+    if (value === null || some.some(job => column.values[job.n] !== value)) continue;
+    shared.push([column, value]);
+  }
+  const settings = culprits(shared, good, some.length > 1);
+  if (settings.length) said.push(`${listOf(settings.map(([column, value]) =>
+    `${column.head} = ${textOf(column, value)}`))}, with which no job finished well`);
+  const places = new Set(some.map(job => job.tries.at(-1)?.machine));
+  const [place] = places;
+  const several = new Set(jobs.map(job => job.tries.at(-1)?.machine)).size > 1;
+  if (some.length > 1 && places.size === 1 && place >= 0 && several) {
+    said.push(`all ran on ${data.machines[place].name}`);
+  }
+  return said.join('; ');
+}
+
+function failureOf(group) {
+  const shared = sharedBy(group.jobs), some = group.jobs.slice(0, 6);
+  const show = button('Show in the table', () => {
+    chosen.reason = {key: group.key, words: group.words};
+    table.page = 0;
+    choose();
+    byId('table').scrollIntoView();
+  }, {class: 'link'});
+  return el('div', {class: 'failure'}, el('div', {class: 'count'}, `${group.jobs.length}\u00d7`),
+    el('div', {}, el('div', {class: 'reason'}, group.words),
+      shared ? el('div', {class: 'muted'}, shared) : '',
+      el('div', {class: 'jobs'}, some.map(job => button(job.name, () => openJob(job),
+        {class: 'link', 'aria-label': `${job.name}: open its output`})),
+      group.jobs.length > some.length ? `and ${group.jobs.length - some.length} more` : '', show)));
+}
+
+function showFailures() {
+  const groups = failureGroups();
+  put('failures-body', groups.length ? groups.slice(0, 100).map(failureOf)
+    : el('p', {}, jobs.length ? 'No job failed.' : 'There are no jobs yet.'));
+}
+
+// ---- What ran ----
+
+function pathsPart(what, paths, count) {
+  if (!paths || !count) return '';
+  const more = count > paths.length ? `, and ${count - paths.length} more` : '';
+  return el('details', {}, el('summary', {}, `${what}: ${count}`),
+    el('p', {class: 'code'}, paths.join(', ') + more));
+}
+
+function sentOf(one) {
+  const branch = one.branch ? ` on ${one.branch}` : '';
+  const commit = one.commit ? `commit ${one.commit.slice(0, 12)}${branch}` : '';
+  const state = one.commit && !one.changed_count && !one.untracked_count ? ', unchanged' : '';
+  const files = one.files === undefined ? ''
+    : `${many(one.files, 'file')}, ${bytesOf(one.bytes || 0)}`;
+  const links = [['the differences to the commit', one.diff], ['the list of files', one.list]]
+    .filter(([, link]) => link).map(([text, href]) => el('a', {href}, text));
+  return el('div', {}, el('h3', {}, `Files ${one.digest.slice(0, 8)}: ${many(one.jobs, 'job')}`),
+    el('p', {}, [commit + state, files].filter(Boolean).join(' \u00b7 ')
+      || 'What these files were was not recorded.'),
+    pathsPart('Files that differ from the commit', one.changed, one.changed_count),
+    pathsPart('Files that the commit does not have', one.untracked, one.untracked_count),
+    links.length ? el('p', {}, 'See ', links.map((link, at) => at ? [', ', link] : link)) : '');
+}
+
+function gigabytes(megabytes) {
+  return `${shown(Math.round(megabytes / 102.4) / 10)} GB`;
+}
+
+function showRan() {
+  const rows = data.machines.filter(one => Object.keys(one.facts).length).map(({name, facts}) => [
+    name, facts.cores || '', facts.memory_mb ? gigabytes(facts.memory_mb) : '',
+    listOf([...new Set((facts.gpus || []).map(gpu => gpu.model))].map(model => {
+      const count = facts.gpus.filter(gpu => gpu.model === model).length;
+      return count > 1 ? `${count} \u00d7 ${model}` : model;
+    })), facts.driver || '', facts.kernel || '', facts.python || '']);
+  const mixed = data.sent.length > 1
+    ? el('p', {}, `These jobs ran with ${data.sent.length} different sets of files.`) : '';
+  put('ran-body', mixed, data.sent.map(sentOf),
+    data.sent.length ? '' : el('p', {}, 'Which files the jobs ran with was not recorded.'),
+    data.variables.length ? el('p', {},
+      'Environment variables that were handed over (their names): ',
+      el('span', {class: 'code'}, data.variables.join(', '))) : '',
+    rows.length ? [el('h3', {}, 'Machines'), tableOf(['machine', 'cores', 'memory', 'GPUs',
+      'driver', 'kernel', 'Python'], rows, 'Facts of machines')]
+      : el('p', {class: 'muted'}, 'Facts of the machines were not recorded.'));
+}
+
+// ---- The top of the page ----
+
+function showLead() {
+  const length = span.to - span.from, seconds = jobs.reduce((sum, job) => sum + job.tries.reduce(
+    (all, one) => all + (one.ended ?? now) - one.began, 0), 0);
+  const gpus = view.lanes.filter(lane => lane.gpu !== null).length;
+  const parts = [many(jobs.length, 'job')];
+  if (jobs.some(job => job.tries.length)) {
+    parts.push(`${rangeOfTimes(span.from, span.to)} (${durationOf(length)})`,
+      `${durationOf(seconds)} of job time`);
+  }
+  if (data.machines.length) parts.push(many(data.machines.length, 'machine')
+    + (gpus ? `, ${many(gpus, 'GPU')}` : ''));
+  parts.push(data.places.join(', '));
+  byId('lead').textContent = parts.join(' \u00b7 ');
+  const made = dateText(now, {...DAY, year: 'numeric', ...CLOCK, second: '2-digit'});
+  byId('foot').textContent = `Made by results_table, ${made}. Times are of this computer's zone.`;
+  const counts = new Map();
+  for (const job of jobs) counts.set(job.state, (counts.get(job.state) || 0) + 1);
+  let x = 0;
+  const bars = inOrder(counts).map(([state, count]) => {
+    const width = 1000 * count / jobs.length;
+    x += width;
+    return draw('rect', {class: `bar ${state}`, x: x - width, y: 0, width, height: 10});
+  });
+  put('shares', draw('svg', {viewBox: '0 0 1000 10', preserveAspectRatio: 'none', role: 'img',
+    'aria-label': [...counts].map(([state, count]) => `${count} ${state}`).join(', ')}, bars));
+  byId('shares').hidden = !jobs.length;
+}
+
+function showNav() {
+  const sections = [...document.querySelectorAll('main > section')].filter(one => !one.hidden);
+  put('nav', sections.map(one => el('a', {href: `#${one.id}`},
+    one.querySelector('h2').textContent)));
+}
+
+// Return the sentence about machines and GPUs that had few jobs.
+function idleWords() {
+  const rows = useRows(), gpus = rows.filter(row => row.isGpu && row.tries.length);
+  const some = rows.filter(row => row.isGpu || !rows.some(other => other.isGpu
+    && other.machine === row.machine && (other.tries.length || !row.tries.length)));
+  if (some.length < 2) return '';
+  const shares = some.map(row => [busyShare(row.tries), row.name]).sort((a, b) => a[0] - b[0]);
+  const idle = shares.filter(([share]) => share < 0.5);
+  const rest = shares.filter(([share]) => share >= 0.5);
+  if (!idle.length) return `each ${gpus.length ? 'GPU' : 'machine'} had a job for at least `
+    + `${percent(shares[0][0])} of the time`;
+  const say = ([share, name]) => share < 0.005 ? `${name} had no job` :
+    `${name} idled ${percent(1 - share)} of the time`;
+  return `${listOf(idle.map(say), 3)}${rest.length ? `; ${rest.length === 1 ? rest[0][1]
+    : `the other ${rest.length}`} had a job for at least ${percent(rest[0][0])} of it` : ''}`;
+}
+
+function showGlance() {
+  const lines = [];
+  const add = (what, text, id) => { if (text) lines.push(el('li', {}, el('a', {class: 'what',
+    href: `#${id}`}, what), el('span', {}, text))); };
+  if (data.running) add('as of', `${timeOf(now)}: ${many(jobs.filter(
+    job => job.state === 'running').length, 'job')} running`, 'timeline');
+  if (plot.metric && plot.parameter) add(plot.metric.head, extremesOf(plot.metric, plot.parameter),
+    'parameters');
+  add('machines', jobs.length ? idleWords() : '', 'machines');
+  const groups = failureGroups();
+  const reasons = groups.map(one => `${one.jobs.length}\u00d7 ${one.words}`);
+  add('failures', listOf(reasons, 3), 'failures');
+  put('glance', lines);
+  byId('glance').hidden = !lines.length;
+  put('notes', data.notes.map(note => el('p', {},
+    note.replace(/^[a-z](?=[a-z]* )/, letter => letter.toUpperCase()))));
+  byId('notes').hidden = !data.notes.length;
+}
+
+function definePatterns() {
+  const pattern = (id, size, base, ...marks) => draw('pattern', {id, width: size, height: size,
+    patternUnits: 'userSpaceOnUse'}, draw('rect', {width: size, height: size, fill: base}), marks);
+  const line = (d, stroke, width) => draw('path', {d, stroke, 'stroke-width': width, fill: 'none'});
+  byId('patterns').append(draw('defs', {},
+    pattern('is-failed', 6, 'var(--failed)', line('M-1,7L7,-1M-1,1L1,-1M5,7L7,5', 'var(--paper)',
+      1.4)),
+    pattern('is-running', 8, 'var(--running)', line('M4,0V8', 'var(--paper)', 2)),
+    pattern('is-ended', 5, 'var(--ended)', draw('circle', {cx: 2.5, cy: 2.5, r: 1,
+      fill: 'var(--ink)'})),
+    pattern('is-lost', 6, 'var(--lost)', line('M-1,7L7,-1M-1,-1L7,7', 'var(--paper)', 1.1)),
+    pattern('is-cancelled', 4, 'var(--cancelled)', line('M0,2H4', 'var(--paper)', 1.2))));
+}
+
+// ---- A page of a batch that runs loads itself again ----
+
+const RELOAD_S = 30;
+
+function remember() {
+  const selects = [...document.querySelectorAll('select')].map(one => [one.id, one.value]);
+  const kept = {text: chosen.text, states: [...chosen.states], column: table.column?.key,
+    descending: table.descending, page: table.page, selects, y: scrollY,
+    reload: byId('reload')?.checked};
+  try { sessionStorage.setItem('results_table', JSON.stringify(kept)); } catch { /* not allowed */ }
+}
+
+function recall() {
+  try {
+    if (performance.getEntriesByType('navigation')[0]?.type !== 'reload') return {};
+    return JSON.parse(sessionStorage.getItem('results_table')) || {};
+  } catch { return {}; }
+}
+
+function restoreTable(kept) {
+  chosen.text = kept.text || '';
+  chosen.states = new Set(kept.states || []);
+  table.column = columns.find(one => one.key === kept.column) || null;
+  table.descending = Boolean(kept.descending);
+  table.page = kept.page || 0;
+}
+
+function restoreRest(kept) {
+  for (const [id, value] of kept.selects || []) {
+    const select = byId(id);
+    const isThere = select && [...select.options].some(one => one.value === value);
+    if (!isThere || select.value === value) continue;
+    select.value = value;
+    select.dispatchEvent(new Event('change'));
+  }
+  if (kept.y) scrollTo(0, kept.y);
+}
+
+function beginReloading(kept) {
+  if (!data.running) return;
+  const box = el('input', {type: 'checkbox', id: 'reload', checked: kept.reload !== false});
+  byId('lead').after(el('p', {class: 'controls'}, el('label', {}, box,
+    `The batch runs. Load this page again every ${RELOAD_S} s`)));
+  setInterval(() => {
+    if (box.checked && !byId('details').open && !document.hidden) location.reload();
+  }, 1000 * RELOAD_S);
+}
+
+// ---- Beginning ----
+
+function redrawAll() {
+  showTimeline();
+  if (data.machines.length) showMachines();
+  showAsked();
+  showPlot();
+  showCurves();
+}
+
+function beginDrawings() {
+  let width = document.body.clientWidth, pending = 0;
+  new ResizeObserver(() => {
+    if (document.body.clientWidth === width) return;
+    width = document.body.clientWidth;
+    clearTimeout(pending);
+    pending = setTimeout(redrawAll, 100);
+  }).observe(document.body);
+  addEventListener('keydown', event => { if (event.key === 'Escape') hideTip(); });
+  addEventListener('scroll', followTip, {passive: true, capture: true});
+  addEventListener('beforeprint', () => printed(true));
+  addEventListener('afterprint', () => printed(false));
+  addEventListener('pagehide', remember);
+}
+
+// On paper nothing can be turned or scrolled: it has all rows, as far as that is readable.
+function printed(isPaper) {
+  table.size = isPaper ? 2000 : 50;
+  table.isPaper = isPaper;
+  view.all = isPaper && view.rows.length <= 400;
+  showTable();
+  showLanes();
+}
+
+function begin() {
+  const kept = recall();
+  restoreTable(kept);
+  definePatterns();
+  beginTable();
+  choose();
+  performance.mark('table');
+  const rest = [beginTimeline, showTimeline, showLead, showMachines, showAsked, beginPlot,
+    beginCurves, () => { if (plot.metric) { showExplained(); showPlot(); } }, showCurves,
+    showFailures, showRan, showGlance, showNav, beginDrawings, () => beginReloading(kept),
+    () => restoreRest(kept),
+    () => { document.documentElement.dataset.ready = 'yes'; performance.mark('ready'); }];
+  const next = () => {
+    const until = performance.now() + 30;
+    while (rest.length && performance.now() < until) rest.shift()();
+    if (rest.length) setTimeout(next);
+  };
+  next();
+}
+
+begin();
+'''
 
 
 if __name__ == '__main__':

@@ -55,7 +55,8 @@ The promises, and the functions that keep them:
     before it is answered (Desk.look, Inbox.answer).
     Results belong to the command and the files that made them.  A line of a batch file is looked
     up by its command (match_lines), and the key of a job on a machine, NAME.ATTEMPT-IDENTITY,
-    names the journal that claimed it.
+    names the journal that claimed it.  What was sent is kept when it is sent (Keeper, Sent), and is
+    checked against its digests before it is sent once more (Rebuilt).
 
 Only Processes starts and waits for processes, in one thread.  Only Report prints.  Text meant for
 a shell on a machine stands in constants: BOOTSTRAP in Connection, the programs at the end of the
@@ -67,7 +68,7 @@ those programs.
     What is seen   Phrases, Report, Lines, Views, Status
     The edges      Options, Machine files, Batch files, Files to send, Archives, Probe
     The work       Results, Processes, Job log, Hooks, Wire, Connection, Client, Copies, Contact,
-                   Results on their way, Worker, Visits, As a library, Requests
+                   Results on their way, Worker, Visits, As a library, Requests, Past
     The commands   Commands
     On a machine   The remote runner, which opens with the files of a job, requests and events
 
@@ -12630,7 +12631,9 @@ def tell_likeness(past, name, unlike, reporter):
 
     unlike: sentences on files
     """
-    again = find_past(name)
+    again = read_past(name, f'job_results/.ssh_scheduler/commands/{name}/journal')
+    if not again or not again.ended:        # it was interrupted, or left running
+        return
     unlike = [*unlike, *unlike_then(past, again)]
     for text in unlike:
         reporter.line(f'not the same: {text}')
@@ -12736,7 +12739,8 @@ def reproduce(options, reporter):
               as_paths(claimed.get('backwards')), claimed.get('own', ''))
     options['--link-forwards'] = manifest.linked
     policy = read_policy(options)
-    policy = policy._replace(noted={**policy.noted, 'reproduces': past.name})
+    policy = policy._replace(noted={'batch': claimed.get('batch') or name,
+                                    'reproduces': past.name})
     results = ResultStore('job_results', f'commands/{name}')
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)

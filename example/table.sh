@@ -22,3 +22,4 @@ show results_table
 show results_table job_results --mean-over seed --sort test_loss
 show results_table job_results --mean-over seed --sort test_loss --csv sweep.csv
 show cat sweep.csv
+show results_table job_results --html report.html

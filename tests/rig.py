@@ -13,9 +13,10 @@ Three tricks make one computer look like several:
 * PidFile is a FIFO: sshd opens it once it listens, so that we are told and need not look again.
 
 `python3 rig.py --missing` lists the Debian packages that are needed and not there; for root, those
-of hosts.py as well, where a machine is a network of its own, too.
+of hosts.py as well, where a machine is a network of its own, too, and on Debian a browser.
 """
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -47,6 +48,8 @@ SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', 
 # What hosts.py needs besides, of use to root only: without them its tests are skipped.
 HOST_PACKAGES = {'iproute2': 'ip', 'nftables': 'nft', 'util-linux': 'unshare', 'mount': 'mount',
                  'faketime': 'faketime'}
+# What test_report_page.py needs besides; without it these tests are skipped.
+BROWSER_PACKAGES = {'chromium': 'chromium'}
 LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')
 
 
@@ -70,6 +73,20 @@ def missing_tools(packages=DEBIAN_PACKAGES):
             return os.path.exists(file)
         return nss_wrapper() if file.endswith('.so') else program(file)
     return [package for package, file in packages.items() if not is_there(file)]
+
+
+def is_debian():
+    """Tell whether this is Debian; Ubuntu has its chromium in another form, which needs snapd."""
+    with contextlib.suppress(OSError), open('/etc/os-release') as file:
+        return 'ID=debian\n' in file.readlines()
+    return False
+
+
+def missing_extras():
+    """The Debian packages without which some tests are skipped; only root can have them at once."""
+    if os.getuid() != 0:
+        return []
+    return missing_tools({**HOST_PACKAGES, **(BROWSER_PACKAGES if is_debian() else {})})
 
 
 # ---- Temporary folders, and what is left of them ----
@@ -688,6 +705,6 @@ exec {program('rsync')} "$@"
 if __name__ == '__main__':
     if sys.argv[1:] != ['--missing']:
         sys.exit(__doc__)
-    missing = missing_tools() + (missing_tools(HOST_PACKAGES) if os.getuid() == 0 else [])
+    missing = missing_tools() + missing_extras()
     print(*missing, sep='\n', end='\n' if missing else '')
     sys.exit(bool(missing))

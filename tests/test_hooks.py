@@ -1,7 +1,10 @@
 """What other programs are told of a batch: --joblog, --on-finish and --on-failure."""
+import json
 import os
+import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -391,3 +394,51 @@ def test_no_command_is_run_of_a_batch_that_cannot_begin(run, outside):
                options=['--on-finish', f'touch {outside}/finish'])
     assert done.returncode == 2 and 'no machine has that' in done.stderr
     assert not (outside / 'finish').exists()
+
+
+# ---- --report ----
+
+def states_in(page):
+    """How often each state of a job is in the page."""
+    text = page.read_text() if page.exists() else ''
+    data = json.loads((re.findall('id="data">(.*)</script>', text) or ['{}'])[0])
+    return Counter(data['states'][number] for number in data['jobs']['state']) if data else {}
+
+
+def test_a_page_at_the_end_and_while_the_batch_runs(start, gate, project):
+    page = project / 'report.html'
+    batch = start(['echo loss: 1', f'{gate.wait("a")}; echo loss: 2; exit 3'],
+                  '--report', 'report.html', '--watch', '1')
+    wait_until(lambda: states_in(page) == {'finished': 1, 'running': 1}, 'a page on both jobs')
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, 'report' in done.stderr) == (1, False), done
+    assert states_in(page) == {'finished': 1, 'failed': 1}
+    done = start(['echo loss: 1', 'exit 4'], '--report', 'report.html').end()
+    (claim,) = [line for line in (RESULTS / '.ssh_scheduler/journal').read_text().splitlines()
+                if '"claimed"' in line and 'exit 4' in line]
+    sent = Path('job_results/.ssh_scheduler/sent', json.loads(claim)['files'], 'files.json')
+    assert 'batch.sh' in sent.read_text() and 'report.html' not in sent.read_text()
+
+
+def test_a_page_that_cannot_be_written(run):
+    for path in ('no/report.html', '.'):
+        done = run('true', options=['--report', path])
+        assert (done.returncode, f'--report {path}: this is no file' in done.stderr) == (2, True)
+    assert not RESULTS.exists()
+    done = run('true', options=['--report', '/proc/report.html'])
+    assert done.returncode == 0 and result('batch.sh.1') == b''
+    assert done.stderr.count('/proc/report.html was not written: ') == 1
+
+
+def test_a_page_without_results_table(project, tmp_path, scheduler, client_env):
+    alone = tmp_path / 'ssh_scheduler.py'
+    alone.write_bytes(Path(scheduler).read_bytes())
+    (project / 'b.sh').write_text('true\n')
+    done = subprocess.run(
+        [sys.executable, alone, 'execute_batch', 'b.sh', '--machines', 'localhost', *NO_GPU,
+         '--report', 'r.html'], env=client_env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(
+        'execute_batch: --report needs results_table.py, in the same folder as ssh_scheduler.py: '
+        f'{tmp_path}\n'), done
+    assert not RESULTS.exists()

@@ -529,7 +529,30 @@ def test_what_cannot_be_reproduced(run, ask, project):
     assert done.returncode == 2 and 'are not recorded, so it cannot be reproduced' in done.stderr
 
 
-# ---- combine_folders ----
+# ---- results_table, combine_folders ----
+
+def test_a_table_tells_of_different_files_and_leaves_out_what_is_reproduced(run, ask, project):
+    def table(*words):
+        done = subprocess.run([sys.executable, ROOT / 'results_table.py', '--json', *words],
+                              capture_output=True, text=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+    (project / 'code').write_text('echo loss: 1')
+    run('bash code a')
+    run('bash code a', 'bash code b')               # the batch file has changed
+    rows, said = table()
+    assert len(rows) == 2 and 'files' not in rows[0] and 'different' not in said
+    (project / 'code').write_text('echo loss: 2')
+    run('bash code a', 'bash code b', 'bash code c')
+    ask('--reproduce', 'batch.sh.1')
+    rows, said = table()
+    assert [row['loss'] for row in rows] == [1, 1, 2]
+    assert len({row['files'] for row in rows}) == 2 == len({row['files'] for row in rows[:2]}) + 1
+    assert 'results of 2 different sets of files are mixed: 2 jobs ran with' in said
+    rows, _ = table('--earlier')
+    assert [row['job'] for row in rows] == ['batch.sh.1', 'batch.sh.1-again', 'batch.sh.2',
+                                            'batch.sh.3']
+
 
 def test_results_of_different_files_are_told_when_they_are_combined(run, project):
     def combine(*sources):

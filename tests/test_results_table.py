@@ -1092,7 +1092,7 @@ README = (PROGRAM.parent / 'README.md').read_text(encoding='utf-8')
 @pytest.mark.parametrize('line', re.findall(r'(?m)^\$ results_table *(.*)$', README))
 def test_a_command_line_of_the_readme_is_understood(made, line):
     for seed in (1, 2):
-        made.add(f'grid.sh.{seed}', f'./a --seed {seed}', 'test_loss: 1')
+        made.add(f'grid.sh.{seed}', f'./a --seed {seed} --lr {seed}', 'test_loss: 1\nval_acc: 1')
     done = command(*shlex.split(line))
     assert done.returncode == 0 and 'Usage' not in done.stderr
 

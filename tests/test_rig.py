@@ -259,7 +259,8 @@ def test_start_cli_is_ended_with_the_test(start_cli):
 def test_missing_packages_are_listed_for_make():
     done = subprocess.run([sys.executable, rig.__file__, '--missing'], capture_output=True,
                           text=True)
-    missing = rig.missing_tools(rig.HOST_PACKAGES) if os.getuid() == 0 else []
+    missing = rig.missing_extras()
+    assert set(missing) <= {*rig.HOST_PACKAGES, *rig.BROWSER_PACKAGES}
     assert (done.stdout.split(), done.returncode) == (missing, bool(missing))
 
 
