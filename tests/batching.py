@@ -3,6 +3,7 @@
 Jobs are ordered by witnesses, never by time: one that has to wait reads from a FIFO of Gate, one
 that has to be seen adds a line to a ledger, and the tests wait for the line itself.
 """
+import json
 import os
 import stat
 import subprocess
@@ -10,12 +11,22 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import rig
 
 import ssh_scheduler
 
 NO_GPU = ('--no-gpu-required', '--memory-required=100')
 RESULTS = Path('job_results')
+
+# With this mark a test runs crash.py, so that constants() may be others, such as long times.
+with_constants = pytest.mark.parametrize('scheduler', [Path(__file__).with_name('crash.py')],
+                                         ids=['hasty'])
+
+
+def constants(**values):
+    """An environment that gives constants of the program other values; see with_constants."""
+    return {'CRASH_SETTINGS': json.dumps(values)}
 
 
 class Batches:

@@ -66,6 +66,13 @@ class Terminal:
         while rig.wait_readable(self.leader, timeout_s=0.05) and self._read():
             pass
 
+    def watch(self, time_s):
+        """Read what comes within this time."""
+        until = time.monotonic() + time_s
+        while (left_s := until - time.monotonic()) > 0 and (
+                rig.wait_readable(self.leader, timeout_s=left_s)) and self._read():
+            pass
+
     def end(self):
         """Read to the end; return the exit status."""
         while self._read():

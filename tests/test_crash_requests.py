@@ -19,7 +19,8 @@ def sweep(whole, live):
 def new_life(lab, client_env, tmp_path):
     machine = lab()
     env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}
-    return lambda name: Life(tmp_path / str(name), machine, 'localhost', env, COMMANDS[1:2])
+    return lambda name, like=None: Life(tmp_path / str(name), machine, 'localhost', env,
+                                        COMMANDS[1:2], like)
 
 
 def test_a_job_is_cancelled_at_any_moment(new_life):
@@ -48,12 +49,14 @@ def test_a_job_is_cancelled_at_any_moment(new_life):
 
 @pytest.mark.parametrize('request_', [CANCEL, RERUN], ids=['cancel', 'rerun'])
 def test_a_request_is_acted_on_once_wherever_the_program_is_killed(new_life, request_):
+    before = new_life('before')
+    runs_before = [before.run()] if request_ is RERUN else []
+    assert all(run.returncode == 0 for run in runs_before)
+
     def live(point):
-        life = new_life(point)
-        runs = [life.run()] if request_ is RERUN else []
+        life = new_life(point, before)
         life.ask(request_)
-        (life.folder / 'points').unlink(missing_ok=True)
-        runs += life.until_done(life.run(point))
+        runs = [*runs_before, *life.until_done(life.run(point))]
         said = '\n'.join(f'{run.stdout}{run.stderr}' for run in runs)
         asides = {path.name for path in life.project.glob('job_results/batch.sh.1~*')}
         try:
@@ -68,9 +71,7 @@ def test_a_request_is_acted_on_once_wherever_the_program_is_killed(new_life, req
             return f'{life.points()[point - 1]}: {error}\n{said}'
         return ''
 
-    whole = new_life('whole')
-    runs = [whole.run()] if request_ is RERUN else []
+    whole = new_life('whole', before)
     whole.ask(request_)
-    (whole.folder / 'points').unlink(missing_ok=True)
-    assert whole.run().returncode in (0, 1) and not runs or runs[0].returncode == 0
+    assert whole.run().returncode in (0, 1)
     sweep(whole, live)

@@ -1,6 +1,7 @@
 """The program is killed at each point of its life at which it changes something: see crash.py."""
 import concurrent.futures
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,20 +20,28 @@ AT_A_TIME = 3
 
 
 class Life:
-    """One batch in a folder of its own, with a ledger of its own."""
+    """One batch in a folder of its own, with a ledger of its own.
 
-    def __init__(self, folder, machine, word, env, commands=COMMANDS):
+    like: another Life, on localhost, whose project and ledger it has as they are
+    """
+
+    def __init__(self, folder, machine, word, env, commands=COMMANDS, like=None):
         self.folder, self.project, self.ledger = folder, folder / 'project', folder / 'ledger'
-        self.env = {**env, 'CRASH_LOG': str(folder / 'points')}
+        self.env = {**env, 'CRASH_LOG': str(folder / 'points'), 'RIG_LEDGER': str(self.ledger)}
         self.argv = [sys.executable, PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU,
                      '--machines', word]
+        self.jobs = [f'batch.sh.{n}' for n, _ in enumerate(commands, 1)]
+        if like:
+            shutil.copytree(like.project, self.project, symlinks=True)
+            shutil.copy(like.ledger, self.ledger)
+            return
         self.project.mkdir(parents=True)
         self.ledger.touch()
         (self.project / 'big').write_bytes(bytes(300_000))
+        # A job of localhost has the variables of the client; a machine of the rig has its own.
+        prefix = '' if word == 'localhost' else f'RIG_LEDGER={self.ledger} '
         (self.project / 'batch.sh').write_text(''.join(
-            f'RIG_LEDGER={self.ledger} {machine.bin}/{ledger_line(command)}\n'
-            for command in commands))
-        self.jobs = [f'batch.sh.{n}' for n, _ in enumerate(commands, 1)]
+            f'{prefix}{machine.bin}/{ledger_line(command)}\n' for command in commands))
 
     def run(self, point=0, request=None):
         """Run the batch to that point, or to its end.

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, assert_clean, places, result, wait_until, wrote
+from batching import (
+    NO_GPU,
+    RESULTS,
+    Batches,
+    assert_clean,
+    constants,
+    places,
+    result,
+    wait_until,
+    with_constants,
+    wrote,
+)
 from commands import (
     Running,
     assert_ended,
@@ -222,7 +233,7 @@ def test_nobody_notices_a_delay(start, machine, gate):
         running.until(b'%d\n' % number)
         taken.append(time.monotonic() - began)
     assert running.end().status == 0
-    assert statistics.median(taken) < 0.2, taken
+    assert statistics.median(taken) < 0.4, taken        # a look each second would take 0.5 s
 
 
 def test_what_is_said_arrives_where_copying_its_files_took_long(start, lab, project, gate):
@@ -799,9 +810,11 @@ def test_after_its_results_were_deleted_it_runs_again(run, lab1, ledger):
 
 # ---- It is ended ----
 
+@with_constants
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_whole_tree(start, machine, ledger, number, clean):
-    running = start(machine, nasty_tree(ledger), '--job-name', 'tree')
+    running = start(machine, nasty_tree(ledger), '--job-name', 'tree',
+                    env=constants(INTERRUPT_S=30.0))    # one of them is deaf, and has 5 s
     pids = nasty_pids(ledger)
     running.until(b'started\n')
     running.signal(number)

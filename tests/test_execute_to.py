@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import RESULTS, assert_clean, places, wait_until
+from batching import RESULTS, assert_clean, constants, places, wait_until, with_constants
 from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree, peak_mb, word
 
 
@@ -198,31 +198,37 @@ def test_one_line_for_each_kind_of_failure(run, named):
         (machine.folder / 'it').write_text(command)
     off.stop()
     hangs.freeze()
-    done = run(files, 'echo said; . $RIG_MACHINE/it', '--timeout=5')
+    done = run(files, 'echo said; . $RIG_MACHINE/it', '--timeout=8')
     hangs.thaw()
     assert done.status == 1
     assert sorted(done.out.decode().split('\n')) == [
         '', *(f'{name:<6} said' for name in ('bad1:', 'bad2:', 'good:', 'noisy:', 'worse:'))]
     assert sorted(done.notes) == [
         'failed: bad1, bad2 (exit code 3)', 'failed: worse (exit code 255)',
-        'timed out: hangs (after 5 s)',
+        'timed out: hangs (after 8 s)',
         f'unreachable: off (nothing listens at 127.0.0.1 port {off.port})']
     assert_all_clean([good, bad1, bad2, worse, noisy])
 
 
+# As `yes`, but it does not fill the disk, for which all other tests would wait.
+SAYS_MUCH = 'yes | head -c 500000000; sleep 1000'
+
+
 def test_what_says_too_much_is_ended_in_time(run, start, named):
-    """What it had said over there, gigabytes perhaps, does not all come first."""
+    """What it had said over there does not all come first: that would take a minute."""
     machines, files = named('a')
     began = time.monotonic()
-    running = start(files, 'yes', '--timeout=2', stdout=subprocess.DEVNULL)
+    running = start(files, SAYS_MUCH, '--timeout=2', stdout=subprocess.DEVNULL)
     assert running.end().status == 1
     assert time.monotonic() - began < 45
     assert_all_clean(machines)
 
 
+@with_constants
 def test_a_machine_that_hangs_while_it_runs(start, named):
     machines, files = named('a')
-    running = start(files, 'echo one; sleep 1000', '--timeout=3')
+    running = start(files, 'echo one; sleep 1000', '--timeout=3', env=constants(
+        INTERRUPT_S=3.0, FAREWELL_S=3.0))
     running.until(b'a: one')
     machines[0].freeze()
     began = time.monotonic()
@@ -480,7 +486,7 @@ def test_a_second_interrupt_stops_waiting(start, named, gate):
 def test_a_reader_that_leaves_ends_it_all(start, named):
     machines, files = named('a', 'b')
     began = time.monotonic()
-    running = start(files, 'yes')
+    running = start(files, SAYS_MUCH)
     running.size(1)
     del running._open[running.process.stdout.fileno()]
     running.process.stdout.close()

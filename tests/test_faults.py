@@ -1078,7 +1078,7 @@ def test_43_a_full_disk_under_the_journal(lab, run, disk, project):
 
 def test_44_a_slow_line_that_loses_packets(host, run):
     machine = host()
-    machine.lossy(5)
+    machine.lossy(10)
     machine.slow(20_000)
     done = run([ledger_line(f'echo {n}') for n in range(6)],
                [quick(machine, {'ServerAliveInterval': 5, 'ConnectTimeout': 15})])

@@ -167,10 +167,15 @@ class Scene:
 
     def take(self, name, shown, since=''):
         """Keep what the terminal shows, from the last line that begins with `since`."""
-        shown.settle()
         columns, rows = self.size
-        text = '\n'.join(shown.whole).rstrip()
-        lines = [steady(line, columns) for line in text.split('\n')]
+        lines, before = [], None
+        while lines != before:          # until another picture, 0.2 s later, shows the same
+            before = lines
+            shown.settle()
+            text = '\n'.join(shown.whole).rstrip()
+            lines = [steady(line, columns) for line in text.split('\n')]
+            if lines != before:
+                shown.watch(0.25)
         if since:
             first = next(at for at, line in enumerate(lines) if re.match(since, line))
             lines = lines[first:]

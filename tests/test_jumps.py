@@ -1,7 +1,7 @@
 """Jump hosts: real ones, at the address of the machine itself; and what is said of each hop."""
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, assert_clean, result
+from batching import NO_GPU, RESULTS, assert_clean, constants, result, with_constants
 
 from ssh_scheduler import Machine, explain_login
 
@@ -58,7 +58,7 @@ def test_one_account_direct_and_by_a_jump_host(run_cli, lab, ssh_config, tmp_pat
     by_jump = tmp_path / 'by_jump.yaml'
     by_jump.write_text(machine.yaml(proxy_jump=at(jump)).read_text())
     direct = machine.yaml()
-    done = run_cli('execute_to', '--machines', by_jump, direct, '--', 'echo here', timeout=20)
+    done = run_cli('execute_to', '--machines', by_jump, direct, '--', 'echo here')
     assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
     assert 'are the same account, ' in done.stderr and done.stderr.count('\n') == 1
 
@@ -171,11 +171,13 @@ def test_a_jump_host_of_the_user_s_configuration(run_cli, lab, ssh_config):
     jump.start()
 
 
+@with_constants
 def test_a_jump_host_that_hangs_is_named(run_cli, lab, ssh_config):
     machine, jump = lab(), lab()
     ssh_config(jump)
     jump.freeze()
-    done = run_cli('execute_to', '--machines', machine.yaml(proxy_jump=at(jump)), '--', 'true')
+    done = run_cli('execute_to', '--machines', machine.yaml(proxy_jump=at(jump)), '--', 'true',
+                   env=constants(HOP_LIMIT_S=3))
     jump.thaw()
     assert f'(jump host {place(jump)} did not answer in time' in done.stderr
 

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Follower, result, wait_until, wrote
+from batching import (
+    NO_GPU,
+    RESULTS,
+    Follower,
+    constants,
+    result,
+    wait_until,
+    with_constants,
+    wrote,
+)
+
+import ssh_scheduler as s
 
 SHARED_GPU = ('--memory-required=100', '--no-reserve-gpu', '--gpu-utilization=0.1')
 as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root has machines of other accounts')
@@ -38,12 +49,13 @@ class Notes:
 @pytest.fixture
 def watched(start_cli, project, tmp_path, scheduler):
     """Start a batch whose stderr can be read while it runs: watched(argv) -> Follower, Notes."""
-    def start(lines, machines, *options):
+    def start(lines, machines, *options, env=None):
         Path('batch.sh').write_text('\n'.join(lines) + '\n')
         notes = Notes(tmp_path / f'stderr.{len(os.listdir(tmp_path))}')
         with open(notes.path, 'w') as file:
             process = start_cli('execute_batch', 'batch.sh', *options, '--machines',
-                                *[machine.yaml() for machine in machines], stderr=file)
+                                *[machine.yaml() for machine in machines], stderr=file,
+                                env=env)
         return Follower(process), notes
 
     return start
@@ -230,12 +242,14 @@ def test_what_own_jobs_have_taken_is_not_counted_twice(watched, lab, gate):
     assert used['batch.sh.1']['peak_gpu_memory_mb'] == 6000
 
 
+@with_constants
 @pytest.mark.parametrize('script', ['#!/bin/bash\nexec sleep 1000\n', '#!/bin/bash\nexit 15\n'])
 def test_an_nvidia_smi_that_fails_later_holds_back_gpu_jobs_only(watched, lab, gate, script):
     machine = lab(gpus=rig.fake_gpus(1))
     lines = [gate.wait('one'), 'echo two',
              *[f'execute_remote --no-gpu-required "{gate.wait(name)}"' for name in 'abc']]
-    batch, notes = watched(lines, [machine], '--verbose', '--memory-required=100')
+    batch, notes = watched(lines, [machine], '--verbose', '--memory-required=100', env=constants(
+        REMOTE_RUNNER=s.REMOTE_RUNNER.replace('GPU_LIMIT_S=20 ', 'GPU_LIMIT_S=2 ')))
     batch.until('started: batch.sh.5')
     machine.set_gpus([], nvidia_smi=script)
     notes.until(f'^{machine.yaml()}: probe  nvidia_smi  (timeout|15)')

@@ -883,7 +883,7 @@ def test_what_was_started_by_either_name_is_cancelled(run_cli, batches, lab, tmp
 def test_a_command_runs_once_on_an_account_of_two_names(run_cli, lab, tmp_path, options):
     machine = lab()
     names = [machine.yaml(), by_another_name(machine, tmp_path)]
-    done = run_cli('execute_to', '--machines', *names, *options, '--', 'echo here', timeout=20)
+    done = run_cli('execute_to', '--machines', *names, *options, '--', 'echo here')
     assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
     assert done.stderr in [             # at once, the second may have begun when the first comes
         f'left out: {left} ({same(machine, kept, left)})\n'

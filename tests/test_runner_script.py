@@ -101,7 +101,7 @@ class Channel:
     """A remote runner under a local bash, its requests and its events."""
 
     def __init__(self, env, *, bash='bash', project=None, owner='', client='1.0.1',
-                 workdir='', setup='', gpus=False, variables=(), functions=''):
+                 workdir='', setup='', gpus=False, variables=(), functions='', gpu_limit_s=20):
         project = project or os.path.basename(env['HOME'])      # another test's may run beside it
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
         self.events = []                    # all so far, as lists of text, but the account
@@ -111,7 +111,10 @@ class Channel:
             [bash, *s.BOOTSTRAP_BASH[1:], s.BOOTSTRAP], env=env, cwd=env['HOME'],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
-        script = (functions + s.REMOTE_RUNNER).encode()
+        limit = 'GPU_LIMIT_S={} '
+        assert limit.format(20) in s.REMOTE_RUNNER
+        script = (functions + s.REMOTE_RUNNER.replace(
+            limit.format(20), limit.format(gpu_limit_s))).encode()
         self.write(s.nul_ended(s.REMOTE_LOADER, len(script)) + script + s.nul_ended(
             TOKEN, workdir, project, owner or f'owner-{id(self)}', client, setup,
             int(gpus), len(variables), *variables))
@@ -656,7 +659,7 @@ def test_a_login_that_is_slow_does_not_take_the_gpus_away(channel, env, tmp_path
     shell = tmp_path / 'bin/slow'
     shell.write_text('#!/bin/bash\nexec sleep 1000\n')
     shell.chmod(0o755)
-    runner = channel(env={**env, 'PATH': path, 'SHELL': str(shell)}, gpus=True)
+    runner = channel(env={**env, 'PATH': path, 'SHELL': str(shell)}, gpus=True, gpu_limit_s=3)
     assert len(s.parse_probe(facts_of(runner), s.Machine('here')).gpus) == 1
     for pid in rig.knowing(env['HOME']):
         if rig.cmdline(pid) == 'sleep 1000':
@@ -1038,7 +1041,7 @@ def test_a_worker_retires_where_a_job_left_something_behind(runner, leave):
     worker, *left = map(int, first.split())
     for pid in left:
         os.kill(pid, 9)
-    assert int(second.split()[0]) != worker and second.split()[1] == '0'
+    assert int(second.split()[0]) != worker and second.split()[1] == str(os.nice(0))
 
 
 def test_more_jobs_run_at_once_than_a_login_may_have_files_open(channel, gate, tmp_path):
