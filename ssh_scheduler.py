@@ -8249,6 +8249,9 @@ class HtmlReport:
         folder, name = os.path.split(path)
         if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
             raise UsageError(f'--report {path}: this is no file in a folder that exists.')
+        if self.path_here.startswith('job_results/'):
+            raise UsageError(f'--report {path}: name a file outside of job_results, where only '
+                             'results are.')
 
     @property
     def path_here(self):
