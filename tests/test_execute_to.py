@@ -262,12 +262,14 @@ def test_a_machine_that_is_lost_on_the_way(start, host, lab1, gate):
     machine = host(sees=(gate.folder,))
     patient = {'UserKnownHostsFile': str(machine.known_hosts), 'ServerAliveInterval': '1',
                'ServerAliveCountMax': '2'}
+    for name in ('host1', 'lab1'):
+        gate.path(name)
     running = start([file_of(machine, ssh_options=patient), file_of(lab1)],
-                    'echo here; [ -d ~/.lab ] || ' + gate.wait('a'))
+                    f'echo here; read -r <{gate.folder}/${{SSH_SCHEDULER_JOB##*_}}')
     running.until(b'host1: here\n')
     running.until(b'lab1:  here\n')
     machine.cut()
-    gate.open('a')
+    gate.open('lab1')
     done = running.end()
     assert done.status == 1
     assert [line for line in done.notes if line.startswith('lost: host1 (')], done.notes

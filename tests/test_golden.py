@@ -124,7 +124,9 @@ class Scene:
         for name in (*HELD, 'first'):
             self.gate.path(name)
         for machine in machines:
-            shutil.copy(machine.yaml(), self.project)
+            known = {'UserKnownHostsFile': str(machine.known_hosts)}
+            # After ConnectTimeout, 15 s by default, the silent machine is given up.
+            shutil.copy(machine.yaml(ssh_options={**known, 'ConnectTimeout': 100}), self.project)
         for machine in machines[:2]:
             script = HALF.replace('RSYNC', rig.program('rsync'))
             machine._script('rsync', script.replace('FREE', str(self.free(machine))))
