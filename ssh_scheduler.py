@@ -6054,6 +6054,30 @@ def content_digest(data):
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def differs_now(path, manifest):
+    """Tell whether a file that was sent is another one here and now, or none."""
+    mode, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+        if content.startswith(TO):
+            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
+        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
+            return True
+        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
+    except OSError:
+        return True
+
+
+def was_touched(path, manifest):
+    """Tell whether a file that was sent has another size or time here and now, or is gone."""
+    _, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return True
+    return info.st_mtime_ns != ns or info.st_size != size and not content.startswith(TO)
+
+
 SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
 
 
@@ -9001,6 +9025,8 @@ class Files:
 
 
 GIT_LIMIT_S = 60.0          # for an answer of git
+LAST_GIT_S = 5.0            # for git to answer once all else is done: nobody waits longer for it
+DIFF_BYTES = 256 * 2**20    # of changed files; git has them in memory to tell how they differ
 GIT_PATHS = 500             # that one git is asked about
 MOST_LISTED = 1000          # untracked files in a record
 
@@ -9050,37 +9076,66 @@ class Keeper:
     def _ask_git(self, manifest, limit_bytes):
         """A flow: return (facts for the record, the differences to the commit as a patch).
 
-        No path is in them that was not sent.
+        No path is in them that was not sent.  There is no patch where the commit with it might not
+        be what was sent: it is too large, a file was edited since, or git was told not to look.
+        Raises SchedulerError where git fails, for half an answer would be a wrong one.
         """
         head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
-        if not head:
-            return {}, b''                  # it has no commit yet
         commit, branch = os.fsdecode(head).split('\n')[:2]
-        differ = ('diff', 'HEAD', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
-        changed = yield from self._git(*differ, '--name-only', '-z')
-        tracked = yield from self._git('ls-files', '-z')
+        differ = ('diff', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
+        changed = yield from self._git(*differ, '--name-only', '-z', commit, '--')
+        listed = yield from self._git('ls-files', '-v', '-z')
+        tags = {row[2:]: row[0] for row in os.fsdecode(listed).split('\0') if row}
         sent = {path for path in manifest.files if not is_below(path, manifest.linked)}
-        changed = sorted(sent.intersection(os.fsdecode(changed).split('\0')))
-        untracked = sorted(sent.difference(os.fsdecode(tracked).split('\0')))
-        patch = b''
-        for start in range(0, len(changed), GIT_PATHS) if limit_bytes else ():
-            patch += yield from self._git(
-                '--literal-pathspecs', *differ, '--binary', '--no-color', '--src-prefix=a/',
-                '--dst-prefix=b/', '--', *changed[start:start + GIT_PATHS])
-        too_large = {'patch_bytes': len(patch)} if len(patch) > limit_bytes else {}
-        return {'commit': commit, 'branch': branch, 'changed': changed,
-                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked),
-                **too_large}, b'' if too_large else patch
+        untracked = sorted(sent.difference(tags))
+        changed = sent.intersection(os.fsdecode(changed).split('\0'), tags)
+        patch = yield from self._differences(manifest, differ, commit, sorted(changed), limit_bytes)
+        # --assume-unchanged and --skip-worktree
+        unsure = {path for path in sent if tags.get(path, 'H') not in 'HMRCK'}
+        for number, path in enumerate(sorted(sent.intersection(tags))):
+            if number % GIT_PATHS == 0:
+                yield 0
+            if was_touched(path, manifest) and differs_now(path, manifest):
+                unsure.add(path)
+        whole = patch is not None and not unsure
+        return {'commit': commit, 'branch': branch, 'changed': sorted(changed | unsure),
+                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked)
+                }, patch if whole else b''
 
-    def _git(self, *words):
-        """A flow: return what git prints; nothing where it fails.  It changes nothing."""
+    def _differences(self, manifest, differ, commit, changed, limit_bytes):
+        """A flow: return how changed files differ from the commit; None if that is too much."""
+        patch = b''
+        if not limit_bytes or sum(manifest.files[path][1] for path in changed) > DIFF_BYTES:
+            return None
+        for start in range(0, len(changed), GIT_PATHS):
+            patch += yield from self._git(
+                '--literal-pathspecs', *differ, '--binary', '--no-color', '--unified=3',
+                '--submodule=short', '--src-prefix=a/', '--dst-prefix=b/', commit, '--',
+                *changed[start:start + GIT_PATHS], most=limit_bytes - len(patch))
+            if len(patch) > limit_bytes:
+                return None
+        return patch
+
+    def _git(self, *words, most=math.inf):
+        """A flow: return what git prints; it is ended after `most` bytes.  It changes nothing.
+
+        Raises SchedulerError where git fails.
+        """
         said = bytearray()
+
+        def take(data):
+            said.extend(data)
+            if len(said) > most:
+                child.kill()
+
         child = self._client.processes.start(
-            ['git', '-c', 'core.fsmonitor=false', *words], said.extend, None, has_input=False,
+            ['git', '-c', 'core.fsmonitor=false', *words], take, None, has_input=False,
             env={**os.environ, 'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1'},
             deadline_s=GIT_LIMIT_S)
         end = yield child
-        return b'' if end.status else bytes(said)
+        if end.status and len(said) <= most:
+            raise SchedulerError(f'git: {complaint_line(end.text) or end.status}')
+        return bytes(said)
 
 
 def in_checkout():
@@ -12475,20 +12530,6 @@ def what_it_had(past, sent):
                          'no file changed') + f': execute_batch --reproduce {past.name}'
 
 
-def differs_now(path, manifest):
-    """Tell whether a file that was sent is another one here and now, or none."""
-    mode, size, ns, content = manifest.files[path]
-    try:
-        info = os.lstat(path)
-        if content.startswith(TO):
-            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
-        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
-            return True
-        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
-    except OSError:
-        return True
-
-
 class Rebuilt:
     """A folder with the files that a job had, to send them once more; a context manager.
 
@@ -14109,8 +14150,9 @@ def close_all(workers, client, hurried=lambda: False):
                                   for worker in workers), time.monotonic() + FACTS_S, hurried)
     for worker in workers:
         worker.close()
-    client.wait_while(lambda: client.files.keeper.is_busy or any(
-        worker.state == 'closing' for worker in workers), time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: any(worker.state == 'closing' for worker in workers),
+                      time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: client.files.keeper.is_busy, time.monotonic() + LAST_GIT_S, hurried)
 
 
 def json_lines(workers, allocation):

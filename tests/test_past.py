@@ -147,6 +147,89 @@ def test_a_folder_of_a_checkout_and_one_without_a_commit(run, ask, git, project,
     assert heads(ask('--what', 'batch.sh.2'))['changed'][0].startswith('a, batch.sh: ')
 
 
+@pytest.fixture
+def false_git(tmp_path, monkeypatch):
+    """Have the program find a git that runs these lines of sh first; $git is the real one."""
+    def put(lines):
+        folder = tmp_path / 'false'
+        folder.mkdir()
+        (folder / 'git').write_text(f'#!/bin/sh\ngit={shutil.which("git")}\n{lines}\n')
+        (folder / 'git').chmod(0o755)
+        return {'PATH': f'{folder}:{os.environ["PATH"]}'}
+    return put
+
+
+def test_the_patch_is_that_of_what_was_sent_or_there_is_none(run, git, project, tmp_path):
+    (project / 'a').write_text('one\n')
+    (project / 'b').write_text(''.join(f'{n}\n' for n in range(20)))
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'b').write_text((project / 'b').read_text().replace('9', 'nine'))
+    git('rm', '-q', '--cached', 'a')                # it is sent nevertheless
+    git('config', 'diff.context', '0')              # what git apply refuses
+    git('config', 'diff.noprefix', 'true')
+    run('cat a')
+    assert (record()['changed'], record()['untracked']) == (['b'], ['a', 'batch.sh'])
+    git('clone', '-q', str(project), str(tmp_path / 'then'))
+    git('apply', str((SENT / digest_of('batch.sh.1') / 'diff.patch').absolute()),
+        cwd=tmp_path / 'then')
+    for name in 'ab':
+        assert (tmp_path / 'then' / name).read_bytes() == (project / name).read_bytes()
+    git('reset', '-q')
+    git('update-index', '--assume-unchanged', 'a')
+    (project / 'a').write_text('two\n')
+    run('cat a', 'cat b')
+    assert record('batch.sh.2')['changed'] == ['a', 'b']
+    assert not (SENT / digest_of('batch.sh.2') / 'diff.patch').exists()
+
+
+def test_nothing_is_noted_of_a_git_that_fails(run, git, project):
+    (project / '.gitattributes').write_text('a filter=x\n')
+    (project / 'a').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    git('config', 'filter.x.clean', 'false')
+    git('config', 'filter.x.required', 'true')
+    (project / 'a').write_text('two\n')
+    assert run('cat a').returncode == 0
+    assert 'commit' not in record() and 'changed' not in record()
+
+
+def test_a_file_that_is_edited_before_git_looks(batches, git, project, false_git):
+    (project / 'a').write_text('one\n')
+    (project / 'b').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'a').write_text('two\n')
+    (project / 'b').write_text('two\n')
+    env = false_git('case "$*" in *rev-parse*) echo one >a;; esac; exec "$git" "$@"')
+    batches.run(['cat a'], ['localhost'], *NO_GPU, env=env)
+    assert result('batch.sh.1') == b'two\n'
+    assert record()['changed'] == ['a', 'b']
+    assert not (SENT / digest_of('batch.sh.1') / 'diff.patch').exists()
+
+
+def test_differences_that_are_too_large_are_not_read(batches, git, project, false_git):
+    (project / 'a').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'a').write_text('two\n')
+    env = false_git('case "$*" in *--binary*) exec yes;; esac; exec "$git" "$@"')
+    batches.run(['cat a'], ['localhost'], *NO_GPU, '--keep-files=1', env=env)
+    assert record()['changed'] == ['a']
+    assert not (SENT / digest_of('batch.sh.1') / 'diff.patch').exists()
+
+
+def test_a_git_that_hangs_does_not_hold_up_the_end(git, project, false_git, client_env):
+    (project / 'batch.sh').write_text('true\n')
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name('crash.py'), 'execute_batch', 'batch.sh',
+         *NO_GPU, '--machines', 'localhost'], check=False, capture_output=True, timeout=20,
+        env={**client_env, **false_git('exec sleep 1000'),
+             'CRASH_SETTINGS': json.dumps({'LAST_GIT_S': 0.1})})
+    assert done.returncode == 0 and 'commit' not in record(), done
+
+
 def test_contents_are_kept_once_and_up_to_a_limit(run, project):
     (project / 'small').write_bytes(b's' * 1000)
     (project / 'twin').write_bytes(b's' * 1000)
