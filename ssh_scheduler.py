@@ -5894,13 +5894,14 @@ class Tree(NamedTuple):
 class Walk:
     """A walk through the files to send: it collects Entries, and why others are left out."""
 
-    def __init__(self, exclude, option, never=()):
+    def __init__(self, exclude, option, never=(), filtered=True):
         self.entries = {}               # path -> Entry
         self.left_out = set()           # in words
         self._option = option           # for messages: who named the paths
         self._exclude = [compile_rule(pattern) for pattern in exclude]
         self._never = never             # paths that are left out without a word
-        self._rules = {}                # folder -> the rules that hold inside it
+        # folder -> the rules that hold inside it; None: .rsync-filter has no meaning
+        self._rules = {} if filtered else None
 
     def add(self, path):
         """Add the path, the folders that lead to it, and what it holds; '': the current folder."""
@@ -5957,6 +5958,8 @@ class Walk:
         return True
 
     def _rules_inside(self, folder):
+        if self._rules is None:
+            return []
         if folder not in self._rules:
             inherited = self._rules_inside(os.path.dirname(folder)) if folder else []
             own, cleared = read_filter_file(folder or '.', folder)
@@ -5964,14 +5967,14 @@ class Walk:
         return self._rules[folder]
 
 
-def scan_tree(paths, exclude, option='--copy-forwards', never=()):
+def scan_tree(paths, exclude, option='--copy-forwards', never=(), filtered=True):
     """Return the Tree of these paths, relative to the current folder.
 
     First the paths in `never`, .git and job_results are left out, then what `exclude` says, then
     what each folder's .rsync-filter does, nearest folder first; in each the first rule that applies
-    decides.
+    decides.  Without `filtered`, .rsync-filter is a file as others.
     """
-    walk = Walk(exclude, option, never)
+    walk = Walk(exclude, option, never, filtered)
     for path in paths:
         check_named(path, option)
         try:
@@ -7178,6 +7181,8 @@ class Presence:
             record.here |= ENDS[end]
 
 
+# Left free by copies of what is sent, and by what comes of jobs that run: results need room.
+SPARE_BYTES = 10**9
 KEPT_AT_ONCE = 64           # files that are kept between two looks at what happens
 STALE_S = 3600.0            # nobody takes that long to keep a set of files
 
@@ -7192,7 +7197,9 @@ class Sent:
     sent/store/HASH             their contents, each once; limit_bytes in all
 
     The smallest files are kept first: code, and not data.  Clients of several jobs may write here
-    at the same time, so each thing appears by one rename.
+    at the same time, so each thing appears by one rename: a set when a job is about to have it, so
+    nobody removes one that another client may have found.  A copy can be read by no more people
+    than the file that it is of.
     """
 
     def __init__(self, folder):
@@ -7202,15 +7209,27 @@ class Sent:
         self._found = {}                # digest -> Manifest, None where that is not known
         self._under_way = {}            # digest -> the generator that keeps it
         self._claimed = set()           # digests of sets that jobs have which this client began
-        self._made = set()              # digests of sets that this client has put here
+        self._unclaimed = {}            # digest -> the folder of a set that no job has so far
         self._used = None               # bytes in the store
 
     def claim(self, manifest):
         """Have the set of files here, since a job has them.  Raises OSError."""
-        if manifest.digest not in self._claimed:
+        digest = manifest.digest
+        while digest not in self._claimed:
             for _ in self.keeping(manifest):
                 pass
-            self._claimed.add(manifest.digest)
+            folder = self._unclaimed.pop(digest, None)
+            if folder and not os.path.isdir(folder):    # it was taken for that of a killed client
+                self._found.pop(digest, None)
+                continue
+            if folder:
+                try:
+                    os.rename(folder, self.path(digest))
+                except OSError:
+                    remove_tree(folder)
+                    if not os.path.isdir(self.path(digest)):
+                        raise           # else another client was first
+            self._claimed.add(digest)
 
     def keeping(self, manifest):
         """Yield, some files at a time, while the set of files is put here.  Raises OSError."""
@@ -7246,7 +7265,8 @@ class Sent:
 
     def path(self, digest, *names):
         """Return the path of a set, or of something in it."""
-        return os.path.join(self.folder, str(digest), *names)
+        folder = self._unclaimed.get(digest) or os.path.join(self.folder, str(digest))
+        return os.path.join(folder, *names)
 
     def note(self, digest, patch=b'', **facts):
         """Add facts to the record of a set, and the differences to its commit.  Raises OSError."""
@@ -7264,9 +7284,9 @@ class Sent:
 
     def close(self):
         """Remove the sets of which no job has begun, and what is in the store for them alone."""
-        unclaimed, self._made = self._made - self._claimed, set()
-        for digest in unclaimed:
-            remove_tree(self.path(digest))
+        unclaimed, self._unclaimed = self._unclaimed, {}
+        for folder in unclaimed.values():
+            remove_tree(folder)
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._store) if unclaimed else ():
                 if entry.stat().st_nlink == 1:
@@ -7284,22 +7304,21 @@ class Sent:
             folder = private_folder(os.path.join(self.folder, 'new'))
             try:
                 yield from self._fill(folder, manifest)
-                os.chmod(folder, new_folder_mode())
-                with contextlib.suppress(OSError):      # another client was first
-                    os.rename(folder, self.path(digest))
-                    self._made.add(digest)
+                self._unclaimed[digest] = folder
             finally:
-                if os.path.isdir(folder):
+                if digest not in self._unclaimed:
                     remove_tree(folder)
         self._found[digest] = manifest
 
     def _fill(self, folder, manifest):
-        kept, kept_bytes = 0, 0
+        kept, kept_bytes, shared, folders = 0, 0, 0o444, {}
         smallest = sorted((size, path, content)
                           for path, (_, size, _, content) in manifest.files.items() if content)
         for number, (_, path, content) in enumerate(smallest, 1):
             with contextlib.suppress(OSError):          # the disk is full, or the file is gone
-                size = self._keep_file(path, content, os.path.join(folder, 'files', path))
+                mode = readers_of(path, manifest.files[path][0], folders)
+                shared &= mode
+                size = self._keep_file(path, content, os.path.join(folder, 'files', path), mode)
                 if size is not None:
                     kept, kept_bytes = kept + 1, kept_bytes + size
             if number % KEPT_AT_ONCE == 0:
@@ -7310,24 +7329,36 @@ class Sent:
             'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
             'linked': manifest.linked, 'empty': manifest.empty,
             'kept': kept, 'kept_bytes': kept_bytes}))
+        os.chmod(folder, new_folder_mode() & (shared >> 2) * 7 | 0o700)
 
-    def _keep_file(self, path, content, target):
-        """Keep a file, or link, that has this content; return its size; None if it is not kept."""
+    def _keep_file(self, path, content, target, mode):
+        """Keep a file, or link, that has this content; return its size; None if it is not kept.
+
+        mode: who may read the copy, unless there is one already
+        """
         if not self.limit_bytes:
             return None
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if content.startswith(TO):
             os.symlink(content[len(TO):], target)
             return 0
+        try:
+            return self._link(path, content, target, mode)
+        except FileNotFoundError:           # another client has just tidied the store up
+            return self._link(path, content, target, mode)
+
+    def _link(self, path, content, target, mode):
         kept = os.path.join(self._store, content)
         if not os.path.exists(kept):
+            os.makedirs(self._store, exist_ok=True)
             size = os.stat(path).st_size
-            if self._used_bytes() + size > self.limit_bytes:
+            if (self._used_bytes() + size > self.limit_bytes
+                    or free_bytes(self._store) < size + SPARE_BYTES):
                 return None
             data = read_file(path)
             if content_digest(data) != content:         # it has changed since
                 return None
-            put_file(kept, data, 0o444)
+            put_file(kept, data, mode)
             self._used += len(data)
         os.link(kept, target)
         return os.stat(kept).st_size
@@ -7337,6 +7368,24 @@ class Sent:
         if self._used is None:
             self._used = sum(entry.stat().st_size for entry in os.scandir(self._store))
         return self._used
+
+
+def free_bytes(folder):
+    """Return how many bytes may be written there: some are left for others."""
+    info = os.statvfs(folder)
+    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
+
+
+def readers_of(path, mode, folders):
+    """Return the mode of a copy that can be read by no more people than a file below this folder.
+
+    mode: that of the file; folders: {path: what this returns for all in it}, to be filled
+    """
+    folder = os.path.dirname(path)
+    if folder and folder not in folders:
+        inside = (os.stat(folder).st_mode & 0o111) << 2
+        folders[folder] = readers_of(folder, inside, folders)
+    return (mode & 0o444 & folders.get(folder, 0o444)) | 0o400
 
 
 def put_file(path, data, mode=0o666):
@@ -8945,11 +8994,12 @@ class Files:
     """The files that go along, by Forwards: looked at once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
+    filtered: .rsync-filter has a say; False for files that were sent once
     keeper: the Keeper, which has those kept that are sent
     """
 
     def __init__(self, keeper=None):
-        self.never, self.keeper = set(), keeper
+        self.never, self.keeper, self.filtered = set(), keeper, True
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -8981,8 +9031,10 @@ class Files:
     def _scan(self, forwards):
         self._folder_times[forwards] = os.stat('.').st_mtime_ns
         linked = tuple(f'/{path}' for path in forwards.link)
-        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never),
-                scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never))
+        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never,
+                          self.filtered),
+                scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never,
+                          self.filtered))
 
     def lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
@@ -9568,12 +9620,6 @@ def take_out_twins(folder, missing, wanted):
         with contextlib.suppress(OSError):      # it is a folder, or was removed with its twin
             os.unlink(os.path.join(folder, path))
     return sorted(twins)
-
-
-def free_bytes(folder):
-    """Return how many bytes may be written there: some are left for others."""
-    info = os.statvfs(folder)
-    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
 
 
 # Landlock (landlock(7)): the numbers are the same on all architectures but these.
@@ -11284,7 +11330,6 @@ class Visit:
         self._end = end
 
 
-SPARE_BYTES = 10**9         # left free by what comes of jobs that run: their results need room
 MOST_PARTS = 10_000         # files and folders of a machine: more would hold up all else here
 
 
@@ -12453,13 +12498,15 @@ LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
 def what_became(past):
     """Yield (head, text) of how a job ended, and when."""
     claimed, ended, now = past.claimed, past.ended, time.time()
-    states = {'claimed': 'runs, as far as is known here', 'ended': 'has ended, and is not fetched',
-              'lost': 'its machine lost it', 'cancelled': 'was cancelled'}
+    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost it',
+              'stopping': 'was told to stop, and is not known to have ended',
+              'cancelled': 'was cancelled'}
     text = states.get(past.state, '')
     if ended:
         code = ended['exit_code']
         text = (f'exit code {code}' if code else 'finished, exit code 0') + (
-            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '')
+            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '') + (
+            '; its results are not fetched' if past.state == 'ended' else '')
     yield 'outcome', text
     if 'time' in claimed:
         until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
@@ -12608,8 +12655,11 @@ class Rebuilt:
         """Take a file that is too large to be read; it is only sent from there."""
         try:
             os.link(path, target)
-        except OSError:                     # job_results lies in another file system
+        except OSError:                     # another file system, or the file of another person
             import shutil
+            if os.stat(path).st_size > free_bytes(self._folder) - SPARE_BYTES:
+                raise ResultsError(f'{printable(path)} has to be copied to be sent, and there is '
+                                   f'no room for it in {self._folder}.') from None
             shutil.copy2(path, target)
 
 
@@ -12667,15 +12717,31 @@ def digest_of(pieces):
     return digest.digest()
 
 
-def tell_likeness(past, name, unlike, reporter):
+def what_came_in(past):
+    """Yield a sentence on what the job read that is not kept."""
+    if past.claimed.get('input') == 'stdin':
+        yield 'the standard input, which was not kept: the job gets none'
+    if past.claimed.get('input') == 'tty':
+        yield 'the terminal (--tty): the job gets none'
+
+
+def other_files(past, again, sent):
+    """Yield a sentence if a job did not get the files of the Past that it reproduces."""
+    then, now = (sent.get(one.claimed.get('files')) for one in (past, again))
+    if again.claimed.get('files') != past.claimed.get('files'):
+        names = now.changed(then) if now and then else ()
+        yield f'files: {names_of([*map(printable, names)]) or "it is not known which"}'
+
+
+def tell_likeness(past, name, unlike, sent, reporter):
     """Say what could not be the same in the job that reproduces a Past, and compare the outputs.
 
-    unlike: sentences on files
+    unlike: sentences on files and input
     """
     again = read_past(name, f'job_results/.ssh_scheduler/commands/{name}/journal')
     if not again or not again.ended:        # it was interrupted, or left running
         return
-    unlike = [*unlike, *unlike_then(past, again)]
+    unlike = [*unlike, *unlike_then(past, again)] or [*other_files(past, again, sent)]
     for text in unlike:
         reporter.line(f'not the same: {text}')
     if not unlike:
@@ -12760,6 +12826,9 @@ def show_what(options, reporter):
     return 0
 
 
+NOT_OF_ONE_JOB = ('--rerun', '--rerun-failed', '--sync-back', '--joblog', '--report', *HOOKS)
+
+
 def reproduce(options, reporter):
     """Run a job once more with the files that it had (--reproduce); return the exit status."""
     past = past_in(options, '--reproduce')
@@ -12767,6 +12836,9 @@ def reproduce(options, reporter):
         if option in options.given:
             raise UsageError(f'{option} cannot be given with --reproduce, which sends the files '
                              'that the job had.')
+    for option in NOT_OF_ONE_JOB:
+        if option in options.given:
+            raise UsageError(f'{option} cannot be given with --reproduce: it is for batches.')
     sent, claimed = ResultStore('job_results').sent, past.claimed
     manifest = sent.get(claimed.get('files'))
     if not manifest:
@@ -12786,11 +12858,12 @@ def reproduce(options, reporter):
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
     client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
+    client.files.filtered = False
     try:
         reporter.line(f'{past.name}: {printable(claimed["command"])}')
         with Rebuilt(past, sent) as rebuilt:
             status = run_batch(options, machines, [job], client, reporter, policy) or wrong
-            tell_likeness(past, name, rebuilt.unlike, reporter)
+            tell_likeness(past, name, [*rebuilt.unlike, *what_came_in(past)], sent, reporter)
     finally:
         client.close()
         results.close()
@@ -13786,7 +13859,8 @@ class CommandOrder:
             want_gpus=bool(job.allocation and job.allocation.gpus), wants_others=True, how=how,
             timeout_s=options.optional('--timeout', options.seconds, above=0),
             noted={'where': self._known.get('where') or options['--machine'],
-                   'detach': options['--detach']})
+                   'detach': options['--detach'],
+                   **({'input': self._mode} if self._mode in ('stdin', 'tty') else {})})
         view = BoundView(self._report, {} if is_silent else {worker: self._streams},
                          self._on_running, self._on_contact)
         return Run([job], [worker], client, view, policy, {worker: job})

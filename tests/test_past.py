@@ -252,6 +252,60 @@ def test_contents_are_kept_once_and_up_to_a_limit(run, project):
     assert not (SENT / digest_of('batch.sh.3') / 'files').exists()
 
 
+def test_a_copy_is_for_no_more_people_than_the_file(run, project):
+    (project / 'a').write_text('a')
+    (project / 'b').write_text('b')
+    (project / 'b').chmod(0o600)
+    (project / 'shut').mkdir(0o750)
+    (project / 'shut/c').write_text('c')
+    run('true', options=['--exclude', 'b'])
+    run('true', 'true')
+    modes = {path.read_bytes(): path.stat().st_mode & 0o777 for path in (SENT / 'store').iterdir()}
+    assert (modes[b'a'], modes[b'b'], modes[b'c']) == (0o444, 0o400, 0o440)
+    assert [(SENT / digest_of(f'batch.sh.{n}')).stat().st_mode & 0o777 for n in (1, 2)] == [
+        0o750, 0o700]
+
+
+@pytest.fixture
+def clients(project):
+    """Two clients that keep what is sent, and a Manifest."""
+    (project / 'a').write_text('a')
+    manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
+    one, two = (s.Sent(str(INNER)) for _ in range(2))
+    one.limit_bytes = two.limit_bytes = 1000
+    return one, two, manifest
+
+
+def test_what_another_client_has_a_job_with_stays(clients):
+    one, two, manifest = clients
+    for _ in one.keeping(manifest):
+        pass
+    two.claim(manifest)
+    one.close()
+    assert two.get(manifest.digest) and s.Sent(str(INNER)).get(manifest.digest)
+    assert two.content(manifest.files['a'][3]) == b'a'
+    one.claim(manifest)                             # it takes part in that of the other
+    two.close()
+    assert sorted(os.listdir(SENT)) == sorted(['store', manifest.digest])
+
+
+def test_a_set_that_waits_for_long_is_there_in_the_end(clients):
+    one, _, manifest = clients
+    for _ in one.keeping(manifest):
+        pass
+    (new,) = SENT.glob('new-*')
+    shutil.rmtree(new)                              # by another client, after an hour
+    one.claim(manifest)
+    assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 1
+
+
+def test_copies_leave_room_for_results(clients, monkeypatch):
+    one, _, manifest = clients
+    monkeypatch.setattr(s, 'SPARE_BYTES', 2**62)
+    one.claim(manifest)
+    assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 0
+
+
 def test_what_never_began_leaves_nothing(run, batches, project, lab1):
     (project / 'a').write_text('a')
     done = batches.run(['true'], [lab1], '--num-gpus=99')
@@ -443,6 +497,17 @@ def test_what_a_job_was(batches, ask, project, lab):
     assert heads(ask('--what', 'batch.sh.2'))['outcome'] == ['exit code 3, after 0s']
 
 
+def test_each_end_has_its_words():
+    ended = {'exit_code': 0, 'wall_s': 5}
+    for state, event, text in (
+            ('claimed', {}, 'runs, as far as is known here'),
+            ('ended', ended, 'finished, exit code 0, after 5s; its results are not fetched'),
+            ('collected', ended, 'finished, exit code 0, after 5s'),
+            ('stopping', {}, 'was told to stop, and is not known to have ended'),
+            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost it')):
+        assert dict(s.what_became(s.Past('a', {}, event, state, {})))['outcome'] == text
+
+
 def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     run_cli('execute_remote', '--machine=localhost', '--job-name=alone', 'echo hi')
     assert heads(ask('--what', 'alone'))['command'] == ['echo hi']
@@ -501,6 +566,36 @@ def test_a_job_once_more_with_the_files_of_then(run, ask, project):
     assert ask('--reproduce', 'batch.sh.1').returncode == 0
     assert ask('--reproduce', 'batch.sh.1-again').returncode == 0
     assert result('batch.sh.1-again-2') == result('batch.sh.1-again-again') == then
+
+
+def test_filters_have_no_say_in_what_was_sent_once(run, ask, project):
+    (project / 'data').mkdir()
+    (project / 'data/x').write_text('then')
+    (project / '.rsync-filter').write_text('- data\n')
+    run("execute_remote --copy-forwards=data/x --copy-forwards=.rsync-filter -- 'cat data/x'")
+    assert result('batch.sh.1') == b'then'
+    assert lines_of(ask('--reproduce', 'batch.sh.1')) == [
+        'the same: all files, and all that is known of the machine', 'the same: stdout']
+
+
+def test_files_that_were_sent_otherwise_are_told(project):
+    (project / 'a').write_text('a')
+    sent, pasts = s.Sent(str(INNER)), []
+    for text in 'ab':
+        (project / 'a').write_text(text)
+        manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
+        sent.claim(manifest)
+        pasts.append(s.Past('x', {'files': manifest.digest}, {}, 'collected', {}))
+    assert [*s.other_files(*pasts, sent)] == ['files: a']
+    assert [*s.other_files(pasts[0], pasts[0], sent)] == []
+
+
+def test_input_that_was_not_kept_is_told(run_cli, ask, project):
+    run_cli('execute_remote', '--machine=localhost', '--stdin', '--job-name=in', 'cat',
+            stdin='then')
+    assert result('in') == b'then'
+    assert lines_of(ask('--reproduce', 'in'))[0] == (
+        'not the same: the standard input, which was not kept: the job gets none')
 
 
 def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
@@ -604,6 +699,7 @@ def test_the_same_command_continues_what_was_cut_off(batches, run, ask, project,
 def test_what_cannot_be_reproduced(run, ask, project):
     run('true')
     for words, why in ((['--copy-forwards', 'a'], '--copy-forwards cannot be given with'),
+                       (['--joblog', 'x'], '--joblog cannot be given with --reproduce: it is'),
                        (['--dry-run'], 'give one of them')):
         done = ask('--reproduce', 'batch.sh.1', *words)
         assert done.returncode == 2 and why in done.stderr, done
