@@ -7260,7 +7260,9 @@ class Sent:
         """Return what is noted of a set, see above; an empty dict where it is not here."""
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(read_file(self.path(digest, 'record.json')))
-            return record if isinstance(record, dict) else {}
+            if isinstance(record, dict) and all(isinstance(record.get(key), int)
+                                                for key in ('files', 'bytes', 'kept')):
+                return record
         return {}
 
     def path(self, digest, *names):
@@ -7270,6 +7272,8 @@ class Sent:
 
     def note(self, digest, patch=b'', **facts):
         """Add facts to the record of a set, and the differences to its commit.  Raises OSError."""
+        if not self.record(digest):         # somebody has removed it
+            return
         if patch:
             put_file(self.path(digest, 'diff.patch'), patch)
         put_file(self.path(digest, 'record.json'),
@@ -8308,6 +8312,11 @@ class Hooks:
             self._processes.wait(0.2)
 
 
+def is_below(path, folders):
+    """Tell whether a path is one of these, or lies below one."""
+    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
+
+
 REPORT_LIMIT_S = 600.0              # for a report to be made
 
 
@@ -8322,6 +8331,12 @@ class HtmlReport:
         folder, name = os.path.split(path)
         if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
             raise UsageError(f'--report {path}: this is no file in a folder that exists.')
+        if is_below(self.path_here, ('job_results',)):
+            raise UsageError(f'--report {path}: job_results has only results. Name a file beside '
+                             'it.')
+        if os.path.isfile(path) and not is_page(path):
+            raise UsageError(f'--report {path} exists and is not such a page, and would be '
+                             'replaced. Name another file.')
 
     @property
     def path_here(self):
@@ -8366,6 +8381,15 @@ class HtmlReport:
         if status:
             why = complaint_line(complaint.decode('utf-8', 'replace')) or f'exit code {status}'
             self._report.note(f'{self._path} was not written: {sentence(why)}')
+
+
+def is_page(path):
+    """Tell whether a file is empty or a page for a browser."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(15).lower() in (b'', b'<!doctype html>')
+    except OSError:
+        return False
 
 
 def find_results_table():
@@ -9198,11 +9222,6 @@ def in_checkout():
             return False
         folder = os.path.dirname(folder)
     return True
-
-
-def is_below(path, folders):
-    """Tell whether a path is one of these, or lies below one."""
-    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
 
 
 def make_run_folder():
@@ -12558,7 +12577,7 @@ def what_it_had(past, sent):
     digest = past.claimed.get('files')
     manifest, record = sent.get(digest), sent.record(digest)
     if not manifest or not record:
-        yield 'files', 'not recorded' if manifest is None else 'none were sent'
+        yield 'files', 'not recorded'
         return
     folder = sent.path(digest)
     yield 'files', (f'{count_of(record["files"], "file")}, {size_of(record["bytes"])}, '
@@ -12702,8 +12721,16 @@ def name_of_copy(past):
 
     def is_taken(name):
         journal = ResultStore('job_results', f'commands/{name}').peek().journal
-        return not journal.is_begun(name) and (
-            name in journal.jobs or name in results.journal.jobs or results.exists(name))
+        if journal.is_begun(name):
+            begun = read_past(name, journal.path)
+            return not begun or not continues(begun.claimed)
+        return name in journal.jobs or name in results.journal.jobs or results.exists(name)
+
+    def continues(claimed):
+        """Tell whether this start was to reproduce the Past, and not a former one of its name."""
+        return (claimed.get('reproduces') == past.name
+                and claimed['command'] == past.claimed['command']
+                and claimed.get('time', 0) >= past.claimed.get('time', 0))
 
     return free_name(stem, is_taken)
 
@@ -13010,7 +13037,7 @@ def run_told(options, client, reporter, hooks, run):
 
 def read_report(options, client, reporter):
     """Return the HtmlReport that --report asks for, or nothing, as a tuple."""
-    if not options['--report'] or options['--dry-run']:
+    if '--report' not in options.given or options['--dry-run']:
         return ()
     interval = read_interval(options, LEAST_REPORT_S, '60')
     page = HtmlReport(options['--report'], interval, client.processes, reporter)

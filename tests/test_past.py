@@ -529,6 +529,14 @@ def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     assert heads(ask('--what', 'batch.sh.2'))['files'] == ['not recorded']
 
 
+def test_a_record_that_is_damaged(run, ask):
+    run('true')
+    path = SENT / digest_of('batch.sh.1') / 'record.json'
+    for text in ('', '[]', '{"commit": "x"}', '{"files": "a", "bytes": [], "kept": 1}'):
+        path.write_text(text)
+        assert heads(ask('--what', 'batch.sh.1'))['files'] == ['not recorded']
+
+
 # ---- --reproduce ----
 
 def lines_of(done):
@@ -694,6 +702,24 @@ def test_the_same_command_continues_what_was_cut_off(batches, run, ask, project,
     assert result('batch.sh.1-again') == b'then\n' and ledger.read_text() == 'x\nx\n'
     assert not [name for name in os.listdir(INNER) if name.startswith('reproduce')]
     assert Counter(os.listdir(INNER / 'commands')) == {'batch.sh.1-again': 1}
+
+
+def test_a_job_of_that_name_that_another_command_began_is_left_alone(run, run_cli, ask, project,
+                                                                     start_cli, gate, ledger):
+    (project / 'a').write_text('then')
+    run('cat a')
+    words = ('execute_remote', '--machine=localhost', '--job-name=batch.sh.1-again',
+             f'echo x >>{ledger}; {gate.wait("a")}; echo other')
+    other = start_cli(*words)
+    wait_until(lambda: ledger.read_text(), 'that the other job runs')
+    os.killpg(other.pid, signal.SIGKILL)
+    other.wait()
+    done = ask('--reproduce', 'batch.sh.1')
+    assert lines_of(done)[-1] == 'the same: stdout', done
+    assert heads(ask('--what', 'batch.sh.1-again-2'))['reproduces'] == ['batch.sh.1']
+    gate.open('a')
+    following = run_cli(*words)
+    assert following.stdout == 'other\n' and ledger.read_text() == 'x\n'
 
 
 def test_what_cannot_be_reproduced(run, ask, project):
