@@ -9092,8 +9092,9 @@ class Files:
                 placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
                 placed += [(f'link/{entry.path}', entry) for entry in link.entries]
                 data = b''.join(archive(placed))
+                self.manifest(forwards)
                 self.look_again(forwards)
-                if self.trees(forwards) is trees:   # nothing changed while it was read
+                if self.trees(forwards) is trees:   # nothing changed while both were read
                     break
             self.manifest(forwards)
             self._archives[forwards] = data
@@ -9452,17 +9453,17 @@ class Stages:
 
     def _send(self, stage):
         """A flow: send a stage that is too large for the channel, and have it frozen."""
-        worker = self._worker
+        worker, before = self._worker, stage.manifest
         while True:
             why = yield from self._send_parts(stage)
-            if not stage.changed():
+            if stage.looks:
+                stage.manifest = Manifest.of(stage.copy, stage.link, stage.forwards.link)
+            if not stage.changed():         # not even while the Manifest read them
                 break
         if why:
             self._contact.send('unsent', f'the files could not be sent: {why}')
             return
         if stage.looks:
-            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link,
-                                                                stage.forwards.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
             worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
                                   'there have the newer files')

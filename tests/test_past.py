@@ -331,6 +331,23 @@ def test_the_files_are_those_that_were_sent_though_a_job_waits(batches, project,
         assert (SENT / digest_of(job) / 'files/code').read_text() == 'then'
 
 
+def test_a_manifest_has_what_the_archive_has(project, monkeypatch):
+    """Also if a file changes after it was read for the one, and before it is for the other."""
+    (project / 'a').write_text('then')
+    real = s.read_file
+
+    def read(path):
+        if (project / 'a').read_text() == 'then':
+            (project / 'a').write_text('later')
+        return real(path)
+
+    monkeypatch.setattr(s, 'read_file', read)
+    files, forwards = s.Files(), s.Forwards()
+    data = files.small_archive(forwards)
+    assert b'later' in data
+    assert files.manifest(forwards).files['a'][3] == s.content_digest(b'later')
+
+
 def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, client_env):
     for number in range(200):
         (project / f'f{number}').write_text(str(number))
