@@ -7312,9 +7312,11 @@ class Sent:
             finally:
                 if digest not in self._unclaimed:
                     remove_tree(folder)
+        elif self.limit_bytes and not record['kept']:       # there was no room for copies then
+            yield from self._fill(self.path(digest), manifest, record)
         self._found[digest] = manifest
 
-    def _fill(self, folder, manifest):
+    def _fill(self, folder, manifest, record=None):
         kept, kept_bytes, shared, folders = 0, 0, 0o444, {}
         smallest = sorted((size, path, content)
                           for path, (_, size, _, content) in manifest.files.items() if content)
@@ -7330,8 +7332,8 @@ class Sent:
         sizes = [size for _, size, _, _ in manifest.files.values()]
         put_file(os.path.join(folder, 'files.json'), as_json(manifest.files))
         put_file(os.path.join(folder, 'record.json'), as_json({
-            'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
-            'linked': manifest.linked, 'empty': manifest.empty,
+            **(record or {}), 'version': 1, 'time': round(time.time(), 3), 'files': len(sizes),
+            'bytes': sum(sizes), 'linked': manifest.linked, 'empty': manifest.empty,
             'kept': kept, 'kept_bytes': kept_bytes}))
         os.chmod(folder, new_folder_mode() & (shared >> 2) * 7 | 0o700)
 

@@ -306,6 +306,18 @@ def test_copies_leave_room_for_results(clients, monkeypatch):
     assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 0
 
 
+def test_a_set_gets_its_copies_once_there_is_room(clients, monkeypatch):
+    one, two, manifest = clients
+    with monkeypatch.context() as full:
+        full.setattr(s, 'SPARE_BYTES', 2**62)
+        one.claim(manifest)
+        one.note(manifest.digest, commit='c')
+    two.claim(manifest)
+    found = s.Sent(str(INNER)).record(manifest.digest)
+    assert (found['kept'], found['commit']) == (1, 'c')
+    assert tree(SENT / manifest.digest / 'files') == {'a': b'a'}
+
+
 def test_what_never_began_leaves_nothing(run, batches, project, lab1):
     (project / 'a').write_text('a')
     done = batches.run(['true'], [lab1], '--num-gpus=99')
