@@ -9209,12 +9209,25 @@ class Keeper:
 
         child = self._client.processes.start(
             ['git', '-c', 'core.fsmonitor=false', *words], take, None, has_input=False,
-            env={**os.environ, 'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1'},
-            deadline_s=GIT_LIMIT_S)
+            env=git_env(), deadline_s=GIT_LIMIT_S)
         end = yield child
         if end.status and len(said) <= most:
             raise SchedulerError(f'git: {complaint_line(end.text) or end.status}')
         return bytes(said)
+
+
+# Such as a hook of git sets: they would name another repository, or another way to show it.
+GIT_VARIABLES = {f'GIT_{word}' for word in (
+    'DIR', 'WORK_TREE', 'INDEX_FILE', 'COMMON_DIR', 'OBJECT_DIRECTORY', 'NAMESPACE', 'PREFIX',
+    'ALTERNATE_OBJECT_DIRECTORIES', 'DIFF_OPTS', 'EXTERNAL_DIFF', 'LITERAL_PATHSPECS',
+    'GLOB_PATHSPECS', 'NOGLOB_PATHSPECS', 'ICASE_PATHSPECS')}
+
+
+def git_env():
+    """Return the environment in which git tells of the current folder, and changes nothing."""
+    return {**{name: value for name, value in os.environ.items() if name not in GIT_VARIABLES},
+            'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1',
+            'GIT_TERMINAL_PROMPT': '0'}
 
 
 def in_checkout():
@@ -12431,13 +12444,17 @@ def runs_again(kept):
 
 # ---- Past: what exactly a job was, and the same once more ----
 
-def ask_here(argv, feed=None):
-    """Run a program here; return (its exit status, its stdout, its stderr as text)."""
+def ask_here(argv, feed=None, env=None, limit_s=None):
+    """Run a program here; return (its exit status, its stdout, its stderr as text).
+
+    limit_s: it is ended after so many seconds
+    """
     said, ended = bytearray(), []
     processes = Processes()
     try:
         processes.start(argv, said.extend, lambda *end: ended.append(end), feed=feed,
-                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
+                        env=env or {**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''},
+                        deadline_s=limit_s)
         while not ended:
             processes.wait()
     finally:
@@ -12669,9 +12686,18 @@ class Rebuilt:
         if data is None and not differs_now(path, self._manifest):
             data = read_file(path)
         if data is None and self._commit:
-            _, said, _ = ask_here(['git', 'show', f'{self._commit}:./{path}'])
-            data = said if content_digest(said) == content else None
+            data = self._committed(path, content)
         return data
+
+    def _committed(self, path, content):
+        """Return what a file had in it if it is in the commit, as it is or as git checks it out."""
+        for words in (['show'], ['cat-file', '--filters']):
+            with contextlib.suppress(OSError, SchedulerError):      # there is no git here
+                _, said, _ = ask_here(['git', *words, f'{self._commit}:./{path}'], env=git_env(),
+                                      limit_s=GIT_LIMIT_S)
+                if content_digest(said) == content:
+                    return said
+        return None
 
     def _take(self, path, target):
         """Take a file that is too large to be read; it is only sent from there."""

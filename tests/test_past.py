@@ -673,15 +673,20 @@ def test_another_gpu_is_told():
 
 
 def test_what_is_beyond_the_store_comes_out_of_git(run, ask, git, project):
+    (project / '.gitattributes').write_text('lines eol=crlf\n')
     (project / 'large').write_bytes(b'then' * 500_000)
+    (project / 'lines').write_bytes(b'then\r\n' * 300_000)
     git('add', '-A')
     git('commit', '-qm', 'first')
-    run('head -c 4 large', options=['--keep-files', '1'])
+    git('init', '-q', str(project.parent / 'other'))
+    run('head -c 4 large; head -c 6 lines', options=['--keep-files', '1'],
+        env={'GIT_DIR': str(project.parent / 'other/.git')})
     (project / 'large').write_bytes(b'now!' * 500_000)
+    (project / 'lines').write_bytes(b'now!\r\n' * 300_000)
     git('commit', '-qam', 'second')
     done = ask('--reproduce', 'batch.sh.1')
     assert lines_of(done)[-1] == 'the same: stdout' and 'not the same' not in done.stdout, done
-    assert result('batch.sh.1-again') == b'then'
+    assert result('batch.sh.1-again') == b'thenthen\r\n'
 
 
 def test_a_store_that_somebody_changed_is_not_believed(run, ask, project):
