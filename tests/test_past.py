@@ -14,6 +14,7 @@ import pytest
 import rig
 from batching import NO_GPU, RESULTS, Batches, result, wait_until
 
+import combine_folders
 import ssh_scheduler as s
 
 INNER = RESULTS / '.ssh_scheduler'
@@ -809,3 +810,17 @@ def test_results_of_different_files_are_told_when_they_are_combined(run, project
                     'batch.sh.1 and batch.sh.3. What each had: execute_batch --what batch.sh.1\n')
     shutil.rmtree(SENT)
     assert '3 different sets' in combine('../three', *sorted(RESULTS.glob('batch.sh.?')))
+
+
+def test_a_list_of_files_is_read_once_for_all_jobs(tmp_path, monkeypatch):
+    inner, calls = tmp_path / 'job_results/.ssh_scheduler', []
+    inner.mkdir(parents=True)
+    (inner / 'journal').write_text(''.join(json.dumps(
+        {'event': 'claimed', 'job': f'b.{n}', 'files': f'd{n // 50}', 'batch': 'b'}) + '\n'
+        for n in range(100)))
+    real = combine_folders.what_they_had
+    monkeypatch.setattr(combine_folders, 'what_they_had',
+                        lambda *words: calls.append(words) or real(*words))
+    said = combine_folders.mixed_files([str(inner.parent / f'b.{n}') for n in range(100)])
+    assert said.startswith('these results were made with 2 different sets of files, for example ')
+    assert len(calls) == 2
