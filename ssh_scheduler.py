@@ -7302,9 +7302,7 @@ class Sent:
         digest, record = manifest.digest, self.record(manifest.digest)
         if not record:
             os.makedirs(self._store, exist_ok=True)
-            for entry in os.scandir(self.folder):       # of clients that were killed
-                if entry.name.startswith('new-') and entry.stat().st_mtime < time.time() - STALE_S:
-                    remove_tree(entry.path)
+            self._remove_stale()
             folder = private_folder(os.path.join(self.folder, 'new'))
             try:
                 yield from self._fill(folder, manifest)
@@ -7315,6 +7313,18 @@ class Sent:
         elif self.limit_bytes and not record['kept']:       # there was no room for copies then
             yield from self._fill(self.path(digest), manifest, record)
         self._found[digest] = manifest
+
+    def _remove_stale(self):
+        """Remove what clients left that were killed while they kept a set.  Raises OSError."""
+        before = time.time() - STALE_S
+        for entry in os.scandir(self.folder):
+            if entry.name.startswith('new-') and entry.stat().st_mtime < before:
+                remove_tree(entry.path)
+        for entry in os.scandir(self._store):
+            with contextlib.suppress(FileNotFoundError):        # by another client
+                info = entry.stat()
+                if info.st_nlink == 1 and info.st_mtime < before:
+                    os.unlink(entry.path)
 
     def _fill(self, folder, manifest, record=None):
         kept, kept_bytes, shared, folders = 0, 0, 0o444, {}
@@ -9020,12 +9030,12 @@ class Files:
     """The files that go along, by Forwards: looked at once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
-    filtered: .rsync-filter has a say; False for files that were sent once
+    are_rebuilt: they were sent once, see Rebuilt; .rsync-filter and git have no say in these
     keeper: the Keeper, which has those kept that are sent
     """
 
     def __init__(self, keeper=None):
-        self.never, self.keeper, self.filtered = set(), keeper, True
+        self.never, self.keeper, self.are_rebuilt = set(), keeper, False
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -9058,9 +9068,9 @@ class Files:
         self._folder_times[forwards] = os.stat('.').st_mtime_ns
         linked = tuple(f'/{path}' for path in forwards.link)
         return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never,
-                          self.filtered),
+                          not self.are_rebuilt),
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never,
-                          self.filtered))
+                          not self.are_rebuilt))
 
     def lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
@@ -9143,7 +9153,8 @@ class Keeper:
         try:
             for _ in sent.keeping(manifest):
                 yield 0
-            if in_checkout() and not sent.record(manifest.digest).get('commit'):
+            if (in_checkout() and not self._client.files.are_rebuilt
+                    and not sent.record(manifest.digest).get('commit')):
                 facts, patch = yield from self._ask_git(manifest, sent.limit_bytes)
                 if facts:
                     sent.note(manifest.digest, patch, **facts)
@@ -12914,7 +12925,7 @@ def reproduce(options, reporter):
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
     client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
-    client.files.filtered = False
+    client.files.are_rebuilt = True
     try:
         reporter.line(f'{past.name}: {printable(claimed["command"])}')
         with Rebuilt(past, sent) as rebuilt:

@@ -375,10 +375,13 @@ def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, cli
     left = [name for name in os.listdir(SENT) if name.startswith('new-')]
     for name in left:                   # in an hour
         os.utime(SENT / name, (0, 0))
+    (SENT / 'store/part.new-1').write_text('half')
+    os.utime(SENT / 'store/part.new-1', (0, 0))
     (project / 'f7').write_text('8')
     run('cat f7', 'cat f7 f8')
     assert sorted(os.listdir(SENT)) == sorted(
         ['store', digest_of('batch.sh.1'), digest_of('batch.sh.2')])
+    assert not (SENT / 'store/part.new-1').exists()
 
 
 def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
@@ -604,6 +607,18 @@ def test_a_job_once_more_with_the_files_of_then(run, ask, project):
     assert ask('--reproduce', 'batch.sh.1').returncode == 0
     assert ask('--reproduce', 'batch.sh.1-again').returncode == 0
     assert result('batch.sh.1-again-2') == result('batch.sh.1-again-again') == then
+
+
+def test_no_commit_of_today_is_noted_of_what_was_sent_once(run, ask, git, project):
+    (project / 'a').write_text('then')
+    shutil.move(project / '.git', project.parent / 'aside')
+    run('cat a')
+    shutil.move(project.parent / 'aside', project / '.git')
+    (project / 'a').write_text('now!')
+    git('add', '-A')
+    git('commit', '-qm', 'later')
+    assert lines_of(ask('--reproduce', 'batch.sh.1'))[-1] == 'the same: stdout'
+    assert 'commit' not in record()
 
 
 def test_filters_have_no_say_in_what_was_sent_once(run, ask, project):
