@@ -997,6 +997,12 @@ def as_json(value):
     return json.dumps(value).encode() + b'\n'
 
 
+def unwritable(path, error):
+    """Return the exception that says that something cannot be written before a job starts."""
+    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Jobs that run go on; the '
+                        'same command collects them.')
+
+
 JOURNAL_VERSION = 2         # docs: README, "The journal"
 
 
@@ -1079,7 +1085,7 @@ class Journal:
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise self.unwritable(error) from None
+            raise unwritable(self.path, error) from None
         self._noted_identity = self._unsynced = True
         self._apply(event)
 
@@ -1094,7 +1100,7 @@ class Journal:
             elif self._unsynced:
                 os.fsync(self._fd)
         except OSError as error:
-            raise self.unwritable(error) from None
+            raise unwritable(self.path, error) from None
         self._unsynced = False
 
     def check(self):
@@ -1108,11 +1114,6 @@ class Journal:
             raise ResultsError(f'{folder} was removed or moved away while it was in use. Jobs '
                                'that run keep running: move it back, and the same command collects '
                                'them. If it is gone: execute_batch --earlier=show --machines …')
-
-    def unwritable(self, error):
-        """Return the exception that says so."""
-        return ResultsError(f'{self.path} cannot be written: {reason_of(error)}. Jobs that run go '
-                            'on; the same command collects them.')
 
     def _read(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -9146,7 +9147,7 @@ class Keeper:
         try:
             self._client.results.sent.claim(manifest)
         except OSError as error:
-            raise self._client.journal.unwritable(error) from None
+            raise unwritable(self._client.results.sent.folder, error) from None
 
     def _keep(self, sent, manifest):
         """A flow: keep the files, and then what git says of them."""

@@ -390,7 +390,7 @@ def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
     SENT.mkdir()
     (SENT / 'store').write_text('no folder')
     done = run('cat a')
-    assert done.returncode != 0 and 'cannot be written' in done.stderr
+    assert done.returncode != 0 and f'{SENT} cannot be written: ' in done.stderr
     (SENT / 'store').unlink()
     assert run('cat a').returncode == 0
 
