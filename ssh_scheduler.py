@@ -8348,8 +8348,8 @@ class HtmlReport:
             raise UsageError(f'--report {path}: job_results has only results. Name a file beside '
                              'it.')
         if os.path.isfile(path) and not is_page(path):
-            raise UsageError(f'--report {path} exists and is not such a page, and would be '
-                             'replaced. Name another file.')
+            raise UsageError(f'--report {path} is a file that this program did not write. '
+                             'Name another file, or remove this one.')
 
     @property
     def path_here(self):
@@ -12689,8 +12689,9 @@ class Rebuilt:
             self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
                                'gets what is there now')
         if missing:
-            self.unlike.append(f'{names_of(missing)}: gone since, and no copy was kept: the job '
-                               'does not get it')
+            is_gone, it = ('is gone', 'it') if len(missing) == 1 else ('are gone', 'them')
+            self.unlike.append(f'{names_of(missing)} {is_gone}, and no copy was kept: the job '
+                               f'does not get {it}')
 
     def _content(self, path, content):
         """Return what a file had in it; None where that is nowhere any more."""

@@ -427,7 +427,7 @@ def test_a_page_that_cannot_be_written(run):
         assert (done.returncode, f'--report {path}: this is no file' in done.stderr) == (2, True)
     assert not RESULTS.exists()
     for path, why in (('job_results/x', 'job_results has only results'), ('', 'this is no file'),
-                      ('batch.sh', 'exists and is not such a page')):
+                      ('batch.sh', 'is a file that this program did not write')):
         done = run('true', options=['--report', path])
         assert (done.returncode, f'{why}' in done.stderr) == (2, True), done
     assert Path('batch.sh').read_text() == 'true\n'
