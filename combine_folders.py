@@ -880,10 +880,12 @@ def mixed_files(sources):
     The journal beside the results tells the digest of the files of each job, and files.json what
     that stands for.  The batch file does not count, since lines are added to it.
     """
-    groups = {}                         # (folder of results, what its jobs had) -> their names
+    by_digest, groups = {}, {}          # each: what jobs had -> the names of these jobs
     for folder, names in jobs_by_results(sources).items():
-        for name, (digest, batch) in files_of_jobs(folder, names).items():
-            groups.setdefault(what_they_had(folder, digest, batch), []).append(name)
+        for name, had in files_of_jobs(folder, names).items():
+            by_digest.setdefault((folder, *had), []).append(name)
+    for had, names in by_digest.items():        # a list of files may be long: each is read once
+        groups.setdefault(what_they_had(*had), []).extend(names)
     if len(groups) < 2:
         return ''
     first, *others = (names[0] for names in groups.values())

@@ -997,6 +997,12 @@ def as_json(value):
     return json.dumps(value).encode() + b'\n'
 
 
+def unwritable(path, error):
+    """Return the exception that says that something cannot be written before a job starts."""
+    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Jobs that run go on; the '
+                        'same command collects them.')
+
+
 JOURNAL_VERSION = 2         # docs: README, "The journal"
 
 
@@ -1079,7 +1085,7 @@ class Journal:
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise self.unwritable(error) from None
+            raise unwritable(self.path, error) from None
         self._noted_identity = self._unsynced = True
         self._apply(event)
 
@@ -1094,7 +1100,7 @@ class Journal:
             elif self._unsynced:
                 os.fsync(self._fd)
         except OSError as error:
-            raise self.unwritable(error) from None
+            raise unwritable(self.path, error) from None
         self._unsynced = False
 
     def check(self):
@@ -1108,11 +1114,6 @@ class Journal:
             raise ResultsError(f'{folder} was removed or moved away while it was in use. Jobs '
                                'that run keep running: move it back, and the same command collects '
                                'them. If it is gone: execute_batch --earlier=show --machines …')
-
-    def unwritable(self, error):
-        """Return the exception that says so."""
-        return ResultsError(f'{self.path} cannot be written: {reason_of(error)}. Jobs that run go '
-                            'on; the same command collects them.')
 
     def _read(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -5894,13 +5895,14 @@ class Tree(NamedTuple):
 class Walk:
     """A walk through the files to send: it collects Entries, and why others are left out."""
 
-    def __init__(self, exclude, option, never=()):
+    def __init__(self, exclude, option, never=(), filtered=True):
         self.entries = {}               # path -> Entry
         self.left_out = set()           # in words
         self._option = option           # for messages: who named the paths
         self._exclude = [compile_rule(pattern) for pattern in exclude]
         self._never = never             # paths that are left out without a word
-        self._rules = {}                # folder -> the rules that hold inside it
+        # folder -> the rules that hold inside it; None: .rsync-filter has no meaning
+        self._rules = {} if filtered else None
 
     def add(self, path):
         """Add the path, the folders that lead to it, and what it holds; '': the current folder."""
@@ -5957,6 +5959,8 @@ class Walk:
         return True
 
     def _rules_inside(self, folder):
+        if self._rules is None:
+            return []
         if folder not in self._rules:
             inherited = self._rules_inside(os.path.dirname(folder)) if folder else []
             own, cleared = read_filter_file(folder or '.', folder)
@@ -5964,14 +5968,14 @@ class Walk:
         return self._rules[folder]
 
 
-def scan_tree(paths, exclude, option='--copy-forwards', never=()):
+def scan_tree(paths, exclude, option='--copy-forwards', never=(), filtered=True):
     """Return the Tree of these paths, relative to the current folder.
 
     First the paths in `never`, .git and job_results are left out, then what `exclude` says, then
     what each folder's .rsync-filter does, nearest folder first; in each the first rule that applies
-    decides.
+    decides.  Without `filtered`, .rsync-filter is a file as others.
     """
-    walk = Walk(exclude, option, never)
+    walk = Walk(exclude, option, never, filtered)
     for path in paths:
         check_named(path, option)
         try:
@@ -6052,6 +6056,30 @@ def content_digest(data):
     """Return 32 hex digits that stand for these bytes."""
     import hashlib
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def differs_now(path, manifest):
+    """Tell whether a file that was sent is another one here and now, or none."""
+    mode, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+        if content.startswith(TO):
+            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
+        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
+            return True
+        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
+    except OSError:
+        return True
+
+
+def was_touched(path, manifest):
+    """Tell whether a file that was sent has another size or time here and now, or is gone."""
+    _, size, ns, content = manifest.files[path]
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return True
+    return info.st_mtime_ns != ns or info.st_size != size and not content.startswith(TO)
 
 
 SYSTEM_FOLDERS = ('/bin/', '/dev/', '/etc/', '/lib', '/proc/', '/sbin/', '/sys/', '/usr/')
@@ -7154,6 +7182,8 @@ class Presence:
             record.here |= ENDS[end]
 
 
+# Left free by copies of what is sent, and by what comes of jobs that run: results need room.
+SPARE_BYTES = 10**9
 KEPT_AT_ONCE = 64           # files that are kept between two looks at what happens
 STALE_S = 3600.0            # nobody takes that long to keep a set of files
 
@@ -7168,7 +7198,9 @@ class Sent:
     sent/store/HASH             their contents, each once; limit_bytes in all
 
     The smallest files are kept first: code, and not data.  Clients of several jobs may write here
-    at the same time, so each thing appears by one rename.
+    at the same time, so each thing appears by one rename: a set when a job is about to have it, so
+    nobody removes one that another client may have found.  A copy can be read by no more people
+    than the file that it is of.
     """
 
     def __init__(self, folder):
@@ -7178,15 +7210,27 @@ class Sent:
         self._found = {}                # digest -> Manifest, None where that is not known
         self._under_way = {}            # digest -> the generator that keeps it
         self._claimed = set()           # digests of sets that jobs have which this client began
-        self._made = set()              # digests of sets that this client has put here
+        self._unclaimed = {}            # digest -> the folder of a set that no job has so far
         self._used = None               # bytes in the store
 
     def claim(self, manifest):
         """Have the set of files here, since a job has them.  Raises OSError."""
-        if manifest.digest not in self._claimed:
+        digest = manifest.digest
+        while digest not in self._claimed:
             for _ in self.keeping(manifest):
                 pass
-            self._claimed.add(manifest.digest)
+            folder = self._unclaimed.pop(digest, None)
+            if folder and not os.path.isdir(folder):    # it was taken for that of a killed client
+                self._found.pop(digest, None)
+                continue
+            if folder:
+                try:
+                    os.rename(folder, self.path(digest))
+                except OSError:
+                    remove_tree(folder)
+                    if not os.path.isdir(self.path(digest)):
+                        raise           # else another client was first
+            self._claimed.add(digest)
 
     def keeping(self, manifest):
         """Yield, some files at a time, while the set of files is put here.  Raises OSError."""
@@ -7217,15 +7261,20 @@ class Sent:
         """Return what is noted of a set, see above; an empty dict where it is not here."""
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(read_file(self.path(digest, 'record.json')))
-            return record if isinstance(record, dict) else {}
+            if isinstance(record, dict) and all(isinstance(record.get(key), int)
+                                                for key in ('files', 'bytes', 'kept')):
+                return record
         return {}
 
     def path(self, digest, *names):
         """Return the path of a set, or of something in it."""
-        return os.path.join(self.folder, str(digest), *names)
+        folder = self._unclaimed.get(digest) or os.path.join(self.folder, str(digest))
+        return os.path.join(folder, *names)
 
     def note(self, digest, patch=b'', **facts):
         """Add facts to the record of a set, and the differences to its commit.  Raises OSError."""
+        if not self.record(digest):         # somebody has removed it
+            return
         if patch:
             put_file(self.path(digest, 'diff.patch'), patch)
         put_file(self.path(digest, 'record.json'),
@@ -7240,9 +7289,9 @@ class Sent:
 
     def close(self):
         """Remove the sets of which no job has begun, and what is in the store for them alone."""
-        unclaimed, self._made = self._made - self._claimed, set()
-        for digest in unclaimed:
-            remove_tree(self.path(digest))
+        unclaimed, self._unclaimed = self._unclaimed, {}
+        for folder in unclaimed.values():
+            remove_tree(folder)
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._store) if unclaimed else ():
                 if entry.stat().st_nlink == 1:
@@ -7254,28 +7303,39 @@ class Sent:
         digest, record = manifest.digest, self.record(manifest.digest)
         if not record:
             os.makedirs(self._store, exist_ok=True)
-            for entry in os.scandir(self.folder):       # of clients that were killed
-                if entry.name.startswith('new-') and entry.stat().st_mtime < time.time() - STALE_S:
-                    remove_tree(entry.path)
+            self._remove_stale()
             folder = private_folder(os.path.join(self.folder, 'new'))
             try:
                 yield from self._fill(folder, manifest)
-                os.chmod(folder, new_folder_mode())
-                with contextlib.suppress(OSError):      # another client was first
-                    os.rename(folder, self.path(digest))
-                    self._made.add(digest)
+                self._unclaimed[digest] = folder
             finally:
-                if os.path.isdir(folder):
+                if digest not in self._unclaimed:
                     remove_tree(folder)
+        elif self.limit_bytes and not record['kept']:       # there was no room for copies then
+            yield from self._fill(self.path(digest), manifest, record)
         self._found[digest] = manifest
 
-    def _fill(self, folder, manifest):
-        kept, kept_bytes = 0, 0
+    def _remove_stale(self):
+        """Remove what clients left that were killed while they kept a set.  Raises OSError."""
+        before = time.time() - STALE_S
+        for entry in os.scandir(self.folder):
+            if entry.name.startswith('new-') and entry.stat().st_mtime < before:
+                remove_tree(entry.path)
+        for entry in os.scandir(self._store):
+            with contextlib.suppress(FileNotFoundError):        # by another client
+                info = entry.stat()
+                if info.st_nlink == 1 and info.st_mtime < before:
+                    os.unlink(entry.path)
+
+    def _fill(self, folder, manifest, record=None):
+        kept, kept_bytes, shared, folders = 0, 0, 0o444, {}
         smallest = sorted((size, path, content)
                           for path, (_, size, _, content) in manifest.files.items() if content)
         for number, (_, path, content) in enumerate(smallest, 1):
             with contextlib.suppress(OSError):          # the disk is full, or the file is gone
-                size = self._keep_file(path, content, os.path.join(folder, 'files', path))
+                mode = readers_of(path, manifest.files[path][0], folders)
+                shared &= mode
+                size = self._keep_file(path, content, os.path.join(folder, 'files', path), mode)
                 if size is not None:
                     kept, kept_bytes = kept + 1, kept_bytes + size
             if number % KEPT_AT_ONCE == 0:
@@ -7283,27 +7343,39 @@ class Sent:
         sizes = [size for _, size, _, _ in manifest.files.values()]
         put_file(os.path.join(folder, 'files.json'), as_json(manifest.files))
         put_file(os.path.join(folder, 'record.json'), as_json({
-            'version': 1, 'time': round(time.time(), 3), 'files': len(sizes), 'bytes': sum(sizes),
-            'linked': manifest.linked, 'empty': manifest.empty,
+            **(record or {}), 'version': 1, 'time': round(time.time(), 3), 'files': len(sizes),
+            'bytes': sum(sizes), 'linked': manifest.linked, 'empty': manifest.empty,
             'kept': kept, 'kept_bytes': kept_bytes}))
+        os.chmod(folder, new_folder_mode() & (shared >> 2) * 7 | 0o700)
 
-    def _keep_file(self, path, content, target):
-        """Keep a file, or link, that has this content; return its size; None if it is not kept."""
+    def _keep_file(self, path, content, target, mode):
+        """Keep a file, or link, that has this content; return its size; None if it is not kept.
+
+        mode: who may read the copy, unless there is one already
+        """
         if not self.limit_bytes:
             return None
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if content.startswith(TO):
             os.symlink(content[len(TO):], target)
             return 0
+        try:
+            return self._link(path, content, target, mode)
+        except FileNotFoundError:           # another client has just tidied the store up
+            return self._link(path, content, target, mode)
+
+    def _link(self, path, content, target, mode):
         kept = os.path.join(self._store, content)
         if not os.path.exists(kept):
+            os.makedirs(self._store, exist_ok=True)
             size = os.stat(path).st_size
-            if self._used_bytes() + size > self.limit_bytes:
+            if (self._used_bytes() + size > self.limit_bytes
+                    or free_bytes(self._store) < size + SPARE_BYTES):
                 return None
             data = read_file(path)
             if content_digest(data) != content:         # it has changed since
                 return None
-            put_file(kept, data, 0o444)
+            put_file(kept, data, mode)
             self._used += len(data)
         os.link(kept, target)
         return os.stat(kept).st_size
@@ -7313,6 +7385,24 @@ class Sent:
         if self._used is None:
             self._used = sum(entry.stat().st_size for entry in os.scandir(self._store))
         return self._used
+
+
+def free_bytes(folder):
+    """Return how many bytes may be written there: some are left for others."""
+    info = os.statvfs(folder)
+    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
+
+
+def readers_of(path, mode, folders):
+    """Return the mode of a copy that can be read by no more people than a file below this folder.
+
+    mode: that of the file; folders: {path: what this returns for all in it}, to be filled
+    """
+    folder = os.path.dirname(path)
+    if folder and folder not in folders:
+        inside = (os.stat(folder).st_mode & 0o111) << 2
+        folders[folder] = readers_of(folder, inside, folders)
+    return (mode & 0o444 & folders.get(folder, 0o444)) | 0o400
 
 
 def put_file(path, data, mode=0o666):
@@ -8235,6 +8325,11 @@ class Hooks:
             self._processes.wait(0.2)
 
 
+def is_below(path, folders):
+    """Tell whether a path is one of these, or lies below one."""
+    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
+
+
 REPORT_LIMIT_S = 600.0              # for a report to be made
 
 
@@ -8249,9 +8344,12 @@ class HtmlReport:
         folder, name = os.path.split(path)
         if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
             raise UsageError(f'--report {path}: this is no file in a folder that exists.')
-        if self.path_here.startswith('job_results/'):
-            raise UsageError(f'--report {path}: name a file outside of job_results, where only '
-                             'results are.')
+        if is_below(self.path_here, ('job_results',)):
+            raise UsageError(f'--report {path}: job_results has only results. Name a file beside '
+                             'it.')
+        if os.path.isfile(path) and not is_page(path):
+            raise UsageError(f'--report {path} is a file that this program did not write. '
+                             'Name another file, or remove this one.')
 
     @property
     def path_here(self):
@@ -8296,6 +8394,15 @@ class HtmlReport:
         if status:
             why = complaint_line(complaint.decode('utf-8', 'replace')) or f'exit code {status}'
             self._report.note(f'{self._path} was not written: {sentence(why)}')
+
+
+def is_page(path):
+    """Tell whether a file is empty or a page for a browser."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(15).lower() in (b'', b'<!doctype html>')
+    except OSError:
+        return False
 
 
 def find_results_table():
@@ -8924,11 +9031,12 @@ class Files:
     """The files that go along, by Forwards: looked at once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
+    are_rebuilt: they were sent once, see Rebuilt; .rsync-filter and git have no say in these
     keeper: the Keeper, which has those kept that are sent
     """
 
     def __init__(self, keeper=None):
-        self.never, self.keeper = set(), keeper
+        self.never, self.keeper, self.are_rebuilt = set(), keeper, False
         self._trees, self._archives, self._manifests = {}, {}, {}
         self._folder_times = {}             # Forwards -> when the current folder had changed then
 
@@ -8960,8 +9068,10 @@ class Files:
     def _scan(self, forwards):
         self._folder_times[forwards] = os.stat('.').st_mtime_ns
         linked = tuple(f'/{path}' for path in forwards.link)
-        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never),
-                scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never))
+        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never,
+                          not self.are_rebuilt),
+                scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never,
+                          not self.are_rebuilt))
 
     def lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
@@ -8995,8 +9105,9 @@ class Files:
                 placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
                 placed += [(f'link/{entry.path}', entry) for entry in link.entries]
                 data = b''.join(archive(placed))
+                self.manifest(forwards)
                 self.look_again(forwards)
-                if self.trees(forwards) is trees:   # nothing changed while it was read
+                if self.trees(forwards) is trees:   # nothing changed while both were read
                     break
             self.manifest(forwards)
             self._archives[forwards] = data
@@ -9004,6 +9115,8 @@ class Files:
 
 
 GIT_LIMIT_S = 60.0          # for an answer of git
+LAST_GIT_S = 5.0            # for git to answer once all else is done: nobody waits longer for it
+DIFF_BYTES = 256 * 2**20    # of changed files; git has them in memory to tell how they differ
 GIT_PATHS = 500             # that one git is asked about
 MOST_LISTED = 1000          # untracked files in a record
 
@@ -9034,14 +9147,15 @@ class Keeper:
         try:
             self._client.results.sent.claim(manifest)
         except OSError as error:
-            raise self._client.journal.unwritable(error) from None
+            raise unwritable(self._client.results.sent.folder, error) from None
 
     def _keep(self, sent, manifest):
         """A flow: keep the files, and then what git says of them."""
         try:
             for _ in sent.keeping(manifest):
                 yield 0
-            if in_checkout() and not sent.record(manifest.digest).get('commit'):
+            if (in_checkout() and not self._client.files.are_rebuilt
+                    and not sent.record(manifest.digest).get('commit')):
                 facts, patch = yield from self._ask_git(manifest, sent.limit_bytes)
                 if facts:
                     sent.note(manifest.digest, patch, **facts)
@@ -9053,37 +9167,79 @@ class Keeper:
     def _ask_git(self, manifest, limit_bytes):
         """A flow: return (facts for the record, the differences to the commit as a patch).
 
-        No path is in them that was not sent.
+        No path is in them that was not sent.  There is no patch where the commit with it might not
+        be what was sent: it is too large, a file was edited since, or git was told not to look.
+        Raises SchedulerError where git fails, for half an answer would be a wrong one.
         """
         head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
-        if not head:
-            return {}, b''                  # it has no commit yet
         commit, branch = os.fsdecode(head).split('\n')[:2]
-        differ = ('diff', 'HEAD', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
-        changed = yield from self._git(*differ, '--name-only', '-z')
-        tracked = yield from self._git('ls-files', '-z')
+        differ = ('diff', '--relative', '--no-renames', '--no-ext-diff', '--no-textconv')
+        changed = yield from self._git(*differ, '--name-only', '-z', commit, '--')
+        listed = yield from self._git('ls-files', '-v', '-z')
+        tags = {row[2:]: row[0] for row in os.fsdecode(listed).split('\0') if row}
         sent = {path for path in manifest.files if not is_below(path, manifest.linked)}
-        changed = sorted(sent.intersection(os.fsdecode(changed).split('\0')))
-        untracked = sorted(sent.difference(os.fsdecode(tracked).split('\0')))
-        patch = b''
-        for start in range(0, len(changed), GIT_PATHS) if limit_bytes else ():
-            patch += yield from self._git(
-                '--literal-pathspecs', *differ, '--binary', '--no-color', '--src-prefix=a/',
-                '--dst-prefix=b/', '--', *changed[start:start + GIT_PATHS])
-        too_large = {'patch_bytes': len(patch)} if len(patch) > limit_bytes else {}
-        return {'commit': commit, 'branch': branch, 'changed': changed,
-                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked),
-                **too_large}, b'' if too_large else patch
+        untracked = sorted(sent.difference(tags))
+        changed = sent.intersection(os.fsdecode(changed).split('\0'), tags)
+        patch = yield from self._differences(manifest, differ, commit, sorted(changed), limit_bytes)
+        # --assume-unchanged and --skip-worktree
+        unsure = {path for path in sent if tags.get(path, 'H') not in 'HMRCK'}
+        for number, path in enumerate(sorted(sent.intersection(tags))):
+            if number % GIT_PATHS == 0:
+                yield 0
+            if was_touched(path, manifest) and differs_now(path, manifest):
+                unsure.add(path)
+        whole = patch is not None and not unsure
+        return {'commit': commit, 'branch': branch, 'changed': sorted(changed | unsure),
+                'untracked': untracked[:MOST_LISTED], 'untracked_files': len(untracked)
+                }, patch if whole else b''
 
-    def _git(self, *words):
-        """A flow: return what git prints; nothing where it fails.  It changes nothing."""
+    def _differences(self, manifest, differ, commit, changed, limit_bytes):
+        """A flow: return how changed files differ from the commit; None if that is too much."""
+        patch = b''
+        if not limit_bytes or sum(manifest.files[path][1] for path in changed) > DIFF_BYTES:
+            return None
+        for start in range(0, len(changed), GIT_PATHS):
+            patch += yield from self._git(
+                '--literal-pathspecs', *differ, '--binary', '--no-color', '--unified=3',
+                '--submodule=short', '--src-prefix=a/', '--dst-prefix=b/', commit, '--',
+                *changed[start:start + GIT_PATHS], most=limit_bytes - len(patch))
+            if len(patch) > limit_bytes:
+                return None
+        return patch
+
+    def _git(self, *words, most=math.inf):
+        """A flow: return what git prints; it is ended after `most` bytes.  It changes nothing.
+
+        Raises SchedulerError where git fails.
+        """
         said = bytearray()
+
+        def take(data):
+            said.extend(data)
+            if len(said) > most:
+                child.kill()
+
         child = self._client.processes.start(
-            ['git', '-c', 'core.fsmonitor=false', *words], said.extend, None, has_input=False,
-            env={**os.environ, 'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1'},
-            deadline_s=GIT_LIMIT_S)
+            ['git', '-c', 'core.fsmonitor=false', *words], take, None, has_input=False,
+            env=git_env(), deadline_s=GIT_LIMIT_S)
         end = yield child
-        return b'' if end.status else bytes(said)
+        if end.status and len(said) <= most:
+            raise SchedulerError(f'git: {complaint_line(end.text) or end.status}')
+        return bytes(said)
+
+
+# Such as a hook of git sets: they would name another repository, or another way to show it.
+GIT_VARIABLES = {f'GIT_{word}' for word in (
+    'DIR', 'WORK_TREE', 'INDEX_FILE', 'COMMON_DIR', 'OBJECT_DIRECTORY', 'NAMESPACE', 'PREFIX',
+    'ALTERNATE_OBJECT_DIRECTORIES', 'DIFF_OPTS', 'EXTERNAL_DIFF', 'LITERAL_PATHSPECS',
+    'GLOB_PATHSPECS', 'NOGLOB_PATHSPECS', 'ICASE_PATHSPECS')}
+
+
+def git_env():
+    """Return the environment in which git tells of the current folder, and changes nothing."""
+    return {**{name: value for name, value in os.environ.items() if name not in GIT_VARIABLES},
+            'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1',
+            'GIT_TERMINAL_PROMPT': '0'}
 
 
 def in_checkout():
@@ -9094,11 +9250,6 @@ def in_checkout():
             return False
         folder = os.path.dirname(folder)
     return True
-
-
-def is_below(path, folders):
-    """Tell whether a path is one of these, or lies below one."""
-    return any(path == folder or path.startswith(f'{folder}/') for folder in folders)
 
 
 def make_run_folder():
@@ -9329,17 +9480,17 @@ class Stages:
 
     def _send(self, stage):
         """A flow: send a stage that is too large for the channel, and have it frozen."""
-        worker = self._worker
+        worker, before = self._worker, stage.manifest
         while True:
             why = yield from self._send_parts(stage)
-            if not stage.changed():
+            if stage.looks:
+                stage.manifest = Manifest.of(stage.copy, stage.link, stage.forwards.link)
+            if not stage.changed():         # not even while the Manifest read them
                 break
         if why:
             self._contact.send('unsent', f'the files could not be sent: {why}')
             return
         if stage.looks:
-            before, stage.manifest = stage.manifest, Manifest.of(stage.copy, stage.link,
-                                                                stage.forwards.link)
             names = names_of([*map(printable, stage.manifest.changed(before))])
             worker.report.warning(f'{worker.name}: {names} changed after this run began, so jobs '
                                   'there have the newer files')
@@ -9516,12 +9667,6 @@ def take_out_twins(folder, missing, wanted):
         with contextlib.suppress(OSError):      # it is a folder, or was removed with its twin
             os.unlink(os.path.join(folder, path))
     return sorted(twins)
-
-
-def free_bytes(folder):
-    """Return how many bytes may be written there: some are left for others."""
-    info = os.statvfs(folder)
-    return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
 
 
 # Landlock (landlock(7)): the numbers are the same on all architectures but these.
@@ -11232,7 +11377,6 @@ class Visit:
         self._end = end
 
 
-SPARE_BYTES = 10**9         # left free by what comes of jobs that run: their results need room
 MOST_PARTS = 10_000         # files and folders of a machine: more would hold up all else here
 
 
@@ -12312,13 +12456,17 @@ def runs_again(kept):
 
 # ---- Past: what exactly a job was, and the same once more ----
 
-def ask_here(argv, feed=None):
-    """Run a program here; return (its exit status, its stdout, its stderr as text)."""
+def ask_here(argv, feed=None, env=None, limit_s=None):
+    """Run a program here; return (its exit status, its stdout, its stderr as text).
+
+    limit_s: it is ended after so many seconds
+    """
     said, ended = bytearray(), []
     processes = Processes()
     try:
         processes.start(argv, said.extend, lambda *end: ended.append(end), feed=feed,
-                        env={**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''})
+                        env=env or {**os.environ, 'LC_ALL': 'C', 'BASH_ENV': ''},
+                        deadline_s=limit_s)
         while not ended:
             processes.wait()
     finally:
@@ -12401,13 +12549,15 @@ LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
 def what_became(past):
     """Yield (head, text) of how a job ended, and when."""
     claimed, ended, now = past.claimed, past.ended, time.time()
-    states = {'claimed': 'runs, as far as is known here', 'ended': 'has ended, and is not fetched',
-              'lost': 'its machine lost it', 'cancelled': 'was cancelled'}
+    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost it',
+              'stopping': 'was told to stop, and is not known to have ended',
+              'cancelled': 'was cancelled'}
     text = states.get(past.state, '')
     if ended:
         code = ended['exit_code']
         text = (f'exit code {code}' if code else 'finished, exit code 0') + (
-            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '')
+            f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '') + (
+            '; its results are not fetched' if past.state == 'ended' else '')
     yield 'outcome', text
     if 'time' in claimed:
         until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
@@ -12459,7 +12609,7 @@ def what_it_had(past, sent):
     digest = past.claimed.get('files')
     manifest, record = sent.get(digest), sent.record(digest)
     if not manifest or not record:
-        yield 'files', 'not recorded' if manifest is None else 'none were sent'
+        yield 'files', 'not recorded'
         return
     folder = sent.path(digest)
     yield 'files', (f'{count_of(record["files"], "file")}, {size_of(record["bytes"])}, '
@@ -12476,20 +12626,6 @@ def what_it_had(past, sent):
     now = [path for path in manifest.files if differs_now(path, manifest)]
     yield 'since then', (f'{names_of([*map(printable, now)])} changed' if now else
                          'no file changed') + f': execute_batch --reproduce {past.name}'
-
-
-def differs_now(path, manifest):
-    """Tell whether a file that was sent is another one here and now, or none."""
-    mode, size, ns, content = manifest.files[path]
-    try:
-        info = os.lstat(path)
-        if content.startswith(TO):
-            return not stat.S_ISLNK(info.st_mode) or TO + os.readlink(path) != content
-        if not stat.S_ISREG(info.st_mode) or info.st_size != size:
-            return True
-        return content_digest(read_file(path)) != content if content else info.st_mtime_ns != ns
-    except OSError:
-        return True
 
 
 class Rebuilt:
@@ -12553,8 +12689,9 @@ class Rebuilt:
             self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
                                'gets what is there now')
         if missing:
-            self.unlike.append(f'{names_of(missing)}: gone since, and no copy was kept: the job '
-                               'does not get it')
+            is_gone, it = ('is gone', 'it') if len(missing) == 1 else ('are gone', 'them')
+            self.unlike.append(f'{names_of(missing)} {is_gone}, and no copy was kept: the job '
+                               f'does not get {it}')
 
     def _content(self, path, content):
         """Return what a file had in it; None where that is nowhere any more."""
@@ -12562,16 +12699,28 @@ class Rebuilt:
         if data is None and not differs_now(path, self._manifest):
             data = read_file(path)
         if data is None and self._commit:
-            _, said, _ = ask_here(['git', 'show', f'{self._commit}:./{path}'])
-            data = said if content_digest(said) == content else None
+            data = self._committed(path, content)
         return data
+
+    def _committed(self, path, content):
+        """Return what a file had in it if it is in the commit, as it is or as git checks it out."""
+        for words in (['show'], ['cat-file', '--filters']):
+            with contextlib.suppress(OSError, SchedulerError):      # there is no git here
+                _, said, _ = ask_here(['git', *words, f'{self._commit}:./{path}'], env=git_env(),
+                                      limit_s=GIT_LIMIT_S)
+                if content_digest(said) == content:
+                    return said
+        return None
 
     def _take(self, path, target):
         """Take a file that is too large to be read; it is only sent from there."""
         try:
             os.link(path, target)
-        except OSError:                     # job_results lies in another file system
+        except OSError:                     # another file system, or the file of another person
             import shutil
+            if os.stat(path).st_size > free_bytes(self._folder) - SPARE_BYTES:
+                raise ResultsError(f'{printable(path)} has to be copied to be sent, and there is '
+                                   f'no room for it in {self._folder}.') from None
             shutil.copy2(path, target)
 
 
@@ -12614,8 +12763,16 @@ def name_of_copy(past):
 
     def is_taken(name):
         journal = ResultStore('job_results', f'commands/{name}').peek().journal
-        return not journal.is_begun(name) and (
-            name in journal.jobs or name in results.journal.jobs or results.exists(name))
+        if journal.is_begun(name):
+            begun = read_past(name, journal.path)
+            return not begun or not continues(begun.claimed)
+        return name in journal.jobs or name in results.journal.jobs or results.exists(name)
+
+    def continues(claimed):
+        """Tell whether this start was to reproduce the Past, and not a former one of its name."""
+        return (claimed.get('reproduces') == past.name
+                and claimed['command'] == past.claimed['command']
+                and claimed.get('time', 0) >= past.claimed.get('time', 0))
 
     return free_name(stem, is_taken)
 
@@ -12629,15 +12786,31 @@ def digest_of(pieces):
     return digest.digest()
 
 
-def tell_likeness(past, name, unlike, reporter):
+def what_came_in(past):
+    """Yield a sentence on what the job read that is not kept."""
+    if past.claimed.get('input') == 'stdin':
+        yield 'the standard input, which was not kept: the job gets none'
+    if past.claimed.get('input') == 'tty':
+        yield 'the terminal (--tty): the job gets none'
+
+
+def other_files(past, again, sent):
+    """Yield a sentence if a job did not get the files of the Past that it reproduces."""
+    then, now = (sent.get(one.claimed.get('files')) for one in (past, again))
+    if again.claimed.get('files') != past.claimed.get('files'):
+        names = now.changed(then) if now and then else ()
+        yield f'files: {names_of([*map(printable, names)]) or "it is not known which"}'
+
+
+def tell_likeness(past, name, unlike, sent, reporter):
     """Say what could not be the same in the job that reproduces a Past, and compare the outputs.
 
-    unlike: sentences on files
+    unlike: sentences on files and input
     """
     again = read_past(name, f'job_results/.ssh_scheduler/commands/{name}/journal')
     if not again or not again.ended:        # it was interrupted, or left running
         return
-    unlike = [*unlike, *unlike_then(past, again)]
+    unlike = [*unlike, *unlike_then(past, again)] or [*other_files(past, again, sent)]
     for text in unlike:
         reporter.line(f'not the same: {text}')
     if not unlike:
@@ -12722,6 +12895,9 @@ def show_what(options, reporter):
     return 0
 
 
+NOT_OF_ONE_JOB = ('--rerun', '--rerun-failed', '--sync-back', '--joblog', '--report', *HOOKS)
+
+
 def reproduce(options, reporter):
     """Run a job once more with the files that it had (--reproduce); return the exit status."""
     past = past_in(options, '--reproduce')
@@ -12729,6 +12905,9 @@ def reproduce(options, reporter):
         if option in options.given:
             raise UsageError(f'{option} cannot be given with --reproduce, which sends the files '
                              'that the job had.')
+    for option in NOT_OF_ONE_JOB:
+        if option in options.given:
+            raise UsageError(f'{option} cannot be given with --reproduce: it is for batches.')
     sent, claimed = ResultStore('job_results').sent, past.claimed
     manifest = sent.get(claimed.get('files'))
     if not manifest:
@@ -12748,11 +12927,12 @@ def reproduce(options, reporter):
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
     client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
+    client.files.are_rebuilt = True
     try:
         reporter.line(f'{past.name}: {printable(claimed["command"])}')
         with Rebuilt(past, sent) as rebuilt:
             status = run_batch(options, machines, [job], client, reporter, policy) or wrong
-            tell_likeness(past, name, rebuilt.unlike, reporter)
+            tell_likeness(past, name, [*rebuilt.unlike, *what_came_in(past)], sent, reporter)
     finally:
         client.close()
         results.close()
@@ -12899,7 +13079,7 @@ def run_told(options, client, reporter, hooks, run):
 
 def read_report(options, client, reporter):
     """Return the HtmlReport that --report asks for, or nothing, as a tuple."""
-    if not options['--report'] or options['--dry-run']:
+    if '--report' not in options.given or options['--dry-run']:
         return ()
     interval = read_interval(options, LEAST_REPORT_S, '60')
     page = HtmlReport(options['--report'], interval, client.processes, reporter)
@@ -13748,7 +13928,8 @@ class CommandOrder:
             want_gpus=bool(job.allocation and job.allocation.gpus), wants_others=True, how=how,
             timeout_s=options.optional('--timeout', options.seconds, above=0),
             noted={'where': self._known.get('where') or options['--machine'],
-                   'detach': options['--detach']})
+                   'detach': options['--detach'],
+                   **({'input': self._mode} if self._mode in ('stdin', 'tty') else {})})
         view = BoundView(self._report, {} if is_silent else {worker: self._streams},
                          self._on_running, self._on_contact)
         return Run([job], [worker], client, view, policy, {worker: job})
@@ -14112,8 +14293,9 @@ def close_all(workers, client, hurried=lambda: False):
                                   for worker in workers), time.monotonic() + FACTS_S, hurried)
     for worker in workers:
         worker.close()
-    client.wait_while(lambda: client.files.keeper.is_busy or any(
-        worker.state == 'closing' for worker in workers), time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: any(worker.state == 'closing' for worker in workers),
+                      time.monotonic() + FAREWELL_S, hurried)
+    client.wait_while(lambda: client.files.keeper.is_busy, time.monotonic() + LAST_GIT_S, hurried)
 
 
 def json_lines(workers, allocation):

@@ -426,9 +426,11 @@ def test_a_page_that_cannot_be_written(run):
         done = run('true', options=['--report', path])
         assert (done.returncode, f'--report {path}: this is no file' in done.stderr) == (2, True)
     assert not RESULTS.exists()
-    RESULTS.mkdir()
-    done = run('true', options=['--report', 'job_results/r.html'])
-    assert done.returncode == 2 and 'name a file outside of job_results' in done.stderr
+    for path, why in (('job_results/x', 'job_results has only results'), ('', 'this is no file'),
+                      ('batch.sh', 'is a file that this program did not write')):
+        done = run('true', options=['--report', path])
+        assert (done.returncode, f'{why}' in done.stderr) == (2, True), done
+    assert Path('batch.sh').read_text() == 'true\n'
     done = run('true', options=['--report', '/proc/report.html'])
     assert done.returncode == 0 and result('batch.sh.1') == b''
     assert done.stderr.count('/proc/report.html was not written: ') == 1

@@ -14,6 +14,7 @@ import pytest
 import rig
 from batching import NO_GPU, RESULTS, Batches, result, wait_until
 
+import combine_folders
 import ssh_scheduler as s
 
 INNER = RESULTS / '.ssh_scheduler'
@@ -147,6 +148,89 @@ def test_a_folder_of_a_checkout_and_one_without_a_commit(run, ask, git, project,
     assert heads(ask('--what', 'batch.sh.2'))['changed'][0].startswith('a, batch.sh: ')
 
 
+@pytest.fixture
+def false_git(tmp_path, monkeypatch):
+    """Have the program find a git that runs these lines of sh first; $git is the real one."""
+    def put(lines):
+        folder = tmp_path / 'false'
+        folder.mkdir()
+        (folder / 'git').write_text(f'#!/bin/sh\ngit={shutil.which("git")}\n{lines}\n')
+        (folder / 'git').chmod(0o755)
+        return {'PATH': f'{folder}:{os.environ["PATH"]}'}
+    return put
+
+
+def test_the_patch_is_that_of_what_was_sent_or_there_is_none(run, git, project, tmp_path):
+    (project / 'a').write_text('one\n')
+    (project / 'b').write_text(''.join(f'{n}\n' for n in range(20)))
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'b').write_text((project / 'b').read_text().replace('9', 'nine'))
+    git('rm', '-q', '--cached', 'a')                # it is sent nevertheless
+    git('config', 'diff.context', '0')              # what git apply refuses
+    git('config', 'diff.noprefix', 'true')
+    run('cat a')
+    assert (record()['changed'], record()['untracked']) == (['b'], ['a', 'batch.sh'])
+    git('clone', '-q', str(project), str(tmp_path / 'then'))
+    git('apply', str((SENT / digest_of('batch.sh.1') / 'diff.patch').absolute()),
+        cwd=tmp_path / 'then')
+    for name in 'ab':
+        assert (tmp_path / 'then' / name).read_bytes() == (project / name).read_bytes()
+    git('reset', '-q')
+    git('update-index', '--assume-unchanged', 'a')
+    (project / 'a').write_text('two\n')
+    run('cat a', 'cat b')
+    assert record('batch.sh.2')['changed'] == ['a', 'b']
+    assert not (SENT / digest_of('batch.sh.2') / 'diff.patch').exists()
+
+
+def test_nothing_is_noted_of_a_git_that_fails(run, git, project):
+    (project / '.gitattributes').write_text('a filter=x\n')
+    (project / 'a').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    git('config', 'filter.x.clean', 'false')
+    git('config', 'filter.x.required', 'true')
+    (project / 'a').write_text('two\n')
+    assert run('cat a').returncode == 0
+    assert 'commit' not in record() and 'changed' not in record()
+
+
+def test_a_file_that_is_edited_before_git_looks(batches, git, project, false_git):
+    (project / 'a').write_text('one\n')
+    (project / 'b').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'a').write_text('two\n')
+    (project / 'b').write_text('two\n')
+    env = false_git('case "$*" in *rev-parse*) echo one >a;; esac; exec "$git" "$@"')
+    batches.run(['cat a'], ['localhost'], *NO_GPU, env=env)
+    assert result('batch.sh.1') == b'two\n'
+    assert record()['changed'] == ['a', 'b']
+    assert not (SENT / digest_of('batch.sh.1') / 'diff.patch').exists()
+
+
+def test_differences_that_are_too_large_are_not_read(batches, git, project, false_git):
+    (project / 'a').write_text('one\n')
+    git('add', '-A')
+    git('commit', '-qm', 'first')
+    (project / 'a').write_text('two\n')
+    env = false_git('case "$*" in *--binary*) exec yes;; esac; exec "$git" "$@"')
+    batches.run(['cat a'], ['localhost'], *NO_GPU, '--keep-files=1', env=env)
+    assert record()['changed'] == ['a']
+    assert not (SENT / digest_of('batch.sh.1') / 'diff.patch').exists()
+
+
+def test_a_git_that_hangs_does_not_hold_up_the_end(git, project, false_git, client_env):
+    (project / 'batch.sh').write_text('true\n')
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name('crash.py'), 'execute_batch', 'batch.sh',
+         *NO_GPU, '--machines', 'localhost'], check=False, capture_output=True, timeout=20,
+        env={**client_env, **false_git('exec sleep 1000'),
+             'CRASH_SETTINGS': json.dumps({'LAST_GIT_S': 0.1})})
+    assert done.returncode == 0 and 'commit' not in record(), done
+
+
 def test_contents_are_kept_once_and_up_to_a_limit(run, project):
     (project / 'small').write_bytes(b's' * 1000)
     (project / 'twin').write_bytes(b's' * 1000)
@@ -167,6 +251,72 @@ def test_contents_are_kept_once_and_up_to_a_limit(run, project):
     run('true', 'false', 'exit 2', options=['--keep-files', '0', '--link-forwards', 'data'])
     assert record('batch.sh.3')['kept'] == 0
     assert not (SENT / digest_of('batch.sh.3') / 'files').exists()
+
+
+def test_a_copy_is_for_no_more_people_than_the_file(run, project):
+    (project / 'a').write_text('a')
+    (project / 'b').write_text('b')
+    (project / 'b').chmod(0o600)
+    (project / 'shut').mkdir(0o750)
+    (project / 'shut/c').write_text('c')
+    run('true', options=['--exclude', 'b'])
+    run('true', 'true')
+    modes = {path.read_bytes(): path.stat().st_mode & 0o777 for path in (SENT / 'store').iterdir()}
+    assert (modes[b'a'], modes[b'b'], modes[b'c']) == (0o444, 0o400, 0o440)
+    assert [(SENT / digest_of(f'batch.sh.{n}')).stat().st_mode & 0o777 for n in (1, 2)] == [
+        0o750, 0o700]
+
+
+@pytest.fixture
+def clients(project):
+    """Two clients that keep what is sent, and a Manifest."""
+    (project / 'a').write_text('a')
+    manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
+    one, two = (s.Sent(str(INNER)) for _ in range(2))
+    one.limit_bytes = two.limit_bytes = 1000
+    return one, two, manifest
+
+
+def test_what_another_client_has_a_job_with_stays(clients):
+    one, two, manifest = clients
+    for _ in one.keeping(manifest):
+        pass
+    two.claim(manifest)
+    one.close()
+    assert two.get(manifest.digest) and s.Sent(str(INNER)).get(manifest.digest)
+    assert two.content(manifest.files['a'][3]) == b'a'
+    one.claim(manifest)                             # it takes part in that of the other
+    two.close()
+    assert sorted(os.listdir(SENT)) == sorted(['store', manifest.digest])
+
+
+def test_a_set_that_waits_for_long_is_there_in_the_end(clients):
+    one, _, manifest = clients
+    for _ in one.keeping(manifest):
+        pass
+    (new,) = SENT.glob('new-*')
+    shutil.rmtree(new)                              # by another client, after an hour
+    one.claim(manifest)
+    assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 1
+
+
+def test_copies_leave_room_for_results(clients, monkeypatch):
+    one, _, manifest = clients
+    monkeypatch.setattr(s, 'SPARE_BYTES', 2**62)
+    one.claim(manifest)
+    assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 0
+
+
+def test_a_set_gets_its_copies_once_there_is_room(clients, monkeypatch):
+    one, two, manifest = clients
+    with monkeypatch.context() as full:
+        full.setattr(s, 'SPARE_BYTES', 2**62)
+        one.claim(manifest)
+        one.note(manifest.digest, commit='c')
+    two.claim(manifest)
+    found = s.Sent(str(INNER)).record(manifest.digest)
+    assert (found['kept'], found['commit']) == (1, 'c')
+    assert tree(SENT / manifest.digest / 'files') == {'a': b'a'}
 
 
 def test_what_never_began_leaves_nothing(run, batches, project, lab1):
@@ -194,6 +344,23 @@ def test_the_files_are_those_that_were_sent_though_a_job_waits(batches, project,
         assert (SENT / digest_of(job) / 'files/code').read_text() == 'then'
 
 
+def test_a_manifest_has_what_the_archive_has(project, monkeypatch):
+    """Also if a file changes after it was read for the one, and before it is for the other."""
+    (project / 'a').write_text('then')
+    real = s.read_file
+
+    def read(path):
+        if (project / 'a').read_text() == 'then':
+            (project / 'a').write_text('later')
+        return real(path)
+
+    monkeypatch.setattr(s, 'read_file', read)
+    files, forwards = s.Files(), s.Forwards()
+    data = files.small_archive(forwards)
+    assert b'later' in data
+    assert files.manifest(forwards).files['a'][3] == s.content_digest(b'later')
+
+
 def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, client_env):
     for number in range(200):
         (project / f'f{number}').write_text(str(number))
@@ -208,10 +375,13 @@ def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, cli
     left = [name for name in os.listdir(SENT) if name.startswith('new-')]
     for name in left:                   # in an hour
         os.utime(SENT / name, (0, 0))
+    (SENT / 'store/part.new-1').write_text('half')
+    os.utime(SENT / 'store/part.new-1', (0, 0))
     (project / 'f7').write_text('8')
     run('cat f7', 'cat f7 f8')
     assert sorted(os.listdir(SENT)) == sorted(
         ['store', digest_of('batch.sh.1'), digest_of('batch.sh.2')])
+    assert not (SENT / 'store/part.new-1').exists()
 
 
 def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
@@ -220,7 +390,7 @@ def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
     SENT.mkdir()
     (SENT / 'store').write_text('no folder')
     done = run('cat a')
-    assert done.returncode != 0 and 'cannot be written' in done.stderr
+    assert done.returncode != 0 and f'{SENT} cannot be written: ' in done.stderr
     (SENT / 'store').unlink()
     assert run('cat a').returncode == 0
 
@@ -361,6 +531,17 @@ def test_what_a_job_was(batches, ask, project, lab):
     assert re.fullmatch(r'exit code 3, after \d+s', outcome)
 
 
+def test_each_end_has_its_words():
+    ended = {'exit_code': 0, 'wall_s': 5}
+    for state, event, text in (
+            ('claimed', {}, 'runs, as far as is known here'),
+            ('ended', ended, 'finished, exit code 0, after 5s; its results are not fetched'),
+            ('collected', ended, 'finished, exit code 0, after 5s'),
+            ('stopping', {}, 'was told to stop, and is not known to have ended'),
+            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost it')):
+        assert dict(s.what_became(s.Past('a', {}, event, state, {})))['outcome'] == text
+
+
 def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     run_cli('execute_remote', '--machine=localhost', '--job-name=alone', 'echo hi')
     assert heads(ask('--what', 'alone'))['command'] == ['echo hi']
@@ -380,6 +561,14 @@ def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     assert ask('batch.sh', '--what', '1', '--status').returncode == 2
     (INNER / 'sent').rename(INNER / 'elsewhere')
     assert heads(ask('--what', 'batch.sh.2'))['files'] == ['not recorded']
+
+
+def test_a_record_that_is_damaged(run, ask):
+    run('true')
+    path = SENT / digest_of('batch.sh.1') / 'record.json'
+    for text in ('', '[]', '{"commit": "x"}', '{"files": "a", "bytes": [], "kept": 1}'):
+        path.write_text(text)
+        assert heads(ask('--what', 'batch.sh.1'))['files'] == ['not recorded']
 
 
 # ---- --reproduce ----
@@ -421,6 +610,48 @@ def test_a_job_once_more_with_the_files_of_then(run, ask, project):
     assert result('batch.sh.1-again-2') == result('batch.sh.1-again-again') == then
 
 
+def test_no_commit_of_today_is_noted_of_what_was_sent_once(run, ask, git, project):
+    (project / 'a').write_text('then')
+    shutil.move(project / '.git', project.parent / 'aside')
+    run('cat a')
+    shutil.move(project.parent / 'aside', project / '.git')
+    (project / 'a').write_text('now!')
+    git('add', '-A')
+    git('commit', '-qm', 'later')
+    assert lines_of(ask('--reproduce', 'batch.sh.1'))[-1] == 'the same: stdout'
+    assert 'commit' not in record()
+
+
+def test_filters_have_no_say_in_what_was_sent_once(run, ask, project):
+    (project / 'data').mkdir()
+    (project / 'data/x').write_text('then')
+    (project / '.rsync-filter').write_text('- data\n')
+    run("execute_remote --copy-forwards=data/x --copy-forwards=.rsync-filter -- 'cat data/x'")
+    assert result('batch.sh.1') == b'then'
+    assert lines_of(ask('--reproduce', 'batch.sh.1')) == [
+        'the same: all files, and all that is known of the machine', 'the same: stdout']
+
+
+def test_files_that_were_sent_otherwise_are_told(project):
+    (project / 'a').write_text('a')
+    sent, pasts = s.Sent(str(INNER)), []
+    for text in 'ab':
+        (project / 'a').write_text(text)
+        manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
+        sent.claim(manifest)
+        pasts.append(s.Past('x', {'files': manifest.digest}, {}, 'collected', {}))
+    assert [*s.other_files(*pasts, sent)] == ['files: a']
+    assert [*s.other_files(pasts[0], pasts[0], sent)] == []
+
+
+def test_input_that_was_not_kept_is_told(run_cli, ask, project):
+    run_cli('execute_remote', '--machine=localhost', '--stdin', '--job-name=in', 'cat',
+            stdin='then')
+    assert result('in') == b'then'
+    assert lines_of(ask('--reproduce', 'in'))[0] == (
+        'not the same: the standard input, which was not kept: the job gets none')
+
+
 def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
     old, new = (lab(name=name, gpus=rig.fake_gpus(1)) for name in ('old', 'new'))
     (project / 'data').mkdir()
@@ -438,8 +669,7 @@ def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
     said = lines_of(done)
     assert said[0] == ('not the same: data/set, other changed since, and no copy was kept: the '
                        'job gets what is there now')
-    assert said[1] == ('not the same: lost: gone since, and no copy was kept: the job does not '
-                       'get it')
+    assert said[1] == 'not the same: lost is gone, and no copy was kept: the job does not get it'
     assert 'not the same: variables none (then KEY)' in said
     assert said[-1] == ('not the same: stdout: diff job_results/batch.sh.1.out '
                         'job_results/batch.sh.1-again.out')
@@ -459,15 +689,20 @@ def test_another_gpu_is_told():
 
 
 def test_what_is_beyond_the_store_comes_out_of_git(run, ask, git, project):
+    (project / '.gitattributes').write_text('lines eol=crlf\n')
     (project / 'large').write_bytes(b'then' * 500_000)
+    (project / 'lines').write_bytes(b'then\r\n' * 300_000)
     git('add', '-A')
     git('commit', '-qm', 'first')
-    run('head -c 4 large', options=['--keep-files', '1'])
+    git('init', '-q', str(project.parent / 'other'))
+    run('head -c 4 large; head -c 6 lines', options=['--keep-files', '1'],
+        env={'GIT_DIR': str(project.parent / 'other/.git')})
     (project / 'large').write_bytes(b'now!' * 500_000)
+    (project / 'lines').write_bytes(b'now!\r\n' * 300_000)
     git('commit', '-qam', 'second')
     done = ask('--reproduce', 'batch.sh.1')
     assert lines_of(done)[-1] == 'the same: stdout' and 'not the same' not in done.stdout, done
-    assert result('batch.sh.1-again') == b'then'
+    assert result('batch.sh.1-again') == b'thenthen\r\n'
 
 
 def test_a_store_that_somebody_changed_is_not_believed(run, ask, project):
@@ -519,9 +754,28 @@ def test_the_same_command_continues_what_was_cut_off(batches, run, ask, project,
     assert Counter(os.listdir(INNER / 'commands')) == {'batch.sh.1-again': 1}
 
 
+def test_a_job_of_that_name_that_another_command_began_is_left_alone(run, run_cli, ask, project,
+                                                                     start_cli, gate, ledger):
+    (project / 'a').write_text('then')
+    run('cat a')
+    words = ('execute_remote', '--machine=localhost', '--job-name=batch.sh.1-again',
+             f'echo x >>{ledger}; {gate.wait("a")}; echo other')
+    other = start_cli(*words)
+    wait_until(lambda: ledger.read_text(), 'that the other job runs')
+    os.killpg(other.pid, signal.SIGKILL)
+    other.wait()
+    done = ask('--reproduce', 'batch.sh.1')
+    assert lines_of(done)[-1] == 'the same: stdout', done
+    assert heads(ask('--what', 'batch.sh.1-again-2'))['reproduces'] == ['batch.sh.1']
+    gate.open('a')
+    following = run_cli(*words)
+    assert following.stdout == 'other\n' and ledger.read_text() == 'x\n'
+
+
 def test_what_cannot_be_reproduced(run, ask, project):
     run('true')
     for words, why in ((['--copy-forwards', 'a'], '--copy-forwards cannot be given with'),
+                       (['--joblog', 'x'], '--joblog cannot be given with --reproduce: it is'),
                        (['--dry-run'], 'give one of them')):
         done = ask('--reproduce', 'batch.sh.1', *words)
         assert done.returncode == 2 and why in done.stderr, done
@@ -571,3 +825,17 @@ def test_results_of_different_files_are_told_when_they_are_combined(run, project
                     'batch.sh.1 and batch.sh.3. What each had: execute_batch --what batch.sh.1\n')
     shutil.rmtree(SENT)
     assert '3 different sets' in combine('../three', *sorted(RESULTS.glob('batch.sh.?')))
+
+
+def test_a_list_of_files_is_read_once_for_all_jobs(tmp_path, monkeypatch):
+    inner, calls = tmp_path / 'job_results/.ssh_scheduler', []
+    inner.mkdir(parents=True)
+    (inner / 'journal').write_text(''.join(json.dumps(
+        {'event': 'claimed', 'job': f'b.{n}', 'files': f'd{n // 50}', 'batch': 'b'}) + '\n'
+        for n in range(100)))
+    real = combine_folders.what_they_had
+    monkeypatch.setattr(combine_folders, 'what_they_had',
+                        lambda *words: calls.append(words) or real(*words))
+    said = combine_folders.mixed_files([str(inner.parent / f'b.{n}') for n in range(100)])
+    assert said.startswith('these results were made with 2 different sets of files, for example ')
+    assert len(calls) == 2
