@@ -3377,6 +3377,8 @@ def older_files(plan, results, files, path):
         if digest in (None, now.digest):
             return set()
         before = results.sent.get(digest)
+        if not before and os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json')):
+            return set()                # of a version whose digests were others
         return set(now.changed(before) if before else ['(not recorded)']) - {
             os.path.normpath(path)}
 
@@ -7193,7 +7195,7 @@ class Sent:
 
     sent/DIGEST/files.json      Manifest.files: what was sent
     sent/DIGEST/record.json     when, how much, how much of it is kept, and what git says of it
-    sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Checkout
+    sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Keeper
     sent/DIGEST/files/PATH      the files that are kept: hard links into the store
     sent/store/HASH             their contents, each once; limit_bytes in all
 

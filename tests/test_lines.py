@@ -142,6 +142,18 @@ def test_a_job_results_of_the_version_before_is_read(run, project):
     assert s.ResultStore('job_results').peek().journal.record('batch.sh.3')['key'] != 'batch.sh.3.1'
 
 
+def test_digests_of_the_version_before_are_not_compared(run, project):
+    (project / 'code').write_text('1')
+    run('echo a')
+    journal, inner = RESULTS / '.ssh_scheduler/journal', RESULTS / '.ssh_scheduler'
+    digest = re.search('"files": "(.*?)"', journal.read_text())[1]
+    journal.write_text(journal.read_text().replace(digest, '0123456789abcdef'))
+    assert 'files changed' in run('echo a').stderr
+    (inner / 'files').mkdir()
+    (inner / 'files/0123456789abcdef.json').write_text('{}')
+    assert 'files changed' not in run('echo a').stderr
+
+
 def test_results_without_a_journal_are_kept_and_told(run):
     run('echo a', 'echo b')
     shutil.rmtree(RESULTS / '.ssh_scheduler')
