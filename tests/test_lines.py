@@ -3,6 +3,7 @@ import collections
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
