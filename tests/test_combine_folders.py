@@ -608,8 +608,9 @@ def test_a_helper_does_every_other_file(here, helped, descriptors):
         combine_folders('dest', 'src1', 'src2')
     assert [conflict.path for conflict in caught.value.conflicts] == ['d/50', 'd/51']
     assert len(helped) == 2
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    for helper, *_ in helped:
+        with pytest.raises(ChildProcessError):      # it has ended, and was waited for
+            os.waitpid(helper._pid, os.WNOHANG)
 
 
 def test_what_fails_in_the_helper_is_said_by_us(here, helped, monkeypatch):

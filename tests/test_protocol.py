@@ -491,9 +491,12 @@ class World:
         """Let it end so."""
         gate = os.open(self.folder / f'gates/{name}.{number}', os.O_RDWR)       # blocks nobody
         os.write(gate, b'%d\n' % code)
-        self.until(lambda: attempt.ended, f'the end of {name} {number}')
+        # One that somebody wants to end may be killed before it can say so.
+        self.until(lambda: attempt.ended or attempt.unwanted and rig.ends(
+            attempt.pid, timeout_s=0), f'the end of {name} {number}')
         os.close(gate)
-        self.is_over(name, number, attempt)
+        if attempt.ended:
+            self.is_over(name, number, attempt)
 
     def is_over(self, name, number, attempt):
         """Wait until its processes are gone, and for the record of its end."""
