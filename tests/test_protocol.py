@@ -709,6 +709,7 @@ class World:
 
     def check_ends(self):
         """What is said to have ended has ended."""
+        self.note_cancelled()
         for name, events in self.journal.items():
             if events[-1]['event'] in ('ended', 'collected'):
                 number = [entry['attempt'] for entry in events if entry['event'] == 'claimed'][-1]
