@@ -178,6 +178,37 @@ def many_files(bench):
     compare_rates(bench, '500 jobs with 20 files, result : GNU parallel', 8, comparison, (500, 100))
 
 
+def staged_files(bench):
+    """One job with 50,000 small files, of which the list and 5,000 are kept; in a git checkout."""
+    count = 5_000 if bench.quick else 50_000
+    source = bench.folder()
+    for number in range(count):
+        if not number % 100:
+            (source / f'd{number // 100}').mkdir()
+        (source / f'd{number // 100}/f{number}').write_text(f'{number}\n' * 100)
+    (source / '.gitignore').write_text('/job_results/\n')
+    for words in (['init', '-q'], ['add', '-A'],
+                  ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-qm', 'first']):
+        bench.run(['git', *words], source)
+    (source / 'batch.sh').write_text('true\n')
+    with bench_machine('lab1') as machine:
+        file = machine.yaml()
+
+        def batch(version):
+            for folder in (source / 'job_results', machine.home / '.ssh_scheduler'):
+                shutil.rmtree(folder, ignore_errors=True)
+            return bench.run([*version.argv('execute_batch'), 'batch.sh', *SMALL_JOBS,
+                              '--machines', file], source)[0]
+
+        took_s = medians(3, *(lambda v=version: batch(v) for version in bench.versions))
+    if len(took_s) < 2:
+        raise Failed('there is no earlier commit to compare with')
+    shutil.rmtree(source)
+    bench.compared(f'{count:,} files, one job : the earlier commit', Goal('<=', 1.1),
+                   bench.in_memory(took / took_s[1] for took in took_s),
+                   f'{took_s[0]:.2f} s; earlier {took_s[1]:.2f} s')
+
+
 def twenty_files(ground):
     folder = ground.folder()
     (folder / 'data').mkdir()
@@ -553,7 +584,8 @@ FIGURES = {'fsync': costs.slow_fsync, 'completion': costs.completion, 'job': cos
            'jobs': many_jobs, 'files': many_files, 'trips': costs.round_trips,
            'claims': costs.others_claims, 'accounts': costs.many_accounts, 'rerun': costs.rerun,
            'spec': spec_batch, 'remote': remote, 'memory': memory, 'cost': cost_per_job,
-           'combine': combine_small, 'large': combine_large, 'names': combine_memory,
+           'staged': staged_files, 'combine': combine_small, 'large': combine_large,
+           'names': combine_memory,
            'place': placing}
 
 
