@@ -209,8 +209,8 @@ The same command again, with other lines or --machines, changes the batch that
 runs: new lines wait, lines that are gone do not start, new machines join.
 
 Later, also when the batch file is gone:
-  --what=<job>                  Show what a job was: command, files, commit of
-                                git, machine, times.
+  --what=<job>                  Show how a job ran: its command, files, git
+                                commit, machine and times.
   --reproduce=<job>             Run a job once more, with the files that it had
                                 then, as <job>-again; by default on the same
                                 machine. Say what could not be the same.
@@ -7563,6 +7563,17 @@ def has_lock(file):
     return False
 
 
+def is_process(pid):
+    """Tell whether there is such a process on this computer."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 def has_open(pid, info):
     """Tell whether this process lives and has the file open that `info`, of os.stat, is of.
 
@@ -7571,8 +7582,7 @@ def has_open(pid, info):
     fds = f'/proc/{pid}/fd'
     try:
         if not os.path.isdir('/proc/self/fd'):
-            os.kill(pid, 0)
-            return True
+            return is_process(pid)
         for fd in os.listdir(fds):
             with contextlib.suppress(FileNotFoundError):        # it has just closed that
                 if os.path.samestat(os.stat(f'{fds}/{fd}'), info):
@@ -9272,15 +9282,12 @@ def remove_dead_folders(base):
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(base)):
             match = re.fullmatch(r'sshs\.([1-9][0-9]{0,8})-[0-9a-f]{12}', entry.name)
+            # Where the number is another process's by now, the folder goes the next time.
             if match and entry.is_dir(follow_symlinks=False) and (
-                    entry.stat(follow_symlinks=False).st_uid == os.getuid()):
-                try:
-                    os.kill(int(match[1]), 0)
-                except ProcessLookupError:
-                    import shutil
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                except PermissionError:
-                    pass        # its number is another's by now: next time
+                    entry.stat(follow_symlinks=False).st_uid == os.getuid()) and (
+                    not is_process(int(match[1]))):
+                import shutil
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def allow_files(machines):
@@ -12456,7 +12463,7 @@ def runs_again(kept):
     return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
 
 
-# ---- Past: what exactly a job was, and the same once more ----
+# ---- Past: how exactly a job ran, and how to run it once more ----
 
 def ask_here(argv, feed=None, env=None, limit_s=None):
     """Run a program here; return (its exit status, its stdout, its stderr as text).
@@ -12726,17 +12733,6 @@ class Rebuilt:
             shutil.copy2(path, target)
 
 
-def is_process(pid):
-    """Tell whether there is such a process on this computer."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
 def unlike_then(past, again):
     """Yield in words each fact of the machine in which two Pasts differ, as far as both are known.
     """
@@ -12889,7 +12885,7 @@ def past_in(options, option):
 
 
 def show_what(options, reporter):
-    """Tell what exactly a job was (--what); return the exit status."""
+    """Show how exactly a job ran (--what); return the exit status."""
     past, sent = past_in(options, '--what'), ResultStore('job_results').sent
     for head, text in (('command', printable(past.claimed['command'])), *what_became(past),
                        *where_it_ran(past), *what_it_had(past, sent)):
