@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import clusters
 import hosts as host_rig
 import pytest
 import rig
@@ -27,7 +28,7 @@ def nothing_left():
                     f'sudo apt-get install {" ".join(missing)}', returncode=3)
     yield
     rig.remove_shared_farms()
-    left = rig.leftovers() + host_rig.leftovers()
+    left = rig.leftovers() + host_rig.leftovers() + clusters.leftovers()
     assert not left, 'the tests left behind:\n' + '\n'.join(left)
 
 
@@ -46,6 +47,9 @@ def pytest_runtest_makereport(item, call):
         for machine in rig.RUNNING:
             lines = machine.log.read_text(errors='replace').splitlines()
             report.sections.append((f'sshd log of {machine.name}', '\n'.join(lines[-40:])))
+        for cluster in clusters.RUNNING:
+            report.sections.append(('log of slurmctld',
+                                    '\n'.join(cluster.log().splitlines()[-40:])))
 
 
 # ---- Machines ----
@@ -109,6 +113,25 @@ def disk():
         pytest.skip(host_rig.why_not())
     with contextlib.ExitStack() as made:
         yield lambda **settings: made.enter_context(host_rig.Disk(**settings))
+
+
+@pytest.fixture
+def make_cluster():
+    """Make clusters with a real Slurm (see clusters.py): make_cluster(nodes=3, conf=[...])."""
+    with contextlib.ExitStack() as made:
+        def start(*nodes, **settings):
+            trouble = clusters.why_not(settings.get('accounting', False))
+            if trouble:
+                pytest.skip(trouble)
+            return made.enter_context(clusters.Cluster(*nodes, **settings))
+
+        yield start
+
+
+@pytest.fixture
+def cluster(make_cluster):
+    """A cluster of two nodes, each with 4 cores and 2 GPUs."""
+    return make_cluster()
 
 
 # ---- The client ----

@@ -13,7 +13,8 @@ Three tricks make one computer look like several:
 * PidFile is a FIFO: sshd opens it once it listens, so that we are told and need not look again.
 
 `python3 rig.py --missing` lists the Debian packages that are needed and not there; for root, those
-of hosts.py as well, where a machine is a network of its own, too, and on Debian a browser.
+of hosts.py as well, where a machine is a network of its own, too, those of clusters.py, and on
+Debian a browser.
 """
 import atexit
 import contextlib
@@ -50,6 +51,10 @@ HOST_PACKAGES = {'iproute2': 'ip', 'nftables': 'nft', 'util-linux': 'unshare', '
                  'faketime': 'faketime'}
 # What test_report_page.py needs besides; without it these tests are skipped.
 BROWSER_PACKAGES = {'chromium': 'chromium'}
+# What clusters.py needs besides: without them its tests are skipped.
+SLURM_PACKAGES = {'slurmctld': 'slurmctld', 'slurmd': 'slurmd', 'slurm-client': 'sbatch',
+                  'munge': 'munged'}
+ACCOUNTING_PACKAGES = {'slurmdbd': 'slurmdbd', 'mariadb-server': 'mariadbd'}
 LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')
 
 
@@ -86,7 +91,8 @@ def missing_extras():
     """The Debian packages without which some tests are skipped; only root can have them at once."""
     if os.getuid() != 0:
         return []
-    return missing_tools({**HOST_PACKAGES, **(BROWSER_PACKAGES if is_debian() else {})})
+    return missing_tools({**HOST_PACKAGES, **SLURM_PACKAGES, **ACCOUNTING_PACKAGES,
+                          **(BROWSER_PACKAGES if is_debian() else {})})
 
 
 # ---- Temporary folders, and what is left of them ----
@@ -465,7 +471,7 @@ class Machine:
 
     def _prepare(self):
         for folder in (self.home, self.bin):
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
         self.ledger.touch()
         self.ledger.chmod(0o666)
         if not self.beside:

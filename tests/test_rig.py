@@ -260,7 +260,8 @@ def test_missing_packages_are_listed_for_make():
     done = subprocess.run([sys.executable, rig.__file__, '--missing'], capture_output=True,
                           text=True)
     missing = rig.missing_extras()
-    assert set(missing) <= {*rig.HOST_PACKAGES, *rig.BROWSER_PACKAGES}
+    assert set(missing) <= {*rig.HOST_PACKAGES, *rig.BROWSER_PACKAGES, *rig.SLURM_PACKAGES,
+                            *rig.ACCOUNTING_PACKAGES}
     assert (done.stdout.split(), done.returncode) == (missing, bool(missing))
 
 

@@ -1,0 +1,476 @@
+"""Clusters for the tests: a real Slurm, and a login node of it that is one sshd on loopback.
+
+A Cluster is what tests/slurm_rig starts (a controller, nodes, munge), and one or more logins, which
+are a rig.Machine each.  All of them see the same disk, as on clusters.
+
+    login node: sshd -> sbatch --> slurmctld --> slurmd of n1 -> job       the rig
+    (rig.Machine)                            \\-> slurmd of n2 -> job
+
+libnss_wrapper is preloaded into the logins' sessions, too, and into Slurm: so the account that logs
+in is known everywhere, with the same number, name and home.  A job has what its login has.
+
+A keeper, a process that reads from a pipe of ours, takes a cluster away.  So no process stays when
+the tests are killed.
+"""
+import contextlib
+import functools
+import os
+import pwd
+import re
+import shlex
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import rig
+from rig import SAFETY_NET_S, Machine, program
+
+SLURM_RIG = Path(__file__).with_name('slurm_rig')
+STARTS_IN_S = 60        # many at the same moment, one with accounting
+
+# What the nodes and our own listings ask of the controller: not what somebody asked in a login.
+NODES_ASK = re.compile(r'MESSAGE_\w+|REQUEST_COMPLETE_\w+|REQUEST_STEP_COMPLETE|REQUEST_PING')
+LISTING_ASKS = Counter(REQUEST_JOB_INFO=1, REQUEST_PARTITION_INFO=1)
+
+RUNNING = []            # clusters between enter and exit: conftest shows their logs on a failure
+
+
+# ---- What clusters need ----
+
+@functools.cache
+def why_not(accounting=False):
+    """Why there can be no Cluster here, or None."""
+    packages = {**rig.SLURM_PACKAGES, **(rig.ACCOUNTING_PACKAGES if accounting else {})}
+    missing = rig.missing_tools(packages)
+    return (f'tests of Slurm need more Debian packages: apt-get install {" ".join(missing)}'
+            if missing else None)
+
+
+def leftovers():
+    """Sentences that name what should be gone, besides what rig.leftovers() knows.
+
+    The environment of a process may be empty, but not what it has open, and where it stands.
+    """
+    def places(pid):
+        with contextlib.suppress(OSError):
+            yield os.readlink(f'/proc/{pid}/cwd')
+            for name in os.listdir(f'/proc/{pid}/fd'):
+                yield os.readlink(f'/proc/{pid}/fd/{name}')
+
+    def is_ours(path):
+        return any(Path(path).is_relative_to(folder) for folder in FOLDERS)
+
+    return [f'process {pid} still uses a cluster: {rig.cmdline(pid)}' for pid in rig.pids()
+            if pid != os.getpid() and any(map(is_ours, places(pid)))]
+
+
+FOLDERS = []            # of every cluster that was made, for leftovers()
+
+
+def clean_environment():
+    """Ours, without what a job of Slurm or its user has set."""
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith(('SLURM_', 'SBATCH_', 'SQUEUE_', 'SACCT_', 'SCANCEL_'))}
+
+
+# ---- Stand-ins: what a real Slurm does not do on demand ----
+#
+# Each is the bash text of a program that stands before the real one of the same name: see
+# Cluster.wrap.  It knows $REAL, which is the real one, and $0.*, where it may keep files.
+
+# Around the id are the words of the site, in both streams.
+BANNERS = r'''
+echo '==== 4711 jobs wait. Next maintenance: 2026-12-24 ===='
+echo "sbatch: info: your project has used 80 % of its hours" >&2
+"$REAL" "$@"
+status=$?
+echo '==== Questions: 555-0100 ===='
+exit "$status"
+'''
+
+TIMED_OUT = ('sbatch: error: Batch job submission failed: '
+             'Socket timed out on send/recv operation')
+
+# The job was accepted, and the answer was lost.
+ACCEPTED_TIMED_OUT = f'''
+"$REAL" "$@" >/dev/null
+echo {shlex.quote(TIMED_OUT)} >&2
+exit 1
+'''
+
+# The question was lost.
+LOST_TIMED_OUT = f'''
+cat >/dev/null
+echo {shlex.quote(TIMED_OUT)} >&2
+exit 1
+'''
+
+# It was accepted, and before it could say so the program was killed; or killed at once.
+ACCEPTED_KILLED = '"$REAL" "$@" >/dev/null\nkill -KILL "$$"\n'
+LOST_KILLED = 'kill -KILL "$$"\n'
+
+# There are two jobs: a first question arrived, though the program believed that it was lost.  It
+# takes the script from its standard input.
+ACCEPTED_TWICE = r'''
+cat >"$0.script.$$"
+"$REAL" "$@" <"$0.script.$$" >/dev/null
+"$REAL" "$@" <"$0.script.$$"
+status=$?
+rm -f "$0.script.$$"
+exit "$status"
+'''
+
+# It says nothing and does nothing: a scancel that had no effect; a squeue that knows of no job yet;
+# a sacct that has not heard of any.
+NOTHING = 'exit 0\n'
+
+# It says what all programs say while the controller is away; see Cluster.halt for the real thing.
+AWAY = '''
+echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
+exit 1
+'''
+
+# It says again what it said to the same question for the first time.
+LAGS = r'''
+kept=$0.$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)
+if ! [ -e "$kept" ]; then
+    "$REAL" "$@" >"$kept.$$" || exit
+    mv "$kept.$$" "$kept"
+fi
+exec cat "$kept"
+'''
+
+# Its answer, or its question, waits for Cluster.release.
+ANSWER_HELD = r'''
+"$REAL" "$@" >"$0.said.$$"
+status=$?
+touch "$0.held"
+until [ -e "$0.go" ]; do sleep 0.02; done
+cat "$0.said.$$"
+exit "$status"
+'''
+QUESTION_HELD = r'''
+touch "$0.held"
+until [ -e "$0.go" ]; do sleep 0.02; done
+exec "$REAL" "$@"
+'''
+
+# What sacct says where the site keeps no accounts.
+NO_ACCOUNTS = "echo 'Slurm accounting storage is disabled' >&2\nexit 1\n"
+
+
+def once(script):
+    """The stand-in `script` for the first call only; later ones are real."""
+    return f'mkdir "$0.first" 2>/dev/null || exec "$REAL" "$@"\n{script}'
+
+
+def says_id(number):
+    """An sbatch whose job is accepted, but which says the id of another: as if ids came again."""
+    return f'"$REAL" "$@" >/dev/null || exit\necho {int(number)}\n'
+
+
+def renamed(number, name):
+    """A squeue in which the job `number` has another name: its id was given to another's job.
+
+    It has to be asked for the id as the first field and for the name as the last, with | between.
+    """
+    script = f's/^({int(number)}[|].*[|])[^|]*$/\\1{name}/'
+    return f'"$REAL" "$@" | sed -E {shlex.quote(script)}\nexit "${{PIPESTATUS[0]}}"\n'
+
+
+STAND_IN = r'''#!/bin/bash
+REAL={real}
+printf '%s\n' "${{*@Q}}" >>"$0.calls"
+{script}
+'''
+
+
+# ---- Login: one sshd, with the home of all ----
+
+class Login(Machine):
+    """A login node of a cluster; a context manager.  Its name is its host name, where root may."""
+
+    def __init__(self, cluster, name, env=None, **settings):
+        super().__init__(name, path_extra=(cluster.stand_ins,), uid=cluster.uid,
+                         env={**cluster.environment, **(env or {})}, **settings)
+        self.cluster = cluster
+
+    def _prepare(self):
+        self.home = self.cluster.home
+        super()._prepare()
+
+    def _sshd_argv(self):
+        argv = super()._sshd_argv()
+        if os.getuid() == 0 and self.cluster.apart:
+            argv = [program('unshare'), '--uts', program('sh'), '-c', 'hostname "$0" && exec "$@"',
+                    self.name, *argv]
+        return argv
+
+    def _sshd_env(self):
+        return {**super()._sshd_env(), 'RIG_CLUSTER': str(self.cluster.folder)}     # for KEEPER
+
+    def _runs_here(self, pid):
+        """Tell whether it runs on this login node: a job has the environment of its login."""
+        on_node = b'\0SLURMD_NODENAME=' in b'\0' + rig.read_proc(pid, 'environ')
+        return not on_node and super()._runs_here(pid)
+
+    def yaml(self, **extra):
+        """Write the machine's file as a user of the cluster would, and return its path."""
+        return super().yaml(**{'engine': 'slurm', 'workdir': str(self.cluster.workdir),
+                               'env': {'SLURM_CONF': str(self.cluster.conf)}, **extra})
+
+
+# ---- Cluster ----
+
+class Listed(NamedTuple):
+    """What squeue says of a job."""
+    id: int
+    state: str                  # PENDING, RUNNING, ...
+    reason: str                 # None, Resources, ...
+    node: str                   # '' while it is pending
+    name: str
+
+
+# Stops and removes a cluster when nobody can write to its standard input any more.
+KEEPER = r'''
+trap '' INT TERM HUP QUIT
+read -r _
+"$1" stop "$2/slurm"
+for environ in /proc/[1-9]*/environ; do         # a login that we could not end any more
+    pid=${environ//[!0-9]/}
+    if [ "$pid" != "$$" ] && grep -qF "$2" "$environ"; then kill -KILL "$pid"; fi
+done 2>/dev/null
+chmod -R u+rwX "$2"
+rm -rf -- "$2"
+'''
+
+
+class Cluster:
+    """A Slurm of its own, with a login node; a context manager.
+
+    nodes, cpus, gpus, memory   how many nodes, and what each has; memory in MB
+    conf            lines of slurm.conf instead of the usual; {folder} in them is `folder`
+    accounting      sacct knows the jobs (it starts in 2 s instead of 0.2 s)
+    slow            the intervals that Slurm has by default, of half a minute and more
+    uid             log in as this unprivileged user (only where we are root)
+    login_settings  what the login node has besides, see rig.Machine
+
+    `login` is the login node, `workdir` a folder that its nodes have, too.  `folder` has all of it.
+    """
+
+    def __init__(self, nodes=2, *, cpus=4, gpus=2, memory=4000, conf=(), accounting=False,
+                 slow=False, uid=None, **login_settings):
+        self.sizes = {'nodes': nodes, 'cpus': cpus, 'gpus': gpus, 'memory': memory}
+        self.lines, self.accounting, self.slow = conf, accounting, slow
+        self.uid, self.login_settings = uid, login_settings
+        self._belongings = contextlib.ExitStack()
+
+    def __enter__(self):
+        self.folder = rig.temporary_folder('slurm', mode=0o755)
+        FOLDERS.append(self.folder)
+        self.home, self.workdir = self.folder / 'home', self.folder / 'work'
+        self.stand_ins, self.conf = self.folder / 'bin', self.folder / 'slurm/slurm.conf'
+        with contextlib.ExitStack() as made:
+            made.callback(self._hand_over())
+            self._prepare()
+            self._rig('start', *self._options(), timeout_s=STARTS_IN_S)
+            self._log_before = len(self.log())
+            self._listings = 0
+            self.login = made.enter_context(Login(self, 'login1', **self.login_settings))
+            RUNNING.append(self)
+            made.callback(RUNNING.remove, self)
+            self._belongings = made.pop_all()
+        return self
+
+    def __exit__(self, *_exception):
+        self._belongings.close()
+
+    # -- what it consists of
+
+    def _hand_over(self):
+        """Start the keeper; return what makes it take everything away, and waits for that."""
+        keeper = subprocess.Popen(['bash', '-c', KEEPER, 'keeper', SLURM_RIG, self.folder],
+                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL, start_new_session=True)
+
+        def close():
+            keeper.stdin.close()
+            keeper.wait(SAFETY_NET_S)
+
+        return close
+
+    def _prepare(self):
+        for folder in (self.home, self.workdir, self.stand_ins):
+            folder.mkdir()
+        self.stand_ins.chmod(0o777)     # what they note, the account of the login writes
+        uid = os.getuid() if self.uid is None else self.uid
+        gid = os.getgid() if uid == os.getuid() else uid
+        if uid != os.getuid():
+            os.chown(self.workdir, uid, gid)
+        shell = self.login_settings.get('shell', '/bin/bash')
+        # The first of two with the same number is the one that a number stands for.
+        (self.folder / 'passwd').write_text(''.join(':'.join(map(str, entry)) + '\n' for entry in (
+            (Machine.user, '*', uid, gid, '', self.home, shell), *pwd.getpwall())))
+        (self.folder / 'group').write_text(
+            f'{Machine.user}:x:{gid}:\n' + Path('/etc/group').read_text())
+        self.environment = {
+            'SLURM_CONF': str(self.conf), 'LD_PRELOAD': rig.nss_wrapper(),
+            'NSS_WRAPPER_PASSWD': str(self.folder / 'passwd'),
+            'NSS_WRAPPER_GROUP': str(self.folder / 'group')}
+
+    def _options(self):
+        yield from (word for name, value in self.sizes.items() for word in (f'--{name}', value))
+        for line in ('SlurmctldDebug=debug2', *self.lines):
+            yield from ('--conf', line.format(folder=self.folder))
+        if self.accounting:
+            yield '--accounting'
+        if self.slow:
+            yield '--slow'
+
+    def _rig(self, verb, *words, timeout_s=SAFETY_NET_S):
+        done = subprocess.run([SLURM_RIG, verb, self.folder / 'slurm', *map(str, words)],
+                              env={**clean_environment(), **self.environment},
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, timeout=timeout_s)
+        if done.returncode:
+            raise RuntimeError(f'slurm_rig {verb} {" ".join(map(str, words))} failed: '
+                               f'{done.stderr.strip()}')
+
+    @property
+    def apart(self):
+        """Tell whether nodes have processes, mounts and a host name of their own here."""
+        return (self.folder / 'slurm/apart').exists()
+
+    def another_login(self, name='login2', **settings):
+        """One more login node, with the same home: a context manager."""
+        return Login(self, name, **settings)
+
+    # -- its life
+
+    def crash(self, node):
+        """End it as a power cut does; Slurm notices in 15 to 18 s, or see lose()."""
+        self._rig('crash', node)
+
+    def part(self, node):
+        """End the node's daemon alone: its jobs run on, out of Slurm's sight."""
+        self._rig('part', node)
+
+    def boot(self, node):
+        """Start its daemon, after both; Slurm knows within a second."""
+        self._rig('boot', node)
+
+    def lose(self, node):
+        """Let Slurm give up a node at once: its jobs are NODE_FAIL."""
+        self.scontrol('update', f'nodename={node}', 'state=down', 'reason=lost')
+
+    def hide(self, node, path=None):
+        """On this node the folder `path` (workdir) is another: empty and read-only, until show().
+
+        It needs nodes that are `apart`.  After a crash, the node has the folder again.
+        """
+        self._rig('hide', node, path or self.workdir)
+
+    def show(self, node, path=None):
+        self._rig('show', node, path or self.workdir)
+
+    def freeze(self):
+        """Stop the controller where it stands: no answer comes, what is asked is done later."""
+        self._rig('freeze')
+
+    def thaw(self):
+        self._rig('thaw')
+
+    def halt(self):
+        """End the controller: clients cannot connect."""
+        self._rig('halt')
+
+    def resume(self):
+        """Start it again, with the jobs that it knew.  For 5 s it starts no other."""
+        self._rig('resume')
+
+    # -- to ask it as its administrator
+
+    def command(self, name, *words, text=None):
+        """Run a program of Slurm here, which must succeed; return what it says."""
+        done = subprocess.run([program(name), *map(str, words)], input=text, text=True,
+                              env={**clean_environment(), **self.environment},
+                              capture_output=True, timeout=SAFETY_NET_S)
+        if done.returncode:
+            raise RuntimeError(f'{name} {" ".join(map(str, words))}: {done.stderr.strip()}')
+        return done.stdout
+
+    def squeue(self):
+        """All jobs that Slurm still lists, ended ones as well, in the order of their ids."""
+        self._listings += 1
+        text = self.command('squeue', '--noheader', '--states=all', '--array', '--sort=i',
+                            '--format=%i|%T|%r|%N|%j')
+        rows = [line.split('|', 4) for line in text.splitlines()]
+        return [Listed(int(number), *others) for number, *others in rows]
+
+    def job(self, number):
+        """What `scontrol show job` says of one, as {'JobState': ..., 'Reason': ...}."""
+        return self._record('job', number)
+
+    def node(self, name):
+        """What `scontrol show node` says, as {'State': 'IDLE', ...}."""
+        return self._record('node', name)
+
+    def _record(self, kind, name):
+        words = shlex.split(self.scontrol('show', kind, name, '--oneliner').replace("'", ''))
+        return dict(word.split('=', 1) for word in words if '=' in word)
+
+    def scontrol(self, *words):
+        return self.command('scontrol', *words)
+
+    def sbatch(self, *options, script='true'):
+        """Submit bash text as this process's user and without its output; return the id."""
+        said = self.command('sbatch', '--parsable', '--chdir=/', '--output=/dev/null', *options,
+                            text=f'#!/bin/bash\n{script}\n')
+        return int(said.partition(';')[0])
+
+    def log(self):
+        """What the controller has written until now."""
+        return (self.folder / 'slurm/log/slurmctld').read_text(errors='replace')
+
+    def rpcs(self):
+        """Count what was asked of the controller, as Counter(REQUEST_SUBMIT_BATCH_JOB=2, ...).
+
+        What nodes ask is left out, and so is squeue() here; all other methods here count.
+        """
+        asked = Counter(re.findall(r'Processing RPC: (\w+)', self.log()[self._log_before:]))
+        for kind, count in LISTING_ASKS.items():
+            asked[kind] -= count * self._listings
+        return Counter({kind: count for kind, count in asked.items()
+                        if count > 0 and not NODES_ASK.fullmatch(kind)})
+
+    # -- the login node
+
+    def yaml(self, **more):
+        """The machine file of the login node: engine_options, max_jobs, gpu_types, ... are more."""
+        return self.login.yaml(**more)
+
+    def wrap(self, name, script):
+        """Put a stand-in of this name before the real program, in all logins: a text as above."""
+        self.unwrap(name)
+        rig.put(self.stand_ins / name,
+                STAND_IN.format(real=shlex.quote(program(name)), script=script), 0o755)
+
+    def unwrap(self, name):
+        """The real program again, and nothing kept of what the stand-in wrote."""
+        for path in self.stand_ins.glob(f'{name}*'):
+            if path.name == name or path.name.startswith(f'{name}.'):
+                path.rmdir() if path.is_dir() else path.unlink()
+
+    def calls(self, name):
+        """The words of each call of a stand-in, as [['--parsable', ...], ...]."""
+        path = self.stand_ins / f'{name}.calls'
+        return list(map(shlex.split, path.read_text().splitlines())) if path.exists() else []
+
+    def is_held(self, name):
+        """Tell whether a call waits for release(): see ANSWER_HELD, QUESTION_HELD."""
+        return (self.stand_ins / f'{name}.held').exists()
+
+    def release(self, name):
+        """Let it and all later ones go on."""
+        (self.stand_ins / f'{name}.go').touch()
