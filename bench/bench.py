@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE.parent / 'tests'))
 sys.path.insert(0, str(HERE.parent))
 import costs  # noqa: E402
 import rig  # noqa: E402
+import slurm  # noqa: E402
 from ground import (  # noqa: E402
     SAFETY_NET_S,
     SMALL_JOBS,
@@ -586,7 +587,7 @@ FIGURES = {'fsync': costs.slow_fsync, 'completion': costs.completion, 'job': cos
            'spec': spec_batch, 'remote': remote, 'memory': memory, 'cost': cost_per_job,
            'staged': staged_files, 'combine': combine_small, 'large': combine_large,
            'names': combine_memory,
-           'place': placing}
+           'place': placing, 'slurm': slurm.plain_sbatch}
 
 
 def parsed():
