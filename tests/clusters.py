@@ -374,12 +374,15 @@ class Cluster:
     def show(self, node, path=None):
         self._rig('show', node, path or self.workdir)
 
-    def freeze(self):
-        """Stop the controller where it stands: no answer comes, what is asked is done later."""
-        self._rig('freeze')
+    def freeze(self, daemon='slurmctld'):
+        """Stop the controller where it stands: no answer comes, what is asked is done later.
 
-    def thaw(self):
-        self._rig('thaw')
+        Another daemon: 'slurmdbd', so that sacct does not answer; 'munged'.
+        """
+        self._rig('freeze', daemon)
+
+    def thaw(self, daemon='slurmctld'):
+        self._rig('thaw', daemon)
 
     def halt(self):
         """End the controller: clients cannot connect."""

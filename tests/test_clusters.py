@@ -114,6 +114,15 @@ def test_with_accounting_sacct_knows_jobs(make_cluster):
     number = submitted(cluster, 'exit 7')
     ask = f'sacct -X -n -P -j {number} --format=JobIDRaw,State,ExitCode'
     wait_until(lambda: cluster.login.run(ask).stdout == f'{number}|FAILED|7:0\n', 'sacct knows')
+    cluster.freeze('slurmdbd')
+    later = submitted(cluster, 'exit 8')
+    await_state(cluster, later, 'FAILED')       # Slurm works without it
+    with subprocess.Popen([*cluster.login.ssh_argv(), f'sacct -X -n -P -j {number} -o State'],
+                          text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as login:
+        with pytest.raises(subprocess.TimeoutExpired):
+            login.wait(1)
+        cluster.thaw('slurmdbd')
+        assert (login.stdout.read(), login.wait(rig.SAFETY_NET_S)) == ('FAILED\n', 0)
 
 
 def test_without_accounting_sacct_says_so(cluster):
