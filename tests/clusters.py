@@ -9,8 +9,8 @@ are a rig.Machine each.  All of them see the same disk, as on clusters.
 libnss_wrapper is preloaded into the logins' sessions, too, and into Slurm: so the account that logs
 in is known everywhere, with the same number, name and home.  A job has what its login has.
 
-A keeper, a process that reads from a pipe of ours, takes a cluster away.  So no process stays when
-the tests are killed.
+A keeper, a process that reads from a pipe of ours, takes a cluster away.  So nothing stays when the
+tests are killed.
 """
 import contextlib
 import functools
@@ -198,6 +198,7 @@ class Login(Machine):
 
     def _prepare(self):
         self.home = self.cluster.home
+        self.cluster.keep(self.folder)
         super()._prepare()
 
     def _sshd_argv(self):
@@ -206,9 +207,6 @@ class Login(Machine):
             argv = [program('unshare'), '--uts', program('sh'), '-c', 'hostname "$0" && exec "$@"',
                     self.name, *argv]
         return argv
-
-    def _sshd_env(self):
-        return {**super()._sshd_env(), 'RIG_CLUSTER': str(self.cluster.folder)}     # for KEEPER
 
     def _runs_here(self, pid):
         """Tell whether it runs on this login node: a job has the environment of its login."""
@@ -232,17 +230,21 @@ class Listed(NamedTuple):
     name: str
 
 
-# Stops and removes a cluster when nobody can write to its standard input any more.
+# $1: slurm_rig, $2: the folder of a cluster.  It reads names of more folders, those of logins.
+# When nobody can write them any more, it ends what knows of these folders, and removes them.
 KEEPER = r'''
 trap '' INT TERM HUP QUIT
-read -r _
+folders=("$2")
+while IFS= read -r folder; do folders+=("$folder"); done
 "$1" stop "$2/slurm"
-for environ in /proc/[1-9]*/environ; do         # a login that we could not end any more
-    pid=${environ//[!0-9]/}
-    if [ "$pid" != "$$" ] && grep -qF "$2" "$environ"; then kill -KILL "$pid"; fi
+for folder in "${folders[@]}"; do
+    # An sshd has its words, but no environment.
+    for pid in $(grep -lF "$folder/" /proc/[1-9]*/cmdline /proc/[1-9]*/environ | cut -d / -f 3); do
+        kill -KILL "$pid"
+    done
+    chmod -R u+rwX "$folder"
+    rm -rf -- "$folder"
 done 2>/dev/null
-chmod -R u+rwX "$2"
-rm -rf -- "$2"
 '''
 
 
@@ -290,15 +292,20 @@ class Cluster:
 
     def _hand_over(self):
         """Start the keeper; return what makes it take everything away, and waits for that."""
-        keeper = subprocess.Popen(['bash', '-c', KEEPER, 'keeper', SLURM_RIG, self.folder],
-                                  stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL, start_new_session=True)
+        self._keeper = subprocess.Popen(['bash', '-c', KEEPER, 'keeper', SLURM_RIG, self.folder],
+                                        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL, start_new_session=True)
 
         def close():
-            keeper.stdin.close()
-            keeper.wait(SAFETY_NET_S)
+            self._keeper.stdin.close()
+            self._keeper.wait(SAFETY_NET_S)
 
         return close
+
+    def keep(self, folder):
+        """Tell the keeper of one more folder that is to go, with what runs there."""
+        self._keeper.stdin.write(os.fsencode(f'{folder}\n'))
+        self._keeper.stdin.flush()
 
     def _prepare(self):
         for folder in (self.home, self.workdir, self.stand_ins):
