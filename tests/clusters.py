@@ -374,7 +374,7 @@ class Cluster:
     def hide(self, node, path=None):
         """On this node the folder `path` (workdir) is another: empty and read-only, until show().
 
-        It needs nodes that are `apart`.  After a crash, the node has the folder again.
+        Only root can, where nodes are `apart`.  After a crash, the node has the folder again.
         """
         self._rig('hide', node, path or self.workdir)
 
