@@ -32,12 +32,14 @@ only Lives.move changes them: it asserts the order, and writes the journal befor
                   |          |          |         +----> kept        results could not be fetched
                   v          +----------+
                returned                 +-> refused, held, absent    it never began, for certain
-                                        +-> lost        gone, for certain, without a result
+                                        +-> lost, preempted     gone, for certain, without a result
                                         +-> abandoned   no contact for too long (--lost-after)
                                         +-> stopping -> stopped -> cancelled    told to end
                                                     +-> dropped     and not seen to end
 
-After returned, refused, held, absent, lost or abandoned the job may wait again, as a new Attempt.
+At a cluster an attempt is `queued` between claimed and running, in the queue of its engine.
+After returned, refused, held, absent, lost, preempted or abandoned the job may wait again, as a new
+Attempt.
 
 The promises, and the functions that keep them:
 
@@ -235,6 +237,8 @@ Other:
   --max-result-size=<size>      Fetch no files of a job if they are larger than
                                 this in all; they stay on the machine. Without
                                 it: fetch what has room here.
+  --cluster-after=<time>        Give a job to a cluster when no other machine has
+                                had room for it for this time [default: 30].
   --sync-back=<path>...         While jobs run, fetch these files and folders of
                                 their folders again and again, to
                                 job_results/<job>.partial; it is removed when
@@ -588,6 +592,10 @@ class Machine(NamedTuple):
     env: tuple = ()                 # pairs (name, value)
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
+    engine: str = ''                # of a cluster, whose login node this is: slurm
+    engine_options: tuple = ()      # words for it
+    gpu_types: Optional[tuple] = None       # pairs (MB of one, name), the smallest first
+    node_folder: str = ''           # where a node has the folders of jobs; '' for the workdir
     word: str = ''                  # of the command line; find_machine finds the machine by it
 
     @property
@@ -634,6 +642,27 @@ class Gpu(NamedTuple):
     unified: bool = False           # its memory is the machine's
 
 
+class Queue(NamedTuple):
+    """How the engine of a cluster takes jobs."""
+    engine: str                     # its name and version
+    max_jobs: int                   # of this batch that may be in its queue
+    gpu_types: Optional[tuple] = None       # as in Machine
+    refusals: tuple = ()            # pairs (what jobs need, as `cluster_need` has it; why not)
+    partitions: tuple = ()          # what it says of each: see Partition
+    own_jobs: tuple = (0, 0)        # of this account: they run; they wait
+
+
+class Partition(NamedTuple):
+    """Some of the nodes of a cluster that are in one state."""
+    name: str
+    is_up: bool
+    nodes: int
+    state: str                      # of these nodes: idle, mixed, allocated, down, …
+    idle_cores: int
+    cores: int                      # in all
+    gpus: str                       # of each node, as the engine writes it; '' for none
+
+
 class Capacity(NamedTuple):
     """A machine's resources: in all, and free if no job of this batch ran there.
 
@@ -653,6 +682,7 @@ class Capacity(NamedTuple):
     batch_users: tuple = ()         # who runs these, once for each job; '' is the login's own user
     reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
+    queue: Optional[Queue] = None   # of a cluster, where only its engine knows what is free
 
 
 class Allocation(NamedTuple):
@@ -734,13 +764,15 @@ class State(NamedTuple):
 
 
 # A machine may say any of these, at any time, of an attempt that it was sent.
-SAID_OF_FAILURE = ('refused', 'held', 'absent', 'lost')
+SAID_OF_FAILURE = ('refused', 'held', 'absent', 'lost', 'preempted')
 
 LIFE = {
     'waiting':    State(('placed',)),           # inside Run.start only: who waits has no Attempt
     'placed':     State(('claimed', 'returned'), holds=True),   # its files are on their way
-    'claimed':    State(('running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE), 'claimed',
-                        holds=True),
+    'claimed':    State(('queued', 'running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE),
+                        'claimed', holds=True),
+    'queued':     State(('queued', 'running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE),
+                        'queued', holds=True),      # a cluster has it in its queue
     'running':    State(('ended', 'stopping', 'abandoned', *SAID_OF_FAILURE), holds=True),
     'ended':      State(('collected', 'kept'), 'ended'),        # its exit status is known
     'collected':  State((), 'collected'),       # its results lie in job_results
@@ -753,6 +785,7 @@ LIFE = {
     'held':       State(('cancelled',), 'lost'),        # another batch took its room first
     'absent':     State(('cancelled',), 'lost'),        # its start never arrived, for certain
     'lost':       State(('cancelled',), 'lost'),        # it is gone, for certain, without a result
+    'preempted':  State(('cancelled',), 'lost'),        # the same, and nobody failed
     'abandoned':  State((), 'lost'),            # there was no contact for too long (--lost-after)
 
     'stopping':   State(('stopped', 'dropped', 'abandoned', *SAID_OF_FAILURE), 'stopping',
@@ -761,14 +794,14 @@ LIFE = {
     'cancelled':  State((), 'cancelled'),       # what it left is set aside
     'dropped':    State((), 'cancelled'),       # told to end, and nobody waits: it may run on
 }
-UNSEEN = ('claimed', 'running')     # it runs, as far as is known, and nobody has told it to end
+UNSEEN = ('claimed', 'queued', 'running')   # it runs or will, as far as is known: nobody ended it
 ALIVE = (*UNSEEN, 'stopping')       # at contact its machine is asked about it
 UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still come
 ARRIVING = ('ended', 'stopped', 'incomplete')       # its results are on their way
 HOLDING = tuple(word for word, state in LIFE.items() if state.holds)
 AWAITED = (*HOLDING, *ARRIVING)     # something is still to come of it
 FORGOTTEN = ('collected', 'unfetched', 'returned', 'refused', 'held', 'absent', 'lost',
-             'abandoned')
+             'preempted', 'abandoned')
 
 
 TAIL_BYTES = 400            # of an output that are kept, for its last line
@@ -840,6 +873,15 @@ class How(NamedTuple):
     show: Optional[object] = None   # called with ('out' or 'err', bytes) as they come
 
 
+class Place(NamedTuple):
+    """The place of an attempt in the queue of a cluster."""
+    number: str                     # that the engine gave it
+    why: str = ''                   # it does not run yet, in words; '' where that is not known
+    start: Optional[int] = None     # when the engine expects to start it, in seconds since 1970
+    moves_to: Optional[object] = None       # it is asked back, for this machine
+    is_told: bool = False           # people were told
+
+
 class Attempt:
     """One start of a job on a machine: the only record of how far it is.  See LIFE."""
 
@@ -854,6 +896,7 @@ class Attempt:
         self.peaks_mb = [None, None]        # the memory that was seen in use, and that of its GPUs
         self.result = None                  # a JobResult, once it has ended
         self.leavings = None                # Leavings: what it left there, once that is known
+        self.place = None                   # its Place in the queue of a cluster
 
     @property
     def name(self):
@@ -947,6 +990,7 @@ class Record(collections.abc.MutableMapping):
     resumed: it was not collected when this run began
     kept, inode: see ResultStore.commit; of a collected job only whether it had a folder
     cancelling: somebody asked to cancel this attempt; stopping: it was told to end
+    queued: its place in the queue of a cluster, [number, why, start], until it runs there
     here: which of its results there are, see Presence
     time, ended_at, wall_s: when it was claimed and ended, in seconds since 1970, and how long it
     took.  Journal.peek(times=True) keeps them; a run forgets them.
@@ -955,7 +999,7 @@ class Record(collections.abc.MutableMapping):
     __slots__ = ('attempt', 'machine', 'gpus', 'command', 'key', 'where', 'own', 'backwards',
                  'batch', 'detach', 'files', 'time', 'state', 'resumed', 'exit_code', 'kept',
                  'inode', 'here', 'ended_at', 'wall_s', 'aside', 'cancelling',
-                 'stopping')
+                 'stopping', 'queued')
     KNOWN = frozenset(__slots__)
     SHARED = frozenset(('machine', 'gpus', 'where', 'own', 'batch', 'files'))   # by many records
 
@@ -1167,6 +1211,12 @@ class Journal:
             self._rename(event['job'], event['to'])
         elif word in ('cancelling', 'stopping'):
             self.jobs[event['job']][word] = True
+        elif word == 'queued':
+            self.jobs[event['job']].queued = [event.get(fact) for fact in (
+                'number', 'why', 'start')]
+        elif word == 'running':             # since then, and not since its start was sent
+            record = self.jobs[event['job']]
+            record.queued, record.time = None, event.get('time')
         else:
             record = self.jobs[event['job']]
             record.kept = event.get('kept') or None
@@ -1485,6 +1535,127 @@ class MachineResources:
         return self.why_not(allocation) + (f', {own}' if short and self.jobs else '')
 
 
+SPARE_PENDING = 5           # jobs that may wait in a queue beyond those that started lately
+LATELY_S = 600.0
+GROWTH, GROWTH_S = 10, 5.0  # jobs by which a queue may grow, and in how many seconds: two a second
+LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
+
+
+class ClusterResources(MachineResources):
+    """The books of a cluster: how many jobs of this batch are in its queue, and how many wait.
+
+    clock: as time.monotonic
+    """
+
+    def __init__(self, available_resources, clock=time.monotonic):
+        self._clock = clock
+        self._begun = set()                 # numbers of the placements whose jobs run
+        self._starts = collections.deque()  # when jobs began, in the last LATELY_S
+        self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
+        self._most = math.inf               # jobs that the engine takes, when it took no more
+        super().__init__(available_resources)
+
+    def began(self, placement):
+        """Note that a job has begun, which was in the queue."""
+        if placement.number not in self._begun:
+            self._begun.add(placement.number)
+            self._starts.append(self._clock())
+
+    def take(self, allocation, gpus):
+        """Take a place in the queue."""
+        self._joined.append(self._clock())
+        return super().take(allocation, ())
+
+    def deallocate(self, placement):
+        """Give back a placement; another job may have its place at once."""
+        super().deallocate(placement)
+        self._begun.discard(placement.number)
+        self._most = math.inf
+        if self._joined:
+            self._joined.popleft()
+
+    def note_full(self):
+        """Note that the engine takes no more jobs before one of these has ended."""
+        self._most = max(self.jobs, 1)
+
+    def score(self, allocation):
+        """Return less than any other machine with room has; the emptier queue is better."""
+        if self.short_of(allocation):
+            return NO_ROOM
+        return LAST_RESORT - self.jobs / self.available.queue.max_jobs
+
+    def allocate(self, allocation):
+        """Take a place in the queue, and return the Placement."""
+        why = self.why_not(allocation)
+        if why:
+            raise DoesNotFit(f'the cluster {why}')
+        return self.take(allocation, ())
+
+    def short_of(self, allocation):
+        """Return the word for what is short: engine, gpu, jobs, starts or time; '' if it fits."""
+        queue = self.available.queue
+        if self.refusal(allocation):
+            return 'engine'
+        if gpu_type_for(allocation, queue.gpu_types) is None:
+            return 'gpu'
+        if self.jobs >= min(queue.max_jobs, self._most):
+            return 'jobs'
+        now = self._clock()
+        while self._starts and self._starts[0] < now - LATELY_S:
+            self._starts.popleft()
+        if self.jobs - len(self._begun) >= SPARE_PENDING + len(self._starts):
+            return 'starts'
+        while self._joined and self._joined[0] <= now - GROWTH_S:
+            self._joined.popleft()
+        return 'time' if len(self._joined) >= GROWTH else ''
+
+    def refusal(self, allocation):
+        """Return why the engine refuses such jobs; '' if it does not."""
+        queue = self.available.queue
+        return dict(queue.refusals).get(cluster_need(allocation, queue.gpu_types), '')
+
+    def why_not(self, allocation):
+        """Return why the allocation does not fit now, as 'has …'; '' if it fits."""
+        queue, short = self.available.queue, self.short_of(allocation)
+        if short == 'engine':
+            return f'refuses it ({queue.engine}: {self.refusal(allocation)})'
+        if short == 'gpu':
+            return (f'has no GPU type with {allocation.gpu_memory_mb} MB (gpu_types of its machine '
+                    'file)')
+        if short == 'jobs':
+            return f'has {count_of(self.jobs, "job")} of this batch in its queue'
+        waiting = self.jobs - len(self._begun)
+        return {'': '', 'starts': f'has {waiting} of this batch that wait there',
+                'time': 'gets its next job in a moment'}[short]
+
+    def holder(self, allocation):
+        """Return who holds what is short."""
+        return self.why_not(allocation)
+
+
+def gpu_type_for(allocation, gpu_types):
+    """Return the type of GPU that a cluster gives to a job: '' for any, None where none will do.
+
+    gpu_types: as in Machine
+    """
+    if not allocation.gpus or gpu_types is None:
+        return ''
+    return next((name for mb, name in gpu_types if mb >= allocation.gpu_memory_mb), None)
+
+
+def cluster_need(allocation, gpu_types):
+    """Return what an allocation needs as an engine is asked: CORES MB RESERVE GPUS TYPE."""
+    return (f'{max(math.ceil(allocation.cores), 1)} {allocation.memory_mb} '
+            f'{int(allocation.reserve)} {allocation.gpus} '
+            f'{gpu_type_for(allocation, gpu_types) or ""}').rstrip()
+
+
+def books_of(capacity):
+    """Return new books for a machine, or a cluster, with this Capacity."""
+    is_cluster = getattr(capacity, 'queue', None) is not None
+    return (ClusterResources if is_cluster else MachineResources)(capacity)
+
+
 def as_record(kind, value):
     """Return the value, or a record of this kind with those of its fields that the value has."""
     return value if isinstance(value, kind) else kind(**{
@@ -1510,7 +1681,9 @@ def idle(capacity):
 
 def room_for(capacity, allocation):
     """Return (how many such jobs fit at a time, the GPU or GPUs of each)."""
-    own, gpus, count = MachineResources(capacity), [], 0
+    own, gpus, count = books_of(capacity), [], 0
+    if capacity.queue:
+        return 0 if own.short_of(allocation) else capacity.queue.max_jobs, []
     while count < 10000 and not own.short_of(allocation):
         indices = own.allocate(allocation).gpus
         if allocation.gpus == 1:
@@ -1571,6 +1744,9 @@ class Hold(NamedTuple):
     beside: dict                    # number of a Placement -> its Placement in `after`
 
 
+CLUSTER_AFTER_S = 30.0      # that a job waits for a machine before a cluster gets it
+
+
 class Scheduler:
     """Owns what waits and what is free.  Machines are any hashable things.
 
@@ -1582,9 +1758,19 @@ class Scheduler:
     by score.  Its entries may be too good, as scores fall with each job that is placed, and are
     looked at again when they come up; where a score may have risen, the entry is replaced by one
     that is better than any.  So placing a job costs about log(machines), however many wait.
+
+    A cluster gets a job that no other machine can have, or that has waited for cluster_after_s.
+
+    clock: as time.monotonic
+    may_fit(allocation): tells whether some machine that is no cluster may have room for it later
     """
 
-    def __init__(self):
+    def __init__(self, cluster_after_s=CLUSTER_AFTER_S, clock=time.monotonic):
+        self.cluster_after_s, self._clock = cluster_after_s, clock
+        self.may_fit = lambda allocation: any(
+            not own.available.queue and not MachineResources(idle(own.available)).short_of(
+                allocation) for own in self.resources.values())
+        self._since = {}            # name of a job -> when it began to wait
         self.resources = {}         # machine -> MachineResources, in the user's order
         self._places = {}           # machine -> its place in that order: ties break by it
         self._versions = {}         # machine -> how often its scores may have risen
@@ -1598,7 +1784,7 @@ class Scheduler:
     def add_machine(self, machine, place, capacity):
         """Use this machine, too."""
         self._places[machine], self._versions[machine] = place, 0
-        self.resources[machine] = MachineResources(capacity)
+        self.resources[machine] = books_of(capacity)
         self.resources = {m: self.resources[m] for m in sorted(
             self.resources, key=self._places.get)}
         self._risen(machine)
@@ -1618,7 +1804,7 @@ class Scheduler:
         self._risen(machine)
         if self._hold and self._hold.machine == machine:
             self._hold.after.update(capacity)
-            if MachineResources(capacity).short_of(self._hold.allocation):
+            if books_of(capacity).short_of(self._hold.allocation):
                 self._hold = None
 
     def give_back(self, machine, placement):
@@ -1631,6 +1817,43 @@ class Scheduler:
             beside = self._hold.beside.pop(placement.number, None)
             if beside:
                 self._hold.after.deallocate(beside)
+
+    def began(self, machine, placement):
+        """Note that a job runs which was in the queue of a cluster."""
+        if machine in self.resources:
+            self.resources[machine].began(placement)
+            self._risen(machine)
+
+    def note_full(self, machine):
+        """Note that a cluster takes no more jobs before one of its own has ended."""
+        if machine in self.resources:
+            self.resources[machine].note_full()
+
+    @property
+    def clusters(self):
+        """The machines that are clusters."""
+        return [machine for machine, own in self.resources.items() if own.available.queue]
+
+    def wait_s(self):
+        """Return for how long nothing changes by time alone; None where nothing does."""
+        if not self._waiting or not self.clusters:
+            return None
+        now = self._clock()
+        due = [self._since[queue[0].name] + self.cluster_after_s for queue
+               in self._waiting.values() if queue]
+        return max(min([at for at in due if at > now], default=now + 1) - now, 0.1)
+
+    def room_beside_clusters(self, allocation, taken):
+        """Return a machine that is no cluster and has room; None if there is none.
+
+        taken: machines that are not asked
+        """
+        scores = [(own.score(allocation), -self._places[machine], machine)
+                  for machine, own in self.resources.items()
+                  if not own.available.queue and machine not in taken
+                  and not self.keeps_from(machine, allocation)]
+        best = max(scores, key=lambda entry: entry[:2], default=(NO_ROOM,))
+        return best[2] if best[0] > NO_ROOM else None
 
     def _risen(self, machine):
         self._versions[machine] += 1
@@ -1655,6 +1878,7 @@ class Scheduler:
         while place < len(queue) and queue[place].line < job.line:
             place += 1
         queue.insert(place, job)
+        self._since.setdefault(job.name, self._clock())
         if job.allocation not in self._heaps:
             self._heaps[job.allocation] = self._new_heap()
 
@@ -1664,6 +1888,8 @@ class Scheduler:
         for allocation, queue in list(self._waiting.items()):
             found = [job for job in queue if job.name in names]
             taken += found
+            for job in found:
+                del self._since[job.name]
             if len(found) == len(queue):
                 del self._waiting[allocation], self._heaps[allocation]
                 self._passed.pop(allocation, None)
@@ -1686,6 +1912,8 @@ class Scheduler:
 
     def choose(self):
         """Take and place each job for which there is room; yield (job, machine, Placement)."""
+        for machine in self.clusters:
+            self._risen(machine)            # time has passed
         held, begun = self._hold, False
         while not begun or (held and self._hold is not held):   # what was held back may start now
             held, begun = self._hold, True
@@ -1698,11 +1926,12 @@ class Scheduler:
         blocked = []
         while kinds:
             _, number, allocation, queue = kinds[0]
-            machine = self._best(allocation)
+            machine = self._best(allocation, queue[0])
             if machine is None:
                 blocked.append(heapq.heappop(kinds)[2])
                 continue
             job = queue.popleft()
+            del self._since[job.name]
             placement = self.resources[machine].allocate(allocation)
             self._passed.pop(allocation, None)
             if self._hold and allocation == self._hold.allocation:
@@ -1718,8 +1947,8 @@ class Scheduler:
                 self._pass(other)
             yield job, machine, placement
 
-    def _best(self, allocation):
-        """Return the machine that has the best score, None where none has room."""
+    def _best(self, allocation, job):
+        """Return the machine that has the best score for a job, None where none has room."""
         heap, aside, best = self._heaps[allocation], [], None
         while heap:
             bound, place, version, machine = heap[0]
@@ -1731,7 +1960,7 @@ class Scheduler:
                 heapq.heappop(heap)
             elif -score > bound:
                 heapq.heapreplace(heap, (-score, place, version, machine))
-            elif self.keeps_from(machine, allocation):
+            elif self.keeps_from(machine, allocation) or self._is_too_soon(machine, job):
                 aside.append(heapq.heappop(heap))
             else:
                 best = machine
@@ -1739,6 +1968,12 @@ class Scheduler:
         for entry in aside:
             heapq.heappush(heap, entry)
         return best
+
+    def _is_too_soon(self, machine, job):
+        """Tell whether a job is to wait for other machines than this cluster."""
+        return bool(self.resources[machine].available.queue
+                    and self._clock() < self._since[job.name] + self.cluster_after_s
+                    and self.may_fit(job.allocation))
 
     def keeps_from(self, machine, allocation):
         """Tell whether the machine is kept for a job that this allocation would delay."""
@@ -1753,7 +1988,7 @@ class Scheduler:
             return
         for machine, own in sorted(self.resources.items(), key=lambda item: item[1].jobs):
             after = MachineResources(own.available)
-            if not after.short_of(allocation):
+            if not own.available.queue and not after.short_of(allocation):
                 after.allocate(allocation)
                 self._hold = Hold(allocation, machine, after, {})
                 return
@@ -1766,6 +2001,7 @@ INTERRUPT_S = 10.0          # for jobs to end that were told to
 LAST_WORDS_S = 5.0          # for the output of jobs that were told to end
 LIVE_S = 5.0                # between two looks at a machine while jobs wait
 REFRESH_S = 2.0             # between two looks at what running jobs write and use
+HASTY_S = 0.5               # the same at a cluster, where jobs began or ended lately
 CALM_S = 30.0               # between two looks while none waits, to see what jobs use
 ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; it doubles
 TROUBLES = 3                # jobs lost in a row after which a machine gets no more for a while
@@ -1787,6 +2023,7 @@ class Policy(NamedTuple):
     at_once: Optional[int] = None   # machines that are in use at a time; None: all
     tied: bool = False              # the jobs end when we do
     interval_s: Optional[float] = None      # between two looks while jobs wait; None: LIVE_S
+    cluster_after_s: float = CLUSTER_AFTER_S        # that a job waits before a cluster gets it
     wants_others: bool = False      # machines tell of jobs that other journals claimed
     how: How = How()
     noted: Optional[dict] = None    # what the journal has of each claim besides
@@ -1814,6 +2051,7 @@ class Fleet:
         self.workers, self.bound, self.standing = [], bound, {}
         self._run, self._client, self._view, self._policy = run, run.client, run.view, run.policy
         self._lives, self._scheduler = run.lives, run.scheduler
+        self.clusters = Clusters(run, self)
         for worker in workers:
             self.join(worker)
 
@@ -1907,10 +2145,6 @@ class Fleet:
         """Return how many machines are in this state."""
         return sum(1 for worker in self.workers if worker.state == state)
 
-    def by_address(self):
-        """Return {address: the first machine that has it}."""
-        return {worker.machine.address: worker for worker in reversed(self.workers)}
-
     def works(self, worker):
         """Tell whether something is still to come of this machine."""
         if worker.state in ('connecting', 'ready', 'away') and (worker.busy or worker.is_stopping):
@@ -1924,7 +2158,9 @@ class Fleet:
         Others may go, so that is what an idle machine has; with --no-live nobody looks again, and
         what is free decides.
         """
-        return idle(self.standing[worker].first) if self._client.live else worker.capacity
+        if worker.capacity.queue or not self._client.live:
+            return worker.capacity
+        return idle(self.standing[worker].first)
 
     def resting_shortly(self):
         """Return the machines that rest, but those that have failed for half an hour."""
@@ -1957,7 +2193,7 @@ class Fleet:
             self._view.came_back(worker)
         else:
             if self._policy.forwards and not standing.is_given_back and self._run.waits_with_files(
-                    MachineResources(self.at_best(worker))):
+                    books_of(self.at_best(worker))):
                 worker.prepare(self._policy.forwards)       # now, though there may be no room yet
             self._view.came(worker)
         if self._run.is_open:
@@ -1985,7 +2221,7 @@ class Fleet:
 
     def _look_at(self, worker, job):
         """Give up the machine if the job would not even fit there when nobody else uses it."""
-        best = MachineResources(idle(worker.capacity))
+        best = books_of(idle(worker.capacity))
         if best.short_of(job.allocation):
             self.note_outcome(
                 worker, 'impossible', f'the job needs {describe(job.allocation)}, and '
@@ -2041,9 +2277,10 @@ class Fleet:
 
     # Machines that fail
 
-    def attempt_changed(self, attempt):
-        """Note what the state of an attempt says of its machine."""
+    def attempt_changed(self, attempt, before):
+        """Note what the state of an attempt says of its machine; before: its last one."""
         standing = self.standing[attempt.machine]
+        self.clusters.attempt_changed(attempt, before)
         if attempt.state == 'placed':
             standing.freed = False
         elif attempt.state == 'ended':
@@ -2102,6 +2339,11 @@ class Fleet:
                 self._view.unconfirmed(attempt)
             worker.jobs.give_up_output()
             worker.close()
+
+
+def by_address(workers):
+    """Return {address: the first machine that has it}."""
+    return {worker.machine.address: worker for worker in reversed(workers)}
 
 
 def check_books(run):
@@ -2204,6 +2446,46 @@ class Wishes:
             run.scheduler.add(job)
 
 
+class Clusters:
+    """What a Run does about clusters: they take what other machines have no room for."""
+
+    def __init__(self, run, fleet):
+        self._run, self._fleet = run, fleet
+        run.scheduler.may_fit = self._may_fit
+
+    def _may_fit(self, allocation):
+        """Tell whether a machine that is no cluster may have room for such a job later."""
+        fleet = self._fleet
+        return any(worker.state in ('connecting', 'away') or worker.state == 'ready'
+                   and worker.capacity
+                   and not books_of(fleet.at_best(worker)).short_of(allocation)
+                   for worker, standing in fleet.standing.items()
+                   if not worker.machine.engine and not standing.is_given_back)
+
+    def attempt_changed(self, attempt, before):
+        """An attempt is in another state now; before: the state that it was in."""
+        if attempt.state == 'running' and attempt.machine.machine.engine:
+            if before == 'queued':
+                self._run.client.journal.write(event='running', job=attempt.name)
+            if attempt.placement:
+                self._run.scheduler.began(attempt.machine, attempt.placement)
+
+    def take_back(self):
+        """Have a job that waits in the queue of a cluster run on a machine that has room now.
+
+        Those that were queued last come first.  No machine is meant for two at a time.
+        """
+        scheduler = self._run.scheduler
+        queued = self._run.lives.all_of('queued') if scheduler.clusters else []
+        taken = {attempt.place.moves_to for attempt in queued}
+        for attempt in reversed(queued):
+            if not attempt.place.moves_to and attempt.job.may_start:
+                machine = scheduler.room_beside_clusters(attempt.job.allocation, taken)
+                if machine:
+                    taken.add(machine)
+                    attempt.machine.queue.withdraw(attempt, machine)
+
+
 class Run:
     """Has jobs run on machines until none is left, and knows how each went.
 
@@ -2220,7 +2502,7 @@ class Run:
         self.jobs = {job.name: job for job in jobs}
         self.client, self.view, self.policy = client, view, policy
         self.lives = Lives(client.journal, self.changed)
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(policy.cluster_after_s)
         self.fleet = Fleet(self, workers, bound or {})
         self.ended = {}                     # job name -> JobResult; exit code -1: it is lost
         self.failures = []                  # those of them that failed
@@ -2265,9 +2547,10 @@ class Run:
             if self.stuck():
                 self.view.stuck()
                 break
+            self.fleet.clusters.take_back()
             self.look_again()
             self.view.progress()
-            self.client.processes.wait()
+            self.client.processes.wait(self.scheduler.wait_s())
             self.fleet.let_go()
         check_books(self)
 
@@ -2347,7 +2630,7 @@ class Run:
         if fleet.bound or not self.scheduler.waits or self.halted or fleet.count(
                 'connecting') or fleet.count('away') or any(map(fleet.works, fleet.workers)):
             return False
-        usable = [MachineResources(fleet.at_best(worker))
+        usable = [books_of(fleet.at_best(worker))
                   for worker in (*self.scheduler.resources, *fleet.resting_shortly())]
         return all(books.short_of(kind) for books in usable for kind in self.scheduler.kinds())
 
@@ -2357,13 +2640,13 @@ class Run:
         """An attempt is in another state now: act on it, and show it."""
         if LIFE[before].holds and not LIFE[attempt.state].holds and attempt.placement:
             self.scheduler.give_back(attempt.machine, attempt.placement)
-        self.fleet.attempt_changed(attempt)
+        self.fleet.attempt_changed(attempt, before)
         if attempt.state == 'ended':
             self._note(attempt.result)
         self.view.changed(attempt, before)
         react = {'returned': self._returned, 'refused': self._refused, 'held': self._held,
                  'absent': self.wait_again, 'lost': self._lost, 'abandoned': self.wait_again,
-                 'kept': self._kept}.get(attempt.state)
+                 'preempted': self.wait_again, 'kept': self._kept}.get(attempt.state)
         if before not in ('stopping', 'stopped'):
             if react:
                 react(attempt)
@@ -2411,11 +2694,13 @@ class Run:
         """Another batch took that room first; look again before the next start there."""
         worker = attempt.machine
         if not self.policy.probes:          # a job that needs nothing is never held
-            self.fleet.note_outcome(worker, 'failed', 'another batch has the machine')
+            self.fleet.note_outcome(worker, 'failed', worker.queue.refusal
+                                    or 'another batch has the machine')
             return
         self.wait_again(attempt)
-        self.scheduler.update(worker, worker.capacity._replace(reserved=True))
-        worker.measure(random.uniform(1, 3))        # so that two do not step back for ever
+        if not worker.machine.engine:       # which would have said why
+            self.scheduler.update(worker, worker.capacity._replace(reserved=True))
+            worker.measure(random.uniform(1, 3))    # so that two do not step back for ever
 
     def _lost(self, attempt):
         """Its machine failed it: the job is gone there, for certain, without a result."""
@@ -2500,10 +2785,6 @@ class Run:
         while not self.interrupts and any(map(unfinished, self.workers)):
             self.client.processes.wait(1)
 
-    def others(self, worker, jobs):
-        """A machine has these OtherJobs."""
-        self.view.others(worker, jobs)
-
 
 def noted_of(job, machine):
     """Return what the journal has of the claim of a job beside what starts it."""
@@ -2568,8 +2849,8 @@ def duration_of(seconds):
 
 
 def clock_of(moment, now):
-    """Return a time in seconds since 1970 as 09:12, with the day if it is long before `now`."""
-    how = '%H:%M' if now - moment < 86400 / 2 else '%Y-%m-%d %H:%M'
+    """Return a time in seconds since 1970 as 09:12, with the day if it is far from `now`."""
+    how = '%H:%M' if abs(now - moment) < 86400 / 2 else '%Y-%m-%d %H:%M'
     return time.strftime(how, time.localtime(moment))
 
 
@@ -3857,7 +4138,8 @@ class Board:
 
     def _age_s(self, attempt):
         """Return for how many seconds an attempt runs; 0 before its start was sent."""
-        since = self._run.client.journal.started(attempt.name) if attempt.state in ALIVE else None
+        since = self._run.client.journal.started(attempt.name) if attempt.state in (
+            'claimed', 'running', 'stopping') else None
         return time.time() - since if since else 0.0
 
     def _question(self):
@@ -3869,10 +4151,10 @@ class Board:
                 Row('  Enter  continue')]
 
     def _alive_and_waiting(self):
-        """Return how many jobs run, and how many wait."""
+        """Return how many jobs run, and how many wait, here or at a cluster."""
         run = self._run
-        return (len(run.lives.all_of(*ALIVE)),
-                run.scheduler.waits + len(run.lives.all_of('placed')))
+        return (len(run.lives.all_of('claimed', 'running', 'stopping')),
+                run.scheduler.waits + len(run.lives.all_of('placed', 'queued')))
 
     def _counts(self, width):
         """Return the Row of how many jobs have ended, run and wait; as much of it as fits."""
@@ -3888,9 +4170,11 @@ class Board:
         now = time.monotonic()
         if now - self._left_at > self.PACE_S:
             running = [(attempt.job.allocation, attempt.machine, self._age_s(attempt))
-                       for attempt in self._run.lives.all_of(*HOLDING) if attempt.placement]
-            waiting = {allocation: len(jobs)
-                       for allocation, jobs in self._run.scheduler.kinds().items()}
+                       for attempt in self._run.lives.all_of(*HOLDING)
+                       if attempt.placement and attempt.state != 'queued']
+            waiting = collections.Counter({
+                allocation: len(jobs) for allocation, jobs in self._run.scheduler.kinds().items()})
+            waiting.update(attempt.job.allocation for attempt in self._run.lives.all_of('queued'))
             left = self._pace.left(running, {} if self._run.halted else waiting)
             self._left = f'{range_of(*left)} left' if left else ''
             self._left_at = now
@@ -4064,6 +4348,31 @@ def why_waiting(resources, allocation, count, is_own_news):
             f'{machines or "no machine is there"}')
 
 
+def queue_words(engine, number, why, start, now=None):
+    """Return a place in a queue in words: 'Slurm 4711: others first, would start about 21:40'.
+
+    engine: as in Machine, or '' where that is not to be said; start: in seconds since 1970, or None
+    """
+    now = time.time() if now is None else now
+    parts = [why] * bool(why)
+    if start and start > now:
+        parts.append(f'would start about {clock_of(start, now)}')
+    what = f'{engine.capitalize()} {number}' if engine else f'queued as {number}'
+    return what.rstrip() + (f': {", ".join(parts)}' if parts else '')
+
+
+def queue_news(attempt):
+    """Yield what is to be said of an attempt in the queue of a cluster: why it waits, once."""
+    place = attempt.place
+    if attempt.state == 'absent':
+        if place.moves_to:
+            yield f'moved: {attempt.name}: {printable(place.moves_to.name)} became free'
+    elif place.why and not place.is_told:
+        attempt.place = place._replace(is_told=True)
+        words = queue_words(attempt.machine.machine.engine, *place[:3])
+        yield f'queued: {attempt.name} at {printable(attempt.machine.name)} ({words})'
+
+
 class BatchView(ToldView):
     """The output of execute_batch: the events on stdout, all else on stderr.
 
@@ -4129,7 +4438,7 @@ class BatchView(ToldView):
     def check_room(self):
         """Raise if jobs wait that would not even fit on a machine that nobody uses."""
         run = self.run
-        empty = [(worker, MachineResources(run.fleet.at_best(worker)))
+        empty = [(worker, books_of(run.fleet.at_best(worker)))
                  for worker in run.workers if worker.state == 'ready']
         for allocation, queue in run.scheduler.kinds().items():
             if any(not books.short_of(allocation) for _, books in empty):
@@ -4195,7 +4504,14 @@ class BatchView(ToldView):
                 self._report.trace(f'{attempt.name}: to {attempt.machine.name}; scores for another '
                                    f'such job: {scores}')
         elif attempt.state == 'running':
-            self._tell_start(attempt, 'running' if attempt.is_inherited else 'started')
+            self._tell_start(attempt, 'running' if attempt.is_inherited and before == 'claimed'
+                             else 'started')
+        elif attempt.place and attempt.state in ('queued', 'absent'):
+            for line in queue_news(attempt):
+                self._report.line(line)
+        elif attempt.state == 'preempted':
+            self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}: {attempt.why}. '
+                              'It starts again.')
         elif attempt.state == 'ended':
             self._say_halt()
             self._ended(attempt)
@@ -4483,7 +4799,7 @@ class BoundView(SpeakingView):
     """The notes of execute_remote and execute_to, whose jobs each have a machine of their own.
 
     sinks: {worker: an object that has write(stream, bytes) and flush()}, for what the job writes
-    on_running: called with an attempt when its command has begun
+    on_running: called with an attempt when its command has begun, or is in the queue of a cluster
     on_contact: called with a worker when contact was made, for the first time or again
     """
 
@@ -4503,8 +4819,10 @@ class BoundView(SpeakingView):
 
     def changed(self, attempt, before):
         """An attempt is in another state now."""
-        if attempt.state == 'running':
+        if attempt.state in ('running', 'queued'):
             self._on_running(attempt)
+        for line in queue_news(attempt) if attempt.place and attempt.state == 'queued' else ():
+            self._report.note(line)
 
     def came_back(self, worker):
         """Contact was made again."""
@@ -4660,6 +4978,8 @@ class JobStatus(NamedTuple):
             return failure_words(self.exit_code, self.machine, said)
         if self.counted != 'waiting':
             return self.last_line()
+        if self.state == 'queued':
+            return queue_words('', *self.known['queued'])
         if self.state == 'cancelled' and not self.known:
             return 'the next run starts it, not this one'
         if self.known.get('aside'):
@@ -4679,7 +4999,9 @@ class JobStatus(NamedTuple):
             'attempt': self.known.get('attempt'), 'started_at': began,
             'ended_at': ended if self.exit_code is not None else None,
             'wall_s': self.known.get('wall_s') if self.exit_code is not None else None,
-            'command': self.job.command, 'last_line': self.last_line(), 'client': client})
+            'command': self.job.command, 'last_line': self.last_line(), 'client': client,
+            **({'queued': dict(zip(('number', 'why', 'start'), self.known['queued']))}
+               if self.state == 'queued' else {})})
 
 
 class BatchStatus:
@@ -4701,7 +5023,8 @@ class BatchStatus:
         known = results.journal.record(job.name)
         state = known.get('state')
         if state == 'claimed':
-            state = 'running' if self._client else 'started'
+            state = ('queued' if known.get('queued') else
+                     'running' if self._client else 'started')
         elif state != 'ended' and results.exists(job.name):
             state = 'failed' if known.get('exit_code') else 'finished'
         elif known.get('command') != job.command:       # its name was another's
@@ -4761,10 +5084,11 @@ class BatchStatus:
         """Return whether a client runs the batch, since when and where, and how many jobs run."""
         states = collections.Counter(status.state for status in self.jobs)
         parts = [f'{states[state]} {what}' for state, what in (
-            ('running', 'running'), ('started', 'started'),
+            ('running', 'running'), ('started', 'started'), ('queued', 'queued at a cluster'),
             ('ended', 'ended and not collected yet'))
             if states[state] or state == 'running' and self._client]
-        numbers = ', '.join([*parts, f'{self._counts["waiting"]} waiting'])
+        waiting = self._counts['waiting'] - states['queued']
+        numbers = ', '.join([*parts, f'{waiting} waiting'])
         holder = self._holder
         since = holder and clock_of(holder.since, self._now)
         if self._client:
@@ -5148,6 +5472,13 @@ def are_jumps(value):
     return is_word(value) and all(JUMP.fullmatch(part) for part in value.split(','))
 
 
+def are_gpu_types(value):
+    """Tell whether the value is a mapping of words to numbers of MB."""
+    return isinstance(value, dict) and bool(value) and all(
+        is_text(name) and re.fullmatch(r'[A-Za-z0-9][\w.-]*', name, re.ASCII)
+        and is_whole_number(mb) for name, mb in value.items())
+
+
 def are_gpus(value):
     """Tell whether the value is a list of indices of GPUs."""
     return isinstance(value, list) and all(is_whole_number(index, least=0) for index in value)
@@ -5169,7 +5500,23 @@ MACHINE_KEYS = {
     'env': ('a mapping of variables to values', are_variables),
     'gpus': ('a list of GPU numbers', are_gpus),
     'max_jobs': ('a number of at least 1', is_whole_number),
+    'engine': ('the engine of a cluster: slurm', lambda v: is_text(v) and v in ENGINES),
+    'engine_options': ('options of the engine, such as "--partition=gpu --account=lab"', is_text),
+    'gpu_types': ('a mapping of types of GPUs to the MB of one, such as {a100: 40000}',
+                  are_gpu_types),
+    'node_folder': ('an absolute path, or a variable such as $TMPDIR',
+                    lambda v: is_text(v) and NODE_FOLDER.fullmatch(v)),
 }
+ENGINES = ('slurm',)
+OF_ENGINES = ('engine_options', 'gpu_types', 'node_folder')     # have a meaning with `engine` only
+NODE_FOLDER = re.compile(r'(/|\$\{?[A-Za-z_]\w*\}?)[\w./-]*', re.ASCII)
+QUEUED_JOBS = 20            # of one batch that may be in the queue of a cluster, by default
+# Options of sbatch that the runner gives itself, or that would make something else of a job.
+ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
+                'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
+                'usage', 'version')
+# Those begin as some of these do, and are others.
+ENGINE_ALLOWED = ('no-requeue', 'wait-all-nodes')
 
 
 def read_machine_file(path, name):
@@ -5190,6 +5537,7 @@ def read_machine_file(path, name):
         values[key] = read_machine_value(loader, key, value_node, where)
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
+    check_engine(values, path)
     return machine_from(values, name, path)
 
 
@@ -5271,7 +5619,51 @@ def machine_from(values, name, path):
         ssh_options=tuple(values.get('ssh_options', {}).items()),
         workdir=values.get('workdir', ''), setup=values.get('setup', ''),
         env=tuple(values.get('env', {}).items()),
-        gpus=tuple(values['gpus']) if 'gpus' in values else None, max_jobs=values.get('max_jobs'))
+        gpus=tuple(values['gpus']) if 'gpus' in values else None,
+        max_jobs=values.get('max_jobs', QUEUED_JOBS if 'engine' in values else None),
+        engine=values.get('engine', ''),
+        engine_options=read_engine_options(values.get('engine_options', ''), path),
+        gpu_types=tuple(sorted((int(mb), name) for name, mb in values['gpu_types'].items()))
+        if 'gpu_types' in values else None,
+        node_folder=values.get('node_folder', ''))
+
+
+def check_engine(values, path):
+    """Raise if keys of a machine's file have no meaning with or without `engine`."""
+    if 'engine' not in values:
+        wrong = [key for key in OF_ENGINES if key in values]
+        if wrong:
+            raise MachineFileError(f'{path}: {wrong[0]} needs the key engine, such as "engine: '
+                                   'slurm".')
+        return
+    if 'gpus' in values:
+        raise MachineFileError(f'{path}: the key gpus names GPUs of one machine, and engine makes '
+                               'this a cluster: use engine_options or gpu_types.')
+    read_engine_options(values.get('engine_options', ''), path)
+
+
+def read_engine_options(text, path):
+    """Return the words of engine_options; raise where one would break what the runner does.
+
+    path: of the machine's file
+    """
+    import shlex
+    where = f'{path}: engine_options'
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise MachineFileError(f'{where}: {sentence(str(error))}') from None
+    for word in words:
+        match = re.fullmatch(r'--([a-z][a-z-]*)(=.*)?', word, re.DOTALL)
+        if not match:
+            raise MachineFileError(f'{where}: write each option as --name or --name=value, not '
+                                   f'{word!r}.')
+        taken = next((name for name in ENGINE_TAKEN if name.startswith(match[1])
+                      and match[1] not in ENGINE_ALLOWED), None)
+        if taken:
+            raise MachineFileError(f'{where}: --{taken} cannot be used, since jobs would not run '
+                                   'once, or not be found again. Leave it out.')
+    return words
 
 
 def check_key(key_path, path):
@@ -6400,6 +6792,38 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
         batch_jobs=len(others), batch_users=tuple(sorted(need.user for need in others)),
         reserved=any(need.reserve for need in others),
         limits=(thousandths(all_cores * CORES_OVERLOAD), all_mb, *limits))
+
+
+def parse_queue(facts, machine, known=None):
+    """Return the Queue that the facts of a cluster's probe give, a list of (key, text).
+
+    known: the Queue of an earlier probe, whose partitions hold where these facts name none
+    Never raises: what cannot be read is unknown.
+    """
+    values = dict(facts)
+    partitions = tuple(filter(None, (
+        parse_partition(line) for key, line in facts if key == 'partition')))
+    jobs = values.get('own_jobs', '').split()
+    own_jobs = tuple(map(int, jobs)) if len(jobs) == 2 and all(map(str.isdigit, jobs)) else None
+    return Queue(values.get('engine', machine.engine).strip(), machine.max_jobs, machine.gpu_types,
+                 partitions=partitions or (known.partitions if known else ()),
+                 own_jobs=own_jobs or (known.own_jobs if known else (0, 0)))
+
+
+def parse_partition(line):
+    """Return the Partition of a line of sinfo, NAME|UP|LIMIT|NODES|A/I/O/T|GRES|MB|STATE, or None.
+
+    A/I/O/T: cores that are allocated, idle, other and in all, sinfo(1)
+    """
+    fields = line.split('|')
+    if len(fields) != 8:
+        return None
+    name, up, _, nodes, cores, gpus, _, state = fields
+    numbers = [whole_number(text) for text in cores.split('/')]
+    if len(numbers) != 4 or None in numbers or whole_number(nodes) is None:
+        return None
+    return Partition(name.rstrip('*'), up == 'up', int(nodes), state.rstrip('*~#$@+-'),
+                     numbers[1], numbers[3], '' if gpus == '(null)' else gpus)
 
 
 def use_in(facts, before):
@@ -8466,6 +8890,11 @@ def number_of(raw):
     return number
 
 
+def time_of(raw):
+    """Return seconds since 1970, or None for an empty field."""
+    return number_of(raw) if raw else None
+
+
 def status_of(raw):
     """Return the exit status of a job."""
     number = number_of(raw)
@@ -8536,6 +8965,10 @@ EVENTS = {
     'staged': Fields((os.fsdecode,)),
     'stage_failed': Fields((os.fsdecode, text_of)),
     'started': Fields(rest=os.fsdecode),
+    'queued': Fields((os.fsdecode, text_of, text_of, time_of)),
+    'unfit': Fields((text_of, text_of)),
+    'full': Fields((text_of,)),
+    'preempted': Fields((os.fsdecode, text_of)),
     'refused': Fields((os.fsdecode, text_of)),
     'held': Fields((os.fsdecode,)),
     'absent': Fields((os.fsdecode,)),
@@ -9811,6 +10244,14 @@ def write_configurations(connection):
                                  f'be written: {reason_of(error)}.') from error
 
 
+def runner_for(engine):
+    """Return the remote runner for a machine, or for a cluster with this engine."""
+    if not engine:
+        return REMOTE_RUNNER
+    return (REMOTE_RUNNER.removesuffix(REMOTE_CALL) + REMOTE_ENGINE + REMOTE_ENGINES[engine]
+            + REMOTE_CALL)
+
+
 class Contact:
     """One login to a machine, from connecting to its loss.
 
@@ -9847,13 +10288,17 @@ class Contact:
         self._process = client.processes.start(
             self.connection.channel(), self._receive, self._ended, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
-        runner = REMOTE_RUNNER.encode()
+        runner = runner_for(machine.engine).encode()
+        library = runner.removesuffix(REMOTE_CALL.encode()) + REMOTE_VISIT.encode()
         env = [f'{name}={value}' for name, value in machine.env]
         self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
             self.token, machine.workdir, client.project, client.owner, self.id, machine.setup,
             int(terms.want_gpus), len(env), *env))
         if terms.tied:
             self.send('tie')
+        if machine.engine:
+            self.send('engine', len(library), machine.node_folder, *machine.engine_options,
+                      data=library)
         self.flows.start(self._warn_of_silence())
         self.flows.start(self._await_answer())
 
@@ -10367,6 +10812,9 @@ class Gauge:
     def understand(self):
         """Make a Capacity of the facts; from now on other batches cannot take more than that."""
         worker = self._worker
+        if self._facts and worker.machine.engine:
+            self._understand_queue()
+            return
         if not self._facts:
             raise WireError('it said something that cannot be understood (it is ready, and did '
                             'not say what it has)')
@@ -10385,6 +10833,13 @@ class Gauge:
         self._facts, self._ended_keys, self._ended_ticks = [], set(), 0
         if worker.client.live:
             worker.contact.send('limits', *self.capacity.limits)
+
+    def _understand_queue(self):
+        """Make a Capacity of the facts of a cluster."""
+        known = self.capacity.queue if self.capacity else None
+        queue = parse_queue(self._facts, self._worker.machine, known)
+        self.capacity, self._facts = Capacity(0.0, 0, queue=queue._replace(
+            refusals=tuple(self._worker.queue.refusals.items()))), []
 
     def measure(self, within_s=0.0):
         """Ask again what is free, within this many seconds."""
@@ -10591,6 +11046,7 @@ class JobControl:
 
     def __init__(self, worker):
         self._stops = 0                     # times that jobs were told to end, without an answer
+        self._heard = -math.inf             # when a job was heard to begin or end
         self._worker, self._client = worker, worker.client
         self._followers = Followers(worker)
         self._inherited, self._killed = set(), set()    # keys of jobs that ran before this contact
@@ -10649,28 +11105,29 @@ class JobControl:
         backwards, how = attempt.job.backwards, attempt.how
         self._worker.contact.send(
             'start', attempt.key, attempt.stage.id, '-' if attempt.gpus is None else attempt.gpus,
-            need_of(attempt.placement), how.mode,
+            need_of(attempt, self._worker.machine), how.mode,
             '' if how.timeout_s is None else f'{how.timeout_s:.3f}', attempt.job.command,
             'changed' if backwards is None else 'paths' if backwards else 'none',
             *(backwards or ()))
 
     def on_started(self, *keys):
         """These jobs run."""
+        self._heard = time.monotonic()
         for key in keys:
-            attempt = self._alive(key)
+            attempt = self.alive(key)
             if not attempt:
                 continue
-            if attempt.how.source is not None and attempt.state == 'claimed':
+            if attempt.how.source is not None and attempt.state in ('claimed', 'queued'):
                 self._worker.contact.flows.start(self._feed(attempt))
             if attempt.how.show:
                 self._followers.start(attempt)
-            if attempt.state == 'claimed':
+            if attempt.state in ('claimed', 'queued'):
                 self._worker.lives.move(attempt, 'running')
             # There was no contact when somebody asked for that, or it may not have arrived.
             if attempt.state == 'stopping' or self._worker.run.wishes.unwanted(attempt):
                 self.end([attempt])
 
-    def _alive(self, key):
+    def alive(self, key):
         """Return the attempt that was started, or asked about, over this contact; None if none."""
         attempt = self._worker.lives.get(self._worker, key, *ALIVE)
         return attempt if attempt and attempt.streams else None
@@ -10709,7 +11166,7 @@ class JobControl:
 
     def on_absent(self, key):
         """The start of a job never arrived, and never will."""
-        self._gone('absent', key)
+        self.gone('absent', key)
 
     # Output and input
 
@@ -10718,7 +11175,9 @@ class JobControl:
         worker = self._worker
         while True:
             attempts = worker.lives.of(worker, *ALIVE)
-            yield REFRESH_S + len(attempts) / 100
+            # Only a look tells that jobs on the nodes of a cluster have begun or ended.
+            hasty = worker.machine.engine and time.monotonic() < self._heard + REFRESH_S
+            yield HASTY_S if hasty else REFRESH_S + len(attempts) / 100
             fields = []
             for attempt in worker.lives.of(worker, *ALIVE):
                 known = [stream.here for stream in attempt.streams.values()]
@@ -10730,7 +11189,7 @@ class JobControl:
 
     def on_growth(self, key, stream, offset, data):
         """A job has written this, from this byte on."""
-        attempt = self._alive(key)
+        attempt = self.alive(key)
         if attempt and not self.is_followed(attempt):
             attempt.streams[stream].bring(offset, data)
 
@@ -10760,17 +11219,18 @@ class JobControl:
     def terminal(self, attempt):
         """A flow: give a job of mode tty our terminal, until it ends."""
         contact = self._worker.contact
-        path = f'{contact.home}/jobs/{attempt.key}.more/tty'
+        script = 'terminal' if self._worker.machine.engine else 'tty'
+        path = f'{contact.home}/jobs/{attempt.key}.more/{script}'
         yield contact.start(contact.connection.terminal(path), None, terminal=True)
 
     # The end of a job
 
     def on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
         """A job has ended; back: what it left."""
-        attempt = self._alive(key)
+        attempt = self.alive(key)
         if not attempt:
             return      # it was reported already, or another run's
-        worker = self._worker
+        worker, self._heard = self._worker, time.monotonic()
         worker.gauge.ended(key, cpu_cs)
         # Of one whose record is all there is, the processor time is not known.
         was_seen = cpu_cs > 0 or time_cs > 0 and key not in self._inherited
@@ -10791,44 +11251,45 @@ class JobControl:
                                                              'peak_gpu_memory_mb')}
             worker.lives.move(attempt, 'ended', exit_code=status, wall_s=result.wall_s,
                               **{name: value for name, value in used.items() if value is not None})
-        if self._killed and not any(self._alive(key) for key in self._inherited):
+        if self._killed and not any(self.alive(key) for key in self._inherited):
             self._explain_killed()
         worker.collector.add(attempt, list(back))
         self._followers.ended(attempt)
 
     def on_used(self, key, peak_kb):
         """The memory of a job's processes was seen at this size."""
-        attempt = self._alive(key)
+        attempt = self.alive(key)
         if attempt:
             attempt.peaks_mb[0] = max(peak_kb // 1024, attempt.peaks_mb[0] or 0)
 
     def on_place(self, key, folder):
         """A job runs in this folder."""
-        if self._alive(key):
+        if self.alive(key):
             self.folders[key] = folder
 
     def on_left(self, key, text):
         """A job is about to end, and processes that it started are not."""
-        attempt = self._alive(key)
+        attempt = self.alive(key)
         if attempt and attempt.state != 'stopping':     # else that is being ended, too
             self._worker.report.left(self._worker.name, attempt.name, text)
 
     def on_held(self, key):
         """Another batch took the room of a job first; nothing of it is there."""
-        attempt = self._alive(key)
+        attempt = self.alive(key)
         if attempt:
             self._worker.lives.move(attempt, 'held')
 
     def on_refused(self, key, why):
         """The machine could not start a job."""
-        self._gone('refused', key, why)
+        self.gone('refused', key, why)
 
     def on_lost(self, key, why):
         """A job is gone without a result."""
-        self._gone('lost', key, why)
+        self.gone('lost', key, why)
 
-    def _gone(self, state, key, why=''):
-        attempt = self._alive(key)
+    def gone(self, state, key, why=''):
+        """An attempt is in this state, for certain, without a result."""
+        attempt = self.alive(key)
         if attempt:
             self._worker.collector.forget(key)
             self._worker.lives.move(attempt, state, why)
@@ -10871,16 +11332,74 @@ class JobControl:
             self._followers.stop(attempt)
 
 
+class Queued:
+    """The attempts in the queue of a cluster, and what its engine says of them.
+
+    refusals: {what jobs need, as cluster_need has it: why the engine refuses them}
+    """
+
+    def __init__(self, worker):
+        self.refusals = {}
+        self.refusal = ''                   # why the engine took no job the last time
+        self._worker = worker
+
+    def ask_fits(self):
+        """Ask which kinds of the jobs that wait the engine would refuse; before the probe."""
+        worker = self._worker
+        limit_s = worker.run.policy.timeout_s
+        kinds = {cluster_need(kind, worker.machine.gpu_types)
+                 for kind in worker.run.scheduler.kinds()}
+        worker.contact.send('fits', *itertools.chain.from_iterable(
+            (kind, '' if limit_s is None else f'{limit_s:.3f}') for kind in sorted(kinds)))
+
+    def on_unfit(self, need, why):
+        """The engine refuses jobs with this need."""
+        self.refusals[need] = self.refusal = why
+        worker, gauge = self._worker, self._worker.gauge
+        if gauge.capacity and worker.state == 'ready':
+            gauge.capacity = gauge.capacity._replace(queue=gauge.capacity.queue._replace(
+                refusals=tuple(self.refusals.items())))
+            worker.run.machine_changed(worker, 'ready')
+
+    def on_full(self, why):
+        """The engine takes no more jobs for now."""
+        self.refusal = why
+        self._worker.run.scheduler.note_full(self._worker)
+
+    def on_queued(self, key, number, why, start):
+        """The engine has a job, and does not run it yet."""
+        worker, attempt = self._worker, self._worker.jobs.alive(key)
+        if not attempt or attempt.state not in ('claimed', 'queued'):
+            return
+        before = attempt.place or Place('')
+        attempt.place = before._replace(number=number or before.number, why=why or before.why,
+                                        start=start)
+        if attempt.state == 'claimed' or attempt.place[:2] != before[:2]:
+            worker.lives.move(attempt, 'queued', number=attempt.place.number,
+                              why=attempt.place.why, start=start)
+        if worker.run.wishes.unwanted(attempt):
+            worker.jobs.end([attempt])
+
+    def on_preempted(self, key, why):
+        """A job is gone, by no fault of its own or of the machine."""
+        self._worker.jobs.gone('preempted', key, why)
+
+    def withdraw(self, attempt, machine):
+        """Take an attempt back, for another Worker that has room; it may have begun meanwhile."""
+        if self._worker.state == 'ready':
+            attempt.place = attempt.place._replace(moves_to=machine)
+            self._worker.contact.send('withdraw', attempt.key)
+
+
 class Worker:
     """A machine at work for a run: the contact with it, and the jobs there.
 
     state: new, connecting, ready, away (contact was lost and is looked for), closing, closed or
     failed; `why` says why.
 
-    report: what people are told: warning(text), sent(name, stage), left(name, job, text),
-    survivors(name, pids)
-    run: its owner, which has `lives`, `policy` and `wishes`; it hears machine_changed(worker,
-    before), and others(worker, OtherJobs) if its policy wants_others
+    report: tells people: warning(text), sent(name, stage), left(name, job, text), survivors(…)
+    run: its owner, which has `lives`, `policy` and `wishes`, and hears machine_changed(worker,
+    before); of a cluster, or if its policy wants_others, it is a Run
     """
 
     def __init__(self, machine, client, number, report):
@@ -10889,7 +11408,8 @@ class Worker:
         self.state, self.why = 'new', ''
         self.same_as = None                 # the Worker that is used instead of this one
         self.contact = None
-        self.gauge, self.collector, self.jobs = Gauge(self), Collector(self), JobControl(self)
+        self.gauge, self.queue = Gauge(self), Queued(self)
+        self.collector, self.jobs = Collector(self), JobControl(self)
         self._seeking = Seeking(Terms())
 
     @property
@@ -10966,6 +11486,8 @@ class Worker:
     def probe(self):
         """Ask what the machine has; the answer makes it ready."""
         self._seeking.asks = True
+        if self.machine.engine:
+            self.queue.ask_fits()
         self.contact.send('probe')
 
     def enter(self):
@@ -11067,8 +11589,8 @@ class Worker:
         if self.state == 'closing' and event != 'finished':
             return          # nothing can be answered any more: it is for the next run
         # Exactly one of these parts has it: tests/test_structure.py.
-        (handler,) = (getattr(part, f'on_{event}') for part in (
-            self, self.jobs, self.collector, self.gauge) if hasattr(part, f'on_{event}'))
+        (handler,) = filter(None, (getattr(part, f'on_{event}', None) for part in (
+            self, self.jobs, self.collector, self.gauge, self.queue)))
         handler(*values)
 
     def on_account(self, which):
@@ -11155,7 +11677,7 @@ class Worker:
             done = {record['key'] for name, record in results.journal.jobs.items()
                     if results.is_done(name)}
             jobs = [job for job in jobs if job.identity not in known and job.key not in done]
-        self.run.others(self, jobs)
+        self.run.view.others(self, jobs)
 
     def on_pong(self, _number):
         """It is there."""
@@ -11171,8 +11693,12 @@ class Worker:
                 self.client.journal.tidied(self.machine.address)
 
 
-def need_of(placement):
-    """Return what a placement claims as the remote runner reads it: cores, MB, reserve, GPUs."""
+def need_of(attempt, machine):
+    """Return what an attempt claims as the remote runner reads it: cores, MB, reserve, GPUs."""
+    placement = attempt.placement
+    if machine.engine:
+        return cluster_need(placement.allocation if placement else Allocation(gpus=0),
+                            machine.gpu_types)
     if placement is None:
         return '0 0 0'
     wanted = placement.allocation
@@ -11254,6 +11780,7 @@ NO_VISIT = {
     'absent': 'has not begun on {at}. Its client may be about to start it: try again in a moment. '
               'If no client runs, type the command again that was to start it',
     'begins': 'is about to begin on {at}: try again in a moment',
+    'queues': 'waits in the queue of {at}: try again when it runs',
     'ended': 'has ended on {at}. Its results come to the client that runs; if none runs, type the '
              'command again that started it',
     'lost': 'does not run on {at} any more: the machine was restarted, or the job was killed. Its '
@@ -11262,6 +11789,14 @@ NO_VISIT = {
               'user?',
     'full': 'runs on {at}, but there is no room for the files of a shell, in /dev/shm or /tmp',
 }
+
+
+def visit_for(engine):
+    """Return what opens a shell beside a job of a machine, or of a cluster with this engine."""
+    functions = runner_for(engine).removesuffix(REMOTE_CALL)
+    if not engine:
+        return functions + REMOTE_VISIT + REMOTE_VISIT_CALL
+    return functions + REMOTE_VISIT + REMOTE_CLUSTER_VISIT + REMOTE_VISIT_CALL
 
 
 HINTS = 3                   # times that a shell is told to end before it is killed
@@ -11297,7 +11832,7 @@ class Visit:
         self._process = processes.start(
             self.connection.channel(), self._receive, self._ended, keep_stdin=True,
             cwd=None if machine.host else os.path.expanduser('~'))
-        script = f'{REMOTE_RUNNER.removesuffix(REMOTE_CALL)}{REMOTE_VISIT}'.encode()
+        script = visit_for(machine.engine).encode()
         self._process.write(nul_ended(REMOTE_LOADER, len(script)) + script + nul_ended(
             self._token, machine.workdir, self._client.project, self._key))
         until = time.monotonic() + CONNECT_LIMIT_S
@@ -11621,6 +12156,9 @@ class MachineRunner:
     policy, wishes = Policy(), Wishes(None)         # as a Run has them
 
     def __init__(self, machine_info, session=None, number=0, spacing_s=0.0):
+        if machine_info.engine:
+            raise SchedulerError(f'{machine_info.name} is a cluster, and a MachineRunner places '
+                                 'jobs itself. Use execute_batch or execute_remote.')
         self.machine = machine_info
         self.ended = {}                     # job name -> JobResult
         self.session = session or Client(ResultStore('job_results').open(), live=False)
@@ -13091,6 +13629,7 @@ def read_policy(options):
                   interval_s=LIVE_S * random.uniform(0.8, 1.2),
                   retries=options.whole_number('--retries', least=0),
                   lost_after_s=options.optional('--lost-after', options.seconds, least=0),
+                  cluster_after_s=options.seconds('--cluster-after', least=0),
                   timeout_s=options.optional('--timeout', options.seconds, above=0),
                   halt_after=options.optional('--halt-after', options.whole_number, least=1),
                   noted={'batch': name_of_batch(options['<batch>'])})
@@ -13202,11 +13741,11 @@ def take_up_lines(run, plan):
     journal, lines = run.client.journal, plan.lines
     for job in lines.waiting:
         run.scheduler.add(job)
-    by_address = run.fleet.by_address()
+    worker_at = by_address(run.workers)
     for job in sorted((*lines.begun, *lines.gone), key=lambda job: job.line):
         if job.name not in plan.elsewhere:
             record = journal.record(job.name)
-            run.take_up(job, by_address[record['machine']], record)
+            run.take_up(job, worker_at[record['machine']], record)
 
 
 def begin_batch(run, files, lines):
@@ -13353,9 +13892,9 @@ def cancel_claimed(run, claimed, named, reporter):
     # The client that was told to cancel may not have seen these end.
     unsure = {name for name, known in claimed.items()
               if known['key'] in journal.remains(known['machine'])[1]}
-    by_address = run.fleet.by_address()
+    worker_at = by_address(run.workers)
     for name, known in claimed.items():
-        worker = by_address.get(known['machine'])
+        worker = worker_at.get(known['machine'])
         if worker and journal.is_begun(name):
             run.take_up(named[name], worker, known)
     run.interrupts = 1                  # nothing that happens from now on starts anything
@@ -13890,6 +14429,12 @@ class CommandOrder:
                                f'{machine.address}: name that machine, or choose another '
                                '--job-name.')
         self._ports.check(machine)
+        if machine.engine and self._ports.pairs:
+            raise UsageError(f'--forward: {machine.name} is a cluster, and the job runs on one of '
+                             'its nodes, which the port would not reach. With the name of the '
+                             'node, which $SLURMD_NODENAME has in the job: ssh -L '
+                             f'{self._ports.pairs[0][0]}:NODE:{self._ports.pairs[0][1]} '
+                             f'{machine.host}')
         hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
         allocation = read_allocation(options) if hardware else None
         client = Client(self._results, self._report.trace, live=bool(hardware),
@@ -13936,7 +14481,10 @@ class CommandOrder:
         worker.contact.flows.start(self._ports.open(worker.contact))
 
     def _on_running(self, attempt):
-        """The command has begun, in this run or an earlier one."""
+        """The command has begun, in this run or an earlier one, or is in the queue of a cluster."""
+        if attempt.state == 'queued':       # who only starts or cancels it has nothing to wait for
+            self._has_begun |= bool({'--detach', '--cancel'} & self._options.given)
+            return
         self._has_begun = True
         if self._mode == 'tty' and not attempt.is_inherited:
             client = attempt.machine.client
@@ -13947,7 +14495,8 @@ class CommandOrder:
     def _give_terminal(self, attempt):
         """A flow: have the command use our terminal; it may be that none can be had."""
         yield from attempt.machine.jobs.terminal(attempt)
-        yield 2
+        # Of a node of a cluster the end is heard later.
+        yield 10 if attempt.machine.machine.engine else 2
         self._lacks_terminal = attempt.state in ALIVE
 
     def _finish(self, run, worker):
@@ -14087,6 +14636,10 @@ def execute_to(argv):
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)
     machines, wrong = usable_machines(options['--machines'], reporter)
+    for machine in machines:
+        if machine.engine:
+            reporter.note(f'{machine.name} is a cluster: the command runs on its login node')
+    machines = [machine._replace(engine='') for machine in machines]
     allow_files(min(len(machines), at_once))
     backwards = read_backwards(options) or ()
     forwards = read_forwards(options, Forwards(()))
@@ -14304,6 +14857,12 @@ def json_lines(workers, allocation):
             yield json.dumps({**found, 'error': worker.why})
             continue
         have = worker.capacity
+        if have.queue:
+            found.update(queue_as_json(have.queue))
+            if allocation:
+                found['jobs_fit'] = room_for(have, allocation)[0]
+            yield json.dumps(found)
+            continue
         found.update(
             cores_free=round(have.cores, 3), cores_total=have.total_cores,
             memory_free_mb=have.memory_mb, memory_total_mb=have.total_memory_mb,
@@ -14316,6 +14875,16 @@ def json_lines(workers, allocation):
         if allocation:
             found['jobs_fit'] = room_for(have, allocation)[0]
         yield json.dumps(found)
+
+
+def queue_as_json(queue):
+    """Return what is known of a cluster as a JSON object."""
+    running, waiting = queue.own_jobs
+    return {'engine': queue.engine, 'own_jobs_running': running, 'own_jobs_waiting': waiting,
+            'max_jobs': queue.max_jobs, 'partitions': [
+                {'name': part.name, 'up': part.is_up, 'nodes': part.nodes, 'state': part.state,
+                 'cores_idle': part.idle_cores, 'cores_total': part.cores,
+                 'gpus_of_a_node': part.gpus or None} for part in queue.partitions]}
 
 
 SHORTEST_NAME = 12              # no name of a machine is shortened to less, so that it fits
@@ -14353,6 +14922,9 @@ def machine_rows(worker, allocation):
     if worker.state != 'ready':
         yield TableRow((name,), f'cannot be used: {worker.why}', may_cut=False)
         return
+    if have.queue:
+        yield from cluster_rows(name, have, allocation)
+        return
     jobs = collections.Counter(f'user {user}' if user.isdigit() else printable(user) or 'you'
                                for user in have.batch_users)
     notes = [such_jobs(room_for(have, allocation)[0])] if allocation else []
@@ -14374,6 +14946,28 @@ def machine_rows(worker, allocation):
                         (f'{gpu.utilization:.0%}', 1 - gpu.utilization)), ', '.join(uses))
     if trouble:
         yield TableRow((('', None),), trouble, may_cut=False)
+
+
+def cluster_rows(name, have, allocation):
+    """Yield the TableRows of a cluster: one for itself, one for each of its partitions."""
+    queue = have.queue
+    notes = []
+    if allocation:
+        why = books_of(have).why_not(allocation)
+        notes = [why or 'takes such jobs']
+    notes.append('your jobs: {} running, {} waiting'.format(*queue.own_jobs))
+    yield TableRow((name, (queue.engine, None), ('', None), ('', None)), '; '.join(notes))
+    for part in dict.fromkeys(part.name for part in queue.partitions):
+        nodes = [one for one in queue.partitions if one.name == part]
+        idle_nodes = sum(one.nodes for one in nodes if one.state == 'idle')
+        cores = sum(one.idle_cores for one in nodes), sum(one.cores for one in nodes)
+        gpus = sorted({one.gpus for one in nodes if one.gpus})
+        text = (f'{printable(part)}: {idle_nodes} of '
+                f'{count_of(sum(one.nodes for one in nodes), "node")} idle')
+        text += f'; each with {", ".join(map(printable, gpus))}' if gpus else ''
+        text += '' if all(one.is_up for one in nodes) else '; takes no jobs'
+        yield TableRow((('', None), (f'{free_of(*cores)} cores', cores[0] / max(cores[1], 1)),
+                        ('', None), ('', None)), text)
 
 
 def table_widths(rows, columns):
@@ -14426,11 +15020,12 @@ def shorten(text, width, end=0):
 
 def machine_sum(workers, allocation):
     """Return the last line of the table: how many machines answer, and what is free in all."""
-    ready = [worker.capacity for worker in workers if worker.state == 'ready']
+    answering = [worker.capacity for worker in workers if worker.state == 'ready']
+    ready = [have for have in answering if not have.queue]
     gpus = [gpu for have in ready for gpu in have.gpus]
     free = sum(is_free(gpu) for gpu in gpus)
-    text = (f'{len(ready)} of {count_of(len(workers), "machine")} '
-            f'{"answers" if len(ready) == 1 else "answer"}')
+    text = (f'{len(answering)} of {count_of(len(workers), "machine")} '
+            f'{"answers" if len(answering) == 1 else "answer"}')
     if ready:
         cores = free_of(sum(have.cores for have in ready), sum(have.total_cores for have in ready))
         text += (f'; free: {cores} cores, '
@@ -14586,6 +15181,7 @@ def main(argv=None):
 #                                 worker; or `untold` if the runner could not be told
 #   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
 #   revoked                       it never began, and never will (revoke)
+#   queued                        an engine has it: see REMOTE_ENGINE
 #   damaged                       the file is not whole; it is read as this word  -> lost
 #
 # Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
@@ -14593,6 +15189,10 @@ def main(argv=None):
 #   probe                   say what the machine has, then do as `enter` does  -> probe
 #   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
 #   tie                     end all jobs with the channel
+#   engine BYTES FOLDER WORD...     take BYTES bytes, which follow: the functions for nodes.  What
+#                           the machine file of a cluster says: where a node has the folders of
+#                           jobs, if not here; further words for the engine
+#   fits NEED LIMIT...      say which of these needs the engine would refuse  -> unfit
 #   measure NUMBER          say again what the machine has  -> probe, measured
 #   facts                   say which machine it is  -> facts
 #   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
@@ -14602,10 +15202,12 @@ def main(argv=None):
 #   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
 #   start KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
 #                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
-#                           changed or paths  -> started, held, refused, left, note, and as `adopt`
+#                           changed or paths; NEED: as in a claim, or for an engine CORES MB RESERVE
+#                           GPUS KIND  -> started, queued, held, refused, left, note, and as `adopt`
 #   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
 #   adopt KEY...            see to it that a job never begins, or say how it stands
-#                           -> absent, started, ended, lost
+#                           -> absent, queued, started, ended, lost
+#   withdraw KEY...         see to it that queued jobs never begin, where that can be  -> absent
 #   revoke KEY...           see to it that a job never begins, or end it, and remove it
 #   others IDENTITY         say which jobs of other journals are here  -> others, data
 #   ping NUMBER             say something  -> pong
@@ -14630,10 +15232,15 @@ def main(argv=None):
 #   staged ID               jobs can have this stage
 #   stage_failed ID WHY     the stage could not be stored
 #   started KEY...          jobs run
-#   held KEY                a job did not start, since other batches leave no room
+#   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
+#                           why, in words, and when it expects to; each may be empty
+#   unfit NEED WHY          the engine refuses jobs with this need
+#   full WHY                the engine takes no more jobs before one of ours has ended
+#   held KEY                a job did not start, since others leave no room, or the engine none
 #   refused KEY WHY         a job did not start
 #   absent KEY              a job never began, and never will
 #   lost KEY WHY            a job is gone without a result
+#   preempted KEY WHY       the same, and neither the job nor the machine failed
 #   ended KEY STATUS WALL CPU OUT ERR ENTRY...
 #                           a job has ended.  WALL, CPU: hundredths of a second; CPU is 0 where a
 #                           record is all there is, and so is WALL if the record does not have it;
@@ -14713,6 +15320,7 @@ by_value=$'[;&|(){`!\n][ \t]*("?[$`]|\\.[ \t])'
 declare -A sent=() linked=()
 tied=''                     # 1 if the jobs end with the channel
 finished=''                 # 1 if `finish` has removed what is of use to nobody
+engine_name=''              # of a cluster: see REMOTE_ENGINE
 arrived=()                  # the stages that came
 removing=()                 # the pids of what removes something
 looking=''                  # the process that looked last at running jobs; see `identify`
@@ -14881,6 +15489,8 @@ read_environment() {        # environment: the entries of $1, without what each 
     case $name in
       PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
       SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
+      SLURM_CONF) ;;
+      SLURM_* | SSH_TTY | DISPLAY) [[ ! $engine_name ]] || continue ;;      # not of the job
       BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
       SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
         entry=:${entry#*=}:
@@ -15284,6 +15894,7 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
   load_environment
   [[ $want_gpus != 1 ]] || query_gpus_again
+  look_at_engine
   if [[ $1 ]]; then
     say_text probe ticks_before "$busy_before/$total_before"
     measure
@@ -15293,6 +15904,8 @@ probe() {                   # says what is here and free, if $1 is not empty, th
   type -P rsync >/dev/null && rsync=1 || rsync=0
   say_text ready "$home" "$rsync"
 }
+
+look_at_engine() { :; }     # only a cluster has one: see REMOTE_ENGINE
 
 # ---- Files ----
 
@@ -15305,6 +15918,7 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
   shift
   {
     [[ -d $stage/copy ]] || mkdir -p -- "$stage/copy"
+    (($# == 0)) || printf '%s\0' "$@" >"$stage/links"
     for path; do
       [[ $path != */* ]] || mkdir -p -- "$stage/copy/${path%/*}"
       ln -s -- "$stage/link/$path" "$stage/copy/$path"
@@ -15928,7 +16542,7 @@ read_record() {             # $1: the file of a job; sets word, value, more and 
     for other in "$1 ended "*; do line="#${other#"$1 "}"; done
   fi
   line=${line%"${line##*[! ]}"}
-  other='revoked|lost|ended [0-9]{1,3}( [0-9]{1,15})?|starting [1-9][0-9]* [0-9]+ [0-9a-f-]+'
+  other='revoked|queued|lost|ended [0-9]{1,3}( [0-9]{1,15})?|starting [1-9][0-9]* [0-9]+ [0-9a-f-]+'
   [[ $line =~ ^#($other)( untold| left)?( (work[.0-9]+))?$ ]] || return 0
   folder=${BASH_REMATCH[5]} more=${BASH_REMATCH[3]# }
   word=${BASH_REMATCH[1]%% *} value=${BASH_REMATCH[1]#* }
@@ -16013,6 +16627,9 @@ is_told() {                 # for ask_about: says how the job $key stands; fails
     revoked) say "absent"$'\t'"$key" ;;         # again: the answer may have been lost
     ended) say_recorded_end "$key" ;;
     lost) lost+=("$key") ;;
+    queued)
+      say_text broken "jobs are here that the engine of a cluster has queued: give the machine \
+file its line \`engine:\` again" ;;
     starting)
       if [[ $value != *" $boot_id" ]]; then
         why[$key]='the machine was restarted'
@@ -16093,8 +16710,9 @@ list_others() {             # says which jobs lie here that journals other than 
     read_record "$file"
     if [[ $word == starting ]]; then
       word=running
-      is_alive "$value" || { read_record "$file"; word=${word/starting/lost}; }
+      runs_still || { read_record "$file"; word=${word/starting/lost}; }
     fi
+    word=${word/queued/starting}
     IFS= read -rd '' command <"$file"
     [[ $word == revoked ]] || printf '%s\0' "${file##*/}" "$word" "${value%% *}" \
       "${command%$'\n#'*}"
@@ -16105,6 +16723,10 @@ list_others() {             # says which jobs lie here that journals other than 
     say others
   fi
 } 2>/dev/null
+
+runs_still() {              # for list_others: tells whether the job of $file, which has begun, runs
+  is_alive "$value"
+}
 
 # ---- Needs of others ----
 
@@ -16412,10 +17034,14 @@ farewell() {                # removes what came, if no job needs it, if nobody s
   [[ ! $finished ]] || return 0
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
-    end_jobs 5 "${!begun[@]}"
-    (remove_jobs "${!begun[@]}")
+    end_begun
   fi
   ! is_unused || tidy "${arrived[@]}"
+}
+
+end_begun() {               # for farewell: ends and removes all jobs that began under this runner
+  end_jobs 5 "${!begun[@]}"
+  (remove_jobs "${!begun[@]}")
 }
 
 is_unused() {               # tells whether no job is left here: what lies in jobs/ is of workers
@@ -16438,7 +17064,8 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
       { read -r value <"$dir/self"; } && ! is_alive "$value" &&
         [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
     done
-    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$claims/$project."*)
+    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$home/news" "$home/excluded"
+      "$claims/$project."*)
   fi
   remove "$claims/$project.$prefix."* "${gone[@]}"
   rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
@@ -16456,7 +17083,7 @@ forget_old() {              # removes what other folders' batches left, where th
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
       case ${entry#"$dir/"} in
-        cache | cache/copy | cache/link | stage | run.*) ;;
+        cache | cache/copy | cache/link | stage | news | excluded | run.*) ;;
         *) continue 2 ;;
       esac
     done
@@ -16811,6 +17438,1081 @@ main
 '''
 REMOTE_CALL = 'main\n'       # what comes behind the functions, which others use, too
 
+REMOTE_ENGINE = r'''
+# ---- The engine of a cluster ----
+
+# On the login node of a cluster the runner starts no job.  It queues a batch script for each, which
+# the engine runs on a node, as soon as there is room.  There the script is what a worker is on
+# other machines.  So these functions take the place of those above that have the same names.
+#
+# What the parts of an engine are called by is in the section behind this one; there are four of
+# them, engine_submit, engine_list, engine_fate and engine_cancel, and a few words.
+#
+# A job is run once, whatever the engine says or does.  Its script, or each of two if the engine has
+# two of it, first makes a file with its own name, and then a link `begun` to it.  Only one can, and
+# that one runs the job (FENCE).  Who sees to it that a job never begins makes that link, too.
+#
+# Files of the login node and of the nodes, in jobs/KEY.more, on a file system that all of them see:
+#
+#   script        what the engine is given; written last
+#   orders        what the script has to know (write_orders)
+#   library       all these functions; functions: what the bash of the job reads first
+#   enter         becomes a program in the environment of a login, such as one of the engine
+#   terminal      with a terminal: what brings it to the node
+#   submitting    PID START BOOT_ID HOST of the process that is about to submit it (submit)
+#   unsure        what the engine said when that was no answer; its time is that of the last try
+#   tries         how often it said something that is not known to be a refusal
+#   engine        the number of the job in the engine; renamed into place
+#   claim.RUN, begun    see above; RUN NODE, or "cancel"
+#   engine.out    what the engine itself says of the job
+#   cancel        exists if the job is to end
+#   said          further events, a line each
+#   events, quiet     FIFOs of its node: of such events; and one where nothing ever comes
+#   missing       exists if the engine did not list it; its time is that of the first such list
+#   in, eof       with --stdin: a file that grows, and whether it is complete
+#
+# and in news/, where one look tells about all jobs:
+#
+#   KEY.began             the job runs
+#   KEY.ended.STATUS.TOLD.WALL.CPU.OUT.ERR.BACK
+#                         it has ended.  TOLD: no, or why the script was told to end it: told, limit
+#                         or cancel.  WALL, CPU: as in the event `ended`; the last three are sizes,
+#                         in bytes, of what it left.  All is in the name, which a list tells
+#
+# excluded, beside jobs/: NODE TIME of nodes that could not start a job.
+#
+# The record of such a job, see above, begins as
+#
+#   queued                the engine has it, or will  -> starting, ended, revoked, lost
+#
+# and is `starting` once it runs on a node, with what that node calls the process.
+
+ENGINE_LIMIT_S=30           # for the engine to answer a question
+SUBMIT_LIMIT_S=150          # and to take a job: it may wait until it has room in its books
+LISTING_S=15                # between two lists of all jobs, at least
+LONGEST_LISTING_S=120
+SILENCE_S=120               # without an answer, after which that is said
+MISSING_S=60                # that a job must not have been listed before the engine is asked why
+LAG_S=270                   # for a file to be seen that a node has written
+CANCEL_S=20                 # for a script to end its job, before the engine is told to
+EXCLUDED_S=3600             # that a node gets no job which could not start one
+
+node_folder='' engine_words=()          # of the machine file
+wanted=()                   # the needs of jobs that will be asked for; see do_fits
+declare -A ours=()          # the jobs that this client has begun or asked about
+is_looked_at=''             # 1 if look_at_engine was called
+judging='' judge_due=0      # the process that judges jobs; when the next one may begin
+
+do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these functions
+  node_folder=$2 engine_words=("${@:3}")
+  mkdir -p -- "$home/news"
+  head -c "$1" <&"$requests" >"$run/library"
+}
+
+do_fits() {                 # (NEED LIMIT)...: say which of these the engine would refuse
+  if [[ $is_looked_at ]]; then beside say_unfit "$@"; else wanted+=("$@"); fi
+}
+
+say_unfit() {
+  local answer
+  while (($#)); do
+    answer=
+    engine_test "$1" "$2" || say_text unfit "$1" "$answer"
+    shift 2
+  done
+}
+
+look_at_engine() {          # once the environment is known: is the engine there?
+  local missing
+  missing=$(enter /bin/sh -c 'for p; do command -v "$p" >/dev/null || echo "$p"; done' sh \
+    "${engine_programs[@]}" | tr '\n' ' ')
+  if [[ $missing ]]; then
+    say_text broken "its engine is not there: ${missing% } cannot be found in the PATH of a login"
+    return
+  fi
+  warn_of_disk
+  engine_look || say_text note "$engine_name does not answer: ${answer:-it said nothing}"
+  is_looked_at=1
+  say_unfit "${wanted[@]}"
+  wanted=()
+}
+
+warn_of_disk() {            # where its type tells that nodes do not see the folder of jobs
+  local kind dir=$home
+  kind=$(stat -f -c %T -- "$dir") || return
+  case $kind in
+    tmpfs | ramfs | overlayfs)
+      say_text note "its workdir is on a file system of this login node alone ($kind): let \
+\`workdir\` be a folder that the nodes see, too" ;;
+  esac
+} 2>/dev/null
+
+measure() {                 # what is free only the engine knows
+  say_text probe engine "$engine_name $engine_version"
+  [[ $want_gpus != 1 || $is_measured ]] || engine_overview
+  is_measured=1
+}
+
+# ---- Queueing ----
+
+start_pending() {           # queues the jobs that were asked for since the last time
+  local key file taken=()
+  ((${#pending[@]})) || return 0
+  for key in "${pending[@]}"; do
+    file=$home/jobs/$key
+    ours[$key]=1
+    if take; then
+      taken+=("$key")
+      begun[$key]=1
+    elif is_taken; then
+      beside ask_about "$key"
+    else
+      complaint
+      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      say_text refused "$key" "$REPLY"
+    fi
+  done
+  ((${#taken[@]} == 0)) || beside submit_all "${taken[@]}"
+  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
+  paths_of=()
+}
+
+take() {                    # for start_pending: begins the job $key; fails if that cannot be
+  local made='' folder more=$file.more
+  hired=$((hired + 1))
+  folder=$prefix.$hired.1
+  set -C
+  {
+    made=1
+    set +C
+    printf '%s\n#%-126s\n' "${command_of[$key]}" "queued $folder" && prepare_tty &&
+      write_orders
+  } >"$file" && return
+  set +C
+  [[ ! $made ]] || remove "$file" "$more"       # the disk is full: nothing was queued
+  return 1
+}
+
+write_orders() {            # for take: all files of the job $key
+  local command=${command_of[$key]} name
+  [[ -d $more ]] || mkdir -- "$more" || return
+  [[ -e $run/enter ]] || write_enter >"$run/enter" || return
+  ln -- "$run/library" "$run/enter" "$more" 2>/dev/null ||
+    cp -- "$run/library" "$run/enter" "$more" || return
+  REPLY=
+  [[ ! $functions$named ]] || functions_of
+  name=$REPLY
+  if [[ $name ]]; then
+    eval "$name"            # BASH_ENV=FILE
+    cp -- "$BASH_ENV" "$more/functions" || return
+    unset -v BASH_ENV
+  fi
+  printf '%s=%q\n' project "$project" key "$key" folder "$folder" stage "${stage_of[$key]}" \
+    need "${need_of[$key]}" mode "${mode_of[$key]}" limit "${limit_of[$key]}" \
+    back "${back_of[$key]}" paths "${paths_of[$key]}" mask "$mask" kill_wait "$engine_kill_wait" \
+    home "$home" node_folder "$node_folder" >"$more/orders" || return
+  [[ ${mode_of[$key]} != tty ]] || write_terminal >"$more/terminal" || return
+  write_script >"$more/script.new" && mv -- "$more/script.new" "$more/script"
+}
+
+write_enter() {             # for write_orders
+  local words=''
+  ((${#by_env[@]} == 0)) || printf -v words '%q ' "${by_env[@]}"
+  printf 'eval %q\n' "${assignments}exec $words\"\$@\""
+}
+
+# An option of the shell that the environment brings (SHELLOPTS) must not end the script.
+write_script() {            # for write_orders: what the engine is given
+  printf '#!/bin/bash\nset +eufn +o posix\nmore=%q\ncd -- "$more" || exit 121\n' "$more"
+  printf '%s\n' "$engine_self" \
+    'echo "$me $node" >"claim.$me" && ln "claim.$me" begun 2>/dev/null' \
+    '[[ begun -ef claim.$me ]] || exit 0     # another began it, or it was taken back' \
+    '. ./library && run_on_node; exit 121'
+}
+
+write_terminal() {          # for write_orders: what brings a terminal to the job, on this side
+  printf 'more=%q\n' "$more"
+  printf '%s\n' 'until [[ -s $more/exports ]]; do [[ -e $more/script ]] || exit; sleep 0.1; done' \
+    'read -r me node <"$more/begun"' "set -- $engine_step --pty \"\$BASH\" \"\$more/tty\"" \
+    '. "$more/enter"'
+}
+
+submit_all() {              # beside the runner: hands over the jobs $@, one after the other
+  local key
+  identify "$BASHPID"
+  for key; do printf '%s\n' "$REPLY ${HOSTNAME:-here}" >"$home/jobs/$key.more/submitting"; done
+  for key; do submit; done
+} 2>>"$run/log"
+
+submit() {                  # for submit_all: hands over the job $key, and says what became of that
+  local more=$home/jobs/$key.more answer='' word need limit
+  [[ -e $more/script && ! -e $more/begun ]] || return
+  { read -r need && read -r limit; } < <(. "$more/orders" && printf '%s\n' "$need" "$limit")
+  engine_submit
+  if [[ ! -e $more/script ]]; then      # it was taken back meanwhile
+    engine_cancel "$key" ''
+    return
+  fi
+  word=${answer%% *} answer=${answer#"$word"}
+  case $word in
+    id)
+      write_number "${answer# }"
+      rm -f -- "$more/unsure"
+      say_text queued "$key" "${answer# }" '' '' ;;
+    unknown)
+      printf '%s\n' "${answer# }" >"$more/unsure" ;;
+    full | refused)
+      if take_fence; then   # a refusal may leave a job
+        if [[ $word == full ]]; then
+          say_text full "${answer# }"
+        else
+          say_text unfit "$need" "${answer# }"
+        fi
+        give_up_queued
+        say "held"$'\t'"$key"
+      fi ;;
+  esac
+  rm -f -- "$more/submitting"
+} 2>>"$run/log"
+
+take_fence() {              # sees to it that the job $key never begins; fails if it has begun
+  local more=$home/jobs/$key.more
+  [[ -d $more ]] || mkdir -p -- "$more"
+  [[ -e $more/claim.cancel ]] || echo cancel >"$more/claim.cancel" || return
+  ln -- "$more/claim.cancel" "$more/begun"
+  [[ $more/begun -ef $more/claim.cancel ]]
+} 2>/dev/null
+
+give_up_queued() {          # removes the job $key, which was fenced, here and in the engine
+  local more=$home/jobs/$key.more id=
+  record "$home/jobs/$key" revoked
+  { read -r id <"$more/engine"; } 2>/dev/null
+  engine_cancel "$key" "$id"
+  remove_jobs "$key"
+}
+
+# ---- News ----
+
+hear_news() {               # says what the nodes have told
+  local file name key size path
+  local -A sizes=()
+  local ended=() files=()
+  for file in "$home/news/"*; do
+    name=${file##*/}
+    case $name in
+      *.began)
+        key=${name%.began}
+        [[ ${ours[$key]-} ]] || continue        # another login node of this cluster has it
+        rm -f -- "$file"
+        say "started"$'\t'"$key" ;;
+      *.ended.*)
+        key=${name%.ended.*}
+        [[ ${ours[$key]-} ]] || continue
+        ended+=("$file")
+        files+=("$home/jobs/$key.out" "$home/jobs/$key.err" "$home/jobs/$key.back") ;;
+    esac
+  done
+  ((${#ended[@]})) || return 0
+  while read -r size path; do sizes["$path"]=$size; done < <(in_groups sizes_of "${files[@]}")
+  for file in "${ended[@]}"; do hear_end; done
+} 2>/dev/null
+
+hear_end() {                # for hear_news: acts on what $file says of a job that has ended
+  local fields key code told wall cpu out err back line
+  fields=${file##*.ended.} key=${file##*/}
+  key=${key%.ended.*}
+  IFS=. read -r code told wall cpu out err back <<<"$fields"
+  [[ -e $home/jobs/$key ]] || { rm -f -- "$file"; return; }
+  # Why it was told to end only the engine knows.
+  [[ $told != told ]] || { judge_due=0; return; }
+  # The node has written more than this one can see so far.
+  if [[ ${sizes["$home/jobs/$key.out"]:-0} != "$out" ||
+    ${sizes["$home/jobs/$key.err"]:-0} != "$err" ||
+    ${sizes["$home/jobs/$key.back"]:-0} != "$back" ]]; then
+    is_younger "$file" "$LAG_S" && return
+  fi
+  while IFS= read -r line; do say "$line"; done <"$home/jobs/$key.more/said"
+  [[ $told != limit ]] || code=124
+  end_queued "$code" "$wall" "$cpu"
+}
+
+end_queued() {              # notes that the job $key ended with $1 after $2 (cs), and says so
+  local file=$home/jobs/$key word value more folder
+  read_record "$file"
+  [[ $word == ended ]] || record "$file" "ended $1 $2${folder:+ $folder}"
+  rm -f -- "$home/news/$key."*
+  say_ended "$key" "$1" "$2" "${3:-0}"
+}
+
+is_younger() {              # tells whether the file $1 was written less than $2 seconds ago
+  local written now
+  printf -v now '%(%s)T' -1
+  written=$(stat -c %Y -- "$1") && ((now - written < $2))
+}
+
+do_watch() {                # (KEY OUT ERR)...
+  hear_news
+  beside look "$@"
+  identify "$!" && looking=$REPLY
+  judge_when_due
+}
+
+look_at() { :; }            # for look: the news tell how the jobs stand
+
+judge_when_due() {          # asks the engine about all jobs, unless that was done lately
+  local cost
+  [[ ! $judging ]] || ! is_alive "$judging" || return 0
+  ((SECONDS >= judge_due)) || return 0
+  { read -r cost <"$run/judged"; } 2>/dev/null || cost=0
+  cost=$((cost * 20 / 100))
+  judge_due=$((cost > LONGEST_LISTING_S ? LONGEST_LISTING_S : cost < LISTING_S ? LISTING_S : cost))
+  judge_due=$((judge_due + SECONDS))
+  beside judge_all
+  identify "$!" && judging=$REPLY
+}
+
+# ---- Judging: what the engine says, and what follows ----
+
+judge_all() {               # beside the runner: says how the jobs stand, by one list of all
+  local line key name file began ids=() states=() reasons=() starts=() nodes=() list
+  local -A of=()            # name in the engine -> the places of its jobs in these lists
+  read_clocks
+  began=$REPLY
+  if ! list=$(engine_list); then
+    say_silence
+    return
+  fi
+  end_silence
+  read_clocks
+  echo "$((REPLY - began))" >"$run/judged"
+  while IFS='|' read -r id state reason start node name; do
+    [[ $id ]] || continue
+    of["$name"]+=" ${#ids[@]}"
+    ids+=("$id") states+=("$state") reasons+=("$reason") starts+=("$start") nodes+=("$node")
+  done <<<"$list"
+  for file in "$home/jobs/"*.more; do
+    key=${file##*/}
+    key=${key%.more}
+    [[ ! ${ours[$key]-} || ! -e $file/script ]] || judge
+  done
+} 2>>"$run/log"
+
+say_silence() {             # after a while without an answer
+  [[ -e $run/silent ]] || : >"$run/silent"
+  is_younger "$run/silent" "$SILENCE_S" || [[ -e $run/silent.said ]] || {
+    : >"$run/silent.said"
+    say_text note "$engine_name does not answer. Its jobs stay as they are, and it is asked again"
+  }
+}
+
+end_silence() {
+  [[ ! -e $run/silent.said ]] || say_text note "$engine_name answers again"
+  rm -f -- "$run/silent" "$run/silent.said"
+}
+
+judge() {                   # for judge_all: acts on what is known of the job $key
+  local more word value folder owner='' at alive=() over=() id='' listed=''
+  read_record "$home/jobs/$key"
+  more=$home/jobs/$key.more
+  [[ $word == queued || $word == starting ]] || return
+  { read -r owner _ <"$more/begun"; } 2>/dev/null
+  [[ $owner != cancel ]] || { give_up_queued; return; }
+  engine_name_of "$key"
+  for at in ${of["$REPLY"]-}; do
+    if engine_is_over "${states[at]}"; then over+=("$at"); else alive+=("$at"); fi
+  done
+  for file in "$home/news/$key.ended."*; do
+    [[ $file != *.told.* ]] || settle_told
+    return                  # the rest tells the runner itself
+  done
+  if [[ $owner ]]; then
+    judge_begun
+  elif ((${#alive[@]})); then
+    adopt_oldest
+  else
+    judge_unseen
+  fi
+}
+
+judge_begun() {             # for judge: the job $key has begun as $owner
+  id=${owner%.*}
+  for at in "${alive[@]}"; do
+    if [[ ${ids[at]} != "$id" ]]; then
+      engine_cancel "$key" "${ids[at]}" waiting         # another one of its name, which is too late
+    elif [[ ${states[at]} != PENDING ]]; then
+      listed=1
+    fi
+  done
+  note_number "$id"
+  if [[ $listed ]]; then
+    rm -f -- "$more/missing"
+    [[ ! -e $more/cancel ]] || is_younger "$more/cancel" "$CANCEL_S" || engine_cancel "$key" "$id"
+  elif ((${#over[@]})) || is_missing "$MISSING_S"; then
+    settle
+  fi
+}
+
+adopt_oldest() {            # for judge: the job waits; of several, the first one is it
+  local first=${alive[0]} start
+  for at in "${alive[@]}"; do ((${ids[at]%%_*} >= ${ids[first]%%_*})) || first=$at; done
+  note_number "${ids[first]}"
+  for at in "${alive[@]}"; do
+    ((at == first)) || engine_cancel "$key" "${ids[at]}" waiting
+  done
+  rm -f -- "$more/missing" "$more/unsure"
+  engine_reason "${states[first]}" "${reasons[first]}"
+  start=
+  [[ ${starts[first]} != 20* ]] || start=$(date -d "${starts[first]}" +%s)
+  say_text queued "$key" "${ids[first]}" "$REPLY" "$start"
+}
+
+judge_unseen() {            # for judge: it has not begun, and waits nowhere
+  local said='' tries=0 pid since boot host
+  if { read -r pid since boot host <"$more/submitting"; }; then         # it is being submitted
+    if [[ $host == "${HOSTNAME:-here}" ]]; then
+      ! is_alive "$pid $since $boot" || return 0
+    else
+      ! is_younger "$more/submitting" "$((2 * SUBMIT_LIMIT_S))" || return 0
+    fi
+  fi
+  if ((${#over[@]})) || [[ -e $more/engine ]] && is_missing "$MISSING_S"; then
+    { read -r id <"$more/engine"; } || id=${ids[over[0]]-}
+    settle
+  elif [[ ! -e $more/engine ]]; then
+    # It is not there now.  If it arrives later, it meets the one that comes after it (FENCE).
+    is_younger "$more/script" "$((2 * engine_timeout))" && return
+    [[ -e $more/unsure ]] && is_younger "$more/unsure" "$((2 * engine_timeout))" && return
+    { IFS= read -r said <"$more/unsure"; read -r tries <"$more/tries"; }
+    if ((tries >= 3)) && ! engine_is_silent "$said"; then
+      refuse_queued "$engine_name refuses it: $said"
+    else
+      echo "$((tries + 1))" >"$more/tries"
+      submit
+    fi
+  fi
+}
+
+note_number() {             # notes that the job has this number in the engine
+  local known=
+  { read -r known <"$more/engine"; }
+  [[ $known == "$1" ]] || write_number "$1"
+}
+
+write_number() {            # whoever reads `engine` finds all of it
+  printf '%s\n' "$1" >"$more/engine.new" && mv -- "$more/engine.new" "$more/engine"
+}
+
+is_missing() {              # tells whether it was not listed for $1 seconds
+  [[ -e $more/missing ]] || : >"$more/missing"
+  ! is_younger "$more/missing" "$1"
+}
+
+# engine_fate tells fate, code, node, by and because:
+#   alive, gone (nothing is known), ended (code: its status), killed, memory, time, cancelled,
+#   node_failed, preempted, unstarted (the node could not begin), unwritable (node cannot write
+#   here), requeued
+settle() {                  # for judge: says how the job ended, of which there is no record
+  local fate code node by because
+  engine_fate
+  [[ $fate != alive ]] || return 0
+  if [[ ! $owner ]]; then
+    settle_unbegun
+    return
+  fi
+  case $fate in
+    gone | ended) is_missing "$LAG_S" || return 0 ;;
+    requeued) is_missing "$MISSING_S" || return 0 ;;
+  esac
+  case $fate in
+    ended) end_untold "$code" "$engine_name tells its exit status; it left no record itself" ;;
+    killed) end_untold 137 'its shell on the node was killed' ;;
+    memory) end_untold 137 "its memory ran out: $because" ;;
+    time) end_untold 124 "it ran up to the time limit of the cluster" ;;
+    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    preempted) lose_queued preempted 'another job took its place' ;;
+    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    node_failed) lose_queued lost "the node $node failed" ;;
+    *) lose_queued lost "$engine_name knows nothing of it any more" ;;
+  esac
+}
+
+settle_unbegun() {          # for settle: the job $key has not begun, and the engine has it no more
+  take_fence || return 0
+  case $fate in
+    cancelled)
+      if [[ -e $more/cancel ]]; then
+        say "absent"$'\t'"$key"
+        give_up_queued
+      else
+        end_untold 143 "it was cancelled${by:+ by $by} before it began"
+      fi ;;
+    unstarted) exclude_node; refuse_queued "the node $node could not start it: $because" ;;
+    unwritable)
+      exclude_node
+      refuse_queued "the node $node cannot write in ${home%/*}: let \`workdir\` be a folder that \
+the nodes see" ;;
+    *) refuse_queued "$engine_name ended it before it began${because:+: $because}" ;;
+  esac
+}
+
+settle_told() {             # for judge: its script was told to end it: why?
+  local fate code node by because
+  id=${owner%.*}
+  engine_fate
+  [[ -e $more/cancel ]] && fate=ended   # that was we
+  code=${file##*.ended.} code=${code%%.*}
+  case $fate in
+    alive) return 0 ;;
+    time) end_untold 124 'it ran up to the time limit of the cluster' ;;
+    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    preempted) lose_queued preempted 'another job took its place' ;;
+    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    node_failed) lose_queued lost "the node $node failed" ;;
+    *) end_untold "$code" ;;
+  esac
+}
+
+end_untold() {              # $1: exit status, $2: words for its stderr
+  local word value folder more wall=0 file=$home/jobs/$key
+  read_record "$file"
+  [[ ! ${2-} ]] || printf 'ssh-scheduler: %s\n' "$2" >>"$file.err"
+  for wall in "$home/news/$key.ended."*; do IFS=. read -r _ _ wall _ <<<"${wall##*.ended.}"; done
+  [[ -e $file.back || ! $folder ]] || (list_back "$folder" '' "$file.back" .)
+  end_queued "$1" "${wall:-0}"
+}
+
+lose_queued() {             # $1: lost or preempted, $2: why: it may begin anew, under another key
+  local word value folder more
+  read_record "$home/jobs/$key"
+  record "$home/jobs/$key" "lost${folder:+ $folder}"
+  rm -f -- "$home/news/$key."*
+  engine_cancel "$key" "$id"
+  if [[ $1 == lost ]]; then
+    say_text lost "$key" "$2"
+  else
+    say_text preempted "$key" "$2"
+  fi
+}
+
+refuse_queued() {           # $1: why the job, which was fenced, could not begin
+  take_fence || return 0
+  say_text refused "$key" "$1"
+  give_up_queued
+}
+
+exclude_node() {
+  [[ ! $node ]] || printf '%s %(%s)T\n' "$node" -1 >>"$home/excluded"
+}
+
+read_excluded() {           # REPLY: the nodes that get no job for now, with commas
+  local name since now
+  printf -v now '%(%s)T' -1
+  REPLY=
+  while read -r name since; do
+    [[ $since && ,$REPLY, != *,"$name",* ]] && ((now - since < EXCLUDED_S)) &&
+      REPLY+=${REPLY:+,}$name
+  done <"$home/excluded"
+} 2>/dev/null
+
+# ---- Asked by the client ----
+
+do_adopt() {                # KEY...
+  local key
+  for key; do ours[$key]=1; done
+  beside revoke_or_ask "$@"
+}
+
+ask_about() {               # says how the jobs $@ stand, which were queued before
+  local key word value more folder unknown='' owner id
+  hear_news
+  for key; do
+    read_record "$home/jobs/$key"
+    more=$home/jobs/$key.more owner=
+    case $word in
+      revoked) say "absent"$'\t'"$key" ;;
+      ended) say_recorded_end "$key" ;;
+      lost) say_text lost "$key" 'it ended without a record of how' ;;
+      *)
+        { read -r owner _ <"$more/begun"; } 2>/dev/null
+        if [[ $owner && $owner != cancel ]]; then
+          say "started"$'\t'"$key"
+        elif [[ $owner || ! -e $more/script ]] && take_fence; then
+          give_up_queued
+          say "absent"$'\t'"$key"
+        else
+          id=
+          { read -r id <"$more/engine"; } 2>/dev/null
+          say_text queued "$key" "$id" '' ''
+          unknown=1
+        fi ;;
+    esac
+  done
+  [[ ! $unknown ]] || judge_all
+} 2>/dev/null
+
+do_withdraw() {             # KEY...: take back what has not begun
+  start_pending
+  beside withdraw_all "$@"
+}
+
+withdraw_all() {
+  local key
+  for key; do
+    if take_fence; then
+      give_up_queued
+      say "absent"$'\t'"$key"
+    fi
+  done
+}
+
+cancel() {                  # SECONDS KEY...: ends jobs
+  local key
+  for key in "${@:2}"; do stop_queued; done
+  say "cancelled"$'\t'
+}
+
+stop_queued() {             # ends the job $key; its script looks for the file
+  local more=$home/jobs/$key.more word value folder
+  read_record "$home/jobs/$key"
+  more=$home/jobs/$key.more
+  case $word in
+    queued | starting)
+      if take_fence; then
+        give_up_queued
+        say "absent"$'\t'"$key"
+      else
+        : >"$more/cancel"
+      fi ;;
+    ended) say_recorded_end "$key" ;;
+  esac
+} 2>/dev/null
+
+end_begun() { revoke_all "${!begun[@]}"; }      # for farewell
+
+revoke_all() {              # KEY...: see to it that these never begin, or end; and remove them
+  local key tries found
+  for key; do
+    ! revoke "$key" || continue
+    stop_queued
+    for ((tries = 0; tries < 120; tries++)); do
+      found=("$home/news/$key.ended."*)
+      [[ -e $home/jobs/$key.more/cancel && ${#found[@]} == 0 ]] || break
+      sleep 0.5
+    done
+  done
+  remove_jobs "$@"
+}
+
+remove_jobs() {             # removes all that there is of the jobs $@
+  local key gone=() word value more folder
+  cd -- "$home/jobs" || return
+  for key; do
+    read_record "$home/jobs/$key"
+    gone+=("$key" "$key.out" "$key.err" "$key.back" "$key.more" "$home/news/$key."*)
+    [[ -e $key ]] || gone+=("$key ended "*)
+    [[ ! $folder ]] || gone+=("$folder" "${folder%.*}.alive")
+  done
+  remove "${gone[@]}"
+} 2>/dev/null
+
+do_eof() { : >"$home/jobs/$1.more/eof"; }
+
+runs_still() {              # for list_others: tells whether the job $key, which has begun, runs
+  local found=("$home/news/${file##*/}.ended."*)
+  ((${#found[@]} == 0))
+}
+
+# ---- On a node ----
+
+run_on_node() {             # the batch script, once it has the fence, in KEY.more
+  local worker watcher told='' forwarded='' status='' wall='' used='' grace kill_wait=30
+  shopt -s nullglob dotglob
+  eval "$(<orders)"
+  umask 077
+  file=$home/jobs/$key more=$home/jobs/$key.more shared=/tmp proc=/proc sys=/sys
+  { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
+  boot_id=${boot_id:-$NO_BOOT_ID}
+  run=$more pipe=$home/jobs/${folder%.*}.alive
+  mkfifo -- "$pipe" "$run/events" "$run/quiet" || exit 121
+  exec {events}<>"$run/events" {quiet}<>"$run/quiet"
+  claims=/dev/null          # no list is put there, since nobody would find it
+  ! count_kills || echo "$REPLY" >"$run/kills"
+  trap 'told=told' TERM
+  trap 'told=limit' USR1
+  trap 'told=${told:-cancel}' HUP
+  until read -r -t 1 -u "$quiet"; do [[ ! -e $more/cancel ]] || kill -HUP "$$"; done &
+  watcher=$!
+  read_node_environment
+  set -m
+  work_on_node &
+  worker=$!
+  set +m
+  grace=$((kill_wait - 5 > 5 ? 5 : kill_wait - 5 < 1 ? 1 : kill_wait - 5))
+  while :; do
+    wait "$worker"
+    [[ ! $told || $forwarded ]] || { forwarded=1; end_processes "$grace" "$key"; }
+    kill -0 "$worker" 2>/dev/null || break
+  done
+  kill "$watcher"
+  { read -r status wall used <"$run/result"; } 2>/dev/null || end_unrecorded
+  tell_end
+  exit "$status"
+} 2>>engine.out
+
+read_node_environment() {   # that of the job is what the engine gives to its script
+  local visible=()
+  [[ ! ${CUDA_VISIBLE_DEVICES+x} ]] || visible=("CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
+  engine_name=              # what the engine says of the job is for the job
+  read_environment "/proc/$$/environ"
+  environment+=("${visible[@]}" CUDA_DEVICE_ORDER=PCI_BUS_ID)
+  assign
+  functions='' all_functions='' named=''
+  [[ ! -e $more/functions ]] || printf -v functions 'BASH_ENV=%q ' "$more/functions"
+  all_functions=$functions
+}
+
+work_on_node() {            # the worker of this one job
+  local entry
+  slot=0 gpus=- claim=$run/claim
+  has='' fresh=1 baseline='' ticks=0 login_folder=$HOME
+  trap : TERM INT HUP PIPE
+  trap - USR1
+  IFS= read -rd '' command <"$file"
+  command=${command%$'\n'#*}
+  exec {fd}<>"$pipe"
+  exec {orders}</dev/null {left}<"$pipe" {input}</dev/null {fd}>&- {events}>&- {quiet}>&-
+  has=none
+  if [[ $stage ]]; then
+    while IFS= read -rd '' entry; do sent["$stage $entry"]=1; done <"$home/stage/$stage/list"
+    [[ ! -e $home/stage/$stage/links ]] ||
+      while IFS= read -rd '' entry; do linked["$stage ./$entry"]=1; done <"$home/stage/$stage/links"
+  fi
+  read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ nice _ </proc/self/stat
+  enter_environment
+  read_clocks
+  made=$REPLY
+  identify "$BASHPID"
+  record "$file" "starting $REPLY $folder" "$command"
+  : >"$home/news/$key.began"
+  freeze_record
+  run_job
+} 2>/dev/null
+
+freeze_record() {           # how it ended is for the runner to write, when it has asked why
+  record() { :; }
+  say_ended() { printf '%s\n' "$2 $3 $4" >"$run/result"; }
+  last_words_of() { [[ ! $4 ]] || printf '%s\n' "$4 0 0" >"$run/result"; }
+}
+
+end_unrecorded() {          # for run_on_node: its worker was killed
+  [[ ! $told ]] || { status=143 wall=0 used=0; return; }
+  status=137 wall=0 used=0
+  echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+  [[ -e $file.back ]] || (list_back "$folder" '' "$file.back" .)
+}
+
+tell_end() {                # for run_on_node: the end, where the login node looks for it
+  local line path name=$key.ended.$status.${told:-no}.$wall.$used
+  while read -r -t 0 -u "$events" && IFS= read -r -u "$events" line; do
+    printf '%s\n' "$line" >>"$more/said"
+  done
+  for path in out err back; do
+    if [[ -s $file.$path ]]; then name+=.$(stat -c %s -- "$file.$path"); else name+=.0; fi
+  done
+  : >"$home/news/$name"
+}
+
+# The functions of REMOTE_VISIT, which stand behind these in the library of a node, do the rest.
+visit_on_node() {           # in a step of the engine: becomes a shell beside the job
+  local word value folder process='' to
+  local -A parent=() group=() mine=()
+  eval "$(<"$more/orders")"
+  shopt -s nullglob dotglob
+  { IFS= read -r boot_id </proc/sys/kernel/random/boot_id; } 2>/dev/null
+  boot_id=${boot_id:-$NO_BOOT_ID}
+  for _ in {1..50}; do
+    read_record "$home/jobs/$key"
+    ! find_process || break
+    sleep 0.1
+  done
+  if [[ ! $process ]]; then
+    echo "ssh-scheduler: ${key%.*} has ended, or is about to begin" >&2
+    exit 1
+  fi
+  to=$(mktemp -d -- /tmp/ssh_scheduler_shell.XXXXXXXX) && write_shell && exec "$BASH" "$to/shell"
+}
+
+# A FIFO does not reach from the login node to another machine: so the input is a file that grows.
+keep_input() {              # for run_job: sets input and keeper
+  mkfifo -- "$run/in"
+  exec {both}<>"$run/in" {input}<&-
+  exec {input}<"$run/in"
+  { trap '' TERM; exec {left}<&- {orders}<&- {input}<&-; bring_input; } >&"$both" {both}<&- &
+  keeper=$!
+  disown "$keeper"
+  exec {both}<&-
+}
+
+bring_input() {             # for keep_input: writes what comes, until it is complete
+  local from=$file.more/in known=0 size complete=''
+  while :; do
+    [[ ! -e $file.more/eof ]] || complete=1     # first: what is there then is all
+    size=$(stat -c %s -- "$from" 2>/dev/null) || size=0
+    if ((size > known)); then
+      tail -c "+$((known + 1))" -- "$from" | head -c "$((size - known))" || return
+      known=$size
+    elif [[ $complete ]]; then
+      return
+    else
+      sleep 0.2
+    fi
+  done
+}
+'''
+
+REMOTE_SLURM = r'''
+# ---- Slurm ----
+
+# Facts behind this: sbatch(1), squeue(1), scontrol(1), sacct(1), and what Slurm 22.05 does.
+# Another engine is a section like this one; see CONTRIBUTING, "Another engine".
+
+engine_name=Slurm engine_version=''
+engine_timeout=10 engine_kill_wait=30 engine_accounting=''      # in seconds; Slurm's own defaults
+engine_programs=(sbatch squeue scancel scontrol)
+# In the script: its run, which no other has, and the node.
+engine_self='me=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} node=$SLURMD_NODENAME'
+# On the login node: what runs a program beside the job whose run is $me; --pty gives a terminal.
+engine_step='srun --jobid="${me%%.*}" --overlap --quiet'
+
+slurm() {                   # asks Slurm, which may not answer for a minute; in a process of its own
+  enter timeout -k 5 "$@"
+}
+
+engine_look() {             # reads what the controller says of itself; fails, with answer, if not
+  local lines key value
+  if ! lines=$( (slurm "$ENGINE_LIMIT_S" scontrol show config) 2>&1); then
+    answer=${lines##*$'\n'}
+    return 1
+  fi
+  while read -r key _ value _; do
+    case $key in
+      SLURM_VERSION) engine_version=$value ;;
+      MessageTimeout) engine_timeout=${value%%[!0-9]*} ;;
+      KillWait) engine_kill_wait=${value%%[!0-9]*} ;;
+      AccountingStorageType) [[ $value == */none || $value == '(null)' ]] || engine_accounting=1 ;;
+    esac
+  done <<<"$lines"
+}
+
+engine_overview() {         # says what the cluster has, for people
+  local line running=0 waiting=0
+  while IFS= read -r line; do say_text probe partition "$line"; done < <(
+    slurm "$ENGINE_LIMIT_S" sinfo -h --format='%P|%a|%l|%D|%C|%G|%m|%T')
+  while IFS= read -r line; do
+    case $line in PENDING) waiting=$((waiting + 1)) ;; *) running=$((running + 1)) ;; esac
+  done < <(slurm "$ENGINE_LIMIT_S" squeue -h -u "$uid" -o %T)
+  say_text probe own_jobs "$running $waiting"
+} 2>>"$run/log"
+
+engine_name_of() {          # REPLY: what the job with the key $1, and no other, is called in Slurm
+  local text=$1 char
+  REPLY=sshs-$project.
+  while [[ $text ]]; do
+    char=${text%%[!A-Za-z0-9.-]*}
+    REPLY+=$char text=${text#"$char"}
+    [[ ! $text ]] || { printf -v char '_%02X' "'$text"; REPLY+=$char text=${text#?}; }
+  done
+}
+
+words_for() {               # words: the options of sbatch for the need $1 and the time limit $2 (s)
+  local cores mb alone gpus kind limit=${2%.*}
+  read -r cores mb alone gpus kind <<<"$1"
+  words=(--parsable --no-requeue --propagate=NONE --chdir=/ --open-mode=append --nodes=1 --ntasks=1
+    "--cpus-per-task=$cores" "--mem=${mb}M" --signal=B:USR1@60)
+  ((gpus == 0)) || words+=("--gres=gpu:${kind:+$kind:}$gpus")
+  ((alone == 0)) || words+=(--exclusive)
+  # Our own limit is the exact one: Slurm looks at its limits every 30 s, and counts minutes.
+  [[ ! $limit ]] || words+=("--time=$(((limit + engine_kill_wait + 150) / 60 + 1))")
+}
+
+engine_test() {             # $1: need, $2: limit; fails, with answer, if Slurm is sure to refuse
+  local words=() lines
+  words_for "$1" "$2"
+  lines=$( (slurm "$ENGINE_LIMIT_S" sbatch --test-only "${words[@]}" --output=/dev/null \
+    "${engine_words[@]}" --wrap true) 2>&1) && return
+  slurm_refusal "$lines"
+  [[ $lines != *'allocation failure'* && $lines != *'sbatch: error'* ]] || engine_is_silent "$lines"
+}
+
+slurm_refusal() {           # answer: the sentence in what sbatch said, $1
+  local line
+  answer=
+  while IFS= read -r line; do
+    line=${line#sbatch: } line=${line#error: }
+    line=${line#'Batch job submission failed: '} line=${line#'allocation failure: '}
+    [[ ! $line ]] || answer+=${answer:+. }$line
+  done <<<"$1"
+}
+
+engine_is_silent() {        # tells whether $1 says that nothing is known
+  [[ ! $1 || $1 == *'Socket timed out'* || $1 == *'Unable to contact slurm controller'* ||
+    $1 == *'Zero Bytes'* || $1 == *'Unexpected message'* || $1 == *'Connection refused'* ||
+    $1 == *'Transport endpoint'* || $1 == *'Connection reset'* ]]
+}
+
+engine_submit() {           # hands over $key; answer: id ID, unknown WHY, full WHY, refused WHY
+  local words=() lines line status name
+  words_for "$need" "$limit"
+  engine_name_of "$key"
+  name=$REPLY
+  read_excluded
+  [[ ! $REPLY ]] || words+=("--exclude=$REPLY")
+  lines=$( (slurm "$SUBMIT_LIMIT_S" sbatch "${words[@]}" "--job-name=$name" --dependency=singleton \
+    "--output=${more//%/%%}/engine.out" "${engine_words[@]}" <"$more/script") 2>&1)
+  status=$?
+  while IFS= read -r line; do
+    if [[ $line =~ ^[0-9]+(\;.*)?$ ]]; then
+      answer="id ${line%%;*}"
+      return
+    fi
+  done <<<"$lines"
+  slurm_refusal "$lines"
+  case $lines in
+    *AssocMaxSubmitJobLimit* | *QOSMax*Submit* | *'job submit limit'* | *AssocGrpSubmit*)
+      answer="full $answer" ;;
+    *'node configuration is not available'* | *'nvalid partition'* | *'nvalid account'* | \
+      *'nvalid qos'* | *'nvalid feature'* | *'nvalid node name'* | *'nvalid generic resource'* | \
+      *'nvalid job array'* | *'equested time limit is invalid'* | *'too long'* | \
+      *'nrecognized option'*)
+      if [[ $REPLY && ! ${1-} ]]; then  # without those that failed no node is left
+        rm -f -- "$home/excluded"
+        engine_submit again
+        return
+      fi
+      answer="refused $answer" ;;
+    *) ((status != 255)) && answer="unknown $answer" || answer="refused $answer" ;;
+  esac
+}
+
+engine_list() {             # prints ID|STATE|REASON|START|NODE|NAME of each job; fails if silent
+  slurm "$ENGINE_LIMIT_S" squeue -h -u "$uid" -t all -r -o '%i|%T|%r|%S|%N|%j'
+} 2>>"$run/log"
+
+engine_is_over() {          # tells whether the state $1 is one that does not change
+  case $1 in
+    COMPLETED | FAILED | CANCELLED* | TIMEOUT | DEADLINE | NODE_FAIL | BOOT_FAIL | PREEMPTED | \
+      OUT_OF_MEMORY | REVOKED) ;;
+    *) return 1 ;;
+  esac
+}
+
+engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, $2: the reason
+  REPLY=
+  [[ $1 == PENDING ]] || return 0
+  case $2 in
+    None | '') ;;
+    Resources) REPLY='no room now' ;;
+    Priority) REPLY='others first' ;;
+    Dependency) REPLY='an older one of that name is not over' ;;
+    BeginTime) REPLY='not before its time' ;;
+    JobHeldUser) REPLY='you hold it' ;;
+    JobHeldAdmin) REPLY='an administrator holds it' ;;
+    PartitionTimeLimit) REPLY='it asks for more time than the partition allows' ;;
+    PartitionConfig | BadConstraints) REPLY='it can never run here' ;;
+    PartitionDown | PartitionInactive) REPLY='the partition is down' ;;
+    ReqNodeNotAvail* | 'Nodes required'*) REPLY='nodes are down or reserved' ;;
+    'launch failed'*) REPLY='the node could not start it' ;;
+    QOSMax*PerUser* | AssocMaxJobsLimit | AssocGrp* | QOSGrp* | MaxJobsPer*)
+      REPLY="your account may use no more now ($2)" ;;
+    Licenses) REPLY='no license is free' ;;
+    *) REPLY=$2 ;;
+  esac
+}
+
+# Silent whatever happens: a list shows what became of it.
+engine_cancel() {           # cancels $1, a key, with the number $2, if known; $3: only if it waits
+  engine_name_of "$1"
+  if [[ $2 ]]; then
+    (slurm "$ENGINE_LIMIT_S" scancel ${3:+--state=PENDING} "$2")
+  else
+    (slurm "$ENGINE_LIMIT_S" scancel --name="$REPLY")
+  fi
+} 2>>"$run/log"
+
+engine_fate() {             # what became of the job $key with the number $id: see settle
+  local line state='' reason='' status='' restarts=0 run_number=${owner#*.}
+  fate=gone code='' node='' by='' because=''
+  [[ $id ]] || return 0
+  ask_slurm || { fate=alive; return; }
+  [[ $state ]] || return 0
+  { because=$(tail -n 1 -- "$more/engine.out"); } 2>/dev/null
+  case $state in
+    PENDING | RUNNING | REQUEUED | COMPLETING | CONFIGURING)
+      fate=alive
+      [[ $owner && $owner != cancel ]] && ((restarts > run_number)) && fate=requeued ;;
+    COMPLETED)
+      fate='ended' code=0
+      ((restarts <= ${run_number:-0})) || fate=requeued ;;
+    TIMEOUT | DEADLINE) fate='time' ;;
+    OUT_OF_MEMORY) fate=memory ;;
+    PREEMPTED) fate=preempted ;;
+    NODE_FAIL | BOOT_FAIL) fate=node_failed ;;
+    CANCELLED*)
+      fate=cancelled
+      [[ $owner || ! $node ]] || fate=unstarted ;;
+    FAILED) slurm_failure ;;
+    *) fate=alive ;;
+  esac
+} 2>>"$run/log"
+
+slurm_failure() {           # for engine_fate: sets fate and code of a job that FAILED with $status
+  fate='ended' code=${status%%:*}
+  case $owner:$status in
+    :0:53 | :121:*) fate=unwritable ;;
+    *:0:9)
+      fate=killed
+      [[ $(<"$more/engine.out") != *'memory limit'* ]] || fate=memory ;;
+    *:0:[1-9]*) code=$((128 + ${status#*:})) ;;
+  esac
+  [[ $owner || $fate == unwritable ]] || because=${reason:-$because}
+}
+
+ask_slurm() {               # for engine_fate: state, reason, status, restarts, node; fails if not
+  local name
+  engine_name_of "$key"
+  name=$REPLY
+  line=$( (slurm "$ENGINE_LIMIT_S" scontrol show job -o "$id") 2>&1) || {
+    [[ $line == *'nvalid job id'* ]] || return
+    line=
+  }
+  if [[ " $line " == *" JobName=$name "* ]]; then       # numbers are used again
+    line=" $line "
+    state=${line#* JobState=} reason=${line#* Reason=} status=${line#* ExitCode=}
+    restarts=${line#* Restarts=} node=${line#* NodeList=}
+    state=${state%% *} reason=${reason%% *} status=${status%% *} restarts=${restarts%% *}
+    node=${node%% *}
+    [[ $node != '(null)' ]] || node=
+  fi
+  [[ ! $engine_accounting ]] || [[ $state && $state != CANCELLED ]] || ask_accounting
+}
+
+ask_accounting() {          # for ask_slurm: what its database knows of it; that comes seconds later
+  local number said code nodes known
+  IFS='|' read -r number said code nodes known < <(slurm "$ENGINE_LIMIT_S" sacct -X -n -P \
+    --format=JobIDRaw,State,ExitCode,NodeList,JobName -j "$id") || return 0
+  [[ $known != allocation ]] || { [[ $state ]] || fate=alive; return 1; }
+  [[ $known == "$name" ]] || return 0
+  if [[ $said == 'CANCELLED by '* ]]; then
+    by=$(id -nu -- "${said#CANCELLED by }") || by="the user ${said#CANCELLED by }"
+    said=CANCELLED
+  fi
+  [[ $state ]] || { state=$said status=$code node=$nodes; [[ $node != None* ]] || node=; }
+}
+'''
+
+# `engine:` of a machine file -> its part of the runner
+REMOTE_ENGINES = {'slurm': REMOTE_SLURM}
+
 # Runs there, for as long as a shell is open beside a job: finds the job, and writes for the shell
 # what the shell reads.  The functions of the remote runner stand in front of it.
 REMOTE_VISIT = r'''
@@ -16926,8 +18628,43 @@ write_start() {             # for write_shell: what becomes the shell
   ((${#odd[@]} == 0)) || printf '%q ' /usr/bin/env -- "${odd[@]}"
   printf '%q "$@"\n' "$BASH"
 }
+'''
+REMOTE_VISIT_CALL = 'visit\n'
 
-visit
+# The same on the login node of a cluster: the shell is opened on the node, as a step of the job.
+REMOTE_CLUSTER_VISIT = r'''
+find_job() {                # sets word
+  local more=$home/jobs/$key.more owner='' found
+  read_record "$home/jobs/$key"
+  more=$home/jobs/$key.more
+  case $word in
+    queued | starting) ;;
+    damaged | revoked) word=absent ;&
+    *) return ;;
+  esac
+  { read -r owner _ <"$more/begun"; } 2>/dev/null
+  found=("$home/news/$key.ended."*)
+  if [[ ! -e $more/script || $owner == cancel ]]; then
+    word=absent
+  elif [[ ! $owner ]]; then
+    word=queues
+  elif [[ -e ${found[0]} ]]; then
+    word='ended'
+  else
+    word=open
+  fi
+} 2>/dev/null
+
+write_shell() {             # writes one file for bash to read
+  local more=$home/jobs/$key.more
+  {
+    printf 'echo "$$" >%q\nrm -f -- %q\nmore=%q\n' "$to.pid" "$to/shell" "$more"
+    printf '%s\n' 'read -r me node <"$more/begun"' "set -- $engine_step" \
+      '[[ ! -t 0 ]] || set -- "$@" --pty'
+    printf 'set -- "$@" "$BASH" -c %q "$more"\n. "$more/enter"\n' \
+      '. "$0/library"; more=$0; visit_on_node'
+  } >"$to/shell"
+}
 '''
 
 # Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
@@ -16967,6 +18704,7 @@ main() {                    # stdin: file of the job, then its input
   local file
   IFS= read -rd '' file || return
   until [[ -p $file.more/in ]]; do
+    [[ ! -e $file.more/script ]] || exec cat >>"$file.more/in"  # of an engine: see keep_input
     [[ -e $file ]] || return
     sleep 0.02
   done

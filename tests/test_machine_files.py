@@ -109,7 +109,8 @@ max_jobs: 4
         gpus=(2, 0), max_jobs=4)
     assert set(ssh_scheduler.MACHINE_KEYS) == {
         'ip', 'username', 'port', 'ssh_key_path', 'name', 'proxy_jump', 'ssh_options', 'workdir',
-        'setup', 'env', 'gpus', 'max_jobs'}
+        'setup', 'env', 'gpus', 'max_jobs',
+        'engine', 'engine_options', 'gpu_types', 'node_folder'}
 
 
 def test_no_gpus_are_not_all_gpus(home):
@@ -190,7 +191,7 @@ def json_like(value):
     ('user: me\nip: a', "line 1: unknown key 'user' (did you mean username?)."),
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
     ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
-    ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpus?)."),
+    ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpu_types or gpus?)."),
     ('hostname: a', "line 1: unknown key 'hostname'."),        # username would be another thing
     ('zebra: a', "line 1: unknown key 'zebra'."),
     ('1: a', "line 1: unknown key '1'."),

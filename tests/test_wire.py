@@ -156,6 +156,6 @@ def test_a_number_that_makes_no_sense_is_refused(number):
 
 def test_each_event_has_one_part_that_hears_it():
     parts = (ssh_scheduler.Worker, ssh_scheduler.JobControl, ssh_scheduler.Collector,
-             ssh_scheduler.Gauge)
+             ssh_scheduler.Gauge, ssh_scheduler.Queued)
     for word in ssh_scheduler.EVENTS:
         assert sum(hasattr(part, f'on_{word}') for part in parts) == 1, word

@@ -1,0 +1,542 @@
+"""Batches on a cluster: a real Slurm, whose login node is reached over ssh.
+
+The cluster is that of clusters.py.  A job runs on a node, which has processes and a host name of
+its own, so nothing here can look for it from the login node.
+"""
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import clusters
+import pytest
+from batching import (
+    NO_GPU,
+    RESULTS,
+    constants,
+    events,
+    result,
+    wait_until,
+    with_constants,
+    wrote,
+)
+
+import ssh_scheduler
+
+NODE = re.compile(r'n[1-9]\n')
+
+
+def cluster_of(cluster, **more):
+    """The machine file of a cluster, by a short name."""
+    path = Path('cluster.yaml')
+    path.write_text(Path(cluster.yaml(**more)).read_text())
+    return path.name
+
+
+def journal():
+    """The events of the journal."""
+    (path,) = (RESULTS / '.ssh_scheduler').glob('journal*')
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def jobs_folder(cluster):
+    """The folder of the files of jobs, as the login node and the nodes see it."""
+    (folder,) = cluster.workdir.glob('*/jobs')
+    return folder
+
+
+def assert_gone(cluster):
+    """Nothing of the batch is left on the cluster, and Slurm has no job of it that could run."""
+    wait_until(lambda: all(job.state in ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL',
+                                         'PREEMPTED') for job in cluster.squeue()), 'all are over')
+    left = [path for path in cluster.workdir.glob('*/*') if path.name != 'cache']
+    assert not left, left
+
+
+# ---- What a job has ----
+
+def test_a_job_runs_on_a_node_and_its_files_come_back(cluster, batches):
+    Path('input.txt').write_text('from here\n')
+    done = batches.run(['hostname; cat input.txt; pwd -P; echo made >made.txt; rm input.txt',
+                        'echo bad >&2; exit 3',
+                        'kill -9 $$'], [cluster_of(cluster)], *NO_GPU)
+    assert done.returncode == 1, done.stderr
+    host, content, folder = result('batch.sh.1').decode().splitlines()
+    assert content == 'from here' and folder.startswith(str(cluster.workdir))
+    if cluster.apart:
+        assert NODE.fullmatch(host + '\n')
+    assert (RESULTS / 'batch.sh.1/made.txt').read_text() == 'made\n'
+    assert not (RESULTS / 'batch.sh.1/input.txt').exists()
+    assert result('batch.sh.2', 'err') == b'bad\n'
+    assert {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'} \
+        == {'batch.sh.1': 0, 'batch.sh.2': 3, 'batch.sh.3': 137}
+    assert sorted(events(done.stdout, 'started:', 'finished:', 'failed:')) == [
+        'failed: batch.sh.2; echo bad >&2; exit 3', 'failed: batch.sh.3; kill -9 $$',
+        *(line for line in done.stdout.splitlines() if line.startswith('finished: batch.sh.1')),
+        *sorted(line for line in done.stdout.splitlines() if line.startswith('started:'))]
+    assert_gone(cluster)
+
+
+def test_a_job_has_the_environment_of_the_login_and_what_slurm_gives(cluster, batches):
+    (cluster.home / '.profile').write_text('export FROM_LOGIN="a b"; hello() { echo "hello $1"; }\n'
+                        '[ -z "${SLURM_JOB_ID-}" ] || echo read again\n')
+    lines = ['echo $FROM_LOGIN; hello you; echo $CUDA_VISIBLE_DEVICES; echo $SLURM_JOB_ID; '
+             'echo $SLURM_CPUS_PER_TASK; echo ${SSH_CONNECTION-none}; echo $SSH_SCHEDULER_JOB; '
+             'umask; ulimit -n']
+    done = batches.run(lines, [cluster_of(cluster)], '--num-gpus=2', '--num-cpus=3',
+                       '--memory-required=300')
+    assert done.returncode == 0, done.stderr + done.stdout
+    login, hello, gpus, number, cores, ssh, name, umask, files = result(
+        'batch.sh.1').decode().splitlines()
+    assert (login, hello, gpus, cores, ssh, name) == (
+        'a b', 'hello you', '0,1', '3', 'none', 'batch.sh.1')
+    assert number.isdigit()
+    assert umask == cluster.login.run('umask').stdout.strip()
+
+
+# ---- What goes wrong ----
+
+TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'LAG_S': 4, 'CANCEL_S': 2}
+
+
+def hasty(**more):
+    """An environment in which the program waits for seconds where it waits for minutes."""
+    text = ssh_scheduler.REMOTE_ENGINE
+    for name, seconds in TIMES.items():
+        text, count = re.subn(rf'^{name}=[0-9]+', f'{name}={seconds}', text, flags=re.M)
+        assert count == 1, name
+    return constants(REMOTE_ENGINE=text, REFRESH_S=0.5, ASIDE_S=0.5, **more)
+
+
+def once(ledger, name='ran'):
+    """A command that notes that it ran, and that it did so once."""
+    return f'echo {name} >>{ledger}'
+
+
+def ids(cluster):
+    return [job.id for job in cluster.squeue() if job.name.startswith('sshs-')]
+
+
+LIES = {'banners': ('sbatch', clusters.BANNERS),
+        'accepted, timed out': ('sbatch', clusters.once(clusters.ACCEPTED_TIMED_OUT)),
+        'lost, timed out': ('sbatch', clusters.once(clusters.LOST_TIMED_OUT)),
+        'accepted, killed': ('sbatch', clusters.once(clusters.ACCEPTED_KILLED)),
+        'lost, killed': ('sbatch', clusters.once(clusters.LOST_KILLED)),
+        'twice': ('sbatch', clusters.ACCEPTED_TWICE),
+        'silent scancel': ('scancel', clusters.NOTHING),
+        'another id': ('sbatch', clusters.once(clusters.says_id(77777)))}
+
+
+@with_constants
+@pytest.mark.parametrize('lie', LIES)
+def test_a_job_runs_once_whatever_sbatch_says(make_cluster, batches, ledger, lie):
+    cluster = make_cluster(conf=['MessageTimeout=2'])
+    cluster.wrap(*LIES[lie])
+    done = batches.run([f'{once(ledger, name)}; sleep 1; exit {code}'
+                        for name, code in (('one', 0), ('two', 5))],
+                       [cluster_of(cluster)], *NO_GPU, env=hasty())
+    assert sorted(ledger.read_text().split()) == ['one', 'two'], done.stderr
+    assert events(done.stdout, 'finished:', 'failed:') and done.returncode == 1
+    assert {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'} \
+        == {'batch.sh.1': 0, 'batch.sh.2': 5}
+    assert_gone(cluster)
+
+
+@with_constants
+@pytest.mark.parametrize('moment', ['claimed', 'queued', 'running', 'ended', 'collected'])
+def test_a_client_that_is_killed_loses_no_job(cluster, batches, ledger, moment):
+    lines = [f'{once(ledger, name)}; sleep 1; exit {code}' for name, code in (
+        ('one', 0), ('two', 5))]
+    machine = cluster_of(cluster)
+    first = batches.run(lines, [machine], *NO_GPU, env=hasty() | {
+        'CRASH_WHEN': f'after write .*event.*{moment}'})
+    assert first.returncode == -signal.SIGKILL, first.stderr
+    done = batches.run(lines, [machine], *NO_GPU, env=hasty())
+    assert sorted(ledger.read_text().split()) == ['one', 'two'], done.stderr
+    ended = {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'}
+    assert ended == {'batch.sh.1': 0, 'batch.sh.2': 5}, done.stderr
+    assert (RESULTS / 'batch.sh.2.out').exists()
+    assert_gone(cluster)
+
+
+def ends():
+    """{job: exit status} of what the journal has of ends."""
+    return {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'}
+
+
+def begun(cluster, batches, ledger, line='sleep 60', **settings):
+    """Start a batch of one job; return its Follower when the job runs, and its id."""
+    settings.setdefault('env', hasty())
+    run = batches.start([f'{once(ledger)}; {line}'], [cluster_of(cluster)], *NO_GPU, **settings)
+    run.until('started:')
+    return run, ids(cluster)[-1]
+
+
+@with_constants
+def test_the_controller_may_be_frozen_while_jobs_are_handed_over(make_cluster, batches, ledger):
+    cluster = make_cluster(conf=['MessageTimeout=2'])
+    run = batches.start([once(ledger, 'one'), f'{once(ledger, "two")}; exit 4'],
+                        [cluster_of(cluster)], *NO_GPU,
+                        env=hasty(REMOTE_ENGINES={'slurm': ssh_scheduler.REMOTE_SLURM.replace(
+                            'engine_submit() {', 'engine_submit() { until [[ -e $home/go ]]; do '
+                            'sleep 0.05; done;')}))
+    wait_until(lambda: len([*cluster.workdir.glob('*/jobs/*.more/submitting')]) == 2, 'they are')
+    cluster.freeze()
+    (jobs_folder(cluster).parent / 'go').touch()
+    wait_until(lambda: [*cluster.workdir.glob('*/jobs/*.more/unsure')], 'sbatch has failed')
+    cluster.thaw()
+    done = run.end()
+    assert ends() == {'batch.sh.1': 0, 'batch.sh.2': 4}, done.stderr
+    assert sorted(ledger.read_text().split()) == ['one', 'two']
+
+
+@with_constants
+def test_a_controller_that_is_away_is_told_of_and_costs_no_job(cluster, batches, ledger, gate):
+    run, _ = begun(cluster, batches, ledger, gate.wait('go'))
+    cluster.halt()
+    wait_until(lambda: [*cluster.workdir.glob('*/run.*/silent.said')], 'that was said')
+    gate.open('go')
+    run.until('finished:')
+    cluster.resume()
+    done = run.end()
+    assert 'cluster.yaml: Slurm does not answer. Its jobs stay as they are' in done.stderr
+    assert ledger.read_text() == 'ran\n' and ends() == {'batch.sh.1': 0}
+
+
+@with_constants
+def test_a_list_that_fails_for_long_changes_nothing(cluster, batches, ledger, gate):
+    run, _ = begun(cluster, batches, ledger, gate.wait('go'))
+    cluster.wrap('squeue', clusters.AWAY)
+    wait_until(lambda: [*cluster.workdir.glob('*/run.*/silent.said')], 'that was said')
+    cluster.unwrap('squeue')
+    wait_until(lambda: not [*cluster.workdir.glob('*/run.*/silent.said')], 'it answers')
+    gate.open('go')
+    done = run.end()
+    assert 'Slurm answers again' in done.stderr and ends() == {'batch.sh.1': 0}
+
+
+@with_constants
+def test_a_runner_that_is_killed_is_replaced(cluster, batches, ledger, gate):
+    run, _ = begun(cluster, batches, ledger, gate.wait('go'))
+    (self_file,) = cluster.workdir.glob('*/run.*/self')
+    os.kill(int(self_file.read_text().split()[0]), signal.SIGKILL)
+    wait_until(lambda: len([*cluster.workdir.glob('*/run.*/self')]) == 2, 'the next one')
+    gate.open('go')
+    done = run.end()
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert ledger.read_text() == 'ran\n'
+    assert_gone(cluster)
+
+
+@with_constants
+def test_somebody_else_cancels_a_job_that_runs(cluster, batches, ledger):
+    run, number = begun(cluster, batches, ledger)
+    cluster.command('scancel', number)
+    done = run.end()
+    assert ends() == {'batch.sh.1': 143}, done.stderr
+    assert 'it was cancelled' in result('batch.sh.1', 'err').decode()
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
+def test_somebody_else_cancels_a_job_that_waits(cluster, batches, ledger):
+    cluster.sbatch('--nodes=2', '--exclusive', script='sleep 100')
+    run = batches.start([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    run.until('queued:')
+    cluster.command('scancel', ids(cluster)[-1])
+    done = run.end()
+    assert ends() == {'batch.sh.1': 143}, done.stderr
+    assert 'before it began' in result('batch.sh.1', 'err').decode()
+    assert ledger.read_text() == ''
+
+
+@with_constants
+def test_a_lost_node_has_its_job_run_once_more(cluster, batches, ledger):
+    run, number = begun(cluster, batches, ledger, f'[ $(wc -l <{ledger}) = 2 ] || sleep 60')
+    node = next(job.node for job in cluster.squeue() if job.id == number)
+    cluster.crash(node)
+    cluster.lose(node)
+    done = run.end()
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert f'lost on cluster.yaml: the node {node} failed' in done.stderr
+    assert ledger.read_text() == 'ran\nran\n'
+
+
+@with_constants
+def test_a_node_that_is_out_of_sight_and_back_runs_its_job_on(cluster, batches, ledger, gate):
+    run, number = begun(cluster, batches, ledger, gate.wait('go'))
+    node = next(job.node for job in cluster.squeue() if job.id == number)
+    cluster.part(node)
+    gate.open('go')
+    run.until('finished:')
+    cluster.boot(node)
+    done = run.end()
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
+def test_a_node_whose_prolog_fails_gets_no_more(make_cluster, batches, ledger):
+    cluster = make_cluster(conf=['Prolog={folder}/prolog'])
+    prolog = cluster.folder / 'prolog'
+    prolog.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ]\n')
+    prolog.chmod(0o755)
+    done = batches.run([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert 'the node n1 could not start it' in done.stderr
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
+def test_a_node_without_the_folder_is_named(cluster, batches, ledger):
+    if not cluster.apart:
+        pytest.skip('nodes share their mounts here')
+    cluster.hide('n1')
+    done = batches.run([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert 'the node n1 cannot write in' in done.stderr
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
+def test_memory_that_is_too_little_is_told(cluster, batches, ledger):
+    hungry = 'import time; x = bytearray(500 << 20); time.sleep(30)'
+    done = batches.run([f"{once(ledger)}; exec python3 -c '{hungry}'"], [cluster_of(cluster)],
+                       *NO_GPU, env=hasty())
+    assert ends() == {'batch.sh.1': 137}, done.stderr
+    assert 'its memory ran out' in result('batch.sh.1', 'err').decode()
+
+
+@with_constants
+def test_a_preempted_job_runs_once_more(make_cluster, batches, ledger):
+    cluster = make_cluster(conf=[
+        'PreemptType=preempt/partition_prio', 'PreemptMode=REQUEUE',
+        'PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1',
+        'PartitionName=first Nodes=ALL MaxTime=60 PriorityTier=9'])
+    run, number = begun(cluster, batches, ledger, f'[ $(wc -l <{ledger}) = 2 ] || sleep 60')
+    other = cluster.sbatch('--partition=first', '--nodes=2', '--exclusive', script='sleep 2')
+    done = run.end()
+    assert ends() == {'batch.sh.1': 0}, done.stderr
+    assert 'batch.sh.1: stopped on cluster.yaml: another job took its place' in done.stderr
+    assert ledger.read_text() == 'ran\nran\n' and other != number
+
+
+@with_constants
+def test_a_job_that_an_administrator_puts_back_is_not_run_by_slurm(cluster, batches, ledger, gate):
+    run, number = begun(cluster, batches, ledger, gate.wait('go'))
+    with pytest.raises(RuntimeError, match='disabled'):
+        cluster.scontrol('requeue', number)
+    gate.open('go')
+    assert run.end().returncode == 0
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
+def test_the_time_limit_is_the_same_as_on_any_machine(cluster, batches, ledger):
+    done = batches.run([f'{once(ledger)}; sleep 60'], [cluster_of(cluster)], *NO_GPU,
+                       '--timeout=1', env=hasty())
+    assert ends() == {'batch.sh.1': 124}, done.stderr
+    assert 'ended after 1' in result('batch.sh.1', 'err').decode()
+
+
+# ---- Where a job goes ----
+
+def full(cluster):
+    """Have other people's jobs take all of the cluster; return the id of that."""
+    number = cluster.sbatch('--nodes=2', '--exclusive', script='sleep 600')
+    wait_until(lambda: any(job.id == number and job.state == 'RUNNING'
+                           for job in cluster.squeue()), 'it is full')
+    return number
+
+
+@with_constants
+def test_a_job_comes_back_when_a_machine_is_free(cluster, lab, batches, ledger, gate):
+    machine = lab()
+    full(cluster)
+    run = batches.start([gate.wait('go'), f'hostname >>{ledger}', f'hostname >>{ledger}'],
+                        [machine.yaml(max_jobs=1), cluster_of(cluster)], *NO_GPU,
+                        '--cluster-after=0.2', env=hasty())
+    lines = [run.until('queued:'), run.until('queued:')]
+    assert all(re.fullmatch(
+        r'queued: batch\.sh\.[23] at cluster\.yaml \(Slurm [0-9]+: (no room now|others first)'
+        r'(, would start about .*)?\)', line) for line in lines), lines
+    gate.open('go')
+    moved = run.until('moved:')
+    assert moved == f'moved: batch.sh.3: {Path(machine.yaml()).name} became free' or (
+        moved.startswith('moved: batch.sh.3: '))
+    done = run.end()
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith('moved:')][1:]
+    assert len(ledger.read_text().splitlines()) == 2
+    assert not {job.state for job in cluster.squeue()} & {'COMPLETED', 'FAILED'}
+    assert_gone_but(cluster, 1)
+
+
+def assert_gone_but(cluster, running):
+    wait_until(lambda: sum(job.state in ('RUNNING', 'PENDING') for job in cluster.squeue())
+               == running, 'Slurm has none of ours')
+
+
+@with_constants
+def test_machines_come_before_a_cluster(cluster, lab, batches, gate):
+    machine = lab()
+    run = batches.start([f'hostname; {gate.wait("one")}', 'hostname', 'hostname'],
+                        [cluster_of(cluster), machine.yaml(max_jobs=1)], *NO_GPU,
+                        '--cluster-after=0.5', env=hasty())
+    run.until('started: batch.sh.2')
+    run.until('finished: batch.sh.3')
+    gate.open('one')
+    assert run.end().returncode == 0
+    where = {event['job']: event['where'] for event in journal() if event['event'] == 'claimed'}
+    assert {name: place == 'cluster.yaml' for name, place in where.items()} == {
+        'batch.sh.1': False, 'batch.sh.2': True, 'batch.sh.3': True}
+
+
+@with_constants
+def test_a_job_that_fits_no_machine_goes_to_the_cluster_at_once(cluster, lab, batches):
+    machine = lab()
+    done = batches.run(['echo $CUDA_VISIBLE_DEVICES'], [machine.yaml(), cluster_of(cluster)],
+                       '--memory-required=100', env=hasty(), timeout=25)
+    assert done.returncode == 0 and result('batch.sh.1') == b'0\n', done.stderr
+
+
+@with_constants
+def test_no_more_jobs_are_in_the_queue_than_max_jobs(cluster, batches):
+    full(cluster)
+    run = batches.start(['true'] * 6, [cluster_of(cluster, max_jobs=3)], *NO_GPU, env=hasty())
+    for _ in range(3):
+        run.until('queued:')
+    assert len(ids(cluster)) == 3
+    cluster.command('scancel', min(job.id for job in cluster.squeue()))
+    done = run.end()
+    assert done.returncode == 0, done.stderr
+
+
+# ---- What is said ----
+
+def test_what_slurm_refuses_is_said_before_anything_starts(cluster, batches):
+    done = batches.run(['true'], [cluster_of(cluster, engine_options='--partition=nope')], *NO_GPU)
+    assert done.returncode == 2 and 'started' not in done.stdout
+    assert 'invalid partition specified: nope' in done.stderr, done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_too_much_memory_is_refused_in_the_words_of_slurm(cluster, batches):
+    done = batches.run(['true'], [cluster_of(cluster)], '--no-gpu-required', '--memory-required=1T')
+    assert done.returncode == 2
+    assert 'Requested node configuration is not available' in done.stderr, done.stderr
+
+
+@with_constants
+def test_the_status_has_the_reason(cluster, batches, run_cli):
+    number = full(cluster)
+    run = batches.start(['true'], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    run.until('queued:')
+    status = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert re.search(r'1 +queued +cluster\.yaml .*queued as [0-9]+: no room now', status), status
+    shown = json.loads(run_cli('execute_batch', 'batch.sh', '--status', '--json').stdout)
+    assert shown['state'] == 'queued' and shown['queued']['why'] == 'no room now'
+    cluster.command('scancel', number)
+    assert run.end().returncode == 0
+
+
+def test_what_a_cluster_has_is_shown(cluster, run_cli, project):
+    full(cluster)
+    done = run_cli('query_machines', '--machines', cluster_of(cluster))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'cluster\.yaml  Slurm 22\.[0-9.]+ .*your jobs: 1 running, 0 waiting',
+                     done.stdout), done.stdout
+    assert 'main: 0 of 2 nodes idle; each with gpu:2' in done.stdout
+    found = json.loads(run_cli('query_machines', '--json', '--machines', 'cluster.yaml').stdout)
+    assert found['partitions'][0]['cores_total'] == 8 and found['own_jobs_running'] == 1
+
+
+# ---- Ending jobs ----
+
+@with_constants
+def test_jobs_are_cancelled_that_run_and_that_wait(cluster, batches, run_cli, ledger):
+    trap = f"trap 'echo told >>{ledger}; exit 3' TERM; {once(ledger)}; sleep 60 & wait"
+    lines = [trap, f'{once(ledger, "second")}; true']
+    run = batches.start(lines, [cluster_of(cluster, max_jobs=1)], *NO_GPU, env=hasty())
+    run.until('started:')
+    wrote(ledger, 'ran')
+    done = run_cli('execute_batch', 'batch.sh', '--cancel')
+    assert run.end().returncode in (1, 130)
+    assert ledger.read_text().split() == ['ran', 'told'], done.stderr
+    assert_gone_but(cluster, 0)
+
+
+@with_constants
+def test_ctrl_c_ends_jobs_on_their_nodes(cluster, batches, ledger):
+    run, _ = begun(cluster, batches, ledger, 'sleep 60')
+    os.killpg(run.process.pid, signal.SIGINT)
+    done = run.end()
+    assert done.returncode == 130 and 'could not be confirmed' not in done.stderr
+    assert_gone_but(cluster, 0)
+
+
+@with_constants
+def test_what_ignores_a_cancel_is_killed(cluster, batches, run_cli, ledger):
+    run, _ = begun(cluster, batches, ledger, "trap '' TERM; while :; do sleep 0.1; done")
+    done = run_cli('execute_batch', 'batch.sh', '--cancel', '1')
+    assert 'is being stopped' in done.stdout
+    assert run.end().returncode == 1
+    assert_gone_but(cluster, 0)
+
+
+# ---- execute_remote, execute_to ----
+
+def test_a_command_runs_through_the_engine_with_live_output(cluster, start_cli, project):
+    process = start_cli('execute_remote', '--machine', cluster_of(cluster),
+                        'hostname; echo first; read -r line; echo $line; exit 7', '--stdin')
+    first = [process.stdout.readline(), process.stdout.readline()]
+    assert first[1] == 'first\n' and NODE.fullmatch(first[0]) or not cluster.apart
+    rest, said = process.communicate('from here\n', timeout=60)
+    assert (rest, process.returncode) == ('from here\n', 7), said
+
+
+def test_a_command_is_detached_attached_and_cancelled(cluster, run_cli, project, gate, ledger):
+    machine = cluster_of(cluster)
+    done = run_cli('execute_remote', '--machine', machine, '--job-name=one', '--detach',
+                   f'echo begun; {gate.wait("go")}; echo over')
+    assert (done.stdout, done.returncode) == ('one\n', 0), done.stderr
+    gate.open('go')
+    done = run_cli('execute_remote', '--attach=one')
+    assert (done.stdout, done.returncode) == ('begun\nover\n', 0), done.stderr
+    run_cli('execute_remote', '--machine', machine, '--job-name=two', '--detach',
+            f'{once(ledger)}; sleep 60')
+    wrote(ledger, 'ran')
+    done = run_cli('execute_remote', '--cancel=two')
+    assert done.returncode == 0 and 'ended on cluster.yaml' in done.stderr, done.stderr
+    assert_gone_but(cluster, 0)
+
+
+def test_a_command_that_waits_is_detached_and_cancelled(cluster, run_cli, project, ledger):
+    full(cluster)
+    done = run_cli('execute_remote', '--machine', cluster_of(cluster), '--job-name=one',
+                   '--detach', once(ledger))
+    assert (done.stdout, done.returncode) == ('one\n', 0), done.stderr
+    done = run_cli('execute_remote', '--cancel=one')
+    assert done.returncode == 0, done.stderr
+    assert_gone_but(cluster, 1)
+    assert ledger.read_text() == ''
+
+
+def test_execute_to_means_the_login_node(cluster, run_cli, project):
+    done = run_cli('execute_to', '--machines', cluster_of(cluster), '--', 'hostname')
+    assert done.returncode == 0 and (not cluster.apart or 'login1' in done.stdout)
+    assert 'cluster.yaml is a cluster: the command runs on its login node' in done.stderr
+
+
+def test_a_shell_opens_on_the_node(cluster, run_cli, start_cli, project, gate):
+    start_cli('execute_remote', '--machine', cluster_of(cluster), '--job-name=one', '--num-gpus=1',
+              f'export MINE=yes; touch here; {gate.wait("go")}')
+    wait_until(lambda: [*cluster.workdir.glob('*/jobs/work.*/here')], 'it runs')
+    done = run_cli('execute_remote', '--shell=one',
+                   stdin='hostname; pwd -P; ls; echo $CUDA_VISIBLE_DEVICES\n')
+    gate.open('go')
+    host, folder, *names, gpus = done.stdout.splitlines()
+    assert (names, gpus) == (['cluster.yaml', 'here'], '0'), done.stderr
+    assert folder.startswith(str(cluster.workdir))
+    assert NODE.fullmatch(host + '\n') or not cluster.apart
