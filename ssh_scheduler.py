@@ -237,8 +237,8 @@ Other:
   --max-result-size=<size>      Fetch no files of a job if they are larger than
                                 this in all; they stay on the machine. Without
                                 it: fetch what has room here.
-  --cluster-after=<time>        Give a job to a cluster when no other machine has
-                                had room for it for this time [default: 30].
+  --cluster-after=<time>        Give a job to a cluster when no other machine
+                                has had room for it for this time [default: 30].
   --sync-back=<path>...         While jobs run, fetch these files and folders of
                                 their folders again and again, to
                                 job_results/<job>.partial; it is removed when
@@ -11732,6 +11732,12 @@ class Ports:
     def check(self, machine):
         """Raise if one of them cannot be had here; of localhost, all are here already."""
         import socket
+        if machine.engine and self.pairs:
+            here, there = self.pairs[0]
+            raise UsageError(f'--forward: {machine.name} is a cluster, and the job runs on one of '
+                             'its nodes, which the port would not reach. With the name of the '
+                             'node, which $SLURMD_NODENAME has in the job, type: ssh -L '
+                             f'{here}:NODE:{there} {machine.host}')
         for here, there in self.pairs if machine.host else ():
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -14429,12 +14435,6 @@ class CommandOrder:
                                f'{machine.address}: name that machine, or choose another '
                                '--job-name.')
         self._ports.check(machine)
-        if machine.engine and self._ports.pairs:
-            raise UsageError(f'--forward: {machine.name} is a cluster, and the job runs on one of '
-                             'its nodes, which the port would not reach. With the name of the '
-                             'node, which $SLURMD_NODENAME has in the job: ssh -L '
-                             f'{self._ports.pairs[0][0]}:NODE:{self._ports.pairs[0][1]} '
-                             f'{machine.host}')
         hardware = options.given & set(option_kinds(HARDWARE_OPTIONS))
         allocation = read_allocation(options) if hardware else None
         client = Client(self._results, self._report.trace, live=bool(hardware),

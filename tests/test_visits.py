@@ -276,8 +276,9 @@ def test_no_such_job(shell, project):
     assert not RESULTS.exists()
 
 
-def test_a_job_that_has_ended(command, shell, lab1, ledger):
-    with_job(command, lab1, f'echo ran >>{ledger}')
+def test_a_job_that_has_ended(command, shell, lab1, ledger, gate):
+    with_job(command, lab1, f'{gate.wait("go")}; echo ran >>{ledger}')
+    gate.open('go')         # its client has left, and would have fetched its results
     wrote(ledger, 'ran')
     jobs = lab1.home / '.ssh_scheduler' / s.project_name() / 'jobs'
     wait_until(lambda: any('#ended' in path.read_text() for path in jobs.glob('job.1-*')
