@@ -18155,6 +18155,7 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   done
   kill "$watcher"
   { read -r status wall used <"$run/result"; } 2>/dev/null || end_unrecorded
+  bring_home
   tell_end
   exit "$status"
 } 2>>engine.out
@@ -18197,6 +18198,52 @@ work_on_node() {            # the worker of this one job
   freeze_record
   run_job
 } 2>/dev/null
+
+make_folder() {             # the job's copy of the files; with node_folder on the node's own disk
+  local to=$home/jobs/$folder own=''
+  has=$stage fresh=1 baseline=''
+  if [[ $node_folder ]]; then
+    eval "own=$node_folder"             # a path, or a variable: the client saw to that
+    if [[ $own != /* ]]; then
+      printf 'ssh-scheduler: node_folder: %s is no folder on this node\n' "$node_folder"
+      return 1
+    fi
+    own+=/ssh_scheduler.${folder#work.}
+    mkdir -p -- "${own%/*}" && mkdir -m 700 -- "$own" && ln -s -- "$own/work" "$to" || return
+    to=$own/work
+  fi
+  if [[ $stage ]]; then
+    cp -a --reflink=auto -- "$home/stage/$stage/copy" "$to"
+  else
+    mkdir -- "$to"
+  fi || return
+  read_clocks
+  made=$REPLY
+} 2>>"$file.err" >&2
+
+bring_home() {              # for run_on_node: from the disk of the node to where it is fetched
+  local to=$home/jobs/$folder own entry
+  [[ -L $to ]] || return 0
+  own=$(readlink -- "$to")
+  if [[ ! -e $file.back ]] || copy_home 2>>"$file.err"; then
+    remove "${own%/work}"
+  else
+    printf 'ssh-scheduler: its results could not be copied here; they are on the node %s, in %s\n' \
+      "${SLURMD_NODENAME:-$HOSTNAME}" "$own" >>"$file.err"
+    rm -f -- "$file.back"
+    ((status)) || status=125
+  fi
+  [[ ! -L $to ]] || rm -f -- "$to"
+}
+
+copy_home() (               # for bring_home: what the list of the job names
+  set -o pipefail
+  mkdir -- "$to.new" &&
+    while IFS= read -rd '' entry; do
+      [[ $entry != +* ]] || printf '%s\0' "${entry#+}"
+    done <"$file.back" | tar -cf - -C "$own" --null --no-recursion -T - |
+    tar -xpf - -C "$to.new" && rm -- "$to" && mv -- "$to.new" "$to"
+)
 
 freeze_record() {           # how it ended is for the runner to write, when it has asked why
   record() { :; }

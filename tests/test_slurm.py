@@ -95,6 +95,29 @@ def test_a_job_has_the_environment_of_the_login_and_what_slurm_gives(cluster, ba
     assert umask == cluster.login.run('umask').stdout.strip()
 
 
+def test_a_job_may_run_on_the_disk_of_its_node(cluster, batches, outside):
+    Path('input.txt').write_text('from here\n')
+    line = ('pwd -P; cat input.txt; mkdir -p "a b/c"; echo deep >"a b/c/d"; ln -s d "a b/c/link"; '
+            'chmod 600 input.txt; exit 3')
+    done = batches.run([line, 'true'], [cluster_of(cluster, node_folder=str(outside))], *NO_GPU)
+    assert done.returncode == 1, done.stderr
+    folder, content = result('batch.sh.1').decode().splitlines()
+    assert folder.startswith(str(outside)) and content == 'from here'
+    assert (RESULTS / 'batch.sh.1/a b/c/d').read_text() == 'deep\n'
+    assert os.readlink(RESULTS / 'batch.sh.1/a b/c/link') == 'd'
+    assert not [*outside.iterdir()]
+    assert_gone(cluster)
+
+
+def test_a_node_folder_that_is_not_there_is_named(cluster, batches):
+    done = batches.run(['true'], [cluster_of(cluster, node_folder='$NOWHERE')], *NO_GPU)
+    assert done.returncode == 1
+    assert result('batch.sh.1', 'err').decode() == (
+        'ssh-scheduler: node_folder: $NOWHERE is no folder on this node\n'
+        'ssh-scheduler: its files could not be copied into the job folder\n'), done.stderr
+    assert_gone(cluster)
+
+
 # ---- What goes wrong ----
 
 TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'LAG_S': 4, 'CANCEL_S': 2}
