@@ -590,6 +590,7 @@ class Machine(NamedTuple):
     workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
     setup: str = ''                 # bash, run once a connection; jobs have what it exports
     env: tuple = ()                 # pairs (name, value)
+    wrap: str = ''                  # words of bash before those of each job; see check_wrap
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
     engine: str = ''                # of a cluster, whose login node this is: slurm
@@ -2790,6 +2791,8 @@ def noted_of(job, machine):
     """Return what the journal has of the claim of a job beside what starts it."""
     asked = job.allocation
     noted = {'variables': sorted(dict(machine.env))} if machine.env else {}
+    if machine.wrap:
+        noted['wrap'] = machine.wrap
     if asked:
         noted['asked'] = {'cores': asked.cores, 'memory_mb': asked.memory_mb, 'gpus': asked.gpus}
         if asked.gpus:
@@ -4477,7 +4480,9 @@ class BatchView(ToldView):
         """Say what would start where, now."""
         self.unanswered()
         for job, worker, placement in self.run.scheduler.choose():
-            self._report.line(f'would start: {job.name} on {worker.name};  '
+            wrap = worker.machine.wrap
+            within = f', wrapped in {printable(wrap)}' if wrap else ''
+            self._report.line(f'would start: {job.name} on {worker.name}{within};  '
                               f'{shown_command(job.command, placement.visible_gpus)}')
         for queue in self.run.scheduler.kinds().values():
             for job in queue:
@@ -5479,6 +5484,95 @@ def are_gpu_types(value):
         and is_whole_number(mb) for name, mb in value.items())
 
 
+# The words of `wrap` may have these placeholders.  Their values are digits, commas, points and the
+# characters of job names, so they are no more than text to bash, within quotes and without.
+PLACEHOLDERS = ('cores', 'memory_mb', 'gpu_ids', 'gpus', 'name')
+BRACES = re.compile(r'\{\{|\}\}|\{[^{}]*\}|[{}]')
+LONGEST_WRAP = 2000                 # characters; the remote runner hands it to workers in a pipe
+
+# What stands between quotes or brackets of bash -> what closes it; a ( only within a $(.
+CLOSERS = {'"': '"', '`': '`', '$(': ')', '${': '}', '$[': ']', '(': ')'}
+UNQUOTED = re.compile(r"""(?s)\\.|\$'(?:[^'\\]|\\.)*'|(?<!\$)'[^']*'|\$[({[]|.""")
+QUOTED = re.compile(r'(?s)\\.|\$[({[]|.')
+
+
+def is_wrap(value):
+    """Tell whether the value may be the text of a `wrap`, before its words are looked at."""
+    return (is_text(value) and value.strip() and len(value) <= LONGEST_WRAP
+            and not re.search('[\1-\10\13-\37\177]', value))
+
+
+def fill_placeholders(wrap, values):
+    """Return the text of a `wrap` as bash gets it.  values: {placeholder: text}"""
+    return BRACES.sub(lambda match: match[0][0] if match[0] in ('{{', '}}') else
+                      values[match[0][1:-1]], wrap)
+
+
+def check_wrap(wrap, where):
+    """Raise unless a `wrap` has known placeholders only, and is words as bash reads them.
+
+    where: the file and the line, for messages
+    """
+    for match in BRACES.finditer(wrap):
+        why = why_no_placeholder(match[0], wrap[:match.start()], wrap[match.start():])
+        if why:
+            known = ', '.join(f'{{{name}}}' for name in PLACEHOLDERS)
+            raise MachineFileError(sentence(f'{where}: wrap: {why}') + ' The placeholders are '
+                                   f'{known}; write {{{{ and }}}} for braces.')
+    words = fill_placeholders(wrap, dict.fromkeys(PLACEHOLDERS, '0'))
+    variable = re.match(r'\s*([A-Za-z_]\w*)\+?=', words, re.ASCII)
+    why = (f'it begins with a variable. Write: env {variable[1]}=…' if variable else
+           why_no_words(words))
+    if why:
+        raise MachineFileError(sentence(f'{where}: wrap must be words of one command: {why}'))
+
+
+def why_no_placeholder(braces, before, behind):
+    """Return why a match of BRACES is neither a placeholder nor a brace; '' if it is.
+
+    before, behind: the text before it, and the text that begins with it
+    """
+    name = braces[1:-1]
+    if braces in ('{{', '}}'):
+        return ''
+    if braces == '{':
+        return f'the placeholder {printable(behind[:20])!r} is not closed'
+    if braces == '}':
+        return 'a } closes nothing'
+    if name not in PLACEHOLDERS:
+        return f'unknown placeholder {printable(braces)}{nearest(name, PLACEHOLDERS)}'
+    variable = re.search(r'\$\w*\Z', before, re.ASCII)       # bash would read on in the value
+    if variable:
+        return (f'{variable[0]}{braces} is neither a placeholder nor a variable of bash. Write '
+                f'${{{braces}}} for the variable, or quotes between the two')
+    return ''
+
+
+def why_no_words(text):
+    """Return why bash would not read the text as the words of one command; '' if it would.
+
+    What stands in $(...) is only known on the machine: it is read as far as to find its end.
+    """
+    closers, index, begins = [], 0, True
+    while index < len(text):
+        is_plain = next((end for end in reversed(closers) if end not in ('}', ']')), ')') == ')'
+        token = (UNQUOTED if is_plain else QUOTED).match(text, index)[0]
+        index += len(token)
+        if closers and token == closers[-1]:
+            closers.pop()
+        elif token in CLOSERS and closers[-1:] != ['`'] and (token != '(' or closers[-1:] == [')']):
+            closers.append(CLOSERS[token])
+        elif token == "'" and is_plain:
+            closers.append(token)
+            break
+        elif not closers and token in ';&|<>()':
+            return f'{token} is there without quotes'
+        elif not closers and token in '#[' and begins:         # a comment, or the index of an array
+            return f'a word begins with {token} without quotes'
+        begins = token.isspace()
+    return f'a {closers[-1]} is missing' if closers else ''
+
+
 def are_gpus(value):
     """Tell whether the value is a list of indices of GPUs."""
     return isinstance(value, list) and all(is_whole_number(index, least=0) for index in value)
@@ -5498,6 +5592,7 @@ MACHINE_KEYS = {
                 lambda v: is_word(v) and re.match(r'/|~/|~$', v)),
     'setup': ('bash commands', is_text),
     'env': ('a mapping of variables to values', are_variables),
+    'wrap': (f'words of bash, with at most {LONGEST_WRAP} characters', is_wrap),
     'gpus': ('a list of GPU numbers', are_gpus),
     'max_jobs': ('a number of at least 1', is_whole_number),
     'engine': ('the engine of a cluster: slurm', lambda v: is_text(v) and v in ENGINES),
@@ -5578,6 +5673,8 @@ def read_machine_value(loader, key, node, where):
     expected, fits = MACHINE_KEYS[key]
     if not fits(value):
         raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
+    if key == 'wrap':
+        check_wrap(value, where)
     if isinstance(value, dict):     # as text, since the file may say 010 or 1.10
         return {name.value: text.value for name, text in node.value}
     return value
@@ -5618,7 +5715,7 @@ def machine_from(values, name, path):
         port=values.get('port', 22), ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
         ssh_options=tuple(values.get('ssh_options', {}).items()),
         workdir=values.get('workdir', ''), setup=values.get('setup', ''),
-        env=tuple(values.get('env', {}).items()),
+        env=tuple(values.get('env', {}).items()), wrap=values.get('wrap', ''),
         gpus=tuple(values['gpus']) if 'gpus' in values else None,
         max_jobs=values.get('max_jobs', QUEUED_JOBS if 'engine' in values else None),
         engine=values.get('engine', ''),
@@ -11103,6 +11200,9 @@ class JobControl:
     def send_start(self, attempt):
         """Send the start of an attempt, which the journal has on the disk."""
         backwards, how = attempt.job.backwards, attempt.how
+        if self._worker.machine.wrap:
+            self._worker.contact.send('wrap', attempt.key, fill_placeholders(
+                self._worker.machine.wrap, values_of(attempt)))
         self._worker.contact.send(
             'start', attempt.key, attempt.stage.id, '-' if attempt.gpus is None else attempt.gpus,
             need_of(attempt, self._worker.machine), how.mode,
@@ -11706,6 +11806,28 @@ def need_of(attempt, machine):
             f'{int(wanted.reserve_gpu)}' for index in placement.gpus]
     return ' '.join([str(thousandths(wanted.cores)), str(wanted.memory_mb),
                      str(int(wanted.reserve)), *gpus])
+
+
+# The remote runner writes there what the machine has, and on a node which GPUs the job has.
+ALL_CORES, ALL_MEMORY, ITS_GPUS = '\2', '\3', '\4'
+
+
+def values_of(attempt):
+    """Return {placeholder of `wrap`: text} for an attempt.
+
+    A job that asked for nothing, or for the machine, may use all cores and all memory.
+    """
+    placement, gpus = attempt.placement, gpus_of(attempt.gpus)
+    is_cluster = bool(attempt.machine.machine.engine)
+    asked = placement.allocation if placement else Allocation(reserve=not is_cluster, gpus=0)
+    if is_cluster:
+        gpus = [ITS_GPUS] * min(asked.gpus, 1)
+    elif asked.reserve and asked.gpus:
+        gpus = [gpu.index for gpu in attempt.machine.capacity.gpus]
+    return {'cores': ALL_CORES if asked.reserve else f'{asked.cores:.3f}'.rstrip('0').rstrip('.'),
+            'memory_mb': ALL_MEMORY if asked.reserve else str(asked.memory_mb),
+            'gpu_ids': ','.join(map(str, gpus)), 'name': attempt.name,
+            'gpus': str(asked.gpus if is_cluster else len(gpus))}
 
 
 def gpu_memory(facts):
@@ -13143,6 +13265,8 @@ def where_it_ran(past):
         yield 'used', ', '.join(used)
     if claimed.get('variables'):
         yield 'variables', printable(', '.join(claimed['variables']))
+    if claimed.get('wrap'):
+        yield 'wrapped in', printable(claimed['wrap'])
 
 
 FACT_LABELS = {'kernel': 'Linux', 'driver': 'driver of GPUs', 'python': 'Python'}
@@ -13290,7 +13414,8 @@ def unlike_then(past, again):
             *((label, past.machine.get(key), again.machine.get(key))
               for key, label in FACT_LABELS.items()),
             ('variables', *(', '.join(one.claimed.get('variables', ['none']))
-                            for one in (past, again)))):
+                            for one in (past, again))),
+            ('wrap', *(one.claimed.get('wrap', 'none') for one in (past, again)))):
         if then and now and then != now:
             yield printable(f'{label} {now} (then {then})')
 
@@ -15153,7 +15278,8 @@ def main(argv=None):
 #     in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
 #     wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
 #                 other runs the job in the session that has the terminal (prepare_tty)
-#     exports     with a terminal: the environment of the job, and its folder, for tty (launch)
+#     exports     with a terminal: the environment of the job, its folder, and what bash is given,
+#                 for tty (launch)
 #     code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
 #     late        exists if the time limit was over (keep_time)
 #
@@ -15204,6 +15330,8 @@ def main(argv=None):
 #                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
 #                           changed or paths; NEED: as in a claim, or for an engine CORES MB RESERVE
 #                           GPUS KIND  -> started, queued, held, refused, left, note, and as `adopt`
+#   wrap KEY WORDS          the next `start` of KEY runs the job in WORDS, which bash reads; in
+#                           them \2 and \3 stand for the cores and the MB of the machine
 #   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
 #   adopt KEY...            see to it that a job never begins, or say how it stands
 #                           -> absent, queued, started, ended, lost
@@ -15340,7 +15468,7 @@ inherited='' apart=''
 # The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
 pending=()
 declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
-declare -A paths_of=()
+declare -A paths_of=() wrap_of=()
 
 say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
@@ -16101,12 +16229,14 @@ exit "$code"
 END
 more=${0%/*}
 until [[ -p $more/code ]]; do sleep 0.02; done
-{ IFS= read -r assignments; IFS= read -r by_env; IFS= read -r folder; } <"$more/exports"
+{
+  IFS= read -r assignments; IFS= read -r by_env; IFS= read -r folder; IFS= read -r program
+} <"$more/exports"
 exec 8>"$more/code" 9>"${folder%.*}.alive"
 cd -- "$folder" || exit
 trap : INT QUIT                         # what is typed is for the job; this tells how that ended
-set -- "$TERM" "$BASH" "${more%.more}"
-eval "$assignments TERM=\$1 $by_env \"\$2\" \"../\${3##*/}\" 8>&-"
+set -- "$TERM" "$BASH"
+eval "$assignments TERM=\$1 $by_env \"\$2\" $program 8>&-"
 echo "$?" >&8
 END
 }
@@ -16201,9 +16331,11 @@ release() {                 # for start_pending: the job $key does not need its 
 hand_over() {               # for start_pending: gives the job $key to its worker
   local command=${command_of[$key]}
   ((${#command} < 2000)) || command=    # a pipe holds 64 KiB; the worker reads the file
-  printf 'key=%q stage=%q gpus=%q mode=%q limit=%q back=%q paths=%q command=%q\0' "$key" \
+  printf 'key=%q stage=%q gpus=%q mode=%q limit=%q back=%q paths=%q wrap=%q command=%q\0' "$key" \
     "${stage_of[$key]}" "${gpus_of[$key]}" "${mode_of[$key]}" "${limit_of[$key]}" \
-    "${back_of[$key]}" "${paths_of[$key]}" "$command" >&"${worker_fd[${worker_for[$key]}]}"
+    "${back_of[$key]}" "${paths_of[$key]}" "${wrap_of[$key]-}" "$command" \
+    >&"${worker_fd[${worker_for[$key]}]}"
+  unset -v "wrap_of[$key]"              # not with the others: that of a later start may be here
 }
 
 # Its variables are not local: it is a process of its own, and bash looks a name up in each function
@@ -16212,7 +16344,7 @@ work() {                    # a worker, in a process and a group of its own; $1:
   # `orders` is of `hire`
   slot=$1 folder=${worker_folder[$1]} claim=$claims/$project.$prefix.$1
   pipe=$home/jobs/$prefix.$1.alive
-  gpus='' mode='' limit='' back='' paths=''     # and what else an order sets
+  gpus='' mode='' limit='' back='' paths='' wrap=''     # and what else an order sets
   has='' fresh=1 baseline='' ticks=0 login_folder=$PWD
   trap : TERM INT HUP PIPE
   ulimit -Sn "$file_limit"
@@ -16272,12 +16404,14 @@ launch() {                  # for run_job: runs the bash of the job to its end; 
   program=("../$key")
   printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
   [[ $gpus == - ]] || own+="CUDA_VISIBLE_DEVICES=$gpus CUDA_DEVICE_ORDER=PCI_BUS_ID "
+  REPLY=
   [[ ! $functions$named ]] || { functions_of; own+=$REPLY; }
+  [[ ! $wrap ]] || wrap_program "$REPLY"
   if [[ $mode == tty ]]; then
+    printf '%s\n' "$assignments$own" "${by_env:+$(printf '%q ' "${by_env[@]}")}" \
+      "$home/jobs/$folder" "$(printf '%q ' "${program[@]}")" >"$file.more/exports"
     # shellcheck disable=SC2034          # what eval is given has it
     program=("$file.more/wait")
-    printf '%s\n' "$assignments$own" "${by_env:+$(printf '%q ' "${by_env[@]}")}" \
-      "$home/jobs/$folder" >"$file.more/exports"
   fi
   exec {out}>>"$file.out" {err}>>"$file.err" || return  # that `out` exists means: it was begun
   umask "$mask"
@@ -16289,6 +16423,24 @@ launch() {                  # for run_job: runs the bash of the job to its end; 
   umask 077
   exec {out}>&- {err}>&-
   await
+}
+
+# A bash reads the words of the wrapper, in the folder and with the environment of the job, and then
+# becomes the wrapper.  A container may see that folder only: so the command is handed on as text,
+# with $0 and lines as in the file.  The functions of the login are for the bash of the job alone.
+wrap_program() {            # for launch: changes program and own; $1: the assignment of BASH_ENV
+  local text=$'SSH_SCHEDULER_WRAP=(\n'$wrap$'\n)\n'
+  text+='\builtin type -P -- "${SSH_SCHEDULER_WRAP-}" >/dev/null || {
+    \builtin printf "ssh-scheduler: the wrapper %s is missing on this machine, or is no program \
+(wrap: of the machine file)\n" "${SSH_SCHEDULER_WRAP:-\"\"}" >&2
+    \builtin exit 127
+  }
+  \builtin '${1:+export }${1:-unset -v BASH_ENV}$'\n'
+  text+='\builtin exec -- "${SSH_SCHEDULER_WRAP[@]}" "$@"'
+  program=(-c "$text" "${program[@]}" bash -c "$command"$'\n' "${program[@]}")
+  # The kernel takes no argument of 128 KiB: such a command has to be seen by the wrapper.
+  ((${#command} < 131000)) || program=("${program[@]:0:4}" "../$key")
+  own+='BASH_ENV= '
 }
 
 # A trapped signal would end `wait`, and where it comes as the job ends, bash has lost the status of
@@ -17346,6 +17498,21 @@ do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH..
   paths_of[$1]=$REPLY
 }
 
+do_wrap() {                 # KEY WORDS
+  fill_wrap "$2"
+  wrap_of[$1]=$REPLY
+}
+
+fill_wrap() {               # REPLY: the words $1, in which \2 and \3 stand for cores and MB
+  local word mb
+  REPLY=$1
+  [[ $1 == *[$'\2\3']* ]] || return 0
+  [[ $cores ]] || { count_cores; cores=$REPLY; }
+  while read -r word mb _ && [[ $word != MemTotal: ]]; do :; done <"$proc/meminfo"
+  word=${1//$'\2'/$cores}
+  REPLY=${word//$'\3'/$((mb / 1024))}
+}
+
 do_cancel() {               # SECONDS KEY...
   start_pending             # one of them may have come just now
   beside cancel "$@"
@@ -17509,6 +17676,8 @@ do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these
   head -c "$1" <&"$requests" >"$run/library"
 }
 
+do_wrap() { wrap_of[$1]=$2; }           # KEY WORDS; the node knows what stands in them
+
 do_fits() {                 # (NEED LIMIT)...: say which of these the engine would refuse
   if [[ $is_looked_at ]]; then beside say_unfit "$@"; else wanted+=("$@"); fi
 }
@@ -17573,6 +17742,7 @@ start_pending() {           # queues the jobs that were asked for since the last
     fi
   done
   ((${#taken[@]} == 0)) || beside submit_all "${taken[@]}"
+  for key in "${pending[@]}"; do unset -v "wrap_of[$key]"; done
   pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
   paths_of=()
 }
@@ -17610,7 +17780,7 @@ write_orders() {            # for take: all files of the job $key
   printf '%s=%q\n' project "$project" key "$key" folder "$folder" stage "${stage_of[$key]}" \
     need "${need_of[$key]}" mode "${mode_of[$key]}" limit "${limit_of[$key]}" \
     back "${back_of[$key]}" paths "${paths_of[$key]}" mask "$mask" kill_wait "$engine_kill_wait" \
-    home "$home" node_folder "$node_folder" >"$more/orders" || return
+    wrap "${wrap_of[$key]-}" home "$home" node_folder "$node_folder" >"$more/orders" || return
   [[ ${mode_of[$key]} != tty ]] || write_terminal >"$more/terminal" || return
   write_script >"$more/script.new" && mv -- "$more/script.new" "$more/script"
 }
@@ -18175,6 +18345,8 @@ read_node_environment() {   # that of the job is what the engine gives to its sc
 work_on_node() {            # the worker of this one job
   local entry
   slot=0 gpus=- claim=$run/claim
+  fill_wrap "$wrap"
+  wrap=${REPLY//$'\4'/${CUDA_VISIBLE_DEVICES-}}
   has='' fresh=1 baseline='' ticks=0 login_folder=$HOME
   trap : TERM INT HUP PIPE
   trap - USR1

@@ -96,6 +96,7 @@ env:
   MODE: 0755
   FLAG: true
   EMPTY: ''
+wrap: nice -n 5
 gpus: [2, 0]
 max_jobs: 4
 """)
@@ -106,10 +107,10 @@ max_jobs: 4
                      ('ConnectTimeout', '010')),
         workdir='~/scratch', setup='module load cuda\nexport A=1\n',
         env=(('A', 'x y'), ('VERSION', '1.10'), ('MODE', '0755'), ('FLAG', 'true'), ('EMPTY', '')),
-        gpus=(2, 0), max_jobs=4)
+        wrap='nice -n 5', gpus=(2, 0), max_jobs=4)
     assert set(ssh_scheduler.MACHINE_KEYS) == {
         'ip', 'username', 'port', 'ssh_key_path', 'name', 'proxy_jump', 'ssh_options', 'workdir',
-        'setup', 'env', 'gpus', 'max_jobs',
+        'setup', 'env', 'wrap', 'gpus', 'max_jobs',
         'engine', 'engine_options', 'gpu_types', 'node_folder'}
 
 

@@ -95,6 +95,13 @@ def test_a_job_has_the_environment_of_the_login_and_what_slurm_gives(cluster, ba
     assert umask == cluster.login.run('umask').stdout.strip()
 
 
+def test_a_job_is_wrapped_on_its_node(cluster, batches):
+    machine = cluster_of(cluster, wrap='env FROM="{gpu_ids} {gpus} {cores} {memory_mb} {name}"')
+    done = batches.run(['echo $FROM; exit 4'], [machine], '--num-gpus=2', '--num-cpus=3',
+                       '--memory-required=300')
+    assert done.returncode == 1 and result('batch.sh.1') == b'0,1 2 3 300 batch.sh.1\n', done.stderr
+
+
 def test_a_job_may_run_on_the_disk_of_its_node(cluster, batches, outside):
     Path('input.txt').write_text('from here\n')
     line = ('pwd -P; cat input.txt; mkdir -p "a b/c"; echo deep >"a b/c/d"; ln -s d "a b/c/link"; '
