@@ -529,6 +529,8 @@ def apply(event, known):
         known[event['job']] = {**event, 'state': 'running'}
     elif word == 'renamed':
         known[event['to']] = {**known.pop(event['job']), 'state': 'earlier'}
+    elif word == 'running':             # it has left the queue of a cluster
+        known[event['job']]['time'] = event.get('time')
     elif word == 'ended':
         known[event['job']].update(event, state='ended', time=known[event['job']].get('time'))
     elif word in ('collected', 'lost', 'cancelled'):
@@ -1603,6 +1605,8 @@ def retell(event, story):
     elif word == 'renamed':
         story.attempts[event['to']] = story.attempts.pop(name)
         story.before.setdefault(name, []).append(event['to'])
+    elif word == 'running':             # until then it has waited, in the queue of a cluster
+        story.attempts[name][-1]['time'] = time_s
     elif word == 'ended':
         last = story.attempts[name][-1]
         last.update(event, state='ended', until=time_s, time=last.get('time'))

@@ -13205,6 +13205,9 @@ def read_past(name, path):
                 found[job] = Past(job, event, {}, word, {})
             elif word == 'renamed' and job in found:
                 found[event['to']] = found.pop(job)._replace(name=event['to'])
+            elif job in found and word == 'running':    # it has left the queue of a cluster
+                found[job] = found[job]._replace(
+                    state='claimed', claimed={**found[job].claimed, 'time': event['time']})
             elif job in found and word in LIFE_WORDS:
                 found[job] = found[job]._replace(
                     state=word, ended=event if word == 'ended' else found[job].ended)
@@ -13225,6 +13228,7 @@ def what_became(past):
     """Yield (head, text) of how a job ended, and when."""
     claimed, ended, now = past.claimed, past.ended, time.time()
     states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost it',
+              'queued': 'waits in the queue of a cluster',
               'stopping': 'was told to stop, and is not known to have ended',
               'cancelled': 'was cancelled'}
     text = states.get(past.state, '')

@@ -425,7 +425,8 @@ def test_the_journal_is_as_the_readme_has_it(run, batches, ask, lab1, gate):
                             'version': version}
     assert seen >= {'journal', 'begun', 'machine', 'claimed', 'ended', 'committing', 'collected',
                     'renamed', 'stopping', 'cancelled', 'answered', 'tidied'}
-    assert documented.keys() == seen | {'lost', 'cancelling', 'unwanted', 'wanted'}
+    at_clusters = {'queued', 'running'}         # tests/test_slurm.py sees these
+    assert documented.keys() == seen | {'lost', 'cancelling', 'unwanted', 'wanted'} | at_clusters
 
 
 def kernel(machine, text):

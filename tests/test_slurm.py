@@ -469,6 +469,9 @@ def test_the_status_has_the_reason(cluster, batches, run_cli):
     assert shown['state'] == 'queued' and shown['queued']['why'] == 'no room now'
     cluster.command('scancel', number)
     assert run.end().returncode == 0
+    facts = {event['event']: {*event} - {'event', 'time'} for event in journal()}
+    assert facts['queued'] == {'job', 'number', 'why', 'start'} and facts['running'] == {'job'}
+    assert 'queued' not in run_cli('execute_batch', 'batch.sh', '--status').stdout
 
 
 def test_what_a_cluster_has_is_shown(cluster, run_cli, project):
@@ -570,3 +573,29 @@ def test_a_shell_opens_on_the_node(cluster, run_cli, start_cli, project, gate):
     assert (names, gpus) == (['cluster.yaml', 'here'], '0'), done.stderr
     assert folder.startswith(str(cluster.workdir))
     assert NODE.fullmatch(host + '\n') or not cluster.apart
+
+
+# ---- README ----
+
+def test_the_transcript_of_the_readme(make_cluster, lab, start_cli, project):
+    """The commands and lines are those of README, but for names of machines, numbers and times."""
+    text = (Path(ssh_scheduler.__file__).parent / 'README.md').read_text()
+    section = text.split('\n## Growing into a cluster\n')[1].split('\n## ')[0]
+    transcript = section.split('```')[3].strip().splitlines()
+    at = next(number for number, line in enumerate(transcript) if line.startswith('$ execute'))
+    assert transcript[0] == '$ cat experiments.sh'
+    Path('experiments.sh').write_text('\n'.join(transcript[1:at]) + '\n')
+    cluster = make_cluster(nodes=1, cpus=1)
+    cluster_of(cluster)
+    Path('lab1.yaml').write_text(Path(lab().yaml(max_jobs=1)).read_text())
+    process = start_cli(*transcript[at].split()[1:])
+    said, complaint = process.communicate(timeout=90)
+    assert process.returncode == 0, complaint
+
+    def plain(line):
+        line = re.sub(r', would start about [0-9:]+', '', line)
+        return re.sub(r'Slurm [0-9]+: (no room now|others first)|[0-9.]+ s$', 'N', line)
+
+    assert [*map(plain, said.splitlines())] == [*map(plain, transcript[at + 1:])]
+    keys = re.findall(r'^(\w+): ', section.split('```')[1], re.M)
+    assert {*keys} <= {*ssh_scheduler.MACHINE_KEYS}

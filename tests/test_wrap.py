@@ -237,7 +237,8 @@ def test_the_values_of_an_attempt(allocation, gpus, values):
     placement = allocation and s.Placement(1, allocation, gpus)
     capacity = types.SimpleNamespace(gpus=[s.Gpu(index, 1) for index in (0, 2, 5)])
     attempt = types.SimpleNamespace(
-        name='a.1', placement=placement, machine=types.SimpleNamespace(capacity=capacity),
+        name='a.1', placement=placement,
+        machine=types.SimpleNamespace(capacity=capacity, machine=s.Machine('a')),
         gpus=placement and placement.visible_gpus)
     assert s.values_of(attempt) == dict(zip(s.PLACEHOLDERS, (*values, 'a.1')))
 
@@ -249,7 +250,7 @@ def test_without_the_key_nothing_more_is_sent():
         contact=types.SimpleNamespace(send=lambda *words: sent.append(words)))
     attempt = types.SimpleNamespace(
         job=s.Job('a', 'true', 1, None, s.Forwards()), how=s.How(), key='a.1-0', gpus=None,
-        placement=None, name='a', stage=types.SimpleNamespace(id='1'))
+        placement=None, name='a', stage=types.SimpleNamespace(id='1'), machine=worker)
     control = s.JobControl(worker)
     control.send_start(attempt)
     start = ('start', 'a.1-0', '1', '-', '0 0 0', '', '', 'true', 'changed')
