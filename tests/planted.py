@@ -23,13 +23,14 @@ CASES = ['tests/test_protocol.py', '-k', 'not no_fault']
 MODEL = ['tests/test_protocol.py', '-k', 'no_fault']
 CRASHES = ['tests/test_crashes.py', '-k', 'localhost']
 REQUESTS = ['tests/test_requests.py', '-k', 'single_jobs or put_aside or away']
+CLUSTERS = ['tests/test_slurm.py', '-k', 'whatever or killed or comes_back or waits']
 LIMIT_S = 900
 
 # name: what is tried, and pairs of texts: what stands in the program once, and what is put there
 FAULTS = {
     # over there
     'a job is begun by each who wants it (no O_EXCL)': (CASES, MODEL, (
-        ('  set -C\n  {\n', '  set +C\n  {\n'),)),
+        ('|| return\n  set -C\n  {\n', '|| return\n  set +C\n  {\n'),)),
     'a job that is revoked may yet begin': (CASES, MODEL, (
         ('{ printf \'#%-126s\\n\' revoked >"$file"; } && revoked=1', 'revoked=1'),)),
     'the end of a job is said before it is recorded': (CASES, MODEL, (
@@ -39,9 +40,18 @@ FAULTS = {
          '"$wall" "$used"\n  sleep 1\n'
          '  record "$file" "ended $status $wall $folder" "$command"\n'))),
     'a job that is lost is recorded as one that ended well': (CASES, MODEL, (
-        ('"lost${folder:+ $folder}"\n', '"ended 0${folder:+ $folder}"\n'),)),
+        ('"lost${folder:+ $folder}"\n  done\n', '"ended 0${folder:+ $folder}"\n  done\n'),)),
     'old runners live on': (CASES, MODEL, (
         ('      kill -KILL "${runner%% *}"\n', ''),)),
+    # at a cluster
+    'a batch script runs the job without the fence': (CLUSTERS, (
+        ("    '[[ begun -ef claim.$me ]] || exit 0 ", "    'true || exit 0 "),)),
+    'a job that may run is taken back': (CLUSTERS, (
+        ('  [[ $more/begun -ef $more/claim.cancel ]]\n', '  true\n'),)),
+    'no answer of sbatch is taken for a refusal': (CLUSTERS, (
+        ('answer="unknown $answer" || ', 'answer="refused $answer" || '),)),
+    'a job that Slurm still has is handed over again': (CLUSTERS, (
+        ('  elif ((${#alive[@]})); then\n    adopt_oldest\n', ''),)),
     # here
     'a start is sent before the journal has it': (CRASHES, (
         ('attempt.stage.ready:\n', 'attempt.stage.ready and not attempt.why:\n'
@@ -76,7 +86,7 @@ FAULTS = {
     'a job that was cancelled starts again': (REQUESTS, MODEL, (
         ('        if job.name in self.wishes.cancelled:\n            return\n', ''),)),
     'what was promised of a cancel is lost with the client': (REQUESTS, (
-        ("        if record.get('cancelling'):", '        if False:'),)),
+        ("        if attempt.record.get('cancelling'):", '        if False:'),)),
     'results are put aside by halves': (REQUESTS, (
         ('            self._end_commits()\n            self._end_renames()\n',
          '            self._end_commits()\n'),)),
