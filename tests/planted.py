@@ -91,7 +91,8 @@ FAULTS = {
         ('            self._end_commits()\n            self._end_renames()\n',
          '            self._end_commits()\n'),)),
     'a job on a machine that was away is not cancelled there': (REQUESTS, (
-        ('            if self._worker.run.wishes.unwanted(attempt):', '            if False:'),)),
+        ("if attempt.state == 'stopping' or self._worker.run.wishes.unwanted(attempt):",
+         "if attempt.state == 'stopping':"),)),
 }
 
 

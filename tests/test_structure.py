@@ -5,6 +5,7 @@ import collections
 import runpy
 from pathlib import Path
 
+import planted
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,13 @@ def test_no_name_of_a_file_has_two_meanings(name):
             for target in getattr(node, 'targets', None) or [node.target]:
                 bound.update(one.id for one in ast.walk(target) if isinstance(one, ast.Name))
     assert [one for one, times in bound.items() if times > 1 and one != '_'] == []
+
+
+@pytest.mark.parametrize('fault', planted.FAULTS)
+def test_each_fault_that_is_planted_has_its_place(fault):
+    text = (ROOT / 'ssh_scheduler.py').read_text(encoding='utf-8')
+    *_, changes = planted.FAULTS[fault]
+    assert planted.plant(text, changes) != text
 
 
 # --- The measures find what they are to find -----------------------------------------------------
