@@ -17220,7 +17220,7 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
       { read -r value <"$dir/self"; } && ! is_alive "$value" &&
         [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
     done
-    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$home/news" "$home/excluded"
+    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$home/news" "$home/excluded" "$home/lib"
       "$claims/$project."*)
   fi
   remove "$claims/$project.$prefix."* "${gone[@]}"
@@ -17239,7 +17239,7 @@ forget_old() {              # removes what other folders' batches left, where th
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
       case ${entry#"$dir/"} in
-        cache | cache/copy | cache/link | stage | news | excluded | run.*) ;;
+        cache | cache/copy | cache/link | stage | news | excluded | lib | run.*) ;;
         *) continue 2 ;;
       esac
     done
@@ -17627,13 +17627,12 @@ REMOTE_ENGINE = r'''
 #
 #   script        what the engine is given; written last
 #   orders        what the script has to know (write_orders)
-#   library       all these functions; functions: what the bash of the job reads first
-#   enter         becomes a program in the environment of a login, such as one of the engine
+#   functions     what the bash of the job reads first
 #   terminal      with a terminal: what brings it to the node
-#   submitting    PID START BOOT_ID HOST of the process that is about to submit it (submit)
+#   submitting    PID START BOOT_ID HOST of the process that is about to submit it; empty if none is
 #   unsure        what the engine said when that was no answer; its time is that of the last try
 #   tries         how often it said something that is not known to be a refusal
-#   engine        the number of the job in the engine; renamed into place
+#   engine        the number of the job in the engine
 #   claim.RUN, begun    see above; RUN NODE, or "cancel"
 #   engine.out    what the engine itself says of the job
 #   cancel        exists if the job is to end
@@ -17650,7 +17649,11 @@ REMOTE_ENGINE = r'''
 #                         or cancel.  WALL, CPU: as in the event `ended`; the last three are sizes,
 #                         in bytes, of what it left.  All is in the name, which a list tells
 #
-# excluded, beside jobs/: NODE TIME of nodes that could not start a job.
+# Beside jobs/ are
+#
+#   lib/SUM/library       all these functions, for the nodes
+#   lib/SUM/enter         becomes a program in the environment of a login, such as one of the engine
+#   excluded              NODE TIME of nodes that could not start a job
 #
 # The record of such a job, see above, begins as
 #
@@ -17673,6 +17676,7 @@ wanted=()                   # the needs of jobs that will be asked for; see do_f
 declare -A ours=()          # the jobs that this client has begun or asked about
 is_looked_at=''             # 1 if look_at_engine was called
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
+lib=''                      # the folder lib/SUM of this runner
 
 do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these functions
   node_folder=$2 engine_words=("${@:3}")
@@ -17767,12 +17771,18 @@ take() {                    # for start_pending: begins the job $key; fails if t
   return 1
 }
 
+# The name is that of the contents: a job that waits needs those that it was queued with.
+write_library() {           # for write_orders: sets lib
+  local sum size
+  write_enter >"$run/enter" && read -r sum size < <(cat -- "$run/library" "$run/enter" | cksum) &&
+    mkdir -p -- "$home/lib/$sum.$size" &&
+    cp -- "$run/library" "$run/enter" "$home/lib/$sum.$size" && lib=$home/lib/$sum.$size
+}
+
 write_orders() {            # for take: all files of the job $key
   local command=${command_of[$key]} name
   [[ -d $more ]] || mkdir -- "$more" || return
-  [[ -e $run/enter ]] || write_enter >"$run/enter" || return
-  ln -- "$run/library" "$run/enter" "$more" 2>/dev/null ||
-    cp -- "$run/library" "$run/enter" "$more" || return
+  [[ $lib ]] || write_library || return
   REPLY=
   [[ ! $functions$named ]] || functions_of
   name=$REPLY
@@ -17784,9 +17794,10 @@ write_orders() {            # for take: all files of the job $key
   printf '%s=%q\n' project "$project" key "$key" folder "$folder" stage "${stage_of[$key]}" \
     need "${need_of[$key]}" mode "${mode_of[$key]}" limit "${limit_of[$key]}" \
     back "${back_of[$key]}" paths "${paths_of[$key]}" mask "$mask" kill_wait "$engine_kill_wait" \
-    wrap "${wrap_of[$key]-}" home "$home" node_folder "$node_folder" >"$more/orders" || return
+    lib "$lib" wrap "${wrap_of[$key]-}" home "$home" node_folder "$node_folder" \
+    >"$more/orders" || return
   [[ ${mode_of[$key]} != tty ]] || write_terminal >"$more/terminal" || return
-  write_script >"$more/script.new" && mv -- "$more/script.new" "$more/script"
+  write_script >"$more/script"
 }
 
 write_enter() {             # for write_orders
@@ -17797,18 +17808,22 @@ write_enter() {             # for write_orders
 
 # An option of the shell that the environment brings (SHELLOPTS) must not end the script.
 write_script() {            # for write_orders: what the engine is given
-  printf '#!/bin/bash\nset +eufn +o posix\nmore=%q\ncd -- "$more" || exit 121\n' "$more"
-  printf '%s\n' "$engine_self" \
+  local text more_quoted lib_quoted
+  printf -v more_quoted %q "$more"
+  printf -v lib_quoted %q "$lib"
+  printf -v text '%s\n' '#!/bin/bash' 'set +eufn +o posix' "cd -- ${more_quoted} || exit 121" \
+    "$engine_self" \
     'echo "$me $node" >"claim.$me" && ln "claim.$me" begun 2>/dev/null' \
     '[[ begun -ef claim.$me ]] || exit 0     # another began it, or it was taken back' \
-    '. ./library && run_on_node; exit 121'
+    ". $lib_quoted/library && run_on_node; exit 121"
+  printf '%s' "$text"       # in one piece
 }
 
 write_terminal() {          # for write_orders: what brings a terminal to the job, on this side
   printf 'more=%q\n' "$more"
   printf '%s\n' 'until [[ -s $more/exports ]]; do [[ -e $more/script ]] || exit; sleep 0.1; done' \
-    'read -r me node <"$more/begun"' "set -- $engine_step --pty \"\$BASH\" \"\$more/tty\"" \
-    '. "$more/enter"'
+    'read -r me node <"$more/begun"' "set -- $engine_step --pty \"\$BASH\" \"\$more/tty\""
+  printf '. %q/enter\n' "$lib"
 }
 
 submit_all() {              # beside the runner: hands over the jobs $@, one after the other
@@ -17821,7 +17836,9 @@ submit_all() {              # beside the runner: hands over the jobs $@, one aft
 submit() {                  # for submit_all: hands over the job $key, and says what became of that
   local more=$home/jobs/$key.more answer='' word need limit
   [[ -e $more/script && ! -e $more/begun ]] || return
-  { read -r need && read -r limit; } < <(. "$more/orders" && printf '%s\n' "$need" "$limit")
+  need=${need_of[$key]-} limit=${limit_of[$key]-}
+  [[ $need ]] ||            # another process queued it
+    { read -r need && read -r limit; } < <(. "$more/orders" && printf '%s\n' "$need" "$limit")
   engine_submit
   if [[ ! -e $more/script ]]; then      # it was taken back meanwhile
     engine_cancel "$key" ''
@@ -17831,7 +17848,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
   case $word in
     id)
       write_number "${answer# }"
-      rm -f -- "$more/unsure"
+      [[ ! -e $more/unsure ]] || rm -f -- "$more/unsure"
       say_text queued "$key" "${answer# }" '' '' ;;
     unknown)
       printf '%s\n' "${answer# }" >"$more/unsure" ;;
@@ -17846,7 +17863,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
         say "held"$'\t'"$key"
       fi ;;
   esac
-  rm -f -- "$more/submitting"
+  [[ ! -e $more/submitting ]] || : >"$more/submitting"
 } 2>>"$run/log"
 
 take_fence() {              # sees to it that the job $key never begins; fails if it has begun
@@ -17870,25 +17887,28 @@ give_up_queued() {          # removes the job $key, which was fenced, here and i
 hear_news() {               # says what the nodes have told
   local file name key size path
   local -A sizes=()
-  local ended=() files=()
+  local ended=() files=() gone=()
   for file in "$home/news/"*; do
     name=${file##*/}
     case $name in
       *.began)
         key=${name%.began}
         [[ ${ours[$key]-} ]] || continue        # another login node of this cluster has it
-        rm -f -- "$file"
+        gone+=("$file")
         say "started"$'\t'"$key" ;;
       *.ended.*)
         key=${name%.ended.*}
         [[ ${ours[$key]-} ]] || continue
         ended+=("$file")
-        files+=("$home/jobs/$key.out" "$home/jobs/$key.err" "$home/jobs/$key.back") ;;
+        [[ $name == *.0.0.0 ]] ||       # it left nothing that is to be seen
+          files+=("$home/jobs/$key.out" "$home/jobs/$key.err" "$home/jobs/$key.back") ;;
     esac
   done
   ((${#ended[@]})) || return 0
-  while read -r size path; do sizes["$path"]=$size; done < <(in_groups sizes_of "${files[@]}")
+  ((${#files[@]} == 0)) ||
+    while read -r size path; do sizes["$path"]=$size; done < <(in_groups sizes_of "${files[@]}")
   for file in "${ended[@]}"; do hear_end; done
+  ((${#gone[@]} == 0)) || remove "${gone[@]}"
 } 2>/dev/null
 
 hear_end() {                # for hear_news: acts on what $file says of a job that has ended
@@ -17896,7 +17916,7 @@ hear_end() {                # for hear_news: acts on what $file says of a job th
   fields=${file##*.ended.} key=${file##*/}
   key=${key%.ended.*}
   IFS=. read -r code told wall cpu out err back <<<"$fields"
-  [[ -e $home/jobs/$key ]] || { rm -f -- "$file"; return; }
+  [[ -e $home/jobs/$key ]] || { gone+=("$file"); return; }
   # Why it was told to end only the engine knows.
   [[ $told != told ]] || { judge_due=0; return; }
   # The node has written more than this one can see so far.
@@ -17905,16 +17925,17 @@ hear_end() {                # for hear_news: acts on what $file says of a job th
     ${sizes["$home/jobs/$key.back"]:-0} != "$back" ]]; then
     is_younger "$file" "$LAG_S" && return
   fi
-  while IFS= read -r line; do say "$line"; done <"$home/jobs/$key.more/said"
+  [[ ! -e $home/jobs/$key.more/said ]] ||
+    while IFS= read -r line; do say "$line"; done <"$home/jobs/$key.more/said"
   [[ $told != limit ]] || code=124
   end_queued "$code" "$wall" "$cpu"
+  gone+=("$file")
 }
 
 end_queued() {              # notes that the job $key ended with $1 after $2 (cs), and says so
   local file=$home/jobs/$key word value more folder
   read_record "$file"
   [[ $word == ended ]] || record "$file" "ended $1 $2${folder:+ $folder}"
-  rm -f -- "$home/news/$key."*
   say_ended "$key" "$1" "$2" "${3:-0}"
 }
 
@@ -18072,8 +18093,8 @@ note_number() {             # notes that the job has this number in the engine
   [[ $known == "$1" ]] || write_number "$1"
 }
 
-write_number() {            # whoever reads `engine` finds all of it
-  printf '%s\n' "$1" >"$more/engine.new" && mv -- "$more/engine.new" "$more/engine"
+write_number() {            # notes the number of the job in the engine, in one piece
+  printf '%s\n' "$1" >"$more/engine"
 }
 
 is_missing() {              # tells whether it was not listed for $1 seconds
@@ -18153,6 +18174,7 @@ end_untold() {              # $1: exit status, $2: words for its stderr
   for wall in "$home/news/$key.ended."*; do IFS=. read -r _ _ wall _ <<<"${wall##*.ended.}"; done
   [[ -e $file.back || ! $folder ]] || (list_back "$folder" '' "$file.back" .)
   end_queued "$1" "${wall:-0}"
+  rm -f -- "$home/news/$key."*
 }
 
 lose_queued() {             # $1: lost or preempted, $2: why: it may begin anew, under another key
@@ -18385,7 +18407,9 @@ make_folder() {             # the job's copy of the files; with node_folder on t
       return 1
     fi
     own+=/ssh_scheduler.${folder#work.}
-    mkdir -p -- "${own%/*}" && mkdir -m 700 -- "$own" && ln -s -- "$own/work" "$to" || return
+    # The job is run as ../KEY, as in every folder of jobs.
+    mkdir -p -- "${own%/*}" && mkdir -m 700 -- "$own" && ln -s -- "$own/work" "$to" &&
+      ln -s -- "$file" "$own/$key" || return
     to=$own/work
   fi
   if [[ $stage ]]; then
@@ -18446,10 +18470,10 @@ tell_end() {                # for run_on_node: the end, where the login node loo
 }
 
 # The functions of REMOTE_VISIT, which stand behind these in the library of a node, do the rest.
-visit_on_node() {           # in a step of the engine: becomes a shell beside the job
+visit_on_node() {           # $1: KEY.more; in a step of the engine, becomes a shell beside the job
   local word value folder process='' to
   local -A parent=() group=() mine=()
-  eval "$(<"$more/orders")"
+  eval "$(<"$1/orders")"
   shopt -s nullglob dotglob
   { IFS= read -r boot_id </proc/sys/kernel/random/boot_id; } 2>/dev/null
   boot_id=${boot_id:-$NO_BOOT_ID}
@@ -18879,13 +18903,14 @@ find_job() {                # sets word
 } 2>/dev/null
 
 write_shell() {             # writes one file for bash to read
-  local more=$home/jobs/$key.more
+  local more=$home/jobs/$key.more lib
+  lib=$(. "$more/orders" && printf '%s' "$lib")
   {
     printf 'echo "$$" >%q\nrm -f -- %q\nmore=%q\n' "$to.pid" "$to/shell" "$more"
     printf '%s\n' 'read -r me node <"$more/begun"' "set -- $engine_step" \
       '[[ ! -t 0 ]] || set -- "$@" --pty'
-    printf 'set -- "$@" "$BASH" -c %q "$more"\n. "$more/enter"\n' \
-      '. "$0/library"; more=$0; visit_on_node'
+    printf 'set -- "$@" "$BASH" -c %q "$more"\n. %q/enter\n' \
+      '. "$0/orders"; . "$lib/library"; visit_on_node "$0"' "$lib"
   } >"$to/shell"
 }
 '''

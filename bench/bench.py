@@ -587,7 +587,7 @@ FIGURES = {'fsync': costs.slow_fsync, 'completion': costs.completion, 'job': cos
            'spec': spec_batch, 'remote': remote, 'memory': memory, 'cost': cost_per_job,
            'staged': staged_files, 'combine': combine_small, 'large': combine_large,
            'names': combine_memory,
-           'place': placing, 'slurm': slurm.plain_sbatch}
+           'place': placing, 'slurm': slurm.on_a_cluster}
 
 
 def parsed():

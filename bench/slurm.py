@@ -1,4 +1,4 @@
-"""Many short jobs on a cluster: what a user of plain sbatch waits for, and asks of the controller.
+"""Many short jobs on a cluster, as a batch and by plain sbatch, and what the controller is asked.
 
 The cluster is that of the tests, tests/clusters.py: a real Slurm, two nodes of 4 cores.
 """
@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import clusters
-from ground import SAFETY_NET_S, Failed, rig_folder
+from ground import SAFETY_NET_S, Failed, Goal, rig_folder
 
 # Runs on the login node.  $1: how many jobs, $2: the folder of their results.
 SUBMIT = r'''
@@ -18,20 +18,59 @@ done
 '''
 
 
-def plain_sbatch(bench):
-    """200 x true, one sbatch for each, from the first of them to the last result on the disk."""
+def on_a_cluster(bench):
+    """200 x true by sbatch and as a batch, in turns; then how soon the end of a job is told."""
     why_not = clusters.why_not()
     if why_not:
         raise Failed(why_not)
     jobs, rounds = (50, 1) if bench.quick else (200, 3)
     with rig_folder(bench.top):
-        runs = sorted(submit_all(bench, jobs) for _ in range(rounds))
-    cost, submitted_s, rpcs = runs[len(runs) // 2]
-    counted = ', '.join(f'{count} {kind}' for kind, count in rpcs)
+        plain, ours = zip(*((submit_all(bench, jobs), run_batch(bench, jobs))
+                            for _ in range(rounds)))
+        late_s = sorted(lateness(bench) for _ in range(rounds))
+    cost, submitted_s, rpcs = sorted(plain)[rounds // 2]
     bench.row(f'{jobs} x true by plain sbatch, 2 nodes of 4 cores', f'{cost.seconds:.2f} s', '-',
-              None, f'from {runs[0][0].seconds:.1f} to {runs[-1][0].seconds:.1f} s; '
-              f'{submitted_s:.2f} s until all are submitted; {counted}; processor time of '
+              None, f'from {min(plain)[0].seconds:.1f} to {max(plain)[0].seconds:.1f} s; '
+              f'{submitted_s:.2f} s until all are submitted; {told(rpcs)}; processor time of '
               f'ssh {cost.here_ms:.0f} ms, of its login {cost.there_ms:.0f} ms')
+    mine, asked = sorted(ours)[rounds // 2]
+    bench.compared(f'{jobs} x true on a cluster : plain sbatch', Goal('<=', 1.5, '{:.2f}'),
+                   bench.in_memory([mine.seconds / cost.seconds]),
+                   f'{mine.seconds:.1f} s, from {min(ours)[0].seconds:.1f} to '
+                   f'{max(ours)[0].seconds:.1f}; {told(asked)}; processor time here '
+                   f'{mine.here_ms:.0f} ms, of the login node {mine.there_ms:.0f} ms')
+    bench.row('from the end of a job there to `finished:`', f'{late_s[rounds // 2]:.2f} s', '3 s',
+              late_s[rounds // 2] <= 3, f'from {late_s[0]:.2f} to {late_s[-1]:.2f} s')
+
+
+def told(rpcs):
+    return ', '.join(f'{count} {kind}' for kind, count in rpcs)
+
+
+def run_batch(bench, jobs):
+    """(Cost, what was asked) of the same lines as a batch, on a cluster of its own."""
+    with clusters.Cluster() as cluster:
+        bench.meter.watch(cluster.login)
+        file = cluster.yaml()
+        cost, _ = bench.meter.measure(lambda enter: bench.batch(
+            bench.versions[0].argv('execute_batch'), ['true'] * jobs, bench.folder(),
+            '--no-gpu-required', '--memory-required=100', '--copy-forwards', '--copy-backwards',
+            '--machines', file, enter=enter))
+        return cost, sorted(cluster.rpcs().items())
+
+
+def lateness(bench):
+    """Seconds from the last command of a job that ran for 20 s to the line that tells its end."""
+    with clusters.Cluster() as cluster:
+        folder = bench.folder()
+        (folder / 'batch.sh').write_text('sleep 20; date +%s.%N\n')
+        argv = [*bench.versions[0].argv('execute_batch'), 'batch.sh', '--no-gpu-required',
+                '--copy-forwards', '--machines', cluster.yaml()]
+        with subprocess.Popen([*map(str, argv)], cwd=folder, env=bench.env, text=True,
+                              stdout=subprocess.PIPE) as process:
+            until_s = next(time.time() for line in process.stdout if line.startswith('finished:'))
+            process.stdout.read()
+        return until_s - float((folder / 'job_results/batch.sh.1.out').read_text())
 
 
 def submit_all(bench, jobs):

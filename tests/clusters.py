@@ -204,8 +204,13 @@ class Login(Machine):
     def _sshd_argv(self):
         argv = super()._sshd_argv()
         if os.getuid() == 0 and self.cluster.apart:
-            argv = [program('unshare'), '--uts', program('sh'), '-c', 'hostname "$0" && exec "$@"',
-                    self.name, *argv]
+            # Its name has to be known, here and on the nodes: srun asks to be called back by it.
+            hosts = self.cluster.folder / 'slurm/hosts'
+            with hosts.open('a') as file:
+                file.write(f'127.0.0.1 {self.name}\n')
+            script = 'mount --bind "$1" /etc/hosts && hostname "$0" && shift && exec "$@"'
+            argv = [program('unshare'), '--uts', '--mount', program('sh'), '-c', script, self.name,
+                    str(hosts), *argv]
         return argv
 
     def _runs_here(self, pid):

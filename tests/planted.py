@@ -23,7 +23,7 @@ CASES = ['tests/test_protocol.py', '-k', 'not no_fault']
 MODEL = ['tests/test_protocol.py', '-k', 'no_fault']
 CRASHES = ['tests/test_crashes.py', '-k', 'localhost']
 REQUESTS = ['tests/test_requests.py', '-k', 'single_jobs or put_aside or away']
-CLUSTERS = ['tests/test_slurm.py', '-k', 'whatever or killed or comes_back or waits']
+CLUSTERS = ['tests/test_slurm.py', '-k', 'fence or whatever or killed or comes_back or waits']
 LIMIT_S = 900
 
 # name: what is tried, and pairs of texts: what stands in the program once, and what is put there

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import clusters
@@ -148,6 +149,11 @@ def ids(cluster):
     return [job.id for job in cluster.squeue() if job.name.startswith('sshs-')]
 
 
+def submission(script):
+    """This stand-in for sbatch where a job is handed over, and the real one where it only asks."""
+    return f'[[ " $* " != *" --test-only "* ]] || exec "$REAL" "$@"\n{script}'
+
+
 LIES = {'banners': ('sbatch', clusters.BANNERS),
         'accepted, timed out': ('sbatch', clusters.once(clusters.ACCEPTED_TIMED_OUT)),
         'lost, timed out': ('sbatch', clusters.once(clusters.LOST_TIMED_OUT)),
@@ -162,7 +168,8 @@ LIES = {'banners': ('sbatch', clusters.BANNERS),
 @pytest.mark.parametrize('lie', LIES)
 def test_a_job_runs_once_whatever_sbatch_says(make_cluster, batches, ledger, lie):
     cluster = make_cluster(conf=['MessageTimeout=2'])
-    cluster.wrap(*LIES[lie])
+    name, script = LIES[lie]
+    cluster.wrap(name, submission(script) if name == 'sbatch' else script)
     done = batches.run([f'{once(ledger, name)}; sleep 1; exit {code}'
                         for name, code in (('one', 0), ('two', 5))],
                        [cluster_of(cluster)], *NO_GPU, env=hasty())
@@ -170,6 +177,19 @@ def test_a_job_runs_once_whatever_sbatch_says(make_cluster, batches, ledger, lie
     assert events(done.stdout, 'finished:', 'failed:') and done.returncode == 1
     assert {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'} \
         == {'batch.sh.1': 0, 'batch.sh.2': 5}
+    assert_gone(cluster)
+
+
+@with_constants
+def test_the_fence_alone_lets_one_of_two_run_the_command(cluster, batches, ledger):
+    """Neither `singleton` nor scancel keeps them apart here: they run at the same moment."""
+    alone = clusters.ACCEPTED_TWICE.replace('"$@"', '"${@/--dependency=singleton/--quiet}"')
+    cluster.wrap('sbatch', submission(alone))
+    cluster.wrap('scancel', clusters.NOTHING)
+    done = batches.run([f'{once(ledger)}; sleep 3; exit 5'], [cluster_of(cluster)], *NO_GPU,
+                       env=hasty())
+    assert ledger.read_text() == 'ran\n', done.stderr
+    assert ends() == {'batch.sh.1': 5} and len(ids(cluster)) == 2
     assert_gone(cluster)
 
 
@@ -409,6 +429,25 @@ def assert_gone_but(cluster, running):
 
 
 @with_constants
+def test_a_job_that_has_begun_does_not_come_back(cluster, lab, batches, ledger, gate):
+    """The client asks it back, since it has not heard yet that the job runs."""
+    machine = lab()
+    slow = hasty(HASTY_S=5)
+    slow['CRASH_SETTINGS'] = json.dumps({**json.loads(slow['CRASH_SETTINGS']), 'REFRESH_S': 5})
+    run = batches.start([gate.wait('one'), f'{once(ledger)}; {gate.wait("two")}'],
+                        [machine.yaml(max_jobs=1), cluster_of(cluster)], *NO_GPU,
+                        '--cluster-after=0', '--verbose', env=slow)
+    wrote(ledger, 'ran')
+    gate.open('one')
+    run.until('finished: batch.sh.1')
+    wait_until(lambda: [*cluster.workdir.glob('*/jobs/*.more/claim.cancel')], 'it is asked back')
+    gate.open('two')
+    done = run.end()
+    assert done.returncode == 0 and 'moved:' not in done.stdout, done.stderr
+    assert ledger.read_text() == 'ran\n'
+
+
+@with_constants
 def test_machines_come_before_a_cluster(cluster, lab, batches, gate):
     machine = lab()
     run = batches.start([f'hostname; {gate.wait("one")}', 'hostname', 'hostname'],
@@ -569,6 +608,7 @@ def test_a_shell_opens_on_the_node(cluster, run_cli, start_cli, project, gate):
     done = run_cli('execute_remote', '--shell=one',
                    stdin='hostname; pwd -P; ls; echo $CUDA_VISIBLE_DEVICES\n')
     gate.open('go')
+    assert done.returncode == 0, done.stderr
     host, folder, *names, gpus = done.stdout.splitlines()
     assert (names, gpus) == (['cluster.yaml', 'here'], '0'), done.stderr
     assert folder.startswith(str(cluster.workdir))
@@ -599,3 +639,18 @@ def test_the_transcript_of_the_readme(make_cluster, lab, start_cli, project):
     assert [*map(plain, said.splitlines())] == [*map(plain, transcript[at + 1:])]
     keys = re.findall(r'^(\w+): ', section.split('```')[1], re.M)
     assert {*keys} <= {*ssh_scheduler.MACHINE_KEYS}
+
+
+# ---- What it costs ----
+
+def test_slurm_is_asked_once_for_each_job(cluster, batches):
+    before = cluster.rpcs()
+    began = time.monotonic()
+    done = batches.run(['true'] * 20, [cluster_of(cluster)], *NO_GPU)
+    took_s = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    asked = cluster.rpcs() - before
+    assert asked.pop('REQUEST_SUBMIT_BATCH_JOB') == 20
+    lists = asked.pop('REQUEST_JOB_INFO', 0) + asked.pop('REQUEST_JOB_USER_INFO', 0)
+    assert lists <= 2 + took_s / 15, asked
+    assert sum(asked.values()) <= 6, asked          # once for the batch: its settings, and a test
