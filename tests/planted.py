@@ -23,7 +23,7 @@ CASES = ['tests/test_protocol.py', '-k', 'not no_fault']
 MODEL = ['tests/test_protocol.py', '-k', 'no_fault']
 CRASHES = ['tests/test_crashes.py', '-k', 'localhost']
 REQUESTS = ['tests/test_requests.py', '-k', 'single_jobs or put_aside or away']
-CLUSTERS = ['tests/test_slurm.py', '-k', 'fence or whatever or killed or comes_back or waits']
+CLUSTERS = ['tests/test_slurm.py', '-k', 'fence or whatever or killed or come or waits']
 LIMIT_S = 900
 
 # name: what is tried, and pairs of texts: what stands in the program once, and what is put there
@@ -45,7 +45,9 @@ FAULTS = {
         ('      kill -KILL "${runner%% *}"\n', ''),)),
     # at a cluster
     'a batch script runs the job without the fence': (CLUSTERS, (
-        ("    '[[ begun -ef claim.$me ]] || exit 0 ", "    'true || exit 0 "),)),
+        ("    '[[ begun -ef claim.$me ]] || exit 0 ", "    'true || exit 0 "),
+        # the second run finds these, too
+        ('"$run/events" "$run/quiet" || exit 121', '"$run/events" "$run/quiet"'))),
     'a job that may run is taken back': (CLUSTERS, (
         ('  [[ $more/begun -ef $more/claim.cancel ]]\n', '  true\n'),)),
     'no answer of sbatch is taken for a refusal': (CLUSTERS, (
