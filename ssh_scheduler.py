@@ -1538,6 +1538,7 @@ class MachineResources:
 
 SPARE_PENDING = 5           # jobs that may wait in a queue beyond those that started lately
 LATELY_S = 600.0
+FULL_S = 60.0               # before a queue is asked again that took no more jobs
 GROWTH, GROWTH_S = 10, 5.0  # jobs by which a queue may grow, and in how many seconds: two a second
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
@@ -1553,7 +1554,8 @@ class ClusterResources(MachineResources):
         self._begun = set()                 # numbers of the placements whose jobs run
         self._starts = collections.deque()  # when jobs began, in the last LATELY_S
         self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
-        self._most = math.inf               # jobs that the engine takes, when it took no more
+        # Jobs that the engine takes, when it took no more; and until when that is believed.
+        self._most, self._most_until = math.inf, 0.0
         super().__init__(available_resources)
 
     def began(self, placement):
@@ -1570,14 +1572,15 @@ class ClusterResources(MachineResources):
     def deallocate(self, placement):
         """Give back a placement; another job may have its place at once."""
         super().deallocate(placement)
-        self._begun.discard(placement.number)
-        self._most = math.inf
+        if placement.number in self._begun:
+            self._begun.discard(placement.number)
+            self._most = math.inf
         if self._joined:
             self._joined.popleft()
 
     def note_full(self):
-        """Note that the engine takes no more jobs before one of these has ended."""
-        self._most = max(self.jobs, 1)
+        """Note that the engine takes no more jobs before one has ended, or for a minute."""
+        self._most, self._most_until = max(self.jobs - 1, 0), self._clock() + FULL_S
 
     def score(self, allocation):
         """Return less than any other machine with room has; the emptier queue is better."""
@@ -1593,15 +1596,17 @@ class ClusterResources(MachineResources):
         return self.take(allocation, ())
 
     def short_of(self, allocation):
-        """Return the word for what is short: engine, gpu, jobs, starts or time; '' if it fits."""
+        """Return the word for what is short, such as gpu, full, jobs or starts; '' if it fits."""
         queue = self.available.queue
         if self.refusal(allocation):
             return 'engine'
         if gpu_type_for(allocation, queue.gpu_types) is None:
             return 'gpu'
-        if self.jobs >= min(queue.max_jobs, self._most):
-            return 'jobs'
         now = self._clock()
+        if self.jobs >= (self._most if now < self._most_until else math.inf):
+            return 'full'
+        if self.jobs >= queue.max_jobs:
+            return 'jobs'
         while self._starts and self._starts[0] < now - LATELY_S:
             self._starts.popleft()
         if self.jobs - len(self._begun) >= SPARE_PENDING + len(self._starts):
@@ -1626,7 +1631,8 @@ class ClusterResources(MachineResources):
         if short == 'jobs':
             return f'has {count_of(self.jobs, "job")} of this batch in its queue'
         waiting = self.jobs - len(self._begun)
-        return {'': '', 'starts': f'has {waiting} of this batch that wait there',
+        return {'': '', 'full': 'takes no more jobs of this account now',
+                'starts': f'has {waiting} of this batch that wait there',
                 'time': 'gets its next job in a moment'}[short]
 
     def holder(self, allocation):
@@ -2278,10 +2284,10 @@ class Fleet:
 
     # Machines that fail
 
-    def attempt_changed(self, attempt, before):
-        """Note what the state of an attempt says of its machine; before: its last one."""
+    def attempt_changed(self, attempt):
+        """Note what the state of an attempt says of its machine."""
         standing = self.standing[attempt.machine]
-        self.clusters.attempt_changed(attempt, before)
+        self.clusters.attempt_changed(attempt)
         if attempt.state == 'placed':
             standing.freed = False
         elif attempt.state == 'ended':
@@ -2463,11 +2469,12 @@ class Clusters:
                    for worker, standing in fleet.standing.items()
                    if not worker.machine.engine and not standing.is_given_back)
 
-    def attempt_changed(self, attempt, before):
-        """An attempt is in another state now; before: the state that it was in."""
+    def attempt_changed(self, attempt):
+        """An attempt is in another state now."""
         if attempt.state == 'running' and attempt.machine.machine.engine:
-            if before == 'queued':
-                self._run.client.journal.write(event='running', job=attempt.name)
+            journal = self._run.client.journal
+            if journal.record(attempt.name).get('queued'):      # perhaps by an earlier client
+                journal.write(event='running', job=attempt.name)
             if attempt.placement:
                 self._run.scheduler.began(attempt.machine, attempt.placement)
 
@@ -2641,7 +2648,7 @@ class Run:
         """An attempt is in another state now: act on it, and show it."""
         if LIFE[before].holds and not LIFE[attempt.state].holds and attempt.placement:
             self.scheduler.give_back(attempt.machine, attempt.placement)
-        self.fleet.attempt_changed(attempt, before)
+        self.fleet.attempt_changed(attempt)
         if attempt.state == 'ended':
             self._note(attempt.result)
         self.view.changed(attempt, before)
@@ -4921,6 +4928,7 @@ class JobStatus(NamedTuple):
     state: str                      # see README, --json
     known: collections.abc.Mapping  # its Record; empty if it was never claimed
     folder: str                     # where its output lies
+    is_watched: bool = True         # a client runs the batch
 
     @property
     def counted(self):
@@ -4984,7 +4992,8 @@ class JobStatus(NamedTuple):
         if self.counted != 'waiting':
             return self.last_line()
         if self.state == 'queued':
-            return queue_words('', *self.known['queued'])
+            return queue_words('', *self.known['queued']) + (
+                '' if self.is_watched else ', when it was seen last')
         if self.state == 'cancelled' and not self.known:
             return 'the next run starts it, not this one'
         if self.known.get('aside'):
@@ -5039,7 +5048,7 @@ class BatchStatus:
         if self._client and COUNTED_AS.get(state, 'waiting') == 'waiting' and (
                 results.journal.unwanted.get(job.name) == self._client.pid):
             state, known = 'cancelled', {}
-        return JobStatus(job, state, known, results.folder)
+        return JobStatus(job, state, known, results.folder, bool(self._client))
 
     @property
     def exit_status(self):
@@ -5609,7 +5618,7 @@ QUEUED_JOBS = 20            # of one batch that may be in the queue of a cluster
 # Options of sbatch that the runner gives itself, or that would make something else of a job.
 ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
                 'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
-                'usage', 'version')
+                'usage', 'version', 'export', 'export-file', 'get-user-env')
 # Those begin as some of these do, and are others.
 ENGINE_ALLOWED = ('no-requeue', 'wait-all-nodes')
 
@@ -5733,6 +5742,8 @@ def check_engine(values, path):
             raise MachineFileError(f'{path}: {wrong[0]} needs the key engine, such as "engine: '
                                    'slurm".')
         return
+    if '\\' in values.get('workdir', ''):
+        raise MachineFileError(f'{path}: workdir: Slurm takes no path with a backslash.')
     if 'gpus' in values:
         raise MachineFileError(f'{path}: the key gpus names GPUs of one machine, and engine makes '
                                'this a cluster: use engine_options or gpu_types.')
@@ -5751,7 +5762,7 @@ def read_engine_options(text, path):
     except ValueError as error:
         raise MachineFileError(f'{where}: {sentence(str(error))}') from None
     for word in words:
-        match = re.fullmatch(r'--([a-z][a-z-]*)(=.*)?', word, re.DOTALL)
+        match = re.fullmatch(r'--([a-z][a-z0-9-]*)(=.*)?', word, re.DOTALL)
         if not match:
             raise MachineFileError(f'{where}: write each option as --name or --name=value, not '
                                    f'{word!r}.')
@@ -11446,6 +11457,7 @@ class Queued:
     def ask_fits(self):
         """Ask which kinds of the jobs that wait the engine would refuse; before the probe."""
         worker = self._worker
+        self.refusals.clear()               # what was refused may be right by now
         limit_s = worker.run.policy.timeout_s
         kinds = {cluster_need(kind, worker.machine.gpu_types)
                  for kind in worker.run.scheduler.kinds()}
@@ -11463,6 +11475,8 @@ class Queued:
 
     def on_full(self, why):
         """The engine takes no more jobs for now."""
+        if self.refusal != why:
+            self._worker.report.warning(f'{self._worker.name}: takes no more jobs now: {why}')
         self.refusal = why
         self._worker.run.scheduler.note_full(self._worker)
 
@@ -11472,8 +11486,9 @@ class Queued:
         if not attempt or attempt.state not in ('claimed', 'queued'):
             return
         before = attempt.place or Place('')
+        # Without a reason it is the answer to a question, after which nobody is asked for it back.
         attempt.place = before._replace(number=number or before.number, why=why or before.why,
-                                        start=start)
+                                        start=start, moves_to=before.moves_to if why else None)
         if attempt.state == 'claimed' or attempt.place[:2] != before[:2]:
             worker.lives.move(attempt, 'queued', number=attempt.place.number,
                               why=attempt.place.why, start=start)
@@ -15622,7 +15637,9 @@ read_environment() {        # environment: the entries of $1, without what each 
       PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
       SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
       SLURM_CONF) ;;
-      SLURM_* | SSH_TTY | DISPLAY) [[ ! $engine_name ]] || continue ;;      # not of the job
+      # Not of the job, or they would change what the engine is asked for.
+      SLURM_* | SQUEUE_* | SACCT_* | SCANCEL_* | SINFO_* | SBATCH_WAIT | SBATCH_ARRAY_INX | \
+        SSH_TTY | DISPLAY) [[ ! $engine_name ]] || continue ;;
       BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
       SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
         entry=:${entry#*=}:
@@ -16779,6 +16796,7 @@ ask_about() {               # says how the jobs $@ stand, which were begun befor
 } 2>/dev/null
 
 is_told() {                 # for ask_about: says how the job $key stands; fails where it may change
+  [[ $word != starting || ! -e $file.more/script ]] || word=queued      # on a node of a cluster
   case $word in
     revoked) say "absent"$'\t'"$key" ;;         # again: the answer may have been lost
     ended) say_recorded_end "$key" ;;
@@ -17545,10 +17563,14 @@ do_revoke() {               # KEY...
 }
 
 revoke_all() {
-  local key
-  for key; do revoke "$key"; done
-  end_processes 5 "$@"
-  remove_jobs "$@"
+  local key own=()
+  for key; do
+    [[ ! -e $home/jobs/$key.more/script ]] || continue          # the engine of a cluster has it
+    revoke "$key"
+    own+=("$key")
+  done
+  end_processes 5 "${own[@]}"
+  remove_jobs "${own[@]}"
 }
 
 do_others() { beside list_others "$1"; }
@@ -17639,7 +17661,9 @@ REMOTE_ENGINE = r'''
 #   said          further events, a line each
 #   events, quiet     FIFOs of its node: of such events; and one where nothing ever comes
 #   missing       exists if the engine did not list it; its time is that of the first such list
-#   in, eof       with --stdin: a file that grows, and whether it is complete
+#   fate          what the engine said of its end, which left no record
+#   in, eof       with --stdin: a file that grows, and how large it is in all, when that is known;
+#                 in.node: a FIFO of its node
 #
 # and in news/, where one look tells about all jobs:
 #
@@ -17669,11 +17693,13 @@ SILENCE_S=120               # without an answer, after which that is said
 MISSING_S=60                # that a job must not have been listed before the engine is asked why
 LAG_S=270                   # for a file to be seen that a node has written
 CANCEL_S=20                 # for a script to end its job, before the engine is told to
+MOST_EXCLUDED=3             # nodes that could not begin a job, after which the cluster rests
 EXCLUDED_S=3600             # that a node gets no job which could not start one
 
 node_folder='' engine_words=()          # of the machine file
 wanted=()                   # the needs of jobs that will be asked for; see do_fits
 declare -A ours=()          # the jobs that this client has begun or asked about
+declare -A hurried=()       # those of which the engine was asked at once why they were told to end
 is_looked_at=''             # 1 if look_at_engine was called
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
 lib=''                      # the folder lib/SUM of this runner
@@ -17681,7 +17707,10 @@ lib=''                      # the folder lib/SUM of this runner
 do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these functions
   node_folder=$2 engine_words=("${@:3}")
   mkdir -p -- "$home/news"
-  head -c "$1" <&"$requests" >"$run/library"
+  head -c "$1" <&"$requests" | { cat >"$run/library" || { cat >/dev/null; false; }; } || {
+    complaint
+    say_text broken "$REPLY" later
+  }
 }
 
 do_wrap() { wrap_of[$1]=$2; }           # KEY WORDS; the node knows what stands in them
@@ -17813,7 +17842,7 @@ write_script() {            # for write_orders: what the engine is given
   printf -v lib_quoted %q "$lib"
   printf -v text '%s\n' '#!/bin/bash' 'set +eufn +o posix' "cd -- ${more_quoted} || exit 121" \
     "$engine_self" \
-    'echo "$me $node" >"claim.$me" && ln "claim.$me" begun 2>/dev/null' \
+    'echo "$me $node" >"claim.$me" && ln "claim.$me" begun' \
     '[[ begun -ef claim.$me ]] || exit 0     # another began it, or it was taken back' \
     ". $lib_quoted/library && run_on_node; exit 121"
   printf '%s' "$text"       # in one piece
@@ -17840,7 +17869,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
   [[ $need ]] ||            # another process queued it
     { read -r need && read -r limit; } < <(. "$more/orders" && printf '%s\n' "$need" "$limit")
   engine_submit
-  if [[ ! -e $more/script ]]; then      # it was taken back meanwhile
+  if [[ ! -e $more/script || -e $more/claim.cancel ]]; then     # it was taken back meanwhile
     engine_cancel "$key" ''
     return
   fi
@@ -17853,13 +17882,14 @@ submit() {                  # for submit_all: hands over the job $key, and says 
     unknown)
       printf '%s\n' "${answer# }" >"$more/unsure" ;;
     full | refused)
-      if take_fence; then   # a refusal may leave a job
+      if take_fence; then   # a refusal may leave a job, which will not run
         if [[ $word == full ]]; then
           say_text full "${answer# }"
         else
           say_text unfit "$need" "${answer# }"
         fi
-        give_up_queued
+        record "$home/jobs/$key" revoked
+        remove_jobs "$key"
         say "held"$'\t'"$key"
       fi ;;
   esac
@@ -17918,11 +17948,13 @@ hear_end() {                # for hear_news: acts on what $file says of a job th
   IFS=. read -r code told wall cpu out err back <<<"$fields"
   [[ -e $home/jobs/$key ]] || { gone+=("$file"); return; }
   # Why it was told to end only the engine knows.
-  [[ $told != told ]] || { judge_due=0; return; }
+  if [[ $told == told ]]; then
+    [[ ${hurried[$key]-} ]] || { hurried[$key]=1 judge_due=0; }
+    return
+  fi
   # The node has written more than this one can see so far.
-  if [[ ${sizes["$home/jobs/$key.out"]:-0} != "$out" ||
-    ${sizes["$home/jobs/$key.err"]:-0} != "$err" ||
-    ${sizes["$home/jobs/$key.back"]:-0} != "$back" ]]; then
+  if ((${sizes["$home/jobs/$key.out"]:-0} < out || ${sizes["$home/jobs/$key.err"]:-0} < err ||
+    ${sizes["$home/jobs/$key.back"]:-0} < back)); then
     is_younger "$file" "$LAG_S" && return
   fi
   [[ ! -e $home/jobs/$key.more/said ]] ||
@@ -17989,6 +18021,14 @@ judge_all() {               # beside the runner: says how the jobs stand, by one
     key=${file##*/}
     key=${key%.more}
     [[ ! ${ours[$key]-} || ! -e $file/script ]] || judge
+    engine_name_of "$key"
+    unset -v "of[$REPLY]"
+  done
+  for name in "${!of[@]}"; do           # what was taken back waits there in spite of that
+    [[ $name == "sshs-$project."* ]] || continue
+    for key in ${of["$name"]}; do
+      [[ ${states[key]} != PENDING ]] || engine_cancel '' "${ids[key]}" waiting
+    done
   done
 } 2>>"$run/log"
 
@@ -18055,9 +18095,14 @@ adopt_oldest() {            # for judge: the job waits; of several, the first on
     ((at == first)) || engine_cancel "$key" "${ids[at]}" waiting
   done
   rm -f -- "$more/missing" "$more/unsure"
+  if engine_never "${reasons[first]}"; then
+    engine_reason PENDING "${reasons[first]}"
+    refuse_need "$REPLY"
+    return
+  fi
   engine_reason "${states[first]}" "${reasons[first]}"
   start=
-  [[ ${starts[first]} != 20* ]] || start=$(date -d "${starts[first]}" +%s)
+  [[ ${starts[first]} != 20* ]] || start=$(enter date -d "${starts[first]}" +%s)
   say_text queued "$key" "${ids[first]}" "$REPLY" "$start"
 }
 
@@ -18070,7 +18115,7 @@ judge_unseen() {            # for judge: it has not begun, and waits nowhere
       ! is_younger "$more/submitting" "$((2 * SUBMIT_LIMIT_S))" || return 0
     fi
   fi
-  if ((${#over[@]})) || [[ -e $more/engine ]] && is_missing "$MISSING_S"; then
+  if ((${#over[@]})) || { [[ -e $more/engine ]] && is_missing "$MISSING_S"; }; then
     { read -r id <"$more/engine"; } || id=${ids[over[0]]-}
     settle
   elif [[ ! -e $more/engine ]]; then
@@ -18114,10 +18159,17 @@ settle() {                  # for judge: says how the job ended, of which there 
     settle_unbegun
     return
   fi
+  # The engine forgets; and a node may have written a record that is not seen here so far.
+  case $fate in
+    gone) { IFS=$'\t' read -r fate code node by because <"$more/fate"; } 2>/dev/null || fate=gone ;;
+    *) printf '%s\t%s\t%s\t%s\t%s\n' "$fate" "${code:--}" "${node:--}" "${by:--}" \
+         "${because:--}" >"$more/fate" ;;
+  esac
   case $fate in
     gone | ended) is_missing "$LAG_S" || return 0 ;;
-    requeued) is_missing "$MISSING_S" || return 0 ;;
+    *) is_missing "$MISSING_S" || return 0 ;;
   esac
+  [[ $by != - ]] || by=
   case $fate in
     ended) end_untold "$code" "$engine_name tells its exit status; it left no record itself" ;;
     killed) end_untold 137 'its shell on the node was killed' ;;
@@ -18141,10 +18193,9 @@ settle_unbegun() {          # for settle: the job $key has not begun, and the en
       else
         end_untold 143 "it was cancelled${by:+ by $by} before it began"
       fi ;;
-    unstarted) exclude_node; refuse_queued "the node $node could not start it: $because" ;;
+    unstarted) without_node "the node $node could not start it: $because" ;;
     unwritable)
-      exclude_node
-      refuse_queued "the node $node cannot write in ${home%/*}: let \`workdir\` be a folder that \
+      without_node "the node $node cannot write in ${home%/*}: let \`workdir\` be a folder that \
 the nodes see" ;;
     *) refuse_queued "$engine_name ended it before it began${because:+: $because}" ;;
   esac
@@ -18190,14 +18241,32 @@ lose_queued() {             # $1: lost or preempted, $2: why: it may begin anew,
   fi
 }
 
+refuse_need() {             # $1: why no such job ever runs here
+  local need
+  need=$(. "$more/orders" && printf '%s' "$need")
+  take_fence || return 0
+  say_text unfit "$need" "$1"
+  give_up_queued
+  say "held"$'\t'"$key"
+}
+
 refuse_queued() {           # $1: why the job, which was fenced, could not begin
   take_fence || return 0
   say_text refused "$key" "$1"
   give_up_queued
 }
 
-exclude_node() {
-  [[ ! $node ]] || printf '%s %(%s)T\n' "$node" -1 >>"$home/excluded"
+without_node() {            # $1: why $node did not begin the job, which may begin on others
+  local nodes
+  printf '%s %(%s)T\n' "${node:-?}" -1 >>"$home/excluded"
+  read_excluded
+  IFS=, read -ra nodes <<<"$REPLY"
+  if [[ ! $node ]] || ((${#nodes[@]} >= MOST_EXCLUDED)); then   # it is the cluster
+    refuse_queued "$1"
+  else
+    say_text preempted "$key" "$1"
+    give_up_queued
+  fi
 }
 
 read_excluded() {           # REPLY: the nodes that get no job for now, with commas
@@ -18286,7 +18355,7 @@ stop_queued() {             # ends the job $key; its script looks for the file
 end_begun() { revoke_all "${!begun[@]}"; }      # for farewell
 
 revoke_all() {              # KEY...: see to it that these never begin, or end; and remove them
-  local key tries found
+  local key tries found id
   for key; do
     ! revoke "$key" || continue
     stop_queued
@@ -18295,10 +18364,16 @@ revoke_all() {              # KEY...: see to it that these never begin, or end; 
       [[ -e $home/jobs/$key.more/cancel && ${#found[@]} == 0 ]] || break
       sleep 0.5
     done
+    if ((tries == 120)); then
+      id=
+      { read -r id <"$home/jobs/$key.more/engine"; } 2>/dev/null
+      engine_cancel "$key" "$id"
+    fi
   done
   remove_jobs "$@"
 }
 
+# First of each its file: see run_on_node.
 remove_jobs() {             # removes all that there is of the jobs $@
   local key gone=() word value more folder
   cd -- "$home/jobs" || return
@@ -18311,7 +18386,11 @@ remove_jobs() {             # removes all that there is of the jobs $@
   remove "${gone[@]}"
 } 2>/dev/null
 
-do_eof() { : >"$home/jobs/$1.more/eof"; }
+do_eof() {                  # KEY
+  local size
+  size=$(stat -c %s -- "$home/jobs/$1.more/in") || size=0
+  echo "$size" >"$home/jobs/$1.more/eof"
+} 2>/dev/null
 
 runs_still() {              # for list_others: tells whether the job $key, which has begun, runs
   local found=("$home/news/${file##*/}.ended."*)
@@ -18325,6 +18404,8 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   shopt -s nullglob dotglob
   eval "$(<orders)"
   umask 077
+  # Who removes a job removes this first.  So none begins whose link `begun` is removed already.
+  [[ -e $home/jobs/$key ]] || exit 0
   file=$home/jobs/$key more=$home/jobs/$key.more shared=/tmp proc=/proc sys=/sys
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
   boot_id=${boot_id:-$NO_BOOT_ID}
@@ -18398,19 +18479,19 @@ work_on_node() {            # the worker of this one job
 } 2>/dev/null
 
 make_folder() {             # the job's copy of the files; with node_folder on the node's own disk
-  local to=$home/jobs/$folder own=''
+  local to=$home/jobs/$folder disk=''
   has=$stage fresh=1 baseline=''
   if [[ $node_folder ]]; then
-    eval "own=$node_folder"             # a path, or a variable: the client saw to that
-    if [[ $own != /* ]]; then
+    eval "disk=$node_folder"             # a path, or a variable: the client saw to that
+    if [[ $disk != /* ]]; then
       printf 'ssh-scheduler: node_folder: %s is no folder on this node\n' "$node_folder"
       return 1
     fi
-    own+=/ssh_scheduler.${folder#work.}
+    disk+=/ssh_scheduler.${folder#work.}
     # The job is run as ../KEY, as in every folder of jobs.
-    mkdir -p -- "${own%/*}" && mkdir -m 700 -- "$own" && ln -s -- "$own/work" "$to" &&
-      ln -s -- "$file" "$own/$key" || return
-    to=$own/work
+    mkdir -p -- "${disk%/*}" && mkdir -m 700 -- "$disk" && ln -s -- "$disk/work" "$to" &&
+      ln -s -- "$file" "$disk/$key" || return
+    to=$disk/work
   fi
   if [[ $stage ]]; then
     cp -a --reflink=auto -- "$home/stage/$stage/copy" "$to"
@@ -18422,14 +18503,14 @@ make_folder() {             # the job's copy of the files; with node_folder on t
 } 2>>"$file.err" >&2
 
 bring_home() {              # for run_on_node: from the disk of the node to where it is fetched
-  local to=$home/jobs/$folder own entry
+  local to=$home/jobs/$folder disk entry
   [[ -L $to ]] || return 0
-  own=$(readlink -- "$to")
+  disk=$(readlink -- "$to")
   if [[ ! -e $file.back ]] || copy_home 2>>"$file.err"; then
-    remove "${own%/work}"
+    remove "${disk%/work}"
   else
     printf 'ssh-scheduler: its results could not be copied here; they are on the node %s, in %s\n' \
-      "${SLURMD_NODENAME:-$HOSTNAME}" "$own" >>"$file.err"
+      "${SLURMD_NODENAME:-$HOSTNAME}" "$disk" >>"$file.err"
     rm -f -- "$file.back"
     ((status)) || status=125
   fi
@@ -18441,12 +18522,13 @@ copy_home() (               # for bring_home: what the list of the job names
   mkdir -- "$to.new" &&
     while IFS= read -rd '' entry; do
       [[ $entry != +* ]] || printf '%s\0' "${entry#+}"
-    done <"$file.back" | tar -cf - -C "$own" --null --no-recursion -T - |
+    done <"$file.back" | tar -cf - -C "$disk" --null --no-recursion -T - |
     tar -xpf - -C "$to.new" && rm -- "$to" && mv -- "$to.new" "$to"
 )
 
 freeze_record() {           # how it ended is for the runner to write, when it has asked why
   record() { :; }
+  say_left() { :; }         # a cluster ends what is left when the script has ended
   say_ended() { printf '%s\n' "$2 $3 $4" >"$run/result"; }
   last_words_of() { [[ ! $4 ]] || printf '%s\n' "$4 0 0" >"$run/result"; }
 }
@@ -18486,14 +18568,18 @@ visit_on_node() {           # $1: KEY.more; in a step of the engine, becomes a s
     echo "ssh-scheduler: ${key%.*} has ended, or is about to begin" >&2
     exit 1
   fi
-  to=$(mktemp -d -- /tmp/ssh_scheduler_shell.XXXXXXXX) && write_shell && exec "$BASH" "$to/shell"
+  to=$(mktemp -d -- /tmp/ssh_scheduler_shell.XXXXXXXX) && write_shell || exit
+  "$BASH" "$to/shell"
+  word=$?
+  remove "$to" "$to.pid"
+  exit "$word"
 }
 
 # A FIFO does not reach from the login node to another machine: so the input is a file that grows.
 keep_input() {              # for run_job: sets input and keeper
-  mkfifo -- "$run/in"
-  exec {both}<>"$run/in" {input}<&-
-  exec {input}<"$run/in"
+  mkfifo -- "$run/in.node"
+  exec {both}<>"$run/in.node" {input}<&-
+  exec {input}<"$run/in.node"
   { trap '' TERM; exec {left}<&- {orders}<&- {input}<&-; bring_input; } >&"$both" {both}<&- &
   keeper=$!
   disown "$keeper"
@@ -18503,12 +18589,12 @@ keep_input() {              # for run_job: sets input and keeper
 bring_input() {             # for keep_input: writes what comes, until it is complete
   local from=$file.more/in known=0 size complete=''
   while :; do
-    [[ ! -e $file.more/eof ]] || complete=1     # first: what is there then is all
+    { read -r complete <"$file.more/eof"; } 2>/dev/null         # how many bytes it has in all
     size=$(stat -c %s -- "$from" 2>/dev/null) || size=0
     if ((size > known)); then
       tail -c "+$((known + 1))" -- "$from" | head -c "$((size - known))" || return
       known=$size
-    elif [[ $complete ]]; then
+    elif [[ $complete ]] && ((known >= complete)); then
       return
     else
       sleep 0.2
@@ -18574,8 +18660,8 @@ engine_name_of() {          # REPLY: what the job with the key $1, and no other,
 words_for() {               # words: the options of sbatch for the need $1 and the time limit $2 (s)
   local cores mb alone gpus kind limit=${2%.*}
   read -r cores mb alone gpus kind <<<"$1"
-  words=(--parsable --no-requeue --propagate=NONE --chdir=/ --open-mode=append --nodes=1 --ntasks=1
-    "--cpus-per-task=$cores" "--mem=${mb}M" --signal=B:USR1@60)
+  words=(--parsable --no-requeue --propagate=NONE --export=ALL --chdir=/ --open-mode=append
+    --nodes=1 --ntasks=1 "--cpus-per-task=$cores" "--mem=$((mb > 0 ? mb : 1))M" --signal=B:USR1@60)
   ((gpus == 0)) || words+=("--gres=gpu:${kind:+$kind:}$gpus")
   ((alone == 0)) || words+=(--exclusive)
   # Our own limit is the exact one: Slurm looks at its limits every 30 s, and counts minutes.
@@ -18608,14 +18694,18 @@ engine_is_silent() {        # tells whether $1 says that nothing is known
 }
 
 engine_submit() {           # hands over $key; answer: id ID, unknown WHY, full WHY, refused WHY
-  local words=() lines line status name
+  local words=() lines line status name avoided
   words_for "$need" "$limit"
   engine_name_of "$key"
   name=$REPLY
   read_excluded
-  [[ ! $REPLY ]] || words+=("--exclude=$REPLY")
+  avoided=$REPLY
+  for line in "${engine_words[@]}"; do
+    [[ $line != --exclude=* || ! $avoided ]] || avoided+=,${line#*=}
+  done
   lines=$( (slurm "$SUBMIT_LIMIT_S" sbatch "${words[@]}" "--job-name=$name" --dependency=singleton \
-    "--output=${more//%/%%}/engine.out" "${engine_words[@]}" <"$more/script") 2>&1)
+    "--output=${more//%/%%}/engine.out" "${engine_words[@]}" ${avoided:+"--exclude=$avoided"} \
+    <"$more/script") 2>&1)
   status=$?
   while IFS= read -r line; do
     if [[ $line =~ ^[0-9]+(\;.*)?$ ]]; then
@@ -18631,7 +18721,7 @@ engine_submit() {           # hands over $key; answer: id ID, unknown WHY, full 
       *'nvalid qos'* | *'nvalid feature'* | *'nvalid node name'* | *'nvalid generic resource'* | \
       *'nvalid job array'* | *'equested time limit is invalid'* | *'too long'* | \
       *'nrecognized option'*)
-      if [[ $REPLY && ! ${1-} ]]; then  # without those that failed no node is left
+      if [[ $avoided && ! ${1-} ]]; then       # without those that failed no node is left
         rm -f -- "$home/excluded"
         engine_submit again
         return
@@ -18651,6 +18741,10 @@ engine_is_over() {          # tells whether the state $1 is one that does not ch
       OUT_OF_MEMORY | REVOKED) ;;
     *) return 1 ;;
   esac
+}
+
+engine_never() {            # tells whether a job that waits for this reason will wait for ever
+  [[ $1 == PartitionTimeLimit || $1 == PartitionConfig || $1 == BadConstraints ]]
 }
 
 engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, $2: the reason
@@ -18952,7 +19046,7 @@ main() {                    # stdin: file of the job, then its input
   local file
   IFS= read -rd '' file || return
   until [[ -p $file.more/in ]]; do
-    [[ ! -e $file.more/script ]] || exec cat >>"$file.more/in"  # of an engine: see keep_input
+    [[ ! -e $file.more/script ]] || exec cat >>"$file.more/in"  # on a cluster: see keep_input
     [[ -e $file ]] || return
     sleep 0.02
   done
