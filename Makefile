@@ -5,6 +5,8 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 SECONDS ?= 600
 
 BIN = .venv/bin
+MODULES = ssh_scheduler.py combine_folders.py results_table.py
+SCRIPTS = .ci/measure .ci/manual
 # Another PYTHON than that of .venv makes it anew.
 MADE = .venv/made-by-$(subst /,-,$(PYTHON))
 
@@ -26,11 +28,14 @@ demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
 test: packages  ## run the tests; as root on Debian, install what they need first
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(MADE)  ## lint, compile on the oldest and the newest Python here, and measure
-	$(BIN)/ruff check . .ci/measure
-	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py results_table.py .ci/measure
-	bash .ci/compile ssh_scheduler.py combine_folders.py results_table.py .ci/measure
-	$(BIN)/python .ci/measure ssh_scheduler.py combine_folders.py results_table.py
+check: $(MADE)  ## lint, check the types, compile on the oldest and the newest Python here, and measure
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/shellcheck --shell=bash .ci/compile .ci/install .ci/run example/*.sh example/*/*.sh tests/slurm_rig
+	MYPYPATH=stubs $(BIN)/mypy --strict stubs
+	MYPYPATH=stubs $(BIN)/stubtest --ignore-missing-stub --concise $(MODULES:.py=)
+	$(BIN)/vermin -q -t=3.9- --no-tips --violations $(MODULES) $(SCRIPTS)
+	bash .ci/compile $(MODULES) $(SCRIPTS)
+	$(BIN)/python .ci/measure $(MODULES)
 
 soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
@@ -42,7 +47,7 @@ bench: $(MADE)  ## measure
 	$(BIN)/python bench/bench.py
 
 clean:  ## delete what make made; results of batches stay
-	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(MADE): requirements-dev.txt setup.py
