@@ -7,7 +7,8 @@ SECONDS ?= 600
 BIN = .venv/bin
 MODULES = ssh_scheduler.py combine_folders.py results_table.py
 SCRIPTS = .ci/measure .ci/manual
-# Another PYTHON than that of .venv makes it anew.
+# Another PYTHON than that of .venv makes it anew: first what the program needs, then the rest.
+RUNS = .venv/runs-by-$(subst /,-,$(PYTHON))
 MADE = .venv/made-by-$(subst /,-,$(PYTHON))
 
 help:  ## list the targets
@@ -22,7 +23,7 @@ golden: packages  ## write the golden files of screens anew: then look at what c
 	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 	git --no-pager diff --stat tests/golden
 
-demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
+demo: $(RUNS)  ## run the example's batch on this machine, in a temporary folder
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
 
 test: packages  ## run the tests; as root on Debian, install what they need first
@@ -50,11 +51,17 @@ clean:  ## delete what make made; results of batches stay
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(MADE): requirements-dev.txt setup.py
+$(RUNS): setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash .ci/install python3 python3-venv
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq -r requirements-dev.txt
+	@echo 'Making .venv with the program, which takes some seconds.'
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
+	@touch $@
+
+$(MADE): requirements-dev.txt $(RUNS)
+	@echo 'Installing in .venv what requirements-dev.txt lists, which takes a minute or two.'
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq -r requirements-dev.txt
 	@touch $@
 
 packages: $(MADE)

@@ -88,7 +88,8 @@ Options:
   --skip-special          Leave out sockets, fifos and devices instead of refusing.
   --quiet                 Say nothing unless something is wrong.
   -h --help               Show this.
-  --completion=<shell>    Show what bash, zsh or fish needs to complete this command.
+  --completion=<shell>    Print the script by which bash, zsh or fish completes this command; the
+                          shell reads it at its start.
 
 Exit status: 0 combined, 1 conflicts, 2 wrong usage or a path that cannot be used (in both nothing
 was written), 3 stopped on the way (full disk, a source that changed), 130 interrupted. After 3 and

@@ -103,8 +103,8 @@ Output:
                           table, a timeline, the use of machines, plots, curves,
                           why jobs failed, their outputs' ends, and what ran.
   -h --help               Show this.
-  --completion=<shell>    Show what bash, zsh or fish needs to complete this
-                          command.
+  --completion=<shell>    Print the script by which bash, zsh or fish completes
+                          this command; the shell reads it at its start.
 
 CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
 state (finished, failed, running, ended: not fetched yet, lost, cancelled) and

@@ -13,6 +13,7 @@ from setuptools.dist import Distribution
 
 HERE = Path(__file__).resolve().parent
 MODULES = ['ssh_scheduler', 'combine_folders', 'results_table']
+TYPED = [name for name in MODULES if (HERE / 'stubs' / name).is_dir()]
 
 
 def read_version():
@@ -68,8 +69,8 @@ setup(
     ],
     py_modules=MODULES,
     # A type checker finds the types of a module that is one file in a package of this name only.
-    packages=[f'{name}-stubs' for name in MODULES],
-    package_dir={f'{name}-stubs': f'stubs/{name}' for name in MODULES},
+    packages=[f'{name}-stubs' for name in TYPED],
+    package_dir={f'{name}-stubs': f'stubs/{name}' for name in TYPED},
     package_data={'': ['*.pyi']},
     data_files=[('share/man/man1', [])],        # without any, InstallShared would not run
     cmdclass={'install_data': InstallShared},

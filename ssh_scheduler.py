@@ -160,8 +160,9 @@ COMMON_OPTIONS = """\
   --verbose                     Show each command and each event, on stderr.
   -h --help                     Show this.
   --version                     Show the version.
-  --completion=<shell>          Show what bash, zsh or fish needs to complete
-                                this command: see README.
+  --completion=<shell>          Print the script by which bash, zsh or fish
+                                completes this command; the shell reads it at
+                                its start.
 """
 
 EXECUTE_BATCH_USAGE = """\
@@ -18687,7 +18688,7 @@ REMOTE_SLURM = r'''
 # ---- Slurm ----
 
 # Facts behind this: sbatch(1), squeue(1), scontrol(1), sacct(1), and what Slurm 22.05 does.
-# Another engine is a section like this one; see CONTRIBUTING, "Another engine".
+# Another engine is a section like this one; see docs/internals.md, "Another engine".
 
 engine_name=Slurm engine_version=''
 engine_timeout=10 engine_kill_wait=30 engine_accounting=''      # in seconds; Slurm's own defaults

@@ -204,6 +204,27 @@ def test_the_section_is_the_same_in_all_modules():
 
 
 @pytest.mark.parametrize('command', USAGES)
+def test_a_man_page_has_the_whole_usage_text(command, tmp_path):
+    """Each word of the text is there, in its order, and each option begins a paragraph."""
+    done = subprocess.run([sys.executable, ROOT / '.ci/manual', command], capture_output=True,
+                          text=True, timeout=rig.SAFETY_NET_S)
+    assert (done.returncode, done.stderr) == (0, '')
+    options = {*re.findall(OPTION, USAGES[command])}
+    begun = re.findall(r'(?m)^\.TP\n\\fB(?:-h, )?(\S+?)\\fR', done.stdout.replace('\\-', '-'))
+    assert {*begun} == options
+    if not rig.program('groff'):
+        pytest.skip('groff is not installed')
+    shown = subprocess.run(['groff', '-man', '-ww', '-Tutf8', '-Kutf8', '-P-cbou'],
+                           input=done.stdout, capture_output=True, encoding='utf-8',
+                           timeout=rig.SAFETY_NET_S)
+    assert (shown.returncode, shown.stderr) == (0, '')
+    # Headings lose their colon, and `-h --help` gets a comma.
+    words = iter([word.rstrip(':,') for word in shown.stdout.partition('SYNOPSIS')[2].split()])
+    for word in USAGES[command].partition('Usage:')[2].split():
+        assert word.rstrip(':,') in words, word         # of those that no word was found in yet
+
+
+@pytest.mark.parametrize('command', USAGES)
 def test_each_value_with_words_to_choose_from_is_in_the_help(command):
     """The words of VALUES are those that the text of the option has."""
     for option, value, _, text in ssh_scheduler.option_texts(USAGES[command]):
