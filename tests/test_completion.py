@@ -141,6 +141,7 @@ MACHINES = {'gpu1', 'gpu2', 'gpu3', 'gpu4', 'gpu-cluster', 'gpu8.yaml'}
     ('execute_batch --what b.sh.1 b', {'b.sh'}),                    # one value, then a batch
     ('execute_batch --timeout ', set()),
     ('execute_batch b', {'b.sh'}),
+    ('execute_batch --machines gpu1 -- --m', set()),                # no options behind it
     ('execute_batch --earlier ', {'show', 'collect', 'remove'}),
     ('execute_batch --completion=', {*SHELLS}),
     ('execute_remote --attach t', {'train-0412'}),
