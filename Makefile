@@ -5,7 +5,10 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 SECONDS ?= 600
 
 BIN = .venv/bin
-# Another PYTHON than that of .venv makes it anew.
+MODULES = ssh_scheduler.py combine_folders.py results_table.py
+SCRIPTS = .ci/measure .ci/manual
+# Another PYTHON than that of .venv makes it anew: first what the program needs, then the rest.
+RUNS = .venv/runs-by-$(subst /,-,$(PYTHON))
 MADE = .venv/made-by-$(subst /,-,$(PYTHON))
 
 help:  ## list the targets
@@ -20,17 +23,20 @@ golden: packages  ## write the golden files of screens anew: then look at what c
 	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 	git --no-pager diff --stat tests/golden
 
-demo: $(MADE)  ## run the example's batch on this machine, in a temporary folder
+demo: $(RUNS)  ## run the example's batch on this machine, in a temporary folder
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
 
 test: packages  ## run the tests; as root on Debian, install what they need first
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(MADE)  ## lint, compile on the oldest and the newest Python here, and measure
-	$(BIN)/ruff check . .ci/measure
-	$(BIN)/vermin -q -t=3.9- --no-tips --violations ssh_scheduler.py combine_folders.py results_table.py .ci/measure
-	bash .ci/compile ssh_scheduler.py combine_folders.py results_table.py .ci/measure
-	$(BIN)/python .ci/measure ssh_scheduler.py combine_folders.py results_table.py
+check: $(MADE)  ## lint, check the types, compile on the oldest and the newest Python here, and measure
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/shellcheck --shell=bash .ci/compile .ci/install .ci/run example/*.sh example/*/*.sh tests/slurm_rig
+	MYPYPATH=stubs $(BIN)/mypy --strict stubs
+	MYPYPATH=stubs $(BIN)/stubtest --ignore-missing-stub --concise $(MODULES:.py=)
+	$(BIN)/vermin -q -t=3.9- --no-tips --violations $(MODULES) $(SCRIPTS)
+	bash .ci/compile $(MODULES) $(SCRIPTS)
+	$(BIN)/python .ci/measure $(MODULES)
 
 soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 SEED=
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
@@ -42,14 +48,20 @@ bench: $(MADE)  ## measure
 	$(BIN)/python bench/bench.py
 
 clean:  ## delete what make made; results of batches stay
-	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(MADE): requirements-dev.txt setup.py
+$(RUNS): setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash .ci/install python3 python3-venv
-	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq -r requirements-dev.txt
+	@echo 'Making .venv with the program, which takes some seconds.'
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
+	@touch $@
+
+$(MADE): requirements-dev.txt $(RUNS)
+	@echo 'Installing in .venv what requirements-dev.txt lists, which takes a minute or two.'
+	@$(BIN)/python -m pip install -qq --upgrade pip
+	@$(BIN)/python -m pip install -qq -r requirements-dev.txt
 	@touch $@
 
 packages: $(MADE)

@@ -40,8 +40,8 @@ As usual, some things make this less simple:
 
 Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
 Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge:
-Function, Options, Terminal, Command.  A section uses only what stands above it: the passes get
-their parts as arguments.
+Function, Completion, Options, Terminal, Command.  A section uses only what stands above it: the
+passes get their parts as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -68,7 +68,7 @@ one file; with different content it is a conflict: all are listed, and nothing i
 
 Usage:
   combine_folders [options] [--exclude=<pattern>]... [--] <dest> <source>...
-  combine_folders --help
+  combine_folders --help | --completion=<shell>
 
   If <dest> is there, it counts as the first source, and nothing in it is changed. Of identical
   files, the first gives the mode and the time. Options may stand anywhere; -- ends them.
@@ -88,6 +88,8 @@ Options:
   --skip-special          Leave out sockets, fifos and devices instead of refusing.
   --quiet                 Say nothing unless something is wrong.
   -h --help               Show this.
+  --completion=<shell>    Print the script by which bash, zsh or fish completes this command; the
+                          shell reads it at its start.
 
 Exit status: 0 combined, 1 conflicts, 2 wrong usage or a path that cannot be used (in both nothing
 was written), 3 stopped on the way (full disk, a source that changed), 130 interrupted. After 3 and
@@ -2031,6 +2033,183 @@ def no_folder(error):
         error.errno, f'cannot be used: {reason_of(error)}.')
 
 
+# ---- Completion: this section is the same in all three modules, each of which works alone ----
+
+# What may stand for a value, by its name in the usage text.  What has `files` also is any path.
+VALUES = {'machine': 'machines files', 'job': 'jobs', 'name': 'jobs', 'path': 'files',
+          'file': 'files', 'shell': 'bash zsh fish', 'action': 'show collect remove',
+          'what': 'error rename'}
+
+# Programs for sh that print the words of these names, one a line.  They have no ' and no \\, which
+# the strings of one of the three shells would read.
+WORD_LISTS = {
+    'machines': r'''
+sed -n "s/#.*//; s/^[[:blank:]]*[Hh][Oo][Ss][Tt][[:blank:]=]//p" ~/.ssh/config 2>/dev/null |
+    tr -s " \t=\"" "\n\n\n\n" | grep "^[[:alnum:]_.][[:alnum:]_.@:-]*$"
+ls ~/.local/var 2>/dev/null | sed -n "s/[.]yaml$//p"
+echo localhost''',
+    'jobs': r'''
+cat job_results/.ssh_scheduler/journal job_results/.ssh_scheduler/*/*/journal 2>/dev/null |
+    sed -n "s/^{\"event\": \"claimed\", \"job\": \"\([^\"]*\)\".*/\1/p" | sort -u'''}
+
+# In all of these the option is the last one before the word, with its value if it takes one.
+BASH_COMPLETION = r'''# Completion of COMMAND for bash, made by: COMMAND --completion bash
+_COMMAND_words() {      # the words of these lists that begin with $1, one a line
+    local found word=$1
+    shift
+    for found; do
+        case $found in
+LISTS
+        files) compgen -f -- "$word" ;;
+        *) echo "$found" ;;
+        esac
+    done | while IFS= read -r found; do
+        [[ $found != "$word"* || ! $found ]] || printf '%s\n' "$found"
+    done
+}
+_COMMAND() {
+    local IFS=$' \t\n' option='' lists='' found
+    local word=${COMP_WORDS[COMP_CWORD]} place=$((COMP_CWORD - 1))
+    COMPREPLY=()
+    [[ $word != = ]] || { word=''; place=$COMP_CWORD; }
+    if [[ ${COMP_WORDS[place]} == = ]]; then        # --option=word is three words
+        ((place -= 1))
+        option=${COMP_WORDS[place]}
+    else
+        for ((; place > 0; place--)); do
+            [[ ${COMP_WORDS[place]} != -* ]] || { option=${COMP_WORDS[place]}; break; }
+        done
+        case $option in
+        ONE_VALUE) ((place == COMP_CWORD - 1)) || option='' ;;
+        esac
+    fi
+    [[ $word != -* || " ${COMP_WORDS[*]:0:COMP_CWORD} " == *' -- '* ]] || option=-
+    case $option in
+    -) lists='OPTIONS' ;;
+CASES
+    *) lists=files ;;
+    esac
+    [[ $lists == *files* ]] || compopt +o default 2>/dev/null       # of bash 4
+    while IFS= read -r found; do
+        COMPREPLY+=("$found")
+    done < <(
+        # shellcheck disable=SC2086
+        _COMMAND_words "$word" $lists)
+}
+complete -o default -o filenames -F _COMMAND COMMAND
+'''
+
+ZSH_COMPLETION = r'''#compdef COMMAND
+# Completion of COMMAND for zsh, made by: COMMAND --completion zsh
+_COMMAND() {
+    local place option='' lists='' found
+    local -a options names
+    options=(
+OPTIONS
+    )
+    if [[ $PREFIX == --*=* ]]; then
+        option=${PREFIX%%=*}
+        compset -P 1 '*='
+    else
+        for ((place = CURRENT - 1; place > 1; place--)); do
+            [[ $words[place] != -* ]] || { option=${words[place]%%=*}; break }
+        done
+        case $option in
+        ONE_VALUE) ((place == CURRENT - 1)) && [[ $words[place] != *=* ]] || option='' ;;
+        esac
+        if [[ $PREFIX == -* && -z ${(M)words[1,CURRENT-1]:#--} ]]; then
+            _describe -o option options
+            return
+        fi
+    fi
+    case $option in
+CASES
+    *) lists=files ;;
+    esac
+    for found in ${=lists}; do
+        case $found in
+LISTS
+        files) _files ;;
+        *) compadd -- $found ;;
+        esac
+    done
+}
+if [[ $funcstack[1] == _COMMAND ]]; then _COMMAND "$@"; else compdef _COMMAND COMMAND; fi
+'''
+
+FISH_COMPLETION = r'''# Completion of COMMAND for fish, made by: COMMAND --completion fish
+function __COMMAND_after
+    set -l options (string match -- '-*' (commandline -opc) | string replace -r '=.*' '')
+    contains -- "$options[-1]" $argv
+end
+LISTS
+CASES
+'''
+
+
+def option_texts(usage):
+    """Return [(option, name of its value or None, is it a list, what it does)] of a usage text."""
+    return [(match[2], match[3], bool(match[4]), ' '.join((match[5] or '').split()))
+            for match in re.finditer(r'(?m)^  (-\w )?(--[a-z-]+)(?:=<([^>]+)>)?(\.\.\.)?'
+                                     r'(?:  +(.*(?:\n {20,}\S.*)*)|$)', usage)]
+
+
+def completion(usage, shell):
+    """Return the script by which bash, zsh or fish completes the command of a usage text."""
+    command = usage.partition('Usage:')[2].split()[0]
+    options = option_texts(usage)
+    texts = {name: re.split(r'(?<=[a-z0-9)])[.;] |\.$| \[default:', text)[0]
+             for name, *_, text in options}
+    kinds = {}          # the lists for a value -> the options that have such a value
+    for name, value, *_ in options:
+        if value:
+            kinds.setdefault(VALUES.get(value, ''), []).append(name)
+    needed = {name: text for name, text in WORD_LISTS.items() if name in ' '.join(kinds).split()}
+    if shell == 'fish':
+        return filled(FISH_COMPLETION, {
+            'LISTS': '\n'.join(f"function __COMMAND_{name}\n    sh -c '{text}'\nend"
+                               for name, text in needed.items()),
+            'CASES': '\n'.join(fish_lines(options, texts))}, command)
+    prints = {'bash': "        {}) sh -c '{}' ;;",
+              'zsh': "        {}) names=(${{(f)\"$(sh -c '{}')\"}}); compadd -a names ;;"}[shell]
+    parts = {
+        'ONE_VALUE': '|'.join(name for name, value, is_list, _ in options if value and not is_list),
+        'CASES': '\n'.join(f"    {'|'.join(names)}) lists='{lists}' ;;"
+                           for lists, names in kinds.items()),
+        'LISTS': '\n'.join(prints.format(*pair) for pair in needed.items())}
+    if shell == 'bash':
+        return filled(BASH_COMPLETION, {**parts, 'OPTIONS': ' '.join(['-h', *texts])}, command)
+    about = (f'{name}:{text}'.replace("'", "'\\''") for name, text in texts.items())
+    return filled(ZSH_COMPLETION, {
+        **parts, 'OPTIONS': '\n'.join(f"        '{one}'" for one in about)}, command)
+
+
+def fish_lines(options, texts):
+    """Yield the lines by which fish completes these options, as option_texts returns them."""
+    for name, value, is_list, _ in options:
+        lists = VALUES.get(value, '').split()
+        words = ' '.join(f'(__COMMAND_{one})' if one in WORD_LISTS else one
+                         for one in lists if one != 'files')
+        takes = (' -r' if 'files' in lists else ' -x') if value else ''
+        words = f" -a '{words}'" if words else ''
+        about = texts[name].replace('\\', '\\\\').replace("'", "\\'")
+        yield f"complete -c COMMAND -l {name[2:]}{takes}{words} -d '{about}'"
+        if is_list and words:
+            yield f"complete -c COMMAND -n '__COMMAND_after {name}'{words}"
+
+
+def filled(script, parts, command):
+    """Return the script with these parts in the places of their names, for the command."""
+    pattern = '|'.join(parts)
+    return re.sub(pattern, lambda match: parts[match[0]], script).replace('COMMAND', command)
+
+
+def check_for_shell(shell):
+    """Return why --completion cannot be for this shell, or ''."""
+    return '' if shell in VALUES['shell'].split() else (
+        f'--completion must be bash, zsh or fish, not {shell!r}.')
+
+
 # ---- Options: from argv to the arguments of combine_folders ----
 
 def option_kinds():
@@ -2169,9 +2348,9 @@ def write_line(stream, line):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def show_usage():
-    """Print the usage text."""
-    print(USAGE, end='')
+def show(text):
+    """Print a text that was asked for: the usage, or a completion."""
+    print(text, end='')
 
 
 def conflict_lines(conflict):
@@ -2209,6 +2388,12 @@ def terminate(number, _frame):
 def run(argv, terminal):
     """Do what the command line says; return the exit status."""
     words, options = read_options(argv)
+    if '--completion' in options:
+        shell = options['--completion']
+        if check_for_shell(shell):
+            raise UsageError(check_for_shell(shell))
+        show(completion(USAGE, shell))
+        return 0
     if len(words) < 2:
         raise UsageError(f'<{("dest", "source")[len(words)]}> is missing.')
     keywords = {name[2:].replace('-', '_'): value for name, value in options.items()}
@@ -2246,7 +2431,7 @@ def main():
     argv = sys.argv[1:]
     before_end = argv[:argv.index('--')] if '--' in argv else argv
     if '--help' in before_end or '-h' in before_end:
-        show_usage()
+        show(USAGE)
         return 0
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:

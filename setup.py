@@ -1,11 +1,19 @@
-"""Packaging of ssh-scheduler: three modules, six executables, and nothing to compile."""
+"""Packaging of ssh-scheduler: three modules, their types, six executables, and nothing to compile.
 
+When they are installed, a man page and completions of each executable are made of its usage text.
+"""
+
+import os
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.dist import Distribution
 
 HERE = Path(__file__).resolve().parent
+MODULES = ['ssh_scheduler', 'combine_folders', 'results_table']
+TYPED = [name for name in MODULES if (HERE / 'stubs' / name).is_dir()]
 
 
 def read_version():
@@ -18,6 +26,26 @@ def read_readme():
     """Return the README, or nothing where only the modules were copied."""
     readme = HERE / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
+
+
+def shared_files():
+    """Return (folder, name, text) of each file for man and the shells; none without .ci/manual."""
+    manual = HERE / '.ci/manual'
+    return list(runpy.run_path(str(manual))['shared_files']()) if manual.exists() else []
+
+
+class InstallShared(Distribution().get_command_class('install_data')):
+    """Installs what no file in the project is, but is made of one."""
+
+    def run(self):
+        """Write the files below the prefix."""
+        for folder, name, text in shared_files():
+            place = os.path.join(self.install_dir, folder)
+            self.mkpath(place)
+            path = os.path.join(place, name)
+            with open(path, 'w', encoding='utf-8') as file:
+                file.write(text)
+            self.outfiles.append(path)
 
 
 setup(
@@ -39,7 +67,13 @@ setup(
         'Topic :: System :: Clustering',
         'Topic :: System :: Distributed Computing',
     ],
-    py_modules=['ssh_scheduler', 'combine_folders', 'results_table'],
+    py_modules=MODULES,
+    # A type checker finds the types of a module that is one file in a package of this name only.
+    packages=[f'{name}-stubs' for name in TYPED],
+    package_dir={f'{name}-stubs': f'stubs/{name}' for name in TYPED},
+    package_data={'': ['*.pyi']},
+    data_files=[('share/man/man1', [])],        # without any, InstallShared would not run
+    cmdclass={'install_data': InstallShared},
     # The same two facts stand in the `# /// script` block of ssh_scheduler.py, for `uv run`.
     python_requires='>=3.9',
     install_requires=['PyYAML', 'docopt-ng', 'rich'],

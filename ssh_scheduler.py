@@ -68,7 +68,7 @@ those programs.
     The promise    Usage, Errors
     The heart      Records, Life, Resources, Scheduler, Run
     What is seen   Phrases, Report, Lines, Views, Status
-    The edges      Options, Machine files, Batch files, Files to send, Archives, Probe
+    The edges      Completion, Options, Machine files, Batch files, Files to send, Archives, Probe
     The work       Results, Processes, Job log, Hooks, Wire, Connection, Client, Copies, Contact,
                    Results on their way, Worker, Visits, As a library, Requests, Past
     The commands   Commands
@@ -100,7 +100,7 @@ import sys
 import time
 from typing import NamedTuple, Optional
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 LINUX = sys.platform == 'linux'     # so jobs can run here, too; WSL is one
 
 
@@ -160,6 +160,9 @@ COMMON_OPTIONS = """\
   --verbose                     Show each command and each event, on stderr.
   -h --help                     Show this.
   --version                     Show the version.
+  --completion=<shell>          Print the script by which bash, zsh or fish
+                                completes this command; the shell reads it at
+                                its start.
 """
 
 EXECUTE_BATCH_USAGE = """\
@@ -173,7 +176,7 @@ Usage:
                 [--drop-machine=<machine>]... [--]
                 (<batch> | [<batch>] --what=<job> | [<batch>] --reproduce=<job>
                  | --earlier=<action>)
-  execute_batch --help | --version
+  execute_batch --help | --version | --completion=<shell>
 
   <batch> has one bash command on each line; - is the standard input. Results
   are in ./job_results. A list takes all words up to the next option; -- ends
@@ -286,7 +289,7 @@ Usage:
                  <command>
   execute_remote [options] [--forward=<port>]...
                  (--attach=<name> | --cancel=<name> | --shell=<name>)
-  execute_remote --help | --version
+  execute_remote --help | --version | --completion=<shell>
 
   <command> is bash, in quotes. Its output is shown, and its exit status is that
   of execute_remote. Results are in ./job_results, under the name of the job. A
@@ -348,7 +351,7 @@ Usage:
   execute_to [options] [--machines=<machine>]... [--copy-forwards=<path>]...
              [--link-forwards=<path>]... [--exclude=<pattern>]...
              [--copy-backwards=<path>]... [--] <command>
-  execute_to --help | --version
+  execute_to --help | --version | --completion=<shell>
 
   <command> is bash, in quotes. Ctrl-C cancels it on all machines: no command
   runs longer than execute_to does, so there is nothing to cancel later.
@@ -389,7 +392,7 @@ Show what is free on machines, and who uses them.
 
 Usage:
   query_machines [options] [--machines=<machine>]... [--watch=<time>]...
-  query_machines --help | --version
+  query_machines --help | --version | --completion=<shell>
 
   A list takes all words up to the next option.
 {units}
@@ -5161,6 +5164,183 @@ class BatchStatus:
         return cut(text, reporter.columns, reporter.mark) if reporter.columns else text
 
 
+# ---- Completion: this section is the same in all three modules, each of which works alone ----
+
+# What may stand for a value, by its name in the usage text.  What has `files` also is any path.
+VALUES = {'machine': 'machines files', 'job': 'jobs', 'name': 'jobs', 'path': 'files',
+          'file': 'files', 'shell': 'bash zsh fish', 'action': 'show collect remove',
+          'what': 'error rename'}
+
+# Programs for sh that print the words of these names, one a line.  They have no ' and no \\, which
+# the strings of one of the three shells would read.
+WORD_LISTS = {
+    'machines': r'''
+sed -n "s/#.*//; s/^[[:blank:]]*[Hh][Oo][Ss][Tt][[:blank:]=]//p" ~/.ssh/config 2>/dev/null |
+    tr -s " \t=\"" "\n\n\n\n" | grep "^[[:alnum:]_.][[:alnum:]_.@:-]*$"
+ls ~/.local/var 2>/dev/null | sed -n "s/[.]yaml$//p"
+echo localhost''',
+    'jobs': r'''
+cat job_results/.ssh_scheduler/journal job_results/.ssh_scheduler/*/*/journal 2>/dev/null |
+    sed -n "s/^{\"event\": \"claimed\", \"job\": \"\([^\"]*\)\".*/\1/p" | sort -u'''}
+
+# In all of these the option is the last one before the word, with its value if it takes one.
+BASH_COMPLETION = r'''# Completion of COMMAND for bash, made by: COMMAND --completion bash
+_COMMAND_words() {      # the words of these lists that begin with $1, one a line
+    local found word=$1
+    shift
+    for found; do
+        case $found in
+LISTS
+        files) compgen -f -- "$word" ;;
+        *) echo "$found" ;;
+        esac
+    done | while IFS= read -r found; do
+        [[ $found != "$word"* || ! $found ]] || printf '%s\n' "$found"
+    done
+}
+_COMMAND() {
+    local IFS=$' \t\n' option='' lists='' found
+    local word=${COMP_WORDS[COMP_CWORD]} place=$((COMP_CWORD - 1))
+    COMPREPLY=()
+    [[ $word != = ]] || { word=''; place=$COMP_CWORD; }
+    if [[ ${COMP_WORDS[place]} == = ]]; then        # --option=word is three words
+        ((place -= 1))
+        option=${COMP_WORDS[place]}
+    else
+        for ((; place > 0; place--)); do
+            [[ ${COMP_WORDS[place]} != -* ]] || { option=${COMP_WORDS[place]}; break; }
+        done
+        case $option in
+        ONE_VALUE) ((place == COMP_CWORD - 1)) || option='' ;;
+        esac
+    fi
+    [[ $word != -* || " ${COMP_WORDS[*]:0:COMP_CWORD} " == *' -- '* ]] || option=-
+    case $option in
+    -) lists='OPTIONS' ;;
+CASES
+    *) lists=files ;;
+    esac
+    [[ $lists == *files* ]] || compopt +o default 2>/dev/null       # of bash 4
+    while IFS= read -r found; do
+        COMPREPLY+=("$found")
+    done < <(
+        # shellcheck disable=SC2086
+        _COMMAND_words "$word" $lists)
+}
+complete -o default -o filenames -F _COMMAND COMMAND
+'''
+
+ZSH_COMPLETION = r'''#compdef COMMAND
+# Completion of COMMAND for zsh, made by: COMMAND --completion zsh
+_COMMAND() {
+    local place option='' lists='' found
+    local -a options names
+    options=(
+OPTIONS
+    )
+    if [[ $PREFIX == --*=* ]]; then
+        option=${PREFIX%%=*}
+        compset -P 1 '*='
+    else
+        for ((place = CURRENT - 1; place > 1; place--)); do
+            [[ $words[place] != -* ]] || { option=${words[place]%%=*}; break }
+        done
+        case $option in
+        ONE_VALUE) ((place == CURRENT - 1)) && [[ $words[place] != *=* ]] || option='' ;;
+        esac
+        if [[ $PREFIX == -* && -z ${(M)words[1,CURRENT-1]:#--} ]]; then
+            _describe -o option options
+            return
+        fi
+    fi
+    case $option in
+CASES
+    *) lists=files ;;
+    esac
+    for found in ${=lists}; do
+        case $found in
+LISTS
+        files) _files ;;
+        *) compadd -- $found ;;
+        esac
+    done
+}
+if [[ $funcstack[1] == _COMMAND ]]; then _COMMAND "$@"; else compdef _COMMAND COMMAND; fi
+'''
+
+FISH_COMPLETION = r'''# Completion of COMMAND for fish, made by: COMMAND --completion fish
+function __COMMAND_after
+    set -l options (string match -- '-*' (commandline -opc) | string replace -r '=.*' '')
+    contains -- "$options[-1]" $argv
+end
+LISTS
+CASES
+'''
+
+
+def option_texts(usage):
+    """Return [(option, name of its value or None, is it a list, what it does)] of a usage text."""
+    return [(match[2], match[3], bool(match[4]), ' '.join((match[5] or '').split()))
+            for match in re.finditer(r'(?m)^  (-\w )?(--[a-z-]+)(?:=<([^>]+)>)?(\.\.\.)?'
+                                     r'(?:  +(.*(?:\n {20,}\S.*)*)|$)', usage)]
+
+
+def completion(usage, shell):
+    """Return the script by which bash, zsh or fish completes the command of a usage text."""
+    command = usage.partition('Usage:')[2].split()[0]
+    options = option_texts(usage)
+    texts = {name: re.split(r'(?<=[a-z0-9)])[.;] |\.$| \[default:', text)[0]
+             for name, *_, text in options}
+    kinds = {}          # the lists for a value -> the options that have such a value
+    for name, value, *_ in options:
+        if value:
+            kinds.setdefault(VALUES.get(value, ''), []).append(name)
+    needed = {name: text for name, text in WORD_LISTS.items() if name in ' '.join(kinds).split()}
+    if shell == 'fish':
+        return filled(FISH_COMPLETION, {
+            'LISTS': '\n'.join(f"function __COMMAND_{name}\n    sh -c '{text}'\nend"
+                               for name, text in needed.items()),
+            'CASES': '\n'.join(fish_lines(options, texts))}, command)
+    prints = {'bash': "        {}) sh -c '{}' ;;",
+              'zsh': "        {}) names=(${{(f)\"$(sh -c '{}')\"}}); compadd -a names ;;"}[shell]
+    parts = {
+        'ONE_VALUE': '|'.join(name for name, value, is_list, _ in options if value and not is_list),
+        'CASES': '\n'.join(f"    {'|'.join(names)}) lists='{lists}' ;;"
+                           for lists, names in kinds.items()),
+        'LISTS': '\n'.join(prints.format(*pair) for pair in needed.items())}
+    if shell == 'bash':
+        return filled(BASH_COMPLETION, {**parts, 'OPTIONS': ' '.join(['-h', *texts])}, command)
+    about = (f'{name}:{text}'.replace("'", "'\\''") for name, text in texts.items())
+    return filled(ZSH_COMPLETION, {
+        **parts, 'OPTIONS': '\n'.join(f"        '{one}'" for one in about)}, command)
+
+
+def fish_lines(options, texts):
+    """Yield the lines by which fish completes these options, as option_texts returns them."""
+    for name, value, is_list, _ in options:
+        lists = VALUES.get(value, '').split()
+        words = ' '.join(f'(__COMMAND_{one})' if one in WORD_LISTS else one
+                         for one in lists if one != 'files')
+        takes = (' -r' if 'files' in lists else ' -x') if value else ''
+        words = f" -a '{words}'" if words else ''
+        about = texts[name].replace('\\', '\\\\').replace("'", "\\'")
+        yield f"complete -c COMMAND -l {name[2:]}{takes}{words} -d '{about}'"
+        if is_list and words:
+            yield f"complete -c COMMAND -n '__COMMAND_after {name}'{words}"
+
+
+def filled(script, parts, command):
+    """Return the script with these parts in the places of their names, for the command."""
+    pattern = '|'.join(parts)
+    return re.sub(pattern, lambda match: parts[match[0]], script).replace('COMMAND', command)
+
+
+def check_for_shell(shell):
+    """Return why --completion cannot be for this shell, or ''."""
+    return '' if shell in VALUES['shell'].split() else (
+        f'--completion must be bash, zsh or fish, not {shell!r}.')
+
+
 # ---- Options: argv -> dict; strings die here ----
 
 DECIMAL = r'([0-9]+\.?[0-9]*|\.[0-9]+)'
@@ -5383,6 +5563,16 @@ def check_for_help(usage, command, words):
         raise HelpAsked(f'{command} {__version__}')
 
 
+def check_for_completion(usage, spelled):
+    """Raise HelpAsked, with the script of a shell, if what spell_out spelled asks for that."""
+    for word in spelled[:spelled.index('--')]:
+        if word.startswith('--completion='):
+            shell = word.partition('=')[2]
+            if check_for_shell(shell):
+                raise UsageError(check_for_shell(shell))
+            raise HelpAsked(completion(usage, shell).rstrip())
+
+
 def read_options(usage, argv, in_batch=False):
     """Return the Options of argv (without the program's name) by the usage text.
 
@@ -5410,6 +5600,7 @@ def parse_options(usage, argv, in_batch):
     spelled, given = spell_out(argv, kinds, len(positionals))
     if not in_batch:
         check_for_help(usage, command, given)
+        check_for_completion(usage, spelled)
     if '--machine' in kinds:
         spelled = keep_one_machine(spelled, in_batch)
     words = spelled[spelled.index('--') + 1:]
@@ -18607,7 +18798,7 @@ REMOTE_SLURM = r'''
 # ---- Slurm ----
 
 # Facts behind this: sbatch(1), squeue(1), scontrol(1), sacct(1), and what Slurm 22.05 does.
-# Another engine is a section like this one; see CONTRIBUTING, "Another engine".
+# Another engine is a section like this one; see docs/internals.md, "Another engine".
 
 engine_name=Slurm engine_version=''
 engine_timeout=10 engine_kill_wait=30 engine_accounting=''      # in seconds; Slurm's own defaults

@@ -12,9 +12,16 @@ mkdir "$HOME" "$folder/project"
 cp -R "$here" "$folder/project/example"
 cd "$folder/project"
 
-set -- execute_batch example/batch_script.sh --machines localhost --no-gpu-required --memory-required=100
-echo "\$ $*"
-"$@"
-echo
+show() {
+    echo "\$ $*"
+    "$@"
+    echo
+}
+
+show cat example/batch_script.sh
+show execute_batch example/batch_script.sh --machines localhost --no-gpu-required --memory-required=100
 echo '$ tail job_results/*.out'
 tail -n 5 job_results/*.out
+echo
+echo 'That ran in a folder that is removed now. With a batch of yours, and a machine that ssh can reach:'
+echo '  execute_batch BATCH.sh --machines USER@HOST --no-gpu-required'

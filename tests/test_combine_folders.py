@@ -1115,7 +1115,7 @@ def test_the_usage_text_and_the_function_have_the_same_options():
     keywords = {f'--{name.replace("_", "-")}' for name, parameter in parameters.items()
                 if parameter.kind is parameter.KEYWORD_ONLY}
     known = {name for name in module.option_kinds() if name.startswith('--')}
-    assert known - {'--help', '--quiet'} == keywords - {'--report'}
+    assert known - {'--help', '--completion', '--quiet'} == keywords - {'--report'}
     assert all(len(line) <= 100 for line in module.USAGE.splitlines())
 
 

@@ -12,9 +12,11 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ('ssh_scheduler.py', 'combine_folders.py', 'results_table.py')
@@ -52,8 +54,9 @@ def assert_helps(done, command):
 
 
 def copy_project(to):
-    """Copy what a clone would hold: neither hidden folders nor what tools made."""
-    made = shutil.ignore_patterns('.*', '__pycache__', '*.egg-info', 'build', 'dist', 'job_results')
+    """Copy what a clone would hold: not what tools made."""
+    made = shutil.ignore_patterns('.git', '.venv', '.*_cache', '.hypothesis', '__pycache__',
+                                  '*.egg-info', 'build', 'dist', 'job_results')
     shutil.copytree(ROOT, to, ignore=made)
     return to
 
@@ -113,12 +116,96 @@ def test_the_version_is_the_one_in_the_file(metadata):
     assert f"\n__version__ = '{metadata['version']}'\n" in source
 
 
-def test_three_modules_and_six_executables_are_installed_and_nothing_else(metadata):
+def files_of(executable):
+    """The files of an executable, below the prefix: itself, its man page and its completions."""
+    return {f'bin/{executable}', f'share/man/man1/{executable}.1',
+            f'share/bash-completion/completions/{executable}',
+            f'share/zsh/site-functions/_{executable}',
+            f'share/fish/vendor_completions.d/{executable}.fish'}
+
+
+def test_what_is_named_is_installed_and_nothing_else(metadata):
     files = [path for path in metadata['files'] if '__pycache__' not in path]
     ours = {path for path in files if not path.split('/')[0].endswith('.dist-info')}
-    assert ours == {*MODULES, *(f'../../../bin/{name}' for name in EXECUTABLES)}
+    assert ours == {
+        *MODULES, *(f'{Path(name).stem}-stubs/__init__.pyi' for name in MODULES),
+        *(f'../../../{file}' for name in EXECUTABLES for file in files_of(name))}
     assert any(path.endswith('LICENSE') for path in files)
     assert metadata['license'] == 'MIT'
+
+
+@pytest.fixture(scope='session')
+def distributions(tmp_path_factory):
+    """What `python -m build` makes: {'.gz': the sdist, '.whl': the wheel that is made of it}."""
+    pytest.importorskip('build', reason='build is not installed: make venv does it')
+    clone = copy_project(tmp_path_factory.mktemp('release') / 'clone')
+    must_run(sys.executable, '-m', 'build', cwd=clone)
+    return {path.suffix: path for path in (clone / 'dist').iterdir()}
+
+
+def test_a_release_has_the_version_and_no_more_than_it_needs(distributions):
+    version = re.search(r"(?m)^__version__ = '(.*)'$", (ROOT / MODULES[0]).read_text())[1]
+    assert {kind: path.name for kind, path in distributions.items()} == {
+        '.gz': f'ssh_scheduler-{version}.tar.gz',
+        '.whl': f'ssh_scheduler-{version}-py3-none-any.whl'}
+    with tarfile.open(distributions['.gz']) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    assert {*MODULES, 'setup.py', 'LICENSE', 'README.md', 'CHANGELOG.md', '.ci/manual'} <= names
+    assert not [name for name in names if re.match('(build|share|job_results|bench)/', name)]
+
+
+def test_a_release_installs_and_works(distributions, tmp_path):
+    venv = tmp_path / 'venv'
+    must_run(sys.executable, '-m', 'venv', venv, cwd=tmp_path)
+    must_run(venv / 'bin/python', '-m', 'pip', 'install', distributions['.whl'], cwd=tmp_path)
+    for name in EXECUTABLES:
+        assert_helps(run(venv / 'bin' / name, '--help', cwd=tmp_path), name)
+        assert [file for file in files_of(name) if not (venv / file).is_file()] == []
+        for shell, file in (('bash', f'bash-completion/completions/{name}'),
+                            ('zsh', f'zsh/site-functions/_{name}'),
+                            ('fish', f'fish/vendor_completions.d/{name}.fish')):
+            said = must_run(venv / 'bin' / name, '--completion', shell, cwd=tmp_path)
+            assert (venv / 'share' / file).read_text(encoding='utf-8') == said
+    folder = tmp_path / 'project'
+    folder.mkdir()
+    (folder / 'b.sh').write_text('echo "it runs"\n')
+    must_run(venv / 'bin/execute_batch', 'b.sh', '--machines', 'localhost', '--no-gpu-required',
+             '--memory-required=1', cwd=folder, environment={'HOME': str(tmp_path)})
+    assert (folder / 'job_results/b.sh.1.out').read_text() == 'it runs\n'
+    assert 'b.sh.1' in must_run(venv / 'bin/results_table', '--csv=-', cwd=folder)
+
+
+PROGRAM = '''
+from combine_folders import Result, combine_folders
+from results_table import results_table
+from ssh_scheduler import Allocation, MachineResources, MachineRunner, find_machine
+
+with MachineRunner(find_machine('lab1')) as runner:
+    runner.register_ended(lambda name: print(name, runner.ended[name].exit_code + 1))
+    runner.queue_up('python train.py', ['train.py'], ['model'], 'first', timeout_s=2.5)
+    runner.wait()
+    if runner.capacity:
+        books = MachineResources(runner.capacity)
+        gpus: tuple[int, ...] = books.allocate(Allocation(memory_mb=100)).gpus
+result: Result = combine_folders('all', 'a', 'b', on_conflict='rename')
+rows = results_table(where='lr>0', sort=['lr'])
+rows[0]['lr']
+'''
+
+
+def test_a_type_checker_knows_the_installed_library(installed, tmp_path):
+    pytest.importorskip('mypy', reason='mypy is not installed: make venv does it')
+    wrong = (("'first', timeout_s=2.5", "7, timeout_s='2.5'", 2), ("'rename'", "'rename it'", 1),
+             ("where='lr>0'", 'where=0', 1), ('memory_mb=100', "memory_mb='1G'", 1),
+             ('runner.capacity)', 'None)', 1), ('exit_code + 1', "exit_code + ''", 1))
+    texts = [PROGRAM, *(PROGRAM.replace(*change[:2]) for change in wrong)]
+    for number, text in enumerate(texts):
+        (tmp_path / f'user{number}.py').write_text(text)
+    done = run(sys.executable, '-m', 'mypy', '--strict', '--python-executable',
+               installed / 'bin/python', '.', cwd=tmp_path)
+    found = [len(re.findall(rf'(?m)^user{number}\.py:\d+: error', done.stdout))
+             for number in range(len(texts))]
+    assert found == [0, *(change[2] for change in wrong)], done.stdout + done.stderr
 
 
 def test_the_demo_runs_its_batch_and_leaves_nothing_behind(installed, tmp_path):
@@ -315,7 +402,42 @@ def test_importing_a_vendored_copy_has_no_effect(tmp_path, name):
     assert left == ['home', 'vendored', f'vendored/{name}.py']
 
 
-# --- The oldest Python, and the Makefile ---------------------------------------------------------
+# --- The oldest Python, the Makefile, and what stands beside the program -------------------------
+
+
+def test_the_changelog_has_the_version_below_what_is_not_released():
+    first, second = re.findall(r'(?m)^## (.*)$', (ROOT / 'CHANGELOG.md').read_text())[:2]
+    version = re.search(r"(?m)^__version__ = '(.*)'$", (ROOT / MODULES[0]).read_text())[1]
+    assert first == '[Unreleased]'
+    assert re.fullmatch(rf'\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d', second)
+
+
+def test_the_workflow_checks_on_the_oldest_python_and_the_newest(tmp_path):
+    path = ROOT / '.github/workflows/ci.yml'
+    job = yaml.safe_load(path.read_text())['jobs']['test']
+    oldest = read_script_block(ROOT / 'ssh_scheduler.py')['requires-python']
+    assert job['strategy']['matrix'] == {'python': [oldest.replace('>=', ''), '3.x']}
+    assert [step['run'] for step in job['steps'] if 'run' in step] == [
+        'sudo -H make check test PYTHON="$(command -v python3)"']
+    if shutil.which('actionlint'):
+        must_run('actionlint', path, cwd=tmp_path)
+
+
+def test_a_report_of_a_bug_has_what_the_check_says():
+    form = yaml.safe_load((ROOT / '.github/ISSUE_TEMPLATE/bug.yml').read_text())
+    assert form['name'] and form['description']
+    parts = {part['id']: part for part in form['body']}
+    assert '`execute_batch --check --machines ...`' in parts['check']['attributes']['label']
+    assert parts['check']['validations'] == {'required': True}
+    assert {part['type'] for part in form['body']} <= {'textarea', 'input'}
+
+
+def test_make_check_looks_at_all_shell_scripts():
+    scripts = {path for folder in ('.ci', 'example', 'tests') for path in (ROOT / folder).rglob('*')
+               if path.is_file() and (path.suffix == '.sh' or re.match(
+                   b'#!.*sh\n', path.read_bytes()[:30]))}
+    words = re.search(r'shellcheck --shell=bash (.*)', (ROOT / 'Makefile').read_text())[1].split()
+    assert {path for word in words for path in ROOT.glob(word)} == scripts and len(scripts) > 9
 
 
 def test_nothing_newer_than_python_3_9_is_used():
@@ -335,6 +457,8 @@ def test_make_lists_its_targets(tmp_path):
 
 
 def test_the_venv_is_of_the_python_that_make_was_told(tmp_path):
+    (tmp_path / 'example').mkdir()
+    (tmp_path / 'example/demo.sh').touch()
     for name in ('Makefile', 'requirements-dev.txt', 'setup.py'):
         shutil.copy2(ROOT / name, tmp_path)
     for name in ('one', 'two'):             # it makes a .venv that can do all, and nothing
@@ -343,6 +467,11 @@ def test_the_venv_is_of_the_python_that_make_was_told(tmp_path):
                 rm -rf .venv; mkdir -p .venv/bin; ln -s /bin/true .venv/bin/python; echo {name}; }}
         ''')
         (tmp_path / name).chmod(0o755)
-    said = [must_run('make', '-s', 'venv', f'PYTHON=./{name}', cwd=tmp_path)
-            for name in ('one', 'one', 'two', 'two', 'one')]
-    assert said == ['one\n', '', 'two\n', '', 'one\n']
+    said = [must_run('make', target, f'PYTHON=./{name}', cwd=tmp_path).splitlines()
+            for target, name in (('venv', 'one'), ('venv', 'one'), ('demo', 'two'),
+                                 ('venv', 'two'), ('venv', 'two'), ('venv', 'one'))]
+    program, rest = ([line for line in said[0] if word in line]
+                     for word in ('.venv with the program', 'requirements-dev.txt'))
+    nothing = ["make: Nothing to be done for 'venv'."]
+    assert said == [[*program, 'one', *rest], nothing, [*program, 'two'], rest, nothing,
+                    [*program, 'one', *rest]]
