@@ -10493,8 +10493,8 @@ class Contact:
 
     @property
     def noise(self):
-        """What the login printed, as text."""
-        return printable(self._reader.noise.decode('utf-8', 'replace').strip())
+        """The first line that the login printed."""
+        return complaint_line(self._reader.noise.decode('utf-8', 'replace'))
 
     @property
     def runs_bash(self):
@@ -14367,7 +14367,7 @@ class MachineCheck:
         self.name = machine.name if machine else word
         self.worker = None
         self.settings = {}                  # of ssh for this host: option -> value
-        self._knows_key = None              # whether the host key was known before; None: unclear
+        self._knows_key = False             # the host key was known before
         self._notes = []                    # what the remote runner warned of
         self._job_since = self._waits_for = None    # of a cluster; why the job was taken back
 
@@ -14397,6 +14397,7 @@ class MachineCheck:
     def _look_for_host_key(self):
         """A flow: is the key of the host among the known ones?"""
         name, port = self.settings.get('hostkeyalias'), self.settings.get('port', '22')
+        self._knows_key = False
         if not name:
             name = self.settings.get('hostname', '')
             name = name if port == '22' else f'[{name}]:{port}'
@@ -14405,7 +14406,7 @@ class MachineCheck:
         for path in filter(os.path.isfile, map(os.path.expanduser, files)):
             end = yield self.worker.client.processes.start(
                 ['ssh-keygen', '-F', name, '-f', path], ignore, None, has_input=False)
-            self._knows_key = bool(self._knows_key) or end.status == 0
+            self._knows_key = self._knows_key or end.status == 0
 
     def go_on(self, run):
         """On a cluster, have a job run, as soon as there is contact."""
@@ -14439,7 +14440,7 @@ class MachineCheck:
                  *LAST_CHECKS]
         if self.machine and not self.machine.host:
             names = [name for name in names if name not in OVER_SSH]
-        failed, why = self._failure()
+        failed, why = self.failure()
         found = []
         for place, name in enumerate(names):
             if name == failed:
@@ -14449,7 +14450,7 @@ class MachineCheck:
                 answer if isinstance(answer, list) else [answer]) if one]
         return found, []
 
-    def _failure(self):
+    def failure(self):
         """Return (which check ended the list, or '', a sentence)."""
         if self._error:
             is_key = isinstance(self._error, KeyFileError)
@@ -14510,7 +14511,7 @@ class MachineCheck:
         return 'ok', f'sshd answers at port {self.settings.get("port", "22")}'
 
     def _host_key(self):
-        return 'ok', 'new here: it is known from now on' if self._knows_key is False else 'known'
+        return 'ok', 'known' if self._knows_key else 'new here: it is known from now on'
 
     def _login(self):
         return 'ok', f'as {self.settings.get("user") or "you"}'
@@ -14626,8 +14627,8 @@ class MachineCheck:
                 'utf-8', 'replace')
             return 'ok', f'ran on {printable(said.strip())}, which sees {self._detail("folder")}'
         why = f'it failed with exit code {what}' if word == 'ended' else what
-        return 'WRONG', (f'{sentence(why)} Let workdir in {self.word} be a folder that all nodes '
-                         'see and can write')
+        return 'WRONG', sentence(why) + ('' if 'workdir' in why else (
+            ' To see what became of it, there: sacct -S now-1hour'))
 
     def _clock(self):
         told, came = next(((whole_number(value), when) for key, value, when
@@ -14636,8 +14637,8 @@ class MachineCheck:
         if abs(ahead_s) <= CLOCK_LIMIT_S:
             return 'ok', f'{abs(ahead_s)} s from the one here'
         where = 'ahead of' if ahead_s > 0 else 'behind'
-        return 'note', (f'it is {duration_of(abs(ahead_s))} {where} the one here, so times of files '
-                        'and jobs mislead. Set it there: sudo timedatectl set-ntp true')
+        return 'note', (f'it is {duration_of(abs(ahead_s))} {where} the one here, so times of '
+                        'files and jobs mislead. Set it there: sudo timedatectl set-ntp true')
 
     def _shared_folder(self):
         """Name the machines of this check that see the same folder."""
@@ -15268,6 +15269,8 @@ def execute_to(argv):
     """Run one command on many machines; return the exit status."""
     options = read_options(EXECUTE_TO_USAGE, argv)
     reporter = Reporter(options['--verbose'])
+    if options['--init'] is not None:
+        return begin_machine_file(options, reporter)
     check_machines(options, 'command')
     timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)
@@ -15417,6 +15420,171 @@ def summary_of(outcomes, reporter):
     for (word, what), names in kinds.items():
         reporter.note(f'{word}: {", ".join(names)} ({what})')
     return sum(map(len, kinds.values()))
+
+
+SMALL_HOME_MB = 20_000              # a home with less free than this is no place for results
+NETWORK_DISKS = ('nfs', 'nfs4', 'lustre', 'gpfs', 'smb', 'smb2', 'cifs', 'ceph', 'fuseblk')
+# Options of ~/.ssh/config that the machine file keeps where the name alone would not bring them.
+KEPT_SSH_OPTIONS = ('proxycommand', 'hostkeyalias', 'userknownhostsfile', 'certificatefile',
+                    'hostkeyalgorithms', 'kexalgorithms', 'ciphers')
+ACCEPTED_KEY = re.compile(r'debug1: Server accepts key: (.+) \S+ SHA256:\S+')
+
+
+def begin_machine_file(options, reporter):
+    """Write the file of a machine from what a login finds (--init); return the exit status."""
+    alone = sorted(options.given - {'--init', '--verbose'})
+    if alone:
+        raise UsageError(f'{" and ".join(alone)} cannot be given with --init.')
+    machine = machine_at(options['--init'])
+    name = plain_name(machine.host)
+    path = os.path.join(os.path.expanduser(MACHINE_FOLDER), f'{name}.yaml')
+    if os.path.lexists(path):
+        raise MachineFileError(f'{path} is there already, and no file is replaced. To look at the '
+                               f'machine: execute_batch --check --machines {name}')
+    allow_files(1)
+    client = Client(None, reporter.trace, live=False, project=f'check-{os.urandom(8).hex()}')
+    check = MachineCheck(options['--init'], machine)
+    run = check_run([check], client)
+    found = FoundMachine(check, name)
+    with interruptible(run.interrupt):
+        try:
+            client.flows.start(check.begin())
+            while not check.is_done(run) and not run.interrupts:
+                client.processes.wait(1)
+            if check.worker.state == 'ready':
+                check.worker.contact.flows.start(found.look_closer())
+                while check.worker.state == 'ready' and not (found.is_whole or run.interrupts):
+                    client.processes.wait(1)
+        finally:
+            close_all(run.workers, client, lambda: run.interrupts)
+            client.close()
+    if run.interrupts:
+        return 130
+    if not found.is_whole:
+        reporter.note(f'{check.name} cannot be used: {check.failure()[1]}')
+        return 1
+    put_new_file(path, found.text())
+    reporter.line(f'wrote {path}')
+    reporter.line(f'next: execute_batch --check --machines {name}')
+    return 0
+
+
+def put_new_file(path, text):
+    """Write a file that is not there yet, with its folder; raise if it is there."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'x', encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise MachineFileError(f'{path} cannot be written: {reason_of(error)}.') from None
+
+
+class FoundMachine:
+    """What a login found out about a machine, as a machine file.
+
+    check: a MachineCheck; name: of the file, without .yaml
+    """
+
+    def __init__(self, check, name):
+        self.is_whole = False
+        self._check, self._name = check, name
+        self._key = self._offered = ''      # the file of the key that was accepted, if it works
+        self._options = {}                  # what only ~/.ssh/config says
+
+    def look_closer(self):
+        """A flow: which key did ssh use, and what else would a file have to say?"""
+        worker, settings = self._check.worker, self._check.settings
+        argv = worker.contact.connection.copy(alone=True)
+        # The script that copy() runs is empty here.
+        end = yield worker.contact.start([argv[0], '-v', *argv[1:]], ignore, feed=iter([b'\0']))
+        match = None
+        for match in ACCEPTED_KEY.finditer(end.text):
+            self._offered = match[1]
+        if match and os.path.isfile(self._offered):
+            with contextlib.suppress(KeyFileError):
+                check_key(self._offered, '')
+                self._key = self._offered
+        machine = self._check.machine
+        plain = Machine(self._name, settings.get('hostname', machine.host),
+                        settings.get('user'), int(settings.get('port', 22)),
+                        self._key or None, settings.get('proxyjump'))
+        others = yield from ssh_settings(plain, worker.client, f'{worker.number}.1000')
+        for option in KEPT_SSH_OPTIONS:
+            value = settings.get(option, '')
+            if option == 'userknownhostsfile':
+                value = value.split(' ')[0]
+            if value and value != others.get(option, '').split(' ')[0] and not (
+                    option == 'proxycommand' and settings.get('proxyjump')):
+                self._options[option] = value
+        self.is_whole = True
+
+    def text(self):
+        """Return the text of the file."""
+        check, lines = self._check, []
+        settings, machine = check.settings, check.machine
+        keys = {'name': self._name, 'ip': settings.get('hostname', machine.host),
+                'username': settings.get('user'), 'port': int(settings.get('port', 22)),
+                'ssh_key_path': self._key, 'proxy_jump': settings.get('proxyjump'),
+                'ssh_options': self._options}
+        lines.append(f'# {check.word}, as a login found it on {time.strftime("%Y-%m-%d")}. For all '
+                     'keys see README of ssh-scheduler.')
+        lines += [f'{key}: {as_yaml(value)}' for key, value in keys.items()
+                  if value and not (key == 'proxy_jump' and value == 'none')]
+        if not self._key and self._offered:
+            lines.append(f'# The key was {self._offered}, from ssh-agent: it has to run when jobs '
+                         'start.')
+        lines += self._engine_lines() or self._machine_lines()
+        return '\n'.join(lines) + '\n'
+
+    def _details(self, name):
+        return [value for key, value, _ in self._check.worker.gauge.details if key == name]
+
+    def _disks(self, name):
+        """Yield (MB free, kind of file system, folder) of the facts of this name."""
+        for value in self._details(name):
+            free, _, _, kind, folder = (value + '    ').split(' ', 4)
+            yield whole_number(free), kind, folder.rstrip()
+
+    def _engine_lines(self):
+        """Return the lines of a cluster; none if no Slurm answers there."""
+        parts = self._details('partition')
+        if not parts:
+            return []
+        best = next((part for part in parts if part.endswith('*')), parts[0])
+        folders = [folder for _, kind, folder in self._disks('scratch') if kind in NETWORK_DISKS]
+        where = f'{folders[0]}/.ssh_scheduler' if folders else '~/.ssh_scheduler'
+        known = ', '.join(part.rstrip('*') for part in parts)
+        return ['engine: slurm',
+                f'# engine_options: "--partition={best.rstrip("*")} --account=NAME"      '
+                f'# of {printable(known)}',
+                '# A folder that the nodes see, too:', f'workdir: {as_yaml(where)}']
+
+    def _machine_lines(self):
+        """Return the lines of a machine that is no cluster; all are comments."""
+        lines = []
+        free_mb, kind, _ = next(self._disks('disk'), (0, '', ''))
+        room = sorted(((mb, folder) for mb, other, folder in self._disks('scratch')
+                       if other not in NETWORK_DISKS and mb > free_mb), reverse=True)
+        if room and (free_mb < SMALL_HOME_MB or kind in NETWORK_DISKS):
+            lines += [f'# The home has {free_mb} MB free ({kind}), this folder {room[0][0]} MB:',
+                      f'# workdir: {as_yaml(room[0][1])}']
+        gpus = self._check.worker.capacity.gpus
+        lines += [f'# GPU {gpu.index}: {printable(gpu.name)}, {gpu.total_memory_mb} MB'
+                  for gpu in gpus]
+        if gpus:
+            lines.append(f'# gpus: {[gpu.index for gpu in gpus]}      # to use some of them only')
+        return lines
+
+
+def as_yaml(value):
+    """Return the value as YAML on one line: a word as it is, if YAML reads it so."""
+    yaml = library('yaml')
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            if yaml.safe_load(value) == value and not re.search('[#:{},&*]', value):
+                return value
+    return json.dumps(value)
+
 
 
 def query_machines(argv):
