@@ -387,7 +387,7 @@ Other:
                                 the others waiting.
   --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
                                 batch: somebody waits for this command.
-  --init=<host>                 Log in to this host, [user@]host[:port] or a name
+  --init=<host>                 Log in to a host, [user@]host[:port] or a name
                                 from ~/.ssh/config, and write a machine file for
                                 it to ~/.local/var/. Never replaces a file.
 {common}
