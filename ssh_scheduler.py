@@ -14329,7 +14329,7 @@ OVER_SSH = CHECKS[1:7]              # not of localhost
 # Where a machine failed, by our own sentences on that; all others are of the login.
 FAILED_CHECKS = (
     (r'host name .* is unknown|name server|finds no address|host name that', 'host name'),
-    (r'host key', 'host key'),
+    (r'the host key of', 'host key'),
     (r'nothing listens|cannot be reached|did not answer in time|closed the connection before'
      r'|can(not| not)? connect|could not connect|forbids connections|no method in common'
      r'|ProxyCommand needs', 'port'),

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import subprocess
+import types
 
 import pytest
 import rig
@@ -12,6 +13,7 @@ import yaml
 from batching import NO_GPU, constants, result, with_constants
 from commands import at_terminal
 from hosts import faketime, why_not
+from test_logins import SAID_BY_SSH, TRIED_AGAIN
 from test_slurm import hasty
 
 import ssh_scheduler
@@ -197,6 +199,29 @@ def test_a_login_that_is_refused(check, lab, tmp_path):
     assert (status, mark, rest[0]) == (1, 'WRONG', 'start files')
     assert 'was refused (publickey was tried)' in text
     assert text.endswith(f' Try: ssh-copy-id -i {key} -p {machine.port} ben@127.0.0.1')
+
+
+# What each complaint of ssh is about; all others are about the login.
+ABOUT = {
+    'host key': ['another machine', 'compare the key.', 'could not be verified.'],
+    'host name': ['could be asked for the host name', 'finds no address of', 'is unknown.'],
+    'port': ['AllowTcpForwarding', ': Connection refused.', 'could not connect to', 'ProxyCommand',
+             'nothing listens', 'cannot be reached', 'did not answer in time',
+             'method in common', 'closed the connection before'],
+    'bash': [' has no bash.'],
+}
+
+
+@pytest.mark.parametrize(('text', 'expected'), SAID_BY_SSH + TRIED_AGAIN)
+def test_each_complaint_of_ssh_is_about_one_check(text, expected):
+    machine = ssh_scheduler.Machine('lab1', 'row')
+    found = ssh_scheduler.MachineCheck('lab1', machine)
+    found.worker = types.SimpleNamespace(
+        state='failed', contact=types.SimpleNamespace(runs_bash=False),
+        why=ssh_scheduler.explain_login(machine, 255, '', text)[0])
+    check, _ = found.failure()
+    about = [name for name, parts in ABOUT.items() if any(part in expected for part in parts)]
+    assert [check] == (about or ['login'])
 
 
 # ---- Its start files, shell and programs ----
