@@ -4409,7 +4409,8 @@ def how_to_check(worker, before):
     """
     if not leaves_open(worker.why) or any(map(leaves_open, before)):
         return ''
-    return f' To see what is wrong: execute_batch --check --machines {worker.machine.word}'
+    word = worker.machine.word or worker.name
+    return f' To see what is wrong: execute_batch --check --machines {word}'
 
 
 class BatchView(ToldView):
