@@ -175,7 +175,7 @@ Usage:
                 [--watch=<time>]... [--cancel=<job>]... [--rerun=<job>]...
                 [--drop-machine=<machine>]... [--]
                 (<batch> | [<batch>] --what=<job> | [<batch>] --reproduce=<job>
-                 | --earlier=<action>)
+                 | --earlier=<action> | --check)
   execute_batch --help | --version | --completion=<shell>
 
   <batch> has one bash command on each line; - is the standard input. Results
@@ -196,7 +196,8 @@ batch, 57, or its whole name:
                                 seconds by default, until all jobs have ended.
                                 With --report: write it at this interval.
   --json                        With --status: one JSON object for each job, on
-                                a line of its own.
+                                a line of its own. With --check: one for each
+                                machine.
   --follow=<job>                Show what a job prints, from beginning to end;
                                 exit with its exit status. Ctrl-C stops
                                 watching.
@@ -219,6 +220,12 @@ Later, also when the batch file is gone:
   --reproduce=<job>             Run a job once more, with the files that it had
                                 then, as <job>-again; by default on the same
                                 machine. Say what could not be the same.
+
+Before the first batch, and when a machine cannot be used:
+  --check                       Check the machines, and say what is wrong and
+                                what to type: machine file, login, programs,
+                                disk, GPUs, clock. On a cluster, run a short
+                                job. Needs no <batch>.
 
 Other:
   --dry-run                     Ask the machines, show what would start where,
@@ -350,7 +357,8 @@ Run one command on many machines, on all at the same time.
 Usage:
   execute_to [options] [--machines=<machine>]... [--copy-forwards=<path>]...
              [--link-forwards=<path>]... [--exclude=<pattern>]...
-             [--copy-backwards=<path>]... [--] <command>
+             [--copy-backwards=<path>]... [--]
+             (<command> | --init=<host>)
   execute_to --help | --version | --completion=<shell>
 
   <command> is bash, in quotes. Ctrl-C cancels it on all machines: no command
@@ -382,6 +390,9 @@ Other:
                                 the others waiting.
   --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
                                 batch: somebody waits for this command.
+  --init=<host>                 Log in to a host, [user@]host[:port] or a name
+                                from ~/.ssh/config, and write a machine file for
+                                it to ~/.local/var/. Never replaces a file.
 {common}
 Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong
 usage or configuration, 130 interrupted.
@@ -447,6 +458,10 @@ class UsageError(SchedulerError):
 
 class MachineFileError(SchedulerError):
     """A machine is described wrongly, or not at all."""
+
+
+class KeyFileError(MachineFileError):
+    """ssh could not use the private key that a machine's file names."""
 
 
 class BatchFileError(SchedulerError):
@@ -3331,6 +3346,12 @@ class Reporter:
         if self._screen:
             self._on_screen(self._screen.add, Row(left, right, style))
 
+    def finding(self, mark, text):
+        """Print a finding of a check; its mark, ok, note or WRONG, is a tick on a terminal."""
+        tick, code = {'ok': ('✓', 32), 'note': ('!', 33), 'WRONG': ('✗', 31)}[mark]
+        can_show = self._out.isatty() and self.legible(tick) == tick
+        self.line(f'  {self._coloured(tick, code) if can_show else mark.ljust(5)} {text}')
+
     def paint(self, text, share):
         """Return the text in green, yellow or red by the share that is free, on a terminal."""
         return self._coloured(text, 32 if share > 0.5 else 33 if share > 0.1 else 31)
@@ -4386,6 +4407,22 @@ def queue_news(attempt):
         yield f'queued: {attempt.name} at {printable(attempt.machine.name)} ({words})'
 
 
+def leaves_open(why):
+    """Tell whether the reason why a machine cannot be used leaves open what to do."""
+    return not re.search('Try: |host key|was refused|too many keys|the same account', why)
+
+
+def how_to_check(worker, before):
+    """Return what to type to see what is wrong with a machine, behind a blank; once in a run.
+
+    before: the reasons that were said before
+    """
+    if not leaves_open(worker.why) or any(map(leaves_open, before)):
+        return ''
+    word = worker.machine.word or worker.name
+    return f' To see what is wrong: execute_batch --check --machines {word}'
+
+
 class BatchView(ToldView):
     """The output of execute_batch: the events on stdout, all else on stderr.
 
@@ -4606,7 +4643,8 @@ class BatchView(ToldView):
                               f'go on there): {sentence(worker.why)}')
         else:
             if self._unusable.get(worker) != worker.why:    # it is tried again and again
-                self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
+                more = how_to_check(worker, self._unusable.values())
+                self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}{more}')
             self._unusable[worker] = worker.why
 
     def after_failure(self, worker):
@@ -5591,8 +5629,8 @@ def parse_options(usage, argv, in_batch):
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
     positionals = list(dict.fromkeys(re.findall(r'(?<![=\w])<(\w+)>', pattern)))
-    # Options that stand in the place of a word, as in (<word> | --this) or (--this | --that).
-    instead = set(re.findall(r'(--[a-z-]+)=<\w+>(?=\s+\||\))', pattern))
+    # Options that stand in the place of a word, as in (<word> | --this=<x> | --that).
+    instead = set(re.findall(r'(--[a-z-]+)(?:=<\w+>(?=\s+\|)|(?:=<\w+>)?(?=\)))', pattern))
     beside = set(re.findall(r'\[<\w+>\] (--[a-z-]+)', pattern))      # … or beside one
     spelled, given = spell_out(argv, kinds, 0)
     if given & instead and not (given & beside and spelled[-1] != '--'):
@@ -5975,19 +6013,19 @@ def check_key(key_path, path):
         with open(key_path, 'rb') as file:
             info, text = os.fstat(file.fileno()), file.read(65536)
     except OSError as error:
-        raise MachineFileError(f'{where} cannot be read: {reason_of(error)}. '
+        raise KeyFileError(f'{where} cannot be read: {reason_of(error)}. '
                                'Make one with ssh-keygen, or correct ssh_key_path.') from None
     if not stat.S_ISREG(info.st_mode):
-        raise MachineFileError(f'{where} is not a file.')
+        raise KeyFileError(f'{where} is not a file.')
     if info.st_uid == os.getuid() and info.st_mode & 0o077:
-        raise MachineFileError(f'{where} can be read by others, so ssh refuses it. '
+        raise KeyFileError(f'{where} can be read by others, so ssh refuses it. '
                                f'Try: chmod 600 {key_path}')
     if b'PRIVATE KEY' not in text:
         hint = ' (this looks like the public key: leave out .pub)' if text[:4] in (
             b'ssh-', b'ecds', b'sk-s', b'sk-e') else ''
-        raise MachineFileError(f'{where} is not a private key{hint}.')
+        raise KeyFileError(f'{where} is not a private key{hint}.')
     if key_has_passphrase(text):
-        raise MachineFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
+        raise KeyFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
                                'without one, or leave out ssh_key_path and load it in ssh-agent.')
 
 
@@ -6075,6 +6113,16 @@ def check_machines(options, positional=None):
             f', or <{positional}> is missing.' if positional else '.'))
 
 
+def refuse_again(machine, others):
+    """Raise if one of the other Machines is this one."""
+    for other in others:
+        if machine.name == other.name:
+            raise MachineFileError(f'the machine {machine.name} is named twice.')
+        if machine.address == other.address:
+            raise MachineFileError(f'{other.name} and {machine.name} are the same account, '
+                                   f'{machine.address}: name one of them.')
+
+
 def find_machines(words):
     """Return (the Machines, sentences on wrong machine files); raise where all files are wrong.
 
@@ -6092,12 +6140,7 @@ def find_machines(words):
                 raise
             machine = Machine(word, f'file of {word}')      # an address that no other has
             wrong[word] = str(error)
-        for other in machines:
-            if machine.name == other.name:
-                raise MachineFileError(f'the machine {machine.name} is named twice.')
-            if machine.address == other.address:
-                raise MachineFileError(f'{other.name} and {machine.name} are the same account, '
-                                       f'{machine.address}: name one of them.')
+        refuse_again(machine, machines)
         machines.append(machine)
     if wrong and len(wrong) == len(machines):
         raise MachineFileError('\n'.join(wrong.values()))
@@ -9499,6 +9542,10 @@ class Connection:
         """Return the argv of the channel."""
         return self._reach(self.machine.host, '-T')
 
+    def settings(self):
+        """Return the argv that prints all that ssh would use for this machine; it connects not."""
+        return ['ssh', '-F', self.config_path, '-G', '--', self.machine.host]
+
     def copy(self, alone=False):
         """Return the argv of a program there that runs the script on its stdin, for one copy."""
         if alone:
@@ -10593,8 +10640,8 @@ class Contact:
         self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
             self.token, machine.workdir, client.project, client.owner, self.id, machine.setup,
             int(terms.want_gpus), len(env), *env))
-        if terms.tied:
-            self.send('tie')
+        for word in ('tie',) * terms.tied + ('check',) * terms.checks:
+            self.send(word)
         if machine.engine:
             self.send('engine', len(library), machine.node_folder, *machine.engine_options,
                       data=library)
@@ -10646,6 +10693,16 @@ class Contact:
     def is_quiet(self):
         """Tell whether the login printed nothing: rsync cannot stand that it does."""
         return not self._reader.noise.strip()
+
+    @property
+    def noise(self):
+        """The first line that the login printed."""
+        return complaint_line(self._reader.noise.decode('utf-8', 'replace'))
+
+    @property
+    def runs_bash(self):
+        """Tell whether the remote runner has answered."""
+        return self._reader.greeted
 
     def hindrance(self):
         """Return why the machine has not reported its resources yet, if that is known."""
@@ -11080,6 +11137,7 @@ class Gauge:
 
     def __init__(self, worker):
         self.capacity = None
+        self.details = []                   # what `check` said: (name, value, when it came)
         self._worker = worker
         self._facts = []                    # what the probe said so far
         self._is_asked = False              # a look is under way
@@ -11094,12 +11152,14 @@ class Gauge:
 
     def renew(self):
         """Forget a look that will not be answered, as one over a former contact."""
-        self._facts, self._due, self._is_asked = [], None, False
+        self._facts, self._due, self._is_asked, self.details = [], None, False, []
         self._facts_since, self.awaits_facts = None, False
 
     def on_probe(self, key, value):
         """Note one fact."""
-        if len(self._facts) < 10000:
+        if key.startswith('check_') and len(self.details) < 1000:
+            self.details.append((key[6:], value, time.time()))
+        elif len(self._facts) < 10000:
             self._facts.append((key, value))
 
     def ended(self, key, cpu_ticks):
@@ -11214,6 +11274,7 @@ class Terms(NamedTuple):
     """How a machine is logged in to."""
     want_gpus: bool = True          # nvidia-smi is asked
     tied: bool = False              # the jobs end with the contact
+    checks: bool = False            # it is asked for more than a probe tells
 
 
 class Seeking:
@@ -11765,9 +11826,9 @@ class Worker:
 
     # Contact
 
-    def connect(self, want_gpus=True, tied=False):
-        """Begin to log in.  tied: the jobs end with the connection."""
-        self._seeking = Seeking(Terms(want_gpus, tied))
+    def connect(self, want_gpus=True, tied=False, checks=False):
+        """Begin to log in.  tied: the jobs end with the connection; checks: see Terms."""
+        self._seeking = Seeking(Terms(want_gpus, tied, checks))
         self._log_in()
 
     def _log_in(self):
@@ -13838,8 +13899,9 @@ def check_asked(options):
 
     one_of(*ASKED, *WITHOUT_BATCH, '--dry-run')
     one_of(*ASKED, '--rerun', '--rerun-failed')
-    only_with('--status', *STATUS_OPTIONS, *['--watch'] * ('--report' not in options.given),
-              '--json')
+    only_with('--status', *STATUS_OPTIONS, *['--watch'] * ('--report' not in options.given))
+    if '--check' not in options.given:
+        only_with('--status', '--json')
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
@@ -14463,8 +14525,456 @@ def collect_others(run, worker, jobs):
     worker.ask()
 
 
+# What --check looks at, in the order in which it goes wrong.  Where one of these makes the rest
+# pointless, the list of the machine ends.
+CHECKS = ('machine file', 'key file', 'host name', 'port', 'host key', 'login', 'start files',
+          'bash', 'folder', 'account', 'login shell', 'space', 'inodes', 'rsync')
+OF_MACHINES = ('memory', 'cores', 'GPUs', 'logout')
+OF_CLUSTERS = ('engine', 'partition', 'job')
+LAST_CHECKS = ('clock', 'shared folder')
+OVER_SSH = CHECKS[1:7]              # not of localhost
+# Where a machine failed, by our own sentences on that; all others are of the login.
+FAILED_CHECKS = (
+    (r'host name .* is unknown|name server|finds no address|host name that', 'host name'),
+    (r'the host key of', 'host key'),
+    (r'nothing listens|cannot be reached|did not answer in time|closed the connection before'
+     r'|can(not| not)? connect|could not connect|forbids connections|no method in common'
+     r'|ProxyCommand needs', 'port'),
+    (r'start files', 'start files'),
+    (r'no bash|bash has version', 'bash'),
+)
+# The same for what the remote runner says.
+FAILED_THERE = (
+    (r'bash has version', 'bash'),
+    (r'the same account', 'account'),
+    (r'cannot write there|older ssh-scheduler', 'folder'),
+    (r'its engine is not there', 'engine'),
+)
+CLOCK_LIMIT_S = 5.0                 # that the clock of a machine may differ
+LOW_MB, LOW_INODES = 2000, 5000     # a disk with less than this left is worth a word
+CHECK_JOB_S = 120.0                 # for the job of a check to get its turn on a cluster
+CHECK_LIMIT_S = 60.0                # for it to run
+
+
+class Finding(NamedTuple):
+    """A line of a check."""
+    check: str                      # of CHECKS and the like
+    mark: str                       # ok, note or WRONG
+    text: str
+
+
+class MachineCheck:
+    """What --check finds out about one machine; the `report` of its Worker.
+
+    word: as the user named it; error: why there is no Machine, a MachineFileError
+    """
+
+    def __init__(self, word, machine=None, error=None):
+        self.word, self.machine, self._error = word, machine, error
+        self.name = machine.name if machine else word
+        self.worker = None
+        self.settings = {}                  # of ssh for this host: option -> value
+        self._knows_key = False             # the host key was known before
+        self._notes = []                    # what the remote runner warned of
+        self._job_since = self._waits_for = None    # of a cluster; why the job was taken back
+
+    def warning(self, text):
+        """Keep a warning of the Worker."""
+        self._notes.append(text.removeprefix(f'{self.name}: '))
+
+    def sent(self, *_):
+        """Files were sent, which is no news here."""
+
+    left = survivors = sent
+
+    # Asking
+
+    def begin(self):
+        """A flow: ask ssh what it would do, then begin to log in."""
+        worker, machine = self.worker, self.machine
+        if machine.host:
+            self.settings = yield from ssh_settings(machine, worker.client, f'{worker.number}.0')
+            yield from self._look_for_host_key()
+        worker.connect(checks=True)
+        if machine.engine:
+            worker.contact.send('fits', cluster_need(Allocation(gpus=0), machine.gpu_types),
+                                f'{CHECK_LIMIT_S:.3f}')
+        worker.probe()
+
+    def _look_for_host_key(self):
+        """A flow: is the key of the host among the known ones?"""
+        name, port = self.settings.get('hostkeyalias'), self.settings.get('port', '22')
+        self._knows_key = False
+        if not name:
+            name = self.settings.get('hostname', '')
+            name = name if port == '22' else f'[{name}]:{port}'
+        files = ' '.join(self.settings.get(f'{whose}knownhostsfile', '')
+                         for whose in ('user', 'global')).split()
+        for path in filter(os.path.isfile, map(os.path.expanduser, files)):
+            end = yield self.worker.client.processes.start(
+                ['ssh-keygen', '-F', name, '-f', path], ignore, None, has_input=False)
+            self._knows_key = self._knows_key or end.status == 0
+
+    def go_on(self, run):
+        """On a cluster, have a job run, as soon as there is contact."""
+        worker, job = self.worker, worker_job(run, self.worker)
+        if not job or worker.state != 'ready':
+            return
+        if self._job_since is None:
+            self._job_since = time.monotonic()
+            if not (worker.queue.refusals or self._note_with('does not answer')):
+                run.start(job, worker)
+        elif (self._waits_for is None and time.monotonic() > self._job_since + CHECK_JOB_S
+              and not run.lives.any_of(worker, 'running')):
+            self._waits_for = next((attempt.place.why for attempt in run.lives.of(worker, *ALIVE)
+                                    if attempt.place and attempt.place.why), 'nobody knows why')
+            worker.stop()
+
+    def is_done(self, run):
+        """Tell whether all is found out."""
+        if not self.worker or self.worker.state in ('failed', 'closed'):
+            return True
+        if self.worker.state != 'ready':
+            return False
+        return self._job_since is not None and not self.worker.busy or not worker_job(
+            run, self.worker)
+
+    # What was found
+
+    def findings(self):
+        """Return (Findings, the names of what was not checked)."""
+        names = [*CHECKS, *(OF_CLUSTERS if self.machine and self.machine.engine else OF_MACHINES),
+                 *LAST_CHECKS]
+        if self.machine and not self.machine.host:
+            names = [name for name in names if name not in OVER_SSH]
+        failed, why = self.failure()
+        found = []
+        for place, name in enumerate(names):
+            if name == failed:
+                return [*found, Finding(name, 'WRONG', why)], names[place + 1:]
+            answer = getattr(self, f'_{name.replace(" ", "_").lower()}')() or ()
+            found += [Finding(name, *one) for one in (
+                answer if isinstance(answer, list) else [answer]) if one]
+        return found, []
+
+    def failure(self):
+        """Return (which check ended the list, or '', a sentence)."""
+        if self._error:
+            is_key = isinstance(self._error, KeyFileError)
+            return 'key file' if is_key else 'machine file', str(self._error)
+        worker = self.worker
+        if worker.state != 'failed':
+            return '', ''
+        there = worker.contact.runs_bash
+        failed = next((check for pattern, check in (FAILED_THERE if there else FAILED_CHECKS)
+                       if re.search(pattern, worker.why)), 'login shell' if there else 'login')
+        return failed, sentence(worker.why) + self._remedy(failed)
+
+    def _remedy(self, failed):
+        """Return what to type where a check failed, behind a blank; '' where the reason says it."""
+        machine, settings = self.machine, self.settings
+        file = next(filter(os.path.isfile, machine_paths(self.word)), '')
+        where = f'`{{}}` in {file}' if file else 'the name'
+        if 'Try: ' in self.worker.why:
+            return ''
+        if failed == 'login' and 'was refused' in self.worker.why:
+            import shlex
+            key = ['-i', machine.ssh_key_path] if machine.ssh_key_path else []
+            port = ['-p', settings['port']] if settings.get('port', '22') != '22' else []
+            jump = ['-o', f'ProxyJump={machine.jump}'] if machine.jump else []
+            user = settings.get('user') or machine.username
+            return ' Try: ' + shlex.join(['ssh-copy-id', *key, *port, *jump, f'{user}@'
+                                          f'{settings.get("hostname", machine.host)}'])
+        if failed == 'host name':
+            return f' Correct {where.format("ip")}, or look it up: getent hosts {machine.host}'
+        if failed == 'port' and 'nothing listens' in self.worker.why:
+            return (f' Correct {where.format("port")}, or start sshd there: sudo systemctl start '
+                    'ssh')
+        if failed == 'folder' and 'cannot write there' in self.worker.why:
+            return f' Set {where.format("workdir")} to a folder that you can write there.'
+        return ''
+
+    def _note_with(self, words):
+        return next((note for note in self._notes if words in note), '')
+
+    def _detail(self, name):
+        return next((value for key, value, _ in self.worker.gauge.details if key == name), '')
+
+    # One method for each check: a mark and a text, several of these, or None for nothing to say
+
+    def _machine_file(self):
+        path = next(filter(os.path.isfile, machine_paths(self.word)), '')
+        return 'ok', path if path else ('this computer' if not self.machine.host else
+                                        'none: ~/.ssh/config and ssh say how to log in')
+
+    def _key_file(self):
+        return 'ok', self.machine.ssh_key_path or 'none named: ssh uses ssh-agent and your own keys'
+
+    def _host_name(self):
+        way = f', over {self.machine.jump}' if self.machine.jump else ''
+        return 'ok', self.settings.get('hostname', self.machine.host) + way
+
+    def _port(self):
+        return 'ok', f'sshd answers at port {self.settings.get("port", "22")}'
+
+    def _host_key(self):
+        return 'ok', 'known' if self._knows_key else 'new here: it is known from now on'
+
+    def _login(self):
+        return 'ok', f'as {self.settings.get("user") or "you"}'
+
+    def _start_files(self):
+        noise = self.worker.contact.noise
+        if not noise:
+            return 'ok', 'print nothing'
+        return 'note', (f'print {noise[:60]!r}, which rsync cannot stand, so files are sent with '
+                        'tar. Let them print in terminals only, in ~/.bashrc behind this line: '
+                        '[[ $- == *i* ]] || return')
+
+    def _bash(self):
+        return 'ok', f'version {self._detail("bash").partition("(")[0]}'
+
+    def _folder(self):
+        note = self._note_with('its workdir is on a file system')
+        return ('WRONG', sentence(note)) if note else ('ok', self._detail('folder'))
+
+    def _account(self):
+        return None             # only two names of one account are worth a word
+
+    def _login_shell(self):
+        note = self._note_with('the login shell did not give its environment')
+        if note:
+            return 'WRONG', (f'{sentence(note)} Let its start files neither wait nor exit: look at '
+                             f'~/.bashrc and ~/.profile, or what {self._detail("shell")} reads')
+        return 'ok', self._detail('shell')
+
+    def _disk(self):
+        """Return (MB free, inodes free, inodes, kind of file system), 0 for what is unknown."""
+        free, left, inodes, kind, _ = (self._detail('disk') + '    ').split(' ', 4)
+        return whole_number(free), whole_number(left), whole_number(inodes), kind
+
+    def _space(self):
+        free_mb, _, _, kind = self._disk()
+        if free_mb >= LOW_MB:
+            return 'ok', f'{free_mb} MB free ({kind})'
+        return 'note', (f'only {free_mb} MB are free where jobs run. To see what is there: du -sh '
+                        f'{self._detail("folder")}')
+
+    def _inodes(self):
+        _, left, inodes, _ = self._disk()
+        if not inodes:
+            return None         # as on btrfs
+        if left >= LOW_INODES:
+            return 'ok', f'{left} free'
+        return 'note', (f'only {left} more files and folders fit where jobs run. Remove some: '
+                        f'du --inodes -s {self._detail("folder")}')
+
+    def _rsync(self):
+        there = self._detail('rsync')
+        if there and is_program('rsync'):
+            return 'ok', f'version {there}'
+        where = 'here' if there else 'there'
+        return 'note', (f'is not {where}, so tar sends all files again each time. Install it '
+                        f'{where}: sudo apt install rsync')
+
+    def _memory(self):
+        have = self.worker.capacity
+        return 'ok', f'{have.memory_mb} of {have.total_memory_mb} MB free'
+
+    def _cores(self):
+        have = self.worker.capacity
+        return 'ok', f'{free_of(have.cores, have.total_cores)} free'
+
+    def _gpus(self):
+        have, lines = self.worker.capacity, []
+        for gpu in have.gpus:
+            users = f', used by {", ".join(map(printable, gpu.users))}' if gpu.users else ''
+            jobs = f', {count_of(gpu.batch_jobs, "batch job")}' if gpu.batch_jobs else ''
+            lines.append(('ok', f'{gpu.index}: {printable(gpu.name)}, {gpu.memory_mb} of '
+                                f'{gpu.total_memory_mb} MB free{users}{jobs}'))
+        trouble = have.gpu_trouble or have.lost_gpus
+        if trouble in (NO_NVIDIA_SMI, 'has an nvidia-smi, but no GPU'):
+            return 'note', f'none: it {trouble}. Jobs need --no-gpu-required to run here'
+        if trouble:
+            lines.append(('WRONG', f'{sentence(f"it {trouble}")} Look there: nvidia-smi'))
+        return lines
+
+    def _logout(self):
+        if self._detail('logout') != 'kills':
+            return 'ok', 'nothing is known that ends jobs when contact is lost'
+        return 'WRONG', ('logind ends all that a login leaves, so jobs end when contact is lost. '
+                         'Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with elogind, '
+                         'loginctl enable-linger is enough')
+
+    def _engine(self):
+        note = self._note_with('does not answer')
+        return ('WRONG', f'{sentence(note)} Try there: sinfo') if note else (
+            'ok', self.worker.capacity.queue.engine)
+
+    def _partition(self):
+        options = ' '.join(self.machine.engine_options)
+        why = next(iter(self.worker.queue.refusals.values()), '')
+        if why:
+            named = f' with {options}' if options else ''
+            return 'WRONG', (f'it refuses a job{named}: {sentence(why)} Correct engine_options in '
+                             f'{self.word}; the partitions: sinfo')
+        parts = dict.fromkeys(part.name for part in self.worker.capacity.queue.partitions)
+        return 'ok', f'takes jobs{f" with {options}" if options else ""}: {", ".join(parts)}'
+
+    def _job(self):
+        run, worker = self.worker.run, self.worker
+        word, what = run.fleet.standing[worker].outcome or ('', '')
+        if worker.queue.refusals or self._note_with('does not answer'):
+            return 'note', 'none was submitted'
+        if self._waits_for:
+            return 'note', (f'it did not run within {duration_of(CHECK_JOB_S)} and was taken back '
+                            f'({self._waits_for}). To look at the queue: squeue')
+        if (word, what) == ('ended', 0):
+            said = b''.join(run.client.results.read(worker_job(run, worker).name, 'out')).decode(
+                'utf-8', 'replace')
+            return 'ok', f'ran on {printable(said.strip())}, which sees {self._detail("folder")}'
+        why = f'it failed with exit code {what}' if word == 'ended' else what
+        return 'WRONG', sentence(why) + ('' if 'workdir' in why else (
+            ' To see what became of it, there: sacct -S now-1hour'))
+
+    def _clock(self):
+        told, came = next(((whole_number(value), when) for key, value, when
+                           in self.worker.gauge.details if key == 'clock'), (0, 0))
+        ahead_s = told - int(came)
+        if abs(ahead_s) <= CLOCK_LIMIT_S:
+            return 'ok', f'{abs(ahead_s)} s from the one here'
+        where = 'ahead of' if ahead_s > 0 else 'behind'
+        return 'note', (f'it is {duration_of(abs(ahead_s))} {where} the one here, so times of '
+                        'files and jobs mislead. Set it there: sudo timedatectl set-ntp true')
+
+    def _shared_folder(self):
+        """Name the machines of this check that see the same folder."""
+        batch, run = self.worker.client.batch_id, self.worker.run
+        parts = [value.rpartition('.')[0].rpartition('.') for key, value, _
+                 in self.worker.gauge.details if key == 'beside']
+        names = dict.fromkeys(worker.name for worker in run.workers for part in parts
+                              if part[::2] == (batch, str(worker.number)))
+        return names and ('ok', f'{", ".join(names)} has it, too, which is safe: the jobs of each '
+                                'have files of their own; only what they write elsewhere in the '
+                                'home is one for all')
+
+
+def worker_job(run, worker):
+    """Return the Job that a check runs on a cluster, or None."""
+    return run.fleet.bound.get(worker)
+
+
+def ssh_settings(machine, client, number):
+    """A flow: return {option: value} of what ssh would use for a machine; of many, the first.
+
+    number: that no other Connection of this run has
+    """
+    connection, said = Connection(machine, client.run_folder, number), bytearray()
+    write_configurations(connection)
+    yield client.processes.start(connection.settings(), said.extend, None, has_input=False)
+    settings = {}
+    for line in said.decode('utf-8', 'replace').splitlines():
+        name, _, value = line.partition(' ')
+        settings.setdefault(name, value)
+    return settings
+
+
+def read_checks(words):
+    """Return a MachineCheck for each word of --machines, whatever is wrong with it."""
+    checks = []
+    for word in machine_words(words):
+        machine = error = None
+        try:
+            machine = find_machine(word)._replace(word=word)
+            refuse_again(machine, [check.machine for check in checks if check.machine])
+        except MachineFileError as caught:
+            error = caught
+        checks.append(MachineCheck(word, None if error else machine, error))
+    return checks
+
+
+def check_run(checks, client):
+    """Return the Run of the machines of a check; each cluster gets a job."""
+    bound = {}
+    for number, check in enumerate(checks):
+        if check.machine:
+            check.worker = Worker(check.machine, client, number, check)
+            if check.machine.engine:
+                bound[check.worker] = Job(f'check.{number}', 'hostname', 0, None, Forwards(()), ())
+    policy = Policy(probes=False, want_gpus=True, timeout_s=CHECK_LIMIT_S)
+    return Run(bound.values(), [check.worker for check in checks if check.worker], client, View(),
+               policy, bound)
+
+
+def check_each_machine(options, reporter):
+    """Say of each machine what is well and what is wrong (--check); return the exit status."""
+    check_machines(options)
+    checks = read_checks(options['--machines'])
+    allow_files(len(checks))
+    client = Client(None, reporter.trace, live=False, project=f'check-{os.urandom(8).hex()}')
+    results = None
+    try:
+        if any(check.machine and check.machine.engine for check in checks):
+            results = client.results = ResultStore(f'{client.run_folder}/results')
+            results.open()
+        run = check_run(checks, client)
+        with interruptible(run.interrupt):
+            try:
+                wrong = await_checks(checks, run, reporter, options['--json'])
+                if run.interrupts:
+                    run.cancel()
+            finally:
+                close_all(run.workers, client, lambda: run.interrupts > 1)
+        return 130 if run.interrupts else int(wrong or bool(reporter.trouble))
+    finally:
+        client.close()
+        if results:
+            results.close()
+
+
+def await_checks(checks, run, reporter, as_json):
+    """Show each check when it is done and those before it are; tell whether anything is wrong."""
+    for check in checks:
+        if check.worker:
+            run.client.flows.start(check.begin())
+    left, wrong = collections.deque(checks), False
+    while left and not run.interrupts and not reporter.nobody_reads:
+        for check in left:
+            if check.worker:
+                check.go_on(run)
+        while left and left[0].is_done(run):
+            wrong |= show_check(left.popleft(), reporter, as_json)
+        if left:
+            run.client.processes.wait(1)
+    for check in left:
+        reporter.note(f'{check.name}: {check.worker.unanswered("; interrupted")}'
+                      if check.worker and check.worker.state == 'connecting' else
+                      f'{check.name}: the check was interrupted')
+    return wrong
+
+
+def show_check(check, reporter, as_json):
+    """Print what was found about a machine; tell whether anything is wrong."""
+    findings, unchecked = check.findings()
+    wrong = any(finding.mark == 'WRONG' for finding in findings)
+    if as_json:
+        reporter.line(json.dumps({
+            'machine': check.name, 'is_usable': not wrong,
+            'findings': [finding._asdict() for finding in findings], 'not_checked': unchecked}))
+        return wrong
+    reporter.line(printable(check.name))
+    width = max(len(finding.check) for finding in findings) + 2
+    for before, finding in zip([None, *findings], findings):
+        head = '' if before and before.check == finding.check else finding.check
+        reporter.finding(finding.mark, f'{head:{width}}{finding.text}'.rstrip())
+    if unchecked:
+        reporter.line(f'  not checked: {", ".join(unchecked)}')
+    return wrong
+
+
 # The same for options that do without a batch file.
-WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce}
+WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce,
+                 '--check': check_each_machine}
 
 
 @contextlib.contextmanager
@@ -14966,6 +15476,8 @@ def execute_to(argv):
     """Run one command on many machines; return the exit status."""
     options = read_options(EXECUTE_TO_USAGE, argv)
     reporter = Reporter(options['--verbose'])
+    if options['--init'] is not None:
+        return begin_machine_file(options, reporter)
     check_machines(options, 'command')
     timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)
@@ -15115,6 +15627,171 @@ def summary_of(outcomes, reporter):
     for (word, what), names in kinds.items():
         reporter.note(f'{word}: {", ".join(names)} ({what})')
     return sum(map(len, kinds.values()))
+
+
+SMALL_HOME_MB = 20_000              # a home with less free than this is no place for results
+NETWORK_DISKS = ('nfs', 'nfs4', 'lustre', 'gpfs', 'smb', 'smb2', 'cifs', 'ceph', 'fuseblk')
+# Options of ~/.ssh/config that the machine file keeps where the name alone would not bring them.
+KEPT_SSH_OPTIONS = ('proxycommand', 'hostkeyalias', 'userknownhostsfile', 'certificatefile',
+                    'hostkeyalgorithms', 'kexalgorithms', 'ciphers')
+ACCEPTED_KEY = re.compile(r'debug1: Server accepts key: (.+) \S+ SHA256:\S+')
+
+
+def begin_machine_file(options, reporter):
+    """Write the file of a machine from what a login finds (--init); return the exit status."""
+    alone = sorted(options.given - {'--init', '--verbose'})
+    if alone:
+        raise UsageError(f'{" and ".join(alone)} cannot be given with --init.')
+    machine = machine_at(options['--init'])
+    name = plain_name(machine.host)
+    path = os.path.join(os.path.expanduser(MACHINE_FOLDER), f'{name}.yaml')
+    if os.path.lexists(path):
+        raise MachineFileError(f'{path} is there already, and no file is replaced. To look at the '
+                               f'machine: execute_batch --check --machines {name}')
+    allow_files(1)
+    client = Client(None, reporter.trace, live=False, project=f'check-{os.urandom(8).hex()}')
+    check = MachineCheck(options['--init'], machine)
+    run = check_run([check], client)
+    found = FoundMachine(check, name)
+    with interruptible(run.interrupt):
+        try:
+            client.flows.start(check.begin())
+            while not check.is_done(run) and not run.interrupts:
+                client.processes.wait(1)
+            if check.worker.state == 'ready':
+                check.worker.contact.flows.start(found.look_closer())
+                while check.worker.state == 'ready' and not (found.is_whole or run.interrupts):
+                    client.processes.wait(1)
+        finally:
+            close_all(run.workers, client, lambda: run.interrupts)
+            client.close()
+    if run.interrupts:
+        return 130
+    if not found.is_whole:
+        reporter.note(f'{check.name} cannot be used: {check.failure()[1]}')
+        return 1
+    put_new_file(path, found.text())
+    reporter.line(f'wrote {path}')
+    reporter.line(f'next: execute_batch --check --machines {name}')
+    return 0
+
+
+def put_new_file(path, text):
+    """Write a file that is not there yet, with its folder; raise if it is there."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'x', encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise MachineFileError(f'{path} cannot be written: {reason_of(error)}.') from None
+
+
+class FoundMachine:
+    """What a login found out about a machine, as a machine file.
+
+    check: a MachineCheck; name: of the file, without .yaml
+    """
+
+    def __init__(self, check, name):
+        self.is_whole = False
+        self._check, self._name = check, name
+        self._key = self._offered = ''      # the file of the key that was accepted, if it works
+        self._options = {}                  # what only ~/.ssh/config says
+
+    def look_closer(self):
+        """A flow: which key did ssh use, and what else would a file have to say?"""
+        worker, settings = self._check.worker, self._check.settings
+        argv = worker.contact.connection.copy(alone=True)
+        # The script that copy() runs is empty here.
+        end = yield worker.contact.start([argv[0], '-v', *argv[1:]], ignore, feed=iter([b'\0']))
+        match = None
+        for match in ACCEPTED_KEY.finditer(end.text):
+            self._offered = match[1]
+        if match and os.path.isfile(self._offered):
+            with contextlib.suppress(KeyFileError):
+                check_key(self._offered, '')
+                self._key = self._offered
+        machine = self._check.machine
+        plain = Machine(self._name, settings.get('hostname', machine.host),
+                        settings.get('user'), int(settings.get('port', 22)),
+                        self._key or None, settings.get('proxyjump'))
+        others = yield from ssh_settings(plain, worker.client, f'{worker.number}.1000')
+        for option in KEPT_SSH_OPTIONS:
+            value = settings.get(option, '')
+            if option == 'userknownhostsfile':
+                value = value.split(' ')[0]
+            if value and value != others.get(option, '').split(' ')[0] and not (
+                    option == 'proxycommand' and settings.get('proxyjump')):
+                self._options[option] = value
+        self.is_whole = True
+
+    def text(self):
+        """Return the text of the file."""
+        check, lines = self._check, []
+        settings, machine = check.settings, check.machine
+        keys = {'name': self._name, 'ip': settings.get('hostname', machine.host),
+                'username': settings.get('user'), 'port': int(settings.get('port', 22)),
+                'ssh_key_path': self._key, 'proxy_jump': settings.get('proxyjump'),
+                'ssh_options': self._options}
+        lines.append(f'# {check.word}, as a login found it on {time.strftime("%Y-%m-%d")}. For all '
+                     'keys see README of ssh-scheduler.')
+        lines += [f'{key}: {as_yaml(value)}' for key, value in keys.items()
+                  if value and not (key == 'proxy_jump' and value == 'none')]
+        if not self._key and self._offered:
+            lines.append(f'# The key was {self._offered}, from ssh-agent: it has to run when jobs '
+                         'start.')
+        lines += self._engine_lines() or self._machine_lines()
+        return '\n'.join(lines) + '\n'
+
+    def _details(self, name):
+        return [value for key, value, _ in self._check.worker.gauge.details if key == name]
+
+    def _disks(self, name):
+        """Yield (MB free, kind of file system, folder) of the facts of this name."""
+        for value in self._details(name):
+            free, _, _, kind, folder = (value + '    ').split(' ', 4)
+            yield whole_number(free), kind, folder.rstrip()
+
+    def _engine_lines(self):
+        """Return the lines of a cluster; none if no Slurm answers there."""
+        parts = self._details('partition')
+        if not parts:
+            return []
+        best = next((part for part in parts if part.endswith('*')), parts[0])
+        folders = [folder for _, kind, folder in self._disks('scratch') if kind in NETWORK_DISKS]
+        where = f'{folders[0]}/.ssh_scheduler' if folders else '~/.ssh_scheduler'
+        known = ', '.join(part.rstrip('*') for part in parts)
+        return ['engine: slurm',
+                f'# engine_options: "--partition={best.rstrip("*")} --account=NAME"      '
+                f'# of {printable(known)}',
+                '# A folder that the nodes see, too:', f'workdir: {as_yaml(where)}']
+
+    def _machine_lines(self):
+        """Return the lines of a machine that is no cluster; all are comments."""
+        lines = []
+        free_mb, kind, _ = next(self._disks('disk'), (0, '', ''))
+        room = sorted(((mb, folder) for mb, other, folder in self._disks('scratch')
+                       if other not in NETWORK_DISKS and mb > free_mb), reverse=True)
+        if room and (free_mb < SMALL_HOME_MB or kind in NETWORK_DISKS):
+            lines += [f'# The home has {free_mb} MB free ({kind}), this folder {room[0][0]} MB:',
+                      f'# workdir: {as_yaml(room[0][1])}']
+        gpus = self._check.worker.capacity.gpus
+        lines += [f'# GPU {gpu.index}: {printable(gpu.name)}, {gpu.total_memory_mb} MB'
+                  for gpu in gpus]
+        if gpus:
+            lines.append(f'# gpus: {[gpu.index for gpu in gpus]}      # to use some of them only')
+        return lines
+
+
+def as_yaml(value):
+    """Return the value as YAML on one line: a word as it is, if YAML reads it so."""
+    yaml = library('yaml')
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            if yaml.safe_load(value) == value and not re.search('[#:{},&*]', value):
+                return value
+    return json.dumps(value)
+
 
 
 def query_machines(argv):
@@ -15524,6 +16201,7 @@ def main(argv=None):
 #
 #   probe                   say what the machine has, then do as `enter` does  -> probe
 #   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
+#   check                   say more than a probe does, for people  -> probe
 #   tie                     end all jobs with the channel
 #   engine BYTES FOLDER WORD...     take BYTES bytes, which follow: the functions for nodes.  What
 #                           the machine file of a cluster says: where a node has the folders of
@@ -17485,6 +18163,11 @@ main() {
   read_header || return
   # This comes first, so that the client can tell "bash runs" from "ready".
   printf '\n%s\n' "$token"
+  if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 402)); then
+    printf 'broken\tits bash has version %s, and 4.2 or later is needed: %s\n' "$BASH_VERSION" \
+      'install a newer one, or put one in front in the PATH of the login'
+    return 0
+  fi
   find_home
   raise_file_limit
   end_old_runners
@@ -17667,6 +18350,56 @@ read_request() {            # verb and fields: the next request; fails where it 
 do_probe() { probe measure; }
 
 do_enter() { probe ''; }
+
+do_check() {                # the client asks before it probes
+  local value file
+  printf -v value '%(%s)T' -1
+  say_text probe check_clock "$value"
+  say_text probe check_bash "$BASH_VERSION"
+  say_text probe check_shell "${SHELL-}"
+  say_text probe check_folder "${home%/*}"
+  read -r _ _ value _ < <(timeout 5 rsync --version)
+  say_text probe check_rsync "$value"
+  say_disk check_disk "$home"
+  find_logind
+  say_text probe check_logout "$REPLY"
+  for file in "$home"/run.*/self; do    # of other machines that see this folder
+    { read -r _ && read -r _ && read -r value; } <"$file"
+    [[ $value == "$client" ]] || say_text probe check_beside "$value"
+  done
+  for value in "${SCRATCH-}" "${WORK-}" {/scratch,/localscratch,/local,/data}{/"$USER",}; do
+    [[ ! -d $value || ! -w $value ]] || say_disk check_scratch "$value"
+  done
+  type -P sbatch >/dev/null || return 0
+  while read -r value; do say_text probe check_partition "$value"; done < <(
+    timeout 10 sinfo -h -o %P)
+} 2>/dev/null
+
+say_disk() {                # $1: name of the fact, $2: folder; MB and inodes that are left
+  local free size inodes all kind
+  read -r free size inodes all kind < <(timeout 5 stat -f -c '%a %S %d %c %T' -- "$2")
+  say_text probe "$1" "$((free * size / 1048576)) $inodes $all $kind $2"
+}
+
+find_logind() {             # REPLY: "kills" if logind ends all that a login leaves; or "spares", ""
+  local file line etc=${SSH_SCHEDULER_ETC:-/etc}
+  REPLY=
+  ((uid)) || return         # root is excluded, by default
+  read -r _ line < <(timeout 5 busctl get-property org.freedesktop.login1 \
+    /org/freedesktop/login1 org.freedesktop.login1.Manager KillUserProcesses)
+  [[ $line ]] || for file in "$etc"/{systemd,elogind}/logind.conf{,.d/*.conf}; do
+    while read -r line; do
+      [[ $line != KillUserProcesses=* ]] || REPLY=${line#*=}
+    done <"$file"
+  done
+  case $line$REPLY in
+    *true | *yes | *on | *1) REPLY=kills ;;
+    *false | *no | *off | *0) REPLY=spares ;;
+    *) REPLY= ;;
+  esac
+  # Under elogind what belongs to a user who lingers is left alone.
+  [[ ! -e /var/lib/elogind/linger/${USER-} || ! ${USER-} ]] || REPLY=spares
+} 2>/dev/null
 
 do_tie() { tied=1; }
 

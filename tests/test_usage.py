@@ -101,6 +101,11 @@ SPEC = [
 
 OTHERS = [
     ('execute_batch b', {'<batch>': 'b'}),
+    ('execute_batch --check --machines a b',
+     {'<batch>': None, '--check': True, '--machines': ('a', 'b')}),
+    ('execute_batch --machines a b --check --json',
+     {'<batch>': None, '--check': True, '--json': True, '--machines': ('a', 'b')}),
+    ('execute_to --init ben@gpu7', {'<command>': None, '--init': 'ben@gpu7'}),
     ('execute_batch -', {'<batch>': '-'}),
     ('execute_batch - --machines a', {'<batch>': '-', '--machines': ('a',)}),
     # a list has the words up to the next option
