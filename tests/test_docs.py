@@ -16,6 +16,7 @@ in a new one, which is prepared by SCENES[NAME].
 
 DOCS=write pytest -n0 tests/test_docs.py puts what was printed into the pages.
 """
+import ast
 import collections
 import contextlib
 import os
@@ -459,6 +460,33 @@ def test_the_defaults_are_those_of_the_help():
                 assert default[1] == row[1] or f'`{default[1]}`' in row[0], (command, row[0])
                 seen += 1
     assert seen > 20
+
+
+def texts_of_the_programs():
+    """The texts in them, with … where a value is put in."""
+    for module in (ssh_scheduler, results_table, combine_folders):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))):
+            if isinstance(node, ast.JoinedStr):
+                yield ''.join(part.value if isinstance(part, ast.Constant) else '…'
+                              for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield re.sub(r'\{\w+\}', '…', node.value)
+
+
+OF_OTHER_PROGRAMS = {'CUDA out of memory'}
+
+
+def test_messages_that_are_explained_exist():
+    texts = [re.sub(r'\s+', ' ', text) for text in texts_of_the_programs()]
+    messages = re.findall(r'(?m)^\| `([^`]+)` \|', TEXT[ROOT / 'docs/troubleshooting.md'])
+    assert len(messages) > 25
+    assert [message for message in messages if message not in OF_OTHER_PROGRAMS and not any(
+        re.search('.*'.join(map(re.escape, message.split('…'))), text) for text in texts)] == []
+
+
+def test_the_picture_is_that_of_the_program():
+    picture = '\n'.join(blocks_of(ROOT / 'docs/how-it-works.md')[0].lines)
+    assert 'REMOTE_RUNNER' in picture and picture.strip() in ssh_scheduler.__doc__
 
 
 def test_readme_is_short():
