@@ -648,12 +648,13 @@ def page_of(bench, began):
         return '| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in cells) + ' |'
 
     day, load = began
-    names = ['figure', *(f'{word}: {name}' for word, name in bench.columns()), 'goal', '', 'details']
+    columns = [f'{word}: {name}' for word, name in bench.columns()]
+    names = ['figure', *columns, 'goal', '', 'details']
     return '\n'.join([
         '# Figures', '',
-        f'Written by `{shlex.join(["bench/bench.py", *sys.argv[1:]])}`. [README.md](README.md) tells '
-        'what each figure is. Believe what stands in one line: other figures were measured at another '
-        'moment, and a busy computer blurs all.', '',
+        f'Written by `{shlex.join(["bench/bench.py", *sys.argv[1:]])}`. [README.md](README.md) '
+        'tells what each figure is. Believe what stands in one line: other figures were measured '
+        'at another moment, and a busy computer blurs all.', '',
         *map(line, (('', ''), ('---', '---'), ('day', day), ('commit', commit_of_this()),
                     ('load before and after', f'{load:.1f} and {os.getloadavg()[0]:.1f}'),
                     *versions_here())), '',

@@ -77,14 +77,14 @@ def prepare(folder, machines):
     for path in (project, programs, home / '.ssh', home / 'tmp'):
         path.mkdir(parents=True)
     code = (ROOT / 'example/train.py').read_text()
-    for old, new in (('default=20', 'default=60'), ('import random\n', 'import random\nimport time\n'),
+    for old, new in (('default=20', 'default=60'), ('import random', 'import random\nimport time'),
                      ('    print(f', '    time.sleep(0.1)\n    print(f')):
         assert old in code
         code = code.replace(old, new)           # an epoch takes its time
     (project / 'train.py').write_text(code)
     (project / 'experiments.sh').write_text('\n'.join(JOBS) + '\n')
     for name, file in (('execute_batch', 'ssh_scheduler'), ('results_table', 'results_table')):
-        (programs / name).symlink_to(ROOT / f'{file}.py')   # so commands to type begin with its name
+        (programs / name).symlink_to(ROOT / f'{file}.py')   # commands to type begin with its name
     (home / '.ssh/config').write_text(''.join(
         f'Host {machine.name}\n  HostName {machine.address}\n  Port {machine.port}\n'
         f'  User {machine.user}\n  IdentityFile {machine.key}\n'
