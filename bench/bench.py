@@ -682,7 +682,7 @@ def versions_here():
     rows = [('computer', f'{os.cpu_count()} × {model}, Linux {os.uname().release}'),
             ('Python', sys.version.split()[0]), ('ssh', first_line('ssh', '-V')),
             ('bash', first_line('bash', '--version')), ('rsync', first_line('rsync', '--version')),
-            ('Slurm', first_line('sbatch', '--version')),
+            ('Slurm', first_line(rig.program('slurmctld') or 'slurmctld', '-V')),
             ('GNU parallel', first_line('parallel', '--version')),
             ('clush', first_line('clush', '--version'))]
     return [(name, value or 'not installed') for name, value in rows]

@@ -490,6 +490,13 @@ def test_the_picture_is_that_of_the_program():
     assert 'REMOTE_RUNNER' in picture and picture.strip() in ssh_scheduler.__doc__
 
 
+def test_figures_are_those_of_the_bench():
+    table = TEXT[PAGES[0]].partition('| figure | measured |\n')[2].partition('\n\n')[0]
+    figures = re.findall(r'[\d.]+ (?:s\b|ms|MB|jobs/s)', re.sub(r'(?m)^\|[^|]*\|', '', table))
+    results = (ROOT / 'bench/RESULTS.md').read_text(encoding='utf-8')
+    assert len(figures) > 5 and [figure for figure in figures if figure not in results] == []
+
+
 def test_readme_is_short():
     words = re.sub(r'(?s)<!--.*?-->|```.*?```', '', TEXT[PAGES[0]]).split()
     assert len(words) <= 1500
