@@ -151,14 +151,19 @@ def plain(line):
 
 def without_memory(lines):
     """The lines without a table's columns of memory: a short job ends before that is measured."""
-    head = next((line for line in lines if line.startswith('job ')), '')
-    column = re.search(r'(GPU )?MB +', head)
-    if not column:
+    heads = [line for line in lines if re.search(r'  time  (.*  )?(GPU )?MB(  |$)', line)]
+    if not heads:
         return lines
-    begins, ends = column.span()
-    return without_memory([
-        line[:begins] + line[ends:] if place >= lines.index(head) and not re.match(
-            r'\d+ (job|row)', line) else line for place, line in enumerate(lines)])
+    first = lines.index(heads[0])
+    begins, ends = re.search(r'(GPU )?MB( +|$)', heads[0]).span()
+    if ends == len(heads[0]):           # the last column
+        ends = max(map(len, lines))
+
+    def is_row(place):
+        return place >= first and not re.match(r'\d+ (job|row)', lines[place])
+
+    return without_memory([line[:begins] + line[ends:] if is_row(place) else line
+                           for place, line in enumerate(lines)])
 
 
 def is_shown(printed, shown, any_order):
@@ -393,7 +398,7 @@ def test_a_machine_file_is_one(project, block):
 @pytest.mark.parametrize('printed, shown, any_order', [
     (['a'], ['b'], False), (['a', 'b'], ['a'], False), (['a'], ['a', 'b'], True),
     (['a', 'b'], ['b', 'a'], False), (['x', 'b'], ['a', '…'], False),
-    (['job  MB  exit', '1    17  0'], ['job  exit', '1    1'], False),
+    (['job  time  MB  exit', '1    7s    17  0'], ['job  time  exit', '1    7s    1'], False),
     (['failed: a; x'], ['finished: a; x'], True), (['3 jobs'], ['4 jobs'], False),
 ])
 def test_a_difference_is_seen(printed, shown, any_order):
@@ -401,8 +406,10 @@ def test_a_difference_is_seen(printed, shown, any_order):
 
 
 def test_memory_of_short_jobs_is_no_difference():
-    assert is_shown(['all: x', 'job  MB  GPU MB  exit', '1    17          0', '2 jobs'],
-                    ['all: x', 'job  exit', '1    0', '2 jobs'], False)
+    assert is_shown(['all: x', 'job  time  MB  GPU MB  exit', '1    7s    17          0', '2 jobs'],
+                    ['all: x', 'job  time  exit', '1    7s    0', '2 jobs'], False)
+    assert is_shown(['lr  time  MB', '1   7s    17', '2 rows of 3 jobs'],
+                    ['lr  time', '1   7s', '2 rows of 3 jobs'], False)
 
 
 # ---- What the pages name ----
