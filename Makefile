@@ -23,6 +23,13 @@ golden: packages  ## write the golden files of screens anew: then look at what c
 	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 	git --no-pager diff --stat tests/golden
 
+pages: packages  ## type what README and docs/ show, and write what is printed into them
+	DOCS=write $(BIN)/python -m pytest -q -n0 tests/test_docs.py
+	git --no-pager diff --stat README.md docs
+
+pictures: packages  ## draw the pictures of README anew, from a real batch
+	$(BIN)/python docs/pictures/make.py
+
 demo: $(RUNS)  ## run the example's batch on this machine, in a temporary folder
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash example/demo.sh
 
@@ -44,8 +51,8 @@ soak: packages  ## random faults on three hosts, as root: make soak SECONDS=600 
 planted: packages  ## plant faults in the protocol, and tell which test finds each (5 minutes)
 	$(BIN)/python tests/planted.py
 
-bench: $(MADE)  ## measure
-	$(BIN)/python bench/bench.py
+bench: $(MADE)  ## measure, and write bench/RESULTS.md
+	$(BIN)/python bench/bench.py --results bench/RESULTS.md
 
 clean:  ## delete what make made; results of batches stay
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -67,4 +74,4 @@ $(MADE): requirements-dev.txt $(RUNS)
 packages: $(MADE)
 	@missing=$$($(PYTHON) tests/rig.py --missing) || bash .ci/install $$missing
 
-.PHONY: help build venv golden demo test soak planted check bench clean packages
+.PHONY: help build venv golden pages pictures demo test soak planted check bench clean packages

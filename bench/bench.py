@@ -1,7 +1,7 @@
 """Figures of ssh-scheduler, beside an earlier commit and a peer, all from the same run.
 
     make bench
-    .venv/bin/python bench/bench.py [--quick] [--only NAME]... [--against COMMIT]
+    .venv/bin/python bench/bench.py [--quick] [--only NAME]... [--against COMMIT] [--results FILE]
 
 README.md says what each figure is.  The machines are those of the tests, tests/rig.py: sshd's on
 loopback, here with OpenSSH's default key exchange and the start files of /etc/skel.  All that are
@@ -596,6 +596,8 @@ def parsed():
     parser.add_argument('--only', action='append', choices=FIGURES, help='this figure')
     parser.add_argument('--against', metavar='COMMIT', default=EARLIER,
                         help='measure this commit in turns with ours (%(default)s)')
+    parser.add_argument('--results', metavar='FILE', type=Path,
+                        help='write the figures to this Markdown file, with what was measured')
     return parser.parse_args()
 
 
@@ -623,6 +625,7 @@ def main():
 def measured(options, top, disk):
     """Measure what the options name; return how many figures could not be had."""
     bench, troubles = Bench(options.quick, top, disk), 0
+    began = time.strftime('%Y-%m-%d %H:%M'), os.getloadavg()[0]
     try:
         say_conditions(bench, options.against)
         for name in options.only or FIGURES:
@@ -631,10 +634,58 @@ def measured(options, top, disk):
             except Failed as trouble:
                 troubles += 1
                 bench.row(name, 'no figure', '', None, str(trouble))
+        if options.results:
+            options.results.write_text(page_of(bench, began))
     finally:
         bench.close()
         rig.remove_shared_farms()
     return troubles
+
+
+def page_of(bench, began):
+    """The table as Markdown.  began: (local time, load) when the first figure was measured."""
+    def line(cells):
+        return '| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in cells) + ' |'
+
+    day, load = began
+    columns = [f'{word}: {name}' for word, name in bench.columns()]
+    names = ['figure', *columns, 'goal', '', 'details']
+    return '\n'.join([
+        '# Figures', '',
+        f'Written by `{shlex.join(["bench/bench.py", *sys.argv[1:]])}`. [README.md](README.md) '
+        'tells what each figure is. Believe what stands in one line: other figures were measured '
+        'at another moment, and a busy computer blurs all.', '',
+        *map(line, (('', ''), ('---', '---'), ('day', day), ('commit', commit_of_this()),
+                    ('load before and after', f'{load:.1f} and {os.getloadavg()[0]:.1f}'),
+                    *versions_here())), '',
+        line(names), line(['---'] * len(names)), *map(line, bench.rows), ''])
+
+
+def first_line(*argv):
+    """The first line that a program prints about itself, on either stream; '' where it is not."""
+    with contextlib.suppress(OSError):
+        said = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return said.stdout.partition('\n')[0].strip()
+    return ''
+
+
+def commit_of_this():
+    return first_line('git', '-C', HERE.parent, 'describe', '--always', '--dirty')
+
+
+def versions_here():
+    """Rows (word, value) of the computer and of the programs that are measured."""
+    model = ''
+    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+        model = next((text.partition(':')[2].strip() for text in file
+                      if text.startswith('model name')), '')
+    rows = [('computer', f'{os.cpu_count()} × {model}, Linux {os.uname().release}'),
+            ('Python', sys.version.split()[0]), ('ssh', first_line('ssh', '-V')),
+            ('bash', first_line('bash', '--version')), ('rsync', first_line('rsync', '--version')),
+            ('Slurm', first_line(rig.program('slurmctld') or 'slurmctld', '-V')),
+            ('GNU parallel', first_line('parallel', '--version')),
+            ('clush', first_line('clush', '--version'))]
+    return [(name, value or 'not installed') for name, value in rows]
 
 
 def say_conditions(bench, earlier):

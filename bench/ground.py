@@ -446,6 +446,7 @@ class Bench(Ground):
         self.grounds = [ground for ground in (self.disk, self) if ground]
         self.meter = Meter()
         self.versions = []
+        self.rows = []          # the table so far: lists of texts
         self._add(version('ours', HERE.parent, self.home / 'ours'))
 
     def add_version(self, commit):
@@ -511,6 +512,8 @@ class Bench(Ground):
         """One line of the table, shown as soon as it is known."""
         word = {True: 'pass', False: 'MISS', None: '-'}[passed]
         texts = ' '.join(f'{cells.get(column, "-"):>14}' for column in self.columns())
+        self.rows.append([name, *(cells.get(column, '-') for column in self.columns()), goal, word,
+                          details])
         print(f'{name:<50} {texts} {goal:>13}  {word:<5} {details}', flush=True)
 
 

@@ -400,9 +400,10 @@ def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
 KEYS = re.compile(r'`([a-z_]+)`')
 
 
-def test_the_journal_is_as_the_readme_has_it(run, batches, ask, lab1, gate):
+def test_the_journal_is_as_the_docs_have_it(run, batches, ask, lab1, gate):
     """By a reader of its own: each event and key is documented, and each documented event seen."""
-    text = (ROOT / 'README.md').read_text().partition('### The journal')[2]
+    text = (ROOT / 'docs/results.md').read_text().partition('## The journal')[2]
+    text = text.partition('\n## ')[0]
     documented = {word: set(KEYS.findall(keys)) | {'event', 'time'}
                   for words, keys in re.findall(r'^\| (`.*?) \| (`.*?) \|', text, re.M)
                   for word in KEYS.findall(words)}

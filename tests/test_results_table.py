@@ -1086,11 +1086,12 @@ def test_the_help_has_every_option():
     assert names == {name for name in module.option_kinds() if name.startswith('--')}
 
 
-README = (PROGRAM.parent / 'README.md').read_text(encoding='utf-8')
+PAGES = ''.join((PROGRAM.parent / name).read_text(encoding='utf-8')
+                for name in ('README.md', 'docs/results.md'))
 
 
-@pytest.mark.parametrize('line', re.findall(r'(?m)^\$ results_table *(.*)$', README))
-def test_a_command_line_of_the_readme_is_understood(made, line):
+@pytest.mark.parametrize('line', re.findall(r'(?m)^\$ results_table *(.*)$', PAGES))
+def test_a_command_line_of_the_pages_is_understood(made, line):
     for seed in (1, 2):
         made.add(f'grid.sh.{seed}', f'./a --seed {seed} --lr {seed}', 'test_loss: 1\nval_acc: 1')
     done = command(*shlex.split(line))

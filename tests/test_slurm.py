@@ -615,12 +615,11 @@ def test_a_shell_opens_on_the_node(cluster, run_cli, start_cli, project, gate):
     assert NODE.fullmatch(host + '\n') or not cluster.apart
 
 
-# ---- README ----
+# ---- docs/cluster.md ----
 
-def test_the_transcript_of_the_readme(make_cluster, lab, start_cli, project):
-    """The commands and lines are those of README, but for names of machines, numbers and times."""
-    text = (Path(ssh_scheduler.__file__).parent / 'README.md').read_text()
-    section = text.split('\n## Growing into a cluster\n')[1].split('\n## ')[0]
+def test_the_transcript_of_the_page(make_cluster, lab, start_cli, project):
+    """The commands and lines are those of the page, but for names, numbers and times."""
+    section = (Path(ssh_scheduler.__file__).parent / 'docs/cluster.md').read_text()
     transcript = section.split('```')[3].strip().splitlines()
     at = next(number for number, line in enumerate(transcript) if line.startswith('$ execute'))
     assert transcript[0] == '$ cat experiments.sh'

@@ -1,4 +1,4 @@
-"""A whole sweep with scikit-learn on two machines, by the commands of the README's section.
+"""A whole sweep with scikit-learn on two machines, by the commands of docs/results.md.
 
 From the batch file to CSV, to LaTeX, to a page, and to the same job once more after the code has
 changed.
@@ -19,8 +19,8 @@ RESULTS = Path('job_results')
 
 
 def commands():
-    """The command lines of the README's section, without the machines' names."""
-    section = (ROOT / 'README.md').read_text().partition('\n## A whole sweep\n')[2]
+    """The command lines of the section, without the machines' names."""
+    section = (ROOT / 'docs/results.md').read_text().partition('\n## A whole sweep\n')[2]
     block = re.search(r'(?s)```\n(.*?)```', section.partition('\n## ')[0])[1]
     lines = [line[2:] for line in block.splitlines() if line.startswith('$ ')]
     assert len(lines) == 8, lines
@@ -29,7 +29,7 @@ def commands():
 
 @pytest.fixture
 def shell(project, scheduler, client_env, lab1, lab2):
-    """Run a line of the README with bash in a project that has its example: shell(line)."""
+    """Run a line of the section with bash in a project that has its example: shell(line)."""
     shutil.copytree(ROOT / 'example', project / 'example')
     programs = project.parent / 'bin'
     programs.mkdir()

@@ -1,6 +1,7 @@
 """Command lines -> options: the usage texts are what docopt parses, so they are tried as such."""
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -205,24 +206,40 @@ def test_every_option_of_a_usage_text_is_known():
         assert names <= set(read([command, 'x']))
 
 
-# ---- README ----
+# ---- README and docs/ ----
 
-def readme_lines():
-    """Return the command lines in README.md's code blocks, continued lines joined."""
-    path = ROOT / 'README.md'
-    text = path.read_text(encoding='utf-8') if path.exists() else ''
+COMING = ('--check', '--init')      # as in test_docs.py
+
+
+def shown_lines():
+    """Return the command lines in the code blocks of the pages, continued lines joined."""
+    pages = [path for path in (ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')))
+             if path.exists()]
+    text = '\n'.join(page.read_text(encoding='utf-8') for page in pages)
     blocks = re.findall(r'(?ms)^ *```[^\n]*\n(.*?)^ *```', text)
     lines = [line.strip() for block in blocks
              for line in block.replace('\\\n', ' ').splitlines()]
     lines = [line[2:] if line.startswith('$ ') else line for line in lines]
     known = {**USAGES, **OTHER_USAGES}
-    return [line for line in lines if line.split()[:1] and line.split()[0] in known]
+    return [line for line in lines if line.split()[:1] and line.split()[0] in known
+            and not {*line.split()} & {*COMING}]
 
 
-@pytest.mark.parametrize('line', readme_lines())
-def test_a_command_line_of_the_readme_is_understood(line):
+def first_command(line):
+    """Return the words of a line up to a pipe, a redirection or a semicolon."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars='|>;')
+    lexer.whitespace_split, lexer.commenters = True, ''
+    return [*itertools.takewhile(lambda word: not re.fullmatch('[|>;]+', word), lexer)]
+
+
+def test_the_pages_show_command_lines():
+    assert len(shown_lines()) > 40
+
+
+@pytest.mark.parametrize('line', dict.fromkeys(shown_lines()))
+def test_a_command_line_of_the_pages_is_understood(line):
     try:
-        options = read(line)
+        options = read(first_command(line))
     except ssh_scheduler.HelpAsked:     # --help and --version
         return
     command = line.split()[0]

@@ -152,8 +152,8 @@ def test_what_is_no_text_of_words(complaint, wrap):
         'lab.yaml, line 3: wrap must be words of bash, with at most 2000 characters, not ')
 
 
-def test_the_examples_of_the_readme(project):
-    text = (Path(__file__).parent.parent / 'README.md').read_text()
+def test_the_examples_of_the_docs(project):
+    text = (Path(__file__).parent.parent / 'docs/options.md').read_text()
     examples = [textwrap.dedent(block) for block in re.findall(
         r'(?ms)^ *```yaml\n(.*?)^ *```', text) if 'wrap:' in block]
     wraps = []
