@@ -63,35 +63,47 @@ from typing import NamedTuple
 # ---- Usage: the text that read_options parses ----
 
 USAGE = """\
-Combine folders into one with everything that they have. The same path with the same content is
-one file; with different content it is a conflict: all are listed, and nothing is written.
+Combine folders into one that has all their files. The same path with the same
+content becomes one file. The same path with different content is a conflict:
+combine_folders lists all conflicts and writes nothing.
 
 Usage:
   combine_folders [options] [--exclude=<pattern>]... [--] <dest> <source>...
   combine_folders --help
 
-  If <dest> is there, it counts as the first source, and nothing in it is changed. Of identical
-  files, the first gives the mode and the time. Options may stand anywhere; -- ends them.
-  What execute_batch keeps for itself is left out: .ssh_scheduler in a <source>, and what
-  job_results/* names beside the results of jobs: streams (NAME.out, NAME.err), earlier results
-  (NAME~1) of jobs that are named, too, and files of jobs that run (NAME.partial).
+  A <dest> that exists counts as the first source; none of its files change. Of
+  identical files the first gives the mode and the time. Options may stand
+  anywhere; all words after -- are folders.
+  combine_folders skips the files of execute_batch: .ssh_scheduler in a
+  <source>, and, where a pattern such as job_results/* names them, streams
+  (NAME.out, NAME.err), earlier results (NAME~1) of jobs that are named, too,
+  and files of jobs that run (NAME.partial).
 
 Options:
-  --dry-run               Compare everything and say what would happen; write nothing.
-  --link                  Hard links instead of copies, where the file system allows.
-  --move                  Empty the sources, after all is safely in <dest>. The folders stay.
-  --on-conflict=<what>    What to do with conflicts: error, or rename. The latter keeps all: the
-                          first keeps its name, others get .SOURCE behind it [default: error].
-  --exclude=<pattern>     What to leave out, with rsync's patterns ('*.ckpt', '/top', 'tmp/').
-                          ONE pattern; give the option again for more.
-  --prefix                Put each source in a folder of its own in <dest>, by its name.
-  --skip-special          Leave out sockets, fifos and devices instead of refusing.
-  --quiet                 Say nothing unless something is wrong.
-  -h --help               Show this.
+  --dry-run               Compare all files and show the outcome; write nothing.
+  --exclude=<pattern>     Skip files that match this pattern of rsync, such as
+                          '*.ckpt', '/top' or 'tmp/'. ONE pattern; for more give
+                          the option again.
+  --on-conflict=<action>  error: list conflicts and write nothing. rename: keep
+                          all versions; the first keeps its name, the others get
+                          .SOURCE behind their names [default: error].
+  --prefix                Put each source into a folder of its own in <dest>,
+                          named after the source.
+  --move                  Empty the sources when all files are in <dest>. The
+                          folders of the sources stay.
+  --link                  Make hard links instead of copies, where the file
+                          system allows.
+  --skip-special          Skip sockets, fifos and devices. By default they are
+                          an error.
+  --quiet                 Print only errors.
+  -h --help               Show this help.
 
-Exit status: 0 combined, 1 conflicts, 2 wrong usage or a path that cannot be used (in both nothing
-was written), 3 stopped on the way (full disk, a source that changed), 130 interrupted. After 3 and
-130 the same command completes it.
+Exit code: 0 combined; 1 conflicts, or 2 wrong usage or a path that cannot be
+used: nothing was written; 3 failed halfway (full disk, a source that changed),
+130 interrupted: the same command completes the work.
+
+Example:
+  combine_folders all_results job_results/*
 """
 
 

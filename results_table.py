@@ -52,64 +52,69 @@ from typing import NamedTuple, Optional
 # ---- Usage: the text that read_options parses ----
 
 USAGE = """\
-Make one table of the results of jobs: what differs in their commands, the
-metrics that they wrote, how they ended, how long they took and where they ran.
+Make one table of the results of jobs. Each row has the words in which the
+commands differ, the metrics, the exit code, the time and the machine of a job.
 
 Usage:
   results_table [options] [--] [<results>...]
   results_table --help
 
-  <results>: a folder job_results, or results in one (job_results/grid.sh.*);
-  by default ./job_results. A batch may be running. Nothing there is changed.
+  <results> is a folder job_results, or results in one (job_results/grid.sh.*);
+  by default ./job_results. The batch may still run. Nothing in it is changed.
   On a terminal the table is cut to its width. In a pipe it is CSV.
 
 Columns:
   The words that differ: --lr=0.1, --lr 0.1 and lr=0.1 are lr, words without a
   name arg1, arg2, a flag is yes. Then the metrics, exit (… while the job runs),
-  time, MB and GPU MB (the most memory that was seen in use), and where.
+  time, MB and GPU MB (the peak of the memory in use), and where.
   Metrics are the numbers of metrics.json or results.json in the job's folder
-  and of the files of --from; of jobs without these the last `name: number`,
+  and of the files of --from. For jobs without these: the last `name: number`,
   `name=number`, and JSON object on a line, of their stdout, and the numbers of
   lines that have nothing else, such as `epoch 9: loss 0.31`.
 
 Options:
-  --metric=<name=regex>   A metric that is found otherwise: the last match in
-                          stdout, else in stderr: 'acc=best accuracy (\\S+)'.
-                          May be given several times.
-  --from=<files>          Files in the job's folder, such as 'runs/*.csv': of
-                          CSV the last value of each column; .json and .jsonl,
-                          too. May be given several times.
-  --where=<test>          Only rows for which this holds: 'lr>0.001', 'exit=0',
-                          'loss!=nan', 'time<1h'. The operators are = != < <=
-                          > >=. May be given several times; all must hold.
-  --mean-over=<names>     Mean, sample standard deviation and number of jobs
-                          that differ in these parameters only: seed, or
+  --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
+  --columns=<columns>     Show only these columns, in this order:
+                          lr,val_acc,exit.
+  --where=<test>          Show only rows for which this holds: 'lr>0.001',
+                          'exit=0', 'loss!=nan', 'time<1h'. The operators are
+                          = != < <= > >=. May be given several times; all must
+                          hold.
+  --mean-over=<names>     Show mean, sample standard deviation and number of
+                          jobs that differ in these parameters only: seed, or
                           seed,fold. Takes jobs that finished with exit 0. Time
                           is the mean, too; MB and GPU MB are the largest.
   --unfinished            With --mean-over: take all other jobs, too.
-  --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
-  --columns=<columns>     Only these columns, in this order: lr,val_acc,exit.
-  --earlier               Also the results of jobs that were run again (NAME~1),
-                          and of jobs that reproduce others (NAME-again).
+  --metric=<name=regex>   Add a metric: the last match in stdout, else in
+                          stderr: 'acc=best accuracy (\\S+)'. May be given
+                          several times.
+  --from=<files>          Read metrics from files in the job's folder, such as
+                          'runs/*.csv': of CSV the last value of each column;
+                          .json and .jsonl, too. May be given several times.
+  --earlier               Show also the results of jobs that were run again
+                          (NAME~1), and of jobs that reproduce others
+                          (NAME-again).
 
 Output:
-  --wide                  The whole table, whatever the width; also in a pipe.
+  --wide                  Print the whole table, also in a pipe.
   --csv=<file>            Write CSV to this file; - is stdout.
   --json                  Write a JSON object for each row, one a line. Numbers
                           that JSON lacks are the strings nan, inf and -inf.
   --markdown              Write a table for Markdown.
   --latex                 Write a tabular for LaTeX, which needs booktabs.
-  --html=<file>           Write a page for a browser that needs no network: the
-                          table, a timeline, the use of machines, plots, curves,
-                          why jobs failed, their outputs' ends, and what ran.
-  -h --help               Show this.
+  --html=<file>           Write a page for a browser, without network: table,
+                          timeline, use of the machines, plots, curves, causes
+                          of failures, last lines of outputs, and commands.
+  -h --help               Show this help.
 
 CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
 state (finished, failed, running, ended: not fetched yet, lost, cancelled) and
 the whole command. Names of both kinds work in --where, --sort and --columns.
 
-Exit status: 0, 2 for wrong usage or results that cannot be read, 130
-interrupted.
+Exit code: 0; 2 wrong usage or results that cannot be read; 130 interrupted.
+
+Example:
+  results_table --mean-over seed --sort=-val_acc
 """
 
 

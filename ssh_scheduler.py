@@ -119,35 +119,37 @@ Hardware that each job needs:
   --num-cpus=<cores>            Processor cores [default: 1].
   --memory-required=<size>      Memory: 8G, 500M, or a number of MB
                                 [default: 2000].
-  --reserve                     A machine to itself.
+  --reserve                     A whole machine.
   --no-gpu-required             No GPU.
   --num-gpus=<number>           GPUs, all on one machine [default: 1].
   --gpu-memory-required=<size>  Memory on each GPU: 8G, 500M, or a number of MB
                                 [default: 1000].
   --gpu-utilization=<share>     Share of each GPU's time, up to 1
                                 [default: 0.75].
-  --no-reserve-gpu              Other jobs may share its GPUs, as far as memory
-                                and time go.
+  --no-reserve-gpu              Jobs may share a GPU, as far as its memory and
+                                time suffice.
 """
 
 FILE_OPTIONS = """\
 Files:
-  --copy-forwards=<path>...     Files and folders that are sent, by default the
+  --copy-forwards=<path>...     Send these files and folders; by default the
                                 current folder, since most commands need files
-                                of it. Never .git and job_results. With no path:
-                                none.
-  --link-forwards=<path>...     The same for data that jobs only read: sent once
-                                to a machine, linked into the folder of each
-                                job, never fetched.
-  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
-                                rules of .rsync-filter files hold, too.
-  --copy-backwards=<path>...    Files to fetch from a job, by default those
+                                of it. Never .git and job_results. Without a
+                                path: send nothing.
+  --link-forwards=<path>...     Send data that jobs only read, such as data
+                                sets: once to each machine, linked into the
+                                folder of each job, never fetched.
+  --exclude=<pattern>...        Do not send files that match these patterns of
+                                rsync. The rules of .rsync-filter files apply,
+                                too.
+  --copy-backwards=<path>...    Fetch these files of each job; by default those
                                 that the job made or changed in its folder.
-                                A dot: all files. With no path: none.
-  --keep-files=<size>           Keep copies of the files that are sent, the
-                                smallest first, up to this size in all of
-                                job_results. With them execute_batch can
-                                reproduce a job [default: 20].
+                                A dot fetches all files. Without a path: fetch
+                                nothing.
+  --keep-files=<size>           Keep copies of the sent files in job_results,
+                                the smallest first, up to this size in all. With
+                                them execute_batch can reproduce a job
+                                [default: 20].
 """
 
 # What the options of all commands mean by a size and a time; see size_mb and seconds.
@@ -158,7 +160,7 @@ UNITS = """\
 
 COMMON_OPTIONS = """\
   --verbose                     Show each command and each event, on stderr.
-  -h --help                     Show this.
+  -h --help                     Show this help.
   --version                     Show the version.
 """
 
@@ -175,9 +177,9 @@ Usage:
                  | --earlier=<action>)
   execute_batch --help | --version
 
-  <batch> has one bash command on each line; - is the standard input. Results
-  are in ./job_results. A list takes all words up to the next option; -- ends
-  it.
+  <batch> is a file with one bash command on each line; - is the standard input.
+  Results are in ./job_results. An option with several values takes all words up
+  to the next option or up to --.
 {units}
 {machines}
 {hardware}
@@ -185,40 +187,45 @@ Usage:
 From any terminal, while the batch runs or later. A job is its number in the
 batch, 57, or its whole name:
   --status                      Show state, machine, time and last line of each
-                                job. Asks no machine.
-  --failed                      With --status: only jobs that failed.
-  --running                     With --status: only jobs that are on a machine.
-  --waiting                     With --status: only jobs that wait.
+                                job. This connects to no machine.
+  --failed                      With --status: show only jobs that failed.
+  --running                     With --status: show only jobs on a machine.
+  --waiting                     With --status: show only jobs that wait.
   --watch=<time>...             With --status: show it again at this interval, 5
                                 seconds by default, until all jobs have ended.
                                 With --report: write it at this interval.
-  --json                        With --status: one JSON object for each job, on
-                                a line of its own.
+  --json                        With --status: print one JSON object for each
+                                job, on a line of its own.
   --follow=<job>                Show what a job prints, from beginning to end;
                                 exit with its exit status. Ctrl-C stops
                                 watching.
   --cancel=<job>...             Cancel these jobs, whether they run or wait.
                                 Without a name: all jobs of the batch.
-  --rerun=<job>...              Run these jobs again. Their results are kept:
-                                those of batch.sh.57 as batch.sh.57~1.
-  --rerun-failed                The same for all jobs that failed.
+  --rerun=<job>...              Run these jobs again. Their earlier results are
+                                kept: those of batch.sh.57 as batch.sh.57~1.
+  --rerun-failed                Run all jobs that failed again, in the same way.
   --wait                        Wait until the batch that runs has ended; exit
                                 with its exit status.
   --drop-machine=<machine>...   Start no more jobs on these machines.
-  --now                         With --drop-machine: stop the jobs there, and
-                                start them on other machines.
+  --now                         With --drop-machine: stop the jobs of these
+                                machines, and start them on other machines.
 The same command again, with other lines or --machines, changes the batch that
-runs: new lines wait, lines that are gone do not start, new machines join.
+runs: new lines wait, deleted lines do not start, new machines join.
 
-Later, also when the batch file is gone:
+Later, also without the batch file:
   --what=<job>                  Show how a job ran: its command, files, git
                                 commit, machine and times.
   --reproduce=<job>             Run a job once more, with the files that it had
                                 then, as <job>-again; by default on the same
-                                machine. Say what could not be the same.
+                                machine. Then show all differences.
+  --earlier=<action>            For jobs that an earlier job_results of this
+                                folder left on the machines. show: list them.
+                                collect: fetch the results of those that have
+                                ended, under new names. remove: stop them and
+                                delete their files.
 
 Other:
-  --dry-run                     Ask the machines, show what would start where,
+  --dry-run                     Show which job would start on which machine;
                                 start nothing.
   --timeout=<time>              Stop a job that runs longer than this; it counts
                                 as failed (exit 124).
@@ -227,52 +234,51 @@ Other:
   --retries=<number>            Start a job again, at most this number of times,
                                 if its machine was restarted or lost the job
                                 [default: 1].
-  --away-limit=<time>           Try to connect again to a machine for this time.
-                                Then its jobs wait for the next run of the same
-                                command [default: 600].
-  --lost-after=<time>           Start the jobs of a machine elsewhere after this
-                                time without contact. When the machine is back,
-                                stop them there. Without it: wait for the
-                                machine.
-  --max-result-size=<size>      Fetch no files of a job if they are larger than
-                                this in all; they stay on the machine. Without
-                                it: fetch what has room here.
-  --cluster-after=<time>        Give a job to a cluster when no other machine
-                                has had room for it for this time [default: 30].
+  --away-limit=<time>           Try to reconnect to a lost machine for this
+                                time. Then give up: its jobs keep running, and
+                                the next run of the same command collects them
+                                [default: 600].
+  --lost-after=<time>           Start the jobs of a machine on other machines
+                                after this time without a connection. When the
+                                machine is back, stop its old jobs. By default:
+                                wait for the machine.
+  --max-result-size=<size>      Fetch no files of a job that are larger than
+                                this in all; they stay on the machine. By
+                                default only the free space here is the limit.
+  --cluster-after=<time>        Send a job to a cluster when no other machine
+                                has had room for the job for this time
+                                [default: 30].
   --sync-back=<path>...         While jobs run, fetch these files and folders of
                                 their folders again and again, to
                                 job_results/<job>.partial; it is removed when
                                 the results are there.
-  --every=<time>                With --sync-back: how often [default: 60].
-  --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10].
-                                Higher than that of a single command: a batch
-                                gives way to people at the machine.
-  --no-live                     Look once at what the machines have free, not
-                                again while jobs wait.
-  --earlier=<action>            Jobs that an earlier job_results of this folder
-                                left on the machines: show them; collect those
-                                that have ended, under free names; or remove
-                                them, and stop those that run.
-
+  --every=<time>                With --sync-back: fetch at this interval
+                                [default: 60].
+  --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10]: the
+                                programs of people at the machine come first.
+  --no-live                     Check the free cores, memory and GPUs only once,
+                                at the start, not again while jobs wait.
   --report=<file>               Write an HTML page on all results in job_results
                                 when the batch has ended; with --watch=<time>
-                                also again and again while it runs.
+                                also at that interval while the batch runs.
 
 For other programs:
-  --joblog=<file>               Write a line for each job that ends, with tabs:
+  --joblog=<file>               Append a line for each job that ends, with tabs:
                                 the columns of GNU parallel's joblog, then Name,
                                 GPUs, PeakMemoryMB, PeakGPUMemoryMB, Attempt.
-                                Lines are added to a file that exists.
-  --on-finish=<command>         Run this with bash on this computer when the
+  --on-finish=<command>         Run this bash command on this computer when the
                                 batch has ended, also after Ctrl-C. Variables
-                                such as $SSH_SCHEDULER_FAILED tell how it went:
-                                see README.
-  --on-failure=<command>        The same at the first job that fails, while the
-                                batch runs on. $SSH_SCHEDULER_STDERR is the file
-                                with the errors of the job.
+                                such as $SSH_SCHEDULER_FAILED have the numbers
+                                of jobs: see README.
+  --on-failure=<command>        Run this bash command on this computer when the
+                                first job has failed. $SSH_SCHEDULER_STDERR is
+                                the file with the errors of the job.
 {common}
-Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong,
+Exit code: 0 all jobs succeeded, 1 some failed or a machine file is wrong,
 2 wrong usage or configuration, 130 interrupted.
+
+Example:
+  execute_batch batch.sh --machines lab1 lab2 --memory-required 8G --timeout 2h
 """.format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
            common=COMMON_OPTIONS)
 
@@ -288,57 +294,60 @@ Usage:
                  (--attach=<name> | --cancel=<name> | --shell=<name>)
   execute_remote --help | --version
 
-  <command> is bash, in quotes. Its output is shown, and its exit status is that
-  of execute_remote. Results are in ./job_results, under the name of the job. A
-  line of a batch file may be such a command, too, for a job with other files,
-  another name or other hardware than the rest of the batch.
-  A list takes all words up to the next option; -- ends it.
+  <command> is a bash command in quotes. execute_remote shows its output and
+  exits with its exit code. Results are in ./job_results, under the name of the
+  job. A line of a batch file may be such a command, too, for a job with other
+  files, another name or other hardware than the rest of the batch. An option
+  with several values takes all words up to the next option or up to --.
 {units}
 The job:
   --machine=<machine>           A machine file (as given, with .yaml, or in
                                 ~/.local/var/), a name from ~/.ssh/config,
                                 user@host[:port], localhost, or @file: a file
                                 with one of these. Ignored in a batch file.
-  --job-name=<name>             The name of the job and of its results. While
+  --job-name=<name>             The name of the job and of its results; by
+                                default a short name made of the command. While
                                 the job runs, the same command with the same
                                 name attaches to it; later it shows the results.
-                                By default a short name is made of the command.
-  --stdin                       The command reads the standard input of
-                                execute_remote; without this option its input is
-                                empty.
-  --tty                         The command has this terminal. Nothing that it
-                                prints is kept.
+  --stdin                       Send the standard input of execute_remote to the
+                                command. By default its input is empty.
+  --tty                         Connect the command to this terminal. Its output
+                                is not kept.
   --detach                      Start the job, print its name, and do not wait.
   --attach=<name>               Show the output of a job that runs, from the
-                                beginning. Ctrl-C stops watching; the job runs
-                                on.
-  --cancel=<name>               Stop a job that runs, and all that it started.
-                                It takes the name, since a folder may have many
-                                such jobs.
+                                beginning. Ctrl-C stops watching; the job keeps
+                                running.
+  --cancel=<name>               Stop a job that runs, with all its processes. A
+                                name is needed: a folder may have many such
+                                jobs.
   --shell=<name>                Open a shell beside a job that runs, also of a
                                 batch: bash in the folder of the job, with its
-                                environment and GPUs. The shell and what it
-                                starts do not belong to the job. Where stdin is
-                                no terminal, bash runs what stdin has.
-  --forward=<port>...           Until execute_remote ends, the same port of
-                                localhost here reaches this port of the machine;
-                                with 8888:6006 port 8888 reaches its port 6006.
+                                environment and GPUs. The shell does not belong
+                                to the job. Without a terminal bash runs the
+                                commands on stdin.
+  --forward=<port>...           Forward a port of localhost here to the same
+                                port of the machine, until execute_remote ends;
+                                8888:6006 forwards port 8888 to its port 6006.
 
 {hardware}
-With one of these given the job waits until there is room, and has GPUs of its
-own. Without them it starts at once, and CUDA_VISIBLE_DEVICES is not set.
+With any of these options the job waits until there is room, and has GPUs of its
+own. Without them the job starts at once and sees all GPUs.
 
 {files}
 Other:
-  --timeout=<time>              Stop the job if it runs longer than this; its
-                                exit status is 124.
-  --away-limit=<time>           Try to connect again to the machine for this
-                                time [default: 600].
-  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
-                                batch: somebody waits for this command.
+  --timeout=<time>              Stop a job that runs longer than this; its exit
+                                code is 124.
+  --away-limit=<time>           Try to reconnect to a lost machine for this time
+                                [default: 600].
+  --nice=<number>               Niceness of the command, 0 to 19 [default: 0].
+                                Lower than in a batch: a person waits for this
+                                command.
 {common}
-Exit status: that of the command; 125 if the machine could not be reached, or
-contact was lost; 2 wrong usage or configuration, 130 interrupted.
+Exit code: that of the command; 125 the machine could not be reached, or the
+connection was lost; 2 wrong usage or configuration; 130 interrupted.
+
+Example:
+  execute_remote --machine lab1 --job-name try1 'python3 train.py lr=0.1'
 """.format(units=UNITS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
 
 EXECUTE_TO_USAGE = """\
@@ -350,38 +359,42 @@ Usage:
              [--copy-backwards=<path>]... [--] <command>
   execute_to --help | --version
 
-  <command> is bash, in quotes. Ctrl-C cancels it on all machines: no command
-  runs longer than execute_to does, so there is nothing to cancel later.
-  A list takes all words up to the next option; -- ends it.
+  <command> is a bash command in quotes. Ctrl-C stops it on all machines, so
+  there is nothing to cancel later. An option with several values takes all
+  words up to the next option or up to --.
 {units}
 {machines}
 Output:
-  --gather                      When all have ended: equal outputs once, below
-                                the names of the machines.
-  --diff                        The same, and of other outputs how they differ
-                                from the first.
+  --gather                      Wait for all machines. Then print equal outputs
+                                once, below the names of the machines.
+  --diff                        Like --gather, but print other outputs as their
+                                differences from the first.
 
-Files, none by default, since most such commands are for the machine itself:
-  --copy-forwards=<path>...     Files and folders that are sent.
-  --link-forwards=<path>...     The same for data that is only read: never sent
-                                twice.
-  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
-                                rules of .rsync-filter files hold, too.
-  --copy-backwards=<path>...    Files to fetch, to
+Files; by default none, since most such commands are for the machine itself:
+  --copy-forwards=<path>...     Send these files and folders.
+  --link-forwards=<path>...     Send data that the command only reads: once to
+                                each machine.
+  --exclude=<pattern>...        Do not send files that match these patterns of
+                                rsync. The rules of .rsync-filter files apply,
+                                too.
+  --copy-backwards=<path>...    Fetch these files, to
                                 ./job_results/<name>_<machine>.
   --job-name=<name>             The name of the results.
 
 Other:
-  --fanout=<number>             At most this number of machines at a time
-                                [default: 64].
-  --timeout=<time>              Give up a machine that takes longer than this.
-                                The login counts, so that no machine can keep
-                                the others waiting.
-  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
-                                batch: somebody waits for this command.
+  --fanout=<number>             Connect to at most this number of machines at a
+                                time [default: 64].
+  --timeout=<time>              Give up a machine that takes longer than this,
+                                login included: no machine delays the others.
+  --nice=<number>               Niceness of the command, 0 to 19 [default: 0].
+                                Lower than in a batch: a person waits for this
+                                command.
 {common}
-Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong
-usage or configuration, 130 interrupted.
+Exit code: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage
+or configuration, 130 interrupted.
+
+Example:
+  execute_to --machines lab1 lab2 --gather -- 'nvidia-smi -L'
 """.format(units=UNITS, machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
@@ -391,30 +404,37 @@ Usage:
   query_machines [options] [--machines=<machine>]... [--watch=<time>]...
   query_machines --help | --version
 
-  A list takes all words up to the next option.
+  An option with several values takes all words up to the next option.
 {units}
 {machines}
 {hardware}
-With one of these given: how many such jobs would fit now.
+With any of these options query_machines shows how many such jobs would fit now.
 
 Other:
-  --watch=<time>...             Look again after each such time, 5 s if none
-                                follows.
-  --json                        One JSON object for each machine, on a line.
+  --watch=<time>...             Show it again at this interval, 5 seconds by
+                                default, until Ctrl-C.
+  --json                        Print one JSON object for each machine, on a
+                                line of its own.
 {common}
-Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or
+Exit code: 0 all machines answered, 1 some did not, 2 wrong usage or
 configuration.
+
+Example:
+  query_machines --machines lab1 lab2 --gpu-memory-required 8G
 """.format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
 
 OVERVIEW = """\
 Run many commands on a handful of machines that can be reached with ssh.
 
-Usage: ssh_scheduler.py <command> <its options and words>...
+Usage: ssh_scheduler.py <command> <options and words of the command>...
 <command> is one of
 {commands}
 
 ssh_scheduler.py <command> --help shows the options of a command. A link to
-ssh_scheduler.py that has the name of a command is that command.
+ssh_scheduler.py with the name of a command runs that command.
+
+Example:
+  ssh_scheduler.py execute_batch batch.sh --machines lab1 lab2
 """.format(commands='\n'.join(
     f'  {usage.partition("Usage:")[2].split()[0]:14}  {usage.partition(chr(10))[0]}' for usage in (
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))

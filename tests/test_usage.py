@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import combine_folders
 import results_table
 import ssh_scheduler
+import test_golden
 
 ANY = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -26,6 +27,8 @@ OTHER_USAGES = {
     'execute_to': ssh_scheduler.EXECUTE_TO_USAGE,
     'query_machines': ssh_scheduler.QUERY_MACHINES_USAGE,
 }
+HELP = {**USAGES, **OTHER_USAGES, 'ssh_scheduler': ssh_scheduler.OVERVIEW,
+        'combine_folders': combine_folders.USAGE, 'results_table': results_table.USAGE}
 POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execute_to': '<command>'}
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
 # What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
@@ -581,15 +584,33 @@ def test_what_cannot_be_given_together_is_named(words):
 
 
 def test_help_fits_a_terminal_of_80_columns():
-    for usage in (*USAGES.values(), *OTHER_USAGES.values(), ssh_scheduler.OVERVIEW):
+    for usage in HELP.values():
         assert [line for line in usage.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize('command', HELP)
+def test_each_help_is_its_golden_file(command):
+    test_golden.compare({f'help/{command}.txt': HELP[command]})
+
+
+def test_each_help_ends_with_an_example_that_is_read():
+    for command, usage in HELP.items():
+        example = usage.rpartition('\n\nExample:\n  ')[2].rstrip('\n')
+        words = split(example)
+        assert words.pop(0) in (command, f'{command}.py')
+        if command == 'combine_folders':
+            combine_folders.read_options(words)
+        elif command == 'results_table':
+            results_table.read_options(words)
+        else:
+            read(words if command == 'ssh_scheduler' else [command, *words])
 
 
 @pytest.mark.parametrize('option', ['--timeout', '--nice', '--cancel', '--copy-forwards'])
 def test_the_help_gives_the_reason_where_commands_differ(option):
     """A word of the reason stands with the option, or for execute_to where it has no such one."""
-    reasons = {'--timeout': ('counts as failed', 'its exit status', 'The login counts'),
-               '--nice': ('gives way', 'somebody waits', 'somebody waits'),
+    reasons = {'--timeout': ('counts as failed', 'its exit code', 'no machine delays'),
+               '--nice': ('people at the machine', 'a person waits', 'a person waits'),
                '--cancel': ('Without a name: all', 'may have many', 'nothing to cancel'),
                '--copy-forwards': ('most commands need files', 'most commands need files',
                                    'since most such commands')}
