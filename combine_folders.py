@@ -443,8 +443,8 @@ class ComparePass:
         listing = trees.list_folder()
         for tree, name in listing.leftovers:
             if tree:
-                self.add_trouble(f'{trees.path_in(tree, name)} is what a killed combine_folders '
-                                 'left. Run its command again, or remove it.')
+                self.add_trouble(f'{trees.path_in(tree, name)} was left by a killed '
+                                 'combine_folders. Run its command again, or remove it.')
         self.findings.bookkeeping += listing.bookkeeping
         return listing.found
 
@@ -682,7 +682,7 @@ class WritePass:
             try:
                 maker.show_folder(root)
             except FileExistsError:
-                raise Stopped(f'{printable(place.path)} has appeared meanwhile. '
+                raise Stopped(f'{printable(place.path)} appeared meanwhile. '
                               'The same command adds to it.') from None
 
     def write_folder(self, folder):
@@ -1033,7 +1033,7 @@ def lock(descriptor, path, say):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f'waiting: another combine_folders is at work in {printable(path)}')
+        say(f'waiting: another combine_folders works in {printable(path)}')
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         pass                        # NFS cannot lock folders; then nothing protects the run
@@ -1707,7 +1707,7 @@ class Helper:
     def _receive(self):
         size, descriptors, _, _ = self._socket.recv_fds(self._channel, 8, 252)
         if len(size) < 8:
-            raise Stopped('the second process was killed. The same command goes on.')
+            raise Stopped('the second process was killed. The same command completes it.')
         with self._channel.makefile('rb') as stream:
             data = stream.read(int.from_bytes(size, 'big'))
         return self._marshal.loads(data), descriptors
@@ -2039,7 +2039,7 @@ def open_place(dest, opened):
 
 def no_folder(error):
     """Return the end of the sentence about a path that is not a folder to use."""
-    return {errno.ENOENT: 'is not there.', errno.ENOTDIR: 'is not a folder.'}.get(
+    return {errno.ENOENT: 'does not exist.', errno.ENOTDIR: 'is not a folder.'}.get(
         error.errno, f'cannot be used: {reason_of(error)}.')
 
 
@@ -2077,7 +2077,7 @@ def read_options(argv):
             if name == '--exclude':
                 options.setdefault(name, []).append(value)
             elif name in options:
-                raise UsageError(f'{name} is there twice.')
+                raise UsageError(f'{name} is given twice.')
             else:
                 options[name] = value
     return words, options

@@ -400,7 +400,7 @@ def find_place(word):
     if not os.path.lexists(path):
         advice = ('Start in the folder of the batch, or name one: results_table FOLDER'
                   if path == 'job_results' else '')
-        raise TableError(f'{printable(word)} is not there. {advice}'.rstrip())
+        raise TableError(f'{printable(word)} does not exist. {advice}'.rstrip())
     if glob.glob(os.path.join('job_results', glob.escape(name) + '.*')):
         raise TableError(f'{printable(word)} is not a result. Try: '
                          f'results_table job_results/{printable(name)}.*')
@@ -1687,14 +1687,14 @@ def reason_words(job, lines):
     """Return why a Job failed, in words.  lines: the last ones of its stderr."""
     told, code = telling_line(lines), job.exit_code
     if job.state == 'lost' or code is None or code < 0:
-        return f'{job.machine or "its machine"} lost it'
+        return f'{job.machine or "its machine"} lost the job'
     if any(map(GPU_IS_FULL.search, lines)):
         return f'exit code {code}: GPU out of memory'
     if told.startswith('ssh-scheduler: the kernel killed'):
         return f'exit code {code}: {job.machine} ran out of memory'
     if 128 < code < 160 and not told.startswith('ssh-scheduler: '):
         name = SIGNALS.get(code - 128)
-        return f'ended by signal {code - 128}{f" ({name})" if name else ""}'
+        return f'killed by signal {code - 128}{f" ({name})" if name else ""}'
     told = re.sub(r'^ssh-scheduler: |^\S*: line [0-9]+: ', '', told)
     return f'exit code {code}: {cut(told, LAST_LINE)}' if told else (
         f'exit code {code}, nothing on stderr')
@@ -2333,7 +2333,7 @@ def read_options(argv):
             if name in SEVERAL:
                 options.setdefault(name, []).append(value)
             elif name in options:
-                raise UsageError(f'{name} is there twice.')
+                raise UsageError(f'{name} is given twice.')
             else:
                 options[name] = value
     return words, options

@@ -1064,7 +1064,8 @@ def as_json(value):
 
 def unwritable(path, error):
     """Return the exception that says that something cannot be written before a job starts."""
-    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Jobs that run go on; the '
+    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Running jobs keep '
+                        'running; the '
                         'same command collects them.')
 
 
@@ -1176,9 +1177,10 @@ class Journal:
             in_place = False
         if not in_place:
             folder = self.path.partition('/.ssh_scheduler/')[0]
-            raise ResultsError(f'{folder} was removed or moved away while it was in use. Jobs '
-                               'that run keep running: move it back, and the same command collects '
-                               'them. If it is gone: execute_batch --earlier=show --machines …')
+            raise ResultsError(f'{folder} was removed or moved away while it was in '
+                               'use. Running jobs keep running: move it back, and the same '
+                               'command collects them. If it is gone: execute_batch '
+                               '--earlier=show --machines …')
 
     def _read(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -1197,8 +1199,9 @@ class Journal:
                     self._apply(event)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ResultsError(
-                        f'{self.path}, line {self._lines} cannot be read. It says what runs where: '
-                        'look at it, or move job_results away to start afresh.') from None
+                        f'{self.path}, line {self._lines} cannot be read. The file records which '
+                        'job runs on which machine. Correct the line, or move job_results away '
+                        'to start from the beginning.') from None
                 self._bytes += len(line)
         if cut:
             os.ftruncate(self._fd, self._bytes)
@@ -1514,9 +1517,9 @@ class MachineResources:
         """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
         have, short = self.available, self.short_of(allocation)
         if short == 'jobs':
-            return f'has its {have.max_jobs} jobs'
+            return f'already has {have.max_jobs} jobs, its limit'
         if short == 'machine':
-            return 'is in use, and was to be reserved'
+            return 'is in use, and the job reserves the machine'
         if short == 'memory':
             return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
         if short == 'cores':
@@ -1639,7 +1642,7 @@ class ClusterResources(MachineResources):
         """Return why the allocation does not fit now, as 'has …'; '' if it fits."""
         queue, short = self.available.queue, self.short_of(allocation)
         if short == 'engine':
-            return f'refuses it ({queue.engine}: {self.refusal(allocation)})'
+            return f'refuses the job ({queue.engine}: {self.refusal(allocation)})'
         if short == 'gpu':
             return (f'has no GPU type with {allocation.gpu_memory_mb} MB (gpu_types of its machine '
                     'file)')
@@ -2435,7 +2438,7 @@ class Wishes:
                 self._run.wait_again(attempt)
             else:
                 self._run.fleet.note_outcome(attempt.machine, 'failed',
-                                             'it was told to stop, and has stopped')
+                                             'the job was told to stop, and has stopped')
 
     def rerun(self, jobs):
         """Have Jobs run once more that have ended, or were cancelled."""
@@ -2729,7 +2732,7 @@ class Run:
         if self.interrupts:
             return
         if self.fleet.bound:
-            self.fleet.note_outcome(worker, 'failed', f'it is gone: {attempt.why}')
+            self.fleet.note_outcome(worker, 'failed', f'the job is gone: {attempt.why}')
             return
         self._lost_by[name] += 1
         again = self._lost_by[name] <= self.policy.retries
@@ -2752,7 +2755,7 @@ class Run:
             return
         if not job.may_start:
             self.jobs.pop(job.name, None)
-            self.fleet.note_outcome(worker, 'absent', 'it was never started there')
+            self.fleet.note_outcome(worker, 'absent', 'the job never started')
         elif self.policy.probes or not self.fleet.bound:
             self.scheduler.add(job, first=True)
         elif not self.interrupts:
@@ -3301,15 +3304,16 @@ class Reporter:
 
     def left(self, machine, name, text):
         """A job ended, and these processes that it started there did not."""
-        self.note(f'{machine}: {name} ended, but what it started goes on there: {text}')
+        self.note(f'{machine}: {name} has ended, but it left processes running: {text}')
 
     def survivors(self, machine, pids):
         """These were to be ended."""
-        self.note(f'{machine}: could not be ended: process {pids}')
+        self.note(f'{machine}: could not stop process {pids}')
 
     def unconfirmed(self, machine, name):
         """A job was to be ended, and nobody knows whether it has."""
-        self.note(f'{name}: could not be confirmed to have ended on {machine}')
+        self.note(f'{name}: may still run on {machine}. The next run of the same '
+                  'command checks that')
 
     def others(self, machine, word, jobs):
         """A machine has these OtherJobs.  word: what finds the machine again."""
@@ -3448,7 +3452,7 @@ class Reporter:
         os.close(null)
         if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
             self.trouble = reason_of(error)
-            self.warning(f'what should be printed here cannot be: {self.trouble}')
+            self.warning(f'stdout cannot be written: {self.trouble}')
 
 
 def flush_streams():
@@ -3663,7 +3667,7 @@ def warnings_of(plan):
     for job in sorted((*cut_off, *lines.done), key=lambda job: job.line):
         if job.name in plan.elsewhere:
             yield job, (f'WARNING: line {job.line} was started on {plan.elsewhere[job.name]} by a '
-                        'run that was cut off; name that machine too, to collect it')
+                        'run that was cut off. Name that machine too, to collect the results')
         else:
             other = f' (done as {job.name})' if job.name in lines.usual else ''
             yield job, (f'WARNING: job results already exists for line {job.line}{other}, skipping '
@@ -3836,7 +3840,7 @@ def failure_words(exit_code, machine, lines):
             return words
     told = told_in(lines)
     if exit_code < 0:
-        return f'{machine} lost it'
+        return f'{machine} lost the job'
     if exit_code == 124 and told.startswith('ssh-scheduler: '):
         return told.partition(': ')[2]
     if exit_code == 137 and told.startswith(KERNEL_KILLED):
@@ -3847,8 +3851,8 @@ def failure_words(exit_code, machine, lines):
     if 128 < exit_code < 128 + signal.NSIG:
         with contextlib.suppress(ValueError):
             name = signal.Signals(exit_code - 128).name[3:]
-            return f'ended by signal {exit_code - 128} ({name})'
-    return told or f'exit code {exit_code}, nothing said'
+            return f'killed by signal {exit_code - 128} ({name})'
+    return told or f'exit code {exit_code}, nothing on stderr'
 
 
 def names_in_short(names):
@@ -3892,10 +3896,10 @@ class Summary:
         self._say_left()
         unknown = self._not_collected()
         for name, machine in unknown.items() if not run.leaves else ():
-            known = '' if self._results.journal.record(name)['state'] == 'ended' else (
-                'not known to have ')
-            report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
-                        'collect it')
+            state = 'has ended' if self._results.journal.record(name)['state'] == 'ended' else (
+                'may still run')
+            report.line(f'{name}: {state} on {machine}: run the same command again to collect '
+                        'its results')
         if run.interrupts:
             return 130
         return int(bool(run.failures or before or unknown or counted['not started']
@@ -4138,7 +4142,7 @@ class Board:
                 yield Row(f'{shortened(worker.name)}: connecting',
                           duration_of(now - since))
             elif worker.state == 'away':
-                yield Row(f'{shortened(worker.name)}: no contact',
+                yield Row(f'{shortened(worker.name)}: not connected',
                           duration_of(now - worker.away_since))
             elif worker.state == 'ready':
                 for stage in worker.contact.stages.on_their_way:
@@ -4169,8 +4173,8 @@ class Board:
         """Return the Rows that stand for the counts while it is asked what Ctrl-C shall mean."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
-                Row('  d      leave the jobs running; same command to continue'),
-                Row('  c      cancel: stop all running jobs, and end'),
+                Row('  d      exit; jobs keep running, same command continues'),
+                Row('  c      cancel: stop all running jobs and exit'),
                 Row('  Enter  continue')]
 
     def _alive_and_waiting(self):
@@ -4368,7 +4372,7 @@ def why_waiting(resources, allocation, count, is_own_news):
     machines = '; '.join(f'{"each of " * (len(names) > 1)}{names_of(names)} {reason}'
                          for reason, names in reasons.items())
     return (f'waiting: {count_of(count, "job")} for {what or describe(allocation)}: '
-            f'{machines or "no machine is there"}')
+            f'{machines or "no machine is left"}')
 
 
 def queue_words(engine, number, why, start, now=None):
@@ -4543,7 +4547,7 @@ class BatchView(ToldView):
         elif attempt.state == 'cancelled' and not self.run.interrupts:
             elsewhere = attempt.key in self.run.wishes.moving
             self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}'
-                              f'{"; it starts anew" if elsewhere else ""}. Partial '
+                              f'{"; it starts again" if elsewhere else ""}. Partial '
                               f'results: {self._results.inner}/cancelled')
 
     def _tell_start(self, attempt, word):
@@ -4567,7 +4571,7 @@ class BatchView(ToldView):
         if not attempt.job.may_start:
             what = 'Its line is not in the batch file any more, so it is not started again.'
         elif again:
-            what = 'It will be started again.'
+            what = 'It starts again.'
         else:
             what = 'The same command starts it again.'
             self._report.line(f'failed: {name}; {printable(attempt.job.command)}')
@@ -4577,8 +4581,8 @@ class BatchView(ToldView):
     def _say_halt(self):
         if self.run.halted and not self._said_halt:
             self._said_halt = True
-            self._report.note(f'{count_of(len(self.run.failures), "job")} failed: no more are '
-                              'started (--halt-after)')
+            self._report.note(f'{count_of(len(self.run.failures), "job")} failed: no more jobs '
+                              'start (--halt-after)')
 
     # Changes of machines
 
@@ -4592,7 +4596,7 @@ class BatchView(ToldView):
         """Contact was made again."""
         self.measured(worker)
         jobs = len(self.run.lives.of(worker, *ALIVE))
-        self._report.note(f'{worker.name}: in contact again ({count_of(jobs, "job")} there)')
+        self._report.note(f'{worker.name}: connected again ({count_of(jobs, "job")} there)')
 
     def measured(self, worker):
         """Say, when it is news, that only a part of a machine's GPUs can be used."""
@@ -4605,15 +4609,15 @@ class BatchView(ToldView):
     def away(self, worker):
         """Contact with a machine was lost; it is looked for."""
         jobs = len(self.run.lives.of(worker, *UNCOLLECTED))
-        self._report.note(f'{worker.name}: lost contact ({count_of(jobs, "job")} '
-                          f'{"goes" if jobs == 1 else "go"} on there): {sentence(worker.why)} '
-                          'Trying again.')
+        self._report.note(f'{worker.name}: connection lost ({count_of(jobs, "job")} '
+                          f'{"keeps" if jobs == 1 else "keep"} running): {sentence(worker.why)} '
+                          'Reconnecting.')
 
     def failed(self, worker, attempts):
         """A machine cannot be used, or not any more; these attempts may go on there."""
         if attempts:
-            self._report.note(f'{worker.name}: lost contact ({count_of(len(attempts), "job")} may '
-                              f'go on there): {sentence(worker.why)}')
+            self._report.note(f'{worker.name}: connection lost ({count_of(len(attempts), "job")} '
+                              f'may still run): {sentence(worker.why)}')
         else:
             if self._unusable.get(worker) != worker.why:    # it is tried again and again
                 self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
@@ -4630,9 +4634,10 @@ class BatchView(ToldView):
 
     def given_up(self, worker, jobs):
         """--lost-after is over."""
-        self._report.note(f'{worker.name}: no contact for {self.run.policy.lost_after_s:g} s: '
-                          f'{count_of(jobs, "job")} will be started elsewhere, and ended there '
-                          'when it is back')
+        start = 'starts' if jobs == 1 else 'start'
+        self._report.note(f'{worker.name}: no connection for {self.run.policy.lost_after_s:g} s: '
+                          f'{count_of(jobs, "job")} {start} on other machines, and will be '
+                          f'stopped on {worker.name} when it is back')
 
     def warn(self, text):
         """Show a warning."""
@@ -4682,7 +4687,7 @@ class BatchView(ToldView):
 
     def stopping(self):
         """Say that an interrupt ends all jobs."""
-        self._report.note('interrupted: cancelling all jobs (once more: leave them running)')
+        self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit, jobs keep running)')
 
     @property
     def outcome(self):
@@ -4851,13 +4856,13 @@ class BoundView(SpeakingView):
 
     def came_back(self, worker):
         """Contact was made again."""
-        self._report.note(f'{worker.name}: in contact again')
+        self._report.note(f'{worker.name}: connected again')
         self.came(worker)
 
     def away(self, worker):
         """Contact with a machine was lost; it is looked for."""
-        self._report.note(f'{worker.name}: lost contact ({worker.why}). The job goes on there; '
-                          'trying again')
+        self._report.note(f'{worker.name}: connection lost: {sentence(worker.why)} The job keeps '
+                          'running; reconnecting')
 
     def progress(self):
         """Say once for what the job waits."""
@@ -5125,9 +5130,10 @@ class BatchStatus:
                     f'{printable(holder.run)} here since {since}), {numbers}')
         if holder and holder.lives is None and holder.run in ('', self._batch):
             return (f'a client was started on {printable(holder.computer)} at {since} (process '
-                    f'{holder.pid}); only there it can be seen whether it still runs, {numbers}')
+                    f'{holder.pid}); only --status on that computer tells whether it still '
+                    f'runs, {numbers}')
         again = '' if self.is_over or not any(status.known for status in self.jobs) else (
-            '. To go on, type the command that started it')
+            '. To continue, type the command that started it')
         return f'no client runs this batch, {numbers}{again}'
 
     def _time_left(self):
@@ -5374,7 +5380,7 @@ def read_option(word, unread, kinds, before):
     if kinds[name] == 'list':
         return name, [value] if value else []
     if name in before:
-        raise UsageError(f'{name} is there twice.')
+        raise UsageError(f'{name} is given twice.')
     if kinds[name] == 'flag':
         if equals:
             raise UsageError(f'{name} takes no value.')
@@ -5586,7 +5592,7 @@ def why_no_words(text):
             closers.append(token)
             break
         elif not closers and token in ';&|<>()':
-            return f'{token} is there without quotes'
+            return f'{token} stands without quotes'
         elif not closers and token in '#[' and begins:         # a comment, or the index of an array
             return f'a word begins with {token} without quotes'
         begins = token.isspace()
@@ -5648,7 +5654,7 @@ def read_machine_file(path, name):
         if key not in MACHINE_KEYS:
             raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, MACHINE_KEYS)}.')
         if key in values:
-            raise MachineFileError(f'{where}: {key} is there twice.')
+            raise MachineFileError(f'{where}: {key} is given twice.')
         values[key] = read_machine_value(loader, key, value_node, where)
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
@@ -5672,12 +5678,12 @@ def parse_yaml(path):
         raise MachineFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
     except yaml.reader.ReaderError as error:
         line = text.count('\n', 0, error.position) + 1
-        raise MachineFileError(f'{path}, line {line}: there is a control character.') from None
+        raise MachineFileError(f'{path}, line {line}: this line has a control character.') from None
     except yaml.MarkedYAMLError as error:
         line, what = explain_yaml(error, text)
         raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
-        raise MachineFileError(f'{path}: this is nested too deeply.') from None
+        raise MachineFileError(f'{path}: its YAML is nested too deeply.') from None
     except (ValueError, OverflowError):     # of chr(), for "\UFFFFFFFF"
         raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
 
@@ -5779,7 +5785,7 @@ def read_engine_options(text, path):
                       and match[1] not in ENGINE_ALLOWED), None)
         if taken:
             raise MachineFileError(f'{where}: --{taken} cannot be used, since jobs would not run '
-                                   'once, or not be found again. Leave it out.')
+                                   'once, or not be found again. Remove it.')
     return words
 
 
@@ -5801,12 +5807,13 @@ def check_key(key_path, path):
         raise MachineFileError(f'{where} can be read by others, so ssh refuses it. '
                                f'Try: chmod 600 {key_path}')
     if b'PRIVATE KEY' not in text:
-        hint = ' (this looks like the public key: leave out .pub)' if text[:4] in (
+        hint = ' (this looks like the public key: remove .pub)' if text[:4] in (
             b'ssh-', b'ecds', b'sk-s', b'sk-e') else ''
         raise MachineFileError(f'{where} is not a private key{hint}.')
     if key_has_passphrase(text):
         raise MachineFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
-                               'without one, or leave out ssh_key_path and load it in ssh-agent.')
+                               'without one, or remove ssh_key_path and load the key '
+                               'into ssh-agent.')
 
 
 def key_has_passphrase(text):
@@ -5877,19 +5884,19 @@ def machine_words(words):
             raise MachineFileError(f'the list of machines {word} is not UTF-8 text.') from None
         lines = [line for line in lines if line and not line.startswith('#')]
         if not lines:
-            raise MachineFileError(f'the list of machines {word} names none.')
+            raise MachineFileError(f'the list of machines {word} names no machine.')
         yield from lines
 
 
-HERE_TOO = ' localhost is one.' if LINUX else ''
+HERE_TOO = ' Example: {} lab1.yaml' + (', or localhost to run here.' if LINUX else '.')
 
 
 def check_machines(options, positional=None):
     """Raise unless machines are named.  positional: the word that may be missing instead."""
     if options['--machines'] is None:
-        raise UsageError(f'--machines is missing: which machines?{HERE_TOO}')
+        raise UsageError(f'--machines is missing.{HERE_TOO.format("--machines")}')
     if not options['--machines']:
-        raise UsageError('--machines names none' + (
+        raise UsageError('--machines names no machine' + (
             f', or <{positional}> is missing.' if positional else '.'))
 
 
@@ -5941,7 +5948,7 @@ def read_batch_text(path, stdin):
         raise BatchFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
     if '\0' in text:
         line = text.count('\n', 0, text.index('\0')) + 1
-        raise BatchFileError(f'{path}, line {line}: there is a NUL character.')
+        raise BatchFileError(f'{path}, line {line}: this line has a NUL character.')
     return text
 
 
@@ -5981,8 +5988,8 @@ def check_job_name(name, where, most=180):
     most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
     """
     if name.endswith('.partial'):
-        raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: so are '
-                             'folders called that --sync-back makes.')
+        raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: '
+                             '--sync-back makes folders with such names.')
     if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
                              f'. _ - + = @ % only, at most {most}, and not begin with . or -.')
@@ -6143,7 +6150,8 @@ def refuse_syntax(path, jobs, said):
         why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
         where = lines_of([jobs[int(number)] for number, _ in complaints])
         raise BatchFileError(
-            sentence(f'{path}, {where}: bash refuses this: {why}') + ' Each line runs by itself: '
+            sentence(f'{path}, {where}: bash refuses this command: {why}') + ' Each line runs '
+            'by itself: '
             'write an if, a loop or a function on one line, or end each of its lines but the last '
             'with a backslash.')
 
@@ -6446,10 +6454,10 @@ class Walk:
 
     def _check_readable(self, path, kind):
         if kind == 'f' and not os.access(path, os.R_OK):
-            raise FilesError(f'{self._option}: {path} may not be read. Leave it out with '
+            raise FilesError(f'{self._option}: you may not read {path}. Leave it out with '
                              '--exclude.')
         if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
-            raise FilesError(f'{self._option}: the folder {path or "."} may not be read. Leave it '
+            raise FilesError(f'{self._option}: you may not read the folder {path or "."}. Leave it '
                              'out with --exclude.')
 
     def _wanted(self, path, is_folder):
@@ -6465,7 +6473,7 @@ class Walk:
         for rule in [*self._exclude, *self._rules_inside(folder)]:
             if rule.applies(text, is_folder):
                 if not rule.include:
-                    self.left_out.add('what the exclude rules say')
+                    self.left_out.add('files that the exclude rules name')
                 return rule.include
         return True
 
@@ -6699,7 +6707,8 @@ def check_named(path, option):
     here = os.path.realpath('.')
     if path == '.' and here in ('/', os.path.realpath(os.path.expanduser('~'))):
         raise FilesError(f'all of {here} would be sent to every machine. Start from a folder of '
-                         'its own, or name the paths with --copy-forwards (alone: no files).')
+                         'its own, or name the paths with --copy-forwards (without a path: '
+                         'no files).')
     if not os.path.lexists(path):
         raise FilesError(f'{option} {path}: there is no such file or folder.')
     for part in path.split('/'):
@@ -7180,13 +7189,13 @@ def parse_gpu(line, extended, memory_mb, listed):
     if unified:
         total, free = memory_mb, memory_mb          # as on GB10 and Jetson
     if total is None or free is None:
-        return f'has GPU {index}, of which nvidia-smi does not tell the free memory'
+        return f'has GPU {index}, whose free memory nvidia-smi does not report'
     if used is None and index not in listed:
-        return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
-                f'"gpus: [{index}]" in its file vouches for it')
+        return (f'has GPU {index}, whose free memory or use nvidia-smi does not report; '
+                f'to use it nevertheless, write "gpus: [{index}]" in the machine file')
     used = used or 0
     if free > total or used > 100:
-        return f'has GPU {index}, of which nvidia-smi tells what cannot be'
+        return f'has GPU {index}, of which nvidia-smi reports impossible numbers'
     return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
                unified=unified)
 
@@ -7201,7 +7210,7 @@ def explain_gpu_line(line):
     lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
     if lost:
         return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
-    return 'has GPUs of which nvidia-smi tells nothing that can be read'
+    return 'has GPUs of which nvidia-smi reports nothing that can be read'
 
 
 # ---- Results: the folder job_results ----
@@ -7399,8 +7408,7 @@ class ResultStore:
             return
         target = self._path(name)
         if os.path.lexists(target):
-            raise ResultsError(f'{target} was made by something else while {name} ran: move it '
-                               'away')
+            raise ResultsError(f'another program made {target} while {name} ran: move it away')
         if not (folder and os.path.isdir(folder)):
             folder = self.incoming()
         # On the machine it was private.  A folder that its owner may not write cannot be moved.
@@ -7418,7 +7426,8 @@ class ResultStore:
             return              # it grew there, to its end
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
-                raise ResultsError(f'{target} was made by something else while {name} ran.')
+                raise ResultsError(f'another program made {target} while {name} ran: move it '
+                                   'away')
             os.chmod(content, 0o666 & new_folder_mode())        # on the machine it was private
             os.replace(content, target)
             return
@@ -7475,7 +7484,7 @@ class ResultStore:
         try:
             self._move_aside(name, streams or {}, folder)
         except OSError as error:
-            raise ResultsError(f'what {name} left could not be moved to {self.inner}/cancelled: '
+            raise ResultsError(f'the files of {name} could not be moved to {self.inner}/cancelled: '
                                f'{reason_of(error)}.') from None
 
     def _move_aside(self, name, streams, folder):
@@ -7529,9 +7538,9 @@ class Lock:
             holder = printable(read_lock(self._fd)[0])
             self.close()
             if self._part:
-                raise ResultsError(f'{os.path.basename(self._part)} is in the hands of another '
-                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
-                                   'with which the job goes on, or wait for it.') from None
+                raise ResultsError(f'{os.path.basename(self._part)} is in use by another run '
+                                   f'({holder}). Wait for it, or stop it with Ctrl-C or with '
+                                   'kill -9; after kill -9 the job keeps running.') from None
             raise FolderInUse(f'{self._folder} is in use by another run ({holder}). '
                               'Wait for it, or start from another folder.') from None
         except OSError as error:
@@ -8142,7 +8151,7 @@ def stop_client(pid, computer, run, lock, note):
     """
     if computer != os.uname().nodename:
         raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
-                           'there, in this folder.')
+                           'on that computer, in this folder.')
     if not has_open(pid, os.fstat(lock.fileno())):
         return
     try:
@@ -8151,13 +8160,13 @@ def stop_client(pid, computer, run, lock, note):
     except (FileNotFoundError, ProcessLookupError):     # it has just ended
         return
     except OSError as error:
-        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
+        raise ResultsError(f'{run} is run by process {pid}, and cannot be stopped: '
                            f'{reason_of(error)}.') from None
-    note(f'{run}: process {pid} runs it, and is told to cancel')
+    note(f'{run}: cancelling: process {pid} runs it')
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
     except KeyboardInterrupt:
-        note(f'{run}: process {pid} keeps cancelling')
+        note(f'{run}: process {pid} is still cancelling')
         raise
 
 
@@ -8340,7 +8349,7 @@ class Processes:
                                      start_new_session=not terminal, preexec_fn=confined)
         except FileNotFoundError as error:
             if cwd and error.filename == cwd:
-                raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
+                raise SchedulerError(f'your HOME, the folder {cwd}, does not exist.') from None
             package = PACKAGES.get(argv[0], argv[0])
             raise SchedulerError(f'the program {argv[0]} is missing here. ' + (
                 f'Try: apt install {package}' if LINUX else f'Install {package}.')) from None
@@ -8748,8 +8757,8 @@ class JobLog:
         except OSError as error:
             if not self._is_refused:
                 self._is_refused = True
-                self._warn(f'{self._path} cannot be written: {reason_of(error)}. The batch runs '
-                           'on, and the missing lines follow when they can be written')
+                self._warn(f'{self._path} cannot be written: {reason_of(error)}. The batch keeps '
+                           'running, and adds the missing lines when the file can be written')
 
     def _write(self):
         written = os.write(self._fd, self._unwritten) if self._unwritten else 0
@@ -8813,7 +8822,7 @@ class Hooks:
             self._wait(FAILURE_LIMIT_S)
         for option, process in self._running.items():
             self._processes.leave(process)
-            self._report.note(f'{option}: its command is left running here, as process '
+            self._report.note(f'{option}: its command keeps running here, as process '
                               f'{process.popen.pid}.')
         self._running = {}
 
@@ -8869,7 +8878,7 @@ class Hooks:
             self._report.note(f'{option}: its command was stopped after {limit_s:g} s.')
         elif status:
             how = f'failed with exit code {status}' if status > 0 else (
-                f'was ended by signal {-status}')
+                f'was killed by signal {-status}')
             self._report.note(f'{option}: its command {how}.')
 
     def _wait(self, limit_s):
@@ -9110,7 +9119,7 @@ def decode(fields):
     word, *raw = (fields[1:] or [b'']) if fields[0] == b'data' else fields
     word = word.decode('ascii', 'replace')
     if word not in EVENTS:
-        raise WireError('it said something that no runner says')
+        raise WireError('it sent an unknown event')
     needed, optional, rest = EVENTS[word]
     kinds = [*needed, *optional, *[rest] * (len(raw) if rest else 0)]
     try:
@@ -9121,7 +9130,7 @@ def decode(fields):
             raise ValueError('a NUL')       # a name with it could not be sent back
         return word, [kind(field) for kind, field in zip(kinds, raw)]
     except ValueError as error:
-        raise WireError('it said something that cannot be understood '
+        raise WireError('it sent something that cannot be understood '
                         f'({word}: {error!r})') from error
 
 
@@ -9151,7 +9160,7 @@ class EventReader:
             before, found, after = self._buffer.partition(b'\n' + self._token + b'\n')
             if not found:
                 if len(before) > LONGEST_NOISE:
-                    raise WireError('its login says more than can be read')
+                    raise WireError('its login prints too much text')
                 self.noise = before
                 return
             self.greeted, self.noise, self._buffer = True, before, after
@@ -9168,7 +9177,7 @@ class EventReader:
                     continue
                 end = self._buffer.find(b'\n', start)
                 if (end if end >= 0 else len(self._buffer)) - start > LONGEST_LINE:
-                    raise WireError('it said a line without an end')
+                    raise WireError('it sent a line that is too long')
                 if end < 0:
                     return
                 fields = [unescape(field) for field in self._buffer[start:end].split(b'\t')]
@@ -9176,7 +9185,7 @@ class EventReader:
                 if fields[0] == b'data':
                     size = whole_number(fields[1].decode('ascii', 'replace')) if fields[1:] else 0
                     if len(fields) < 3 or size > LONGEST_DATA:
-                        raise WireError('it announced more than can be read')
+                        raise WireError('it announced an event that is too long')
                     self._data = (fields[:1] + fields[2:], size)
                 else:
                     yield fields
@@ -9404,15 +9413,15 @@ def ignored_options(path, depth=0):
 # words decide nothing else.
 SSH_COMPLAINTS = (
     (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
-     'the host key of {at} is not the one that is known, so this may be another machine. Was '
+     'the host key of {at} has changed, so this may be another machine. Was '
      'it reinstalled? Try: ssh-keygen -f "{0}" -R "{1}"'),
     (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed', 'never',
-     'the host key of {at} is not the one that is known, so this may be another machine'),
+     'the host key of {at} has changed, so this may be another machine'),
     (r'host key is known for \S+ and you', 'never',
      'the host key of {at} is not known: log in once with ssh, and compare the key'),
     (r'Host key verification failed', 'never', 'the host key of {at} could not be verified'),
     (r'Could not resolve hostname (\S+): Temporary failure', 'later',
-     'no name server could be asked for the {kind} name {0}'),
+     'no name server answered for the {kind} name {0}'),
     (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown'),
     (r'open failed: administratively prohibited', 'never',
      '{at} forbids connections to {next} (AllowTcpForwarding or PermitOpen in its sshd_config)'),
@@ -9421,7 +9430,8 @@ SSH_COMPLAINTS = (
     (r'open failed: connect failed: (.*)', 'later', '{at} cannot connect to {next}: {0}'),
     (r'stdio forwarding failed', 'later', '{at} could not connect to {next}'),
     (r'(\S+): Name or service not known', 'never', 'the host name that {0} looks for is unknown'),
-    (r'(\S+): (?:command )?not found', 'never', 'its ProxyCommand needs {0}, which is not here'),
+    (r'(\S+): (?:command )?not found', 'never',
+     'its ProxyCommand needs {0}, which is not installed here'),
     (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
      'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is '
@@ -9477,7 +9487,7 @@ def explain_login(machine, status, noise, complaint):
     last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
-    said = f', after saying: {last}' if last else ''
+    said = f', after it printed: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
 
@@ -9722,7 +9732,7 @@ class Keeper:
                 if facts:
                     sent.note(manifest.digest, patch, **facts)
         except (OSError, SchedulerError) as error:      # there is no git; or see `claim`
-            self._client.trace(f'what was sent is not recorded: {error}')
+            self._client.trace(f'the record of the sent files could not be written: {error}')
         finally:
             self._at_work.discard(manifest.digest)
 
@@ -9905,7 +9915,7 @@ def carry(contact, worker, copy, is_allowed=True, trusts=False):
             refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', end.text)
             if refused:
                 worker.report.warning(
-                    f'{worker.name}: rsync refused what came from there, so it comes with tar: '
+                    f'{worker.name}: rsync refused files of this machine, so tar fetches them: '
                     f'{printable(refused[0])[:300]}')
             worker.client.trace(f'{worker.name}: rsync ended with {end.status}, now tar: '
                                 f'{end.text}')
@@ -10099,7 +10109,7 @@ class Stages:
         confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
         if way.by_rsync or confirmed or end.status not in (0, 24):
             return end
-        return End(1, end.text or 'tar was not run there')
+        return End(1, end.text or 'tar did not run on the machine')
 
 
 def chain_bytes(head, pieces):
@@ -10170,7 +10180,7 @@ def vet(folder, wanted, modes=None, whole=()):
             if outer in below:
                 below.add(inner)
             if inner not in allowed and inner not in below:
-                why = 'was not asked for'
+                why = 'was not requested'
             elif stat.S_ISLNK(info.st_mode):
                 if leads_out(inner, os.readlink(path)):
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
@@ -10468,7 +10478,7 @@ class Contact:
     def hindrance(self):
         """Return why the machine has not reported its resources yet, if that is known."""
         if self._reader.greeted or not self._worker.machine.host:
-            return ('bash runs there, but something takes long: its workdir, the start files of an '
+            return ('bash runs, but one of these is slow: the workdir, the start files of an '
                     'interactive login, such as ~/.bashrc, or nvidia-smi')
         if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
             return ''
@@ -10477,7 +10487,7 @@ class Contact:
         if 'fork: retry' in said:
             return 'this account can start no more processes (ulimit -u)'
         return ('the login succeeded, but no command runs: does one of its start files, such as '
-                f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
+                f'~/.bashrc, wait or read?{f" It printed: {said}" if said else ""} Or is '
                 f'{FORCED}?')
 
     def _warn_of_silence(self):
@@ -10493,7 +10503,7 @@ class Contact:
         yield CONNECT_LIMIT_S
         if self._worker.state == 'connecting':
             why = self.hindrance()
-            self.lose(f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+            self.lose(f'no answer within {CONNECT_LIMIT_S:.0f} s'
                       + (f': {why}' if why else ''), 'later')
 
     def _beat(self):
@@ -10645,7 +10655,7 @@ class Collector:
         if limit is not None and left.size > limit:
             left.too_large = (f'it is {size_of(left.size)}, and --max-result-size is '
                               f'{size_of(limit)}')
-            self._warn_of(attempt, f'what it made is not brought back: {left.too_large}')
+            self._warn_of(attempt, f'its files are not fetched: {left.too_large}')
             left.back = []
         self.go_on(attempt)
 
@@ -10672,11 +10682,11 @@ class Collector:
                 continue
             why = ('it did not make {}' if mark == '!' else
                    '{} is no file, folder or link').format(printable(path))
-            self._worker.report.warning(f'{name}: {why}, so that is not brought back')
+            self._worker.report.warning(f'{name}: {why}, so that is not fetched')
         if left.kept:
             self._warn_of(attempt, f'the login on {machine} may not read '
                           f'{names_of([*map(printable, left.kept)])}, so this was not fetched. '
-                          'Make it readable there and run the same command again')
+                          'Make it readable on the machine and run the same command again')
 
     def _warn_of(self, attempt, what):
         self._worker.report.warning(
@@ -10738,7 +10748,7 @@ class Collector:
         """Unpack what came as tar; return why it is not whole, or ''."""
         for name in receiver.unpack(folder):
             self._worker.report.warning(
-                f'{self._worker.name}: refused what came as {printable(name)}')
+                f'{self._worker.name}: refused the file {printable(name)}')
         if end.status not in (0, 1, 2):         # tar's own, which name single files
             return complaint_line(end.text) or receiver.trouble or f'tar ended with {end.status}'
         return receiver.trouble
@@ -10771,7 +10781,7 @@ class Collector:
         work = os.path.join(folder, left.folder or 'work')      # without one nothing was listed
         # A machine may send anything: behind a link here would be files of the user.
         if os.path.islink(work):
-            self._keep(attempt, 'a link came in the place of its folder')
+            self._keep(attempt, 'a link arrived in the place of its folder')
             return
         if not all(is_plain_file(path) for path in streams.values()):
             self._keep(attempt, complaint)
@@ -10794,7 +10804,7 @@ class Collector:
         missing = [path for path in missing if path not in twins]
         for paths, why, hint in (
                 (missing, complaint, ' Run the same command again to try once more'),
-                (twins, 'the file system here takes names for the same that differ in case only',
+                (twins, 'the file system here does not distinguish names that differ in case only',
                  '')):
             if paths:
                 left.kept += paths
@@ -10847,7 +10857,8 @@ class Collector:
         if others:
             self._warn_of(attempt, f'job_results/{attempt.name} has another '
                           f'{names_of([*map(printable, others)])} than {self._worker.name}, so '
-                          'that was not fetched. Move yours away and run the same command again')
+                          'that was not fetched. Move the one here away and run the same '
+                          'command again')
         return others
 
     def _keep(self, attempt, why):
@@ -10933,8 +10944,8 @@ class Gauge:
             self._understand_queue()
             return
         if not self._facts:
-            raise WireError('it said something that cannot be understood (it is ready, and did '
-                            'not say what it has)')
+            raise WireError('it sent something that cannot be understood (it is ready, and did '
+                            'not report its resources)')
         ours = {attempt.key for attempt in worker.lives.of(worker, *ALIVE)} | self._ended_keys
         self.capacity = parse_probe(self._facts, worker.machine, ours, self._sample,
                                     self._ended_ticks)
@@ -11279,8 +11290,8 @@ class JobControl:
         if not running and (killed > 1 or 0 < killed == count):
             self._worker.report.warning(
                 f'{self._worker.name}: {count_of(killed, "job")} that ran there '
-                f'{"was" if killed == 1 else "were"} killed while there was no contact, '
-                'though it was not restarted. If its logind ends all that a login leaves '
+                f'{"was" if killed == 1 else "were"} killed while it was not connected, '
+                'though it was not restarted. If its logind kills all that a login leaves '
                 '(KillUserProcesses=yes in /etc/systemd/logind.conf), ask for '
                 'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
 
@@ -11330,8 +11341,8 @@ class JobControl:
             return
         if end.status == 255:           # with others it was read to where it was wanted
             why = complaint_line(end.text) or 'ssh has failed'
-            self._worker.report.warning(f'{attempt.name}: its input could not be passed on: '
-                                        f'{sentence(why)} It is ended')
+            self._worker.report.warning(f'{attempt.name}: its input could not be sent: '
+                                        f'{sentence(why)} The job is stopped')
             contact.send('cancel', KILL_GRACE_S, attempt.key)
         else:
             contact.send('eof', attempt.key)
@@ -11748,7 +11759,7 @@ class Worker:
     def on_ready(self, home, rsync):
         """The machine can be used; all facts have come, if they were asked for."""
         if self.state != 'connecting':
-            raise WireError('it said twice that it is ready')
+            raise WireError('it reported twice that it is ready')
         if self._seeking.asks:
             self.gauge.understand()
         if self.run.policy.wants_others and not self.was_ready:
@@ -11779,12 +11790,12 @@ class Worker:
 
     def on_stage_failed(self, _stage_id, why):
         """The machine could not store the files of a stage."""
-        self.contact.lose(f'the files could not be stored there: {why}')
+        self.contact.lose(f'the machine could not store the files: {why}')
 
     def on_others(self, listed=b''):
         """Jobs that other journals claimed; the client's own commands have journals, too."""
         if not self.run.policy.wants_others:
-            raise WireError('it told of jobs of others, unasked')
+            raise WireError('it reported jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
         jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
                          whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
@@ -11805,7 +11816,7 @@ class Worker:
     def on_finished(self):
         """All is tidy there; a farewell of ssh would take 40 ms."""
         if self.state != 'closing':
-            raise WireError('it said that it has finished, unasked')
+            raise WireError('it reported that it has finished, unasked')
         self.state = 'closed'
         self.contact.end()
         if self.client.results:
@@ -11929,7 +11940,7 @@ NO_VISIT = {
               'If no client runs, type the command again that was to start it',
     'begins': 'is about to begin on {at}: try again in a moment',
     'queues': 'waits in the queue of {at}: try again when it runs',
-    'ended': 'has ended on {at}. Its results come to the client that runs; if none runs, type the '
+    'ended': 'has ended on {at}. The client that runs fetches its results; if none runs, type the '
              'command again that started it',
     'lost': 'does not run on {at} any more: the machine was restarted, or the job was killed. Its '
             'client finds that out; if none runs, type the command again that started it',
@@ -11994,7 +12005,7 @@ class Visit:
             raise ResultsError(sentence(f'{self._name} {why}'))
         # It crosses a login shell.
         if word != 'open' or not re.fullmatch(r'/[\w./-]+', path):
-            raise Unreachable(f'{machine.name} said something that cannot be understood.')
+            raise Unreachable(f'{machine.name} sent something that cannot be understood.')
         self._path = path
 
     def run(self, ports):
@@ -12007,8 +12018,8 @@ class Visit:
         if self._told:                  # ssh says 255 then
             return 128 + self._told
         if status == 255 and self._end:         # ssh said so, not the shell
-            raise Unreachable(f'lost contact with {self._machine.name} ({self._why()}). '
-                              f'{self._name} runs on.')
+            raise Unreachable(f'{self._machine.name}: connection lost: {sentence(self._why())} '
+                              f'{self._name} keeps running.')
         return status if status >= 0 else 128 - status
 
     def _run(self, alone=False):
@@ -12054,7 +12065,7 @@ class Visit:
     def _why(self):
         """Return why there is no contact."""
         if not self._end:
-            return f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+            return f'no answer within {CONNECT_LIMIT_S:.0f} s'
         status, complaint = self._end
         text = complaint.decode('utf-8', 'replace')
         if self._head.found:
@@ -12208,7 +12219,7 @@ class SyncBack:
             elif os.path.isdir(path) and attempts[name].state == 'running':
                 self._put(worker, attempts[name], path)
         if odd:
-            self._warn(f'{worker.name}: {names_of(odd)} was not asked for, or is a link in the '
+            self._warn(f'{worker.name}: {names_of(odd)} was not requested, or is a link in the '
                        'place of a folder, and was left out', (worker, 'odd'))
 
     def _put(self, worker, attempt, path):
@@ -12541,7 +12552,7 @@ class Answer(NamedTuple):
 
 
 ACTED_UNANSWERED = Answer(error='the client acted on this, and was killed before it could answer. '
-                                'execute_batch … --status tells how the jobs stand.', status=1)
+                                'execute_batch … --status shows the state of the jobs.', status=1)
 
 
 class Inbox:
@@ -12595,7 +12606,7 @@ class Inbox:
                 raise ResultsError(
                     f'process {holder.pid} on {printable(holder.computer)} runs '
                     f'{printable(holder.run)}, and has not answered for {ANSWER_LIMIT_S:.0f} s, so '
-                    'nothing was asked of it. Was it stopped with Ctrl-Z? Try: kill -CONT '
+                    'the request was withdrawn. Was it stopped with Ctrl-Z? Try: kill -CONT '
                     f'{holder.pid}')
             time.sleep(0.02)
 
@@ -12672,7 +12683,7 @@ class Inbox:
         except (ValueError, RecursionError):
             return f'{path} is not JSON'
         if not is_request(request):
-            return f'{path} asks for nothing that is known'
+            return f'{path} is not a request that this version knows'
         return request if request['batch'] == self._batch else None
 
     def _take(self, number, name):
@@ -12746,7 +12757,7 @@ class Editions:
                 after = before
             changed |= paths
             later[forwards] = self._newest[forwards._replace(edition=0)] = after
-        notes = [f'{"it gets" if len(jobs) == 1 else "they get"} the files of now; changed since '
+        notes = [f'{"it gets" if len(jobs) == 1 else "they get"} the current files; changed since '
                  f'the batch began: {names_of(sorted(map(printable, changed)))}'
                  ] if changed else []
         return [job._replace(forwards=later[job.forwards]) for job in jobs], notes
@@ -12787,7 +12798,7 @@ class Desk:
             answer = self._act(number, request)
             trouble = self._inbox.answer(number, answer)
             if trouble:
-                self._report.note(f'a request was acted on, and cannot be answered: {trouble}')
+                self._report.note(f'a request was carried out, but cannot be answered: {trouble}')
             when = f', asked at {clock_of(int(number[:20]) / 1e9, time.time())}' if (
                 self._is_old(number)) else ''
             self._tell(f'asked by another command{when}', answer)
@@ -12809,7 +12820,7 @@ class Desk:
         if number in self._results.journal.answered:
             return ACTED_UNANSWERED
         if request['action'] in ('change', 'give back') and self._is_old(number):
-            return Answer(error='this command was typed later, so that one is not acted on.',
+            return Answer(error='this command was typed later, so the earlier one is ignored.',
                           status=1)
         action = {'cancel': self._cancel, 'rerun': self._rerun, 'rerun failed': self._rerun_failed,
                   'change': self._change, 'give back': self._give_back,
@@ -12857,7 +12868,7 @@ class Desk:
                 'waiting': 'cancelled; it had not started',
                 'running': f'is being stopped on {machine}',
                 'stopping': f'is being stopped on {machine}',
-                'away': f'is stopped when there is contact with {machine} again',
+                'away': f'is stopped when {machine} is connected again',
                 'elsewhere': f'may run on {machine}, and is stopped by the next run that uses it',
             }.get(word, 'was cancelled before' if before else 'has ended')
         run.wishes.cancel({name for name in names if places.get(name, ('fetching',))[0] not in (
@@ -12937,7 +12948,7 @@ class Desk:
             what = ('and its jobs stop and start elsewhere' if now else
                     'and its jobs run to their end') if left else 'and none of its jobs runs'
             when = '' if worker.state == 'ready' or not (now and left) else (
-                ' when there is contact again')
+                ' when the machine is connected again')
             yield f'{worker.name}: gets no more jobs, {what}{when}'
         if not run.scheduler.resources and run.scheduler.waits:
             yield (f'no machine is left for {count_of(run.scheduler.waits, "job")}. The same '
@@ -13039,8 +13050,8 @@ class Desk:
         if needy and not self._run.policy.want_gpus:
             raise UsageError(
                 f'{names_of(needy)} needs a GPU, and no job of the batch did when it began, so the '
-                'machines were not asked for their GPUs. Ctrl-C and d leaves the batch; then type '
-                'the same command again')
+                'machines were not asked for their GPUs. Press Ctrl-C and d to leave '
+                'the batch, then type the same command again')
 
 
 class Edit(NamedTuple):
@@ -13247,9 +13258,9 @@ LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
 def what_became(past):
     """Yield (head, text) of how a job ended, and when."""
     claimed, ended, now = past.claimed, past.ended, time.time()
-    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost it',
+    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost the job',
               'queued': 'waits in the queue of a cluster',
-              'stopping': 'was told to stop, and is not known to have ended',
+              'stopping': 'was told to stop, and may still run',
               'cancelled': 'was cancelled'}
     text = states.get(past.state, '')
     if ended:
@@ -13388,7 +13399,7 @@ class Rebuilt:
             os.makedirs(os.path.join(self._folder, path), exist_ok=True)
         if changed:
             self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
-                               'gets what is there now')
+                               'gets the current files')
         if missing:
             is_gone, it = ('is gone', 'it') if len(missing) == 1 else ('are gone', 'them')
             self.unlike.append(f'{names_of(missing)} {is_gone}, and no copy was kept: the job '
@@ -13490,7 +13501,7 @@ def other_files(past, again, sent):
     then, now = (sent.get(one.claimed.get('files')) for one in (past, again))
     if again.claimed.get('files') != past.claimed.get('files'):
         names = now.changed(then) if now and then else ()
-        yield f'files: {names_of([*map(printable, names)]) or "it is not known which"}'
+        yield f'files: {names_of([*map(printable, names)]) or "unknown"}'
 
 
 def tell_likeness(past, name, unlike, sent, reporter):
@@ -13543,7 +13554,7 @@ def execute_batch(argv):
         return tell_answer(answer, reporter)
     if reruns and not options['--machines']:
         raise UsageError(f'no client runs {name}, so this command starts one: --machines is '
-                         f'missing.{HERE_TOO}')
+                         f'missing.{HERE_TOO.format("--machines")}')
     check_machines(options, 'batch')
     check_syntax(options['<batch>'], jobs)
     check_hooks(options)
@@ -14063,12 +14074,13 @@ def cancel_claimed(run, claimed, named, reporter):
     left = 0
     for name, known in claimed.items():
         state = journal.record(name)['state'] if name not in unsure else ''
-        what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
+        what = {'collected': 'had ended, and is collected', 'cancelled': 'stopped',
                 'lost': 'did not run'}.get(state)
         left += what is None
-        reporter.line(f'{name}: {what or "not known to have ended"}, on '
+        reporter.line(f'{name}: {what or "may still run"}, on '
                       f'{known.get("where") or known["machine"]}')
-    reporter.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have ended')
+    may_run = f', {left} may still run' if left else ''
+    reporter.line(f'cancelled: {count_of(len(claimed), "job")}{may_run}')
     return 130 if run.interrupts > 1 else 1 if left else 0
 
 
@@ -14102,7 +14114,7 @@ def wait_for_batch(call, reporter):
     first = results.lock.holder
     if first and first.run == name and first.lives is None:
         raise ResultsError(f'{name} was started on {printable(first.computer)} (process '
-                           f'{first.pid}): wait there.')
+                           f'{first.pid}): wait on that computer.')
     now = first
     while now and now.run == name and now.lives and now.pid == first.pid:
         time.sleep(WATCH_S)
@@ -14304,7 +14316,7 @@ def execute_remote(argv):
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
     by_name = named - {'--job-name'}
     if not by_name and not options['--machine']:
-        raise UsageError(f'--machine is missing: on which machine?{HERE_TOO}')
+        raise UsageError(f'--machine is missing.{HERE_TOO.format("--machine")}')
     if options['--machine']:
         words = [*machine_words([options['--machine']])]        # @file may be such a one, too
         refuse_more_machines(words)
@@ -14514,7 +14526,7 @@ class CommandOrder:
             raise ResultsError(f'no job {name} was started from this folder: job_results knows '
                                'nothing of it.')
         if not self._by_name and known and known['command'] != options['<command>']:
-            raise ResultsError(f'the job {name} is there, with another command: '
+            raise ResultsError(f'the job {name} exists, with another command: '
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
@@ -14713,7 +14725,7 @@ class CommandOrder:
         if not surely:
             self._report.unconfirmed(machine, self._name)
             return 1
-        self._report.note(f'{self._name}: ended on {machine}. Partial results are in '
+        self._report.note(f'{self._name}: stopped on {machine}. Partial results are in '
                           f'{self._results.inner}/cancelled')
         return 0
 
@@ -14748,15 +14760,15 @@ class CommandOrder:
         if self._streams.nobody_reads:
             return self._unread()
         if self._lacks_terminal:
-            self._report.note(f'{name}: no terminal could be had on {worker.name}.')
+            self._report.note(f'{name}: {worker.name} has no free terminal.')
             return TRANSPORT_FAILED
         word, what = run.fleet.standing[worker].outcome or ('started', 0)
         if word == 'lost' and self._results.journal.record(name)['state'] == 'ended':
-            what = (f'lost contact with {worker.name} ({what}). The job has ended, and its results '
-                    f'are there; execute_remote --attach={name} fetches them')
+            what = (f'{worker.name}: connection lost: {sentence(what)} The job has ended; '
+                    f'execute_remote --attach={name} fetches its results')
         elif word == 'lost':
-            what = (f'lost contact with {worker.name} ({what}). The job goes on there; '
-                    f'execute_remote --attach={name} shows it')
+            what = (f'{worker.name}: connection lost: {sentence(what)} The job keeps running; '
+                    f'execute_remote --attach={name} shows its output')
         elif word == 'unreachable':
             what = f'{worker.name} cannot be used: {what}'
         if options['--cancel']:
@@ -15212,7 +15224,7 @@ def check_surroundings():
     try:
         os.getcwd()
     except OSError:
-        raise SchedulerError('the current folder is not there any more: cd to another.') from None
+        raise SchedulerError('the current folder was removed: cd to another folder.') from None
     if sys.getfilesystemencoding() != 'utf-8':      # else names and commands had other bytes there
         raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
 
@@ -15723,10 +15735,10 @@ load_environment() {        # fills environment, for `enter`; tells where a part
     return
   fi
   if [[ ! -s $name ]]; then
-    say_text note 'the login shell did not give its environment in time'
+    say_text note 'the login shell did not report its environment in time'
     name=/proc/$$/environ
   elif IFS= read -r entry <"$run/login.silent"; then
-    say_text note "the login shell did not give its environment: a start file of $entry ends it, \
+    say_text note "the login shell did not report its environment: a start file of $entry ends it, \
 or starts another program. So jobs have the environment of a command over ssh"
   fi
   read_environment "$name"
@@ -16052,7 +16064,7 @@ probe() {                   # says what is here and free, if $1 is not empty, th
     measure
   fi
   for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
-  ((${#missing[@]} == 0)) || say_text broken "this program is missing there: ${missing[*]}"
+  ((${#missing[@]} == 0)) || say_text broken "these programs are missing: ${missing[*]}"
   type -P rsync >/dev/null && rsync=1 || rsync=0
   say_text ready "$home" "$rsync"
 }
@@ -16206,7 +16218,7 @@ start_pending() {           # starts the jobs that were asked for since the last
       beside ask_about "$key"
     else
       complaint
-      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
       say_text refused "$key" "$REPLY"
       release
     fi
@@ -16410,7 +16422,7 @@ run_job() {                 # for work: runs the job $key; fails if the worker c
     launch
     [[ ! $mode$limit ]] || end_keepers
   else
-    printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$file.err"
+    printf 'ssh-scheduler: the files of the job could not be copied into its folder\n' >>"$file.err"
     has=none
   fi
   status=${status:-125}
@@ -16499,7 +16511,7 @@ keep_time() {               # for run_job: sets watchdog, which ends the job as 
     trap '' TERM
     exec {quiet}<>"$pipe" {left}<&- {orders}<&- {input}<&-
     read -r -t "$limit" <&"$quiet"      # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$file.err"
+    printf 'ssh-scheduler: stopped after %s s, its time limit\n' "$limit" >>"$file.err"
     mkdir -p -- "$file.more"
     : >"$file.more/late"
     end_jobs 5 "$key"
@@ -16794,7 +16806,7 @@ ask_about() {               # says how the jobs $@ stand, which were begun befor
   done
   end_processes 5 "${lost[@]}"          # what they started may live, and they may be started again
   for key in "${lost[@]}"; do
-    say_text lost "$key" "${why[$key]-it ended without a record of how}"
+    say_text lost "$key" "${why[$key]-the job ended without an exit code}"
   done
 } 2>/dev/null
 
@@ -16804,8 +16816,8 @@ is_told() {                 # for ask_about: says how the job $key stands; fails
     ended) say_recorded_end "$key" ;;
     lost) lost+=("$key") ;;
     queued)
-      say_text broken "jobs are here that the engine of a cluster has queued: give the machine \
-file its line \`engine:\` again" ;;
+      say_text broken "this folder has jobs in the queue of a cluster: put into the machine \
+file the line \`engine:\` again" ;;
     starting)
       if [[ $value != *" $boot_id" ]]; then
         why[$key]='the machine was restarted'
@@ -17071,7 +17083,7 @@ record_killed() {           # records the end of the job $1, of which nobody els
   local key=$1 file=$home/jobs/$1 word value more folder
   read_record "$file"
   if [[ $word != ended ]]; then         # nobody else was faster
-    echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+    echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
     # all: what was sent is not known any more
     [[ ! $folder ]] || (list_back "$folder" '' "$file.back" .)
     value=137
@@ -17111,7 +17123,7 @@ end_processes() {           # end_jobs without a record: ends all that the jobs 
 say_killed() {              # for end_processes: in the streams of the jobs, before they can end
   local key
   for key in "${workers[@]}"; do
-    echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
+    echo 'ssh-scheduler: the job did not stop after SIGTERM, and was killed' \
       >>"$home/jobs/$key.err"
   done
 }
@@ -17720,11 +17732,11 @@ look_at_engine() {          # once the environment is known: is the engine there
   missing=$(enter /bin/sh -c 'for p; do command -v "$p" >/dev/null || echo "$p"; done' sh \
     "${engine_programs[@]}" | tr '\n' ' ')
   if [[ $missing ]]; then
-    say_text broken "its engine is not there: ${missing% } cannot be found in the PATH of a login"
+    say_text broken "its engine is missing: ${missing% } is not in the PATH of a login"
     return
   fi
   warn_of_disk
-  engine_look || say_text note "$engine_name does not answer: ${answer:-it said nothing}"
+  engine_look || say_text note "$engine_name does not answer: ${answer:-it printed nothing}"
   is_looked_at=1
   say_unfit "${wanted[@]}"
   wanted=()
@@ -17735,7 +17747,7 @@ warn_of_disk() {            # where its type tells that nodes do not see the fol
   kind=$(stat -f -c %T -- "$dir") || return
   case $kind in
     tmpfs | ramfs | overlayfs)
-      say_text note "its workdir is on a file system of this login node alone ($kind): let \
+      say_text note "the nodes cannot see the workdir, a $kind of this login node: let \
 \`workdir\` be a folder that the nodes see, too" ;;
   esac
 } 2>/dev/null
@@ -17761,7 +17773,7 @@ start_pending() {           # queues the jobs that were asked for since the last
       beside ask_about "$key"
     else
       complaint
-      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
       say_text refused "$key" "$REPLY"
     fi
   done
@@ -17995,7 +18007,8 @@ say_silence() {             # after a while without an answer
   [[ -e $run/silent ]] || : >"$run/silent"
   is_younger "$run/silent" "$SILENCE_S" || [[ -e $run/silent.said ]] || {
     : >"$run/silent.said"
-    say_text note "$engine_name does not answer. Its jobs stay as they are, and it is asked again"
+    say_text note "$engine_name does not answer. Its jobs keep running or waiting, \
+and the queries are repeated"
   }
 }
 
@@ -18078,7 +18091,7 @@ judge_unseen() {            # for judge: it has not begun, and waits nowhere
     [[ -e $more/unsure ]] && is_younger "$more/unsure" "$((2 * engine_timeout))" && return
     { IFS= read -r said <"$more/unsure"; read -r tries <"$more/tries"; }
     if ((tries >= 3)) && ! engine_is_silent "$said"; then
-      refuse_queued "$engine_name refuses it: $said"
+      refuse_queued "$engine_name refuses the job: $said"
     else
       echo "$((tries + 1))" >"$more/tries"
       submit
@@ -18118,15 +18131,15 @@ settle() {                  # for judge: says how the job ended, of which there 
     requeued) is_missing "$MISSING_S" || return 0 ;;
   esac
   case $fate in
-    ended) end_untold "$code" "$engine_name tells its exit status; it left no record itself" ;;
+    ended) end_untold "$code" "$engine_name reports this exit code; the job left no record" ;;
     killed) end_untold 137 'its shell on the node was killed' ;;
-    memory) end_untold 137 "its memory ran out: $because" ;;
-    time) end_untold 124 "it ran up to the time limit of the cluster" ;;
-    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    memory) end_untold 137 "the job ran out of memory: $because" ;;
+    time) end_untold 124 "the job reached the time limit of the cluster" ;;
+    cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
     preempted) lose_queued preempted 'another job took its place' ;;
-    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
     node_failed) lose_queued lost "the node $node failed" ;;
-    *) lose_queued lost "$engine_name knows nothing of it any more" ;;
+    *) lose_queued lost "$engine_name does not know the job any more" ;;
   esac
 }
 
@@ -18138,14 +18151,14 @@ settle_unbegun() {          # for settle: the job $key has not begun, and the en
         say "absent"$'\t'"$key"
         give_up_queued
       else
-        end_untold 143 "it was cancelled${by:+ by $by} before it began"
+        end_untold 143 "the job was cancelled${by:+ by $by} before it began"
       fi ;;
-    unstarted) exclude_node; refuse_queued "the node $node could not start it: $because" ;;
+    unstarted) exclude_node; refuse_queued "the node $node could not start the job: $because" ;;
     unwritable)
       exclude_node
       refuse_queued "the node $node cannot write in ${home%/*}: let \`workdir\` be a folder that \
 the nodes see" ;;
-    *) refuse_queued "$engine_name ended it before it began${because:+: $because}" ;;
+    *) refuse_queued "$engine_name removed the job before it began${because:+: $because}" ;;
   esac
 }
 
@@ -18157,10 +18170,10 @@ settle_told() {             # for judge: its script was told to end it: why?
   code=${file##*.ended.} code=${code%%.*}
   case $fate in
     alive) return 0 ;;
-    time) end_untold 124 'it ran up to the time limit of the cluster' ;;
-    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    time) end_untold 124 'the job reached the time limit of the cluster' ;;
+    cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
     preempted) lose_queued preempted 'another job took its place' ;;
-    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
     node_failed) lose_queued lost "the node $node failed" ;;
     *) end_untold "$code" ;;
   esac
@@ -18225,7 +18238,7 @@ ask_about() {               # says how the jobs $@ stand, which were queued befo
     case $word in
       revoked) say "absent"$'\t'"$key" ;;
       ended) say_recorded_end "$key" ;;
-      lost) say_text lost "$key" 'it ended without a record of how' ;;
+      lost) say_text lost "$key" 'the job ended without an exit code' ;;
       *)
         { read -r owner _ <"$more/begun"; } 2>/dev/null
         if [[ $owner && $owner != cancel ]]; then
@@ -18450,7 +18463,7 @@ freeze_record() {           # how it ended is for the runner to write, when it h
 end_unrecorded() {          # for run_on_node: its worker was killed
   [[ ! $told ]] || { status=143 wall=0 used=0; return; }
   status=137 wall=0 used=0
-  echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+  echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
   [[ -e $file.back ]] || (list_back "$folder" '' "$file.back" .)
 }
 
@@ -18656,15 +18669,15 @@ engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, 
     None | '') ;;
     Resources) REPLY='no room now' ;;
     Priority) REPLY='others first' ;;
-    Dependency) REPLY='an older one of that name is not over' ;;
-    BeginTime) REPLY='not before its time' ;;
-    JobHeldUser) REPLY='you hold it' ;;
-    JobHeldAdmin) REPLY='an administrator holds it' ;;
+    Dependency) REPLY='an older job of that name has not ended' ;;
+    BeginTime) REPLY='its start time is later' ;;
+    JobHeldUser) REPLY='you hold the job' ;;
+    JobHeldAdmin) REPLY='an administrator holds the job' ;;
     PartitionTimeLimit) REPLY='it asks for more time than the partition allows' ;;
-    PartitionConfig | BadConstraints) REPLY='it can never run here' ;;
+    PartitionConfig | BadConstraints) REPLY='the job can never run here' ;;
     PartitionDown | PartitionInactive) REPLY='the partition is down' ;;
     ReqNodeNotAvail* | 'Nodes required'*) REPLY='nodes are down or reserved' ;;
-    'launch failed'*) REPLY='the node could not start it' ;;
+    'launch failed'*) REPLY='the node could not start the job' ;;
     QOSMax*PerUser* | AssocMaxJobsLimit | AssocGrp* | QOSGrp* | MaxJobsPer*)
       REPLY="your account may use no more now ($2)" ;;
     Licenses) REPLY='no license is free' ;;
@@ -18857,7 +18870,7 @@ write_rc() {                # for write_shell: what the shell reads first
   [[ ! -e $to_read ]] || printf 'export BASH_ENV=%q; . "$BASH_ENV"\n' "$to_read"
   printf 'if [[ $- == *i* ]]; then\nPS1=%q$PS1\n' "(${key%.*}) "
   printf 'ssh_scheduler_tell() {\n[[ ! -e /proc/%s ]] || return 0\n' "$process"
-  printf 'echo %q\n' "ssh-scheduler: ${key%.*} has ended; files that are made here now are lost"
+  printf 'echo %q\n' "ssh-scheduler: ${key%.*} has ended; files that are made here now will be lost"
   printf 'PROMPT_COMMAND=${PROMPT_COMMAND#ssh_scheduler_tell;}\n}\n'
   printf 'PROMPT_COMMAND="ssh_scheduler_tell;${PROMPT_COMMAND-}"\nfi\n'
 }

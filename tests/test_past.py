@@ -538,8 +538,8 @@ def test_each_end_has_its_words():
             ('claimed', {}, 'runs, as far as is known here'),
             ('ended', ended, 'finished, exit code 0, after 5s; its results are not fetched'),
             ('collected', ended, 'finished, exit code 0, after 5s'),
-            ('stopping', {}, 'was told to stop, and is not known to have ended'),
-            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost it')):
+            ('stopping', {}, 'was told to stop, and may still run'),
+            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost the job')):
         assert dict(s.what_became(s.Past('a', {}, event, state, {})))['outcome'] == text
 
 

@@ -674,7 +674,7 @@ def test_without_tar_or_find_it_says_so(channel, env, tmp_path):
     programs = rig.farm(tmp_path / 'bin', leave_out=('tar', 'find', 'rsync'))
     runner = channel(env={**env, 'PATH': str(programs)})
     runner.send('probe')
-    assert runner.until('broken') == ['this program is missing there: find tar']
+    assert runner.until('broken') == ['these programs are missing: find tar']
 
 
 @as_root
@@ -1197,7 +1197,7 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     runner.send('cancel', 0, 'job.1')
     status, _out, err, _back = runner.ended('job')
     assert (status, runner.record('job')) == (137, ['ended', '137'])
-    assert 'it did not end when it was told to, and was killed' in err
+    assert 'the job did not stop after SIGTERM, and was killed' in err
     assert all(map(rig.ends, members))
 
 
@@ -1601,7 +1601,7 @@ def test_a_look_tells_what_became_of_an_adopted_job_without_an_end(channel, gate
                 os.remove(second.path('job'))
             second.watch('job')
             (why,) = second.until('lost', 'job.1')
-            assert why == 'it ended without a record of how'
+            assert why == 'the job ended without an exit code'
     assert rig.ends(int(worker))
 
 

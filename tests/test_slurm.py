@@ -121,7 +121,7 @@ def test_a_node_folder_that_is_not_there_is_named(cluster, batches):
     assert done.returncode == 1
     assert result('batch.sh.1', 'err').decode() == (
         'ssh-scheduler: node_folder: $NOWHERE is no folder on this node\n'
-        'ssh-scheduler: its files could not be copied into the job folder\n'), done.stderr
+        'ssh-scheduler: the files of the job could not be copied into its folder\n'), done.stderr
     assert_gone(cluster)
 
 
@@ -265,7 +265,7 @@ def test_somebody_else_cancels_a_job_that_runs(cluster, batches, ledger):
     cluster.command('scancel', number)
     done = run.end()
     assert ends() == {'batch.sh.1': 143}, done.stderr
-    assert 'it was cancelled' in result('batch.sh.1', 'err').decode()
+    assert 'the job was cancelled' in result('batch.sh.1', 'err').decode()
     assert ledger.read_text() == 'ran\n'
 
 
@@ -335,7 +335,7 @@ def test_memory_that_is_too_little_is_told(cluster, batches, ledger):
     done = batches.run([f"{once(ledger)}; exec python3 -c '{hungry}'"], [cluster_of(cluster)],
                        *NO_GPU, env=hasty())
     assert ends() == {'batch.sh.1': 137}, done.stderr
-    assert 'its memory ran out' in result('batch.sh.1', 'err').decode()
+    assert 'the job ran out of memory' in result('batch.sh.1', 'err').decode()
 
 
 @with_constants
@@ -505,7 +505,7 @@ def test_ctrl_c_ends_jobs_on_their_nodes(cluster, batches, ledger):
     run, _ = begun(cluster, batches, ledger, 'sleep 60')
     os.killpg(run.process.pid, signal.SIGINT)
     done = run.end()
-    assert done.returncode == 130 and 'could not be confirmed' not in done.stderr
+    assert done.returncode == 130 and 'may still run on' not in done.stderr
     assert_gone_but(cluster, 0)
 
 
@@ -541,7 +541,7 @@ def test_a_command_is_detached_attached_and_cancelled(cluster, run_cli, project,
             f'{once(ledger)}; sleep 60')
     wrote(ledger, 'ran')
     done = run_cli('execute_remote', '--cancel=two')
-    assert done.returncode == 0 and 'ended on cluster.yaml' in done.stderr, done.stderr
+    assert done.returncode == 0 and 'stopped on cluster.yaml' in done.stderr, done.stderr
     assert_gone_but(cluster, 0)
 
 

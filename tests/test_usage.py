@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import combine_folders
 import results_table
 import ssh_scheduler
-import test_golden
 
 ANY = settings(deadline=None, derandomize=True, max_examples=150)
 
@@ -258,8 +258,8 @@ def test_a_command_line_of_the_readme_is_understood(line):
     (['--machines', 'a', '--', 'b', 'c'], "unexpected word 'c'."),
     (['b', '--num-cpus'], '--num-cpus needs a value.'),
     (['b', '--reserve=yes'], '--reserve takes no value.'),
-    (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is there twice.'),
-    (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is there twice.'),
+    (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is given twice.'),
+    (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is given twice.'),
 ])
 def test_a_wrong_command_line_is_named(words, expected):
     if expected is None:                # the word is taken back from the list in front of the --
@@ -663,7 +663,7 @@ def test_a_folder_that_was_removed_is_one_sentence(scheduler, client_env, projec
                            *WORDS[command]], env=client_env, capture_output=True, text=True,
                           timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (
-        2, '', f'{command}: the current folder is not there any more: cd to another.\n')
+        2, '', f'{command}: the current folder was removed: cd to another folder.\n')
 
 
 @pytest.mark.parametrize('command', WORDS)
@@ -672,7 +672,7 @@ def test_a_home_that_is_not_there_is_one_sentence(run_cli, project, command):
     done = run_cli(command, *WORDS[command], env={'HOME': '/nowhere'})
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.splitlines()[-1] == (
-        f'{command}: the folder /nowhere, your HOME, is not there.')
+        f'{command}: your HOME, the folder /nowhere, does not exist.')
 
 
 @pytest.mark.parametrize('command', WORDS)
