@@ -686,7 +686,7 @@ class WritePass:
                               'The same command adds to it.') from None
 
     def write_folder(self, folder):
-        """Make what is missing in the folder that the cursors are in."""
+        """Make the missing files of the folder that the cursors are in."""
         listing = self.trees.list_folder()
         self.maker.prepare(name for tree, name in listing.leftovers if tree == 0)
         for copies in batches(self.copies(folder, listing.found)):
@@ -1280,7 +1280,7 @@ class Trees:
     # -- The items of a folder --
 
     def list_folder(self):
-        """Return the Listing of the folder that the cursors are in, without what is left out."""
+        """Return the Listing of the folder that the cursors are in, without skipped files."""
         folder, listing = self._way[-1], Listing()
         for tree, _ in folder.members:
             if tree or not folder.made:         # nothing is in a new folder
@@ -1902,7 +1902,7 @@ class Maker:
             os.close(descriptor)
 
 
-# ---- Report: hears how the work goes on ----
+# ---- Report: hears of the progress ----
 
 class Report:
     """Hears what happens, and says nothing; Terminal, below, is a Report that prints."""
@@ -1917,7 +1917,7 @@ class Report:
         """The pass has done `files` more files, and `size` more bytes."""
 
     def end(self):
-        """No pass goes on any more."""
+        """The last pass has ended."""
 
 
 # ---- Function: combine_folders, for main and for other programs ----
@@ -1927,7 +1927,7 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
     """Combine the source folders into the folder dest, and return a Result.
 
     dest and sources are paths.  The keywords are the options of the command; exclude is a list of
-    patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears what goes on.
+    patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears of the progress.
     Files that execute_batch keeps for itself in job_results are left out; see the usage text.
 
     All errors are CombineErrors whose text is for users.  Nothing was written after

@@ -1401,7 +1401,7 @@ def as_latex(table):
 
 
 def check_output(option, path):
-    """Raise unless a file may be written there: what jobs brought back is never overwritten."""
+    """Raise unless a file may be written there: fetched results are never overwritten."""
     folder = os.path.realpath(os.path.dirname(path) or '.')
     while folder != os.path.dirname(folder):
         if has_journals(folder):
@@ -1778,7 +1778,7 @@ def pieces_of(path, most):
 
 
 def evenly(items, most):
-    """Return at most so many of the items, from all over them, with the first and the last."""
+    """Return at most this number of items, from all over them, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[number * (len(items) - 1) // max(most - 1, 1)] for number in range(most)]
@@ -1844,7 +1844,7 @@ def find_curves(jobs):
 
 
 def rounded(value, digits):
-    """Return a number with so many digits, for a drawing; what JSON lacks is a text."""
+    """Return a number with this number of digits, for a drawing; what JSON lacks is a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return exact_number(value)
     short = float(f'{value:.{digits}g}')
@@ -2968,7 +2968,7 @@ function listOf(texts, most = 4) {
 
 const SIGNS = {finished: '\u2713', failed: '\u2715', running: '\u25b8', ended: '\u25cb',
   lost: '?', cancelled: '\u2013', earlier: '\u21ba', unknown: '\u00b7'};
-const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal tells'};
+const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal has it'};
 
 // ---- Jobs ----
 
@@ -3330,7 +3330,7 @@ function showTip(lines, box) {
   tip.style.top = `${above > 4 ? above : below}px`;
 }
 
-// The page was scrolled: what has the focus goes on telling, the pointer is at another place now.
+// The page was scrolled: the focused mark keeps its tip, the pointer is at another place now.
 function followTip() {
   const one = document.activeElement, mark = one && one.closest('.mark');
   if (byId('tip').hidden) return;
@@ -3916,8 +3916,8 @@ function showMachines() {
     .slice(0, MOST_ROWS), isSeen = all.some(row => row.busy && row.busy.some(one => one !== null));
   byId('machines-hint').textContent = isSeen
     ? 'Area: how busy the cores or the GPU were. Dashed line: memory in use. Both count all '
-      + 'processes of the machine. Blue marks below: our jobs.'
-    : 'How busy the machines were was not recorded. The marks show when they had jobs of ours.';
+      + 'processes of the machine. Blue marks below: your jobs.'
+    : 'How busy the machines were was not recorded. The marks show when they ran your jobs.';
   const width = Math.min(Math.max(widthOf('machines-body') - (isSeen ? 520 : 340), 150), 620);
   const heads = ['', 'over time', 'jobs', 'had a job', 'idle for'];
   if (isSeen) heads.push('busy, mean', 'memory, most');
@@ -3980,10 +3980,10 @@ function showAsked() {
   const groups = askedGroups();
   byId('asked').hidden = !jobs.length;
   if (!groups.length) {
-    byId('asked-hint').textContent = 'What jobs used was not measured.';
+    byId('asked-hint').textContent = 'The use by jobs was not measured.';
     return;
   }
-  byId('asked-hint').textContent = 'A dot is a job, the upright line is what was asked for. '
+  byId('asked-hint').textContent = 'A dot is a job, the upright line is the request. '
     + 'Cores are processor time divided by time, for jobs that ran at least a second.';
   const width = Math.min(Math.max(widthOf('asked-body') - 560, 160), 420);
   put('asked-body', tableOf(['', 'asked for', 'used', 'least', 'middle', 'most', ''],
@@ -4019,7 +4019,7 @@ function textOf(column, value) {
   return column.texts[column.values.indexOf(value)] || shown(value);
 }
 
-// Sort the values of a parameter into at most so many grades: each value is one, or, of more
+// Sort the values of a parameter into at most this number of grades: each value is one, or, of more
 // numbers, a range with as many jobs as the others; of more words, the last grade has the rest.
 function gradesOf(column, some, most) {
   const levels = levelsOf(column, some);
@@ -4215,7 +4215,7 @@ function showPlot() {
     one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
   byId('plot-log').checked = found.isLogY;
   if (!found.drawn.length) {
-    put('plot', el('p', {}, 'No job that is chosen has numbers of both.'));
+    put('plot', el('p', {}, 'No chosen job has numbers of both.'));
     put('plot-table');
     byId('plot-hint').textContent = '';
     return;
@@ -4532,7 +4532,7 @@ function sentOf(one) {
     .filter(([, link]) => link).map(([text, href]) => el('a', {href}, text));
   return el('div', {}, el('h3', {}, `Files ${one.digest.slice(0, 8)}: ${many(one.jobs, 'job')}`),
     el('p', {}, [commit + state, files].filter(Boolean).join(' \u00b7 ')
-      || 'What these files were was not recorded.'),
+      || 'These files were not recorded.'),
     pathsPart('Files that differ from the commit', one.changed, one.changed_count),
     pathsPart('Files that the commit does not have', one.untracked, one.untracked_count),
     links.length ? el('p', {}, 'See ', links.map((link, at) => at ? [', ', link] : link)) : '');
@@ -4554,7 +4554,7 @@ function showRan() {
   put('ran-body', mixed, data.sent.map(sentOf),
     data.sent.length ? '' : el('p', {}, 'Which files the jobs ran with was not recorded.'),
     data.variables.length ? el('p', {},
-      'Environment variables that were handed over (their names): ',
+      'Environment variables that jobs received (their names): ',
       el('span', {class: 'code'}, data.variables.join(', '))) : '',
     rows.length ? [el('h3', {}, 'Machines'), tableOf(['machine', 'cores', 'memory', 'GPUs',
       'driver', 'kernel', 'Python'], rows, 'Facts of machines')]

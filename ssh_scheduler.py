@@ -471,7 +471,7 @@ class BatchFileError(SchedulerError):
 
 
 class FilesError(SchedulerError):
-    """A path to send or to bring back cannot be used."""
+    """A path to send or to fetch cannot be used."""
 
 
 class ResultsError(SchedulerError):
@@ -742,7 +742,7 @@ class Forwards(NamedTuple):
 class Job(NamedTuple):
     """One line of a batch.
 
-    backwards: the paths to bring back; None: all that the job made or changed
+    backwards: the paths to fetch; None: all that the job made or changed
     own: the options for files and hardware of a line that is an execute_remote command, as text
     """
     name: str
@@ -1382,7 +1382,7 @@ class MachineResources:
     update(available_resources)     the machine has more or less now; what is taken stays taken
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
-    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
+    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work never stops,
     a machine on which none of our jobs runs takes one, however busy its processors are.
     """
 
@@ -3184,7 +3184,7 @@ class Screen:
             self.draw()
 
     def draw(self):
-        """Draw what is new, and the area as it is now."""
+        """Draw new events, and the area as it is now."""
         from rich.console import Group
         from rich.text import Text
         with contextlib.suppress(OSError):      # rich would believe COLUMNS
@@ -3255,7 +3255,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
-        self.nobody_reads = False    # the reader of what is printed is gone
+        self.nobody_reads = False    # nobody reads the output any more
         self.trouble = ''           # or why it cannot be printed
 
     def line(self, text):
@@ -3513,7 +3513,7 @@ class Prefixer:
             self._print(stream, lines)
 
     def flush(self):
-        """Print what is left without an end of line."""
+        """Print the rest, which has no end of line."""
         for stream, rest in self._rest.items():
             self._print(stream, [rest] if rest else [])
         self._rest = {'out': b'', 'err': b''}
@@ -3630,7 +3630,7 @@ def is_of_batch(name, record, batch):
 
 
 def as_paths(value):
-    """Return the paths to bring back as the journal has them: a list, or None."""
+    """Return the paths to fetch as the journal has them: a list, or None."""
     return None if value is None else tuple(value)
 
 
@@ -3776,7 +3776,7 @@ class SpeakingView(View):
 
 
 class QuietView(SpeakingView):
-    """Only what is wrong: for --cancel, and where no job is started."""
+    """Only errors: for --cancel, and where no job is started."""
 
     def failed(self, worker, attempts):
         """Say why the machine cannot be used."""
@@ -4173,7 +4173,7 @@ class Board:
         """Return the Rows that stand for the counts while it is asked what Ctrl-C shall mean."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
-                Row('  d      exit; jobs keep running, same command continues'),
+                Row('  d      leave: jobs keep running; same command continues'),
                 Row('  c      cancel: stop all running jobs and exit'),
                 Row('  Enter  continue')]
 
@@ -4644,7 +4644,7 @@ class BatchView(ToldView):
         self._report.warning(text)
 
     def large(self, advice):
-        """Show what is large among the files to send, if anything is."""
+        """Show the large files among those to send, if any."""
         if advice:
             self._report.note(advice)
 
@@ -6115,7 +6115,7 @@ def read_partial(job, where, warn):
 
 
 def read_backwards(options):
-    """Return the paths that a job brings back; None for all files that it made or changed."""
+    """Return the paths to fetch from a job; None for all files that it made or changed."""
     paths = options['--copy-backwards']
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
@@ -6677,7 +6677,7 @@ LARGE_BYTES = 500e6         # to send to a machine: more is worth a word
 
 
 def advise_on_size(tree, machines):
-    """Return what is large among the files to send, and how to leave it out; '' for little."""
+    """Return the large files among those to send, and how to leave it out; '' for little."""
     total = tree.size
     if total <= LARGE_BYTES:
         return ''
@@ -7222,7 +7222,7 @@ class ResultStore:
     """The folder job_results: its lock, and the files in it.  Replaces nothing.
 
     job_results/NAME.out, NAME.err    the streams; they grow while the job runs
-    job_results/NAME/                 what it brought back; appears by one rename
+    job_results/NAME/                 its results; appears by one rename
     job_results/.ssh_scheduler/       journal, lock, incoming results
 
     part: a folder below that for the same: commands/NAME for a job of execute_remote, so that it
@@ -7391,7 +7391,7 @@ class ResultStore:
         return private_folder(os.path.join(self.inner, 'incoming'))
 
     def discard(self, folder):
-        """Remove what is left of an incoming folder."""
+        """Remove the rest of an incoming folder."""
         remove_tree(folder)
 
     def commit(self, name, streams, folder, wants_folder, kept=()):
@@ -8594,8 +8594,8 @@ class Flows:
     """Generators that wait, begun together and ended together.
 
     Such a flow yields a Process that it has started, and is sent its End; or a number of seconds,
-    and goes on after these.  When the flows are closed, their children end and each flow is closed
-    where it waits, so `finally` is the place to clean up.
+    and continues after these.  When the flows are closed, their children end and each flow is
+    closed where it waits, so `finally` is the place to clean up.
     """
 
     def __init__(self, processes):
@@ -9525,7 +9525,7 @@ class Client:
 
     live: what the machines have free is looked at again while jobs wait
     away_limit_s: how long contact that was lost is looked for
-    max_result_bytes: of what a job brings back; None: what has room here
+    max_result_bytes: of the results of a job; None: the free space here
     """
 
     def __init__(self, results=None, trace=None, *, nice=0, live=True, project=None,
@@ -10673,7 +10673,7 @@ class Collector:
         self.fetch_if_due()
 
     def _warn_of_odd(self, attempt):
-        """Tell of what cannot be brought back."""
+        """Warn of each path that cannot be fetched."""
         name, left, machine = attempt.name, attempt.leavings, self._worker.name
         for mark, path in left.odd:
             if mark == '!' and attempt.state == 'incomplete':
@@ -10970,7 +10970,7 @@ class Gauge:
             refusals=tuple(self._worker.queue.refusals.items()))), []
 
     def measure(self, within_s=0.0):
-        """Ask again what is free, within this many seconds."""
+        """Ask for the free resources again, within this many seconds."""
         if self._has_failed:
             self.renew()
         earliest = min(max(MEASURE_LEAST_S, self._cost_s / MEASURE_SHARE), MEASURE_LIMIT_S)
@@ -11706,7 +11706,7 @@ class Worker:
         self.jobs.ask()
 
     def measure(self, within_s=0.0):
-        """Ask again what is free; the answer is machine_changed."""
+        """Ask for the free resources again; the answer is machine_changed."""
         self.gauge.measure(within_s)
 
     def stop(self):
@@ -12434,7 +12434,7 @@ class MachineRunner:
         self._worker.probe()
 
     def measure(self, within_s=0.0):
-        """Ask again what is free, within this many seconds; the answer is measured()."""
+        """Ask for the free resources again, within this many seconds; measured() is the answer."""
         self._worker.measure(within_s)
 
     def close(self):
@@ -12481,7 +12481,7 @@ class MachineRunner:
         """Start the bash command there as soon as its files are.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
-        backward_loc           paths in its folder to bring back; None: what it made or changed
+        backward_loc           paths in its folder to fetch; None: what it made or changed
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         placement              what MachineResources gave it: other batches then count with it
@@ -13156,7 +13156,7 @@ def failed_jobs(plan, failures=()):
 
 
 def runs_again(kept):
-    """Return what is said of a job that runs again; kept: the name of its earlier results."""
+    """Return the message for a job that runs again; kept: the name of its earlier results."""
     return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
 
 
@@ -13165,7 +13165,7 @@ def runs_again(kept):
 def ask_here(argv, feed=None, env=None, limit_s=None):
     """Run a program here; return (its exit status, its stdout, its stderr as text).
 
-    limit_s: it is ended after so many seconds
+    limit_s: it is stopped after this number of seconds
     """
     said, ended = bytearray(), []
     processes = Processes()
@@ -13684,7 +13684,7 @@ def read_settings(options):
 
 
 def read_keep_files(options):
-    """Return how many bytes of what is sent may be kept in job_results."""
+    """Return how many bytes of the sent files may be kept in job_results."""
     return int(options.size_mb('--keep-files', least=0) * 2**20)
 
 
@@ -13930,7 +13930,7 @@ def begin_batch(run, files, lines):
 
 
 def finish_batch(run, view, reporter, has_work):
-    """Run what is left of a batch; return the exit status."""
+    """Run the rest of a batch; return the exit status."""
     view.begin()
     try:
         if has_work:
@@ -14753,7 +14753,7 @@ class CommandOrder:
         return TRANSPORT_FAILED if reporter.trouble else 0
 
     def _exit_status(self, run, worker):
-        """Return the exit status, and say what is not as it should be."""
+        """Return the exit status, and report what went wrong."""
         name, options = self._name, self._options
         if run.interrupts:
             return 130
@@ -14944,7 +14944,7 @@ def summary_of(outcomes, reporter):
 
 
 def query_machines(argv):
-    """Show what is free on machines; return the exit status."""
+    """Show the free resources of machines; return the exit status."""
     options = read_options(QUERY_MACHINES_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_machines(options)
@@ -15039,7 +15039,7 @@ def json_lines(workers, allocation):
 
 
 def queue_as_json(queue):
-    """Return what is known of a cluster as a JSON object."""
+    """Return all facts of a cluster as a JSON object."""
     running, waiting = queue.own_jobs
     return {'engine': queue.engine, 'own_jobs_running': running, 'own_jobs_waiting': waiting,
             'max_jobs': queue.max_jobs, 'partitions': [
@@ -15399,7 +15399,7 @@ def main(argv=None):
 #   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
 #                           why, in words, and when it expects to; each may be empty
 #   unfit NEED WHY          the engine refuses jobs with this need
-#   full WHY                the engine takes no more jobs before one of ours has ended
+#   full WHY                the engine takes no more jobs before one of this account has ended
 #   held KEY                a job did not start, since others leave no room, or the engine none
 #   refused KEY WHY         a job did not start
 #   absent KEY              a job never began, and never will
@@ -17129,7 +17129,7 @@ say_killed() {              # for end_processes: in the streams of the jobs, bef
 }
 
 # Processes are told to end in the order in which they began: a shell that hears of it after its
-# child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
+# child has ended continues with its next command.  Not with a SIGSTOP first: if the runner died in
 # between, they would stand for ever.
 find_living() {             # living: the pids of what the jobs $@ started, but not their workers
   local pid key index since=()          # by start time and pid

@@ -254,7 +254,7 @@ def test_the_counts_filter_and_plots_follow(page):
     page.until('!waiting.length')
     assert page.jobs() == ['.11', '.28', '.29', '.30']
     assert page.page.get_attribute('#states [data-state=failed]', 'aria-pressed') == 'true'
-    assert page.text('#plot') == 'No job that is chosen has numbers of both.'
+    assert page.text('#plot') == 'No chosen job has numbers of both.'
     page.page.click('#states [data-state=failed]')
     page.until('!waiting.length')
     assert len(page.jobs()) == 30 and page.count('#plot .dot') == 26
@@ -469,7 +469,7 @@ def test_use_that_was_not_recorded_is_one_plain_line(project, opened):
     folder.job('grid.sh.1', './a 1').job('grid.sh.2', './a 2')
     page = made(folder, opened)
     assert page.text('#machines-hint').startswith('How busy the machines were was not recorded.')
-    assert page.text('#asked-hint') == 'What jobs used was not measured.'
+    assert page.text('#asked-hint') == 'The use by jobs was not measured.'
     assert page.text('#ran-body') == ('Files a3f9c1d2: 2 jobsWhat these files were was not '
                                       'recorded.Facts of the machines were not recorded.')
 

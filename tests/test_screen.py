@@ -93,9 +93,9 @@ def test_failures_stand_together_by_their_reason(terminal, lab):
     assert re.fullmatch(r'failed +5 × RuntimeError: shape [0-4] +'
                         r'batch\.sh\.\d, \.\d, \.\d and 2 more', rows[0])
     assert sorted(re.sub(' +', ' ', row) for row in rows[1:]) == [
-        'failed 1 × killed by signal 9 (KILL) batch.sh.7',
         'failed 1 × exit code 127: no_such_command: command not found batch.sh.8',
-        'failed 1 × exit code 4, nothing on stderr batch.sh.6']
+        'failed 1 × exit code 4, nothing on stderr batch.sh.6',
+        'failed 1 × killed by signal 9 (KILL) batch.sh.7']
     text = '\n'.join(shown.whole)
     assert text.index('failed      5') < text.index('done: 9 jobs') < text.index('look:  ')
 
