@@ -197,15 +197,14 @@ batch, 57, or its whole name:
   --json                        With --status: print one JSON object for each
                                 job, on a line of its own.
   --follow=<job>                Show what a job prints, from beginning to end;
-                                exit with its exit status. Ctrl-C stops
-                                watching.
+                                exit with its exit code. Ctrl-C stops watching.
   --cancel=<job>...             Cancel these jobs, whether they run or wait.
                                 Without a name: all jobs of the batch.
   --rerun=<job>...              Run these jobs again. Their earlier results are
                                 kept: those of batch.sh.57 as batch.sh.57~1.
   --rerun-failed                Run all jobs that failed again, in the same way.
   --wait                        Wait until the batch that runs has ended; exit
-                                with its exit status.
+                                with its exit code.
   --drop-machine=<machine>...   Start no more jobs on these machines.
   --now                         With --drop-machine: stop the jobs of these
                                 machines, and start them on other machines.
@@ -250,8 +249,8 @@ Other:
                                 [default: 30].
   --sync-back=<path>...         While jobs run, fetch these files and folders of
                                 their folders again and again, to
-                                job_results/<job>.partial; it is removed when
-                                the results are there.
+                                job_results/<job>.partial. When the results
+                                arrive, that folder is removed.
   --every=<time>                With --sync-back: fetch at this interval
                                 [default: 60].
   --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10]: the
@@ -398,7 +397,7 @@ Example:
 """.format(units=UNITS, machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
-Show what is free on machines, and who uses them.
+Show the free resources of machines, and who uses them.
 
 Usage:
   query_machines [options] [--machines=<machine>]... [--watch=<time>]...
@@ -9025,7 +9024,7 @@ def status_of(raw):
     """Return the exit status of a job."""
     number = number_of(raw)
     if number > 999:
-        raise ValueError(f'{number} is no exit status')
+        raise ValueError(f'{number} is no exit code')
     return number
 
 

@@ -37,6 +37,7 @@ WRONG = {
     'stop': r'\b(ended by|be ended|are ended|end that|end the job)\b',
     'stays': r'\bleaves? (it|them|the jobs?) (over|there|alone)\b|\bin the hands of\b',
     'connection': r'\bcontact\b',
+    'exit code': r'\bexit status\b(?! ?$)',
     'again': r'\banew\b|\bonce more: ',
 }
 
@@ -106,6 +107,14 @@ def test_no_message_has_a_word_that_says_nothing(name):
     wrong = [f'{better}: {match[0]!r} in: {message}' for message in messages(name)
              for better, pattern in WRONG.items()
              for match in [re.search(pattern, without_code(message))] if match]
+    assert wrong == []
+
+
+def test_no_help_text_has_such_a_word():
+    wrong = [f'{path.name}: {better}: {match[0]!r}'
+             for path in (test_golden.GOLDEN / 'help').iterdir()
+             for better, pattern in WRONG.items()
+             for match in [re.search(pattern, path.read_text())] if match]
     assert wrong == []
 
 
