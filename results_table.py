@@ -1697,7 +1697,7 @@ def reason_words(job, lines):
         return f'killed by signal {code - 128}{f" ({name})" if name else ""}'
     told = re.sub(r'^ssh-scheduler: |^\S*: line [0-9]+: ', '', told)
     return f'exit code {code}: {cut(told, LAST_LINE)}' if told else (
-        f'exit code {code}, nothing on stderr')
+        f'exit code {code}, empty stderr')
 
 
 # -- Ends of streams --

@@ -3851,7 +3851,7 @@ def failure_words(exit_code, machine, lines):
         with contextlib.suppress(ValueError):
             name = signal.Signals(exit_code - 128).name[3:]
             return f'killed by signal {exit_code - 128} ({name})'
-    return told or f'exit code {exit_code}, nothing on stderr'
+    return told or f'exit code {exit_code}, empty stderr'
 
 
 def names_in_short(names):

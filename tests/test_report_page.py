@@ -695,7 +695,7 @@ def test_reasons_that_differ_in_numbers_only_are_one(project, opened):
 
 
 @pytest.mark.parametrize('code, err, words', [
-    (1, '', 'exit code 1, nothing on stderr'),
+    (1, '', 'exit code 1, empty stderr'),
     (2, 'usage: x\nx: error: no --lr\n', 'exit code 2: x: error: no --lr'),
     (137, '', 'killed by signal 9 (KILL)'), (139, 'a\n', 'killed by signal 11 (SEGV)'),
     (137, 'ssh-scheduler: the kernel killed it\n', 'exit code 137: lab1 ran out of memory'),

@@ -94,7 +94,7 @@ def test_failures_stand_together_by_their_reason(terminal, lab):
                         r'batch\.sh\.\d, \.\d, \.\d and 2 more', rows[0])
     assert sorted(re.sub(' +', ' ', row) for row in rows[1:]) == [
         'failed 1 × exit code 127: no_such_command: command not found batch.sh.8',
-        'failed 1 × exit code 4, nothing on stderr batch.sh.6',
+        'failed 1 × exit code 4, empty stderr batch.sh.6',
         'failed 1 × killed by signal 9 (KILL) batch.sh.7']
     text = '\n'.join(shown.whole)
     assert text.index('failed      5') < text.index('done: 9 jobs') < text.index('look:  ')
@@ -441,7 +441,7 @@ See https://example.org
      'torch.OutOfMemoryError: no. Tried to allocate 2.00 GiB.'),
     (1, 'jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while', 'GPU out of memory'),
     (1, 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling', 'CUDA out of memory'),
-    (3, '', 'exit code 3, nothing on stderr'), (3, ' \n\n', 'exit code 3, nothing on stderr'),
+    (3, '', 'exit code 3, empty stderr'), (3, ' \n\n', 'exit code 3, empty stderr'),
     (1, 'a\n 10%\r 20%\rbroken\n', 'broken'),
     (127, '../b.sh.3.1-0: line 1: foo: command not found\n',
      'exit code 127: foo: command not found'),
