@@ -1131,7 +1131,7 @@ def identities_upward(folder):
             os.close(descriptor)
             descriptor = above
     except PermissionError:
-        pass                                        # nobody can say what is above
+        pass                                        # nobody can tell what stands above
     finally:
         os.close(descriptor)
 
@@ -2177,7 +2177,7 @@ def write_line(stream, line):
     except UnicodeEncodeError:
         stream.write(line.encode('ascii', 'backslashreplace').decode() + '\n')
         stream.flush()
-    except BrokenPipeError:             # as in `| head`: what is being done matters more
+    except BrokenPipeError:             # as in `| head`: the work matters more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

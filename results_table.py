@@ -1439,7 +1439,7 @@ COUNTER = re.compile('(?i)(epoch|step|iter(ation)?|batch)s?')
 
 
 def cut(text, width):
-    """Return the text in at most `width` columns; … stands for what is cut off."""
+    """Return the text in at most `width` columns; … stands for the rest."""
     if width_of(text) <= width:
         return text
     kept, room = [], width - 1
@@ -1485,7 +1485,7 @@ def fitted(table, width):
 
 
 def as_screen(table, width, style):
-    """Return the lines for a terminal, the table and what is around it.
+    """Return the lines for a terminal, the table and its notes.
 
     width: the columns of the terminal; None: whole.  style(text, code): the text in bold (1) or in
     red (31)
@@ -1936,7 +1936,7 @@ def machines_of(stories, used, window):
 # -- What ran --
 
 def provenance(jobs, links):
-    """Return a list of what is known of each set of files that was sent, the most used first."""
+    """Return a list of the facts of each set of files that was sent, the most used first."""
     counts = collections.Counter((job.folder, job.files) for job in jobs if job.files)
     found = []
     for (folder, digest), count in counts.most_common(50):
@@ -2137,7 +2137,7 @@ def write_page(table, notes, path, now):
 
 
 def as_html(table, notes, folder, now):
-    """Return the page of a Table: what is large in it is cut until it fits."""
+    """Return the page of a Table: its large parts are cut until it fits."""
     for room in (TAILS_BYTES, TAILS_BYTES // 4, TAILS_BYTES // 20, 0):
         data = report_data(table, notes, folder, now, room)
         page = page_of(data['title'], safe_json(data))

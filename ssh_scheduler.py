@@ -23,7 +23,7 @@ Each contact is ONE ssh.  It is the master that copies share, and its standard s
 channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.  So the
 number of ssh processes does not grow with the number of jobs, and a batch costs one login on each
 machine.  Jobs do not depend on the channel.  When this program dies, the channel ends, and the
-remote runner with it, but the jobs run on and leave their exit status in a file.
+remote runner with it, but the jobs keep running and leave their exit status in a file.
 
 The life of a job on a machine is the life of an Attempt.  Its states stand in the table LIFE, and
 only Lives.move changes them: it asserts the order, and writes the journal before anybody hears.
@@ -638,7 +638,7 @@ class Machine(NamedTuple):
     def hops(self):
         """The jump hosts, the first one first: (user, host, port); user and port may be ''.
 
-        Empty where ssh jumps over none, or has to find out what is wrong with them.
+        Empty where ssh jumps over none, or where ssh has to report their errors.
         """
         matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
         if not all(matches) or self.jump.lower() == 'none':
@@ -686,7 +686,7 @@ class Partition(NamedTuple):
 class Capacity(NamedTuple):
     """A machine's resources: in all, and free if no job of this batch ran there.
 
-    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
+    Each probe adds to the free resources the use by own jobs, up to what they requested, and
     subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
     room in the books is room in the latest probe, and nothing is counted twice.
     """
@@ -702,7 +702,7 @@ class Capacity(NamedTuple):
     batch_users: tuple = ()         # who runs these, once for each job; '' is the login's own user
     reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
-    queue: Optional[Queue] = None   # of a cluster, where only its engine knows what is free
+    queue: Optional[Queue] = None   # of a cluster, whose engine alone knows the free resources
 
 
 class Allocation(NamedTuple):
@@ -1372,13 +1372,13 @@ class GpuUse:
 
 
 class MachineResources:
-    """The books of one machine: they alone know what is free there, and what is promised.
+    """The books of one machine: they alone know its free and its promised resources.
 
     available_resources: a Capacity, or anything with its fields.
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
     allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
     deallocate(placement)   gives back what allocate gave; each placement once
-    update(available_resources)     the machine has more or less now; what is taken stays taken
+    update(available_resources)     the machine has more or less now; placements stay
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
     may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work never stops,
@@ -1395,7 +1395,7 @@ class MachineResources:
         self.update(available_resources)
 
     def update(self, available_resources):
-        """Note the machine's new Capacity; what is taken stays taken."""
+        """Note the machine's new Capacity; placements stay."""
         self.available = have = as_record(Capacity, available_resources)._replace(
             gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
         self._total_cores = max(have.total_cores, have.cores)
@@ -1466,7 +1466,7 @@ class MachineResources:
             use.reserved += sign * wanted.reserve_gpu
 
     def short_of(self, allocation):
-        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
+        """Return the word for the lack: jobs, machine, memory, cores, gpu; '' if it fits."""
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
@@ -1538,7 +1538,7 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who holds what is short, as 'has 2 in use by others, 1 by this batch'."""
+        """Return who holds the missing resource, as 'has 2 in use by others, 1 by this batch'."""
         have, short = self.available, self.short_of(allocation)
         own = f'runs {self.jobs} job{"s" * (self.jobs > 1)} of this batch'
         if short == 'gpu':
@@ -1615,7 +1615,7 @@ class ClusterResources(MachineResources):
         return self.take(allocation, ())
 
     def short_of(self, allocation):
-        """Return the word for what is short: engine, gpu, jobs, starts or time; '' if it fits."""
+        """Return the word for the lack: engine, gpu, jobs, starts or time; '' if it fits."""
         queue = self.available.queue
         if self.refusal(allocation):
             return 'engine'
@@ -1652,7 +1652,7 @@ class ClusterResources(MachineResources):
                 'time': 'gets its next job in a moment'}[short]
 
     def holder(self, allocation):
-        """Return who holds what is short."""
+        """Return who holds the missing resource."""
         return self.why_not(allocation)
 
 
@@ -1771,7 +1771,7 @@ CLUSTER_AFTER_S = 30.0      # that a job waits for a machine before a cluster ge
 
 
 class Scheduler:
-    """Owns what waits and what is free.  Machines are any hashable things.
+    """Owns the waiting jobs and the free resources.  Machines are any hashable things.
 
     Jobs start in the order of their lines, but a job that finds room passes those that do not: no
     machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
@@ -2176,10 +2176,10 @@ class Fleet:
             not self.standing[worker].outcome or worker.state == 'closing')
 
     def at_best(self, worker):
-        """Return the Capacity that decides what is impossible.
+        """Return the Capacity that decides which jobs are impossible.
 
         Others may go, so that is what an idle machine has; with --no-live nobody looks again, and
-        what is free decides.
+        the free resources decide.
         """
         if worker.capacity.queue or not self._client.live:
             return worker.capacity
@@ -2790,7 +2790,7 @@ class Run:
             self.view.unconfirmed(attempt)
         for attempt in running:
             # The journal has these as cancelled: should the next run find one ended on its machine,
-            # that is no failure of the job.  It removes what is left, and starts the job again.
+            # that is no failure of the job.  It removes the rest, and starts the job again.
             state = next((word for word in ('dropped', 'cancelled')
                           if word in LIFE[attempt.state].then), None)
             if state and self.client.journal.record(attempt.name)['state'] != 'ended':
@@ -3740,7 +3740,7 @@ class View:
         """Nothing more is wanted of a machine."""
 
     def sink(self, worker):
-        """Return what is called with ('out' or 'err', bytes) of the output of its jobs, or None."""
+        """Return the function to call with ('out' or 'err', bytes) of its jobs' output, or None."""
 
     def others(self, worker, jobs):
         """A machine has these OtherJobs."""
@@ -4070,7 +4070,7 @@ class Keys:
 
 
 class Board:
-    """What a terminal shows below the events: which machines are waited for, what is sent, which
+    """What a terminal shows below the events: machines that connect, files on their way, which
     jobs run, how far the batch is, and how long it may take.
 
     done: how many jobs have results already, and are not run
@@ -4082,7 +4082,7 @@ class Board:
     def __init__(self, run, done):
         self._run, self.done = run, done
         self._pace, self._left, self._left_at = Pace(), '', -math.inf
-        self._since = {}        # what is waited for, Worker or Stage -> when that was first seen
+        self._since = {}        # Worker or Stage that is waited for -> when that was first seen
         self._is_asking = False
         self._keys = None       # of the terminal, while they are waited for
         self.shows_counts, self._has_ended = False, False
@@ -4388,7 +4388,7 @@ def queue_words(engine, number, why, start, now=None):
 
 
 def queue_news(attempt):
-    """Yield what is to be said of an attempt in the queue of a cluster: why it waits, once."""
+    """Yield the news of an attempt in the queue of a cluster: why it waits, once."""
     place = attempt.place
     if attempt.state == 'absent':
         if place.moves_to:
@@ -5491,7 +5491,7 @@ def are_variables(value):
 
 
 def are_ssh_options(value):
-    """Tell whether the value is a mapping of ssh_config(5) options that may stand in ours."""
+    """Tell whether the value is a mapping of ssh_config(5) options that a machine file may set."""
     return are_variables(value) and all(
         name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
         and (name.lower() in UNQUOTED_SSH_OPTIONS or fits_quotes(v)) for name, v in value.items())
@@ -5706,7 +5706,7 @@ def read_machine_value(loader, key, node, where):
 
 
 def explain_yaml(error, text):
-    """Return (number of the line, what is wrong there) of a YAML error.
+    """Return (number of the line, the error) of a YAML error.
 
     YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
     """
@@ -6891,7 +6891,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     before: the Sample of the last probe
     ended_ticks: the ticks that those of our jobs used that ended since then
 
-    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
+    Never raises: a fact that cannot be read is unknown, and nothing unknown is used.
     """
     values, needs = dict(facts), read_needs(facts)
     others = [need for need in needs if need.key not in ours]
@@ -6952,7 +6952,7 @@ def parse_partition(line):
 
 
 def use_in(facts, before):
-    """Return what is in use on a machine, by all who use it, as `Seen` has it.
+    """Return the use of a machine, by all who use it, as `Seen` has it.
 
     before: the Sample of the last probe, or None
     """
@@ -7317,7 +7317,7 @@ class ResultStore:
     def exists(self, name):
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
-            return os.path.lexists(self._path(name))    # its streams are what is left of that
+            return os.path.lexists(self._path(name))    # its streams are the rest of that
         return bool(self.present.of(name))
 
     def remnants(self, name):
@@ -7809,7 +7809,7 @@ class Sent:
         return self._found[digest]
 
     def record(self, digest):
-        """Return what is noted of a set, see above; an empty dict where it is not here."""
+        """Return the notes on a set, see above; an empty dict where it is not here."""
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(read_file(self.path(digest, 'record.json')))
             if isinstance(record, dict) and all(isinstance(record.get(key), int)
@@ -7839,7 +7839,7 @@ class Sent:
         return None
 
     def close(self):
-        """Remove the sets of which no job has begun, and what is in the store for them alone."""
+        """Remove the sets of which no job has begun, and the files in the store for them alone."""
         unclaimed, self._unclaimed = self._unclaimed, {}
         for folder in unclaimed.values():
             remove_tree(folder)
@@ -7973,7 +7973,7 @@ SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: the larger of this an
 
 
 class Seen:
-    """The file `seen`: samples of what is in use on machines, for a report.  A JSON object a line.
+    """The file `seen`: samples of the use of machines, for a report.  A JSON object a line.
 
     A machine has at most one every SEEN_S; the longer the client runs, the fewer.  So a week has
     some hundreds.  They are of no importance: nobody is told where they cannot be written.
@@ -7985,7 +7985,7 @@ class Seen:
         self._unwritten = []            # lines, until a job is claimed
 
     def add(self, machine, sample):
-        """Add what is in use on a machine (its address), unless it had a sample lately."""
+        """Add the use of a machine (its address), unless it had a sample lately."""
         now = time.monotonic()
         apart_s = max(SEEN_S, SEEN_SHARE * (now - self._began))
         if now - self._last.get(machine, -math.inf) < apart_s:
@@ -8185,7 +8185,7 @@ def new_folder_mode():
 
 def merge(source, target):
     """Move what lies in the folder `source` into another; yield the paths there that are in its
-    way: not what is the same there already, such as what an earlier try had moved.
+    way: no files that are the same there already, such as those of an earlier try.
     """
     for name in sorted(os.listdir(source)):
         new, old = os.path.join(source, name), os.path.join(target, name)
@@ -8646,7 +8646,7 @@ PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
 
 # ---- Job log, Hooks: what other programs are told of a batch ----
 
-# Those of GNU parallel's --joblog, and then ours.
+# Those of GNU parallel's --joblog, and then more.
 LOG_COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Name', 'GPUs', 'PeakMemoryMB', 'PeakGPUMemoryMB', 'Attempt')
 LOG_ESCAPES = str.maketrans({'\\': r'\\', '\t': r'\t', '\n': r'\n', '\r': r'\r'})
@@ -9583,7 +9583,7 @@ class Starts:
         self._due = {}                  # JobControl -> None, in the order in which they came
 
     def soon(self, jobs):
-        """In the next wait, start what is placed on a machine, as far as its files are there."""
+        """In the next wait, start the jobs placed on a machine whose files have arrived."""
         if not self._due:
             self._client.processes.call_later(0, self._start)
         self._due[jobs] = None
@@ -9693,7 +9693,7 @@ MOST_LISTED = 1000          # untracked files in a record
 
 
 class Keeper:
-    """Has what is sent to machines kept here, and has git say what it is, while it is sent."""
+    """Keeps copies of the sent files here, and asks git for their commit, while they are sent."""
 
     def __init__(self, client):
         self._client = client
@@ -9935,7 +9935,7 @@ class Stage:
     def __init__(self, stage_id, forwards, trees, manifest=None):
         self.forwards = forwards
         self.copy, self.link = trees
-        self.manifest = manifest            # what is noted of the files that jobs have
+        self.manifest = manifest            # the notes on the files that jobs have
         self.ready = not (self.copy.entries or self.link.entries)
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
@@ -10614,7 +10614,7 @@ class Collector:
                 worker.lives.restore(attempt, 'incomplete')
 
     def resume(self):
-        """At contact, ask for the lists that have not come, and fetch what is listed."""
+        """At contact, ask for the lists that have not arrived, and fetch the listed files."""
         for attempt in self._worker.lives.of(self._worker, *ARRIVING):
             if attempt.leavings is None:
                 self._ask(attempt)
@@ -12694,7 +12694,7 @@ class Inbox:
         return True
 
     def answer(self, number, answer):
-        """Answer a request, which is then gone; return what is wrong if that cannot be done."""
+        """Answer a request, which is then gone; return the error if that cannot be done."""
         if number not in self._results.journal.answered:
             self._results.journal.write(event='answered', id=number)
         try:
@@ -14049,7 +14049,7 @@ def cancel_alone(results, batch, named, reporter, words=None, before=None, chose
 
 
 def cancel_claimed(run, claimed, named, reporter):
-    """End what an earlier run has started; say what became of each job; return the exit status.
+    """Stop the jobs of an earlier run; report the state of each; return the exit status.
 
     claimed: {job name: what the journal knows of it}; named: {job name: Job} of the batch file
     """
@@ -15179,7 +15179,7 @@ def shorten(text, width, end=0):
 
 
 def machine_sum(workers, allocation):
-    """Return the last line of the table: how many machines answer, and what is free in all."""
+    """Return the last line of the table: how many machines answer, and all free resources."""
     answering = [worker.capacity for worker in workers if worker.state == 'ready']
     ready = [have for have in answering if not have.queue]
     gpus = [gpu for have in ready for gpu in have.gpus]
