@@ -15557,7 +15557,7 @@ explain_full() {            # REPLY: the complaint $1, and what else than bytes 
   while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
   IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
   REPLY=$1
-  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk there is full)'
+  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk of the machine is full)'
   [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
   [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
 }
@@ -16585,7 +16585,7 @@ list_results() {            # for conclude: what the job left; if that cannot be
   fi
   eval "listed=($paths)"
   ! list_back "$folder" "$stage" "$file.back" "${listed[@]}" || return
-  printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
+  printf 'note\t%s: the disk of the machine is full; its output may be incomplete\n' "${key%.*}" \
     1<>"$run/events"
   # The claims lie in memory.
   list_back "$folder" "$stage" "$claims/$project.$key.back" "${listed[@]}" || ((status)) ||

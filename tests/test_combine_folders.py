@@ -1022,7 +1022,7 @@ def test_a_source_that_is_also_elsewhere_through_a_bind_mount(tmp_path):
 def test_leftovers_in_a_source_are_refused(here):
     name = module.temporary_name('x')
     make('src', {f'd/{name}': 'half'})
-    with pytest.raises(Refused, match='what a killed combine_folders left'):
+    with pytest.raises(Refused, match='was left by a killed combine_folders'):
         combine_folders('dest', 'src')
     os.unlink(f'src/d/{name}')
 

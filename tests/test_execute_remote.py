@@ -1097,7 +1097,7 @@ def test_what_a_machine_with_one_session_cannot_do_is_said(run, lab, tmp_path):
     with open(tmp_path / 'in', 'rb') as file:
         done = run(machine, 'cat', '--stdin', '--job-name', 'fed', stdin=file)
     assert done.status == 143
-    assert 'WARNING: fed: its input could not be passed on' in done.notes[0]
+    assert 'WARNING: fed: its input could not be sent' in done.notes[0]
     done = run(machine, 'cat', '--tty', '--job-name', 'tty')
     assert (done.status, done.notes[-1]) == (
         125, f'tty: {machine.yaml()} has no free terminal.')

@@ -73,7 +73,7 @@ def other_key(folder, *options):
 @pytest.mark.parametrize('why, words', [
     ('wrong key', 'was refused (publickey was tried): is the user name right'),
     ('unknown host', 'is not known: log in once with ssh, and compare the key'),
-    ('changed host key', 'is not the one that is known, so this may be another'),
+    ('changed host key', 'has changed, so this may be another'),
 ], ids=['wrong', 'unknown host', 'changed host key'])
 def test_18_a_refused_login_is_one_line_and_one_attempt(batches, lab, lab1, tmp_path, why,
                                                             words):
@@ -158,7 +158,7 @@ def test_33_a_login_that_does_odd_things_works(batches, lab, project, kind):
     assert (RESULTS / 'batch.sh.1/copy').read_bytes() == data
     assert 'finished: batch.sh.2' in done.stdout and machine.logins() == 1
     assert ('+ rsync ' in done.stderr) == (not kind.startswith('noisy'))
-    assert ('did not give its environment in time' in done.stderr) == (kind == 'sleep 30')
+    assert ('did not report its environment in time' in done.stderr) == (kind == 'sleep 30')
     assert_clean(machine, cache=True)
 
 

@@ -238,7 +238,8 @@ def test_results_that_were_being_fetched_at_a_second_interrupt_are_fetched_later
     done = batch.end()
     assert done.returncode == 130
     assert done.stdout.splitlines()[-1] == (
-        f'batch.sh.1: on {machine.yaml()}, ended: run the same command again to collect it')
+        f'batch.sh.1: has ended on {machine.yaml()}: run the same command again to collect '
+        'its results')
     go.touch()
     again = batches.run(None, [machine], *NO_GPU)
     assert (again.returncode, 'finished: batch.sh.1; ' in again.stdout) == (0, True), again.stderr
@@ -306,7 +307,7 @@ def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, proj
         f'execute_batch: job_results is in use by another run (process {bystander.pid} on {where}).'
         ' Wait for it, or start from another folder.\n' if computer == 'this one' else
         f'execute_batch: batch.sh is run by process {bystander.pid} on elsewhere: type the same '
-        'command there, in this folder.\n')
+        'command on that computer, in this folder.\n')
 
 
 def test_an_interrupt_of_who_waits_for_the_client_loses_nothing(batches, start_cli, lab, ledger,

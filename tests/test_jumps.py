@@ -89,7 +89,7 @@ def broken(why, machine, jump, lab, ssh_config):
     else:
         file = ssh_config(jump, known=f'[127.0.0.1]:{jump.port} {key}')
         name = f'[127.0.0.1]:{jump.port}'
-    return at(jump), (f'the host key of jump host {here} is not the one that is known, so this may '
+    return at(jump), (f'the host key of jump host {here} has changed, so this may '
                       f'be another machine. Was it reinstalled? Try: ssh-keygen -f "{file}" -R '
                       f'"{name}"')
 
@@ -137,7 +137,7 @@ def test_what_is_wrong_with_a_machine_is_not_said_of_its_jump_host(
     known = tmp_path / 'known'
     known.write_text(machine.known_hosts.read_text())
     words = {'key': f'the login as ben at {place(machine)} was refused',
-             'changed key': f'the host key of {place(machine)} is not the one that is known, so '
+             'changed key': f'the host key of {place(machine)} has changed, so '
              f'this may be another machine. Was it reinstalled? Try: ssh-keygen -f "{known}" -R '
              f'"[127.0.0.1]:{machine.port}"'}.get(why)
     if why == 'port':

@@ -274,7 +274,7 @@ def test_an_environment_that_cannot_be_had_is_said(batches, lab, text):
     done = batches.run(['echo fine'], [machine], *NO_GPU)
     assert (done.returncode, result('batch.sh.1')) == (0, b'fine\n')
     (complaint,) = [line for line in complaints(done, machine.yaml()) if 'sent' not in line]
-    assert 'the login shell did not give its environment: a start file of /bin/bash' in complaint
+    assert 'the login shell did not report its environment: a start file of /bin/bash' in complaint
 
 
 def test_the_locale_of_a_login_is_that_of_its_jobs(batches, lab):
@@ -492,7 +492,7 @@ def unreachable(machine, why, folder):
     known = folder / 'known'
     known.write_text(f'[127.0.0.1]:{machine.port} {kind} {key}\n')
     return (machine.yaml(ssh_options={'UserKnownHostsFile': str(known)}),
-            f'the host key of {place} is not the one that is known, so this may be another '
+            f'the host key of {place} has changed, so this may be another '
             f'machine. Was it reinstalled? Try: ssh-keygen -f "{known}" -R '
             f'"[127.0.0.1]:{machine.port}"')
 
@@ -650,7 +650,7 @@ SAID_BY_SSH = [
     ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @',
      'has changed, so this may be another machine.'),
     ('Offending RSA key in /home/ben/.ssh/known_hosts:3\nHost key for [gpu]:7 has changed and you '
-     'have requested strict checking.', 'is not the one that is known, so this may be another '
+     'have requested strict checking.', 'has changed, so this may be another '
      'machine. Was it reinstalled? Try: ssh-keygen -f "/home/ben/.ssh/known_hosts" -R "[gpu]:7"'),
     ('No ED25519 host key is known for [gpu]:7 and you have requested strict checking.\nHost key '
      'verification failed.', 'is not known: log in once with ssh, and compare the key.'),
@@ -664,7 +664,8 @@ SAID_BY_SSH = [
     (f'channel 0: open failed: connect failed: Connection refused\n{CLOSED}',
      ': Connection refused.'),
     (f'stdio forwarding failed\n{CLOSED}', 'jump host could not connect to row'),
-    (f'sh: 1: exec: nc: not found\n{CLOSED}', 'its ProxyCommand needs nc, which is not here.'),
+    (f'sh: 1: exec: nc: not found\n{CLOSED}',
+     'its ProxyCommand needs nc, which is not installed here.'),
     ('Unable to negotiate with 10.0.0.7 port 22: no matching host key type found. Their offer: '
      'ssh-rsa', '10.0.0.7 port 22 and ssh here have no method in common: no matching host key type '
      'found. Their offer: ssh-rsa.'),

@@ -501,7 +501,7 @@ def test_a_public_key_is_refused(tmp_path, key):
         path.write_text(text if start is None else f'{start} {text.partition(" ")[2]}')
         path.chmod(0o600)
         assert key_complaint(path) == (
-            ' is not a private key (this looks like the public key: leave out .pub).')
+            ' is not a private key (this looks like the public key: remove .pub).')
     path.write_text('hello')
     assert key_complaint(path) == ' is not a private key.'
 

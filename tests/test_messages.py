@@ -22,7 +22,7 @@ BASH = re.compile(
         | (?:end_untold|lose_queued|refuse_queued)\ (?:"?\$?\w+"?\ )?
         | (?:REPLY|answer)= | why\[\$key\]= | \$\{why\[\$key\]-)
         (?:"(?P<double>(?:[^"\\]|\\.)*)" | '(?P<single>[^']*)' | (?P<bare>[a-z][^"}]*)\})
-        | (?P<own>ssh-scheduler:\ [^\n'"]*(?:\\\n[^\n'"]*)?)""", re.VERBOSE)
+        | (?P<own>(?:ssh-scheduler|note(?:\t|\\t)%s):\ [^\n'"]*(?:\\\n[^\n'"]*)?)""", re.VERBOSE)
 # How no sentence for a person is written.
 WRONG = {
     'name the machine': r'\bover there\b|\bout there\b',

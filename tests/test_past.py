@@ -669,7 +669,7 @@ def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
     done = ask('--reproduce', 'batch.sh.1', '--machines', new.yaml())
     said = lines_of(done)
     assert said[0] == ('not the same: data/set, other changed since, and no copy was kept: the '
-                       'job gets what is there now')
+                       'job gets the current files')
     assert said[1] == 'not the same: lost is gone, and no copy was kept: the job does not get it'
     assert 'not the same: variables none (then KEY)' in said
     assert said[-1] == ('not the same: stdout: diff job_results/batch.sh.1.out '

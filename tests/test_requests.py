@@ -93,8 +93,8 @@ def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, h
     machine.stop()
     while 'connection lost' not in batch.process.stderr.readline():
         pass
-    said(ask('--cancel', '1'), f'batch.sh.1: is stopped when there is contact with '
-                               f'{machine.yaml()} again')
+    said(ask('--cancel', '1'), f'batch.sh.1: is stopped when '
+                               f'{machine.yaml()} is connected again')
     if ended:
         gate.open('a')
         wrote(ledger, 'a ended')

@@ -751,7 +751,7 @@ def test_a_stage_that_is_gone_fails_the_job_and_says_why(runner):
     runner.start('job', 'echo never', stage='none')
     status, out, err, _back = runner.ended('job')
     assert (status, out) == (125, '=')
-    assert 'its files could not be copied into the job folder' in err
+    assert 'the files of the job could not be copied into its folder' in err
 
 
 def test_what_a_job_made_or_changed_is_told(runner):
@@ -1915,7 +1915,7 @@ def test_a_job_without_a_process_and_without_an_end_is_lost_or_was_killed(runner
     runner.write_record('job', record.format(pid=os.getpid(), start=start, boot=boot))
     runner.start('job', 'true')
     told = runner.until(event, 'job.1')
-    assert 'ended without a record' in told[0] if event == 'lost' else told[0] == '137'
+    assert 'ended without an exit code' in told[0] if event == 'lost' else told[0] == '137'
 
 
 def test_runners_that_race_start_each_job_once(channel, tmp_path):

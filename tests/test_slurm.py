@@ -230,7 +230,7 @@ def test_a_controller_that_is_away_is_told_of_and_costs_no_job(cluster, batches,
     run.until('finished:')
     cluster.resume()
     done = run.end()
-    assert 'cluster.yaml: Slurm does not answer. Its jobs stay as they are' in done.stderr
+    assert 'cluster.yaml: Slurm does not answer. Its jobs keep running or waiting' in done.stderr
     assert ledger.read_text() == 'ran\n' and ends() == {'batch.sh.1': 0}
 
 
@@ -314,7 +314,7 @@ def test_a_node_whose_prolog_fails_gets_no_more(make_cluster, batches, ledger):
     prolog.chmod(0o755)
     done = batches.run([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
     assert ends() == {'batch.sh.1': 0}, done.stderr
-    assert 'the node n1 could not start it' in done.stderr
+    assert 'the node n1 could not start the job' in done.stderr
     assert ledger.read_text() == 'ran\n'
 
 
@@ -367,7 +367,7 @@ def test_the_time_limit_is_the_same_as_on_any_machine(cluster, batches, ledger):
     done = batches.run([f'{once(ledger)}; sleep 60'], [cluster_of(cluster)], *NO_GPU,
                        '--timeout=1', env=hasty())
     assert ends() == {'batch.sh.1': 124}, done.stderr
-    assert 'ended after 1' in result('batch.sh.1', 'err').decode()
+    assert 'stopped after 1' in result('batch.sh.1', 'err').decode()
 
 
 # ---- Where a job goes ----

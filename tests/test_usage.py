@@ -645,7 +645,7 @@ def test_a_word_that_the_list_of_machines_lost_may_be_meant_for_it(command, end)
     words = ['--machines'] + ([] if command == 'query_machines' else ['lab1'])
     stdout, stderr, status = call_main(command, *words)
     assert (stdout, status, stderr.splitlines()[0]) == (
-        '', 2, f'{command}: --machines names none{end}')
+        '', 2, f'{command}: --machines names no machine{end}')
 
 
 # ---- Where it is started ----
