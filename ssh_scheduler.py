@@ -202,7 +202,7 @@ batch, 57, or its whole name:
                                 Without a name: all jobs of the batch.
   --rerun=<job>...              Run these jobs again. Their earlier results are
                                 kept: those of batch.sh.57 as batch.sh.57~1.
-  --rerun-failed                Run all jobs that failed again, in the same way.
+  --rerun-failed                Run all failed jobs again, in the same way.
   --wait                        Wait until the batch that runs has ended; exit
                                 with its exit code.
   --drop-machine=<machine>...   Start no more jobs on these machines.
@@ -330,7 +330,7 @@ The job:
 
 {hardware}
 With any of these options the job waits until there is room, and has GPUs of its
-own. Without them the job starts at once and sees all GPUs.
+own. Without them the job starts at once, and CUDA_VISIBLE_DEVICES is not set.
 
 {files}
 Other:
