@@ -183,7 +183,7 @@ def test_what_was_left_out_is_said(spare):
     make(['a', 'b', '.git/x', 'd/job_results/y', 'job_results/z'])
     tree = ssh_scheduler.scan_tree(('.',), ('b',))
     assert [entry.path for entry in tree.entries] == ['a', 'd']
-    assert tree.left_out == ('.git', 'job_results', 'files that the exclude rules name')
+    assert tree.left_out == ('.git', 'files that the exclude rules name', 'job_results')
     shutil.rmtree('d')
     assert ssh_scheduler.scan_tree(('.',), ()).left_out == ('.git',)
 
