@@ -364,7 +364,7 @@ def test_the_jobs_of_a_machine_move(batches, ask, lab, held, gate, ledger, way):
         while 'connection lost' not in batch.process.stderr.readline():
             pass
     said(ask('--drop-machine', here, '--now'), f'{here}: gets no more jobs, and its jobs stop and '
-         f'start elsewhere{" when there is contact again" * (way == "away")}')
+         f'start elsewhere{" when the machine is connected again" * (way == "away")}')
     machine.start() if way == 'away' else None
     gate.open('b')
     batch.until('finished: batch.sh.2')
