@@ -470,7 +470,7 @@ def test_use_that_was_not_recorded_is_one_plain_line(project, opened):
     page = made(folder, opened)
     assert page.text('#machines-hint').startswith('How busy the machines were was not recorded.')
     assert page.text('#asked-hint') == 'The use by jobs was not measured.'
-    assert page.text('#ran-body') == ('Files a3f9c1d2: 2 jobsWhat these files were was not '
+    assert page.text('#ran-body') == ('Files a3f9c1d2: 2 jobsThese files were not '
                                       'recorded.Facts of the machines were not recorded.')
 
 
