@@ -19,8 +19,8 @@ build:  ## nothing to build: the program is one file
 
 venv: $(MADE)  ## make .venv with what developing needs
 
-golden: packages  ## write the golden files of screens anew: then look at what changed
-	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
+golden: packages  ## write the golden files anew, screens, help and messages: then look at what changed
+	GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py tests/test_usage.py tests/test_messages.py
 	git --no-pager diff --stat tests/golden
 
 pages: packages  ## type what README and docs/ show, and write what is printed into them

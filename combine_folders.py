@@ -63,37 +63,49 @@ from typing import NamedTuple
 # ---- Usage: the text that read_options parses ----
 
 USAGE = """\
-Combine folders into one with everything that they have. The same path with the same content is
-one file; with different content it is a conflict: all are listed, and nothing is written.
+Combine folders into one that has all their files. The same path with the same
+content becomes one file. The same path with different content is a conflict:
+combine_folders lists all conflicts and writes nothing.
 
 Usage:
   combine_folders [options] [--exclude=<pattern>]... [--] <dest> <source>...
   combine_folders --help | --completion=<shell>
 
-  If <dest> is there, it counts as the first source, and nothing in it is changed. Of identical
-  files, the first gives the mode and the time. Options may stand anywhere; -- ends them.
-  What execute_batch keeps for itself is left out: .ssh_scheduler in a <source>, and what
-  job_results/* names beside the results of jobs: streams (NAME.out, NAME.err), earlier results
-  (NAME~1) of jobs that are named, too, and files of jobs that run (NAME.partial).
+  A <dest> that exists counts as the first source; none of its files change. Of
+  identical files the first gives the mode and the time. Options may stand
+  anywhere; all words after -- are folders.
+  combine_folders skips the files of execute_batch: .ssh_scheduler in a
+  <source>, and, where a pattern such as job_results/* names them, streams
+  (NAME.out, NAME.err), earlier results (NAME~1) of jobs that are named, too,
+  and files of jobs that run (NAME.partial).
 
 Options:
-  --dry-run               Compare everything and say what would happen; write nothing.
-  --link                  Hard links instead of copies, where the file system allows.
-  --move                  Empty the sources, after all is safely in <dest>. The folders stay.
-  --on-conflict=<what>    What to do with conflicts: error, or rename. The latter keeps all: the
-                          first keeps its name, others get .SOURCE behind it [default: error].
-  --exclude=<pattern>     What to leave out, with rsync's patterns ('*.ckpt', '/top', 'tmp/').
-                          ONE pattern; give the option again for more.
-  --prefix                Put each source in a folder of its own in <dest>, by its name.
-  --skip-special          Leave out sockets, fifos and devices instead of refusing.
-  --quiet                 Say nothing unless something is wrong.
-  -h --help               Show this.
-  --completion=<shell>    Print the script by which bash, zsh or fish completes this command; the
-                          shell reads it at its start.
+  --dry-run               Compare all files and show the outcome; write nothing.
+  --exclude=<pattern>     Skip files that match this pattern of rsync, such as
+                          '*.ckpt', '/top' or 'tmp/'. ONE pattern; for more give
+                          the option again.
+  --on-conflict=<action>  error: list conflicts and write nothing. rename: keep
+                          all versions; the first keeps its name, the others get
+                          .SOURCE behind their names [default: error].
+  --prefix                Put each source into a folder of its own in <dest>,
+                          named after the source.
+  --move                  Empty the sources when all files are in <dest>. The
+                          folders of the sources stay.
+  --link                  Make hard links instead of copies, where the file
+                          system allows.
+  --skip-special          Skip sockets, fifos and devices. By default they are
+                          an error.
+  --quiet                 Print only errors.
+  -h --help               Show this help.
+  --completion=<shell>    Print the script by which bash, zsh or fish completes
+                          this command; the shell reads it at its start.
 
-Exit status: 0 combined, 1 conflicts, 2 wrong usage or a path that cannot be used (in both nothing
-was written), 3 stopped on the way (full disk, a source that changed), 130 interrupted. After 3 and
-130 the same command completes it.
+Exit code: 0 combined; 1 conflicts, or 2 wrong usage or a path that cannot be
+used: nothing was written; 3 failed halfway (full disk, a source that changed),
+130 interrupted: the same command completes the work.
+
+Example:
+  combine_folders all_results job_results/*
 """
 
 
@@ -433,8 +445,8 @@ class ComparePass:
         listing = trees.list_folder()
         for tree, name in listing.leftovers:
             if tree:
-                self.add_trouble(f'{trees.path_in(tree, name)} is what a killed combine_folders '
-                                 'left. Run its command again, or remove it.')
+                self.add_trouble(f'{trees.path_in(tree, name)} was left by a killed '
+                                 'combine_folders. Run its command again, or remove it.')
         self.findings.bookkeeping += listing.bookkeeping
         return listing.found
 
@@ -672,11 +684,11 @@ class WritePass:
             try:
                 maker.show_folder(root)
             except FileExistsError:
-                raise Stopped(f'{printable(place.path)} has appeared meanwhile. '
+                raise Stopped(f'{printable(place.path)} appeared meanwhile. '
                               'The same command adds to it.') from None
 
     def write_folder(self, folder):
-        """Make what is missing in the folder that the cursors are in."""
+        """Make the missing files of the folder that the cursors are in."""
         listing = self.trees.list_folder()
         self.maker.prepare(name for tree, name in listing.leftovers if tree == 0)
         for copies in batches(self.copies(folder, listing.found)):
@@ -1023,7 +1035,7 @@ def lock(descriptor, path, say):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say(f'waiting: another combine_folders is at work in {printable(path)}')
+        say(f'waiting: another combine_folders works in {printable(path)}')
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
         pass                        # NFS cannot lock folders; then nothing protects the run
@@ -1121,7 +1133,7 @@ def identities_upward(folder):
             os.close(descriptor)
             descriptor = above
     except PermissionError:
-        pass                                        # nobody can say what is above
+        pass                                        # nobody can tell what stands above
     finally:
         os.close(descriptor)
 
@@ -1270,7 +1282,7 @@ class Trees:
     # -- The items of a folder --
 
     def list_folder(self):
-        """Return the Listing of the folder that the cursors are in, without what is left out."""
+        """Return the Listing of the folder that the cursors are in, without skipped files."""
         folder, listing = self._way[-1], Listing()
         for tree, _ in folder.members:
             if tree or not folder.made:         # nothing is in a new folder
@@ -1697,7 +1709,7 @@ class Helper:
     def _receive(self):
         size, descriptors, _, _ = self._socket.recv_fds(self._channel, 8, 252)
         if len(size) < 8:
-            raise Stopped('the second process was killed. The same command goes on.')
+            raise Stopped('the second process was killed. The same command completes it.')
         with self._channel.makefile('rb') as stream:
             data = stream.read(int.from_bytes(size, 'big'))
         return self._marshal.loads(data), descriptors
@@ -1892,7 +1904,7 @@ class Maker:
             os.close(descriptor)
 
 
-# ---- Report: hears how the work goes on ----
+# ---- Report: hears of the progress ----
 
 class Report:
     """Hears what happens, and says nothing; Terminal, below, is a Report that prints."""
@@ -1907,7 +1919,7 @@ class Report:
         """The pass has done `files` more files, and `size` more bytes."""
 
     def end(self):
-        """No pass goes on any more."""
+        """The last pass has ended."""
 
 
 # ---- Function: combine_folders, for main and for other programs ----
@@ -1917,7 +1929,7 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
     """Combine the source folders into the folder dest, and return a Result.
 
     dest and sources are paths.  The keywords are the options of the command; exclude is a list of
-    patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears what goes on.
+    patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears of the progress.
     Files that execute_batch keeps for itself in job_results are left out; see the usage text.
 
     All errors are CombineErrors whose text is for users.  Nothing was written after
@@ -2029,7 +2041,7 @@ def open_place(dest, opened):
 
 def no_folder(error):
     """Return the end of the sentence about a path that is not a folder to use."""
-    return {errno.ENOENT: 'is not there.', errno.ENOTDIR: 'is not a folder.'}.get(
+    return {errno.ENOENT: 'does not exist.', errno.ENOTDIR: 'is not a folder.'}.get(
         error.errno, f'cannot be used: {reason_of(error)}.')
 
 
@@ -2244,7 +2256,7 @@ def read_options(argv):
             if name == '--exclude':
                 options.setdefault(name, []).append(value)
             elif name in options:
-                raise UsageError(f'{name} is there twice.')
+                raise UsageError(f'{name} is given twice.')
             else:
                 options[name] = value
     return words, options
@@ -2344,7 +2356,7 @@ def write_line(stream, line):
     except UnicodeEncodeError:
         stream.write(line.encode('ascii', 'backslashreplace').decode() + '\n')
         stream.flush()
-    except BrokenPipeError:             # as in `| head`: what is being done matters more
+    except BrokenPipeError:             # as in `| head`: the work matters more
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -52,57 +52,60 @@ from typing import NamedTuple, Optional
 # ---- Usage: the text that read_options parses ----
 
 USAGE = """\
-Make one table of the results of jobs: what differs in their commands, the
-metrics that they wrote, how they ended, how long they took and where they ran.
+Make one table of the results of jobs. Each row has the words in which the
+commands differ, the metrics, the exit code, the time and the machine of a job.
 
 Usage:
   results_table [options] [--] [<results>...]
   results_table --help | --completion=<shell>
 
-  <results>: a folder job_results, or results in one (job_results/grid.sh.*);
-  by default ./job_results. A batch may be running. Nothing there is changed.
+  <results> is a folder job_results, or results in one (job_results/grid.sh.*);
+  by default ./job_results. The batch may still run. Nothing in it is changed.
   On a terminal the table is cut to its width. In a pipe it is CSV.
 
 Columns:
   The words that differ: --lr=0.1, --lr 0.1 and lr=0.1 are lr, words without a
   name arg1, arg2, a flag is yes. Then the metrics, exit (… while the job runs),
-  time, MB and GPU MB (the most memory that was seen in use), and where.
+  time, MB and GPU MB (the peak of the memory in use), and where.
   Metrics are the numbers of metrics.json or results.json in the job's folder
-  and of the files of --from; of jobs without these the last `name: number`,
+  and of the files of --from. For jobs without these: the last `name: number`,
   `name=number`, and JSON object on a line, of their stdout, and the numbers of
   lines that have nothing else, such as `epoch 9: loss 0.31`.
 
 Options:
-  --metric=<name=regex>   A metric that is found otherwise: the last match in
-                          stdout, else in stderr: 'acc=best accuracy (\\S+)'.
-                          May be given several times.
-  --from=<files>          Files in the job's folder, such as 'runs/*.csv': of
-                          CSV the last value of each column; .json and .jsonl,
-                          too. May be given several times.
-  --where=<test>          Only rows for which this holds: 'lr>0.001', 'exit=0',
-                          'loss!=nan', 'time<1h'. The operators are = != < <=
-                          > >=. May be given several times; all must hold.
-  --mean-over=<names>     Mean, sample standard deviation and number of jobs
-                          that differ in these parameters only: seed, or
+  --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
+  --columns=<columns>     Show only these columns, in this order:
+                          lr,val_acc,exit.
+  --where=<test>          Show only rows for which this holds: 'lr>0.001',
+                          'exit=0', 'loss!=nan', 'time<1h'. The operators are
+                          = != < <= > >=. May be given several times; all must
+                          hold.
+  --mean-over=<names>     Show mean, sample standard deviation and number of
+                          jobs that differ in these parameters only: seed, or
                           seed,fold. Takes jobs that finished with exit 0. Time
                           is the mean, too; MB and GPU MB are the largest.
   --unfinished            With --mean-over: take all other jobs, too.
-  --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
-  --columns=<columns>     Only these columns, in this order: lr,val_acc,exit.
-  --earlier               Also the results of jobs that were run again (NAME~1),
-                          and of jobs that reproduce others (NAME-again).
+  --metric=<name=regex>   Add a metric: the last match in stdout, else in
+                          stderr: 'acc=best accuracy (\\S+)'. May be given
+                          several times.
+  --from=<files>          Read metrics from files in the job's folder, such as
+                          'runs/*.csv': of CSV the last value of each column;
+                          .json and .jsonl, too. May be given several times.
+  --earlier               Show also the results of jobs that were run again
+                          (NAME~1), and of jobs that reproduce others
+                          (NAME-again).
 
 Output:
-  --wide                  The whole table, whatever the width; also in a pipe.
+  --wide                  Print the whole table, also in a pipe.
   --csv=<file>            Write CSV to this file; - is stdout.
   --json                  Write a JSON object for each row, one a line. Numbers
                           that JSON lacks are the strings nan, inf and -inf.
   --markdown              Write a table for Markdown.
   --latex                 Write a tabular for LaTeX, which needs booktabs.
-  --html=<file>           Write a page for a browser that needs no network: the
-                          table, a timeline, the use of machines, plots, curves,
-                          why jobs failed, their outputs' ends, and what ran.
-  -h --help               Show this.
+  --html=<file>           Write a page for a browser, without network: table,
+                          timeline, use of the machines, plots, curves, causes
+                          of failures, last lines of outputs, and commands.
+  -h --help               Show this help.
   --completion=<shell>    Print the script by which bash, zsh or fish completes
                           this command; the shell reads it at its start.
 
@@ -110,8 +113,10 @@ CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
 state (finished, failed, running, ended: not fetched yet, lost, cancelled) and
 the whole command. Names of both kinds work in --where, --sort and --columns.
 
-Exit status: 0, 2 for wrong usage or results that cannot be read, 130
-interrupted.
+Exit code: 0; 2 wrong usage or results that cannot be read; 130 interrupted.
+
+Example:
+  results_table --mean-over seed --sort=-val_acc
 """
 
 
@@ -397,7 +402,7 @@ def find_place(word):
     if not os.path.lexists(path):
         advice = ('Start in the folder of the batch, or name one: results_table FOLDER'
                   if path == 'job_results' else '')
-        raise TableError(f'{printable(word)} is not there. {advice}'.rstrip())
+        raise TableError(f'{printable(word)} does not exist. {advice}'.rstrip())
     if glob.glob(os.path.join('job_results', glob.escape(name) + '.*')):
         raise TableError(f'{printable(word)} is not a result. Try: '
                          f'results_table job_results/{printable(name)}.*')
@@ -1398,7 +1403,7 @@ def as_latex(table):
 
 
 def check_output(option, path):
-    """Raise unless a file may be written there: what jobs brought back is never overwritten."""
+    """Raise unless a file may be written there: fetched results are never overwritten."""
     folder = os.path.realpath(os.path.dirname(path) or '.')
     while folder != os.path.dirname(folder):
         if has_journals(folder):
@@ -1436,7 +1441,7 @@ COUNTER = re.compile('(?i)(epoch|step|iter(ation)?|batch)s?')
 
 
 def cut(text, width):
-    """Return the text in at most `width` columns; … stands for what is cut off."""
+    """Return the text in at most `width` columns; … stands for the rest."""
     if width_of(text) <= width:
         return text
     kept, room = [], width - 1
@@ -1482,7 +1487,7 @@ def fitted(table, width):
 
 
 def as_screen(table, width, style):
-    """Return the lines for a terminal, the table and what is around it.
+    """Return the lines for a terminal, the table and its notes.
 
     width: the columns of the terminal; None: whole.  style(text, code): the text in bold (1) or in
     red (31)
@@ -1684,17 +1689,17 @@ def reason_words(job, lines):
     """Return why a Job failed, in words.  lines: the last ones of its stderr."""
     told, code = telling_line(lines), job.exit_code
     if job.state == 'lost' or code is None or code < 0:
-        return f'{job.machine or "its machine"} lost it'
+        return f'{job.machine or "its machine"} lost the job'
     if any(map(GPU_IS_FULL.search, lines)):
         return f'exit code {code}: GPU out of memory'
     if told.startswith('ssh-scheduler: the kernel killed'):
         return f'exit code {code}: {job.machine} ran out of memory'
     if 128 < code < 160 and not told.startswith('ssh-scheduler: '):
         name = SIGNALS.get(code - 128)
-        return f'ended by signal {code - 128}{f" ({name})" if name else ""}'
+        return f'killed by signal {code - 128}{f" ({name})" if name else ""}'
     told = re.sub(r'^ssh-scheduler: |^\S*: line [0-9]+: ', '', told)
     return f'exit code {code}: {cut(told, LAST_LINE)}' if told else (
-        f'exit code {code}, nothing on stderr')
+        f'exit code {code}, empty stderr')
 
 
 # -- Ends of streams --
@@ -1775,7 +1780,7 @@ def pieces_of(path, most):
 
 
 def evenly(items, most):
-    """Return at most so many of the items, from all over them, with the first and the last."""
+    """Return at most this number of items, from all over them, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[number * (len(items) - 1) // max(most - 1, 1)] for number in range(most)]
@@ -1841,7 +1846,7 @@ def find_curves(jobs):
 
 
 def rounded(value, digits):
-    """Return a number with so many digits, for a drawing; what JSON lacks is a text."""
+    """Return a number with this number of digits, for a drawing; what JSON lacks is a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return exact_number(value)
     short = float(f'{value:.{digits}g}')
@@ -1933,7 +1938,7 @@ def machines_of(stories, used, window):
 # -- What ran --
 
 def provenance(jobs, links):
-    """Return a list of what is known of each set of files that was sent, the most used first."""
+    """Return a list of the facts of each set of files that was sent, the most used first."""
     counts = collections.Counter((job.folder, job.files) for job in jobs if job.files)
     found = []
     for (folder, digest), count in counts.most_common(50):
@@ -2134,7 +2139,7 @@ def write_page(table, notes, path, now):
 
 
 def as_html(table, notes, folder, now):
-    """Return the page of a Table: what is large in it is cut until it fits."""
+    """Return the page of a Table: its large parts are cut until it fits."""
     for room in (TAILS_BYTES, TAILS_BYTES // 4, TAILS_BYTES // 20, 0):
         data = report_data(table, notes, folder, now, room)
         page = page_of(data['title'], safe_json(data))
@@ -2507,7 +2512,7 @@ def read_options(argv):
             if name in SEVERAL:
                 options.setdefault(name, []).append(value)
             elif name in options:
-                raise UsageError(f'{name} is there twice.')
+                raise UsageError(f'{name} is given twice.')
             else:
                 options[name] = value
     return words, options
@@ -3148,7 +3153,7 @@ function listOf(texts, most = 4) {
 
 const SIGNS = {finished: '\u2713', failed: '\u2715', running: '\u25b8', ended: '\u25cb',
   lost: '?', cancelled: '\u2013', earlier: '\u21ba', unknown: '\u00b7'};
-const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal tells'};
+const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal has it'};
 
 // ---- Jobs ----
 
@@ -3510,7 +3515,7 @@ function showTip(lines, box) {
   tip.style.top = `${above > 4 ? above : below}px`;
 }
 
-// The page was scrolled: what has the focus goes on telling, the pointer is at another place now.
+// The page was scrolled: the focused mark keeps its tip, the pointer is at another place now.
 function followTip() {
   const one = document.activeElement, mark = one && one.closest('.mark');
   if (byId('tip').hidden) return;
@@ -4096,8 +4101,8 @@ function showMachines() {
     .slice(0, MOST_ROWS), isSeen = all.some(row => row.busy && row.busy.some(one => one !== null));
   byId('machines-hint').textContent = isSeen
     ? 'Area: how busy the cores or the GPU were. Dashed line: memory in use. Both count all '
-      + 'processes of the machine. Blue marks below: our jobs.'
-    : 'How busy the machines were was not recorded. The marks show when they had jobs of ours.';
+      + 'processes of the machine. Blue marks below: your jobs.'
+    : 'How busy the machines were was not recorded. The marks show when they ran your jobs.';
   const width = Math.min(Math.max(widthOf('machines-body') - (isSeen ? 520 : 340), 150), 620);
   const heads = ['', 'over time', 'jobs', 'had a job', 'idle for'];
   if (isSeen) heads.push('busy, mean', 'memory, most');
@@ -4160,10 +4165,10 @@ function showAsked() {
   const groups = askedGroups();
   byId('asked').hidden = !jobs.length;
   if (!groups.length) {
-    byId('asked-hint').textContent = 'What jobs used was not measured.';
+    byId('asked-hint').textContent = 'The use by jobs was not measured.';
     return;
   }
-  byId('asked-hint').textContent = 'A dot is a job, the upright line is what was asked for. '
+  byId('asked-hint').textContent = 'A dot is a job, the upright line is the request. '
     + 'Cores are processor time divided by time, for jobs that ran at least a second.';
   const width = Math.min(Math.max(widthOf('asked-body') - 560, 160), 420);
   put('asked-body', tableOf(['', 'asked for', 'used', 'least', 'middle', 'most', ''],
@@ -4199,7 +4204,7 @@ function textOf(column, value) {
   return column.texts[column.values.indexOf(value)] || shown(value);
 }
 
-// Sort the values of a parameter into at most so many grades: each value is one, or, of more
+// Sort the values of a parameter into at most this number of grades: each value is one, or, of more
 // numbers, a range with as many jobs as the others; of more words, the last grade has the rest.
 function gradesOf(column, some, most) {
   const levels = levelsOf(column, some);
@@ -4395,7 +4400,7 @@ function showPlot() {
     one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
   byId('plot-log').checked = found.isLogY;
   if (!found.drawn.length) {
-    put('plot', el('p', {}, 'No job that is chosen has numbers of both.'));
+    put('plot', el('p', {}, 'No chosen job has numbers of both.'));
     put('plot-table');
     byId('plot-hint').textContent = '';
     return;
@@ -4712,7 +4717,7 @@ function sentOf(one) {
     .filter(([, link]) => link).map(([text, href]) => el('a', {href}, text));
   return el('div', {}, el('h3', {}, `Files ${one.digest.slice(0, 8)}: ${many(one.jobs, 'job')}`),
     el('p', {}, [commit + state, files].filter(Boolean).join(' \u00b7 ')
-      || 'What these files were was not recorded.'),
+      || 'These files were not recorded.'),
     pathsPart('Files that differ from the commit', one.changed, one.changed_count),
     pathsPart('Files that the commit does not have', one.untracked, one.untracked_count),
     links.length ? el('p', {}, 'See ', links.map((link, at) => at ? [', ', link] : link)) : '');
@@ -4734,7 +4739,7 @@ function showRan() {
   put('ran-body', mixed, data.sent.map(sentOf),
     data.sent.length ? '' : el('p', {}, 'Which files the jobs ran with was not recorded.'),
     data.variables.length ? el('p', {},
-      'Environment variables that were handed over (their names): ',
+      'Environment variables that jobs received (their names): ',
       el('span', {class: 'code'}, data.variables.join(', '))) : '',
     rows.length ? [el('h3', {}, 'Machines'), tableOf(['machine', 'cores', 'memory', 'GPUs',
       'driver', 'kernel', 'Python'], rows, 'Facts of machines')]

@@ -23,7 +23,7 @@ Each contact is ONE ssh.  It is the master that copies share, and its standard s
 channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.  So the
 number of ssh processes does not grow with the number of jobs, and a batch costs one login on each
 machine.  Jobs do not depend on the channel.  When this program dies, the channel ends, and the
-remote runner with it, but the jobs run on and leave their exit status in a file.
+remote runner with it, but the jobs keep running and leave their exit status in a file.
 
 The life of a job on a machine is the life of an Attempt.  Its states stand in the table LIFE, and
 only Lives.move changes them: it asserts the order, and writes the journal before anybody hears.
@@ -119,35 +119,37 @@ Hardware that each job needs:
   --num-cpus=<cores>            Processor cores [default: 1].
   --memory-required=<size>      Memory: 8G, 500M, or a number of MB
                                 [default: 2000].
-  --reserve                     A machine to itself.
+  --reserve                     A whole machine.
   --no-gpu-required             No GPU.
   --num-gpus=<number>           GPUs, all on one machine [default: 1].
   --gpu-memory-required=<size>  Memory on each GPU: 8G, 500M, or a number of MB
                                 [default: 1000].
   --gpu-utilization=<share>     Share of each GPU's time, up to 1
                                 [default: 0.75].
-  --no-reserve-gpu              Other jobs may share its GPUs, as far as memory
-                                and time go.
+  --no-reserve-gpu              Jobs may share a GPU, as far as its memory and
+                                time suffice.
 """
 
 FILE_OPTIONS = """\
 Files:
-  --copy-forwards=<path>...     Files and folders that are sent, by default the
+  --copy-forwards=<path>...     Send these files and folders; by default the
                                 current folder, since most commands need files
-                                of it. Never .git and job_results. With no path:
-                                none.
-  --link-forwards=<path>...     The same for data that jobs only read: sent once
-                                to a machine, linked into the folder of each
-                                job, never fetched.
-  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
-                                rules of .rsync-filter files hold, too.
-  --copy-backwards=<path>...    Files to fetch from a job, by default those
+                                of it. Never .git and job_results. Without a
+                                path: send nothing.
+  --link-forwards=<path>...     Send data that jobs only read, such as data
+                                sets: once to each machine, linked into the
+                                folder of each job, never fetched.
+  --exclude=<pattern>...        Do not send files that match these patterns of
+                                rsync. The rules of .rsync-filter files apply,
+                                too.
+  --copy-backwards=<path>...    Fetch these files of each job; by default those
                                 that the job made or changed in its folder.
-                                A dot: all files. With no path: none.
-  --keep-files=<size>           Keep copies of the files that are sent, the
-                                smallest first, up to this size in all of
-                                job_results. With them execute_batch can
-                                reproduce a job [default: 20].
+                                A dot fetches all files. Without a path: fetch
+                                nothing.
+  --keep-files=<size>           Keep copies of the sent files in job_results,
+                                the smallest first, up to this size in all. With
+                                them execute_batch can reproduce a job
+                                [default: 20].
 """
 
 # What the options of all commands mean by a size and a time; see size_mb and seconds.
@@ -158,7 +160,7 @@ UNITS = """\
 
 COMMON_OPTIONS = """\
   --verbose                     Show each command and each event, on stderr.
-  -h --help                     Show this.
+  -h --help                     Show this help.
   --version                     Show the version.
   --completion=<shell>          Print the script by which bash, zsh or fish
                                 completes this command; the shell reads it at
@@ -178,9 +180,9 @@ Usage:
                  | --earlier=<action> | --check)
   execute_batch --help | --version | --completion=<shell>
 
-  <batch> has one bash command on each line; - is the standard input. Results
-  are in ./job_results. A list takes all words up to the next option; -- ends
-  it.
+  <batch> is a file with one bash command on each line; - is the standard input.
+  Results are in ./job_results. An option with several values takes all words up
+  to the next option or up to --.
 {units}
 {machines}
 {hardware}
@@ -188,38 +190,42 @@ Usage:
 From any terminal, while the batch runs or later. A job is its number in the
 batch, 57, or its whole name:
   --status                      Show state, machine, time and last line of each
-                                job. Asks no machine.
-  --failed                      With --status: only jobs that failed.
-  --running                     With --status: only jobs that are on a machine.
-  --waiting                     With --status: only jobs that wait.
+                                job. This connects to no machine.
+  --failed                      With --status: show only jobs that failed.
+  --running                     With --status: show only jobs on a machine.
+  --waiting                     With --status: show only jobs that wait.
   --watch=<time>...             With --status: show it again at this interval, 5
                                 seconds by default, until all jobs have ended.
                                 With --report: write it at this interval.
-  --json                        With --status: one JSON object for each job, on
-                                a line of its own. With --check: one for each
-                                machine.
+  --json                        With --status: print one JSON object for each
+                                job, on a line of its own. With --check: one for
+                                each machine.
   --follow=<job>                Show what a job prints, from beginning to end;
-                                exit with its exit status. Ctrl-C stops
-                                watching.
+                                exit with its exit code. Ctrl-C stops watching.
   --cancel=<job>...             Cancel these jobs, whether they run or wait.
                                 Without a name: all jobs of the batch.
-  --rerun=<job>...              Run these jobs again. Their results are kept:
-                                those of batch.sh.57 as batch.sh.57~1.
-  --rerun-failed                The same for all jobs that failed.
+  --rerun=<job>...              Run these jobs again. Their earlier results are
+                                kept: those of batch.sh.57 as batch.sh.57~1.
+  --rerun-failed                Run all failed jobs again, in the same way.
   --wait                        Wait until the batch that runs has ended; exit
-                                with its exit status.
+                                with its exit code.
   --drop-machine=<machine>...   Start no more jobs on these machines.
-  --now                         With --drop-machine: stop the jobs there, and
-                                start them on other machines.
+  --now                         With --drop-machine: stop the jobs of these
+                                machines, and start them on other machines.
 The same command again, with other lines or --machines, changes the batch that
-runs: new lines wait, lines that are gone do not start, new machines join.
+runs: new lines wait, deleted lines do not start, new machines join.
 
-Later, also when the batch file is gone:
+Later, also without the batch file:
   --what=<job>                  Show how a job ran: its command, files, git
                                 commit, machine and times.
   --reproduce=<job>             Run a job once more, with the files that it had
                                 then, as <job>-again; by default on the same
-                                machine. Say what could not be the same.
+                                machine. Then show all differences.
+  --earlier=<action>            For jobs that an earlier job_results of this
+                                folder left on the machines. show: list them.
+                                collect: fetch the results of those that have
+                                ended, under new names. remove: stop them and
+                                delete their files.
 
 Before the first batch, and when a machine cannot be used:
   --check                       Check the machines, and say what is wrong and
@@ -228,7 +234,7 @@ Before the first batch, and when a machine cannot be used:
                                 job. Needs no <batch>.
 
 Other:
-  --dry-run                     Ask the machines, show what would start where,
+  --dry-run                     Show which job would start on which machine;
                                 start nothing.
   --timeout=<time>              Stop a job that runs longer than this; it counts
                                 as failed (exit 124).
@@ -237,52 +243,51 @@ Other:
   --retries=<number>            Start a job again, at most this number of times,
                                 if its machine was restarted or lost the job
                                 [default: 1].
-  --away-limit=<time>           Try to connect again to a machine for this time.
-                                Then its jobs wait for the next run of the same
-                                command [default: 600].
-  --lost-after=<time>           Start the jobs of a machine elsewhere after this
-                                time without contact. When the machine is back,
-                                stop them there. Without it: wait for the
-                                machine.
-  --max-result-size=<size>      Fetch no files of a job if they are larger than
-                                this in all; they stay on the machine. Without
-                                it: fetch what has room here.
-  --cluster-after=<time>        Give a job to a cluster when no other machine
-                                has had room for it for this time [default: 30].
+  --away-limit=<time>           Try to reconnect to a lost machine for this
+                                time. Then give up: its jobs keep running, and
+                                the next run of the same command collects them
+                                [default: 600].
+  --lost-after=<time>           Start the jobs of a machine on other machines
+                                after this time without a connection. When the
+                                machine is back, stop its old jobs. By default:
+                                wait for the machine.
+  --max-result-size=<size>      Fetch no files of a job that are larger than
+                                this in all; they stay on the machine. By
+                                default only the free space here is the limit.
+  --cluster-after=<time>        Send a job to a cluster when no other machine
+                                has had room for the job for this time
+                                [default: 30].
   --sync-back=<path>...         While jobs run, fetch these files and folders of
                                 their folders again and again, to
-                                job_results/<job>.partial; it is removed when
-                                the results are there.
-  --every=<time>                With --sync-back: how often [default: 60].
-  --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10].
-                                Higher than that of a single command: a batch
-                                gives way to people at the machine.
-  --no-live                     Look once at what the machines have free, not
-                                again while jobs wait.
-  --earlier=<action>            Jobs that an earlier job_results of this folder
-                                left on the machines: show them; collect those
-                                that have ended, under free names; or remove
-                                them, and stop those that run.
-
+                                job_results/<job>.partial. When the results
+                                arrive, that folder is removed.
+  --every=<time>                With --sync-back: fetch at this interval
+                                [default: 60].
+  --nice=<number>               Niceness of the jobs, 0 to 19 [default: 10]: the
+                                programs of people at the machine come first.
+  --no-live                     Check the free cores, memory and GPUs only once,
+                                at the start, not again while jobs wait.
   --report=<file>               Write an HTML page on all results in job_results
                                 when the batch has ended; with --watch=<time>
-                                also again and again while it runs.
+                                also at that interval while the batch runs.
 
 For other programs:
-  --joblog=<file>               Write a line for each job that ends, with tabs:
+  --joblog=<file>               Append a line for each job that ends, with tabs:
                                 the columns of GNU parallel's joblog, then Name,
                                 GPUs, PeakMemoryMB, PeakGPUMemoryMB, Attempt.
-                                Lines are added to a file that exists.
-  --on-finish=<command>         Run this with bash on this computer when the
+  --on-finish=<command>         Run this bash command on this computer when the
                                 batch has ended, also after Ctrl-C. Variables
-                                such as $SSH_SCHEDULER_FAILED tell how it went:
-                                see README.
-  --on-failure=<command>        The same at the first job that fails, while the
-                                batch runs on. $SSH_SCHEDULER_STDERR is the file
-                                with the errors of the job.
+                                such as $SSH_SCHEDULER_FAILED have the numbers
+                                of jobs: see README.
+  --on-failure=<command>        Run this bash command on this computer when the
+                                first job has failed. $SSH_SCHEDULER_STDERR is
+                                the file with the errors of the job.
 {common}
-Exit status: 0 all jobs succeeded, 1 some failed or a machine file is wrong,
+Exit code: 0 all jobs succeeded, 1 some failed or a machine file is wrong,
 2 wrong usage or configuration, 130 interrupted.
+
+Example:
+  execute_batch batch.sh --machines lab1 lab2 --memory-required 8G --timeout 2h
 """.format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS,
            common=COMMON_OPTIONS)
 
@@ -298,57 +303,60 @@ Usage:
                  (--attach=<name> | --cancel=<name> | --shell=<name>)
   execute_remote --help | --version | --completion=<shell>
 
-  <command> is bash, in quotes. Its output is shown, and its exit status is that
-  of execute_remote. Results are in ./job_results, under the name of the job. A
-  line of a batch file may be such a command, too, for a job with other files,
-  another name or other hardware than the rest of the batch.
-  A list takes all words up to the next option; -- ends it.
+  <command> is a bash command in quotes. execute_remote shows its output and
+  exits with its exit code. Results are in ./job_results, under the name of the
+  job. A line of a batch file may be such a command, too, for a job with other
+  files, another name or other hardware than the rest of the batch. An option
+  with several values takes all words up to the next option or up to --.
 {units}
 The job:
   --machine=<machine>           A machine file (as given, with .yaml, or in
                                 ~/.local/var/), a name from ~/.ssh/config,
                                 user@host[:port], localhost, or @file: a file
                                 with one of these. Ignored in a batch file.
-  --job-name=<name>             The name of the job and of its results. While
+  --job-name=<name>             The name of the job and of its results; by
+                                default a short name made of the command. While
                                 the job runs, the same command with the same
                                 name attaches to it; later it shows the results.
-                                By default a short name is made of the command.
-  --stdin                       The command reads the standard input of
-                                execute_remote; without this option its input is
-                                empty.
-  --tty                         The command has this terminal. Nothing that it
-                                prints is kept.
+  --stdin                       Send the standard input of execute_remote to the
+                                command. By default its input is empty.
+  --tty                         Connect the command to this terminal. Its output
+                                is not kept.
   --detach                      Start the job, print its name, and do not wait.
   --attach=<name>               Show the output of a job that runs, from the
-                                beginning. Ctrl-C stops watching; the job runs
-                                on.
-  --cancel=<name>               Stop a job that runs, and all that it started.
-                                It takes the name, since a folder may have many
-                                such jobs.
+                                beginning. Ctrl-C stops watching; the job keeps
+                                running.
+  --cancel=<name>               Stop a job that runs, with all its processes. A
+                                name is needed: a folder may have many such
+                                jobs.
   --shell=<name>                Open a shell beside a job that runs, also of a
                                 batch: bash in the folder of the job, with its
-                                environment and GPUs. The shell and what it
-                                starts do not belong to the job. Where stdin is
-                                no terminal, bash runs what stdin has.
-  --forward=<port>...           Until execute_remote ends, the same port of
-                                localhost here reaches this port of the machine;
-                                with 8888:6006 port 8888 reaches its port 6006.
+                                environment and GPUs. The shell does not belong
+                                to the job. Without a terminal bash runs the
+                                commands on stdin.
+  --forward=<port>...           Forward a port of localhost here to the same
+                                port of the machine, until execute_remote ends;
+                                8888:6006 forwards port 8888 to its port 6006.
 
 {hardware}
-With one of these given the job waits until there is room, and has GPUs of its
-own. Without them it starts at once, and CUDA_VISIBLE_DEVICES is not set.
+With any of these options the job waits until there is room, and has GPUs of its
+own. Without them the job starts at once, and CUDA_VISIBLE_DEVICES is not set.
 
 {files}
 Other:
-  --timeout=<time>              Stop the job if it runs longer than this; its
-                                exit status is 124.
-  --away-limit=<time>           Try to connect again to the machine for this
-                                time [default: 600].
-  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
-                                batch: somebody waits for this command.
+  --timeout=<time>              Stop a job that runs longer than this; its exit
+                                code is 124.
+  --away-limit=<time>           Try to reconnect to a lost machine for this time
+                                [default: 600].
+  --nice=<number>               Niceness of the command, 0 to 19 [default: 0].
+                                Lower than in a batch: a person waits for this
+                                command.
 {common}
-Exit status: that of the command; 125 if the machine could not be reached, or
-contact was lost; 2 wrong usage or configuration, 130 interrupted.
+Exit code: that of the command; 125 the machine could not be reached, or the
+connection was lost; 2 wrong usage or configuration; 130 interrupted.
+
+Example:
+  execute_remote --machine lab1 --job-name try1 'python3 train.py lr=0.1'
 """.format(units=UNITS, hardware=HARDWARE_OPTIONS, files=FILE_OPTIONS, common=COMMON_OPTIONS)
 
 EXECUTE_TO_USAGE = """\
@@ -361,74 +369,85 @@ Usage:
              (<command> | --init=<host>)
   execute_to --help | --version | --completion=<shell>
 
-  <command> is bash, in quotes. Ctrl-C cancels it on all machines: no command
-  runs longer than execute_to does, so there is nothing to cancel later.
-  A list takes all words up to the next option; -- ends it.
+  <command> is a bash command in quotes. Ctrl-C stops it on all machines, so
+  there is nothing to cancel later. An option with several values takes all
+  words up to the next option or up to --.
 {units}
 {machines}
 Output:
-  --gather                      When all have ended: equal outputs once, below
-                                the names of the machines.
-  --diff                        The same, and of other outputs how they differ
-                                from the first.
+  --gather                      Wait for all machines. Then print equal outputs
+                                once, below the names of the machines.
+  --diff                        Like --gather, but print other outputs as their
+                                differences from the first.
 
-Files, none by default, since most such commands are for the machine itself:
-  --copy-forwards=<path>...     Files and folders that are sent.
-  --link-forwards=<path>...     The same for data that is only read: never sent
-                                twice.
-  --exclude=<pattern>...        Do not send these; a pattern as in rsync. The
-                                rules of .rsync-filter files hold, too.
-  --copy-backwards=<path>...    Files to fetch, to
+Files; by default none, since most such commands are for the machine itself:
+  --copy-forwards=<path>...     Send these files and folders.
+  --link-forwards=<path>...     Send data that the command only reads: once to
+                                each machine.
+  --exclude=<pattern>...        Do not send files that match these patterns of
+                                rsync. The rules of .rsync-filter files apply,
+                                too.
+  --copy-backwards=<path>...    Fetch these files, to
                                 ./job_results/<name>_<machine>.
   --job-name=<name>             The name of the results.
 
 Other:
-  --fanout=<number>             At most this number of machines at a time
-                                [default: 64].
-  --timeout=<time>              Give up a machine that takes longer than this.
-                                The login counts, so that no machine can keep
-                                the others waiting.
-  --nice=<number>               Niceness, 0 to 19 [default: 0]. Lower than in a
-                                batch: somebody waits for this command.
+  --fanout=<number>             Connect to at most this number of machines at a
+                                time [default: 64].
+  --timeout=<time>              Give up a machine that takes longer than this,
+                                login included: no machine delays the others.
+  --nice=<number>               Niceness of the command, 0 to 19 [default: 0].
+                                Lower than in a batch: a person waits for this
+                                command.
   --init=<host>                 Log in to a host, [user@]host[:port] or a name
                                 from ~/.ssh/config, and write a machine file for
                                 it to ~/.local/var/. Never replaces a file.
 {common}
-Exit status: 0 all succeeded, 1 some failed or could not be reached, 2 wrong
-usage or configuration, 130 interrupted.
+Exit code: 0 all succeeded, 1 some failed or could not be reached, 2 wrong usage
+or configuration, 130 interrupted.
+
+Example:
+  execute_to --machines lab1 lab2 --gather -- 'nvidia-smi -L'
 """.format(units=UNITS, machines=MACHINE_OPTIONS, common=COMMON_OPTIONS)
 
 QUERY_MACHINES_USAGE = """\
-Show what is free on machines, and who uses them.
+Show the free resources of machines, and who uses them.
 
 Usage:
   query_machines [options] [--machines=<machine>]... [--watch=<time>]...
   query_machines --help | --version | --completion=<shell>
 
-  A list takes all words up to the next option.
+  An option with several values takes all words up to the next option.
 {units}
 {machines}
 {hardware}
-With one of these given: how many such jobs would fit now.
+With any of these options query_machines shows how many such jobs would fit now.
 
 Other:
-  --watch=<time>...             Look again after each such time, 5 s if none
-                                follows.
-  --json                        One JSON object for each machine, on a line.
+  --watch=<time>...             Show it again at this interval, 5 seconds by
+                                default, until Ctrl-C.
+  --json                        Print one JSON object for each machine, on a
+                                line of its own.
 {common}
-Exit status: 0 all machines answered, 1 some did not, 2 wrong usage or
+Exit code: 0 all machines answered, 1 some did not, 2 wrong usage or
 configuration.
+
+Example:
+  query_machines --machines lab1 lab2 --gpu-memory-required 8G
 """.format(units=UNITS, machines=MACHINE_OPTIONS, hardware=HARDWARE_OPTIONS, common=COMMON_OPTIONS)
 
 OVERVIEW = """\
 Run many commands on a handful of machines that can be reached with ssh.
 
-Usage: ssh_scheduler.py <command> <its options and words>...
+Usage: ssh_scheduler.py <command> <options and words of the command>...
 <command> is one of
 {commands}
 
 ssh_scheduler.py <command> --help shows the options of a command. A link to
-ssh_scheduler.py that has the name of a command is that command.
+ssh_scheduler.py with the name of a command runs that command.
+
+Example:
+  ssh_scheduler.py execute_batch batch.sh --machines lab1 lab2
 """.format(commands='\n'.join(
     f'  {usage.partition("Usage:")[2].split()[0]:14}  {usage.partition(chr(10))[0]}' for usage in (
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
@@ -469,7 +488,7 @@ class BatchFileError(SchedulerError):
 
 
 class FilesError(SchedulerError):
-    """A path to send or to bring back cannot be used."""
+    """A path to send or to fetch cannot be used."""
 
 
 class ResultsError(SchedulerError):
@@ -637,7 +656,7 @@ class Machine(NamedTuple):
     def hops(self):
         """The jump hosts, the first one first: (user, host, port); user and port may be ''.
 
-        Empty where ssh jumps over none, or has to find out what is wrong with them.
+        Empty where ssh jumps over none, or where ssh has to report their errors.
         """
         matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
         if not all(matches) or self.jump.lower() == 'none':
@@ -685,7 +704,7 @@ class Partition(NamedTuple):
 class Capacity(NamedTuple):
     """A machine's resources: in all, and free if no job of this batch ran there.
 
-    Each probe adds to what is free what our jobs were seen to use, up to what they asked for, and
+    Each probe adds to the free resources the use by own jobs, up to what they requested, and
     subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
     room in the books is room in the latest probe, and nothing is counted twice.
     """
@@ -701,7 +720,7 @@ class Capacity(NamedTuple):
     batch_users: tuple = ()         # who runs these, once for each job; '' is the login's own user
     reserved: bool = False          # one of those jobs has the machine to itself
     limits: tuple = ()              # of all batches together, as the request "limits" has them
-    queue: Optional[Queue] = None   # of a cluster, where only its engine knows what is free
+    queue: Optional[Queue] = None   # of a cluster, whose engine alone knows the free resources
 
 
 class Allocation(NamedTuple):
@@ -740,7 +759,7 @@ class Forwards(NamedTuple):
 class Job(NamedTuple):
     """One line of a batch.
 
-    backwards: the paths to bring back; None: all that the job made or changed
+    backwards: the paths to fetch; None: all that the job made or changed
     own: the options for files and hardware of a line that is an execute_remote command, as text
     """
     name: str
@@ -1062,7 +1081,8 @@ def as_json(value):
 
 def unwritable(path, error):
     """Return the exception that says that something cannot be written before a job starts."""
-    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Jobs that run go on; the '
+    return ResultsError(f'{path} cannot be written: {reason_of(error)}. Running jobs keep '
+                        'running; the '
                         'same command collects them.')
 
 
@@ -1174,9 +1194,10 @@ class Journal:
             in_place = False
         if not in_place:
             folder = self.path.partition('/.ssh_scheduler/')[0]
-            raise ResultsError(f'{folder} was removed or moved away while it was in use. Jobs '
-                               'that run keep running: move it back, and the same command collects '
-                               'them. If it is gone: execute_batch --earlier=show --machines …')
+            raise ResultsError(f'{folder} was removed or moved away while it was in '
+                               'use. Running jobs keep running: move it back, and the same '
+                               'command collects them. If it is gone: execute_batch '
+                               '--earlier=show --machines …')
 
     def _read(self, cut=True):
         """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
@@ -1195,8 +1216,9 @@ class Journal:
                     self._apply(event)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     raise ResultsError(
-                        f'{self.path}, line {self._lines} cannot be read. It says what runs where: '
-                        'look at it, or move job_results away to start afresh.') from None
+                        f'{self.path}, line {self._lines} cannot be read. The file records which '
+                        'job runs on which machine. Correct the line, or move job_results away '
+                        'to start from the beginning.') from None
                 self._bytes += len(line)
         if cut:
             os.ftruncate(self._fd, self._bytes)
@@ -1368,16 +1390,16 @@ class GpuUse:
 
 
 class MachineResources:
-    """The books of one machine: they alone know what is free there, and what is promised.
+    """The books of one machine: they alone know its free and its promised resources.
 
     available_resources: a Capacity, or anything with its fields.
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
     allocate(allocation)    takes it and returns a Placement; raises DoesNotFit where it does not
     deallocate(placement)   gives back what allocate gave; each placement once
-    update(available_resources)     the machine has more or less now; what is taken stays taken
+    update(available_resources)     the machine has more or less now; placements stay
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
-    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work always goes on,
+    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work never stops,
     a machine on which none of our jobs runs takes one, however busy its processors are.
     """
 
@@ -1391,7 +1413,7 @@ class MachineResources:
         self.update(available_resources)
 
     def update(self, available_resources):
-        """Note the machine's new Capacity; what is taken stays taken."""
+        """Note the machine's new Capacity; placements stay."""
         self.available = have = as_record(Capacity, available_resources)._replace(
             gpus=tuple(as_record(Gpu, gpu) for gpu in available_resources.gpus))
         self._total_cores = max(have.total_cores, have.cores)
@@ -1462,7 +1484,7 @@ class MachineResources:
             use.reserved += sign * wanted.reserve_gpu
 
     def short_of(self, allocation):
-        """Return the word for what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
+        """Return the word for the lack: jobs, machine, memory, cores, gpu; '' if it fits."""
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
@@ -1512,9 +1534,9 @@ class MachineResources:
         """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
         have, short = self.available, self.short_of(allocation)
         if short == 'jobs':
-            return f'has its {have.max_jobs} jobs'
+            return f'already has {have.max_jobs} jobs, its limit'
         if short == 'machine':
-            return 'is in use, and was to be reserved'
+            return 'is in use, and the job reserves the machine'
         if short == 'memory':
             return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
         if short == 'cores':
@@ -1534,7 +1556,7 @@ class MachineResources:
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
-        """Return who holds what is short, as 'has 2 in use by others, 1 by this batch'."""
+        """Return who holds the missing resource, as 'has 2 in use by others, 1 by this batch'."""
         have, short = self.available, self.short_of(allocation)
         own = f'runs {self.jobs} job{"s" * (self.jobs > 1)} of this batch'
         if short == 'gpu':
@@ -1642,7 +1664,7 @@ class ClusterResources(MachineResources):
         """Return why the allocation does not fit now, as 'has …'; '' if it fits."""
         queue, short = self.available.queue, self.short_of(allocation)
         if short == 'engine':
-            return f'refuses it ({queue.engine}: {self.refusal(allocation)})'
+            return f'refuses the job ({queue.engine}: {self.refusal(allocation)})'
         if short == 'gpu':
             return (f'has no GPU type with {allocation.gpu_memory_mb} MB (gpu_types of its machine '
                     'file)')
@@ -1654,7 +1676,7 @@ class ClusterResources(MachineResources):
                 'time': 'gets its next job in a moment'}[short]
 
     def holder(self, allocation):
-        """Return who holds what is short."""
+        """Return who holds the missing resource."""
         return self.why_not(allocation)
 
 
@@ -1773,7 +1795,7 @@ CLUSTER_AFTER_S = 30.0      # that a job waits for a machine before a cluster ge
 
 
 class Scheduler:
-    """Owns what waits and what is free.  Machines are any hashable things.
+    """Owns the waiting jobs and the free resources.  Machines are any hashable things.
 
     Jobs start in the order of their lines, but a job that finds room passes those that do not: no
     machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
@@ -2178,10 +2200,10 @@ class Fleet:
             not self.standing[worker].outcome or worker.state == 'closing')
 
     def at_best(self, worker):
-        """Return the Capacity that decides what is impossible.
+        """Return the Capacity that decides which jobs are impossible.
 
         Others may go, so that is what an idle machine has; with --no-live nobody looks again, and
-        what is free decides.
+        the free resources decide.
         """
         if worker.capacity.queue or not self._client.live:
             return worker.capacity
@@ -2439,7 +2461,7 @@ class Wishes:
                 self._run.wait_again(attempt)
             else:
                 self._run.fleet.note_outcome(attempt.machine, 'failed',
-                                             'it was told to stop, and has stopped')
+                                             'the job was told to stop, and has stopped')
 
     def rerun(self, jobs):
         """Have Jobs run once more that have ended, or were cancelled."""
@@ -2734,7 +2756,7 @@ class Run:
         if self.interrupts:
             return
         if self.fleet.bound:
-            self.fleet.note_outcome(worker, 'failed', f'it is gone: {attempt.why}')
+            self.fleet.note_outcome(worker, 'failed', f'the job is gone: {attempt.why}')
             return
         self._lost_by[name] += 1
         again = self._lost_by[name] <= self.policy.retries
@@ -2757,7 +2779,7 @@ class Run:
             return
         if not job.may_start:
             self.jobs.pop(job.name, None)
-            self.fleet.note_outcome(worker, 'absent', 'it was never started there')
+            self.fleet.note_outcome(worker, 'absent', 'the job never started')
         elif self.policy.probes or not self.fleet.bound:
             self.scheduler.add(job, first=True)
         elif not self.interrupts:
@@ -2793,7 +2815,7 @@ class Run:
             self.view.unconfirmed(attempt)
         for attempt in running:
             # The journal has these as cancelled: should the next run find one ended on its machine,
-            # that is no failure of the job.  It removes what is left, and starts the job again.
+            # that is no failure of the job.  It removes the rest, and starts the job again.
             state = next((word for word in ('dropped', 'cancelled')
                           if word in LIFE[attempt.state].then), None)
             if state and self.client.journal.record(attempt.name)['state'] != 'ended':
@@ -3186,7 +3208,7 @@ class Screen:
             self.draw()
 
     def draw(self):
-        """Draw what is new, and the area as it is now."""
+        """Draw new events, and the area as it is now."""
         from rich.console import Group
         from rich.text import Text
         with contextlib.suppress(OSError):      # rich would believe COLUMNS
@@ -3257,7 +3279,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
-        self.nobody_reads = False    # the reader of what is printed is gone
+        self.nobody_reads = False    # nobody reads the output any more
         self.trouble = ''           # or why it cannot be printed
 
     def line(self, text):
@@ -3306,15 +3328,16 @@ class Reporter:
 
     def left(self, machine, name, text):
         """A job ended, and these processes that it started there did not."""
-        self.note(f'{machine}: {name} ended, but what it started goes on there: {text}')
+        self.note(f'{machine}: {name} has ended, but it left processes running: {text}')
 
     def survivors(self, machine, pids):
         """These were to be ended."""
-        self.note(f'{machine}: could not be ended: process {pids}')
+        self.note(f'{machine}: could not stop process {pids}')
 
     def unconfirmed(self, machine, name):
         """A job was to be ended, and nobody knows whether it has."""
-        self.note(f'{name}: could not be confirmed to have ended on {machine}')
+        self.note(f'{name}: may still run on {machine}. The next run of the same '
+                  'command checks that')
 
     def others(self, machine, word, jobs):
         """A machine has these OtherJobs.  word: what finds the machine again."""
@@ -3459,7 +3482,7 @@ class Reporter:
         os.close(null)
         if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
             self.trouble = reason_of(error)
-            self.warning(f'what should be printed here cannot be: {self.trouble}')
+            self.warning(f'stdout cannot be written: {self.trouble}')
 
 
 def flush_streams():
@@ -3520,7 +3543,7 @@ class Prefixer:
             self._print(stream, lines)
 
     def flush(self):
-        """Print what is left without an end of line."""
+        """Print the rest, which has no end of line."""
         for stream, rest in self._rest.items():
             self._print(stream, [rest] if rest else [])
         self._rest = {'out': b'', 'err': b''}
@@ -3637,7 +3660,7 @@ def is_of_batch(name, record, batch):
 
 
 def as_paths(value):
-    """Return the paths to bring back as the journal has them: a list, or None."""
+    """Return the paths to fetch as the journal has them: a list, or None."""
     return None if value is None else tuple(value)
 
 
@@ -3674,7 +3697,7 @@ def warnings_of(plan):
     for job in sorted((*cut_off, *lines.done), key=lambda job: job.line):
         if job.name in plan.elsewhere:
             yield job, (f'WARNING: line {job.line} was started on {plan.elsewhere[job.name]} by a '
-                        'run that was cut off; name that machine too, to collect it')
+                        'run that was cut off. Name that machine too, to collect the results')
         else:
             other = f' (done as {job.name})' if job.name in lines.usual else ''
             yield job, (f'WARNING: job results already exists for line {job.line}{other}, skipping '
@@ -3748,7 +3771,7 @@ class View:
         """Nothing more is wanted of a machine."""
 
     def sink(self, worker):
-        """Return what is called with ('out' or 'err', bytes) of the output of its jobs, or None."""
+        """Return the function to call with ('out' or 'err', bytes) of its jobs' output, or None."""
 
     def others(self, worker, jobs):
         """A machine has these OtherJobs."""
@@ -3783,7 +3806,7 @@ class SpeakingView(View):
 
 
 class QuietView(SpeakingView):
-    """Only what is wrong: for --cancel, and where no job is started."""
+    """Only errors: for --cancel, and where no job is started."""
 
     def failed(self, worker, attempts):
         """Say why the machine cannot be used."""
@@ -3847,7 +3870,7 @@ def failure_words(exit_code, machine, lines):
             return words
     told = told_in(lines)
     if exit_code < 0:
-        return f'{machine} lost it'
+        return f'{machine} lost the job'
     if exit_code == 124 and told.startswith('ssh-scheduler: '):
         return told.partition(': ')[2]
     if exit_code == 137 and told.startswith(KERNEL_KILLED):
@@ -3858,8 +3881,8 @@ def failure_words(exit_code, machine, lines):
     if 128 < exit_code < 128 + signal.NSIG:
         with contextlib.suppress(ValueError):
             name = signal.Signals(exit_code - 128).name[3:]
-            return f'ended by signal {exit_code - 128} ({name})'
-    return told or f'exit code {exit_code}, nothing said'
+            return f'killed by signal {exit_code - 128} ({name})'
+    return told or f'exit code {exit_code}, empty stderr'
 
 
 def names_in_short(names):
@@ -3903,10 +3926,10 @@ class Summary:
         self._say_left()
         unknown = self._not_collected()
         for name, machine in unknown.items() if not run.leaves else ():
-            known = '' if self._results.journal.record(name)['state'] == 'ended' else (
-                'not known to have ')
-            report.line(f'{name}: on {machine}, {known}ended: run the same command again to '
-                        'collect it')
+            state = 'has ended' if self._results.journal.record(name)['state'] == 'ended' else (
+                'may still run')
+            report.line(f'{name}: {state} on {machine}: run the same command again to collect '
+                        'its results')
         if run.interrupts:
             return 130
         return int(bool(run.failures or before or unknown or counted['not started']
@@ -4078,7 +4101,7 @@ class Keys:
 
 
 class Board:
-    """What a terminal shows below the events: which machines are waited for, what is sent, which
+    """What a terminal shows below the events: machines that connect, files on their way, which
     jobs run, how far the batch is, and how long it may take.
 
     done: how many jobs have results already, and are not run
@@ -4090,7 +4113,7 @@ class Board:
     def __init__(self, run, done):
         self._run, self.done = run, done
         self._pace, self._left, self._left_at = Pace(), '', -math.inf
-        self._since = {}        # what is waited for, Worker or Stage -> when that was first seen
+        self._since = {}        # Worker or Stage that is waited for -> when that was first seen
         self._is_asking = False
         self._keys = None       # of the terminal, while they are waited for
         self.shows_counts, self._has_ended = False, False
@@ -4149,7 +4172,7 @@ class Board:
                 yield Row(f'{shortened(worker.name)}: connecting',
                           duration_of(now - since))
             elif worker.state == 'away':
-                yield Row(f'{shortened(worker.name)}: no contact',
+                yield Row(f'{shortened(worker.name)}: not connected',
                           duration_of(now - worker.away_since))
             elif worker.state == 'ready':
                 for stage in worker.contact.stages.on_their_way:
@@ -4180,8 +4203,8 @@ class Board:
         """Return the Rows that stand for the counts while it is asked what Ctrl-C shall mean."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
-                Row('  d      leave the jobs running; same command to continue'),
-                Row('  c      cancel: stop all running jobs, and end'),
+                Row('  d      leave: jobs keep running; same command continues'),
+                Row('  c      cancel: stop all running jobs and exit'),
                 Row('  Enter  continue')]
 
     def _alive_and_waiting(self):
@@ -4379,7 +4402,7 @@ def why_waiting(resources, allocation, count, is_own_news):
     machines = '; '.join(f'{"each of " * (len(names) > 1)}{names_of(names)} {reason}'
                          for reason, names in reasons.items())
     return (f'waiting: {count_of(count, "job")} for {what or describe(allocation)}: '
-            f'{machines or "no machine is there"}')
+            f'{machines or "no machine is left"}')
 
 
 def queue_words(engine, number, why, start, now=None):
@@ -4396,7 +4419,7 @@ def queue_words(engine, number, why, start, now=None):
 
 
 def queue_news(attempt):
-    """Yield what is to be said of an attempt in the queue of a cluster: why it waits, once."""
+    """Yield the news of an attempt in the queue of a cluster: why it waits, once."""
     place = attempt.place
     if attempt.state == 'absent':
         if place.moves_to:
@@ -4570,7 +4593,7 @@ class BatchView(ToldView):
         elif attempt.state == 'cancelled' and not self.run.interrupts:
             elsewhere = attempt.key in self.run.wishes.moving
             self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}'
-                              f'{"; it starts anew" if elsewhere else ""}. Partial '
+                              f'{"; it starts again" if elsewhere else ""}. Partial '
                               f'results: {self._results.inner}/cancelled')
 
     def _tell_start(self, attempt, word):
@@ -4594,7 +4617,7 @@ class BatchView(ToldView):
         if not attempt.job.may_start:
             what = 'Its line is not in the batch file any more, so it is not started again.'
         elif again:
-            what = 'It will be started again.'
+            what = 'It starts again.'
         else:
             what = 'The same command starts it again.'
             self._report.line(f'failed: {name}; {printable(attempt.job.command)}')
@@ -4604,8 +4627,8 @@ class BatchView(ToldView):
     def _say_halt(self):
         if self.run.halted and not self._said_halt:
             self._said_halt = True
-            self._report.note(f'{count_of(len(self.run.failures), "job")} failed: no more are '
-                              'started (--halt-after)')
+            self._report.note(f'{count_of(len(self.run.failures), "job")} failed: no more jobs '
+                              'start (--halt-after)')
 
     # Changes of machines
 
@@ -4619,7 +4642,7 @@ class BatchView(ToldView):
         """Contact was made again."""
         self.measured(worker)
         jobs = len(self.run.lives.of(worker, *ALIVE))
-        self._report.note(f'{worker.name}: in contact again ({count_of(jobs, "job")} there)')
+        self._report.note(f'{worker.name}: connected again ({count_of(jobs, "job")} there)')
 
     def measured(self, worker):
         """Say, when it is news, that only a part of a machine's GPUs can be used."""
@@ -4632,15 +4655,15 @@ class BatchView(ToldView):
     def away(self, worker):
         """Contact with a machine was lost; it is looked for."""
         jobs = len(self.run.lives.of(worker, *UNCOLLECTED))
-        self._report.note(f'{worker.name}: lost contact ({count_of(jobs, "job")} '
-                          f'{"goes" if jobs == 1 else "go"} on there): {sentence(worker.why)} '
-                          'Trying again.')
+        self._report.note(f'{worker.name}: connection lost ({count_of(jobs, "job")} '
+                          f'{"keeps" if jobs == 1 else "keep"} running): {sentence(worker.why)} '
+                          'Reconnecting.')
 
     def failed(self, worker, attempts):
         """A machine cannot be used, or not any more; these attempts may go on there."""
         if attempts:
-            self._report.note(f'{worker.name}: lost contact ({count_of(len(attempts), "job")} may '
-                              f'go on there): {sentence(worker.why)}')
+            self._report.note(f'{worker.name}: connection lost ({count_of(len(attempts), "job")} '
+                              f'may still run): {sentence(worker.why)}')
         else:
             if self._unusable.get(worker) != worker.why:    # it is tried again and again
                 more = how_to_check(worker, self._unusable.values())
@@ -4658,16 +4681,17 @@ class BatchView(ToldView):
 
     def given_up(self, worker, jobs):
         """--lost-after is over."""
-        self._report.note(f'{worker.name}: no contact for {self.run.policy.lost_after_s:g} s: '
-                          f'{count_of(jobs, "job")} will be started elsewhere, and ended there '
-                          'when it is back')
+        start = 'starts' if jobs == 1 else 'start'
+        self._report.note(f'{worker.name}: no connection for {self.run.policy.lost_after_s:g} s: '
+                          f'{count_of(jobs, "job")} {start} on other machines, and will be '
+                          f'stopped on {worker.name} when it is back')
 
     def warn(self, text):
         """Show a warning."""
         self._report.warning(text)
 
     def large(self, advice):
-        """Show what is large among the files to send, if anything is."""
+        """Show the large files among those to send, if any."""
         if advice:
             self._report.note(advice)
 
@@ -4710,7 +4734,7 @@ class BatchView(ToldView):
 
     def stopping(self):
         """Say that an interrupt ends all jobs."""
-        self._report.note('interrupted: cancelling all jobs (once more: leave them running)')
+        self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit, jobs keep running)')
 
     @property
     def outcome(self):
@@ -4879,13 +4903,13 @@ class BoundView(SpeakingView):
 
     def came_back(self, worker):
         """Contact was made again."""
-        self._report.note(f'{worker.name}: in contact again')
+        self._report.note(f'{worker.name}: connected again')
         self.came(worker)
 
     def away(self, worker):
         """Contact with a machine was lost; it is looked for."""
-        self._report.note(f'{worker.name}: lost contact ({worker.why}). The job goes on there; '
-                          'trying again')
+        self._report.note(f'{worker.name}: connection lost: {sentence(worker.why)} The job keeps '
+                          'running; reconnecting')
 
     def progress(self):
         """Say once for what the job waits."""
@@ -5155,9 +5179,10 @@ class BatchStatus:
                     f'{printable(holder.run)} here since {since}), {numbers}')
         if holder and holder.lives is None and holder.run in ('', self._batch):
             return (f'a client was started on {printable(holder.computer)} at {since} (process '
-                    f'{holder.pid}); only there it can be seen whether it still runs, {numbers}')
+                    f'{holder.pid}); only --status on that computer tells whether it still '
+                    f'runs, {numbers}')
         again = '' if self.is_over or not any(status.known for status in self.jobs) else (
-            '. To go on, type the command that started it')
+            '. To continue, type the command that started it')
         return f'no client runs this batch, {numbers}{again}'
 
     def _time_left(self):
@@ -5581,7 +5606,7 @@ def read_option(word, unread, kinds, before):
     if kinds[name] == 'list':
         return name, [value] if value else []
     if name in before:
-        raise UsageError(f'{name} is there twice.')
+        raise UsageError(f'{name} is given twice.')
     if kinds[name] == 'flag':
         if equals:
             raise UsageError(f'{name} takes no value.')
@@ -5704,7 +5729,7 @@ def are_variables(value):
 
 
 def are_ssh_options(value):
-    """Tell whether the value is a mapping of ssh_config(5) options that may stand in ours."""
+    """Tell whether the value is a mapping of ssh_config(5) options that a machine file may set."""
     return are_variables(value) and all(
         name.lower() not in ('host', 'match', 'include') and str(v).isprintable()
         and (name.lower() in UNQUOTED_SSH_OPTIONS or fits_quotes(v)) for name, v in value.items())
@@ -5804,7 +5829,7 @@ def why_no_words(text):
             closers.append(token)
             break
         elif not closers and token in ';&|<>()':
-            return f'{token} is there without quotes'
+            return f'{token} stands without quotes'
         elif not closers and token in '#[' and begins:         # a comment, or the index of an array
             return f'a word begins with {token} without quotes'
         begins = token.isspace()
@@ -5866,7 +5891,7 @@ def read_machine_file(path, name):
         if key not in MACHINE_KEYS:
             raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, MACHINE_KEYS)}.')
         if key in values:
-            raise MachineFileError(f'{where}: {key} is there twice.')
+            raise MachineFileError(f'{where}: {key} is given twice.')
         values[key] = read_machine_value(loader, key, value_node, where)
     if 'ip' not in values:
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
@@ -5890,12 +5915,12 @@ def parse_yaml(path):
         raise MachineFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
     except yaml.reader.ReaderError as error:
         line = text.count('\n', 0, error.position) + 1
-        raise MachineFileError(f'{path}, line {line}: there is a control character.') from None
+        raise MachineFileError(f'{path}, line {line}: this line has a control character.') from None
     except yaml.MarkedYAMLError as error:
         line, what = explain_yaml(error, text)
         raise MachineFileError(f'{path}, line {line}: {sentence(what)}') from None
     except RecursionError:
-        raise MachineFileError(f'{path}: this is nested too deeply.') from None
+        raise MachineFileError(f'{path}: its YAML is nested too deeply.') from None
     except (ValueError, OverflowError):     # of chr(), for "\UFFFFFFFF"
         raise MachineFileError(f'{path}: an escape in it stands for no character.') from None
 
@@ -5919,7 +5944,7 @@ def read_machine_value(loader, key, node, where):
 
 
 def explain_yaml(error, text):
-    """Return (number of the line, what is wrong there) of a YAML error.
+    """Return (number of the line, the error) of a YAML error.
 
     YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
     """
@@ -5999,7 +6024,7 @@ def read_engine_options(text, path):
                       and match[1] not in ENGINE_ALLOWED), None)
         if taken:
             raise MachineFileError(f'{where}: --{taken} cannot be used, since jobs would not run '
-                                   'once, or not be found again. Leave it out.')
+                                   'once, or not be found again. Remove it.')
     return words
 
 
@@ -6021,12 +6046,13 @@ def check_key(key_path, path):
         raise KeyFileError(f'{where} can be read by others, so ssh refuses it. '
                                f'Try: chmod 600 {key_path}')
     if b'PRIVATE KEY' not in text:
-        hint = ' (this looks like the public key: leave out .pub)' if text[:4] in (
+        hint = ' (this looks like the public key: remove .pub)' if text[:4] in (
             b'ssh-', b'ecds', b'sk-s', b'sk-e') else ''
         raise KeyFileError(f'{where} is not a private key{hint}.')
     if key_has_passphrase(text):
         raise KeyFileError(f'{where} has a passphrase, which nobody could type here. Use a key '
-                               'without one, or leave out ssh_key_path and load it in ssh-agent.')
+                               'without one, or remove ssh_key_path and load the key '
+                               'into ssh-agent.')
 
 
 def key_has_passphrase(text):
@@ -6097,19 +6123,19 @@ def machine_words(words):
             raise MachineFileError(f'the list of machines {word} is not UTF-8 text.') from None
         lines = [line for line in lines if line and not line.startswith('#')]
         if not lines:
-            raise MachineFileError(f'the list of machines {word} names none.')
+            raise MachineFileError(f'the list of machines {word} names no machine.')
         yield from lines
 
 
-HERE_TOO = ' localhost is one.' if LINUX else ''
+HERE_TOO = ' Example: {} lab1.yaml' + (', or localhost to run here.' if LINUX else '.')
 
 
 def check_machines(options, positional=None):
     """Raise unless machines are named.  positional: the word that may be missing instead."""
     if options['--machines'] is None:
-        raise UsageError(f'--machines is missing: which machines?{HERE_TOO}')
+        raise UsageError(f'--machines is missing.{HERE_TOO.format("--machines")}')
     if not options['--machines']:
-        raise UsageError('--machines names none' + (
+        raise UsageError('--machines names no machine' + (
             f', or <{positional}> is missing.' if positional else '.'))
 
 
@@ -6166,7 +6192,7 @@ def read_batch_text(path, stdin):
         raise BatchFileError(f'{path}, line {line}: this is not UTF-8 text.') from None
     if '\0' in text:
         line = text.count('\n', 0, text.index('\0')) + 1
-        raise BatchFileError(f'{path}, line {line}: there is a NUL character.')
+        raise BatchFileError(f'{path}, line {line}: this line has a NUL character.')
     return text
 
 
@@ -6206,8 +6232,8 @@ def check_job_name(name, where, most=180):
     most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
     """
     if name.endswith('.partial'):
-        raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: so are '
-                             'folders called that --sync-back makes.')
+        raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: '
+                             '--sync-back makes folders with such names.')
     if not re.fullmatch(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*', name) or len(name) > most:
         raise BatchFileError(f'{where}: the job name {name!r} must have letters, digits and '
                              f'. _ - + = @ % only, at most {most}, and not begin with . or -.')
@@ -6333,7 +6359,7 @@ def read_partial(job, where, warn):
 
 
 def read_backwards(options):
-    """Return the paths that a job brings back; None for all files that it made or changed."""
+    """Return the paths to fetch from a job; None for all files that it made or changed."""
     paths = options['--copy-backwards']
     return paths if paths is None else inside_paths(paths, '--copy-backwards')
 
@@ -6368,7 +6394,8 @@ def refuse_syntax(path, jobs, said):
         why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
         where = lines_of([jobs[int(number)] for number, _ in complaints])
         raise BatchFileError(
-            sentence(f'{path}, {where}: bash refuses this: {why}') + ' Each line runs by itself: '
+            sentence(f'{path}, {where}: bash refuses this command: {why}') + ' Each line runs '
+            'by itself: '
             'write an if, a loop or a function on one line, or end each of its lines but the last '
             'with a backslash.')
 
@@ -6671,10 +6698,10 @@ class Walk:
 
     def _check_readable(self, path, kind):
         if kind == 'f' and not os.access(path, os.R_OK):
-            raise FilesError(f'{self._option}: {path} may not be read. Leave it out with '
+            raise FilesError(f'{self._option}: you may not read {path}. Leave it out with '
                              '--exclude.')
         if kind == 'd' and not os.access(path or '.', os.R_OK | os.X_OK):
-            raise FilesError(f'{self._option}: the folder {path or "."} may not be read. Leave it '
+            raise FilesError(f'{self._option}: you may not read the folder {path or "."}. Leave it '
                              'out with --exclude.')
 
     def _wanted(self, path, is_folder):
@@ -6690,7 +6717,7 @@ class Walk:
         for rule in [*self._exclude, *self._rules_inside(folder)]:
             if rule.applies(text, is_folder):
                 if not rule.include:
-                    self.left_out.add('what the exclude rules say')
+                    self.left_out.add('files that the exclude rules name')
                 return rule.include
         return True
 
@@ -6894,7 +6921,7 @@ LARGE_BYTES = 500e6         # to send to a machine: more is worth a word
 
 
 def advise_on_size(tree, machines):
-    """Return what is large among the files to send, and how to leave it out; '' for little."""
+    """Return the large files among those to send, and how to leave it out; '' for little."""
     total = tree.size
     if total <= LARGE_BYTES:
         return ''
@@ -6924,7 +6951,8 @@ def check_named(path, option):
     here = os.path.realpath('.')
     if path == '.' and here in ('/', os.path.realpath(os.path.expanduser('~'))):
         raise FilesError(f'all of {here} would be sent to every machine. Start from a folder of '
-                         'its own, or name the paths with --copy-forwards (alone: no files).')
+                         'its own, or name the paths with --copy-forwards (without a path: '
+                         'no files).')
     if not os.path.lexists(path):
         raise FilesError(f'{option} {path}: there is no such file or folder.')
     for part in path.split('/'):
@@ -7108,7 +7136,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     before: the Sample of the last probe
     ended_ticks: the ticks that those of our jobs used that ended since then
 
-    Never raises: a fact that cannot be read is unknown, and what is unknown is not there.
+    Never raises: a fact that cannot be read is unknown, and nothing unknown is used.
     """
     values, needs = dict(facts), read_needs(facts)
     others = [need for need in needs if need.key not in ours]
@@ -7169,7 +7197,7 @@ def parse_partition(line):
 
 
 def use_in(facts, before):
-    """Return what is in use on a machine, by all who use it, as `Seen` has it.
+    """Return the use of a machine, by all who use it, as `Seen` has it.
 
     before: the Sample of the last probe, or None
     """
@@ -7405,13 +7433,13 @@ def parse_gpu(line, extended, memory_mb, listed):
     if unified:
         total, free = memory_mb, memory_mb          # as on GB10 and Jetson
     if total is None or free is None:
-        return f'has GPU {index}, of which nvidia-smi does not tell the free memory'
+        return f'has GPU {index}, whose free memory nvidia-smi does not report'
     if used is None and index not in listed:
-        return (f'has GPU {index}, of which nvidia-smi does not tell the free memory or the use; '
-                f'"gpus: [{index}]" in its file vouches for it')
+        return (f'has GPU {index}, whose free memory or use nvidia-smi does not report; '
+                f'to use it nevertheless, write "gpus: [{index}]" in the machine file')
     used = used or 0
     if free > total or used > 100:
-        return f'has GPU {index}, of which nvidia-smi tells what cannot be'
+        return f'has GPU {index}, of which nvidia-smi reports impossible numbers'
     return Gpu(index, free, used / 100, total, uuid, name, exclusive=mode == 'Exclusive_Process',
                unified=unified)
 
@@ -7426,7 +7454,7 @@ def explain_gpu_line(line):
     lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
     if lost:
         return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
-    return 'has GPUs of which nvidia-smi tells nothing that can be read'
+    return 'has GPUs of which nvidia-smi reports nothing that can be read'
 
 
 # ---- Results: the folder job_results ----
@@ -7438,7 +7466,7 @@ class ResultStore:
     """The folder job_results: its lock, and the files in it.  Replaces nothing.
 
     job_results/NAME.out, NAME.err    the streams; they grow while the job runs
-    job_results/NAME/                 what it brought back; appears by one rename
+    job_results/NAME/                 its results; appears by one rename
     job_results/.ssh_scheduler/       journal, lock, incoming results
 
     part: a folder below that for the same: commands/NAME for a job of execute_remote, so that it
@@ -7534,7 +7562,7 @@ class ResultStore:
     def exists(self, name):
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
-            return os.path.lexists(self._path(name))    # its streams are what is left of that
+            return os.path.lexists(self._path(name))    # its streams are the rest of that
         return bool(self.present.of(name))
 
     def remnants(self, name):
@@ -7607,7 +7635,7 @@ class ResultStore:
         return private_folder(os.path.join(self.inner, 'incoming'))
 
     def discard(self, folder):
-        """Remove what is left of an incoming folder."""
+        """Remove the rest of an incoming folder."""
         remove_tree(folder)
 
     def commit(self, name, streams, folder, wants_folder, kept=()):
@@ -7624,8 +7652,7 @@ class ResultStore:
             return
         target = self._path(name)
         if os.path.lexists(target):
-            raise ResultsError(f'{target} was made by something else while {name} ran: move it '
-                               'away')
+            raise ResultsError(f'another program made {target} while {name} ran: move it away')
         if not (folder and os.path.isdir(folder)):
             folder = self.incoming()
         # On the machine it was private.  A folder that its owner may not write cannot be moved.
@@ -7643,7 +7670,8 @@ class ResultStore:
             return              # it grew there, to its end
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
-                raise ResultsError(f'{target} was made by something else while {name} ran.')
+                raise ResultsError(f'another program made {target} while {name} ran: move it '
+                                   'away')
             os.chmod(content, 0o666 & new_folder_mode())        # on the machine it was private
             os.replace(content, target)
             return
@@ -7700,7 +7728,7 @@ class ResultStore:
         try:
             self._move_aside(name, streams or {}, folder)
         except OSError as error:
-            raise ResultsError(f'what {name} left could not be moved to {self.inner}/cancelled: '
+            raise ResultsError(f'the files of {name} could not be moved to {self.inner}/cancelled: '
                                f'{reason_of(error)}.') from None
 
     def _move_aside(self, name, streams, folder):
@@ -7754,9 +7782,9 @@ class Lock:
             holder = printable(read_lock(self._fd)[0])
             self.close()
             if self._part:
-                raise ResultsError(f'{os.path.basename(self._part)} is in the hands of another '
-                                   f'run ({holder}): end that with Ctrl-C or kill -9, '
-                                   'with which the job goes on, or wait for it.') from None
+                raise ResultsError(f'{os.path.basename(self._part)} is in use by another run '
+                                   f'({holder}). Wait for it, or stop it with Ctrl-C or with '
+                                   'kill -9; after kill -9 the job keeps running.') from None
             raise FolderInUse(f'{self._folder} is in use by another run ({holder}). '
                               'Wait for it, or start from another folder.') from None
         except OSError as error:
@@ -8026,7 +8054,7 @@ class Sent:
         return self._found[digest]
 
     def record(self, digest):
-        """Return what is noted of a set, see above; an empty dict where it is not here."""
+        """Return the notes on a set, see above; an empty dict where it is not here."""
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(read_file(self.path(digest, 'record.json')))
             if isinstance(record, dict) and all(isinstance(record.get(key), int)
@@ -8056,7 +8084,7 @@ class Sent:
         return None
 
     def close(self):
-        """Remove the sets of which no job has begun, and what is in the store for them alone."""
+        """Remove the sets of which no job has begun, and the files in the store for them alone."""
         unclaimed, self._unclaimed = self._unclaimed, {}
         for folder in unclaimed.values():
             remove_tree(folder)
@@ -8190,7 +8218,7 @@ SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: the larger of this an
 
 
 class Seen:
-    """The file `seen`: samples of what is in use on machines, for a report.  A JSON object a line.
+    """The file `seen`: samples of the use of machines, for a report.  A JSON object a line.
 
     A machine has at most one every SEEN_S; the longer the client runs, the fewer.  So a week has
     some hundreds.  They are of no importance: nobody is told where they cannot be written.
@@ -8202,7 +8230,7 @@ class Seen:
         self._unwritten = []            # lines, until a job is claimed
 
     def add(self, machine, sample):
-        """Add what is in use on a machine (its address), unless it had a sample lately."""
+        """Add the use of a machine (its address), unless it had a sample lately."""
         now = time.monotonic()
         apart_s = max(SEEN_S, SEEN_SHARE * (now - self._began))
         if now - self._last.get(machine, -math.inf) < apart_s:
@@ -8367,7 +8395,7 @@ def stop_client(pid, computer, run, lock, note):
     """
     if computer != os.uname().nodename:
         raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
-                           'there, in this folder.')
+                           'on that computer, in this folder.')
     if not has_open(pid, os.fstat(lock.fileno())):
         return
     try:
@@ -8376,13 +8404,13 @@ def stop_client(pid, computer, run, lock, note):
     except (FileNotFoundError, ProcessLookupError):     # it has just ended
         return
     except OSError as error:
-        raise ResultsError(f'{run} is run by process {pid}, which cannot be told to stop: '
+        raise ResultsError(f'{run} is run by process {pid}, and cannot be stopped: '
                            f'{reason_of(error)}.') from None
-    note(f'{run}: process {pid} runs it, and is told to cancel')
+    note(f'{run}: cancelling: process {pid} runs it')
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
     except KeyboardInterrupt:
-        note(f'{run}: process {pid} keeps cancelling')
+        note(f'{run}: process {pid} is still cancelling')
         raise
 
 
@@ -8402,7 +8430,7 @@ def new_folder_mode():
 
 def merge(source, target):
     """Move what lies in the folder `source` into another; yield the paths there that are in its
-    way: not what is the same there already, such as what an earlier try had moved.
+    way: no files that are the same there already, such as those of an earlier try.
     """
     for name in sorted(os.listdir(source)):
         new, old = os.path.join(source, name), os.path.join(target, name)
@@ -8565,7 +8593,7 @@ class Processes:
                                      start_new_session=not terminal, preexec_fn=confined)
         except FileNotFoundError as error:
             if cwd and error.filename == cwd:
-                raise SchedulerError(f'the folder {cwd}, your HOME, is not there.') from None
+                raise SchedulerError(f'your HOME, the folder {cwd}, does not exist.') from None
             package = PACKAGES.get(argv[0], argv[0])
             raise SchedulerError(f'the program {argv[0]} is missing here. ' + (
                 f'Try: apt install {package}' if LINUX else f'Install {package}.')) from None
@@ -8810,8 +8838,8 @@ class Flows:
     """Generators that wait, begun together and ended together.
 
     Such a flow yields a Process that it has started, and is sent its End; or a number of seconds,
-    and goes on after these.  When the flows are closed, their children end and each flow is closed
-    where it waits, so `finally` is the place to clean up.
+    and continues after these.  When the flows are closed, their children end and each flow is
+    closed where it waits, so `finally` is the place to clean up.
     """
 
     def __init__(self, processes):
@@ -8863,7 +8891,7 @@ PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
 
 # ---- Job log, Hooks: what other programs are told of a batch ----
 
-# Those of GNU parallel's --joblog, and then ours.
+# Those of GNU parallel's --joblog, and then more.
 LOG_COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Name', 'GPUs', 'PeakMemoryMB', 'PeakGPUMemoryMB', 'Attempt')
 LOG_ESCAPES = str.maketrans({'\\': r'\\', '\t': r'\t', '\n': r'\n', '\r': r'\r'})
@@ -8973,8 +9001,8 @@ class JobLog:
         except OSError as error:
             if not self._is_refused:
                 self._is_refused = True
-                self._warn(f'{self._path} cannot be written: {reason_of(error)}. The batch runs '
-                           'on, and the missing lines follow when they can be written')
+                self._warn(f'{self._path} cannot be written: {reason_of(error)}. The batch keeps '
+                           'running, and adds the missing lines when the file can be written')
 
     def _write(self):
         written = os.write(self._fd, self._unwritten) if self._unwritten else 0
@@ -9038,7 +9066,7 @@ class Hooks:
             self._wait(FAILURE_LIMIT_S)
         for option, process in self._running.items():
             self._processes.leave(process)
-            self._report.note(f'{option}: its command is left running here, as process '
+            self._report.note(f'{option}: its command keeps running here, as process '
                               f'{process.popen.pid}.')
         self._running = {}
 
@@ -9094,7 +9122,7 @@ class Hooks:
             self._report.note(f'{option}: its command was stopped after {limit_s:g} s.')
         elif status:
             how = f'failed with exit code {status}' if status > 0 else (
-                f'was ended by signal {-status}')
+                f'was killed by signal {-status}')
             self._report.note(f'{option}: its command {how}.')
 
     def _wait(self, limit_s):
@@ -9241,7 +9269,7 @@ def status_of(raw):
     """Return the exit status of a job."""
     number = number_of(raw)
     if number > 999:
-        raise ValueError(f'{number} is no exit status')
+        raise ValueError(f'{number} is no exit code')
     return number
 
 
@@ -9335,7 +9363,7 @@ def decode(fields):
     word, *raw = (fields[1:] or [b'']) if fields[0] == b'data' else fields
     word = word.decode('ascii', 'replace')
     if word not in EVENTS:
-        raise WireError('it said something that no runner says')
+        raise WireError('it sent an unknown event')
     needed, optional, rest = EVENTS[word]
     kinds = [*needed, *optional, *[rest] * (len(raw) if rest else 0)]
     try:
@@ -9346,7 +9374,7 @@ def decode(fields):
             raise ValueError('a NUL')       # a name with it could not be sent back
         return word, [kind(field) for kind, field in zip(kinds, raw)]
     except ValueError as error:
-        raise WireError('it said something that cannot be understood '
+        raise WireError('it sent something that cannot be understood '
                         f'({word}: {error!r})') from error
 
 
@@ -9376,7 +9404,7 @@ class EventReader:
             before, found, after = self._buffer.partition(b'\n' + self._token + b'\n')
             if not found:
                 if len(before) > LONGEST_NOISE:
-                    raise WireError('its login says more than can be read')
+                    raise WireError('its login prints too much text')
                 self.noise = before
                 return
             self.greeted, self.noise, self._buffer = True, before, after
@@ -9393,7 +9421,7 @@ class EventReader:
                     continue
                 end = self._buffer.find(b'\n', start)
                 if (end if end >= 0 else len(self._buffer)) - start > LONGEST_LINE:
-                    raise WireError('it said a line without an end')
+                    raise WireError('it sent a line that is too long')
                 if end < 0:
                     return
                 fields = [unescape(field) for field in self._buffer[start:end].split(b'\t')]
@@ -9401,7 +9429,7 @@ class EventReader:
                 if fields[0] == b'data':
                     size = whole_number(fields[1].decode('ascii', 'replace')) if fields[1:] else 0
                     if len(fields) < 3 or size > LONGEST_DATA:
-                        raise WireError('it announced more than can be read')
+                        raise WireError('it announced an event that is too long')
                     self._data = (fields[:1] + fields[2:], size)
                 else:
                     yield fields
@@ -9633,15 +9661,15 @@ def ignored_options(path, depth=0):
 # words decide nothing else.
 SSH_COMPLAINTS = (
     (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
-     'the host key of {at} is not the one that is known, so this may be another machine. Was '
+     'the host key of {at} has changed, so this may be another machine. Was '
      'it reinstalled? Try: ssh-keygen -f "{0}" -R "{1}"'),
     (r'REMOTE HOST IDENTIFICATION HAS CHANGED|Host key for .* has changed', 'never',
-     'the host key of {at} is not the one that is known, so this may be another machine'),
+     'the host key of {at} has changed, so this may be another machine'),
     (r'host key is known for \S+ and you', 'never',
      'the host key of {at} is not known: log in once with ssh, and compare the key'),
     (r'Host key verification failed', 'never', 'the host key of {at} could not be verified'),
     (r'Could not resolve hostname (\S+): Temporary failure', 'later',
-     'no name server could be asked for the {kind} name {0}'),
+     'no name server answered for the {kind} name {0}'),
     (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown'),
     (r'open failed: administratively prohibited', 'never',
      '{at} forbids connections to {next} (AllowTcpForwarding or PermitOpen in its sshd_config)'),
@@ -9650,7 +9678,8 @@ SSH_COMPLAINTS = (
     (r'open failed: connect failed: (.*)', 'later', '{at} cannot connect to {next}: {0}'),
     (r'stdio forwarding failed', 'later', '{at} could not connect to {next}'),
     (r'(\S+): Name or service not known', 'never', 'the host name that {0} looks for is unknown'),
-    (r'(\S+): (?:command )?not found', 'never', 'its ProxyCommand needs {0}, which is not here'),
+    (r'(\S+): (?:command )?not found', 'never',
+     'its ProxyCommand needs {0}, which is not installed here'),
     (r'Connection refused', 'later', 'nothing listens at {at}'),
     (r'Permission denied \((.*?)\)', 'never',
      'the login as {user} at {at} was refused ({0} was tried): is the user name right, and is '
@@ -9706,7 +9735,7 @@ def explain_login(machine, status, noise, complaint):
     last = printable((complaint.strip() or noise.strip()).rpartition('\n')[2])[:300].rstrip('. ')
     if status == 255:
         return last or 'the connection broke', 'later'
-    said = f', after saying: {last}' if last else ''
+    said = f', after it printed: {last}' if last else ''
     return ('its login shell ended before anything could run (is there an exit in one of its start '
             f'files, such as ~/.bashrc, or {FORCED}?){said}', 'never')
 
@@ -9744,7 +9773,7 @@ class Client:
 
     live: what the machines have free is looked at again while jobs wait
     away_limit_s: how long contact that was lost is looked for
-    max_result_bytes: of what a job brings back; None: what has room here
+    max_result_bytes: of the results of a job; None: the free space here
     """
 
     def __init__(self, results=None, trace=None, *, nice=0, live=True, project=None,
@@ -9803,7 +9832,7 @@ class Starts:
         self._due = {}                  # JobControl -> None, in the order in which they came
 
     def soon(self, jobs):
-        """In the next wait, start what is placed on a machine, as far as its files are there."""
+        """In the next wait, start the jobs placed on a machine whose files have arrived."""
         if not self._due:
             self._client.processes.call_later(0, self._start)
         self._due[jobs] = None
@@ -9913,7 +9942,7 @@ MOST_LISTED = 1000          # untracked files in a record
 
 
 class Keeper:
-    """Has what is sent to machines kept here, and has git say what it is, while it is sent."""
+    """Keeps copies of the sent files here, and asks git for their commit, while they are sent."""
 
     def __init__(self, client):
         self._client = client
@@ -9951,7 +9980,7 @@ class Keeper:
                 if facts:
                     sent.note(manifest.digest, patch, **facts)
         except (OSError, SchedulerError) as error:      # there is no git; or see `claim`
-            self._client.trace(f'what was sent is not recorded: {error}')
+            self._client.trace(f'the record of the sent files could not be written: {error}')
         finally:
             self._at_work.discard(manifest.digest)
 
@@ -10134,7 +10163,7 @@ def carry(contact, worker, copy, is_allowed=True, trusts=False):
             refused = re.search(r'.*(unsafe pathname|invalid path|unrequested).*', end.text)
             if refused:
                 worker.report.warning(
-                    f'{worker.name}: rsync refused what came from there, so it comes with tar: '
+                    f'{worker.name}: rsync refused files of this machine, so tar fetches them: '
                     f'{printable(refused[0])[:300]}')
             worker.client.trace(f'{worker.name}: rsync ended with {end.status}, now tar: '
                                 f'{end.text}')
@@ -10155,7 +10184,7 @@ class Stage:
     def __init__(self, stage_id, forwards, trees, manifest=None):
         self.forwards = forwards
         self.copy, self.link = trees
-        self.manifest = manifest            # what is noted of the files that jobs have
+        self.manifest = manifest            # the notes on the files that jobs have
         self.ready = not (self.copy.entries or self.link.entries)
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
@@ -10328,7 +10357,7 @@ class Stages:
         confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
         if way.by_rsync or confirmed or end.status not in (0, 24):
             return end
-        return End(1, end.text or 'tar was not run there')
+        return End(1, end.text or 'tar did not run on the machine')
 
 
 def chain_bytes(head, pieces):
@@ -10399,7 +10428,7 @@ def vet(folder, wanted, modes=None, whole=()):
             if outer in below:
                 below.add(inner)
             if inner not in allowed and inner not in below:
-                why = 'was not asked for'
+                why = 'was not requested'
             elif stat.S_ISLNK(info.st_mode):
                 if leads_out(inner, os.readlink(path)):
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
@@ -10707,7 +10736,7 @@ class Contact:
     def hindrance(self):
         """Return why the machine has not reported its resources yet, if that is known."""
         if self._reader.greeted or not self._worker.machine.host:
-            return ('bash runs there, but something takes long: its workdir, the start files of an '
+            return ('bash runs, but one of these is slow: the workdir, the start files of an '
                     'interactive login, such as ~/.bashrc, or nvidia-smi')
         if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
             return ''
@@ -10716,7 +10745,7 @@ class Contact:
         if 'fork: retry' in said:
             return 'this account can start no more processes (ulimit -u)'
         return ('the login succeeded, but no command runs: does one of its start files, such as '
-                f'~/.bashrc, wait or read?{f" It says: {said}" if said else ""} Or is '
+                f'~/.bashrc, wait or read?{f" It printed: {said}" if said else ""} Or is '
                 f'{FORCED}?')
 
     def _warn_of_silence(self):
@@ -10732,7 +10761,7 @@ class Contact:
         yield CONNECT_LIMIT_S
         if self._worker.state == 'connecting':
             why = self.hindrance()
-            self.lose(f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+            self.lose(f'no answer within {CONNECT_LIMIT_S:.0f} s'
                       + (f': {why}' if why else ''), 'later')
 
     def _beat(self):
@@ -10844,7 +10873,7 @@ class Collector:
                 worker.lives.restore(attempt, 'incomplete')
 
     def resume(self):
-        """At contact, ask for the lists that have not come, and fetch what is listed."""
+        """At contact, ask for the lists that have not arrived, and fetch the listed files."""
         for attempt in self._worker.lives.of(self._worker, *ARRIVING):
             if attempt.leavings is None:
                 self._ask(attempt)
@@ -10884,7 +10913,7 @@ class Collector:
         if limit is not None and left.size > limit:
             left.too_large = (f'it is {size_of(left.size)}, and --max-result-size is '
                               f'{size_of(limit)}')
-            self._warn_of(attempt, f'what it made is not brought back: {left.too_large}')
+            self._warn_of(attempt, f'its files are not fetched: {left.too_large}')
             left.back = []
         self.go_on(attempt)
 
@@ -10902,7 +10931,7 @@ class Collector:
         self.fetch_if_due()
 
     def _warn_of_odd(self, attempt):
-        """Tell of what cannot be brought back."""
+        """Warn of each path that cannot be fetched."""
         name, left, machine = attempt.name, attempt.leavings, self._worker.name
         for mark, path in left.odd:
             if mark == '!' and attempt.state == 'incomplete':
@@ -10911,11 +10940,11 @@ class Collector:
                 continue
             why = ('it did not make {}' if mark == '!' else
                    '{} is no file, folder or link').format(printable(path))
-            self._worker.report.warning(f'{name}: {why}, so that is not brought back')
+            self._worker.report.warning(f'{name}: {why}, so that is not fetched')
         if left.kept:
             self._warn_of(attempt, f'the login on {machine} may not read '
                           f'{names_of([*map(printable, left.kept)])}, so this was not fetched. '
-                          'Make it readable there and run the same command again')
+                          'Make it readable on the machine and run the same command again')
 
     def _warn_of(self, attempt, what):
         self._worker.report.warning(
@@ -10977,7 +11006,7 @@ class Collector:
         """Unpack what came as tar; return why it is not whole, or ''."""
         for name in receiver.unpack(folder):
             self._worker.report.warning(
-                f'{self._worker.name}: refused what came as {printable(name)}')
+                f'{self._worker.name}: refused the file {printable(name)}')
         if end.status not in (0, 1, 2):         # tar's own, which name single files
             return complaint_line(end.text) or receiver.trouble or f'tar ended with {end.status}'
         return receiver.trouble
@@ -11010,7 +11039,7 @@ class Collector:
         work = os.path.join(folder, left.folder or 'work')      # without one nothing was listed
         # A machine may send anything: behind a link here would be files of the user.
         if os.path.islink(work):
-            self._keep(attempt, 'a link came in the place of its folder')
+            self._keep(attempt, 'a link arrived in the place of its folder')
             return
         if not all(is_plain_file(path) for path in streams.values()):
             self._keep(attempt, complaint)
@@ -11033,7 +11062,7 @@ class Collector:
         missing = [path for path in missing if path not in twins]
         for paths, why, hint in (
                 (missing, complaint, ' Run the same command again to try once more'),
-                (twins, 'the file system here takes names for the same that differ in case only',
+                (twins, 'the file system here does not distinguish names that differ in case only',
                  '')):
             if paths:
                 left.kept += paths
@@ -11086,7 +11115,8 @@ class Collector:
         if others:
             self._warn_of(attempt, f'job_results/{attempt.name} has another '
                           f'{names_of([*map(printable, others)])} than {self._worker.name}, so '
-                          'that was not fetched. Move yours away and run the same command again')
+                          'that was not fetched. Move the one here away and run the same '
+                          'command again')
         return others
 
     def _keep(self, attempt, why):
@@ -11175,8 +11205,8 @@ class Gauge:
             self._understand_queue()
             return
         if not self._facts:
-            raise WireError('it said something that cannot be understood (it is ready, and did '
-                            'not say what it has)')
+            raise WireError('it sent something that cannot be understood (it is ready, and did '
+                            'not report its resources)')
         ours = {attempt.key for attempt in worker.lives.of(worker, *ALIVE)} | self._ended_keys
         self.capacity = parse_probe(self._facts, worker.machine, ours, self._sample,
                                     self._ended_ticks)
@@ -11201,7 +11231,7 @@ class Gauge:
             refusals=tuple(self._worker.queue.refusals.items()))), []
 
     def measure(self, within_s=0.0):
-        """Ask again what is free, within this many seconds."""
+        """Ask for the free resources again, within this many seconds."""
         if self._has_failed:
             self.renew()
         earliest = min(max(MEASURE_LEAST_S, self._cost_s / MEASURE_SHARE), MEASURE_LIMIT_S)
@@ -11522,8 +11552,8 @@ class JobControl:
         if not running and (killed > 1 or 0 < killed == count):
             self._worker.report.warning(
                 f'{self._worker.name}: {count_of(killed, "job")} that ran there '
-                f'{"was" if killed == 1 else "were"} killed while there was no contact, '
-                'though it was not restarted. If its logind ends all that a login leaves '
+                f'{"was" if killed == 1 else "were"} killed while it was not connected, '
+                'though it was not restarted. If its logind kills all that a login leaves '
                 '(KillUserProcesses=yes in /etc/systemd/logind.conf), ask for '
                 'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
 
@@ -11573,8 +11603,8 @@ class JobControl:
             return
         if end.status == 255:           # with others it was read to where it was wanted
             why = complaint_line(end.text) or 'ssh has failed'
-            self._worker.report.warning(f'{attempt.name}: its input could not be passed on: '
-                                        f'{sentence(why)} It is ended')
+            self._worker.report.warning(f'{attempt.name}: its input could not be sent: '
+                                        f'{sentence(why)} The job is stopped')
             contact.send('cancel', KILL_GRACE_S, attempt.key)
         else:
             contact.send('eof', attempt.key)
@@ -11942,7 +11972,7 @@ class Worker:
         self.jobs.ask()
 
     def measure(self, within_s=0.0):
-        """Ask again what is free; the answer is machine_changed."""
+        """Ask for the free resources again; the answer is machine_changed."""
         self.gauge.measure(within_s)
 
     def stop(self):
@@ -11995,7 +12025,7 @@ class Worker:
     def on_ready(self, home, rsync):
         """The machine can be used; all facts have come, if they were asked for."""
         if self.state != 'connecting':
-            raise WireError('it said twice that it is ready')
+            raise WireError('it reported twice that it is ready')
         if self._seeking.asks:
             self.gauge.understand()
         if self.run.policy.wants_others and not self.was_ready:
@@ -12026,12 +12056,12 @@ class Worker:
 
     def on_stage_failed(self, _stage_id, why):
         """The machine could not store the files of a stage."""
-        self.contact.lose(f'the files could not be stored there: {why}')
+        self.contact.lose(f'the machine could not store the files: {why}')
 
     def on_others(self, listed=b''):
         """Jobs that other journals claimed; the client's own commands have journals, too."""
         if not self.run.policy.wants_others:
-            raise WireError('it told of jobs of others, unasked')
+            raise WireError('it reported jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
         jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
                          whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
@@ -12052,7 +12082,7 @@ class Worker:
     def on_finished(self):
         """All is tidy there; a farewell of ssh would take 40 ms."""
         if self.state != 'closing':
-            raise WireError('it said that it has finished, unasked')
+            raise WireError('it reported that it has finished, unasked')
         self.state = 'closed'
         self.contact.end()
         if self.client.results:
@@ -12176,7 +12206,7 @@ NO_VISIT = {
               'If no client runs, type the command again that was to start it',
     'begins': 'is about to begin on {at}: try again in a moment',
     'queues': 'waits in the queue of {at}: try again when it runs',
-    'ended': 'has ended on {at}. Its results come to the client that runs; if none runs, type the '
+    'ended': 'has ended on {at}. The client that runs fetches its results; if none runs, type the '
              'command again that started it',
     'lost': 'does not run on {at} any more: the machine was restarted, or the job was killed. Its '
             'client finds that out; if none runs, type the command again that started it',
@@ -12241,7 +12271,7 @@ class Visit:
             raise ResultsError(sentence(f'{self._name} {why}'))
         # It crosses a login shell.
         if word != 'open' or not re.fullmatch(r'/[\w./-]+', path):
-            raise Unreachable(f'{machine.name} said something that cannot be understood.')
+            raise Unreachable(f'{machine.name} sent something that cannot be understood.')
         self._path = path
 
     def run(self, ports):
@@ -12254,8 +12284,8 @@ class Visit:
         if self._told:                  # ssh says 255 then
             return 128 + self._told
         if status == 255 and self._end:         # ssh said so, not the shell
-            raise Unreachable(f'lost contact with {self._machine.name} ({self._why()}). '
-                              f'{self._name} runs on.')
+            raise Unreachable(f'{self._machine.name}: connection lost: {sentence(self._why())} '
+                              f'{self._name} keeps running.')
         return status if status >= 0 else 128 - status
 
     def _run(self, alone=False):
@@ -12301,7 +12331,7 @@ class Visit:
     def _why(self):
         """Return why there is no contact."""
         if not self._end:
-            return f'it gave no answer within {CONNECT_LIMIT_S:.0f} s'
+            return f'no answer within {CONNECT_LIMIT_S:.0f} s'
         status, complaint = self._end
         text = complaint.decode('utf-8', 'replace')
         if self._head.found:
@@ -12455,7 +12485,7 @@ class SyncBack:
             elif os.path.isdir(path) and attempts[name].state == 'running':
                 self._put(worker, attempts[name], path)
         if odd:
-            self._warn(f'{worker.name}: {names_of(odd)} was not asked for, or is a link in the '
+            self._warn(f'{worker.name}: {names_of(odd)} was not requested, or is a link in the '
                        'place of a folder, and was left out', (worker, 'odd'))
 
     def _put(self, worker, attempt, path):
@@ -12670,7 +12700,7 @@ class MachineRunner:
         self._worker.probe()
 
     def measure(self, within_s=0.0):
-        """Ask again what is free, within this many seconds; the answer is measured()."""
+        """Ask for the free resources again, within this many seconds; measured() is the answer."""
         self._worker.measure(within_s)
 
     def close(self):
@@ -12717,7 +12747,7 @@ class MachineRunner:
         """Start the bash command there as soon as its files are.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
-        backward_loc           paths in its folder to bring back; None: what it made or changed
+        backward_loc           paths in its folder to fetch; None: what it made or changed
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         placement              what MachineResources gave it: other batches then count with it
@@ -12788,7 +12818,7 @@ class Answer(NamedTuple):
 
 
 ACTED_UNANSWERED = Answer(error='the client acted on this, and was killed before it could answer. '
-                                'execute_batch … --status tells how the jobs stand.', status=1)
+                                'execute_batch … --status shows the state of the jobs.', status=1)
 
 
 class Inbox:
@@ -12842,7 +12872,7 @@ class Inbox:
                 raise ResultsError(
                     f'process {holder.pid} on {printable(holder.computer)} runs '
                     f'{printable(holder.run)}, and has not answered for {ANSWER_LIMIT_S:.0f} s, so '
-                    'nothing was asked of it. Was it stopped with Ctrl-Z? Try: kill -CONT '
+                    'the request was withdrawn. Was it stopped with Ctrl-Z? Try: kill -CONT '
                     f'{holder.pid}')
             time.sleep(0.02)
 
@@ -12919,7 +12949,7 @@ class Inbox:
         except (ValueError, RecursionError):
             return f'{path} is not JSON'
         if not is_request(request):
-            return f'{path} asks for nothing that is known'
+            return f'{path} is not a request that this version knows'
         return request if request['batch'] == self._batch else None
 
     def _take(self, number, name):
@@ -12931,7 +12961,7 @@ class Inbox:
         return True
 
     def answer(self, number, answer):
-        """Answer a request, which is then gone; return what is wrong if that cannot be done."""
+        """Answer a request, which is then gone; return the error if that cannot be done."""
         if number not in self._results.journal.answered:
             self._results.journal.write(event='answered', id=number)
         try:
@@ -12993,7 +13023,7 @@ class Editions:
                 after = before
             changed |= paths
             later[forwards] = self._newest[forwards._replace(edition=0)] = after
-        notes = [f'{"it gets" if len(jobs) == 1 else "they get"} the files of now; changed since '
+        notes = [f'{"it gets" if len(jobs) == 1 else "they get"} the current files; changed since '
                  f'the batch began: {names_of(sorted(map(printable, changed)))}'
                  ] if changed else []
         return [job._replace(forwards=later[job.forwards]) for job in jobs], notes
@@ -13034,7 +13064,7 @@ class Desk:
             answer = self._act(number, request)
             trouble = self._inbox.answer(number, answer)
             if trouble:
-                self._report.note(f'a request was acted on, and cannot be answered: {trouble}')
+                self._report.note(f'a request was carried out, but cannot be answered: {trouble}')
             when = f', asked at {clock_of(int(number[:20]) / 1e9, time.time())}' if (
                 self._is_old(number)) else ''
             self._tell(f'asked by another command{when}', answer)
@@ -13056,7 +13086,7 @@ class Desk:
         if number in self._results.journal.answered:
             return ACTED_UNANSWERED
         if request['action'] in ('change', 'give back') and self._is_old(number):
-            return Answer(error='this command was typed later, so that one is not acted on.',
+            return Answer(error='this command was typed later, so the earlier one is ignored.',
                           status=1)
         action = {'cancel': self._cancel, 'rerun': self._rerun, 'rerun failed': self._rerun_failed,
                   'change': self._change, 'give back': self._give_back,
@@ -13104,7 +13134,7 @@ class Desk:
                 'waiting': 'cancelled; it had not started',
                 'running': f'is being stopped on {machine}',
                 'stopping': f'is being stopped on {machine}',
-                'away': f'is stopped when there is contact with {machine} again',
+                'away': f'is stopped when {machine} is connected again',
                 'elsewhere': f'may run on {machine}, and is stopped by the next run that uses it',
             }.get(word, 'was cancelled before' if before else 'has ended')
         run.wishes.cancel({name for name in names if places.get(name, ('fetching',))[0] not in (
@@ -13184,7 +13214,7 @@ class Desk:
             what = ('and its jobs stop and start elsewhere' if now else
                     'and its jobs run to their end') if left else 'and none of its jobs runs'
             when = '' if worker.state == 'ready' or not (now and left) else (
-                ' when there is contact again')
+                ' when the machine is connected again')
             yield f'{worker.name}: gets no more jobs, {what}{when}'
         if not run.scheduler.resources and run.scheduler.waits:
             yield (f'no machine is left for {count_of(run.scheduler.waits, "job")}. The same '
@@ -13286,8 +13316,8 @@ class Desk:
         if needy and not self._run.policy.want_gpus:
             raise UsageError(
                 f'{names_of(needy)} needs a GPU, and no job of the batch did when it began, so the '
-                'machines were not asked for their GPUs. Ctrl-C and d leaves the batch; then type '
-                'the same command again')
+                'machines were not asked for their GPUs. Press Ctrl-C and d to leave '
+                'the batch, then type the same command again')
 
 
 class Edit(NamedTuple):
@@ -13392,7 +13422,7 @@ def failed_jobs(plan, failures=()):
 
 
 def runs_again(kept):
-    """Return what is said of a job that runs again; kept: the name of its earlier results."""
+    """Return the message for a job that runs again; kept: the name of its earlier results."""
     return 'runs again' + (f'; its earlier results are {kept}' if kept else '')
 
 
@@ -13401,7 +13431,7 @@ def runs_again(kept):
 def ask_here(argv, feed=None, env=None, limit_s=None):
     """Run a program here; return (its exit status, its stdout, its stderr as text).
 
-    limit_s: it is ended after so many seconds
+    limit_s: it is stopped after this number of seconds
     """
     said, ended = bytearray(), []
     processes = Processes()
@@ -13494,9 +13524,9 @@ LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
 def what_became(past):
     """Yield (head, text) of how a job ended, and when."""
     claimed, ended, now = past.claimed, past.ended, time.time()
-    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost it',
+    states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost the job',
               'queued': 'waits in the queue of a cluster',
-              'stopping': 'was told to stop, and is not known to have ended',
+              'stopping': 'was told to stop, and may still run',
               'cancelled': 'was cancelled'}
     text = states.get(past.state, '')
     if ended:
@@ -13635,7 +13665,7 @@ class Rebuilt:
             os.makedirs(os.path.join(self._folder, path), exist_ok=True)
         if changed:
             self.unlike.append(f'{names_of(changed)} changed since, and no copy was kept: the job '
-                               'gets what is there now')
+                               'gets the current files')
         if missing:
             is_gone, it = ('is gone', 'it') if len(missing) == 1 else ('are gone', 'them')
             self.unlike.append(f'{names_of(missing)} {is_gone}, and no copy was kept: the job '
@@ -13737,7 +13767,7 @@ def other_files(past, again, sent):
     then, now = (sent.get(one.claimed.get('files')) for one in (past, again))
     if again.claimed.get('files') != past.claimed.get('files'):
         names = now.changed(then) if now and then else ()
-        yield f'files: {names_of([*map(printable, names)]) or "it is not known which"}'
+        yield f'files: {names_of([*map(printable, names)]) or "unknown"}'
 
 
 def tell_likeness(past, name, unlike, sent, reporter):
@@ -13790,7 +13820,7 @@ def execute_batch(argv):
         return tell_answer(answer, reporter)
     if reruns and not options['--machines']:
         raise UsageError(f'no client runs {name}, so this command starts one: --machines is '
-                         f'missing.{HERE_TOO}')
+                         f'missing.{HERE_TOO.format("--machines")}')
     check_machines(options, 'batch')
     check_syntax(options['<batch>'], jobs)
     check_hooks(options)
@@ -13921,7 +13951,7 @@ def read_settings(options):
 
 
 def read_keep_files(options):
-    """Return how many bytes of what is sent may be kept in job_results."""
+    """Return how many bytes of the sent files may be kept in job_results."""
     return int(options.size_mb('--keep-files', least=0) * 2**20)
 
 
@@ -14167,7 +14197,7 @@ def begin_batch(run, files, lines):
 
 
 def finish_batch(run, view, reporter, has_work):
-    """Run what is left of a batch; return the exit status."""
+    """Run the rest of a batch; return the exit status."""
     view.begin()
     try:
         if has_work:
@@ -14287,7 +14317,7 @@ def cancel_alone(results, batch, named, reporter, words=None, before=None, chose
 
 
 def cancel_claimed(run, claimed, named, reporter):
-    """End what an earlier run has started; say what became of each job; return the exit status.
+    """Stop the jobs of an earlier run; report the state of each; return the exit status.
 
     claimed: {job name: what the journal knows of it}; named: {job name: Job} of the batch file
     """
@@ -14311,12 +14341,13 @@ def cancel_claimed(run, claimed, named, reporter):
     left = 0
     for name, known in claimed.items():
         state = journal.record(name)['state'] if name not in unsure else ''
-        what = {'collected': 'had ended, and is collected', 'cancelled': 'ended',
+        what = {'collected': 'had ended, and is collected', 'cancelled': 'stopped',
                 'lost': 'did not run'}.get(state)
         left += what is None
-        reporter.line(f'{name}: {what or "not known to have ended"}, on '
+        reporter.line(f'{name}: {what or "may still run"}, on '
                       f'{known.get("where") or known["machine"]}')
-    reporter.line(f'cancelled: {count_of(len(claimed), "job")}, {left} not known to have ended')
+    may_run = f', {left} may still run' if left else ''
+    reporter.line(f'cancelled: {count_of(len(claimed), "job")}{may_run}')
     return 130 if run.interrupts > 1 else 1 if left else 0
 
 
@@ -14350,7 +14381,7 @@ def wait_for_batch(call, reporter):
     first = results.lock.holder
     if first and first.run == name and first.lives is None:
         raise ResultsError(f'{name} was started on {printable(first.computer)} (process '
-                           f'{first.pid}): wait there.')
+                           f'{first.pid}): wait on that computer.')
     now = first
     while now and now.run == name and now.lives and now.pid == first.pid:
         time.sleep(WATCH_S)
@@ -15000,7 +15031,7 @@ def execute_remote(argv):
         raise UsageError(f'{" and ".join(sorted(named))}: give one of them.')
     by_name = named - {'--job-name'}
     if not by_name and not options['--machine']:
-        raise UsageError(f'--machine is missing: on which machine?{HERE_TOO}')
+        raise UsageError(f'--machine is missing.{HERE_TOO.format("--machine")}')
     if options['--machine']:
         words = [*machine_words([options['--machine']])]        # @file may be such a one, too
         refuse_more_machines(words)
@@ -15210,7 +15241,7 @@ class CommandOrder:
             raise ResultsError(f'no job {name} was started from this folder: job_results knows '
                                'nothing of it.')
         if not self._by_name and known and known['command'] != options['<command>']:
-            raise ResultsError(f'the job {name} is there, with another command: '
+            raise ResultsError(f'the job {name} exists, with another command: '
                                f'{printable(known["command"])}. Choose another --job-name, or '
                                'delete its results and job_results/.ssh_scheduler/commands/'
                                f'{name}.')
@@ -15409,7 +15440,7 @@ class CommandOrder:
         if not surely:
             self._report.unconfirmed(machine, self._name)
             return 1
-        self._report.note(f'{self._name}: ended on {machine}. Partial results are in '
+        self._report.note(f'{self._name}: stopped on {machine}. Partial results are in '
                           f'{self._results.inner}/cancelled')
         return 0
 
@@ -15437,22 +15468,22 @@ class CommandOrder:
         return TRANSPORT_FAILED if reporter.trouble else 0
 
     def _exit_status(self, run, worker):
-        """Return the exit status, and say what is not as it should be."""
+        """Return the exit status, and report what went wrong."""
         name, options = self._name, self._options
         if run.interrupts:
             return 130
         if self._streams.nobody_reads:
             return self._unread()
         if self._lacks_terminal:
-            self._report.note(f'{name}: no terminal could be had on {worker.name}.')
+            self._report.note(f'{name}: {worker.name} has no free terminal.')
             return TRANSPORT_FAILED
         word, what = run.fleet.standing[worker].outcome or ('started', 0)
         if word == 'lost' and self._results.journal.record(name)['state'] == 'ended':
-            what = (f'lost contact with {worker.name} ({what}). The job has ended, and its results '
-                    f'are there; execute_remote --attach={name} fetches them')
+            what = (f'{worker.name}: connection lost: {sentence(what)} The job has ended; '
+                    f'execute_remote --attach={name} fetches its results')
         elif word == 'lost':
-            what = (f'lost contact with {worker.name} ({what}). The job goes on there; '
-                    f'execute_remote --attach={name} shows it')
+            what = (f'{worker.name}: connection lost: {sentence(what)} The job keeps running; '
+                    f'execute_remote --attach={name} shows its output')
         elif word == 'unreachable':
             what = f'{worker.name} cannot be used: {what}'
         if options['--cancel']:
@@ -15795,7 +15826,7 @@ def as_yaml(value):
 
 
 def query_machines(argv):
-    """Show what is free on machines; return the exit status."""
+    """Show the free resources of machines; return the exit status."""
     options = read_options(QUERY_MACHINES_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_machines(options)
@@ -15890,7 +15921,7 @@ def json_lines(workers, allocation):
 
 
 def queue_as_json(queue):
-    """Return what is known of a cluster as a JSON object."""
+    """Return all facts of a cluster as a JSON object."""
     running, waiting = queue.own_jobs
     return {'engine': queue.engine, 'own_jobs_running': running, 'own_jobs_waiting': waiting,
             'max_jobs': queue.max_jobs, 'partitions': [
@@ -16031,7 +16062,7 @@ def shorten(text, width, end=0):
 
 
 def machine_sum(workers, allocation):
-    """Return the last line of the table: how many machines answer, and what is free in all."""
+    """Return the last line of the table: how many machines answer, and all free resources."""
     answering = [worker.capacity for worker in workers if worker.state == 'ready']
     ready = [have for have in answering if not have.queue]
     gpus = [gpu for have in ready for gpu in have.gpus]
@@ -16075,7 +16106,7 @@ def check_surroundings():
     try:
         os.getcwd()
     except OSError:
-        raise SchedulerError('the current folder is not there any more: cd to another.') from None
+        raise SchedulerError('the current folder was removed: cd to another folder.') from None
     if sys.getfilesystemencoding() != 'utf-8':      # else names and commands had other bytes there
         raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
 
@@ -16251,7 +16282,7 @@ def main(argv=None):
 #   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
 #                           why, in words, and when it expects to; each may be empty
 #   unfit NEED WHY          the engine refuses jobs with this need
-#   full WHY                the engine takes no more jobs before one of ours has ended
+#   full WHY                the engine takes no more jobs before one of this account has ended
 #   held KEY                a job did not start, since others leave no room, or the engine none
 #   refused KEY WHY         a job did not start
 #   absent KEY              a job never began, and never will
@@ -16410,7 +16441,7 @@ explain_full() {            # REPLY: the complaint $1, and what else than bytes 
   while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
   IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
   REPLY=$1
-  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk there is full)'
+  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk of the machine is full)'
   [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
   [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
 }
@@ -16589,10 +16620,10 @@ load_environment() {        # fills environment, for `enter`; tells where a part
     return
   fi
   if [[ ! -s $name ]]; then
-    say_text note 'the login shell did not give its environment in time'
+    say_text note 'the login shell did not report its environment in time'
     name=/proc/$$/environ
   elif IFS= read -r entry <"$run/login.silent"; then
-    say_text note "the login shell did not give its environment: a start file of $entry ends it, \
+    say_text note "the login shell did not report its environment: a start file of $entry ends it, \
 or starts another program. So jobs have the environment of a command over ssh"
   fi
   read_environment "$name"
@@ -16918,7 +16949,7 @@ probe() {                   # says what is here and free, if $1 is not empty, th
     measure
   fi
   for word in find tar; do type -P "$word" >/dev/null || missing+=("$word"); done
-  ((${#missing[@]} == 0)) || say_text broken "this program is missing there: ${missing[*]}"
+  ((${#missing[@]} == 0)) || say_text broken "these programs are missing: ${missing[*]}"
   type -P rsync >/dev/null && rsync=1 || rsync=0
   say_text ready "$home" "$rsync"
 }
@@ -17072,7 +17103,7 @@ start_pending() {           # starts the jobs that were asked for since the last
       beside ask_about "$key"
     else
       complaint
-      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
       say_text refused "$key" "$REPLY"
       release
     fi
@@ -17276,7 +17307,7 @@ run_job() {                 # for work: runs the job $key; fails if the worker c
     launch
     [[ ! $mode$limit ]] || end_keepers
   else
-    printf 'ssh-scheduler: its files could not be copied into the job folder\n' >>"$file.err"
+    printf 'ssh-scheduler: the files of the job could not be copied into its folder\n' >>"$file.err"
     has=none
   fi
   status=${status:-125}
@@ -17365,7 +17396,7 @@ keep_time() {               # for run_job: sets watchdog, which ends the job as 
     trap '' TERM
     exec {quiet}<>"$pipe" {left}<&- {orders}<&- {input}<&-
     read -r -t "$limit" <&"$quiet"      # nothing ever comes
-    printf 'ssh-scheduler: ended after %s s, its time limit\n' "$limit" >>"$file.err"
+    printf 'ssh-scheduler: stopped after %s s, its time limit\n' "$limit" >>"$file.err"
     mkdir -p -- "$file.more"
     : >"$file.more/late"
     end_jobs 5 "$key"
@@ -17440,7 +17471,7 @@ list_results() {            # for conclude: what the job left; if that cannot be
   fi
   eval "listed=($paths)"
   ! list_back "$folder" "$stage" "$file.back" "${listed[@]}" || return
-  printf 'note\t%s: the disk there is full; what it wrote may not be whole\n' "${key%.*}" \
+  printf 'note\t%s: the disk of the machine is full; its output may be incomplete\n' "${key%.*}" \
     1<>"$run/events"
   # The claims lie in memory.
   list_back "$folder" "$stage" "$claims/$project.$key.back" "${listed[@]}" || ((status)) ||
@@ -17660,7 +17691,7 @@ ask_about() {               # says how the jobs $@ stand, which were begun befor
   done
   end_processes 5 "${lost[@]}"          # what they started may live, and they may be started again
   for key in "${lost[@]}"; do
-    say_text lost "$key" "${why[$key]-it ended without a record of how}"
+    say_text lost "$key" "${why[$key]-the job ended without an exit code}"
   done
 } 2>/dev/null
 
@@ -17671,8 +17702,8 @@ is_told() {                 # for ask_about: says how the job $key stands; fails
     ended) say_recorded_end "$key" ;;
     lost) lost+=("$key") ;;
     queued)
-      say_text broken "jobs are here that the engine of a cluster has queued: give the machine \
-file its line \`engine:\` again" ;;
+      say_text broken "this folder has jobs in the queue of a cluster: put into the machine \
+file the line \`engine:\` again" ;;
     starting)
       if [[ $value != *" $boot_id" ]]; then
         why[$key]='the machine was restarted'
@@ -17938,7 +17969,7 @@ record_killed() {           # records the end of the job $1, of which nobody els
   local key=$1 file=$home/jobs/$1 word value more folder
   read_record "$file"
   if [[ $word != ended ]]; then         # nobody else was faster
-    echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+    echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
     # all: what was sent is not known any more
     [[ ! $folder ]] || (list_back "$folder" '' "$file.back" .)
     value=137
@@ -17978,13 +18009,13 @@ end_processes() {           # end_jobs without a record: ends all that the jobs 
 say_killed() {              # for end_processes: in the streams of the jobs, before they can end
   local key
   for key in "${workers[@]}"; do
-    echo 'ssh-scheduler: it did not end when it was told to, and was killed' \
+    echo 'ssh-scheduler: the job did not stop after SIGTERM, and was killed' \
       >>"$home/jobs/$key.err"
   done
 }
 
 # Processes are told to end in the order in which they began: a shell that hears of it after its
-# child has ended goes on to its next command.  Not with a SIGSTOP first: if the runner died in
+# child has ended continues with its next command.  Not with a SIGSTOP first: if the runner died in
 # between, they would stand for ever.
 find_living() {             # living: the pids of what the jobs $@ started, but not their workers
   local pid key index since=()          # by start time and pid
@@ -18657,11 +18688,11 @@ look_at_engine() {          # once the environment is known: is the engine there
   missing=$(enter /bin/sh -c 'for p; do command -v "$p" >/dev/null || echo "$p"; done' sh \
     "${engine_programs[@]}" | tr '\n' ' ')
   if [[ $missing ]]; then
-    say_text broken "its engine is not there: ${missing% } cannot be found in the PATH of a login"
+    say_text broken "its engine is missing: ${missing% } is not in the PATH of a login"
     return
   fi
   warn_of_disk
-  engine_look || say_text note "$engine_name does not answer: ${answer:-it said nothing}"
+  engine_look || say_text note "$engine_name does not answer: ${answer:-it printed nothing}"
   is_looked_at=1
   say_unfit "${wanted[@]}"
   wanted=()
@@ -18672,7 +18703,7 @@ warn_of_disk() {            # where its type tells that nodes do not see the fol
   kind=$(stat -f -c %T -- "$dir") || return
   case $kind in
     tmpfs | ramfs | overlayfs)
-      say_text note "its workdir is on a file system of this login node alone ($kind): let \
+      say_text note "the nodes cannot see the workdir, a $kind of this login node: let \
 \`workdir\` be a folder that the nodes see, too" ;;
   esac
 } 2>/dev/null
@@ -18698,7 +18729,7 @@ start_pending() {           # queues the jobs that were asked for since the last
       beside ask_about "$key"
     else
       complaint
-      [[ ! -e $file ]] || REPLY='a job of that name is there, with another command'
+      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
       say_text refused "$key" "$REPLY"
     fi
   done
@@ -18960,7 +18991,8 @@ say_silence() {             # after a while without an answer
   [[ -e $run/silent ]] || : >"$run/silent"
   is_younger "$run/silent" "$SILENCE_S" || [[ -e $run/silent.said ]] || {
     : >"$run/silent.said"
-    say_text note "$engine_name does not answer. Its jobs stay as they are, and it is asked again"
+    say_text note "$engine_name does not answer. Its jobs keep running or waiting, \
+and the queries are repeated"
   }
 }
 
@@ -19048,7 +19080,7 @@ judge_unseen() {            # for judge: it has not begun, and waits nowhere
     [[ -e $more/unsure ]] && is_younger "$more/unsure" "$((2 * engine_timeout))" && return
     { IFS= read -r said <"$more/unsure"; read -r tries <"$more/tries"; }
     if ((tries >= 3)) && ! engine_is_silent "$said"; then
-      refuse_queued "$engine_name refuses it: $said"
+      refuse_queued "$engine_name refuses the job: $said"
     else
       echo "$((tries + 1))" >"$more/tries"
       submit
@@ -19095,15 +19127,15 @@ settle() {                  # for judge: says how the job ended, of which there 
   esac
   [[ $by != - ]] || by=
   case $fate in
-    ended) end_untold "$code" "$engine_name tells its exit status; it left no record itself" ;;
+    ended) end_untold "$code" "$engine_name reports this exit code; the job left no record" ;;
     killed) end_untold 137 'its shell on the node was killed' ;;
-    memory) end_untold 137 "its memory ran out: $because" ;;
-    time) end_untold 124 "it ran up to the time limit of the cluster" ;;
-    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    memory) end_untold 137 "the job ran out of memory: $because" ;;
+    time) end_untold 124 "the job reached the time limit of the cluster" ;;
+    cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
     preempted) lose_queued preempted 'another job took its place' ;;
-    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
     node_failed) lose_queued lost "the node $node failed" ;;
-    *) lose_queued lost "$engine_name knows nothing of it any more" ;;
+    *) lose_queued lost "$engine_name does not know the job any more" ;;
   esac
 }
 
@@ -19115,13 +19147,13 @@ settle_unbegun() {          # for settle: the job $key has not begun, and the en
         say "absent"$'\t'"$key"
         give_up_queued
       else
-        end_untold 143 "it was cancelled${by:+ by $by} before it began"
+        end_untold 143 "the job was cancelled${by:+ by $by} before it began"
       fi ;;
-    unstarted) without_node "the node $node could not start it: $because" ;;
+    unstarted) without_node "the node $node could not start the job: $because" ;;
     unwritable)
       without_node "the node $node cannot write in ${home%/*}: let \`workdir\` be a folder that \
 the nodes see" ;;
-    *) refuse_queued "$engine_name ended it before it began${because:+: $because}" ;;
+    *) refuse_queued "$engine_name removed the job before it began${because:+: $because}" ;;
   esac
 }
 
@@ -19133,10 +19165,10 @@ settle_told() {             # for judge: its script was told to end it: why?
   code=${file##*.ended.} code=${code%%.*}
   case $fate in
     alive) return 0 ;;
-    time) end_untold 124 'it ran up to the time limit of the cluster' ;;
-    cancelled) end_untold 143 "it was cancelled${by:+ by $by}" ;;
+    time) end_untold 124 'the job reached the time limit of the cluster' ;;
+    cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
     preempted) lose_queued preempted 'another job took its place' ;;
-    requeued) lose_queued preempted 'it was put back into the queue after it had begun' ;;
+    requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
     node_failed) lose_queued lost "the node $node failed" ;;
     *) end_untold "$code" ;;
   esac
@@ -19220,7 +19252,7 @@ ask_about() {               # says how the jobs $@ stand, which were queued befo
     case $word in
       revoked) say "absent"$'\t'"$key" ;;
       ended) say_recorded_end "$key" ;;
-      lost) say_text lost "$key" 'it ended without a record of how' ;;
+      lost) say_text lost "$key" 'the job ended without an exit code' ;;
       *)
         { read -r owner _ <"$more/begun"; } 2>/dev/null
         if [[ $owner && $owner != cancel ]]; then
@@ -19460,7 +19492,7 @@ freeze_record() {           # how it ended is for the runner to write, when it h
 end_unrecorded() {          # for run_on_node: its worker was killed
   [[ ! $told ]] || { status=143 wall=0 used=0; return; }
   status=137 wall=0 used=0
-  echo 'ssh-scheduler: it was killed with its whole process group' >>"$file.err"
+  echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
   [[ -e $file.back ]] || (list_back "$folder" '' "$file.back" .)
 }
 
@@ -19678,15 +19710,15 @@ engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, 
     None | '') ;;
     Resources) REPLY='no room now' ;;
     Priority) REPLY='others first' ;;
-    Dependency) REPLY='an older one of that name is not over' ;;
-    BeginTime) REPLY='not before its time' ;;
-    JobHeldUser) REPLY='you hold it' ;;
-    JobHeldAdmin) REPLY='an administrator holds it' ;;
+    Dependency) REPLY='an older job of that name has not ended' ;;
+    BeginTime) REPLY='its start time is later' ;;
+    JobHeldUser) REPLY='you hold the job' ;;
+    JobHeldAdmin) REPLY='an administrator holds the job' ;;
     PartitionTimeLimit) REPLY='it asks for more time than the partition allows' ;;
-    PartitionConfig | BadConstraints) REPLY='it can never run here' ;;
+    PartitionConfig | BadConstraints) REPLY='the job can never run here' ;;
     PartitionDown | PartitionInactive) REPLY='the partition is down' ;;
     ReqNodeNotAvail* | 'Nodes required'*) REPLY='nodes are down or reserved' ;;
-    'launch failed'*) REPLY='the node could not start it' ;;
+    'launch failed'*) REPLY='the node could not start the job' ;;
     QOSMax*PerUser* | AssocMaxJobsLimit | AssocGrp* | QOSGrp* | MaxJobsPer*)
       REPLY="your account may use no more now ($2)" ;;
     Licenses) REPLY='no license is free' ;;
@@ -19879,7 +19911,7 @@ write_rc() {                # for write_shell: what the shell reads first
   [[ ! -e $to_read ]] || printf 'export BASH_ENV=%q; . "$BASH_ENV"\n' "$to_read"
   printf 'if [[ $- == *i* ]]; then\nPS1=%q$PS1\n' "(${key%.*}) "
   printf 'ssh_scheduler_tell() {\n[[ ! -e /proc/%s ]] || return 0\n' "$process"
-  printf 'echo %q\n' "ssh-scheduler: ${key%.*} has ended; files that are made here now are lost"
+  printf 'echo %q\n' "ssh-scheduler: ${key%.*} has ended; files that are made here now will be lost"
   printf 'PROMPT_COMMAND=${PROMPT_COMMAND#ssh_scheduler_tell;}\n}\n'
   printf 'PROMPT_COMMAND="ssh_scheduler_tell;${PROMPT_COMMAND-}"\nfi\n'
 }

@@ -81,7 +81,7 @@ def test_the_line_that_is_not_utf8_is_named(data, line):
 def test_the_line_with_a_nul_is_named(data, line):
     with pytest.raises(BatchFileError) as caught:
         text_of(data)
-    assert str(caught.value) == f'-, line {line}: there is a NUL character.'
+    assert str(caught.value) == f'-, line {line}: this line has a NUL character.'
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_command():
@@ -206,7 +206,8 @@ def batch_of(run_cli, project, text, *words):
 def test_what_bash_refuses_is_named_before_anything_starts(run_cli, project, text, lines, words):
     done = batch_of(run_cli, project, text)
     assert (done.returncode, done.stdout) == (2, ''), done.stderr
-    assert done.stderr.startswith(f'execute_batch: batch.sh, {lines}: bash refuses this: {words}')
+    assert done.stderr.startswith(
+        f'execute_batch: batch.sh, {lines}: bash refuses this command: {words}')
     assert 'Each line runs by itself: write an if, a loop or a function on one line' in done.stderr
     assert [path.name for path in project.iterdir()] == ['batch.sh']
 

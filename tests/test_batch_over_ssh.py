@@ -95,8 +95,8 @@ def test_a_rerun_skips_what_is_done_and_says_so(batches, run_cli, lab1):
     assert (again.returncode, result('batch.sh.1')) == (1, b'one\n')
     status = run_cli('execute_batch', 'batch.sh', '--status')
     lines = status.stdout.splitlines()
-    assert re.fullmatch(rf'\.2 +failed 3  {lab1.yaml()} GPU \d +\d+s +exit 3 +exit code 3, nothing '
-                        'said', lines[3])
+    assert re.fullmatch(rf'\.2 +failed 3  {lab1.yaml()} GPU \d +\d+s +exit 3 +exit code 3, empty '
+                        'stderr', lines[3])
     assert (status.returncode, lines[-1]) == (
         1, '2 jobs: 1 finished, 1 failed, 0 on a machine, 0 waiting')
 

@@ -181,7 +181,7 @@ case $last in *incoming*) cd "$last"work.* && mv b B; esac    # B came, then b a
     warned = sorted(line for line in done.stderr.splitlines() if 'WARNING' in line)
     (line,) = warned
     assert line.startswith('WARNING: batch.sh.1: B, b could not be fetched: the file system here '
-                           'takes names for the same that differ in case only. It is kept on ')
+                           'does not distinguish names that differ in case only. It is kept on ')
     assert sorted(path.name for path in (RESULTS / 'batch.sh.1').iterdir()) == ['c']
     folder = Path(warned[0].rpartition(', in ')[2])
     assert [(folder / name).read_text() for name in 'Bb'] == ['1\n', '2\n']

@@ -769,7 +769,7 @@ def test_two_runs_at_once_wait_for_each_other(here):
     fcntl.flock(holder, fcntl.LOCK_EX)
     second = subprocess.Popen([sys.executable, PROGRAM, 'dest', 'src'], stdout=subprocess.PIPE,
                               text=True)
-    assert second.stdout.readline() == 'waiting: another combine_folders is at work in dest\n'
+    assert second.stdout.readline() == 'waiting: another combine_folders works in dest\n'
     assert os.listdir('dest') == []
     os.close(holder)
     assert second.stdout.read().startswith('combined: 20 files')
@@ -954,7 +954,7 @@ def test_a_dest_that_appears_meanwhile_is_not_replaced(here, monkeypatch):
     make('src', {'f': 'ours'})
     monkeypatch.setattr(module.WritePass, 'run',
                         lambda self: (make('dest', {'f': 'theirs'}), WRITE(self)))
-    with pytest.raises(Stopped, match='dest has appeared meanwhile'):
+    with pytest.raises(Stopped, match='dest appeared meanwhile'):
         combine_folders('dest', 'src')
     assert read('dest') == {'f': b'theirs'}
 
@@ -962,11 +962,11 @@ def test_a_dest_that_appears_meanwhile_is_not_replaced(here, monkeypatch):
 # ---- Paths that cannot be combined ----
 
 @pytest.mark.parametrize(('words', 'sentence'), [
-    ('dest missing', 'the source missing is not there.'),
+    ('dest missing', 'the source missing does not exist.'),
     ('dest file', 'the source file is not a folder.'),
     ('file src1', 'file is not a folder.'),
-    ('no/dest src1', 'no/dest is not there.'),
-    ('dangling src1', 'dangling is not there.'),
+    ('no/dest src1', 'no/dest does not exist.'),
+    ('dangling src1', 'dangling does not exist.'),
     ('dest src1 src1', 'the source src1 is the same folder as src1.'),
     ('dest src1 src2 ./src1/', 'the source ./src1/ is the same folder as src1.'),
     ('dest src1 alias', 'the source alias is the same folder as src1.'),
@@ -1022,7 +1022,7 @@ def test_a_source_that_is_also_elsewhere_through_a_bind_mount(tmp_path):
 def test_leftovers_in_a_source_are_refused(here):
     name = module.temporary_name('x')
     make('src', {f'd/{name}': 'half'})
-    with pytest.raises(Refused, match='what a killed combine_folders left'):
+    with pytest.raises(Refused, match='was left by a killed combine_folders'):
         combine_folders('dest', 'src')
     os.unlink(f'src/d/{name}')
 
@@ -1097,7 +1097,7 @@ def test_a_command_line_says(line, words, options):
     ('dest a --zebra', 'unknown option --zebra.'), ('dest a -x', 'unknown option -x.'),
     ('dest a --excude=x', 'unknown option --excude (did you mean --exclude?).'),
     ('dest a --exclude', '--exclude needs a value.'), ('dest a --link=1', '--link takes no value.'),
-    ('dest a --on-conflict rename --on-conflict error', '--on-conflict is there twice.'),
+    ('dest a --on-conflict rename --on-conflict error', '--on-conflict is given twice.'),
     ('dest a --on-conflict keep', "--on-conflict must be error or rename, not 'keep'."),
     ('dest a --exclude [z-a]', '--exclude: not a pattern: bad character range z-a'),
 ])
@@ -1122,7 +1122,7 @@ def test_the_usage_text_and_the_function_have_the_same_options():
 def test_an_excluded_word_too_many_is_a_source_that_is_not_there(here):
     make('src', {'f': ''})
     assert call('dest', 'src', '--exclude', '*.a', '*.b')[1:] == (
-        'combine_folders: the source *.b is not there. Each --exclude takes ONE pattern.\n', 2)
+        'combine_folders: the source *.b does not exist. Each --exclude takes ONE pattern.\n', 2)
 
 
 @pytest.mark.parametrize(('pattern', 'left'), [
@@ -1347,7 +1347,7 @@ def test_a_user_s_own_files_are_no_bookkeeping(here):
     (['job_results/b.sh.1', 'job_results/notes.txt'],
      'the source job_results/notes.txt is not a folder.'),
     (['job_results/b.sh.1', 'job_results/none.out'],
-     'the source job_results/none.out is not there.')])
+     'the source job_results/none.out does not exist.')])
 def test_what_is_no_stream_is_still_named(here, words, sentence):
     make('job_results', {**RESULTS, **KEPT, 'notes.txt': ''})
     make('.', {'own.out': ''})

@@ -494,7 +494,7 @@ def test_detach_sends_files_and_attach_brings_results(run, lab1, project, gate):
 
 
 def ended_note(name, machine):
-    return (f'{name}: ended on {word(machine)}. Partial results are in '
+    return (f'{name}: stopped on {word(machine)}. Partial results are in '
             f'job_results/.ssh_scheduler/commands/{name}/cancelled')
 
 
@@ -576,7 +576,7 @@ def test_cancel_while_a_client_has_it(run, start, lab1, gate, how):
     client.until(b'one\n')
     done = run(None, None, '--cancel', 'far')
     assert (done.status, done.notes) == (0, [
-        f'far: process {client.process.pid} runs it, and is told to cancel',
+        f'far: cancelling: process {client.process.pid} runs it',
         ended_note('far', lab1)])
     assert client.end().status == 130
     assert_clean(lab1)
@@ -748,7 +748,7 @@ def test_another_command_of_the_same_name_is_refused(start, run, lab1, gate):
     first.kill()
     done = run(lab1, 'echo other', '--job-name', 'name')
     assert (done.status, done.out) == (2, b'')
-    assert 'the job name is there, with another command: echo one' in done.notes[0]
+    assert 'the job name exists, with another command: echo one' in done.notes[0]
     gate.open('a')
     assert run(lab1, command, '--job-name', 'name').status == 0
     assert run(lab1, 'echo other', '--job-name', 'name').status == 2
@@ -864,7 +864,7 @@ def test_a_second_interrupt_stops_waiting(start, lab, gate):
     running.signal(signal.SIGTERM)      # of one kind, two at once would be one
     done = running.end()
     assert (done.status, time.monotonic() - began < 8) == (130, True)
-    assert 'could not be confirmed to have ended' in done.notes[-1]
+    assert 'may still run on' in done.notes[-1]
     machine.thaw()
 
 
@@ -879,7 +879,7 @@ def test_contact_that_is_lost_while_results_are_fetched(start, lab, outside):
     done = running.end()
     assert (done.status, done.out, result('held')) == (3, b'out\n', b'out\n'), str(done)
     assert (RESULTS / 'held/made').read_text() == 'made\n'
-    assert any('in contact again' in line for line in done.notes)
+    assert any('connected again' in line for line in done.notes)
     assert_clean(machine)
 
 
@@ -946,7 +946,7 @@ def test_what_outlives_its_command_is_named(run, machine, ledger, gate):
     pid = int(ledger.read_text())
     try:
         assert (done.status, done.out) == (3, b'done\n')
-        assert done.notes == [f'{word(machine)}: daemon ended, but what it started goes on there: '
+        assert done.notes == [f'{word(machine)}: daemon has ended, but it left processes running: '
                               f'sleep ({pid})']
         assert rig.read_proc(pid, 'comm') == b'sleep\n'
     finally:
@@ -1007,14 +1007,15 @@ def test_a_link_that_breaks_is_said_and_the_job_goes_on(start, run, host, gate, 
     getattr(machine, fault)()
     done = running.end()
     assert (done.status, done.out) == (125, b'one\n')
-    assert re.fullmatch(r'cut: lost contact with lab \(.*\). The job goes on there; '
-                        r'execute_remote --attach=cut shows it\.', done.notes[-1]), done.notes
+    assert re.fullmatch(r'cut: lab: connection lost: .* The job keeps running; '
+                        r'execute_remote --attach=cut shows its output\.',
+                        done.notes[-1]), done.notes
     if fault == 'power_off':
         machine.power_on()
         machine.run('true')
         done = run(file, command, '--job-name', 'cut')
         assert (done.status, done.out) == (125, b'')
-        assert 'cut: it is gone: the machine was restarted.' in done.notes[-1]
+        assert 'cut: the job is gone: the machine was restarted.' in done.notes[-1]
         return
     machine.restore()
     gate.open('a')
@@ -1096,10 +1097,10 @@ def test_what_a_machine_with_one_session_cannot_do_is_said(run, lab, tmp_path):
     with open(tmp_path / 'in', 'rb') as file:
         done = run(machine, 'cat', '--stdin', '--job-name', 'fed', stdin=file)
     assert done.status == 143
-    assert 'WARNING: fed: its input could not be passed on' in done.notes[0]
+    assert 'WARNING: fed: its input could not be sent' in done.notes[0]
     done = run(machine, 'cat', '--tty', '--job-name', 'tty')
     assert (done.status, done.notes[-1]) == (
-        125, f'tty: no terminal could be had on {machine.yaml()}.')
+        125, f'tty: {machine.yaml()} has no free terminal.')
     wait_until(lambda: not machine.processes(), 'its end')
 
 
@@ -1185,7 +1186,7 @@ def test_a_terminal_that_is_cut_off(terminal, lab, ledger):
     at.until(rb'ready\r\n')
     machine.stop()
     assert at.end() == 125
-    assert rb'lost contact' in at.said
+    assert rb'connection lost' in at.said
 
 
 def test_tty_without_a_terminal_here(run, lab1):

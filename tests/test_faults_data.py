@@ -73,7 +73,7 @@ def other_key(folder, *options):
 @pytest.mark.parametrize('why, words', [
     ('wrong key', 'was refused (publickey was tried): is the user name right'),
     ('unknown host', 'is not known: log in once with ssh, and compare the key'),
-    ('changed host key', 'is not the one that is known, so this may be another'),
+    ('changed host key', 'has changed, so this may be another'),
 ], ids=['wrong', 'unknown host', 'changed host key'])
 def test_18_a_refused_login_is_one_line_and_one_attempt(batches, lab, lab1, tmp_path, why,
                                                             words):
@@ -158,7 +158,7 @@ def test_33_a_login_that_does_odd_things_works(batches, lab, project, kind):
     assert (RESULTS / 'batch.sh.1/copy').read_bytes() == data
     assert 'finished: batch.sh.2' in done.stdout and machine.logins() == 1
     assert ('+ rsync ' in done.stderr) == (not kind.startswith('noisy'))
-    assert ('did not give its environment in time' in done.stderr) == (kind == 'sleep 30')
+    assert ('did not report its environment in time' in done.stderr) == (kind == 'sleep 30')
     assert_clean(machine, cache=True)
 
 
@@ -307,10 +307,10 @@ ATTACKS = {
     'twice, a link first': (
         [WORK, [MADE, LINK, '{canary}/file'], [MADE, FILE, '']], 'made .* leads out|^$'),
     'not asked for': (
-        [WORK, [MADE, FILE, ''], ['{work}/evil', FILE, '']], 'evil from .* was not asked for'),
+        [WORK, [MADE, FILE, ''], ['{work}/evil', FILE, '']], 'evil from .* was not requested'),
     'beside its folder': ([['evil', FOLDER, ''], ['evil/evil', FILE, '']], 'made could not be fe'),
     'terminal escapes': ([WORK, ['{work}/\x1b[31mevil', FILE, '']],
-                         r'\[31mevil from .* was not asked for'),
+                         r'\[31mevil from .* was not requested'),
 }
 
 
@@ -388,7 +388,7 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     assert tree.pop(b'made')[:2] == ('file', 0o755)
     assert set(tree) <= {b'hard'}           # a file of its own: the second of that name
     for name in ('canary/evil', 'link/evil', 'hard', 'fifo', 'device'):
-        assert re.search(f'refused what came as [^W]*{name}', said), (name, said)
+        assert re.search(f'refused the file [^W]*{name}', said), (name, said)
     assert 'link' in said and '[31mevil' in said
     assert (canary / 'file').stat().st_nlink == 1
 
@@ -499,14 +499,14 @@ while os.read(0, 65536):
 """
 GIGABYTE = 'for _ in range(1000): say(b"x" * 10**6)'
 RUNNERS = {
-    'a line of 1 GB': (GIGABYTE, 'it said a line without an end'),
+    'a line of 1 GB': (GIGABYTE, 'it sent a line that is too long'),
     'a terabyte is announced': ('say(b"data\\t1099511627776\\tback\\tx\\n")\n    ' + GIGABYTE,
-                                'it announced more than can be read'),
+                                'it announced an event that is too long'),
     'a million facts': ('for _ in range(1000): say(b"probe\\tgpu\\tx\\n" * 1000)\n'
-                        '    say(b"nonsense\\n")', 'it said something that no runner says'),
+                        '    say(b"nonsense\\n")', 'it sent an unknown event'),
     'jobs of others': ('say(b"ready\\t/tmp\\t1\\nended\\tbatch.sh.1.1\\t0\\t0\\t0\\t=\\t=\\n"'
                        ' b"started\\tbatch.sh.1.1\\n")',
-                       'it said something that cannot be understood'),
+                       'it sent something that cannot be understood'),
     'a word with escapes': ('say(b"broken\\t\\x1b[2J\\x1b]0;title\\x07 lies\\n")', ' lies'),
 }
 
@@ -542,7 +542,7 @@ def test_36_a_login_that_says_a_line_without_an_end(batches, lab, lab1, gate, tm
                               [out, *(m.yaml(max_jobs=1) for m in (err, lab1))], *NO_GPU,
                               stderr=errors)
     errors = tmp_path / 'stderr'
-    wait_until(lambda: 'its login says more than can be read' in errors.read_text(), 'the end')
+    wait_until(lambda: 'its login prints too much text' in errors.read_text(), 'the end')
     batch.until('started: ')
     batch.until('started: ')
     peak = peak_mb(batch.process.pid)
@@ -621,8 +621,8 @@ def test_37_names_of_any_bytes_go_and_come(batches, lab, project, way):
 
 SAID_OF_GPUS = {
     'hangs': ([], '#!/bin/bash\nkill -STOP $$\n', 'has an nvidia-smi that does not answer'),
-    'ERR!': ([{'memory.free': 'ERR!'}], None, 'does not tell the free memory'),
-    '[N/A]': ([{'utilization.gpu': '[N/A]'}], None, 'vouches for it'),
+    'ERR!': ([{'memory.free': 'ERR!'}], None, 'free memory nvidia-smi does not report'),
+    '[N/A]': ([{'utilization.gpu': '[N/A]'}], None, 'to use it nevertheless'),
     'exit 18': ([], '#!/bin/bash\necho it is broken\nexit 18\n', 'fails with status 18: it is'),
     'none': ([], None, 'has an nvidia-smi, but no GPU'),
     'MIG': ([{'mig.mode.current': 'Enabled'}], None, 'divided into parts (MIG)'),
@@ -699,7 +699,7 @@ def test_a_job_that_was_not_seen_to_end_is_remembered_and_ended_by_the_next_run(
     machine.freeze()
     batch.process.send_signal(signal.SIGINT)
     for line in iter(batch.process.stderr.readline, ''):
-        if 'could not be confirmed' in line:
+        if 'may still run on' in line:
             break
     machine.thaw()
     assert batch.end().returncode == 130

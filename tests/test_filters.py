@@ -183,7 +183,7 @@ def test_what_was_left_out_is_said(spare):
     make(['a', 'b', '.git/x', 'd/job_results/y', 'job_results/z'])
     tree = ssh_scheduler.scan_tree(('.',), ('b',))
     assert [entry.path for entry in tree.entries] == ['a', 'd']
-    assert tree.left_out == ('.git', 'job_results', 'what the exclude rules say')
+    assert tree.left_out == ('.git', 'files that the exclude rules name', 'job_results')
     shutil.rmtree('d')
     assert ssh_scheduler.scan_tree(('.',), ()).left_out == ('.git',)
 
@@ -310,7 +310,7 @@ def test_a_folder_that_cannot_be_read_is_named(spare, mode, monkeypatch):
         monkeypatch.setattr(os, 'access', lambda path, how: access(path, how) and (
             how & os.stat(path).st_mode >> 6) == how)
     try:
-        with pytest.raises(FilesError, match='^--copy-forwards: the folder d may not be read. '
+        with pytest.raises(FilesError, match='^--copy-forwards: you may not read the folder d. '
                            'Leave it out with --exclude.$'):
             ssh_scheduler.scan_tree(('.',), ())
         assert by_us(['d']) == {'e'}

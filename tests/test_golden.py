@@ -288,6 +288,7 @@ def compare(found):
     if os.environ.get('GOLDEN') == 'write':
         GOLDEN.mkdir(exist_ok=True)
         for name, text in found.items():
+            (GOLDEN / name).parent.mkdir(exist_ok=True)
             (GOLDEN / name).write_text(text)
         return
     differences = []

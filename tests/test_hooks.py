@@ -185,8 +185,8 @@ def test_lines_that_the_disk_refuses_follow_later(project):
         assert names() == ['b.1'] and os.path.getsize('log') == size
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert said == ['log cannot be written: No space left on device. The batch runs on, and the '
-                    'missing lines follow when they can be written']
+    assert said == ['log cannot be written: No space left on device. The batch keeps '
+                    'running, and adds the missing lines when the file can be written']
     end(4)
     log.close()
     assert names() == ['b.1', 'b.2', 'b.3', 'b.4']
@@ -315,7 +315,7 @@ def test_an_interrupt_leaves_on_failure_that_goes_on(start, ledger):
     done = batch.end()
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == 'over'
     assert done.stderr.splitlines()[-1] == (
-        f'--on-failure: its command is left running here, as process {pid}.')
+        f'--on-failure: its command keeps running here, as process {pid}.')
     wait_until(lambda: rig.cmdline(pid) == 'sleep 1000', 'bash has become it')
     os.kill(pid, signal.SIGKILL)
 

@@ -28,7 +28,7 @@ def test_only_what_was_asked_for_stays(came):
     (came / 'more/below').mkdir(parents=True)
     (came / 'more/below/file').write_text('x')
     found = sorted(s.vet(str(came), ['./a/b/asked']))
-    assert found == [('a/b/not', 'was not asked for'), ('more', 'was not asked for')]
+    assert found == [('a/b/not', 'was not requested'), ('more', 'was not requested')]
     assert sorted(tree_of(came)) == [b'a', b'a/b', b'a/b/asked']
 
 
@@ -68,7 +68,7 @@ def test_all_that_is_below_a_whole_path_stays(came):
     (came / 'a/b/out').symlink_to('../../../c')
     found = sorted(s.vet(str(came), [], whole=['./a/b/', 'one', 'none']))
     assert found == [('a/b/out', 'leads out of its folder, to ../../../c'),
-                     ('a/other', 'was not asked for'), ('ab', 'was not asked for')]
+                     ('a/other', 'was not requested'), ('ab', 'was not requested')]
     assert sorted(tree_of(came)) == [b'a', b'a/b', b'a/b/c', b'a/b/in', b'one']
     assert [*s.vet(str(came), [], whole=['.'])] == []
 
@@ -99,7 +99,7 @@ def test_no_rights_and_no_devices_come(came):
     (came / 'shut').mkdir()
     (came / 'shut/file').write_text('x')
     assert list(s.vet(str(came), ['./fifo', './program', './shut'])) == [
-        ('fifo', 'is no file, folder or link'), ('shut/file', 'was not asked for')]
+        ('fifo', 'is no file, folder or link'), ('shut/file', 'was not requested')]
     assert stat.S_IMODE((came / 'program').stat().st_mode) == 0o755
 
 
@@ -158,7 +158,7 @@ def test_what_is_larger_than_it_may_be_stays_there(batches, lab):
     lines = ['head -c 3000000 /dev/zero >large; echo said', 'echo small >small']
     done = batches.run(lines, [machine], '--max-result-size=2', *NO_GPU)
     assert done.returncode == 0
-    assert ('batch.sh.1: what it made is not brought back: it is 3.0 MB, and --max-result-size is '
+    assert ('batch.sh.1: its files are not fetched: it is 3.0 MB, and --max-result-size is '
             '2.0 MB. It is kept on ') in done.stderr, done.stderr
     assert result('batch.sh.1') == b'said\n' and os.listdir(RESULTS / 'batch.sh.1') == []
     assert (RESULTS / 'batch.sh.2/small').read_text() == 'small\n'

@@ -89,7 +89,7 @@ def broken(why, machine, jump, lab, ssh_config):
     else:
         file = ssh_config(jump, known=f'[127.0.0.1]:{jump.port} {key}')
         name = f'[127.0.0.1]:{jump.port}'
-    return at(jump), (f'the host key of jump host {here} is not the one that is known, so this may '
+    return at(jump), (f'the host key of jump host {here} has changed, so this may '
                       f'be another machine. Was it reinstalled? Try: ssh-keygen -f "{file}" -R '
                       f'"{name}"')
 
@@ -137,7 +137,7 @@ def test_what_is_wrong_with_a_machine_is_not_said_of_its_jump_host(
     known = tmp_path / 'known'
     known.write_text(machine.known_hosts.read_text())
     words = {'key': f'the login as ben at {place(machine)} was refused',
-             'changed key': f'the host key of {place(machine)} is not the one that is known, so '
+             'changed key': f'the host key of {place(machine)} has changed, so '
              f'this may be another machine. Was it reinstalled? Try: ssh-keygen -f "{known}" -R '
              f'"[127.0.0.1]:{machine.port}"'}.get(why)
     if why == 'port':
@@ -213,14 +213,14 @@ RECORDED = [
      'offer: ssh-rsa\n', 'a port 22 and ssh here have no method in common: no matching host key '
      'type found. Their offer: ssh-rsa', 'never'),
     (DIRECT, 'ssh: Could not resolve hostname a: Temporary failure in name resolution\n',
-     'no name server could be asked for the host name a', 'later'),
+     'no name server answered for the host name a', 'later'),
     (DIRECT, 'sh: 1: exec: nc: not found\n' + CLOSED,
-     'its ProxyCommand needs nc, which is not here', 'never'),
+     'its ProxyCommand needs nc, which is not installed here', 'never'),
     # others than Debian's do not print the command
     (DIRECT, '@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nOffending ED25519 key '
      'in /home/me/my known:3\nHost key for [a]:7 has changed and you have requested strict '
      'checking.\nHost key verification failed.\n',
-     'the host key of a port 22 is not the one that is known, so this may be another machine. Was '
+     'the host key of a port 22 has changed, so this may be another machine. Was '
      'it reinstalled? Try: ssh-keygen -f "/home/me/my known" -R "[a]:7"', 'never'),
     # OpenSSH 7.4, and a jump host of ~/.ssh/config
     (DIRECT, 'Permission denied (publickey).\r\nssh_exchange_identification: Connection closed by '

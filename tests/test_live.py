@@ -354,7 +354,7 @@ def test_an_interrupt_after_a_machine_was_lost(watched, lab, gate):
     batch.until('started: ')
     batch.until('started: ')
     one.stop()
-    notes.until('lost contact')
+    notes.until('connection lost')
     os.kill(batch.process.pid, signal.SIGINT)
     batch.until('interrupted: 2 jobs: 0 finished, 0 failed')
     assert batch.process.wait(rig.SAFETY_NET_S) == 130

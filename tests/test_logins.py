@@ -274,7 +274,7 @@ def test_an_environment_that_cannot_be_had_is_said(batches, lab, text):
     done = batches.run(['echo fine'], [machine], *NO_GPU)
     assert (done.returncode, result('batch.sh.1')) == (0, b'fine\n')
     (complaint,) = [line for line in complaints(done, machine.yaml()) if 'sent' not in line]
-    assert 'the login shell did not give its environment: a start file of /bin/bash' in complaint
+    assert 'the login shell did not report its environment: a start file of /bin/bash' in complaint
 
 
 def test_the_locale_of_a_login_is_that_of_its_jobs(batches, lab):
@@ -359,7 +359,7 @@ def test_noise_without_an_end_is_said(batches, lab, lab1):
     done = batches.run(['true'], [machine, lab1], *NO_GPU)
     assert done.returncode == 0
     (complaint,) = complaints(done, machine.yaml())
-    assert 'its login says more than can be read' in complaint
+    assert 'its login prints too much text' in complaint
 
 
 def test_a_bashrc_that_runs_for_two_seconds(batches, lab):
@@ -492,7 +492,7 @@ def unreachable(machine, why, folder):
     known = folder / 'known'
     known.write_text(f'[127.0.0.1]:{machine.port} {kind} {key}\n')
     return (machine.yaml(ssh_options={'UserKnownHostsFile': str(known)}),
-            f'the host key of {place} is not the one that is known, so this may be another '
+            f'the host key of {place} has changed, so this may be another '
             f'machine. Was it reinstalled? Try: ssh-keygen -f "{known}" -R '
             f'"[127.0.0.1]:{machine.port}"')
 
@@ -580,7 +580,7 @@ def test_what_runs_is_cancelled_though_the_file_of_a_machine_is_wrong(
     batch.process.kill()
     batch.end()
     done = run_cli('execute_batch', 'batch.sh', '--cancel', '--machines', broken, lab1.yaml())
-    assert done.returncode == 1 and done.stdout.startswith('batch.sh.1: ended, on ')
+    assert done.returncode == 1 and done.stdout.startswith('batch.sh.1: stopped, on ')
     assert done.stderr == f'cannot be used: {complaint_of(broken)}'
     assert_clean(lab1, cache=True)
 
@@ -648,15 +648,15 @@ def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
 CLOSED = 'kex_exchange_identification: Connection closed by remote host'
 SAID_BY_SSH = [
     ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @',
-     'is not the one that is known, so this may be another machine.'),
+     'has changed, so this may be another machine.'),
     ('Offending RSA key in /home/ben/.ssh/known_hosts:3\nHost key for [gpu]:7 has changed and you '
-     'have requested strict checking.', 'is not the one that is known, so this may be another '
+     'have requested strict checking.', 'has changed, so this may be another '
      'machine. Was it reinstalled? Try: ssh-keygen -f "/home/ben/.ssh/known_hosts" -R "[gpu]:7"'),
     ('No ED25519 host key is known for [gpu]:7 and you have requested strict checking.\nHost key '
      'verification failed.', 'is not known: log in once with ssh, and compare the key.'),
     ('Host key verification failed.', 'could not be verified.'),
     ('ssh: Could not resolve hostname gpu.uni: Temporary failure in name resolution',
-     'no name server could be asked for the host name gpu.uni.'),
+     'no name server answered for the host name gpu.uni.'),
     (f'channel 0: open failed: administratively prohibited: open failed\n{CLOSED}',
      '(AllowTcpForwarding or PermitOpen in its sshd_config).'),
     (f'channel 0: open failed: connect failed: Name or service not known\n{CLOSED}',
@@ -664,7 +664,8 @@ SAID_BY_SSH = [
     (f'channel 0: open failed: connect failed: Connection refused\n{CLOSED}',
      ': Connection refused.'),
     (f'stdio forwarding failed\n{CLOSED}', 'jump host could not connect to row'),
-    (f'sh: 1: exec: nc: not found\n{CLOSED}', 'its ProxyCommand needs nc, which is not here.'),
+    (f'sh: 1: exec: nc: not found\n{CLOSED}',
+     'its ProxyCommand needs nc, which is not installed here.'),
     ('Unable to negotiate with 10.0.0.7 port 22: no matching host key type found. Their offer: '
      'ssh-rsa', '10.0.0.7 port 22 and ssh here have no method in common: no matching host key type '
      'found. Their offer: ssh-rsa.'),
@@ -837,7 +838,7 @@ def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late
     assert line == f'{names[1]}: cannot be used: {same(machine, *names)}.\n'
     machine.stop()                              # what is used is found again, and its job
     machine.start()
-    while 'in contact again' not in line:
+    while 'connected again' not in line:
         line = batch.process.stderr.readline()
     gate.open('job')
     done = batch.end()
@@ -877,8 +878,8 @@ def test_what_was_started_by_either_name_is_cancelled(run_cli, batches, lab, tmp
     done = run_cli('execute_batch', 'batch.sh', '--cancel')
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stdout.splitlines() == [
-        f'batch.sh.1: ended, on {names[0]}', f'batch.sh.2: ended, on {names[1]}',
-        'cancelled: 2 jobs, 0 not known to have ended']
+        f'batch.sh.1: stopped, on {names[0]}', f'batch.sh.2: stopped, on {names[1]}',
+        'cancelled: 2 jobs']
     assert_clean(machine, cache=True)
 
 

@@ -199,7 +199,7 @@ def json_like(value):
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
     ('? [a, b]\n: c', 'line 1: a key must be a word.'),
     ('? {a: b}\n: c', 'line 1: a key must be a word.'),
-    ('ip: a\nport: 1\nip: b', 'line 3: ip is there twice.'),
+    ('ip: a\nport: 1\nip: b', 'line 3: ip is given twice.'),
     ('username: me\nport: 22', None),
     ('ip: a\n b: c\n', 'line 2: this is not YAML: mapping values are not allowed here.'),
     ('ip: [a', 'line 1: this is not YAML: '),
@@ -224,7 +224,7 @@ def json_like(value):
     ('ip: a\n\tport: 1', 'line 2: this is not YAML: found character '),
     ('ip: *x', "line 1: this is not YAML: found undefined alias 'x'."),
     ('ip: a\n---\nip: b', 'line 2: this is not YAML: but found another document.'),
-    ('ip: a\nname: \x01', 'line 2: there is a control character.'),
+    ('ip: a\nname: \x01', 'line 2: this line has a control character.'),
     (b'ip: a\n\nname: \xe9', 'line 3: this is not UTF-8 text.'),
     ('ip: a\nname: !!python/name:os.system x', 'line 2: name: could not determine a constructor'),
     ('ip: a\nname: 2020-13-32', 'line 2: name: its value is not YAML.'),
@@ -501,7 +501,7 @@ def test_a_public_key_is_refused(tmp_path, key):
         path.write_text(text if start is None else f'{start} {text.partition(" ")[2]}')
         path.chmod(0o600)
         assert key_complaint(path) == (
-            ' is not a private key (this looks like the public key: leave out .pub).')
+            ' is not a private key (this looks like the public key: remove .pub).')
     path.write_text('hello')
     assert key_complaint(path) == ' is not a private key.'
 

@@ -539,8 +539,8 @@ def test_each_end_has_its_words():
             ('claimed', {}, 'runs, as far as is known here'),
             ('ended', ended, 'finished, exit code 0, after 5s; its results are not fetched'),
             ('collected', ended, 'finished, exit code 0, after 5s'),
-            ('stopping', {}, 'was told to stop, and is not known to have ended'),
-            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost it')):
+            ('stopping', {}, 'was told to stop, and may still run'),
+            ('cancelled', {}, 'was cancelled'), ('lost', {}, 'its machine lost the job')):
         assert dict(s.what_became(s.Past('a', {}, event, state, {})))['outcome'] == text
 
 
@@ -670,7 +670,7 @@ def test_what_cannot_be_the_same_is_said(batches, ask, project, lab):
     done = ask('--reproduce', 'batch.sh.1', '--machines', new.yaml())
     said = lines_of(done)
     assert said[0] == ('not the same: data/set, other changed since, and no copy was kept: the '
-                       'job gets what is there now')
+                       'job gets the current files')
     assert said[1] == 'not the same: lost is gone, and no copy was kept: the job does not get it'
     assert 'not the same: variables none (then KEY)' in said
     assert said[-1] == ('not the same: stdout: diff job_results/batch.sh.1.out '

@@ -254,7 +254,7 @@ def test_the_counts_filter_and_plots_follow(page):
     page.until('!waiting.length')
     assert page.jobs() == ['.11', '.28', '.29', '.30']
     assert page.page.get_attribute('#states [data-state=failed]', 'aria-pressed') == 'true'
-    assert page.text('#plot') == 'No job that is chosen has numbers of both.'
+    assert page.text('#plot') == 'No chosen job has numbers of both.'
     page.page.click('#states [data-state=failed]')
     page.until('!waiting.length')
     assert len(page.jobs()) == 30 and page.count('#plot .dot') == 26
@@ -469,8 +469,8 @@ def test_use_that_was_not_recorded_is_one_plain_line(project, opened):
     folder.job('grid.sh.1', './a 1').job('grid.sh.2', './a 2')
     page = made(folder, opened)
     assert page.text('#machines-hint').startswith('How busy the machines were was not recorded.')
-    assert page.text('#asked-hint') == 'What jobs used was not measured.'
-    assert page.text('#ran-body') == ('Files a3f9c1d2: 2 jobsWhat these files were was not '
+    assert page.text('#asked-hint') == 'The use by jobs was not measured.'
+    assert page.text('#ran-body') == ('Files a3f9c1d2: 2 jobsThese files were not '
                                       'recorded.Facts of the machines were not recorded.')
 
 
@@ -695,9 +695,9 @@ def test_reasons_that_differ_in_numbers_only_are_one(project, opened):
 
 
 @pytest.mark.parametrize('code, err, words', [
-    (1, '', 'exit code 1, nothing on stderr'),
+    (1, '', 'exit code 1, empty stderr'),
     (2, 'usage: x\nx: error: no --lr\n', 'exit code 2: x: error: no --lr'),
-    (137, '', 'ended by signal 9 (KILL)'), (139, 'a\n', 'ended by signal 11 (SEGV)'),
+    (137, '', 'killed by signal 9 (KILL)'), (139, 'a\n', 'killed by signal 11 (SEGV)'),
     (137, 'ssh-scheduler: the kernel killed it\n', 'exit code 137: lab1 ran out of memory'),
     (124, 'ssh-scheduler: stopped after 60 s\n', 'exit code 124: stopped after 60 s'),
     (127, '/bin/bash: line 1: trian: command not found\n',
@@ -705,7 +705,7 @@ def test_reasons_that_differ_in_numbers_only_are_one(project, opened):
     (1, reports.OUT_OF_MEMORY + 'wandb: done\n', 'exit code 1: GPU out of memory'),
     (1, 'Traceback (most recent call last):\n  File "a", line 1\n    f(\n   ^^\nKeyError: 3\n'
         'in all\n', 'exit code 1: KeyError: 3'),
-    (None, '', 'lab1 lost it')])
+    (None, '', 'lab1 lost the job')])
 def test_why_jobs_failed_in_words(code, err, words):
     job = module.Job('a', '.', 'failed' if code else 'lost', machine='lab1', exit_code=code)
     assert module.reason_words(job, err.split('\n')) == words

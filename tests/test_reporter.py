@@ -432,7 +432,7 @@ def test_a_machine_that_fails_leaves_its_jobs_unknown_and_the_rest_goes_on(resul
         yield
 
     assert lab.run(steps()) == 1
-    assert lab.err.getvalue() == ('a: lost contact (1 job may go on there): the connection '
+    assert lab.err.getvalue() == ('a: connection lost (1 job may still run): the connection '
                                   'broke.\n')
     assert lab.workers[1].history == ['example_batch_script.sh.2', 'example_batch_script.sh.3']
     assert 'done: 3 jobs: 2 finished, 0 failed, 1 not collected, ' in lab.out.getvalue()
@@ -520,7 +520,7 @@ def test_a_full_disk_behind_a_stream_does_not_stop_a_batch(start_cli, project, s
         'one\n', 'two\n']
     if stream == 'stdout':
         assert sorted(complaint.splitlines()) == [
-            'WARNING: what should be printed here cannot be: No space left on device',
+            'WARNING: stdout cannot be written: No space left on device',
             'localhost: sent 2 files, 22 bytes']
     else:
         assert 'done: 2 jobs: 2 finished, ' in said

@@ -91,10 +91,10 @@ def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, h
     wrote(ledger, 'a', 'b')
     batch.until('started: batch.sh.2')
     machine.stop()
-    while 'lost contact' not in batch.process.stderr.readline():
+    while 'connection lost' not in batch.process.stderr.readline():
         pass
-    said(ask('--cancel', '1'), f'batch.sh.1: is stopped when there is contact with '
-                               f'{machine.yaml()} again')
+    said(ask('--cancel', '1'), f'batch.sh.1: is stopped when '
+                               f'{machine.yaml()} is connected again')
     if ended:
         gate.open('a')
         wrote(ledger, 'a ended')
@@ -132,8 +132,8 @@ def test_cancel_without_a_client(batches, ask, lab, held, gate, ledger):
     kill(batch)
     said(ask('--cancel', '3'), 'batch.sh.3: does not run, and no client runs the batch. The next '
          'run starts it, unless its line is taken out of the batch file')
-    said(ask('--cancel', '1'), f'batch.sh.1: ended, on {file}',
-         'cancelled: 1 job, 0 not known to have ended')
+    said(ask('--cancel', '1'), f'batch.sh.1: stopped, on {file}',
+         'cancelled: 1 job')
     batch = batches.start(['true', held('b'), 'echo c'], [file], *NO_GPU)
     batch.until('running: batch.sh.2')
     gate.open('b')
@@ -307,7 +307,7 @@ def test_lines_are_added_and_dropped(batches, ask, lab, held, gate, ledger, proj
     done = batches.run(['cat data', '# nothing', 'cat data', 'echo d', 'echo e'], [file], *NO_GPU)
     said(done, f'handed to the client that runs (process {batch.process.pid}): '
                '2 lines added, 1 waiting line dropped',
-         'they get the files of now; changed since the batch began: data')
+         'they get the current files; changed since the batch began: data')
     done = batches.run(None, [file], *NO_GPU)
     said(done, f'handed to the client that runs (process {batch.process.pid}): it has these lines '
                'and machines already')
@@ -361,10 +361,10 @@ def test_the_jobs_of_a_machine_move(batches, ask, lab, held, gate, ledger, way):
     here, other, machine = (first, second, one) if where == str(first) else (second, first, two)
     if way == 'away':
         machine.stop()
-        while 'lost contact' not in batch.process.stderr.readline():
+        while 'connection lost' not in batch.process.stderr.readline():
             pass
     said(ask('--drop-machine', here, '--now'), f'{here}: gets no more jobs, and its jobs stop and '
-         f'start elsewhere{" when there is contact again" * (way == "away")}')
+         f'start elsewhere{" when the machine is connected again" * (way == "away")}')
     machine.start() if way == 'away' else None
     gate.open('b')
     batch.until('finished: batch.sh.2')
@@ -374,7 +374,7 @@ def test_the_jobs_of_a_machine_move(batches, ask, lab, held, gate, ledger, way):
     gate.open('a')
     done = batch.end()
     assert (done.returncode, '2 jobs: 2 finished, 0 failed, ' in done.stdout) == (0, True), done
-    assert f'batch.sh.1: stopped on {here}; it starts anew' in done.stderr
+    assert f'batch.sh.1: stopped on {here}; it starts again' in done.stderr
     assert Counter(ledger.read_text().splitlines()) == {'a': 2, 'b': 1, 'a ended': 1, 'b ended': 1}
     assert_clean(one, cache=True)
     assert_clean(two, cache=True)
@@ -389,8 +389,8 @@ def test_a_machine_is_dropped_where_no_client_runs(batches, ask, lab, held, gate
     file = machine.yaml()
     said(ask('--drop-machine', file), f'no client runs batch.sh, so no job starts on {file}. 1 job '
          'may still run there; the same command with --now cancels what runs there')
-    said(ask('--drop-machine', file, '--now'), f'batch.sh.1: ended, on {file}',
-         'cancelled: 1 job, 0 not known to have ended')
+    said(ask('--drop-machine', file, '--now'), f'batch.sh.1: stopped, on {file}',
+         'cancelled: 1 job')
 
 
 def test_options_that_stay(batches, ask, lab, held, gate, ledger):
@@ -417,7 +417,7 @@ def test_jobs_that_run_again_get_the_files_of_now(batches, ask, lab, held, gate,
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     (project / 'script').write_text('echo new\n')
     said(ask('--rerun-failed'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~1',
-         'it gets the files of now; changed since the batch began: script')
+         'it gets the current files; changed since the batch began: script')
     batch.until('finished: batch.sh.1')
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~2')
@@ -425,7 +425,7 @@ def test_jobs_that_run_again_get_the_files_of_now(batches, ask, lab, held, gate,
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     (project / 'script').write_text('echo newest\n')
     said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~3',
-         'it gets the files of now; changed since the batch began: script')
+         'it gets the current files; changed since the batch began: script')
     batch.until('finished: batch.sh.1')
     gate.open('a')
     assert batch.end().returncode == 0
@@ -619,8 +619,8 @@ def test_two_who_follow_and_a_cancel(batches, start_cli, ask, lab, gate):
     for watch in (first, second):
         assert watch.stdout.readline() == 'one\n'
     third = start_cli('execute_batch', 'batch.sh', '--follow', '2')
-    said(ask('--cancel', '2'), f'batch.sh.2: ended, on {machine.yaml()}',
-         'cancelled: 1 job, 0 not known to have ended')
+    said(ask('--cancel', '2'), f'batch.sh.2: stopped, on {machine.yaml()}',
+         'cancelled: 1 job')
     gate.open('a')
     for watch in (first, second):
         out, err = watch.communicate(timeout=rig.SAFETY_NET_S)
@@ -686,7 +686,7 @@ def test_commands_for_single_jobs_know_those_of_batches(batches, start_cli, run_
     kill(batch)
     done = run_cli('execute_remote', '--cancel', 'batch.sh.3')
     assert (done.returncode, done.stderr.splitlines()) == (0, [
-        f'batch.sh.3: ended, on {file}', 'cancelled: 1 job, 0 not known to have ended'])
+        f'batch.sh.3: stopped, on {file}', 'cancelled: 1 job'])
 
 
 # ---- The inbox ----
@@ -757,11 +757,12 @@ def test_what_nobody_acted_on_is_acted_on_by_the_next_run_once(batches, lab, hel
 
 @pytest.mark.parametrize('content, error', [
     ('{"batch": "batch.sh"', 'is not JSON'), ('[' * 100_000, 'is not JSON'), ('\0', 'is not JSON'),
-    ('[]', 'asks for nothing that is known'), ('{"action": 3}', 'asks for nothing that is known'),
-    ({**CANCEL, 'action': 'rm'}, 'asks for nothing that is known'),
-    ({**CANCEL, 'jobs': [1]}, 'asks for nothing that is known'),
-    ({**CANCEL, 'jobs': '1'}, 'asks for nothing that is known'),
-    ({**CANCEL, 'more': 1}, 'asks for nothing that is known'),
+    ('[]', 'is not a request that this version knows'),
+    ('{"action": 3}', 'is not a request that this version knows'),
+    ({**CANCEL, 'action': 'rm'}, 'is not a request that this version knows'),
+    ({**CANCEL, 'jobs': [1]}, 'is not a request that this version knows'),
+    ({**CANCEL, 'jobs': '1'}, 'is not a request that this version knows'),
+    ({**CANCEL, 'more': 1}, 'is not a request that this version knows'),
     ({**CANCEL, 'jobs': ['../../x']}, 'has no job ../../x'),
     ({**CANCEL, 'jobs': ['\x1b[2J']}, 'has no job \\x1b[2J'),
     ({'batch': 'batch.sh', 'action': 'change', 'argv': ['--nope'], 'text': ''}, 'unknown option'),
@@ -837,12 +838,12 @@ def test_a_client_that_does_not_answer(batches, start_cli, lab, held, gate, ledg
     out, err = process.communicate(timeout=rig.SAFETY_NET_S)
     if how == 'SIGKILL':                # who asked does it alone
         assert (process.returncode, out.splitlines()) == (0, [
-            f'batch.sh.1: ended, on {machine.yaml()}',
-            'cancelled: 1 job, 0 not known to have ended']), err
+            f'batch.sh.1: stopped, on {machine.yaml()}',
+            'cancelled: 1 job']), err
     else:
         assert process.returncode == 2
-        assert ('has not answered for 2 s, so nothing was asked of it. Was it stopped with Ctrl-Z? '
-                f'Try: kill -CONT {batch.process.pid}') in err
+        assert ('has not answered for 2 s, so the request was withdrawn. Was it stopped with '
+                f'Ctrl-Z? Try: kill -CONT {batch.process.pid}') in err
         batch.process.send_signal(signal.SIGCONT)
         gate.open('a')
         assert batch.end().returncode == 0

@@ -52,7 +52,7 @@ def walk(resources, steps):
                 placement = resources.allocate(step)
             except DoesNotFit as error:
                 assert score == -math.inf and str(error).startswith('the machine has ') or (
-                    str(error) == 'the machine is in use, and was to be reserved')
+                    str(error) == 'the machine is in use, and the job reserves the machine')
             else:
                 assert math.isfinite(score)
                 assert placement.allocation == step
@@ -503,9 +503,9 @@ def test_max_jobs_is_a_limit_of_its_own():
      'the machine has too little GPU (GPU 0 has 500 MB and 100% of its time free; '
      'GPU 2 has 9000 MB and 20% of its time free)'),
     (Capacity(4, 8000, max_jobs=0, total_cores=4), Allocation(gpus=0),
-     'the machine has its 0 jobs'),
+     'the machine already has 0 jobs, its limit'),
     (Capacity(4, 8000, total_cores=4, reserved=True), NO_GPU,
-     'the machine is in use, and was to be reserved'),
+     'the machine is in use, and the job reserves the machine'),
     (Capacity(4, 8000, (Gpu(0, 9000),), 4), Allocation(gpus=2), 'the machine has 1 GPU'),
 ])
 def test_what_does_not_fit_is_said_with_the_numbers(capacity, allocation, expected):
@@ -675,10 +675,10 @@ def test_the_free_memory(facts, memory_mb, total_memory_mb):
     ([('nvidia_smi', 'old')], 'has an nvidia-smi, but no GPU'),
     ([('nvidia_smi', '0'), ('gpu', 'No devices were found')], 'has an nvidia-smi, but no GPU'),
     ([('nvidia_smi', '0'), ('gpu', 'garbage')],
-     'has GPUs of which nvidia-smi tells nothing that can be read'),
+     'has GPUs of which nvidia-smi reports nothing that can be read'),
     ([OLD_SMI[0], SMI[1]], ''),             # two words more are part of its name
     ([('nvidia_smi', '0'), OLD_SMI[1]],
-     'has GPUs of which nvidia-smi tells nothing that can be read'),
+     'has GPUs of which nvidia-smi reports nothing that can be read'),
     ([('nvidia_smi', '0'), ('gpu', '0, GPU-a, 9000, 8000, 0, Prohibited, Disabled, A'),
       ('gpu', '1, GPU-b, 9000, 8000, [N/A], Default, Enabled, B')],
      'has GPU 0 in compute mode Prohibited; has GPU 1 divided into parts (MIG), which cannot be '
@@ -759,8 +759,8 @@ def test_the_modes_of_a_card(modes, exclusive, trouble):
 
 
 NO_NUMBERS = '0, GPU-a, [N/A], [N/A], {}, Default, Disabled, NVIDIA GB10'
-VOUCH = ('has GPU 0, of which nvidia-smi does not tell the free memory or the use; '
-         '"gpus: [0]" in its file vouches for it')
+VOUCH = ('has GPU 0, whose free memory or use nvidia-smi does not report; '
+         'to use it nevertheless, write "gpus: [0]" in the machine file')
 LISTED = LAB._replace(gpus=(0,))
 
 
@@ -784,7 +784,7 @@ def test_a_broken_card_is_not_vouched_for(memory):
     """It is not one that shares the machine's memory, and no file makes it whole."""
     gpu, trouble = card(f'0, GPU-a, {memory}, 0, Default, Disabled, A', machine=LISTED)
     assert gpu is None and 'GPU 0' in trouble
-    assert 'vouches' not in trouble         # it is listed already
+    assert 'nevertheless' not in trouble         # it is listed already
 
 
 def test_a_unified_card_has_what_the_machine_has_left():

@@ -658,7 +658,7 @@ def test_what_is_no_result_is_named(made):
     Path('empty').mkdir()
     for word, sentence in (
             ('grid.sh', 'grid.sh is not a result. Try: results_table job_results/grid.sh.*'),
-            ('nothing', 'nothing is not there.'),
+            ('nothing', 'nothing does not exist.'),
             ('empty', 'empty has no results of jobs. Name a folder job_results, or results in '
                       'one.')):
         with pytest.raises(TableError) as raised:
@@ -1008,7 +1008,7 @@ def test_a_terminal_without_unicode(sweep):
     (['--where', 'lr'], "--where lr is no test. Try: --where 'lr>0.001', in quotes, since a shell "
                         'writes to a file behind >.'),
     (['--where'], '--where needs a value.'), (['--json=1'], '--json takes no value.'),
-    (['--sort', 'a', '--sort', 'b'], '--sort is there twice.'),
+    (['--sort', 'a', '--sort', 'b'], '--sort is given twice.'),
     (['--json', '--latex'], '--json and --latex: give one of them.'),
     (['--metric', 'loss'], "--metric needs a name and a regular expression: "
                            "--metric 'acc=best accuracy (\\S+)', not loss."),
@@ -1025,7 +1025,7 @@ def test_a_wrong_command_line(made, words, sentence):
 def test_without_results(project):
     done = command()
     assert (done.returncode, done.stdout, done.stderr) == (
-        2, '', 'results_table: job_results is not there. Start in the folder of the batch, or '
+        2, '', 'results_table: job_results does not exist. Start in the folder of the batch, or '
         'name one: results_table FOLDER\n')
     Results()
     done = command()

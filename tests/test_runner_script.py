@@ -674,7 +674,7 @@ def test_without_tar_or_find_it_says_so(channel, env, tmp_path):
     programs = rig.farm(tmp_path / 'bin', leave_out=('tar', 'find', 'rsync'))
     runner = channel(env={**env, 'PATH': str(programs)})
     runner.send('probe')
-    assert runner.until('broken') == ['this program is missing there: find tar']
+    assert runner.until('broken') == ['these programs are missing: find tar']
 
 
 @as_root
@@ -751,7 +751,7 @@ def test_a_stage_that_is_gone_fails_the_job_and_says_why(runner):
     runner.start('job', 'echo never', stage='none')
     status, out, err, _back = runner.ended('job')
     assert (status, out) == (125, '=')
-    assert 'its files could not be copied into the job folder' in err
+    assert 'the files of the job could not be copied into its folder' in err
 
 
 def test_what_a_job_made_or_changed_is_told(runner):
@@ -1197,7 +1197,7 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     runner.send('cancel', 0, 'job.1')
     status, _out, err, _back = runner.ended('job')
     assert (status, runner.record('job')) == (137, ['ended', '137'])
-    assert 'it did not end when it was told to, and was killed' in err
+    assert 'the job did not stop after SIGTERM, and was killed' in err
     assert all(map(rig.ends, members))
 
 
@@ -1601,7 +1601,7 @@ def test_a_look_tells_what_became_of_an_adopted_job_without_an_end(channel, gate
                 os.remove(second.path('job'))
             second.watch('job')
             (why,) = second.until('lost', 'job.1')
-            assert why == 'it ended without a record of how'
+            assert why == 'the job ended without an exit code'
     assert rig.ends(int(worker))
 
 
@@ -1915,7 +1915,7 @@ def test_a_job_without_a_process_and_without_an_end_is_lost_or_was_killed(runner
     runner.write_record('job', record.format(pid=os.getpid(), start=start, boot=boot))
     runner.start('job', 'true')
     told = runner.until(event, 'job.1')
-    assert 'ended without a record' in told[0] if event == 'lost' else told[0] == '137'
+    assert 'ended without an exit code' in told[0] if event == 'lost' else told[0] == '137'
 
 
 def test_runners_that_race_start_each_job_once(channel, tmp_path):

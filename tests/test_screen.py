@@ -93,9 +93,9 @@ def test_failures_stand_together_by_their_reason(terminal, lab):
     assert re.fullmatch(r'failed +5 × RuntimeError: shape [0-4] +'
                         r'batch\.sh\.\d, \.\d, \.\d and 2 more', rows[0])
     assert sorted(re.sub(' +', ' ', row) for row in rows[1:]) == [
-        'failed 1 × ended by signal 9 (KILL) batch.sh.7',
         'failed 1 × exit code 127: no_such_command: command not found batch.sh.8',
-        'failed 1 × exit code 4, nothing said batch.sh.6']
+        'failed 1 × exit code 4, empty stderr batch.sh.6',
+        'failed 1 × killed by signal 9 (KILL) batch.sh.7']
     text = '\n'.join(shown.whole)
     assert text.index('failed      5') < text.index('done: 9 jobs') < text.index('look:  ')
 
@@ -276,7 +276,7 @@ def test_ctrl_c_while_jobs_are_cancelled_does_not_ask_again(terminal, lab, gate,
     shown.press('\x03')
     shown.until(has('Press a key'))
     shown.press('c')
-    shown.until(has('interrupted: cancelling all jobs'))
+    shown.until(has('interrupted: stopping all jobs'))
     shown.press('\x03')
     assert shown.end() == 130
     assert rig.ends(int(ledger.read_text()))
@@ -441,16 +441,17 @@ See https://example.org
      'torch.OutOfMemoryError: no. Tried to allocate 2.00 GiB.'),
     (1, 'jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while', 'GPU out of memory'),
     (1, 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling', 'CUDA out of memory'),
-    (3, '', 'exit code 3, nothing said'), (3, ' \n\n', 'exit code 3, nothing said'),
+    (3, '', 'exit code 3, empty stderr'), (3, ' \n\n', 'exit code 3, empty stderr'),
     (1, 'a\n 10%\r 20%\rbroken\n', 'broken'),
     (127, '../b.sh.3.1-0: line 1: foo: command not found\n',
      'exit code 127: foo: command not found'),
     (126, '', 'exit code 126: a command could not be executed'),
-    (137, '', 'ended by signal 9 (KILL)'), (139, 'x', 'ended by signal 11 (SEGV)'),
+    (137, '', 'killed by signal 9 (KILL)'), (139, 'x', 'killed by signal 11 (SEGV)'),
     (137, 'x\nssh-scheduler: the kernel killed a process for lack of memory, and then this job '
           'ended\n', 'lab1 ran out of memory (signal 9)'),
-    (124, 'ssh-scheduler: ended after 5 s, its time limit\n', 'ended after 5 s, its time limit'),
-    (255, 'ssh: no route', 'ssh: no route'), (-1, '', 'lab1 lost it')])
+    (124, 'ssh-scheduler: stopped after 5 s, its time limit\n',
+     'stopped after 5 s, its time limit'),
+    (255, 'ssh: no route', 'ssh: no route'), (-1, '', 'lab1 lost the job')])
 def test_a_failure_in_words(code, text, words):
     assert s.failure_words(code, 'lab1', s.lines_shown(text.encode())) == words
 

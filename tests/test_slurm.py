@@ -122,7 +122,7 @@ def test_a_node_folder_that_is_not_there_is_named(cluster, batches):
     assert done.returncode == 1
     assert result('batch.sh.1', 'err').decode() == (
         'ssh-scheduler: node_folder: $NOWHERE is no folder on this node\n'
-        'ssh-scheduler: its files could not be copied into the job folder\n'), done.stderr
+        'ssh-scheduler: the files of the job could not be copied into its folder\n'), done.stderr
     assert_gone(cluster)
 
 
@@ -250,7 +250,7 @@ def test_a_controller_that_is_away_is_told_of_and_costs_no_job(cluster, batches,
     run.until('finished:')
     cluster.resume()
     done = run.end()
-    assert 'cluster.yaml: Slurm does not answer. Its jobs stay as they are' in done.stderr
+    assert 'cluster.yaml: Slurm does not answer. Its jobs keep running or waiting' in done.stderr
     assert ledger.read_text() == 'ran\n' and ends() == {'batch.sh.1': 0}
 
 
@@ -285,7 +285,7 @@ def test_somebody_else_cancels_a_job_that_runs(cluster, batches, ledger):
     cluster.command('scancel', number)
     done = run.end()
     assert ends() == {'batch.sh.1': 143}, done.stderr
-    assert 'it was cancelled' in result('batch.sh.1', 'err').decode()
+    assert 'the job was cancelled' in result('batch.sh.1', 'err').decode()
     assert ledger.read_text() == 'ran\n'
 
 
@@ -334,7 +334,7 @@ def test_a_node_whose_prolog_fails_gets_no_more(make_cluster, batches, ledger):
     prolog.chmod(0o755)
     done = batches.run([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
     assert ends() == {'batch.sh.1': 0}, done.stderr
-    assert 'the node n1 could not start it' in done.stderr
+    assert 'the node n1 could not start the job' in done.stderr
     assert ledger.read_text() == 'ran\n'
 
 
@@ -355,7 +355,7 @@ def test_memory_that_is_too_little_is_told(cluster, batches, ledger):
     done = batches.run([f"{once(ledger)}; exec python3 -c '{hungry}'"], [cluster_of(cluster)],
                        *NO_GPU, env=hasty())
     assert ends() == {'batch.sh.1': 137}, done.stderr
-    assert 'its memory ran out' in result('batch.sh.1', 'err').decode()
+    assert 'the job ran out of memory' in result('batch.sh.1', 'err').decode()
 
 
 @with_constants
@@ -387,7 +387,7 @@ def test_the_time_limit_is_the_same_as_on_any_machine(cluster, batches, ledger):
     done = batches.run([f'{once(ledger)}; sleep 60'], [cluster_of(cluster)], *NO_GPU,
                        '--timeout=1', env=hasty())
     assert ends() == {'batch.sh.1': 124}, done.stderr
-    assert 'ended after 1' in result('batch.sh.1', 'err').decode()
+    assert 'stopped after 1' in result('batch.sh.1', 'err').decode()
 
 
 # ---- Where a job goes ----
@@ -544,7 +544,7 @@ def test_ctrl_c_ends_jobs_on_their_nodes(cluster, batches, ledger):
     run, _ = begun(cluster, batches, ledger, 'sleep 60')
     os.killpg(run.process.pid, signal.SIGINT)
     done = run.end()
-    assert done.returncode == 130 and 'could not be confirmed' not in done.stderr
+    assert done.returncode == 130 and 'may still run on' not in done.stderr
     assert_gone_but(cluster, 0)
 
 
@@ -580,7 +580,7 @@ def test_a_command_is_detached_attached_and_cancelled(cluster, run_cli, project,
             f'{once(ledger)}; sleep 60')
     wrote(ledger, 'ran')
     done = run_cli('execute_remote', '--cancel=two')
-    assert done.returncode == 0 and 'ended on cluster.yaml' in done.stderr, done.stderr
+    assert done.returncode == 0 and 'stopped on cluster.yaml' in done.stderr, done.stderr
     assert_gone_but(cluster, 0)
 
 

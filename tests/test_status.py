@@ -305,7 +305,7 @@ def test_a_batch_while_it_runs_after_a_kill_and_at_the_end(batches, run_cli, lab
     batch.process.kill()
     batch.end()
     code, shown = status_of(run_cli)
-    assert shown[0] == ('no client runs this batch, 1 started, 1 waiting. To go on, type the '
+    assert shown[0] == ('no client runs this batch, 1 started, 1 waiting. To continue, type the '
                         'command that started it')
     rows = rows_of(shown)
     assert rows == {'.1': failed, '.3': waiting,
@@ -486,8 +486,8 @@ def test_a_client_elsewhere_and_one_that_has_ended(made, run_cli):
                             '1 running, 3 waiting', status_of(run_cli)[1][0])
     # Where locks do not cross the network.
     assert re.fullmatch(
-        rf'a client was started on lab9 at \d\d:\d\d \(process {os.getpid()}\); only there it '
-        f'can be seen whether it still runs{rest}', status_of(run_cli)[1][0])
+        rf'a client was started on lab9 at \d\d:\d\d \(process {os.getpid()}\); only --status '
+        f'on that computer tells whether it still runs{rest}', status_of(run_cli)[1][0])
     with subprocess.Popen(['sleep', '1000']) as other:      # the number is another's by now
         (made.inner / 'lock').write_text(f'process {other.pid} on {os.uname().nodename}\n')
         first = status_of(run_cli)[1][0]

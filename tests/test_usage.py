@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,8 @@ OTHER_USAGES = {
     'execute_to': ssh_scheduler.EXECUTE_TO_USAGE,
     'query_machines': ssh_scheduler.QUERY_MACHINES_USAGE,
 }
+HELP = {**USAGES, **OTHER_USAGES, 'ssh_scheduler': ssh_scheduler.OVERVIEW,
+        'combine_folders': combine_folders.USAGE, 'results_table': results_table.USAGE}
 POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execute_to': '<command>'}
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
 # What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
@@ -277,8 +280,8 @@ def test_a_command_line_of_the_pages_is_understood(line):
     (['--machines', 'a', '--', 'b', 'c'], "unexpected word 'c'."),
     (['b', '--num-cpus'], '--num-cpus needs a value.'),
     (['b', '--reserve=yes'], '--reserve takes no value.'),
-    (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is there twice.'),
-    (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is there twice.'),
+    (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is given twice.'),
+    (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is given twice.'),
 ])
 def test_a_wrong_command_line_is_named(words, expected):
     if expected is None:                # the word is taken back from the list in front of the --
@@ -603,15 +606,33 @@ def test_what_cannot_be_given_together_is_named(words):
 
 
 def test_help_fits_a_terminal_of_80_columns():
-    for usage in (*USAGES.values(), *OTHER_USAGES.values(), ssh_scheduler.OVERVIEW):
+    for usage in HELP.values():
         assert [line for line in usage.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize('command', HELP)
+def test_each_help_is_its_golden_file(command):
+    test_golden.compare({f'help/{command}.txt': HELP[command]})
+
+
+def test_each_help_ends_with_an_example_that_is_read():
+    for command, usage in HELP.items():
+        example = usage.rpartition('\n\nExample:\n  ')[2].rstrip('\n')
+        words = split(example)
+        assert words.pop(0) in (command, f'{command}.py')
+        if command == 'combine_folders':
+            combine_folders.read_options(words)
+        elif command == 'results_table':
+            results_table.read_options(words)
+        else:
+            read(words if command == 'ssh_scheduler' else [command, *words])
 
 
 @pytest.mark.parametrize('option', ['--timeout', '--nice', '--cancel', '--copy-forwards'])
 def test_the_help_gives_the_reason_where_commands_differ(option):
     """A word of the reason stands with the option, or for execute_to where it has no such one."""
-    reasons = {'--timeout': ('counts as failed', 'its exit status', 'The login counts'),
-               '--nice': ('gives way', 'somebody waits', 'somebody waits'),
+    reasons = {'--timeout': ('counts as failed', 'its exit code', 'no machine delays'),
+               '--nice': ('people at the machine', 'a person waits', 'a person waits'),
                '--cancel': ('Without a name: all', 'may have many', 'nothing to cancel'),
                '--copy-forwards': ('most commands need files', 'most commands need files',
                                    'since most such commands')}
@@ -646,7 +667,7 @@ def test_a_word_that_the_list_of_machines_lost_may_be_meant_for_it(command, end)
     words = ['--machines'] + ([] if command == 'query_machines' else ['lab1'])
     stdout, stderr, status = call_main(command, *words)
     assert (stdout, status, stderr.splitlines()[0]) == (
-        '', 2, f'{command}: --machines names none{end}')
+        '', 2, f'{command}: --machines names no machine{end}')
 
 
 # ---- Where it is started ----
@@ -664,7 +685,7 @@ def test_a_folder_that_was_removed_is_one_sentence(scheduler, client_env, projec
                            *WORDS[command]], env=client_env, capture_output=True, text=True,
                           timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (
-        2, '', f'{command}: the current folder is not there any more: cd to another.\n')
+        2, '', f'{command}: the current folder was removed: cd to another folder.\n')
 
 
 @pytest.mark.parametrize('command', WORDS)
@@ -673,7 +694,7 @@ def test_a_home_that_is_not_there_is_one_sentence(run_cli, project, command):
     done = run_cli(command, *WORDS[command], env={'HOME': '/nowhere'})
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.splitlines()[-1] == (
-        f'{command}: the folder /nowhere, your HOME, is not there.')
+        f'{command}: your HOME, the folder /nowhere, does not exist.')
 
 
 @pytest.mark.parametrize('command', WORDS)

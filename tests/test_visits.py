@@ -285,9 +285,9 @@ def test_a_job_that_has_ended(command, shell, lab1, ledger, gate):
                            if path.suffix not in ('.out', '.err', '.back')), 'its record')
     visit = shell('echo ran')
     assert (visit.status, visit.out) == (2, b'')
-    assert visit.notes == [f'execute_remote: job has ended on {word(lab1)}. Its results come to '
-                           'the client that runs; if none runs, type the command again that '
-                           'started it.']
+    assert visit.notes == [f'execute_remote: job has ended on {word(lab1)}. The client '
+                           'that runs fetches its results; if none runs, type the command again '
+                           'that started it.']
     assert command('--attach', 'job').end().status == 0
     visit = shell('echo ran')
     assert (visit.status, visit.notes) == (2, [
@@ -377,7 +377,7 @@ def test_a_machine_that_is_cut_off(command, terminal, lab):
     at.until(rb'\(job\) ')
     machine.stop()
     assert at.end() == 125
-    assert b'lost contact with ' in at.said and b'job runs on.' in at.said
+    assert b': connection lost: ' in at.said and b'job keeps running.' in at.said
     machine.start()
     without_job(command)
 
@@ -548,9 +548,9 @@ def test_a_port_again_when_contact_is_lost(command, lab, server, ledger):
     wrote(ledger, 'up')
     job.until(b'reaches port', 'err')
     machine.stop()
-    job.until(b'lost contact', 'err')
+    job.until(b'connection lost', 'err')
     machine.start()
-    job.until(b'in contact again', 'err')
+    job.until(b'connected again', 'err')
 
     def answers():
         with contextlib.suppress(urllib.error.URLError, ConnectionError):

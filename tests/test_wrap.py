@@ -125,13 +125,13 @@ def test_what_is_no_placeholder(complaint, wrap, why):
 
 
 @pytest.mark.parametrize('wrap, why', [
-    ('run; rm x', '; is there without quotes'),
-    ('run && x', '& is there without quotes'),
-    ('run | x', '| is there without quotes'),
-    ('run >x', '> is there without quotes'),
-    ('run <(x)', '< is there without quotes'),
-    ('run (x)', '( is there without quotes'),
-    ('run) ; rm x; y=(', ') is there without quotes'),
+    ('run; rm x', '; stands without quotes'),
+    ('run && x', '& stands without quotes'),
+    ('run | x', '| stands without quotes'),
+    ('run >x', '> stands without quotes'),
+    ('run <(x)', '< stands without quotes'),
+    ('run (x)', '( stands without quotes'),
+    ('run) ; rm x; y=(', ') stands without quotes'),
     ('|\n  run\n  # x', 'a word begins with # without quotes'),
     ('run [0]=x', 'a word begins with [ without quotes'),
     ('run "x', 'a " is missing'),
