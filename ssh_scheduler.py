@@ -1538,6 +1538,7 @@ class MachineResources:
 SPARE_PENDING = 5           # jobs that may wait in a queue beyond those that started lately
 LATELY_S = 600.0
 GROWTH, GROWTH_S = 10, 5.0  # jobs by which a queue may grow, and in how many seconds: two a second
+FULL_S = 30.0               # before a queue that is full is asked again, if no job of ours ends
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
 
@@ -1552,7 +1553,7 @@ class ClusterResources(MachineResources):
         self._begun = set()                 # numbers of the placements whose jobs run
         self._starts = collections.deque()  # when jobs began, in the last LATELY_S
         self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
-        self._most = math.inf               # jobs that the engine takes, when it took no more
+        self._full_until = -math.inf        # the engine has just refused to take one more
         super().__init__(available_resources)
 
     def began(self, placement):
@@ -1570,13 +1571,16 @@ class ClusterResources(MachineResources):
         """Give back a placement; another job may have its place at once."""
         super().deallocate(placement)
         self._begun.discard(placement.number)
-        self._most = math.inf
+        self._full_until = -math.inf
         if self._joined:
             self._joined.popleft()
 
     def note_full(self):
-        """Note that the engine takes no more jobs before one of these has ended."""
-        self._most = max(self.jobs, 1)
+        """Note that the engine takes no more jobs before one of these has ended.
+
+        Those of others may count, too: so it is asked again in FULL_S.
+        """
+        self._full_until = self._clock() + FULL_S
 
     def score(self, allocation):
         """Return less than any other machine with room has; the emptier queue is better."""
@@ -1592,15 +1596,17 @@ class ClusterResources(MachineResources):
         return self.take(allocation, ())
 
     def short_of(self, allocation):
-        """Return the word for what is short: engine, gpu, jobs, starts or time; '' if it fits."""
+        """Return the word for what is short: engine, gpu, jobs, full, starts, time; '' if it fits."""
         queue = self.available.queue
         if self.refusal(allocation):
             return 'engine'
         if gpu_type_for(allocation, queue.gpu_types) is None:
             return 'gpu'
-        if self.jobs >= min(queue.max_jobs, self._most):
+        if self.jobs >= queue.max_jobs:
             return 'jobs'
         now = self._clock()
+        if now < self._full_until:
+            return 'full'
         while self._starts and self._starts[0] < now - LATELY_S:
             self._starts.popleft()
         if self.jobs - len(self._begun) >= SPARE_PENDING + len(self._starts):
@@ -1626,6 +1632,7 @@ class ClusterResources(MachineResources):
             return f'has {count_of(self.jobs, "job")} of this batch in its queue'
         waiting = self.jobs - len(self._begun)
         return {'': '', 'starts': f'has {waiting} of this batch that wait there',
+                'full': 'takes no more jobs of this account now',
                 'time': 'gets its next job in a moment'}[short]
 
     def holder(self, allocation):
@@ -1825,7 +1832,7 @@ class Scheduler:
             self._risen(machine)
 
     def note_full(self, machine):
-        """Note that a cluster takes no more jobs before one of its own has ended."""
+        """Note that a cluster takes no more jobs for now."""
         if machine in self.resources:
             self.resources[machine].note_full()
 
@@ -1877,8 +1884,10 @@ class Scheduler:
         place = 0 if first else len(queue)
         while place < len(queue) and queue[place].line < job.line:
             place += 1
+        # What comes back must not hold up those behind it, which have waited for longer.
+        self._since[job.name] = min(self._clock(), self._since[queue[place].name] if place < len(
+            queue) else math.inf)
         queue.insert(place, job)
-        self._since.setdefault(job.name, self._clock())
         if job.allocation not in self._heaps:
             self._heaps[job.allocation] = self._new_heap()
 
@@ -2698,7 +2707,10 @@ class Run:
                                     or 'another batch has the machine')
             return
         self.wait_again(attempt)
-        if not worker.machine.engine:       # which would have said why
+        if worker.machine.engine:           # which has said why; its room was given back above
+            if worker.queue.is_full:
+                self.scheduler.note_full(worker)
+        else:
             self.scheduler.update(worker, worker.capacity._replace(reserved=True))
             worker.measure(random.uniform(1, 3))    # so that two do not step back for ever
 
@@ -11341,6 +11353,7 @@ class Queued:
     def __init__(self, worker):
         self.refusals = {}
         self.refusal = ''                   # why the engine took no job the last time
+        self.is_full = False                # since there are too many in its queue
         self._worker = worker
 
     def ask_fits(self):
@@ -11355,6 +11368,7 @@ class Queued:
     def on_unfit(self, need, why):
         """The engine refuses jobs with this need."""
         self.refusals[need] = self.refusal = why
+        self.is_full = False
         worker, gauge = self._worker, self._worker.gauge
         if gauge.capacity and worker.state == 'ready':
             gauge.capacity = gauge.capacity._replace(queue=gauge.capacity.queue._replace(
@@ -11363,8 +11377,7 @@ class Queued:
 
     def on_full(self, why):
         """The engine takes no more jobs for now."""
-        self.refusal = why
-        self._worker.run.scheduler.note_full(self._worker)
+        self.refusal, self.is_full = why, True
 
     def on_queued(self, key, number, why, start):
         """The engine has a job, and does not run it yet."""
