@@ -1596,7 +1596,7 @@ class ClusterResources(MachineResources):
         return self.take(allocation, ())
 
     def short_of(self, allocation):
-        """Return the word for what is short: engine, gpu, jobs, full, starts, time; '' if it fits."""
+        """Return what is short: engine, gpu, jobs, full, starts or time; '' if it fits."""
         queue = self.available.queue
         if self.refusal(allocation):
             return 'engine'

@@ -7,12 +7,11 @@ is done.  Then the command of the job must have run once, or as often as is said
 status, what is said of it, and what is left on the cluster must be right.
 """
 import contextlib
-import json
 import os
 import re
 import signal
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import clusters
 import pytest
@@ -20,13 +19,12 @@ import rig
 from batching import (
     NO_GPU,
     RESULTS,
-    events,
     result,
     wait_until,
     with_constants,
     wrote,
 )
-from test_slurm import cluster_of, ends, full, hasty, ids, journal, jobs_folder, once
+from test_slurm import cluster_of, ends, full, hasty, journal, once
 
 STATUS = 5                  # of the command, where it ends by itself
 FINAL = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'PREEMPTED', 'OUT_OF_MEMORY')
@@ -153,7 +151,7 @@ class Fault(NamedTuple):
     runs: int = 1                           # of its command
     said: str = ''                          # what stderr must say; a regular expression
     err: str = ''                           # what its .err must say
-    before: Any = None                      # what is done before there is a job
+    before: Optional[Callable] = None                      # what is done before there is a job
     needs_client: bool = False              # act() waits for what a client does
     line: str = ''                          # the command, instead of the usual
     conf: tuple = ()
@@ -280,7 +278,6 @@ def go(case):
 
 
 HUNGRY = "exec python3 -c 'import time; x = bytearray(500 << 20); time.sleep(60)'"
-OTHER = {'cluster': {'uid': 4321}}
 FAULTS = {
     'runner killed': Fault('running', kill_runner),
     'runner killed, queued': Fault('queued', kill_runner),
@@ -391,3 +388,155 @@ def test_a_fault_of_a_cluster(make_cluster, batches, gate, ledger, name, moment)
     case = Case(cluster, batches, gate, ledger, line=fault.line, machine=fault.machine)
     live(case, fault, moment)
     check(case, fault, moment)
+
+
+# ---- While a job is handed over ----
+
+HANDED = Fault('handed', go)
+# The question whether Slurm would refuse such jobs comes before all this.
+LATER = '[[ " $* " != *" --test-only "* ]] || exec "$REAL" "$@"\n'
+
+
+@with_constants
+@pytest.mark.parametrize('held', ['ANSWER_HELD', 'QUESTION_HELD'])
+@pytest.mark.parametrize('what', ['client', 'runner', 'login', 'controller'])
+def test_a_fault_while_a_job_is_handed_over(make_cluster, batches, gate, ledger, what, held):
+    case = Case(make_cluster(conf=CONF), batches, gate, ledger)
+    case.cluster.wrap('sbatch', LATER + getattr(clusters, held))
+    run = case.start()
+    case.reach('handed')
+    if what == 'client':
+        run.process.kill()
+        case.end(run, killed=True)
+        run = case.start()
+    elif what == 'runner':
+        case.kill_runner()
+    elif what == 'login':
+        case.restart_login()
+    else:
+        case.cluster.freeze()
+    case.cluster.release('sbatch')
+    if what == 'controller':
+        case.cluster.thaw()
+    case.go()
+    case.end(run)
+    check(case, HANDED, '')
+
+
+# ---- Login nodes ----
+
+@with_constants
+def test_another_login_node_leaves_jobs_to_the_one_that_began_them(
+        make_cluster, batches, gate, ledger):
+    """The journal knows a machine by its address, so it does not know that it is the same."""
+    cluster = make_cluster(conf=CONF)
+    with cluster.another_login() as other:
+        case = Case(cluster, batches, gate, ledger)
+        case.end(case.start('running'), killed=True)
+        address, file = cluster.login.account, Path('cluster.yaml')
+        first = file.read_text()
+        file.write_text(Path(other.yaml()).read_text())
+        done = case.end(case.start())
+        assert f'WARNING: line 1 was started on {address} by a run that was cut off; name that ' \
+            'machine too, to collect it' in done.stdout
+        assert done.returncode == 1 and '1 not collected' in done.stdout and not ends()
+        case.go()
+        Path('first.yaml').write_text(first)
+        case.machines.append('first.yaml')
+        case.end(case.start())
+        check(case, HANDED, '')
+
+
+@with_constants
+def test_two_login_nodes_of_one_cluster_share_its_jobs(make_cluster, batches, gate, ledger):
+    cluster = make_cluster(conf=CONF)
+    with cluster.another_login() as other:
+        for name, login in ('one', cluster), ('two', other):
+            Path(f'{name}.yaml').write_text(Path(login.yaml(max_jobs=2)).read_text())
+        done = batches.run([f'{once(ledger, n)}; sleep 0.2; exit {n}' for n in range(6)],
+                           ['one.yaml', 'two.yaml'], *NO_GPU, env=hasty())
+        assert sorted(ledger.read_text().split()) == [*'012345'], done.stderr
+        assert ends() == {f'batch.sh.{n + 1}': n for n in range(6)}, done.stderr
+        assert {event['where'] for event in journal() if event['event'] == 'claimed'} == {
+            'one.yaml', 'two.yaml'}
+        Case(cluster, batches, gate, ledger).assert_gone()
+
+
+# ---- All nodes fail ----
+
+@with_constants
+def test_where_the_prolog_fails_on_all_nodes_a_job_waits_until_one_is_well(
+        make_cluster, batches, gate, ledger):
+    cluster = make_cluster(conf=[*CONF, 'Prolog={folder}/prolog'])
+    prolog = cluster.folder / 'prolog'
+    rig.put(prolog, '#!/bin/sh\nfalse\n', 0o755)
+    case = Case(cluster, batches, gate, ledger)
+    run = case.start()
+    run.until('queued: batch.sh.1')
+    wait_until(lambda: any(job.reason.startswith(('ReqNode', 'Nodes')) for job in case.listed()),
+               'no node is left')
+    rig.put(prolog, '#!/bin/sh\n', 0o755)
+    cluster.scontrol('update', 'nodename=n1,n2', 'state=resume')
+    case.go()
+    done = case.end(run)
+    for node in 'n1', 'n2':
+        assert f'the node {node} could not start it: Error running slurm prolog' in done.stderr
+    check(case, HANDED, '')
+
+
+@with_constants
+def test_where_no_node_has_the_folder_each_is_named(make_cluster, batches, gate, ledger):
+    cluster = make_cluster(conf=CONF)
+    if not cluster.apart:
+        pytest.skip('nodes share their mounts here')
+    nodes = ['n1', 'n2']
+    for node in nodes:
+        cluster.hide(node)
+    case = Case(cluster, batches, gate, ledger)
+    run = case.start()
+    wait_until(lambda: {job.node for job in cluster.squeue()} >= {*nodes}, 'each was tried')
+    for node in nodes:
+        cluster.show(node)
+    case.go()
+    done = case.end(run)
+    assert any(f'the node {node} cannot write in {cluster.workdir}: let `workdir` be a folder that '
+               'the nodes see' in done.stderr for node in nodes), done.stderr
+    check(case, HANDED, '')
+
+
+# ---- Limits, and numbers that come again ----
+
+@with_constants
+def test_an_account_that_may_have_few_jobs_in_the_queue(make_cluster, batches, gate, ledger):
+    cluster = make_cluster(conf=[*CONF, 'AccountingStorageEnforce=limits'], accounting=True)
+    user = cluster.command('id', '-un').strip()
+    cluster.command('sacctmgr', '-i', 'add', 'account', 'lab')
+    cluster.command('sacctmgr', '-i', 'add', 'user', user, 'account=lab', 'MaxSubmitJobs=2')
+    cluster.wrap('sbatch', 'exec "$REAL" "$@"')
+    machine = cluster_of(cluster, engine_options='--account=lab')
+    run = batches.start([f'{once(ledger, n)}; {gate.wait("go")}' for n in range(4)], [machine],
+                        *NO_GPU, env=hasty())
+    run.until('started:')
+    run.until('started:')
+    wait_until(lambda: len([event for event in journal() if event['event'] == 'lost']) == 2,
+               'two were not taken')
+    before = cluster.rpcs()
+    wait_until(lambda: cluster.rpcs()['REQUEST_JOB_INFO'] >= before['REQUEST_JOB_INFO'] + 3, 'time')
+    assert cluster.rpcs()['REQUEST_SUBMIT_BATCH_JOB'] == 4      # they are not tried again and again
+    for _ in range(4):
+        gate.open('go')
+    done = run.end()
+    assert done.returncode == 0 and sorted(ledger.read_text().split()) == [*'0123'], done.stderr
+    assert len(cluster.calls('sbatch')) <= 1 + 4 + 3            # one is the question before all
+    Case(cluster, batches, gate, ledger).assert_gone()
+
+
+@with_constants
+def test_numbers_that_come_again_are_those_of_other_jobs(make_cluster, batches, gate, ledger):
+    cluster = make_cluster(conf=[*CONF, 'FirstJobId=10', 'MaxJobId=14', 'MinJobAge=2'])
+    done = batches.run([f'{once(ledger, n)}; exit {n}' for n in range(6)],
+                       [cluster_of(cluster, max_jobs=2)], *NO_GPU, env=hasty())
+    assert sorted(ledger.read_text().split()) == [*'012345'], done.stderr
+    assert ends() == {f'batch.sh.{n + 1}': n for n in range(6)}, done.stderr
+    assert max(job.id for job in cluster.squeue()) < 14
+    Case(cluster, batches, gate, ledger).assert_gone()
