@@ -306,6 +306,14 @@ class AnyQueue(RuleBasedStateMachine):
                 books.begun.add(job)
                 books.starts.append(self.now)
 
+    @rule(kind=st.sampled_from(QUEUED_KINDS), times=st.integers(2, 4))
+    def jobs_begin_at_once(self, kind, times):
+        """So more may join; as many as a queue may grow by."""
+        self.submit(kind, 30)
+        for _ in range(times):
+            self.jobs_begin(0, 40)
+            self.choose()
+
     @precondition(lambda self: self.there or any(books.jobs for books in self.books.values()))
     @rule(number=st.integers(0, 99), count=st.integers(1, 12), again=st.booleans())
     def jobs_end(self, number, count, again):
@@ -402,6 +410,65 @@ class AnyQueue(RuleBasedStateMachine):
 
 TestAnyQueue = AnyQueue.TestCase
 TestAnyQueue.settings = WALKS
+
+
+def joined(own, kind=KINDS[0]):
+    """Have as many jobs join a queue as may; return their Placements."""
+    placements = []
+    while not own.short_of(kind):
+        placements.append(own.allocate(kind))
+    return placements
+
+
+def test_a_queue_grows_no_faster_than_its_controller_likes():
+    now = [0.0]
+    own = s.ClusterResources(Capacity(0, 0, queue=s.Queue('Slurm', 99)), lambda: now[0])
+    waiting = joined(own)
+    assert (len(waiting), own.short_of(KINDS[0])) == (s.SPARE_PENDING, 'starts')
+    for placement in waiting:
+        own.began(placement)
+        own.began(placement)                        # that may be said twice
+    more = joined(own)
+    assert (own.jobs, own.short_of(KINDS[0])) == (s.GROWTH, 'time')
+    own.deallocate(more.pop())
+    assert len(joined(own)) == 1                    # it has the place of the one that has gone
+    now[0] = s.GROWTH_S - 0.1
+    assert not joined(own)
+    now[0] = s.GROWTH_S
+    assert len(joined(own)) == s.SPARE_PENDING      # as many as have begun, and five
+    now[0] = 2 * s.LATELY_S
+    for placement in waiting:
+        own.deallocate(placement)
+    assert own.short_of(KINDS[0]) == 'starts'       # none has begun lately
+
+
+def test_a_queue_that_took_no_more_is_asked_again_when_a_job_ends_or_after_a_while():
+    now = [0.0]
+    own = s.ClusterResources(QUEUES[0], lambda: now[0])
+    own.deallocate(own.allocate(KINDS[0]))          # the one that it refused
+    own.note_full()
+    assert own.short_of(KINDS[0]) == 'full' and 'takes no more' in own.why_not(KINDS[0])
+    now[0] = s.FULL_S
+    first = own.allocate(KINDS[0])
+    own.note_full()
+    assert own.short_of(KINDS[0]) == 'full'
+    own.deallocate(first)
+    assert own.short_of(KINDS[0]) == ''
+
+
+def test_what_comes_back_holds_up_none_that_has_waited_for_long():
+    now = [0.0]
+    scheduler = s.Scheduler(AFTER_S, lambda: now[0])
+    scheduler.add_machine('m', 0, Capacity(1, 9000, total_cores=1, max_jobs=1))
+    scheduler.add_machine('c', 1, QUEUES[0])
+    for line in (1, 2):
+        scheduler.add(job_of(line, KINDS[0]))
+    assert [machine for _, machine, _ in scheduler.choose()] == ['m']
+    now[0] = AFTER_S - 1
+    scheduler.add(job_of(0, KINDS[0]), first=True)
+    assert not [*scheduler.choose()]
+    now[0] = AFTER_S
+    assert [job.line for job, *_ in scheduler.choose()] == [0, 2]
 
 
 # ---- Fairness ----
