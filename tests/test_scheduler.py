@@ -456,6 +456,19 @@ def test_a_queue_that_took_no_more_is_asked_again_when_a_job_ends_or_after_a_whi
     assert own.short_of(KINDS[0]) == ''
 
 
+def test_a_machine_with_room_comes_before_a_cluster_however_long_a_job_has_waited():
+    now = [0.0]
+    scheduler = s.Scheduler(AFTER_S, lambda: now[0])
+    scheduler.add_machine('c', 0, QUEUES[0])
+    scheduler.add_machine('m', 1, Capacity(1, 9000, total_cores=1, max_jobs=1))
+    for line in (1, 2):
+        scheduler.add(job_of(line, KINDS[0]))
+    [(_, machine, placement)] = scheduler.choose()
+    now[0] = 2 * AFTER_S
+    scheduler.give_back(machine, placement)
+    assert [(job.line, where) for job, where, _ in scheduler.choose()] == [(2, 'm')]
+
+
 def test_what_comes_back_holds_up_none_that_has_waited_for_long():
     now = [0.0]
     scheduler = s.Scheduler(AFTER_S, lambda: now[0])
