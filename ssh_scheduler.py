@@ -2707,10 +2707,9 @@ class Run:
                                     or 'another batch has the machine')
             return
         self.wait_again(attempt)
-        if worker.machine.engine:           # which has said why; its room was given back above
-            if worker.queue.is_full:
-                self.scheduler.note_full(worker)
-        else:
+        if worker.machine.engine and worker.queue.is_full:      # its room was given back above
+            self.scheduler.note_full(worker)
+        elif not worker.machine.engine:     # which would have said why
             self.scheduler.update(worker, worker.capacity._replace(reserved=True))
             worker.measure(random.uniform(1, 3))    # so that two do not step back for ever
 
