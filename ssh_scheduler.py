@@ -1578,8 +1578,8 @@ class MachineResources:
 
 SPARE_PENDING = 5           # jobs that may wait in a queue beyond those that started lately
 LATELY_S = 600.0
-FULL_S = 60.0               # before a queue is asked again that took no more jobs
 GROWTH, GROWTH_S = 10, 5.0  # jobs by which a queue may grow, and in how many seconds: two a second
+FULL_S = 30.0               # before a queue that is full is asked again, if no job of ours ends
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
 
@@ -1594,8 +1594,7 @@ class ClusterResources(MachineResources):
         self._begun = set()                 # numbers of the placements whose jobs run
         self._starts = collections.deque()  # when jobs began, in the last LATELY_S
         self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
-        # Jobs that the engine takes, when it took no more; and until when that is believed.
-        self._most, self._most_until = math.inf, 0.0
+        self._full_until = -math.inf        # the engine has just refused to take one more
         super().__init__(available_resources)
 
     def began(self, placement):
@@ -1612,15 +1611,17 @@ class ClusterResources(MachineResources):
     def deallocate(self, placement):
         """Give back a placement; another job may have its place at once."""
         super().deallocate(placement)
-        if placement.number in self._begun:
-            self._begun.discard(placement.number)
-            self._most = math.inf
+        self._begun.discard(placement.number)
+        self._full_until = -math.inf
         if self._joined:
             self._joined.popleft()
 
     def note_full(self):
-        """Note that the engine takes no more jobs before one has ended, or for a minute."""
-        self._most, self._most_until = max(self.jobs - 1, 0), self._clock() + FULL_S
+        """Note that the engine takes no more jobs before one of these has ended.
+
+        Those of others may count, too: so it is asked again in FULL_S.
+        """
+        self._full_until = self._clock() + FULL_S
 
     def score(self, allocation):
         """Return less than any other machine with room has; the emptier queue is better."""
@@ -1636,17 +1637,17 @@ class ClusterResources(MachineResources):
         return self.take(allocation, ())
 
     def short_of(self, allocation):
-        """Return the word for what is short, such as gpu, full, jobs or starts; '' if it fits."""
+        """Return what is short: engine, gpu, jobs, full, starts or time; '' if it fits."""
         queue = self.available.queue
         if self.refusal(allocation):
             return 'engine'
         if gpu_type_for(allocation, queue.gpu_types) is None:
             return 'gpu'
-        now = self._clock()
-        if self.jobs >= (self._most if now < self._most_until else math.inf):
-            return 'full'
         if self.jobs >= queue.max_jobs:
             return 'jobs'
+        now = self._clock()
+        if now < self._full_until:
+            return 'full'
         while self._starts and self._starts[0] < now - LATELY_S:
             self._starts.popleft()
         if self.jobs - len(self._begun) >= SPARE_PENDING + len(self._starts):
@@ -1671,8 +1672,8 @@ class ClusterResources(MachineResources):
         if short == 'jobs':
             return f'has {count_of(self.jobs, "job")} of this batch in its queue'
         waiting = self.jobs - len(self._begun)
-        return {'': '', 'full': 'takes no more jobs of this account now',
-                'starts': f'has {waiting} of this batch that wait there',
+        return {'': '', 'starts': f'has {waiting} of this batch that wait there',
+                'full': 'takes no more jobs of this account now',
                 'time': 'gets its next job in a moment'}[short]
 
     def holder(self, allocation):
@@ -1872,7 +1873,7 @@ class Scheduler:
             self._risen(machine)
 
     def note_full(self, machine):
-        """Note that a cluster takes no more jobs before one of its own has ended."""
+        """Note that a cluster takes no more jobs for now."""
         if machine in self.resources:
             self.resources[machine].note_full()
 
@@ -1924,8 +1925,10 @@ class Scheduler:
         place = 0 if first else len(queue)
         while place < len(queue) and queue[place].line < job.line:
             place += 1
+        # What comes back must not hold up those behind it, which have waited for longer.
+        self._since[job.name] = min(self._clock(), self._since[queue[place].name] if place < len(
+            queue) else math.inf)
         queue.insert(place, job)
-        self._since.setdefault(job.name, self._clock())
         if job.allocation not in self._heaps:
             self._heaps[job.allocation] = self._new_heap()
 
@@ -2746,7 +2749,9 @@ class Run:
                                     or 'another batch has the machine')
             return
         self.wait_again(attempt)
-        if not worker.machine.engine:       # which would have said why
+        if worker.machine.engine and worker.queue.is_full:      # its room was given back above
+            self.scheduler.note_full(worker)
+        elif not worker.machine.engine:     # which would have said why
             self.scheduler.update(worker, worker.capacity._replace(reserved=True))
             worker.measure(random.uniform(1, 3))    # so that two do not step back for ever
 
@@ -11734,6 +11739,7 @@ class Queued:
     def __init__(self, worker):
         self.refusals = {}
         self.refusal = ''                   # why the engine took no job the last time
+        self.is_full = False                # since there are too many in its queue
         self._worker = worker
 
     def ask_fits(self):
@@ -11749,6 +11755,7 @@ class Queued:
     def on_unfit(self, need, why):
         """The engine refuses jobs with this need."""
         self.refusals[need] = self.refusal = why
+        self.is_full = False
         worker, gauge = self._worker, self._worker.gauge
         if gauge.capacity and worker.state == 'ready':
             gauge.capacity = gauge.capacity._replace(queue=gauge.capacity.queue._replace(
@@ -11759,8 +11766,7 @@ class Queued:
         """The engine takes no more jobs for now."""
         if self.refusal != why:
             self._worker.report.warning(f'{self._worker.name}: takes no more jobs now: {why}')
-        self.refusal = why
-        self._worker.run.scheduler.note_full(self._worker)
+        self.refusal, self.is_full = why, True
 
     def on_queued(self, key, number, why, start):
         """The engine has a job, and does not run it yet."""

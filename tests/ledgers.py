@@ -154,13 +154,14 @@ def check_journal(job, runs, events, said):
         elif word in ('lost', 'cancelled') and state == 'collected':
             yield f'The journal contradicts itself: {job} is {word}, but was collected.'
         elif not claim or word in ('committing', 'collected') and state != 'ended' or (
-                word in ('cancelling', 'stopping') and state != 'claimed'):
+                word in ('queued', 'running', 'cancelling', 'stopping') and state != 'claimed'):
             yield f'The journal contradicts itself: {job} is {word}, but was {state}.'
         if word == 'ended':
             code = event['exit_code']
         if word == 'renamed' and state != 'collected':
             yield f'The journal contradicts itself: {job} runs again, but was {state}.'
-        state = state if word in ('committing', 'cancelling', 'stopping') else word
+        state = state if word in ('queued', 'running', 'committing', 'cancelling',
+                                  'stopping') else word
 
     claims = {(event['attempt'], event['machine']) for event in events
               if event['event'] == 'claimed'}

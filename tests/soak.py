@@ -1,12 +1,13 @@
-"""Random faults on three hosts for a while: python3 tests/soak.py [SECONDS [SEED]]; or make soak.
+"""Random faults on hosts and a cluster for a while: tests/soak.py [SECONDS [SEED]]; or make soak.
 
 A round is one batch of 200 short jobs in a folder of its own, with files to bring back.  While it
-runs, hosts are cut off, reset, frozen, rebooted, their disks filled, their runners and the program
-itself killed or interrupted.  Then the faults end, the same command is run until all is done, and
-each job must have run exactly once.  Not collected by pytest; needs what hosts.py needs.
+runs, the three hosts are cut off, reset, frozen, rebooted, their disks filled, their runners and
+the program itself killed or interrupted.  Nodes of the cluster crash, or go out of sight, and its
+controller freezes, goes away and lies.  Then the faults end, the same command is run until all is
+done, and each job must have run exactly once.  Not collected by pytest; needs what hosts.py and
+clusters.py need.
 """
 import contextlib
-import json
 import os
 import random
 import re
@@ -20,28 +21,35 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import clusters
 import hosts as host_rig
-from batching import NO_GPU
+from batching import NO_GPU, wait_until
 from ledgers import check_exactly_once, ledger_line
+from test_slurm import hasty
+from test_slurm_faults import FINAL
 
 PROGRAM = Path(__file__).with_name('crash.py')
-IMPATIENT = json.dumps({'RETRY_S': 0.3, 'LONGEST_RETRY_S': 2.0, 'ASIDE_S': 1.0, 'BEAT_S': 1.0,
-                        'SILENCE_LIMIT_S': 8.0})
+IMPATIENT = hasty(RETRY_S=0.3, LONGEST_RETRY_S=2.0, BEAT_S=1.0, SILENCE_LIMIT_S=8.0)
 JOBS, RUNS = 200, 30
 COMMANDS = ('true', 'sleep 0.1', 'sleep 0.5', 'head -c 30000 /dev/zero | tr "\\0" x && echo',
             'head -c 200000 /dev/urandom >big', 'mkdir -p a/b; echo made >a/b/c', 'wc -c <data')
 LIMIT_S = 120               # for one run without faults
 
 
-def faults_of(host):
-    """{name: function}; each is a moment of trouble for the host, after which it is well again."""
-    def for_a_while(begin, end):
-        def fault(dice):
-            begin()
-            time.sleep(dice.choice((0.2, 1, 5)))
-            end()
-        return fault
+def for_a_while(begin, end):
+    def fault(dice):
+        begin()
+        time.sleep(dice.choice((0.2, 1, 5)))
+        end()
+    return fault
 
+
+def faults_of(machine):
+    """{name: function}; each is a moment of trouble for it, after which it is well again."""
+    return (faults_of_cluster if isinstance(machine, clusters.Login) else faults_of_host)(machine)
+
+
+def faults_of_host(host):
     def if_there(function):
         def fault(_dice):
             with contextlib.suppress(LookupError, ProcessLookupError):
@@ -69,8 +77,62 @@ def faults_of(host):
             'reboot': if_there(host.reboot)}
 
 
+LIES = {'banners': ('sbatch', clusters.BANNERS),
+        'accepted, timed out': ('sbatch', clusters.ACCEPTED_TIMED_OUT),
+        'lost, timed out': ('sbatch', clusters.LOST_TIMED_OUT),
+        'accepted, killed': ('sbatch', clusters.ACCEPTED_KILLED),
+        'lost, killed': ('sbatch', clusters.LOST_KILLED),
+        'twice': ('sbatch', clusters.ACCEPTED_TWICE),
+        'another id': ('sbatch', clusters.says_id(77777)),
+        'silent scancel': ('scancel', clusters.NOTHING), 'empty list': ('squeue', clusters.NOTHING),
+        'no list': ('squeue', clusters.AWAY), 'old list': ('squeue', clusters.LAGS)}
+
+
+def faults_of_cluster(login):
+    cluster = login.cluster
+
+    def node_fails(*how):
+        def fault(dice):
+            node = dice.choice(('n1', 'n2'))
+            for begin in how:
+                begin(node)
+            time.sleep(dice.choice((0.2, 1, 5)))
+            cluster.boot(node)
+            with contextlib.suppress(RuntimeError):         # it is well already
+                cluster.scontrol('update', f'nodename={node}', 'state=resume')
+        return fault
+
+    def lies(name, script):
+        def end():
+            with contextlib.suppress(FileNotFoundError):    # one of its files went at this moment
+                cluster.unwrap(name)
+        return for_a_while(lambda: cluster.wrap(name, script), end)
+
+    def kill_runner(_dice):
+        for file in cluster.workdir.glob('*/run.*/self'):
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                os.kill(int(file.read_text().split()[0]), signal.SIGKILL)
+
+    def reboot(_dice):
+        login.power_off()
+        login.set_boot_id()
+        login.start()
+
+    return {'freeze controller': for_a_while(cluster.freeze, cluster.thaw),
+            'end controller': for_a_while(cluster.halt, cluster.resume),
+            'part node': node_fails(cluster.part),
+            'part and lose node': node_fails(cluster.part, cluster.lose),
+            'crash node': node_fails(cluster.crash),
+            'crash and lose node': node_fails(cluster.crash, cluster.lose),
+            'kill runner there': kill_runner, 'reboot login node': reboot,
+            **{f'Slurm lies: {name}': lies(*lie) for name, lie in LIES.items()}}
+
+
 def round_of(dice, machines, folder, happened):
-    """Run one batch under faults, and check it."""
+    """Run one batch under faults, check it, and return how many runs it took.
+
+    happened: counts the faults, and how many jobs began where
+    """
     project = folder / 'project'
     project.mkdir(parents=True)
     (project / 'data').write_bytes(os.urandom(400_000))
@@ -80,10 +142,10 @@ def round_of(dice, machines, folder, happened):
     files = [machine.yaml(max_jobs=4, ssh_options={
         'UserKnownHostsFile': str(machine.known_hosts), **quick}) for machine in machines]
     argv = [sys.executable, PROGRAM, 'execute_batch', 'batch.sh', *NO_GPU, '--retries=50',
-            '--machines', *map(str, files)]
+            '--cluster-after=0.2', '--machines', *map(str, files)]
     (folder / 'tmp').mkdir()
     env = {**os.environ, 'HOME': str(folder), 'TMPDIR': str(folder / 'tmp'),
-           'CRASH_SETTINGS': IMPATIENT}
+           **IMPATIENT}
     said, complaints, troubled = [], [], dice.randrange(1, 6)
     for number in range(RUNS):
         calm = number >= troubled
@@ -117,11 +179,24 @@ def round_of(dice, machines, folder, happened):
     check_exactly_once(machines, project / 'job_results', said,
                        jobs=[f'batch.sh.{n}' for n in range(1, JOBS + 1)], again=True)
     for machine in machines:
-        machine.ledger.write_text('')
-        # What a killed run left there is removed by the next run of its folder, and there is none:
-        # after 50 rounds the disk would be full.
-        shutil.rmtree(machine.home / '.ssh_scheduler', ignore_errors=True)
+        happened[f'jobs on {machine.name}'] += machine.ledger.read_text().count(' start\n')
+        forget(machine)
     return number + 1
+
+
+def forget(machine):
+    """Remove what a round left there.
+
+    What a killed run left is removed by the next run of its folder, and there is none: after 50
+    rounds the disk would be full.
+    """
+    machine.ledger.write_text('')
+    shutil.rmtree(machine.home / '.ssh_scheduler', ignore_errors=True)
+    if isinstance(machine, clusters.Login):
+        wait_until(lambda: all(job.state in FINAL for job in machine.cluster.squeue()),
+                   'Slurm has no job any more')
+        for path in machine.cluster.workdir.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def ask(dice, argv, how, happened):
@@ -155,8 +230,9 @@ def trouble(dice, machines, process, happened):
 
 
 def main(limit_s=600, seed=None):
-    if host_rig.why_not():
-        sys.exit(host_rig.why_not())
+    missing = host_rig.why_not() or clusters.why_not()
+    if missing:
+        sys.exit(missing)
     seed = random.randrange(10**6) if seed is None else seed
     print(f'soak: seed {seed}, {limit_s} s', flush=True)
     dice, happened, began = random.Random(seed), Counter(), time.monotonic()
@@ -165,6 +241,7 @@ def main(limit_s=600, seed=None):
     with contextlib.ExitStack() as stack:
         machines = [stack.enter_context(host_rig.Host(f'host{n}', disk={
             'size': 60 << 20, 'inodes': 50000})) for n in range(3)]
+        machines.append(stack.enter_context(clusters.Cluster(conf=['MessageTimeout=2'])).login)
         while time.monotonic() < began + limit_s:
             try:
                 runs += round_of(dice, machines, folder / str(rounds), happened)
@@ -176,9 +253,11 @@ def main(limit_s=600, seed=None):
             print(f'soak: round {rounds}, {runs} runs, {time.monotonic() - began:.0f} s',
                   flush=True)
     shutil.rmtree(folder)
+    where = {name: happened.pop(name) for name in list(happened) if name.startswith('jobs on ')}
     print(f'soak: seed {seed}: {rounds} rounds of {JOBS} jobs in {runs} runs, '
           f'{time.monotonic() - began:.0f} s, each job exactly once; '
-          f'{sum(happened.values())} faults: '
+          + ', '.join(f'{count} {name}' for name, count in sorted(where.items()))
+          + f'; {sum(happened.values())} faults: '
           + ', '.join(f'{count} {name}' for name, count in sorted(happened.items())))
 
 

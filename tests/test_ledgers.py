@@ -56,6 +56,11 @@ def test_a_job_that_ran_once(story):
     story.check()
 
 
+def test_a_job_that_a_cluster_had_in_its_queue(story):
+    story.journal[1:1] = [{'event': word} for word in ('queued', 'running', 'stopping')]
+    story.check()
+
+
 def test_a_job_that_failed(story):
     story.stdout = story.stdout.replace('finished: b', 'failed: b')
     story.journal[1]['exit_code'] = 3
@@ -170,6 +175,10 @@ def spoil_set_aside_after_it_was_collected(story):
     story.journal.append({'event': 'cancelled', 'job': JOB})
 
 
+def spoil_queued_after_it_was_collected(story):
+    story.journal.append({'event': 'queued'})
+
+
 def spoil_not_collected(story):
     del story.journal[2]
 
@@ -219,6 +228,7 @@ def spoil_only_started(story):
     (spoil_claimed_after_its_end, 'is claimed again, but was collected'),
     (spoil_collected_without_end, 'is collected, but was claimed'),
     (spoil_set_aside_after_it_was_collected, 'is cancelled, but was collected'),
+    (spoil_queued_after_it_was_collected, 'is queued, but was collected'),
     (spoil_not_collected, 'reported finished, but there it is ended'),
     (spoil_another_exit_code, 'with exit code 1'),
     (spoil_reported_failed, 'reported failed, but there its exit code is 0'),

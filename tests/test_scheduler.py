@@ -186,6 +186,304 @@ TestAnyDay = AnyDay.TestCase
 TestAnyDay.settings = WALKS
 
 
+# ---- Clusters, whatever happens ----
+
+AFTER_S = 30.0
+QUEUES = (Capacity(0, 0, queue=s.Queue('Slurm', 3)), Capacity(0, 0, queue=s.Queue('Slurm', 40)),
+          Capacity(0, 0, queue=s.Queue('Slurm', 12, ((8000, 'small'),), (('1 9000 0 0', 'no'),))))
+QUEUED_KINDS = (*KINDS[:5], Allocation(1, 100, gpu_memory_mb=4000),
+                Allocation(1, 100, gpu_memory_mb=12000))
+
+
+class Books:
+    """What a queue was given, kept here a second time."""
+
+    def __init__(self, now):
+        self.jobs, self.begun = {}, set()           # job -> its Placement
+        self.starts, self.sizes = [], [(now, 0)]    # when jobs began; (when, how many there were)
+        self.full_until = 0.0
+
+    def note_size(self, now):
+        self.sizes.append((now, len(self.jobs)))
+
+    def growth(self, now):
+        """Return by how much it has grown in GROWTH_S, at most."""
+        at = [size for when, size in self.sizes if when > now - s.GROWTH_S]
+        before = [size for when, size in self.sizes if when <= now - s.GROWTH_S][-1:]
+        return len(self.jobs) - min(before + at)
+
+    def has_room(self, now):
+        """Tell whether one more job may join."""
+        lately = sum(when >= now - s.LATELY_S for when in self.starts)
+        return (now >= self.full_until and self.growth(now) < s.GROWTH
+                and len(self.jobs) - len(self.begun) < s.SPARE_PENDING + lately)
+
+
+class AnyQueue(RuleBasedStateMachine):
+    """Jobs come, begin and end, while machines and clusters come, fill up and go, and time passes.
+
+    The clock is ours.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.lines = 1000.0, 0
+        self.scheduler = s.Scheduler(AFTER_S, lambda: self.now)
+        self.machines = {}                  # name -> Capacity, of those that are no clusters
+        self.there = {}                     # job -> (machine, Placement), of these
+        self.queues, self.books = {}, {}    # name -> Capacity; name -> Books
+        self.waiting = {}                   # job -> when it began to wait
+
+    @initialize(rooms=st.lists(st.sampled_from(ROOMS), max_size=2),
+                queues=st.lists(st.sampled_from(QUEUES), min_size=1, max_size=2),
+                kind=st.sampled_from(QUEUED_KINDS), count=st.integers(0, 40))
+    def open(self, rooms, queues, kind, count):
+        for place, capacity in enumerate(rooms):
+            self.machine_comes(place, capacity)
+        for place, capacity in enumerate(queues):
+            self.cluster_comes(place, capacity)
+        self.submit(kind, count)
+        self.choose()
+
+    @rule(place=st.integers(0, 2), capacity=st.sampled_from(ROOMS))
+    def machine_comes(self, place, capacity):
+        if f'm{place}' not in self.machines:
+            self.machines[f'm{place}'] = capacity
+            self.add(f'm{place}', place, capacity)
+
+    @rule(place=st.integers(0, 1), capacity=st.sampled_from(QUEUES))
+    def cluster_comes(self, place, capacity):
+        if f'c{place}' not in self.queues:
+            self.queues[f'c{place}'], self.books[f'c{place}'] = capacity, Books(self.now)
+            self.add(f'c{place}', 10 + place, capacity)
+
+    def add(self, name, place, capacity):
+        self.scheduler.add_machine(name, place, capacity)
+        if name in self.books:
+            self.scheduler.resources[name]._clock = lambda: self.now
+
+    @rule(place=st.integers(0, 4), again=st.booleans())
+    def one_goes(self, place, again):
+        """What it had to do is lost, and waits again or is given up."""
+        names = sorted({*self.machines, *self.queues})
+        name = names[place % len(names)] if names else None
+        if name:
+            self.scheduler.remove_machine(name)
+            lost = [*(self.books.pop(name).jobs if name in self.books else ()),
+                    *(job for job, (where, _) in self.there.items() if where == name)]
+            self.machines.pop(name, None), self.queues.pop(name, None)
+            for job in lost:
+                self.there.pop(job, None)
+                if again:
+                    self.wait_again(job)
+
+    @rule(kind=st.sampled_from(QUEUED_KINDS), count=st.integers(1, 30))
+    def submit(self, kind, count):
+        for _ in range(count):
+            self.lines += 1
+            job = job_of(self.lines, kind)
+            self.scheduler.add(job)
+            self.waiting[job] = self.now
+
+    def wait_again(self, job):
+        """It goes before those of its kind that may have waited for longer, and holds none up."""
+        self.scheduler.add(job, first=True)
+        self.waiting[job] = min([self.now, *(
+            since for other, since in self.waiting.items()
+            if other.allocation == job.allocation and other.line > job.line)])
+
+    @rule(seconds=st.sampled_from((0.1, 1.0, s.GROWTH_S, 20.0, AFTER_S, 250.0, s.LATELY_S + 1)))
+    def time_passes(self, seconds):
+        self.now += seconds
+        self.choose()
+
+    @rule(number=st.integers(0, 99), count=st.integers(1, 12))
+    def jobs_begin(self, number, count):
+        for name, books in self.books.items():
+            for job in [job for job in books.jobs if job not in books.begun][:count]:
+                for _ in range(1 + number % 2):         # that may be said twice
+                    self.scheduler.began(name, books.jobs[job])
+                books.begun.add(job)
+                books.starts.append(self.now)
+
+    @rule(kind=st.sampled_from(QUEUED_KINDS), times=st.integers(2, 4))
+    def jobs_begin_at_once(self, kind, times):
+        """So more may join; as many as a queue may grow by."""
+        self.submit(kind, 30)
+        for _ in range(times):
+            self.jobs_begin(0, 40)
+            self.choose()
+
+    @precondition(lambda self: self.there or any(books.jobs for books in self.books.values()))
+    @rule(number=st.integers(0, 99), count=st.integers(1, 12), again=st.booleans())
+    def jobs_end(self, number, count, again):
+        """From a queue one may go that has not begun: it was taken back."""
+        jobs = [*self.there, *(job for books in self.books.values() for job in books.jobs)]
+        jobs = sorted(jobs, key=lambda job: job.line)[number % len(jobs):][:count]
+        for job in jobs:
+            self.end(job)
+            if again:
+                self.wait_again(job)
+        self.choose()
+
+    def end(self, job):
+        if job in self.there:
+            self.scheduler.give_back(*self.there.pop(job))
+        for name, books in self.books.items():
+            if job in books.jobs:
+                self.scheduler.give_back(name, books.jobs.pop(job))
+                books.begun.discard(job)
+                books.full_until = 0.0
+                books.note_size(self.now)
+
+    @rule(number=st.integers(0, 1))
+    def a_cluster_is_full(self, number):
+        """It did not take the last one."""
+        for name, books in [*self.books.items()][number:]:
+            job = next((job for job in reversed(books.jobs) if job not in books.begun), None)
+            if job:
+                self.end(job)
+                self.scheduler.note_full(name)
+                books.full_until = self.now + s.FULL_S
+                self.wait_again(job)
+        self.choose()
+
+    @precondition(lambda self: self.queues)
+    @rule(number=st.integers(0, 1), capacity=st.sampled_from(QUEUES))
+    def a_cluster_refuses_others(self, number, capacity):
+        name = [*self.queues][number % len(self.queues)]
+        self.queues[name] = capacity
+        self.scheduler.update(name, capacity)
+
+    @rule()
+    def choose(self):
+        for job, name, placement in self.scheduler.choose():
+            since = self.waiting.pop(job)
+            if name in self.machines:
+                self.there[job] = name, placement
+                continue
+            books = self.books[name]
+            assert len(books.jobs) < self.queues[name].queue.max_jobs
+            assert books.has_room(self.now)
+            assert not self.refuses(name, job.allocation)
+            assert not self.machine_with_room(job.allocation)
+            assert self.is_due(job, since)
+            books.jobs[job] = placement
+            books.note_size(self.now)
+        for job, since in self.waiting.items():
+            assert not self.is_due(job, since) or not self.cluster_with_room(job.allocation)
+
+    def refuses(self, name, kind):
+        queue = self.queues[name].queue
+        return any(s.cluster_need(kind, queue.gpu_types) == need for need, _ in queue.refusals) or (
+            kind.gpus and queue.gpu_types and kind.gpu_memory_mb > queue.gpu_types[-1][0])
+
+    def machine_with_room(self, kind):
+        return any(not self.scheduler.resources[name].short_of(kind)
+                   and not self.scheduler.keeps_from(name, kind) for name in self.machines)
+
+    def cluster_with_room(self, kind):
+        return any(books.has_room(self.now) and not self.refuses(name, kind)
+                   and len(books.jobs) < self.queues[name].queue.max_jobs
+                   for name, books in self.books.items())
+
+    def is_due(self, job, since):
+        """Tell whether it has waited for long enough, or for nothing."""
+        return self.now >= since + AFTER_S or all(
+            MachineResources(s.idle(capacity)).short_of(job.allocation)
+            for capacity in self.machines.values())
+
+    @invariant()
+    def the_books_balance(self):
+        assert {name: own.jobs for name, own in self.scheduler.resources.items()} == {
+            **{name: sum(where == name for where, _ in self.there.values())
+               for name in self.machines},
+            **{name: len(books.jobs) for name, books in self.books.items()}}
+        assert self.scheduler.waits == len(self.waiting) == len(self.scheduler._since)
+        assert self.scheduler.clusters == sorted(self.queues)
+
+    def teardown(self):
+        for job in [*self.there, *(job for books in self.books.values() for job in books.jobs)]:
+            self.end(job)
+        assert not any(own.jobs for own in self.scheduler.resources.values())
+
+
+TestAnyQueue = AnyQueue.TestCase
+TestAnyQueue.settings = WALKS
+
+
+def joined(own, kind=KINDS[0]):
+    """Have as many jobs join a queue as may; return their Placements."""
+    placements = []
+    while not own.short_of(kind):
+        placements.append(own.allocate(kind))
+    return placements
+
+
+def test_a_queue_grows_no_faster_than_its_controller_likes():
+    now = [0.0]
+    own = s.ClusterResources(Capacity(0, 0, queue=s.Queue('Slurm', 99)), lambda: now[0])
+    waiting = joined(own)
+    assert (len(waiting), own.short_of(KINDS[0])) == (s.SPARE_PENDING, 'starts')
+    for placement in waiting:
+        own.began(placement)
+        own.began(placement)                        # that may be said twice
+    more = joined(own)
+    assert (own.jobs, own.short_of(KINDS[0])) == (s.GROWTH, 'time')
+    own.deallocate(more.pop())
+    assert len(joined(own)) == 1                    # it has the place of the one that has gone
+    now[0] = s.GROWTH_S - 0.1
+    assert not joined(own)
+    now[0] = s.GROWTH_S
+    assert len(joined(own)) == s.SPARE_PENDING      # as many as have begun, and five
+    now[0] = 2 * s.LATELY_S
+    for placement in waiting:
+        own.deallocate(placement)
+    assert own.short_of(KINDS[0]) == 'starts'       # none has begun lately
+
+
+def test_a_queue_that_took_no_more_is_asked_again_when_a_job_ends_or_after_a_while():
+    now = [0.0]
+    own = s.ClusterResources(QUEUES[0], lambda: now[0])
+    own.deallocate(own.allocate(KINDS[0]))          # the one that it refused
+    own.note_full()
+    assert own.short_of(KINDS[0]) == 'full' and 'takes no more' in own.why_not(KINDS[0])
+    now[0] = s.FULL_S
+    first = own.allocate(KINDS[0])
+    own.note_full()
+    assert own.short_of(KINDS[0]) == 'full'
+    own.deallocate(first)
+    assert own.short_of(KINDS[0]) == ''
+
+
+def test_a_machine_with_room_comes_before_a_cluster_however_long_a_job_has_waited():
+    now = [0.0]
+    scheduler = s.Scheduler(AFTER_S, lambda: now[0])
+    scheduler.add_machine('c', 0, QUEUES[0])
+    scheduler.add_machine('m', 1, Capacity(1, 9000, total_cores=1, max_jobs=1))
+    for line in (1, 2):
+        scheduler.add(job_of(line, KINDS[0]))
+    [(_, machine, placement)] = scheduler.choose()
+    now[0] = 2 * AFTER_S
+    scheduler.give_back(machine, placement)
+    assert [(job.line, where) for job, where, _ in scheduler.choose()] == [(2, 'm')]
+
+
+def test_what_comes_back_holds_up_none_that_has_waited_for_long():
+    now = [0.0]
+    scheduler = s.Scheduler(AFTER_S, lambda: now[0])
+    scheduler.add_machine('m', 0, Capacity(1, 9000, total_cores=1, max_jobs=1))
+    scheduler.add_machine('c', 1, QUEUES[0])
+    for line in (1, 2):
+        scheduler.add(job_of(line, KINDS[0]))
+    assert [machine for _, machine, _ in scheduler.choose()] == ['m']
+    now[0] = AFTER_S - 1
+    scheduler.add(job_of(0, KINDS[0]), first=True)
+    assert not [*scheduler.choose()]
+    now[0] = AFTER_S
+    assert [job.line for job, *_ in scheduler.choose()] == [0, 2]
+
+
 # ---- Fairness ----
 
 class Clock:
