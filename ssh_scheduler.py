@@ -228,10 +228,10 @@ Later, also without the batch file:
                                 delete their files.
 
 Before the first batch, and when a machine cannot be used:
-  --check                       Check the machines, and say what is wrong and
-                                what to type: machine file, login, programs,
-                                disk, GPUs, clock. On a cluster, run a short
-                                job. Needs no <batch>.
+  --check                       Check the machines and print each fact, each
+                                error and what to type: machine file, login,
+                                programs, disk, GPUs, clock. On a cluster, run a
+                                short job. Needs no <batch>.
 
 Other:
   --dry-run                     Show which job would start on which machine;
@@ -4448,7 +4448,7 @@ def how_to_check(worker, before):
     if not leaves_open(worker.why) or any(map(leaves_open, before)):
         return ''
     word = worker.machine.word or worker.name
-    return f' To see what is wrong: execute_batch --check --machines {word}'
+    return f' To find the cause: execute_batch --check --machines {word}'
 
 
 class BatchView(ToldView):
@@ -14742,7 +14742,7 @@ class MachineCheck:
     def _machine_file(self):
         path = next(filter(os.path.isfile, machine_paths(self.word)), '')
         return 'ok', path if path else ('this computer' if not self.machine.host else
-                                        'none: ~/.ssh/config and ssh say how to log in')
+                                        'none: ~/.ssh/config and ssh decide how to log in')
 
     def _key_file(self):
         return 'ok', self.machine.ssh_key_path or 'none named: ssh uses ssh-agent and your own keys'
@@ -14794,8 +14794,8 @@ class MachineCheck:
         free_mb, _, _, kind = self._disk()
         if free_mb >= LOW_MB:
             return 'ok', f'{free_mb} MB free ({kind})'
-        return 'note', (f'only {free_mb} MB are free where jobs run. To see what is there: du -sh '
-                        f'{self._detail("folder")}')
+        return 'note', (f'only {free_mb} MB are free where jobs run. To see the largest files: '
+                        f'du -sh {self._detail("folder")}')
 
     def _inodes(self):
         _, left, inodes, _ = self._disk()
@@ -14838,9 +14838,9 @@ class MachineCheck:
 
     def _logout(self):
         if self._detail('logout') != 'kills':
-            return 'ok', 'nothing is known that ends jobs when contact is lost'
-        return 'WRONG', ('logind ends all that a login leaves, so jobs end when contact is lost. '
-                         'Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with elogind, '
+            return 'ok', 'nothing known stops jobs when the connection is lost'
+        return 'WRONG', ('logind ends all that a login leaves, so jobs end when the connection is '
+                         'lost. Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with elogind, '
                          'loginctl enable-linger is enough')
 
     def _engine(self):
@@ -14891,9 +14891,9 @@ class MachineCheck:
                  in self.worker.gauge.details if key == 'beside']
         names = dict.fromkeys(worker.name for worker in run.workers for part in parts
                               if part[::2] == (batch, str(worker.number)))
-        return names and ('ok', f'{", ".join(names)} has it, too, which is safe: the jobs of each '
-                                'have files of their own; only what they write elsewhere in the '
-                                'home is one for all')
+        return names and ('ok', f'{", ".join(names)} has the same home, which is safe: the jobs of '
+                                'each have folders of their own. Files that jobs write elsewhere '
+                                'in the home are shared')
 
 
 def worker_job(run, worker):

@@ -403,7 +403,7 @@ def test_two_machines_that_share_a_folder(check, lab, outside):
     said = [lines.get('shared folder') for lines in found.values()]
     named = [text for (mark, text), in filter(None, said)]
     assert status == 0 and named
-    assert all('has it, too, which is safe' in text for text in named)
+    assert all('has the same home, which is safe' in text for text in named)
     assert 'shared folder' not in check(files[0])[1][str(files[0])]
 
 
@@ -484,7 +484,7 @@ def test_what_leaves_open_what_to_do_points_to_the_check_once_a_run(run_cli, lab
     (pointing,) = [line for line in lines if '--check' in line]
     name = pointing.partition(':')[0]
     assert len(lines) == 2 and pointing.endswith(
-        f'. To see what is wrong: execute_batch --check --machines {name}')
+        f'. To find the cause: execute_batch --check --machines {name}')
 
 
 def test_what_says_what_to_type_does_not_point_to_it(run_cli, lab, project, tmp_path, lab1):

@@ -47,8 +47,6 @@ HELP = {'execute_batch': ssh_scheduler.EXECUTE_BATCH_USAGE,
         'query_machines': ssh_scheduler.QUERY_MACHINES_USAGE,
         'results_table': results_table.USAGE, 'combine_folders': combine_folders.USAGE}
 OPTION = re.compile(r'(?<![\w-])--[a-z][a-z-]*[a-z]')
-# Options that the pages have already, while they are being made.
-COMING = {'--check', '--init', '--completion'}
 
 
 # ---- Pages -> blocks -> commands ----
@@ -443,7 +441,7 @@ def test_a_link_leads_to_each_page():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_options_that_are_named_exist(page):
-    known = {name for usage in HELP.values() for name in OPTION.findall(usage)} | COMING
+    known = {name for usage in HELP.values() for name in OPTION.findall(usage)}
     ours = re.sub(r'(?m)^.*(?:apptainer|docker|sbatch|pip|rsync|parallel|Slurm|#).*$', '',
                   '\n'.join(re.findall(r'`(--[^`]+)`', TEXT[page])))
     assert {*OPTION.findall(ours)} - known - OF_OTHERS == set()

@@ -750,7 +750,7 @@ def test_each_command_makes_one_sentence_of_each_complaint(run_cli, project, ssh
     (project / 'batch.sh').write_text('true\n')
     batch = run_cli('execute_batch', 'batch.sh', '--machines', *rows, env=ssh_that_fails)
     assert (batch.returncode, batch.stdout) == (2, '')
-    said = re.sub(' To see what is wrong: execute_batch --check --machines row[0-9]+', '',
+    said = re.sub(' To find the cause: execute_batch --check --machines row[0-9]+', '',
                   batch.stderr)
     assert said.count('\n') == batch.stderr.count('\n') and said != batch.stderr
     words = dict(line.split(': cannot be used: ') for line in said.splitlines()[:-1])

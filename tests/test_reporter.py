@@ -577,7 +577,7 @@ def test_why_a_machine_cannot_be_used_is_said_when_it_is_news(results):
 
     lab.run(steps())
     assert [line for line in lab.err.getvalue().splitlines() if line.startswith('dead')] == [
-        'dead: cannot be used: nothing listens. To see what is wrong: execute_batch --check '
+        'dead: cannot be used: nothing listens. To find the cause: execute_batch --check '
         '--machines dead', 'dead: cannot be used: it has no bash.',
         'dead: cannot be used: nothing listens.']
 
