@@ -14840,8 +14840,8 @@ class MachineCheck:
         if self._detail('logout') != 'kills':
             return 'ok', 'nothing known stops jobs when the connection is lost'
         return 'WRONG', ('logind ends all that a login leaves, so jobs end when the connection is '
-                         'lost. Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with elogind, '
-                         'loginctl enable-linger is enough')
+                         'lost. Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with '
+                         'elogind, loginctl enable-linger is enough')
 
     def _engine(self):
         note = self._note_with('does not answer')
