@@ -278,7 +278,7 @@ For other programs:
   --on-finish=<command>         Run this bash command on this computer when the
                                 batch has ended, also after Ctrl-C. Variables
                                 such as $SSH_SCHEDULER_FAILED have the numbers
-                                of jobs: see README.
+                                of jobs: see docs/watching.md.
   --on-failure=<command>        Run this bash command on this computer when the
                                 first job has failed. $SSH_SCHEDULER_STDERR is
                                 the file with the errors of the job.
@@ -1086,7 +1086,7 @@ def unwritable(path, error):
                         'same command collects them.')
 
 
-JOURNAL_VERSION = 2         # docs: README, "The journal"
+JOURNAL_VERSION = 2         # docs/results.md, "The journal"
 
 
 class Journal:
@@ -4995,7 +4995,7 @@ WHERE = STATUS_HEAD.index('where')
 class JobStatus(NamedTuple):
     """All facts about one job that this computer has."""
     job: Job
-    state: str                      # see README, --json
+    state: str                      # see docs/watching.md, --json
     known: collections.abc.Mapping  # its Record; empty if it was never claimed
     folder: str                     # where its output lies
     is_watched: bool = True         # a client runs the batch
@@ -5675,7 +5675,11 @@ def parse_options(usage, argv, in_batch):
     if len(words) < len(positionals):
         raise UsageError(f'<{positionals[len(words)]}> is missing.')
     if len(words) > len(positionals):
-        raise UsageError(f'unexpected word {words[len(positionals)]!r}.')
+        hint = '' if in_batch else {
+            ('command',): ' The command is one word, in quotes.',
+            ('batch',): ' Machines stand behind --machines.' * ('--machines' not in given),
+        }.get(tuple(positionals), '')
+        raise UsageError(f'unexpected word {words[len(positionals)]!r}.{hint}')
     docopt = library('docopt')
     try:
         if not positionals:
@@ -15771,7 +15775,7 @@ class FoundMachine:
                 'ssh_key_path': self._key, 'proxy_jump': settings.get('proxyjump'),
                 'ssh_options': self._options}
         lines.append(f'# {check.word}, as a login found it on {time.strftime("%Y-%m-%d")}. For all '
-                     'keys see README of ssh-scheduler.')
+                     'keys see docs/options.md of ssh-scheduler.')
         lines += [f'{key}: {as_yaml(value)}' for key, value in keys.items()
                   if value and not (key == 'proxy_jump' and value == 'none')]
         if not self._key and self._offered:
