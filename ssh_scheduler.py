@@ -10678,8 +10678,10 @@ class Contact:
         self._process.write(nul_ended(REMOTE_LOADER, len(runner)) + runner + nul_ended(
             self.token, machine.workdir, client.project, client.owner, self.id, machine.setup,
             int(terms.want_gpus), len(env), *env))
-        for word in ('tie',) * terms.tied + ('check',) * terms.checks:
-            self.send(word)
+        if terms.tied:
+            self.send('tie')
+        if terms.checks:
+            self.send('check')
         if machine.engine:
             self.send('engine', len(library), machine.node_folder, *machine.engine_options,
                       data=library)
@@ -14589,7 +14591,7 @@ FAILED_THERE = (
     (r'bash has version', 'bash'),
     (r'the same account', 'account'),
     (r'cannot write there|older ssh-scheduler', 'folder'),
-    (r'its engine is not there', 'engine'),
+    (r'its engine is missing', 'engine'),
 )
 CLOCK_LIMIT_S = 5.0                 # that the clock of a machine may differ
 LOW_MB, LOW_INODES = 2000, 5000     # a disk with less than this left is worth a word
@@ -14783,7 +14785,7 @@ class MachineCheck:
         return None             # only two names of one account are worth a word
 
     def _login_shell(self):
-        note = self._note_with('the login shell did not give its environment')
+        note = self._note_with('the login shell did not report its environment')
         if note:
             return 'WRONG', (f'{sentence(note)} Let its start files neither wait nor exit: look at '
                              f'~/.bashrc and ~/.profile, or what {self._detail("shell")} reads')
@@ -18642,7 +18644,7 @@ REMOTE_ENGINE = r'''
 #
 #   lib/SUM/library       all these functions, for the nodes
 #   lib/SUM/enter         becomes a program in the environment of a login, such as one of the engine
-#   excluded              NODE TIME of nodes that could not start a job
+#   excluded              NODE TIME WHY of nodes that could not start a job
 #
 # The record of such a job, see above, begins as
 #
@@ -18846,6 +18848,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
       say_text queued "$key" "${answer# }" '' '' ;;
     unknown)
       printf '%s\n' "${answer# }" >"$more/unsure" ;;
+    nodes) refuse_queued "${answer# }" ;;
     full | refused)
       if take_fence; then   # a refusal may leave a job, which will not run
         if [[ $word == full ]]; then
@@ -19224,7 +19227,7 @@ refuse_queued() {           # $1: why the job, which was fenced, could not begin
 
 without_node() {            # $1: why $node did not begin the job, which may begin on others
   local nodes
-  printf '%s %(%s)T\n' "${node:-?}" -1 >>"$home/excluded"
+  printf '%s %(%s)T %s\n' "${node:-?}" -1 "$1" >>"$home/excluded"
   read_excluded
   IFS=, read -ra nodes <<<"$REPLY"
   if [[ ! $node ]] || ((${#nodes[@]} >= MOST_EXCLUDED)); then   # it is the cluster
@@ -19239,7 +19242,7 @@ read_excluded() {           # REPLY: the nodes that get no job for now, with com
   local name since now
   printf -v now '%(%s)T' -1
   REPLY=
-  while read -r name since; do
+  while read -r name since _; do
     [[ $since && ,$REPLY, != *,"$name",* ]] && ((now - since < EXCLUDED_S)) &&
       REPLY+=${REPLY:+,}$name
   done <"$home/excluded"
@@ -19659,7 +19662,7 @@ engine_is_silent() {        # tells whether $1 says that nothing is known
     $1 == *'Transport endpoint'* || $1 == *'Connection reset'* ]]
 }
 
-engine_submit() {           # hands over $key; answer: id ID, unknown WHY, full WHY, refused WHY
+engine_submit() {           # hands over $key; answer: id ID, or unknown, full, refused, nodes WHY
   local words=() lines line status name avoided
   words_for "$need" "$limit"
   engine_name_of "$key"
@@ -19687,12 +19690,13 @@ engine_submit() {           # hands over $key; answer: id ID, unknown WHY, full 
       *'nvalid qos'* | *'nvalid feature'* | *'nvalid node name'* | *'nvalid generic resource'* | \
       *'nvalid job array'* | *'equested time limit is invalid'* | *'too long'* | \
       *'nrecognized option'*)
-      if [[ $avoided && ! ${1-} ]]; then       # without those that failed no node is left
+      if [[ $avoided ]]; then           # without those that failed no node is left
+        read -r _ _ answer < <(tail -n 1 -- "$home/excluded")
         rm -f -- "$home/excluded"
-        engine_submit again
-        return
-      fi
-      answer="refused $answer" ;;
+        answer="nodes $answer, and no other node is left"
+      else
+        answer="refused $answer"
+      fi ;;
     *) ((status != 255)) && answer="unknown $answer" || answer="refused $answer" ;;
   esac
 }

@@ -137,7 +137,8 @@ def test_ctrl_c_ends_it(start_cli, lab, project, gate):
 
 
 @pytest.mark.parametrize('words, complaint', [
-    (['--check'], '--machines is missing'), (['--check', '--machines'], '--machines names none'),
+    (['--check'], '--machines is missing'),
+    (['--check', '--machines'], '--machines names no machine'),
     (['--check', '--status', '--machines', 'a'], '--status and --check: give one of them'),
     (['--check', 'b.sh', '--machines', 'localhost'], "unexpected word 'b.sh'"),
     (['b.sh', '--json', '--machines', 'localhost'], '--json can only be given with'),
@@ -204,7 +205,8 @@ def test_a_login_that_is_refused(check, lab, tmp_path):
 # What each complaint of ssh is about; all others are about the login.
 ABOUT = {
     'host key': ['another machine', 'compare the key.', 'could not be verified.'],
-    'host name': ['could be asked for the host name', 'finds no address of', 'is unknown.'],
+    'host name': ['could be asked for the host name', 'no name server answered',
+                  'finds no address of', 'is unknown.'],
     'port': ['AllowTcpForwarding', ': Connection refused.', 'could not connect to', 'ProxyCommand',
              'nothing listens', 'cannot be reached', 'did not answer in time',
              'method in common', 'closed the connection before'],
@@ -297,7 +299,7 @@ def test_a_disk_that_is_nearly_full(check, lab):
     _, found, _ = check(with_disk(lab(), '300000 4096 17 100000 ext2/ext3'))
     (lines,) = found.values()
     ((mark, text),) = lines['space']
-    assert mark == 'note' and text.startswith('only 1171 MB are free where jobs run. To see what')
+    assert mark == 'note' and text.startswith('only 1171 MB are free where jobs run. To see the')
     ((mark, text),) = lines['inodes']
     assert mark == 'note' and text.startswith('only 17 more files and folders fit')
     _, found, _ = check(with_disk(lab(), '600000 4096 0 0 btrfs'))
@@ -426,7 +428,7 @@ def test_an_engine_that_is_not_there(check, lab):
     file = lab(leave_out=['squeue']).yaml(engine='slurm')
     status, mark, text, rest = only(check, file, 'engine')
     assert (status, mark, rest[0]) == (1, 'WRONG', 'partition')
-    assert text.startswith('its engine is not there: ') and 'squeue' in text
+    assert text.startswith('its engine is missing: ') and 'squeue' in text
 
 
 def test_an_engine_that_does_not_answer(check, cluster):
@@ -458,7 +460,7 @@ def test_a_node_that_does_not_see_the_folder(check, make_cluster):
     ((mark, text),) = found[str(file)]['job']
     assert (status, mark) == (1, 'WRONG'), text
     assert text == (f'the node n1 cannot write in {cluster.workdir}: let `workdir` be a folder '
-                    'that the nodes see.')
+                    'that the nodes see, and no other node is left.')
 
 
 @with_constants

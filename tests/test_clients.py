@@ -126,7 +126,7 @@ def test_jobs_run_on_linux_machines(client, run_cli, project, argv, word):
                                   ('execute_remote', 'true'), ('query_machines',)])
 def test_no_machine_is_named_where_that_could_not_be_localhost(client, run_cli, project, argv):
     done = run_cli(*argv, env=client(MAC))
-    assert done.returncode == 2 and 'is missing: ' in done.stderr
+    assert done.returncode == 2 and 'is missing. ' in done.stderr
     assert 'localhost' not in done.stderr.splitlines()[0]
 
 

@@ -138,7 +138,7 @@ LOGINS_THAT_CANNOT = {
                'command runs: does one of its start files, such as ~/.bashrc, wait or read? Or is '
                'another command forced on this login, by ForceCommand in sshd_config or command= '),
     'forced, speaks': ({'sshd_options': 'ForceCommand echo Choose a node:; exec cat >/dev/null'},
-                       'wait or read? It says: Choose a node: Or is another command forced'),
+                       'wait or read? It printed: Choose a node: Or is another command forced'),
     'forced, ends': ({'sshd_options': 'ForceCommand echo Closed'}, 'such as ~/.bashrc, or another '
                      'command forced on this login, by ForceCommand in sshd_config'),
 }

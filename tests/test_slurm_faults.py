@@ -298,7 +298,7 @@ FAULTS = {
     'time limit': Fault('running', end_its_time, status=124, err='time limit of the cluster'),
     'time is near': Fault('running', lambda case: None, status=124,
                           machine={'engine_options': '--time=1'}),
-    'memory': Fault('running', lambda case: None, status=137, err='its memory ran out',
+    'memory': Fault('running', lambda case: None, status=137, err='ran out of memory',
                     line=HUNGRY),
     'node crashed': Fault('running', crash_node, runs=2, said='the node n[12] failed'),
     'node parted': Fault('running', part_node),
@@ -315,14 +315,14 @@ FAULTS = {
     'cancelled by root, queued': Fault('queued', cancel, status=143, runs=0,
                                        err='cancelled by root before it began',
                                        cluster={'accounting': True, 'uid': 4321}),
-    'cancelled, no accounts': Fault('running', cancel, status=143, err='it was cancelled',
+    'cancelled, no accounts': Fault('running', cancel, status=143, err='was cancelled',
                                     cluster={'accounting': True},
                                     before=always('sacct', clusters.NO_ACCOUNTS)),
-    'cancelled, accounts lag': Fault('running', cancel, status=143, err='it was cancelled',
+    'cancelled, accounts lag': Fault('running', cancel, status=143, err='was cancelled',
                                      cluster={'accounting': True},
                                      before=always('sacct', clusters.once(clusters.NOTHING))),
     'cancelled, accounts frozen': Fault('running', cancel_frozen_accounts, status=143,
-                                        err='it was cancelled', cluster={'accounting': True}),
+                                        err='was cancelled', cluster={'accounting': True}),
 }
 
 
@@ -478,7 +478,7 @@ def test_where_the_prolog_fails_on_all_nodes_a_job_waits_until_one_is_well(
     case.go()
     done = case.end(run)
     for node in 'n1', 'n2':
-        assert f'the node {node} could not start it: Error running slurm prolog' in done.stderr
+        assert f'the node {node} could not start the job: Error running slurm prolog' in done.stderr
     check(case, HANDED, '')
 
 
