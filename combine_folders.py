@@ -84,7 +84,7 @@ Options:
   --exclude=<pattern>     Skip files that match this pattern of rsync, such as
                           '*.ckpt', '/top' or 'tmp/'. ONE pattern; for more give
                           the option again.
-  --on-conflict=<action>  error: list conflicts and write nothing. rename: keep
+  --on-conflict=<what>    error: list conflicts and write nothing. rename: keep
                           all versions; the first keeps its name, the others get
                           .SOURCE behind their names [default: error].
   --prefix                Put each source into a folder of its own in <dest>,

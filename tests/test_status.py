@@ -610,7 +610,7 @@ def test_ten_thousand_jobs(project, run_cli):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert len(lines) == count + 4
     assert [lines[2].split()[-2:], lines[3].split()[-2:]] == [['KeyError:', '1'], ['epoch', '2']]
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.5
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2
 
 
 # ---- Again and again ----
@@ -670,7 +670,7 @@ def test_watch_ends_with_an_interrupt(made, start_cli):
 
 @pytest.mark.parametrize('argv, complaint', [
     (['--failed'], '--failed can only be given with --status.'),
-    (['--json', '--watch', '--dry-run'], '--watch and --json can only be given with --status.'),
+    (['--json', '--watch', '--dry-run'], '--watch can only be given with --status.'),
     (['--status', '--watch', '1', '2'], '--watch takes one time.'),
     (['--status', '--watch=0'], '--watch must be a time of at least 0.5 s'),
     (['--status', '--wait'], '--status and --wait: give one of them.'),
