@@ -4590,8 +4590,8 @@ class BatchView(ToldView):
             for line in queue_news(attempt):
                 self._report.line(line)
         elif attempt.state == 'preempted':
-            self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}: {attempt.why}. '
-                              'It starts again.')
+            self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}: '
+                              f'{sentence(attempt.why)} It starts again.')
         elif attempt.state == 'ended':
             self._say_halt()
             self._ended(attempt)
@@ -14837,7 +14837,8 @@ class MachineCheck:
                                 f'{gpu.total_memory_mb} MB free{users}{jobs}'))
         trouble = have.gpu_trouble or have.lost_gpus
         if trouble in (NO_NVIDIA_SMI, 'has an nvidia-smi, but no GPU'):
-            return 'note', f'none: it {trouble}. Jobs need --no-gpu-required to run here'
+            return 'note', (f'{sentence(f"none: it {trouble}")} Jobs need --no-gpu-required to '
+                            'run here')
         if trouble:
             lines.append(('WRONG', f'{sentence(f"it {trouble}")} Look there: nvidia-smi'))
         return lines
