@@ -718,7 +718,7 @@ def test_what_ran_is_told(page, sweep):
     assert 'Files a3f9c1d2: 26 jobs' in text and 'Files b7e22000: 4 jobs' in text
     assert 'commit 4c8f1d0e4c8f on main · 12 files, 34.6 kB' in text
     assert 'Files that differ from the commit: 2' in text and 'train.py, model.py' in text
-    assert 'handed over (their names): WANDB_API_KEY' in text
+    assert 'jobs received (their names): WANDB_API_KEY' in text
     links = page.page.eval_on_selector_all('#ran-body a', 'all => all.map(one => one.href)')
     assert [path_of(link).name for link in links] == ['diff.patch', 'files.json'] * 2
     assert all(path_of(link).is_file() for link in links)
