@@ -1534,7 +1534,7 @@ class MachineResources:
         """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
         have, short = self.available, self.short_of(allocation)
         if short == 'jobs':
-            return f'already has {have.max_jobs} jobs, its limit'
+            return f'already has {count_of(have.max_jobs, "job")}, its limit'
         if short == 'machine':
             return 'is in use, and the job reserves the machine'
         if short == 'memory':

@@ -51,7 +51,8 @@ def walk(resources, steps):
             try:
                 placement = resources.allocate(step)
             except DoesNotFit as error:
-                assert score == -math.inf and str(error).startswith('the machine has ') or (
+                assert score == -math.inf and str(error).startswith(
+                    ('the machine has ', 'the machine already has ')) or (
                     str(error) == 'the machine is in use, and the job reserves the machine')
             else:
                 assert math.isfinite(score)
