@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from batching import (
     with_constants,
     wrote,
 )
+from terminals import Terminal
 
 import ssh_scheduler
 
@@ -653,3 +655,17 @@ def test_slurm_is_asked_once_for_each_job(cluster, batches):
     lists = asked.pop('REQUEST_JOB_INFO', 0) + asked.pop('REQUEST_JOB_USER_INFO', 0)
     assert lists <= 2 + took_s / 15, asked
     assert sum(asked.values()) <= 6, asked          # once for the batch: its settings, and a test
+
+
+def test_a_command_has_the_terminal_on_its_node(cluster, scheduler, client_env, project):
+    at = Terminal([sys.executable, scheduler, 'execute_remote', '--machine', cluster_of(cluster),
+                   '--job-name=one', '--tty', 'hostname; tty; read -r x; echo "got $x"; exit 5'],
+                  env=client_env)
+    try:
+        shown = at.until(lambda text: '/dev/pts/' in text, 'a terminal')
+        at.press('typed\n')
+        at.until(lambda text: 'got typed' in text, 'what was typed')
+        assert at.end() == 5
+        assert not cluster.apart or re.search('^n[12]$', shown, re.M)
+    finally:
+        at.close()
