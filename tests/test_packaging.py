@@ -26,7 +26,7 @@ EXECUTABLES = (*COMMANDS, *ALONE)
 
 # Set where a developer works and inherited by what we start: they would change what is tried.
 MEDDLING = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'UV_PYTHON', 'PIP_TARGET', 'PIP_USER',
-            'MAKEFLAGS')
+            'MAKEFLAGS', 'MAKELEVEL')
 
 
 def run(*argv, cwd, environment=None):
