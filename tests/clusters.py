@@ -19,6 +19,7 @@ import pwd
 import re
 import shlex
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ import rig
 from rig import SAFETY_NET_S, Machine, program
 
 SLURM_RIG = Path(__file__).with_name('slurm_rig')
+PAUSE_S = 0.05          # before each list that a test asks for
 STARTS_IN_S = 60        # many at the same moment, one with accounting
 
 # What the nodes and our own listings ask of the controller: not what somebody asked in a login.
@@ -416,7 +418,11 @@ class Cluster:
         return done.stdout
 
     def squeue(self):
-        """All jobs that Slurm still lists, ended ones as well, in the order of their ids."""
+        """All jobs that Slurm still lists, ended ones as well, in the order of their ids.
+
+        Tests ask until the list is as they want it, and each question is a process: so they pause.
+        """
+        time.sleep(PAUSE_S)
         self._listings += 1
         text = self.command('squeue', '--noheader', '--states=all', '--array', '--sort=i',
                             '--format=%i|%T|%r|%N|%j')
