@@ -365,15 +365,10 @@ def check(case, fault, moment):
 # '' and the moments at which the client is killed, too.  With SLURM_FAULTS=all each fault is tried
 # with all of them, which takes 10 minutes.  Of the others tests/test_slurm.py has cases of its own.
 MATRIX = {
-    'runner killed, queued': ('',), 'runner killed': ('queued',), 'login restarted, queued': ('',),
-    'controller frozen, queued': ('',), 'controller frozen': ('collected',),
-    'controller away, queued': ('',), 'list empty': ('',), 'list lags': ('',), 'id reused': ('',),
-    'time limit': ('',), 'memory': ('ended',), 'node crashed': ('running',),
-    'node lost, then back': ('',), 'preempted': ('running',), 'preempted by cancel': ('',),
-    'requeued': ('',), 'requeued out of sight': ('',), 'cancelled by root': ('',),
-    'cancelled by root, queued': ('queued',), 'cancelled, accounts frozen': ('',)}
-HELD = [('client', 'QUESTION_HELD'), ('client', 'ANSWER_HELD'), ('runner', 'ANSWER_HELD'),
-        ('controller', 'QUESTION_HELD')]
+    'runner killed': ('queued',), 'controller frozen': ('collected',), 'list empty': ('',),
+    'time limit': ('',), 'node lost, then back': ('',), 'preempted': ('running',),
+    'requeued': ('',), 'cancelled by root, queued': ('queued',)}
+HELD = [('client', 'ANSWER_HELD'), ('controller', 'QUESTION_HELD')]
 if os.environ.get('SLURM_FAULTS') == 'all':
     MATRIX = {name: ['', *(moment for moment in (
         'claimed', 'queued', 'running', 'ended', 'collected') if fault.runs or moment != 'running')]
