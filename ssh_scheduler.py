@@ -19397,6 +19397,8 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   grace=$((kill_wait - 5 > 5 ? 5 : kill_wait - 5 < 1 ? 1 : kill_wait - 5))
   while :; do
     wait "$worker"
+    [[ $told != limit || $forwarded ]] ||
+      echo 'ssh-scheduler: the job reached the time limit of the cluster' >>"$file.err"
     [[ ! $told || $forwarded ]] || { forwarded=1; end_processes "$grace" "$key"; }
     kill -0 "$worker" 2>/dev/null || break
   done

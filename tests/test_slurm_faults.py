@@ -366,7 +366,7 @@ def check(case, fault, moment):
 # with all of them, which takes 10 minutes.  Of the others tests/test_slurm.py has cases of its own.
 MATRIX = {
     'runner killed': ('queued',), 'controller frozen': ('collected',), 'list empty': ('',),
-    'time limit': ('',), 'node lost, then back': ('',), 'preempted': ('running',),
+    'node lost, then back': ('',), 'preempted': ('running',),
     'requeued': ('',), 'cancelled by root, queued': ('queued',)}
 HELD = [('client', 'ANSWER_HELD'), ('controller', 'QUESTION_HELD')]
 if os.environ.get('SLURM_FAULTS') == 'all':
