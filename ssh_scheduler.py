@@ -17115,14 +17115,22 @@ start_pending() {           # starts the jobs that were asked for since the last
     elif is_taken; then
       beside ask_about "$key"
     else
-      complaint
-      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
-      say_text refused "$key" "$REPLY"
+      say_untaken
       release
     fi
   done
   [[ ! $said ]] || say "started$said"   # before the first can say that it ended
   for key in "${taken[@]}"; do hand_over; done
+  forget_pending
+}
+
+say_untaken() {             # for start_pending: says why the job $key could not be taken
+  complaint
+  [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
+  say_text refused "$key" "$REPLY"
+}
+
+forget_pending() {          # for start_pending: all that was asked for was acted upon
   pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
   paths_of=()
 }
@@ -18741,15 +18749,12 @@ start_pending() {           # queues the jobs that were asked for since the last
     elif is_taken; then
       beside ask_about "$key"
     else
-      complaint
-      [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
-      say_text refused "$key" "$REPLY"
+      say_untaken
     fi
   done
   ((${#taken[@]} == 0)) || beside submit_all "${taken[@]}"
   for key in "${pending[@]}"; do unset -v "wrap_of[$key]"; done
-  pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
-  paths_of=()
+  forget_pending
 }
 
 take() {                    # for start_pending: begins the job $key; fails if that cannot be
