@@ -33,6 +33,9 @@ STARTS_IN_S = 60        # many at the same moment, one with accounting
 
 # What the nodes and our own listings ask of the controller: not what somebody asked in a login.
 NODES_ASK = re.compile(r'MESSAGE_\w+|REQUEST_COMPLETE_\w+|REQUEST_STEP_COMPLETE|REQUEST_PING')
+# What the controller writes whether or not there is a job.
+EACH_SECOND = re.compile(r'scheduler for full queue|backfill|node_did_resp|Tree head|ping agent|'
+                         r'_PING|time limits and checkpoints|old job records')
 LISTING_ASKS = Counter(REQUEST_JOB_INFO=1, REQUEST_PARTITION_INFO=1)
 
 RUNNING = []            # clusters between enter and exit: conftest shows their logs on a failure
@@ -453,6 +456,20 @@ class Cluster:
     def log(self):
         """What the controller has written until now."""
         return (self.folder / 'slurm/log/slurmctld').read_text(errors='replace')
+
+    def events(self):
+        """The lines of log() that tell of jobs, without those of each second."""
+        return '\n'.join(line for line in self.log().splitlines() if not EACH_SECOND.search(line))
+
+    def records(self):
+        """The small files in the workdir, each with the end of its text."""
+        told = []
+        for path in sorted(self.workdir.rglob('*')):
+            with contextlib.suppress(OSError):
+                if path.is_file() and 'lib' not in path.parts and path.stat().st_size < 2000:
+                    told.append(f'{path.relative_to(self.workdir)}: '
+                                f'{path.read_text(errors="replace")[-400:].rstrip()}')
+        return '\n'.join(told)
 
     def rpcs(self):
         """Count what was asked of the controller, as Counter(REQUEST_SUBMIT_BATCH_JOB=2, ...).

@@ -49,7 +49,8 @@ def pytest_runtest_makereport(item, call):
             report.sections.append((f'sshd log of {machine.name}', '\n'.join(lines[-40:])))
         for cluster in clusters.RUNNING:
             report.sections.append(('log of slurmctld',
-                                    '\n'.join(cluster.log().splitlines()[-40:])))
+                                    '\n'.join(cluster.events().splitlines()[-60:])))
+            report.sections.append(('workdir of the cluster', cluster.records()))
 
 
 # ---- Machines ----

@@ -578,8 +578,9 @@ def test_a_command_is_detached_attached_and_cancelled(cluster, run_cli, project,
     gate.open('go')
     done = run_cli('execute_remote', '--attach=one')
     assert (done.stdout, done.returncode) == ('begun\nover\n', 0), done.stderr
-    run_cli('execute_remote', '--machine', machine, '--job-name=two', '--detach',
-            f'{once(ledger)}; sleep 60')
+    done = run_cli('execute_remote', '--machine', machine, '--job-name=two', '--detach',
+                   f'{once(ledger)}; sleep 60')
+    assert (done.stdout, done.returncode) == ('two\n', 0), done.stderr
     wrote(ledger, 'ran')
     done = run_cli('execute_remote', '--cancel=two')
     assert done.returncode == 0 and 'stopped on cluster.yaml' in done.stderr, done.stderr
