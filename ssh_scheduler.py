@@ -1530,29 +1530,34 @@ class MachineResources:
 
     # In words
 
-    def why_not(self, allocation):
-        """Return why the allocation does not fit now, as 'has … free'; '' if it fits."""
-        have, short = self.available, self.short_of(allocation)
+    def why_not(self, allocation, is_idle=False):
+        """Return why the allocation does not fit, as 'has 2 of 8 cores free'; '' if it fits.
+
+        is_idle: these are the books of the machine when nobody uses it, so it has but 8 cores
+        """
+        have, short, free = self.available, self.short_of(allocation), ' free' * (not is_idle)
         if short == 'jobs':
             return f'already has {count_of(have.max_jobs, "job")}, its limit'
         if short == 'machine':
             return 'is in use, and the job reserves the machine'
         if short == 'memory':
-            return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory free'
+            return f'has {max(have.memory_mb - self._taken_mb(), 0)} MB of memory{free}'
         if short == 'cores':
-            return (f'has {max(have.cores - self._cores / 1000, 0):.1f} of '
-                    f'{self._total_cores:g} cores free')
+            cores = max(have.cores - self._cores / 1000, 0)
+            return (f'has {self._total_cores:g} cores' if is_idle else
+                    f'has {cores:.1f} of {self._total_cores:g} cores free')
         if short == 'gpu':
             return have.gpu_trouble or ' and '.join(filter(None, (
-                have.lost_gpus, self._gpu_shortage(allocation))))
+                have.lost_gpus, self._gpu_shortage(allocation, is_idle))))
         return ''
 
-    def _gpu_shortage(self, allocation):
+    def _gpu_shortage(self, allocation, is_idle=False):
         gpus = self.available.gpus
         if len(gpus) < allocation.gpus:
             return f'has {count_of(len(gpus), "GPU")}' if gpus else 'has no GPU'
         states = [f'GPU {gpu.index} has {max(gpu.memory_mb - self._gpus[gpu.index].memory_mb, 0)} '
-                  f'MB and {1 - gpu.utilization:.0%} of its time free' for gpu in gpus]
+                  'MB' + ('' if is_idle else f' and {1 - gpu.utilization:.0%} of its time free')
+                  for gpu in gpus]
         return f'has too little GPU ({"; ".join(states)})'
 
     def holder(self, allocation):
@@ -1661,7 +1666,7 @@ class ClusterResources(MachineResources):
         queue = self.available.queue
         return dict(queue.refusals).get(cluster_need(allocation, queue.gpu_types), '')
 
-    def why_not(self, allocation):
+    def why_not(self, allocation, is_idle=False):
         """Return why the allocation does not fit now, as 'has …'; '' if it fits."""
         queue, short = self.available.queue, self.short_of(allocation)
         if short == 'engine':
@@ -2275,7 +2280,7 @@ class Fleet:
         if best.short_of(job.allocation):
             self.note_outcome(
                 worker, 'impossible', f'the job needs {describe(job.allocation)}, and '
-                f'{worker.name} {best.why_not(job.allocation)}')
+                f'{worker.name} {best.why_not(job.allocation, is_idle=True)}')
         else:
             worker.prepare(job.forwards)    # now, though there may be no room yet
 
@@ -3044,21 +3049,27 @@ def in_ascii(text):
     return text.translate(IN_ASCII).encode('ascii', 'backslashreplace').decode()
 
 
-def jobs_named(words, names, batch):
+def jobs_named(words, names, path):
     """Return the names of jobs that the words stand for: 57, .57, or the whole name.
 
-    names: of all jobs; batch: how the names of its jobs begin
+    names: of all jobs; path: of the batch file
     """
-    found = {}
+    found, batch = {}, name_of_batch(path)
     for word in words:
         name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
                      if name in names), None)
         if name is None:
             likely = '' if word.strip('.').isdigit() else nearest(word, names)
-            raise UsageError(f'{batch} has no job {printable(word)}{likely}. Its jobs: '
-                             'execute_batch … --status')
+            raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
+                             f'{typed_for(path, "--status")}')
         found[name] = None
     return list(found)
+
+
+def typed_for(path, *words):
+    """Return the command with these words for the batch file, as a shell reads it."""
+    import shlex
+    return shlex.join(['execute_batch', path, *words])
 
 
 def rerun_of(names, batch):
@@ -3710,7 +3721,10 @@ def warnings_of(plan):
 
 
 def older_files(plan, results, files, path):
-    """Return (the Jobs that were run before with other files than jobs get now, what changed).
+    """Return (Jobs that were run before with other files than now, the paths that differ).
+
+    Files that are only new do not make a job one of these.  So there is a second such pair for the
+    Jobs that differ in nothing but new files: often such a file is a table or a log of this folder.
 
     files: the Files that are sent; path: that of the batch file, whose lines are compared
     """
@@ -3718,20 +3732,23 @@ def older_files(plan, results, files, path):
     def changes(forwards, digest):
         now = files.manifest(forwards)
         if digest in (None, now.digest):
-            return set()
+            return set(), False
         before = results.sent.get(digest)
-        if not before and os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json')):
-            return set()                # of a version whose digests were others
-        return set(now.changed(before) if before else ['(not recorded)']) - {
-            os.path.normpath(path)}
+        if not before:
+            # A version of this program whose digests were others kept its lists in files/.
+            is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
+            return (set(), False) if is_known else ({'(not recorded)'}, False)
+        paths = set(now.changed(before)) - {os.path.normpath(path)}
+        return paths, not paths & before.files.keys()
 
-    older, changed = [], set()
+    older, extended = ([], set()), ([], set())
     for job in (*plan.lines.done, *plan.lines.begun):
-        paths = changes(job.forwards, results.journal.record(job.name).get('files'))
+        paths, are_new = changes(job.forwards, results.journal.record(job.name).get('files'))
         if paths:
-            changed |= paths
-            older.append(job)
-    return older, changed
+            jobs, differing = extended if are_new else older
+            jobs.append(job)
+            differing |= paths
+    return older, extended
 
 
 class View:
@@ -4338,10 +4355,8 @@ class TerminalSummary(Summary):
             self._report.line(shown)
             path = self._options['<batch>']
             if len(failed) > 1 and path != '-':
-                import shlex
-                self._report.line(f'       execute_batch {shlex.quote(path)} --status --failed')
-            again = ('execute_batch … --rerun-failed' if '--rerun' in self._options.given else
-                     self._options.typed('--rerun-failed'))
+                self._report.line(f'       {typed_for(path, "--status", "--failed")}')
+            again = self._options.typed('--rerun-failed', without='--rerun')
             self._report.line(f'again: {again}')
 
 
@@ -4523,8 +4538,9 @@ class BatchView(ToldView):
                 continue
             lines = f'line {queue[0].line}' + (
                 f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
-            why = '; '.join(f'{worker.name} {books.why_not(allocation)}' for worker, books in empty)
-            when = 'even when nobody uses it' if run.client.live else 'free'
+            why = '; '.join(f'{worker.name} {books.why_not(allocation, run.client.live)}'
+                            for worker, books in empty)
+            when = 'even when idle' if run.client.live else 'free'
             raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
                              f'{when}: {sentence(why)}'
                              f'{without_gpu(queue[0], empty, self._options)}')
@@ -4535,21 +4551,23 @@ class BatchView(ToldView):
             self._report.line(warning)
 
     def changed_files(self, files):
-        """Tell, in one line, if jobs that were run before had other files than jobs get now.
+        """Tell, in a line each, of jobs that were run before with older or with fewer files.
 
         files: the Files that are sent
         """
-        older, changed = older_files(self.plan, self._results, files, self._path)
-        if not older:
-            return
-        ended = [job.name for job in older if not self._results.journal.is_begun(job.name)]
-        running = len(older) - len(ended)
-        parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
-        parts += [f'{count_of(running, "running line")} '
-                  f'{"has" if running == 1 else "have"} them'] * bool(running)
-        again = f'. To run them again: {self._rerun_of(ended)}' if ended else ''
-        self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
-                          f'{" and ".join(parts)}{again}')
+        (older, changed), (extended, new) = older_files(self.plan, self._results, files, self._path)
+        if older:
+            ended = [job.name for job in older if not self._results.journal.is_begun(job.name)]
+            running = len(older) - len(ended)
+            parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
+            parts += [f'{count_of(running, "running line")} '
+                      f'{"has" if running == 1 else "have"} them'] * bool(running)
+            again = f'. To run them again: {self._rerun_of(ended)}' if ended else ''
+            self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
+                              f'{" and ".join(parts)}{again}')
+        if extended:
+            self._report.note(f'new files since: {names_of(sorted(map(printable, new)))}: '
+                              f'{count_of(len(extended), "line")} ran without them')
 
     def dry_run(self):
         """Say what would start where, now."""
@@ -5172,7 +5190,8 @@ class BatchStatus:
             ('ended', 'ended and not collected yet'))
             if states[state] or state == 'running' and self._client]
         waiting = self._counts['waiting'] - states['queued']
-        numbers = ', '.join([*parts, f'{waiting} waiting'])
+        numbers = 'all jobs have ended' if self.is_over else ', '.join(
+            [*parts, f'{waiting} waiting'])
         holder = self._holder
         since = holder and clock_of(holder.since, self._now)
         if self._client:
@@ -5495,13 +5514,20 @@ class Options(dict):
     def typed(self, added, without=None):
         """Return the command line as a shell reads it, with an option added that has no value.
 
-        without: the name of an option with a value that is left out
+        without: the name of an option that is left out with its value, or with its list
         """
         import shlex
         command, *words = self.argv
         end = words.index('--') if '--' in words else len(words)
-        kept = [word for place, word in enumerate(words) if place >= end or not (
-            word.partition('=')[0] == without or words[place - 1:place] == [without])]
+        is_list, kept, is_left_out = isinstance(self.get(without), tuple), [], False
+        for place, word in enumerate(words):
+            if place < end and word.partition('=')[0] == without:
+                is_left_out = is_list or '=' not in word
+            elif is_left_out and place < end and not word.startswith('-'):
+                is_left_out = is_list
+            else:
+                is_left_out = False
+                kept.append(word)
         return shlex.join([*typed_start(command), *[added] * (added not in self.given), *kept])
 
     def size_mb(self, name, **bounds):
@@ -12830,7 +12856,7 @@ class Answer(NamedTuple):
 
 
 ACTED_UNANSWERED = Answer(error='the client acted on this, and was killed before it could answer. '
-                                'execute_batch … --status shows the state of the jobs.', status=1)
+                                'Look at the state of the jobs with --status.', status=1)
 
 
 class Inbox:
@@ -13138,7 +13164,7 @@ class Desk:
     def _cancel(self, jobs):
         """Cancel these jobs."""
         run, places = self._run, self._places()
-        names = jobs_named(jobs, run.jobs, run.batch)
+        names = jobs_named(jobs, run.jobs, self._options['<batch>'])
         for name in names:
             word, machine = places.get(name, ('', ''))
             before = name in run.wishes.cancelled
@@ -13155,12 +13181,13 @@ class Desk:
     def _rerun(self, jobs):
         """Run these jobs once more."""
         run, places = self._run, self._places()
-        names = jobs_named(jobs, run.jobs, run.batch)
+        names = jobs_named(jobs, run.jobs, self._options['<batch>'])
         for name in names:
             word, machine = places.get(name, ('', ''))
             if word in ('running', 'away', 'stopping', 'elsewhere'):
+                cancel = typed_for(self._options['<batch>'], '--cancel', name)
                 raise UsageError(f'{name} {"may run" if word == "elsewhere" else "runs"} on '
-                                 f'{machine}. Cancel it first: execute_batch … --cancel {name}')
+                                 f'{machine}. Cancel it first: {cancel}')
             if word in ('fetching', 'kept'):
                 raise ResultsError(f'the results of {name} are still on {machine}.')
             if not run.jobs[name].may_start:
@@ -14165,12 +14192,12 @@ def plan_reruns(plan, options, results, reporter):
             reporter.note('--rerun-failed: no job of the batch has failed')
     else:
         names = jobs_named(options['--rerun'] or (), {job.name: job for job in lines.jobs},
-                           name_of_batch(options['<batch>']))
+                           options['<batch>'])
     names = {*names}
     begun = [job.name for job in lines.begun if job.name in names]
     if begun:
-        raise UsageError(f'{names_of(begun)} may still run. First: execute_batch … --cancel '
-                         f'{" ".join(begun)}')
+        raise UsageError(f'{names_of(begun)} may still run. First: '
+                         f'{typed_for(options["<batch>"], "--cancel", *begun)}')
     again = [job for job in lines.done if job.name in names]
     if again and not options['--dry-run']:
         kept = put_aside(results, [job.name for job in again])
@@ -14288,7 +14315,8 @@ def cancel_batch(call, reporter):
             before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
         named = {job.name: job for job in (*lines.jobs, *lines.gone)}
-        chosen = {*jobs_named(options['--cancel'], named, name)} if options['--cancel'] else None
+        chosen = options['--cancel'] and {
+            *jobs_named(options['--cancel'], named, options['<batch>'])} or None
         return cancel_alone(results, name, named, reporter, options['--machines'], before, chosen)
     finally:
         results.close()
@@ -14410,7 +14438,7 @@ def follow_job(call, reporter):
     results = ResultStore('job_results').peek()
     lines = match_lines(jobs, name, results)
     (job,) = jobs_named([options['--follow']], {job.name: job for job in (
-        *lines.jobs, *lines.gone)}, name)
+        *lines.jobs, *lines.gone)}, options['<batch>'])
     return JobWatch(job, name, results, reporter).run()
 
 

@@ -398,6 +398,20 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     assert result('batch.sh.1') == b'print(2)\n' and 'files changed' not in done.stderr
 
 
+def test_files_that_are_only_new_are_told_apart(run, project):
+    lines = ['cat train.py', 'true']
+    (project / 'train.py').write_text('print(1)\n')
+    run(*lines)
+    (project / 'sweep.csv').write_text('a table\n')
+    said = run(*lines).stderr
+    assert 'new files since: sweep.csv: 2 lines ran without them' in said.splitlines()
+    assert 'files changed' not in said
+    (project / 'train.py').unlink()
+    said = run(*lines).stderr
+    assert 'files changed since: sweep.csv, train.py: 2 finished lines' in said
+    assert 'new files' not in said
+
+
 def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gate):
     machine = lab()
     (project / 'data').write_text('old')

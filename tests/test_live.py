@@ -293,7 +293,7 @@ def test_more_gpus_than_any_machine_has(batches, lab1):
     done = batches.run(['true'], [lab1], '--num-gpus=3')
     assert done.returncode == 2
     assert ('line 1 needs 1 core and 2000 MB of memory and 3 GPUs of its own, each with 1000 MB '
-            'and 75% of its time free, and no machine has that even when nobody uses it: '
+            'and 75% of its time free, and no machine has that even when idle: '
             f'{lab1.yaml()} has 2 GPUs.') in done.stderr
 
 

@@ -172,7 +172,8 @@ def test_a_job_that_is_unknown(batches, ask, lab, held, gate, ledger):
         done = ask(option, '7')
         assert (done.returncode, done.stdout) == (2, '')
         assert done.stderr.startswith(
-            'execute_batch: batch.sh has no job 7. Its jobs: execute_batch … --status')
+            'execute_batch: batch.sh has no job 7. To see its jobs: execute_batch batch.sh '
+            '--status')
     gate.open('a')
     assert batch.end().returncode == 0
 

@@ -319,7 +319,7 @@ def test_a_batch_while_it_runs_after_a_kill_and_at_the_end(batches, run_cli, lab
     assert batch.end().returncode == 0
     code, shown = status_of(run_cli)
     assert (code, shown[0], shown[-1]) == (
-        0, 'no client runs this batch, 0 waiting',
+        0, 'no client runs this batch, all jobs have ended',
         '2 jobs: 2 finished, 0 failed, 0 on a machine, 0 waiting')
     assert [row[0] + row[-1] for row in rows_of(shown).values()] == [
         'finisheddone 1', 'finisheddone 0.1']
