@@ -19418,7 +19418,8 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   claims=/dev/null          # no list is put there, since nobody would find it
   ! count_kills || echo "$REPLY" >"$run/kills"
   trap 'told=told' TERM
-  trap 'told=limit' USR1
+  # Slurm may send this one after TERM.  Then it tells nothing new, and the engine is asked as usual.
+  trap 'told=${told:-limit}' USR1
   trap 'told=${told:-cancel}' HUP
   until read -r -t 1 -u "$quiet"; do [[ ! -e $more/cancel ]] || kill -HUP "$$"; done &
   watcher=$!
@@ -19435,6 +19436,7 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
     [[ ! $told || $forwarded ]] || { forwarded=1; end_processes "$grace" "$key"; }
     kill -0 "$worker" 2>/dev/null || break
   done
+  trap '' USR1              # a job that has ended by now has not reached its limit
   kill "$watcher"
   { read -r status wall used <"$run/result"; } 2>/dev/null || end_unrecorded
   bring_home

@@ -43,7 +43,7 @@ class Case:
         self.machines = [cluster_of(cluster, **machine or {})]
         self.said = []                      # what the runs that have ended said on stderr
         self._batches, self._options, self._holder = batches, (*NO_GPU, *options), None
-        self._line = f'{once(ledger)}; ' + (line or (
+        self._line = f'{once(ledger)}; ' + (line.replace('{ledger}', str(ledger)) or (
             f'[ $(wc -l <{ledger}) != 1 ] || {gate.wait("go")}; exit {STATUS}'))
         self._waits = not line
 
@@ -273,11 +273,20 @@ def end_its_time(case):
     case.cluster.scontrol('update', f'jobid={case.number}', 'endtime=now')
 
 
+def end_its_time_in_another_order(case):
+    """Its script hears TERM, and then the signal that comes before the time limit."""
+    number = case.number
+    case.cluster.command('scancel', '--batch', '--signal=TERM', number)
+    wait_until(lambda: case.ledger.with_suffix('.told').exists(), 'it is told to stop')
+    case.cluster.command('scancel', '--batch', '--signal=USR1', number)
+
+
 def go(case):
     case.go()
 
 
 HUNGRY = "exec python3 -c 'import time; x = bytearray(500 << 20); time.sleep(60)'"
+STUBBORN = "trap 'touch {ledger}.told' TERM; while :; do sleep 0.1; done"
 FAULTS = {
     'runner killed': Fault('running', kill_runner),
     'runner killed, queued': Fault('queued', kill_runner),
@@ -296,6 +305,8 @@ FAULTS = {
     'id reused, queued': Fault('queued', other_job_has_its_number, needs_client=True),
     'scancel silent': Fault('running', go, before=always('scancel', clusters.NOTHING)),
     'time limit': Fault('running', end_its_time, status=124, err='time limit of the cluster'),
+    'time limit, told late': Fault('running', end_its_time_in_another_order, status=137,
+                                   err='did not stop after SIGTERM', line=STUBBORN),
     'time is near': Fault('running', lambda case: None, status=124,
                           machine={'engine_options': '--time=1'}),
     'memory': Fault('running', lambda case: None, status=137, err='ran out of memory',
@@ -367,7 +378,8 @@ def check(case, fault, moment):
 MATRIX = {
     'runner killed': ('queued',), 'controller frozen': ('collected',), 'list empty': ('',),
     'node lost, then back': ('',), 'preempted': ('running',),
-    'requeued': ('',), 'cancelled by root, queued': ('queued',)}
+    'requeued': ('',), 'cancelled by root, queued': ('queued',),
+    'time limit': ('',), 'time limit, told late': ('',)}
 HELD = [('client', 'ANSWER_HELD'), ('controller', 'QUESTION_HELD')]
 if os.environ.get('SLURM_FAULTS') == 'all':
     MATRIX = {name: ['', *(moment for moment in (
