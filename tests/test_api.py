@@ -10,7 +10,7 @@ import time
 import pytest
 import rig
 
-# What a user would write.  It says all that happens as JSON lines.
+# A program as a user would write it.  It prints each event as a line of JSON.
 RUN = '''\
 import json, sys
 from experiments.vendor.ssh_scheduler import MachineRunner, SchedulerError, find_machine
@@ -48,7 +48,7 @@ def foreign(tmp_path, scheduler):
 
 @pytest.fixture
 def python(foreign, project, client_env):
-    """Run text with the foreign repository on the path, and without our own."""
+    """Run Python text with the foreign repository on the path, and without this one."""
     def run(text, *words, status=0):
         done = subprocess.run(
             [sys.executable, '-c', textwrap.dedent(text), *map(str, words)], cwd=project,
@@ -61,7 +61,9 @@ def python(foreign, project, client_env):
 
 @pytest.fixture
 def run_jobs(python):
-    """Run jobs, as (positional, named) arguments of queue_up; return what was said."""
+    """Run jobs, given as (positional, named) arguments of queue_up; return the events that RUN
+    prints.
+    """
     def run(machine, *jobs, **settings):
         said = python(RUN, machine, json.dumps(settings), json.dumps(jobs))
         return [json.loads(line) for line in said.splitlines()]
@@ -70,7 +72,7 @@ def run_jobs(python):
 
 @pytest.fixture(params=['ssh', 'localhost'])
 def home(request):
-    """A machine of the rig, or the home folder that this one has for the tests."""
+    """A machine of the rig, or the home folder that the tests give to this computer."""
     return request.getfixturevalue('lab1' if request.param == 'ssh' else 'client_home')
 
 
@@ -82,7 +84,7 @@ def word(home):
 
 @pytest.fixture
 def machine(home, word):
-    """The same, and a look at what is left there: what ended well leaves a cache at most."""
+    """The word for the machine; afterwards, check that at most the cache is left on the machine."""
     yield word
     folder = home.home if isinstance(home, rig.Machine) else home
     assert {path.name for path in folder.glob('.ssh_scheduler/*/*')} <= {'cache'}
@@ -197,7 +199,7 @@ def test_many_jobs_with_the_defaults(run_jobs, project, machine):
 
 @pytest.mark.parametrize('command', ['echo short', 'seq 1000', 'echo made >made', 'exit 3'])
 def test_a_job_has_ended_before_it_is_collected(run_jobs, machine, command):
-    """Whether its results came with the event that says so, or have to be fetched."""
+    """Its results may come with the event that reports the end, or have to be fetched."""
     said = run_jobs(machine, [[command], {'job_name': 'job'}])
     assert [words[0] for words in said if words[1:2] == ['job']] == [
         'started', 'ended', 'collected']
@@ -252,7 +254,7 @@ def test_spacing_is_the_least_time_between_starts(run_jobs, project, machine):
     run_jobs(machine, *[[['cut -d " " -f 1 /proc/uptime'], {'job_name': f'job{n}'}]
                         for n in range(3)], spacing_s=0.5)
     up_s = [float((project / f'job_results/job{n}.out').read_text()) for n in range(3)]
-    assert up_s[2] - up_s[0] > 0.7      # two spaces, less what the first start may take longer
+    assert up_s[2] - up_s[0] > 0.7      # two spaces, less a delay of the first start
 
 
 @pytest.mark.parametrize('name', ['/', '../up', '-x', 'a b', '.hidden'])

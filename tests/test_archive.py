@@ -1,4 +1,4 @@
-"""Archives: what we pack is what GNU tar reads, and what anyone packed does no harm here."""
+"""Archives: GNU tar reads those of the program, and unpacking one from anybody does no harm."""
 import io
 import os
 import shutil
@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch):
 
 
 def make_tree():
-    """Fill the current folder with what is hard to pack."""
+    """Fill the current folder with files that are hard to pack."""
     here = os.fsencode(os.getcwd())
     for number, name in enumerate(NASTY + LONG):
         path = os.path.join(here, name)
@@ -54,7 +54,7 @@ def make_tree():
 
 
 def what_lies_in(folder):
-    """Return {path: all that is to stay the same of it}."""
+    """Return {path: what an archive must preserve of it}."""
     found = {}
     for parent, folders, files in os.walk(os.fsencode(folder)):
         for name in folders + files:
@@ -77,7 +77,7 @@ def archive_of(paths=('.',)):
 
 
 def untar(data, folder):
-    """Extract as the other side does."""
+    """Extract as the machine does."""
     os.mkdir(folder)
     done = subprocess.run(['tar', '-xpof', '-', '-C', str(folder)], input=data,
                           capture_output=True)
@@ -85,7 +85,7 @@ def untar(data, folder):
 
 
 def unpack(data, folder):
-    """Extract as this side does, into a new folder; return what was refused."""
+    """Extract as the client does, into a new folder; return the names that were refused."""
     os.mkdir(folder)
     path = f'{folder}.tar'
     with open(path, 'wb') as file:
@@ -306,7 +306,7 @@ def test_a_hostile_archive_writes_nothing_outside(tmp_path, outside, kind):
     said = unpack(packed(*members, member('last', content=b'good')), tmp_path / 'in')
     if refused is not None:
         assert said == refused
-    assert (tmp_path / 'in' / 'last').read_bytes() == b'good'       # and what is right comes
+    assert (tmp_path / 'in' / 'last').read_bytes() == b'good'       # the good member is extracted
     for _, (mode, _, content) in what_lies_in(tmp_path / 'in').items():
         assert mode[0] in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
         assert content != b'2'

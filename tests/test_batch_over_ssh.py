@@ -1,4 +1,4 @@
-"""The main job on real machines: what is printed, what jobs find, what comes, and what stays."""
+"""execute_batch on real machines: what it prints, what jobs find, and which results arrive."""
 import os
 import re
 import shutil
@@ -234,7 +234,8 @@ def test_no_gpu_there_names_the_option_that_helps(batches, lab):
 
 
 def test_without_any_gpu_the_error_shows_the_command_that_runs(run_cli, lab, client_env, project):
-    """What it says is run as it stands; the batch is named by words that a shell would change."""
+    """The test runs the printed command as it is; a shell would change the batch's name unquoted.
+    """
     machine, batch = lab(), "a batch's $file.sh"
     (project / batch).write_text('echo "it ran"\n')
     done = run_cli('execute_batch', '--memory-required=0.01G', '--num-gpus', '2', '--exclude', '*',
@@ -322,7 +323,7 @@ def test_odd_commands(batches, lab1):
     assert found == expected
 
 
-# A NUL ends no word of a shell, a newline ends a line of the batch, CR before it goes with it.
+# A word of a shell holds no NUL; a newline, with a CR before it, ends the line of the batch.
 any_text = st.text(st.characters(exclude_characters='\0\n', exclude_categories=['Cs']),
                    max_size=60)
 shell_text = st.text(' \t!"#$%&\'()*;<=>?[\\]^`{|}~ab\r\x1b\x7fé', max_size=30)
@@ -555,7 +556,7 @@ def test_all_starts_of_a_moment_share_one_fsync(watch, lab1, lab2):
 
 
 def test_no_start_is_sent_before_its_claim_is_on_the_disk(watch, lab1, lab2, project):
-    """Those that wait for files, for an answer or for room are no other."""
+    """Starts that wait for files, for an answer or for room are no exception."""
     (project / 'file').write_text('x')
     seen = watch(['true'] * 64, [lab1, lab2], '--no-gpu-required', '--memory-required=1',
                  '--num-cpus=2')

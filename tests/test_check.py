@@ -46,7 +46,7 @@ def file_of(machine):
 
 
 def only(check, file, name):
-    """What is said of one check of one machine: (exit status, mark, text, what was not checked)."""
+    """Return the report of one check of one machine: (exit status, mark, text, checks not made)."""
     status, found, (whole,) = check(file)
     ((mark, text),) = found[str(file_of(file))][name]
     return status, mark, text, whole['not_checked']
@@ -289,7 +289,7 @@ def test_a_workdir_that_cannot_be_written(check, lab):
 
 
 def with_disk(machine, facts):
-    """The machine, with what `stat -f` says of file systems: free blocks, size, inodes, …"""
+    """Let `stat -f` on the machine print these facts: free blocks, size, inodes, …"""
     machine._script('stat', f'#!/bin/bash\n[[ "$*" != *"%a %S %d %c %T"* ]] || {{ echo {facts}; '
                     f'exit; }}\nexec {rig.program("stat")} "$@"\n')
     return machine
@@ -501,7 +501,7 @@ def test_what_says_what_to_type_does_not_point_to_it(run_cli, lab, project, tmp_
 
 @pytest.fixture
 def init(run_cli, client_home, project):
-    """Run execute_to --init HOST with this in ~/.ssh/config; return (what it did, the file)."""
+    """Run execute_to --init HOST with this ~/.ssh/config; return (CompletedProcess, new file)."""
     def run(host, machine, config='', **lines):
         (client_home / '.ssh').mkdir(exist_ok=True)
         (client_home / '.ssh/config').write_text(config or ''.join((
@@ -524,7 +524,7 @@ def test_it_writes_a_file_that_works(init, lab, run_cli, project, client_home):
         'ssh_key_path': str(machine.key),
         'ssh_options': {'userknownhostsfile': str(machine.known_hosts)}}
     assert '# GPU 1: NVIDIA Rig 16GB, 16000 MB' in path.read_text().splitlines()
-    (client_home / '.ssh/config').unlink()          # the file needs it no more
+    (client_home / '.ssh/config').unlink()          # the machine file does not need it
     (project / 'batch.sh').write_text('echo here\n')
     batch = run_cli('execute_batch', 'batch.sh', '--machines', 'gpu7', *NO_GPU)
     assert (batch.returncode, result('batch.sh.1')) == (0, b'here\n'), batch.stderr

@@ -1,5 +1,5 @@
-"""The client where there is no Linux, as far as one can tell without a Mac: what it lacks is taken
-away, one by one and together, and the program runs as it does there (see other_client.py).
+"""The client where there is no Linux, as far as one can test without a Mac: other_client.py takes
+away what a Mac lacks, one by one and together, and every command must work.
 """
 import os
 import resource
@@ -16,7 +16,7 @@ import ssh_scheduler as s
 MAC = 'names platform proc library files kqueue zombies'
 PARTS = [part.__name__ for part in other_client.PARTS if part.__name__ != 'case']
 
-# A real rsync that knows less: what it refuses it refuses as these do.
+# The real rsync, but it refuses the options of a pattern with the words of these versions.
 RSYNCS = {
     '2.6.9': ('-@*|--trust-sender', 'rsync: $word: unknown option\nrsync error: syntax or usage '
               'error (code 1) at /SourceCache/rsync/rsync-52/rsync/main.c(1333) [client=2.6.9]'),
@@ -32,7 +32,7 @@ def scheduler():
 
 @pytest.fixture
 def client(tmp_path, client_home):
-    """Return the environment of a client that lacks what is named: client(lacks, rsync)."""
+    """client(lacks, rsync): return the environment of a client that lacks these parts."""
     def make(lacks, rsync=''):
         folder = tmp_path / 'programs'
         folder.mkdir()
@@ -43,7 +43,7 @@ def client(tmp_path, client_home):
 for word; do case $word in {pattern}) printf '%s\\n' "{complaint}" >&2; exit 1; esac; done
 exec {shutil.which("rsync")} "$@"
 ''', 0o755)
-        # As long as that of a Mac, where a socket's path has 104 bytes.
+        # As long as TMPDIR on a Mac, where the path of a socket has at most 104 bytes.
         temporary = client_home / 'var/folders/zz/zyxvpxvq6csfxvn_n0000000000000/T'
         temporary.mkdir(parents=True)
         return {'CLIENT_LACKS': lacks, 'TMPDIR': f'{temporary}/',
@@ -52,7 +52,7 @@ exec {shutil.which("rsync")} "$@"
 
 
 def check_all_commands(run_cli, env, machine, project):
-    """Each command, with files both ways that are too large for the channel; return its trace."""
+    """Run each command, with files both ways too large for the channel; return what they trace."""
     data = os.urandom(300_000)
     (project / 'data').write_bytes(data)
     (project / 'batch.sh').write_text('cat data data >twice\nsleep 0.5; echo {1..900}\n')
@@ -88,7 +88,7 @@ def test_a_client_that_lacks_it(client, run_cli, lab1, project, lacks):
 @pytest.mark.parametrize('lacks', ['', MAC], ids=['Linux', 'a Mac'])
 @pytest.mark.parametrize('rsync', RSYNCS)
 def test_an_rsync_that_knows_less_is_started_once(client, run_cli, lab1, project, rsync, lacks):
-    """Then files go with tar; to ask it first would cost a process each time."""
+    """Then tar copies the files; a test of rsync beforehand would cost a process each time."""
     for said in check_all_commands(run_cli, client(lacks, rsync), lab1, project):
         assert said.count('rsync ended with 1, now tar: ') == said.count('+ rsync ') == 1
 
@@ -112,7 +112,7 @@ def test_an_rsync_that_knows_less_and_fetches_only(client, run_cli, lab1, projec
 def test_jobs_run_on_linux_machines(client, run_cli, project, argv, word):
     (project / 'batch.sh').write_text('true\n')
     command, *words = argv
-    if '--' in words:           # what is behind it is no option
+    if '--' in words:           # words behind -- are no options
         words = [*words[2:], word, '--', 'true']
     else:
         words = [*words, word]
@@ -148,7 +148,7 @@ def test_the_end_of_a_file_that_is_the_input(client, start_cli, lab1, project):
 def test_the_limit_of_open_files_is_one_that_the_system_takes(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     set_limit = resource.setrlimit
-    monkeypatch.setattr(resource, 'setrlimit', set_limit)       # is put back at the end
+    monkeypatch.setattr(resource, 'setrlimit', set_limit)       # monkeypatch restores it at the end
     try:
         other_client.files()
         s.allow_files(3)
@@ -160,7 +160,7 @@ def test_the_limit_of_open_files_is_one_that_the_system_takes(monkeypatch):
 # ---- File systems ----
 
 def test_names_that_hfs_decomposes(tmp_path, monkeypatch):
-    """It gives back e and an accent where é was written."""
+    """HFS lists e and an accent where é was written."""
     (tmp_path / 'e\u0301').mkdir()
     (tmp_path / 'e\u0301/u\u0308').touch()
     monkeypatch.setattr(s, 'LINUX', False)
@@ -168,7 +168,7 @@ def test_names_that_hfs_decomposes(tmp_path, monkeypatch):
 
 
 def test_names_that_differ_in_case_only_stay_there(client, run_cli, lab1, project, tmp_path):
-    """Where the file system here takes them for one, as of macOS, and of Windows below WSL."""
+    """The file system here takes them for one, as on macOS, and on Windows below WSL."""
     env = client('case')
     rig.put(tmp_path / 'programs/rsync', f'''#!/bin/sh
 {shutil.which("rsync")} "$@" || exit

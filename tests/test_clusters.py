@@ -1,4 +1,4 @@
-"""The clusters of the tests do what they say: a real Slurm, its faults, and what stands in."""
+"""The clusters of the tests work as documented: a real Slurm, its faults, and its stand-ins."""
 import os
 import signal
 import subprocess
@@ -34,7 +34,7 @@ def listed(cluster, number):
 
 
 def started(cluster, options=''):
-    """A job that runs until work/go is there; return its id when it has begun."""
+    """Start a job that runs until work/go exists; return its id when it has begun."""
     number = submitted(cluster, f'cd {cluster.workdir}; hostname >at; until [ -e go ]; do '
                        'sleep 0.05; done; echo >gone', options)
     wait_until((cluster.workdir / 'at').exists, 'the job has begun')
@@ -43,13 +43,13 @@ def started(cluster, options=''):
 
 
 def running(cluster, name):
-    """The pids of Slurm's programs of this name: a slurmstepd is there for each job that runs."""
+    """Return the pids of Slurm's programs of this name; each running job has a slurmstepd."""
     return [pid for pid in rig.knowing(cluster.folder)
             if rig.read_proc(pid, 'comm') == f'{name}\n'.encode()]
 
 
 def ask(cluster, script, command=None):
-    """What a stand-in for sbatch says to a job: (status, stdout, stderr)."""
+    """Submit a job to a stand-in for sbatch; return (status, stdout, stderr)."""
     cluster.wrap('sbatch', script)
     done = cluster.login.run(command or BATCH, stdin='#!/bin/bash\nexit 7\n')
     return done.returncode, done.stdout, done.stderr
@@ -316,7 +316,7 @@ def test_once_is_once(cluster):
     assert len(cluster.calls('sbatch')) == 2
     cluster.unwrap('sbatch')
     assert cluster.login.run('command -v sbatch').stdout == rig.program('sbatch') + '\n'
-    assert ask(cluster, script)[0] == 1             # nothing is kept of it
+    assert ask(cluster, script)[0] == 1             # no trace of the first call is left
 
 
 # ---- What is left ----
