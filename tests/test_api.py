@@ -61,9 +61,7 @@ def python(foreign, project, client_env):
 
 @pytest.fixture
 def run_jobs(python):
-    """Run jobs, given as (positional, named) arguments of queue_up; return the events that RUN
-    prints.
-    """
+    """Run jobs, given as (positional, named) arguments of queue_up; return the events of RUN."""
     def run(machine, *jobs, **settings):
         said = python(RUN, machine, json.dumps(settings), json.dumps(jobs))
         return [json.loads(line) for line in said.splitlines()]

@@ -97,30 +97,30 @@ def test_a_byte_order_mark_is_no_part_of_the_first_command():
     ('a', [(1, 'a')]),
     ('a\n', [(1, 'a')]),
     ('a\nb\n', [(1, 'a'), (2, 'b')]),
-    # what is no command counts
+    # lines without a command count
     ('#!/bin/bash\n\n# note\n  # note\n \t \na\n\nb', [(6, 'a'), (8, 'b')]),
     ('a # no comment line\n', [(1, 'a # no comment line')]),
     # CRLF
     ('a\r\n\r\nb\r\n', [(1, 'a'), (3, 'b')]),
     ('a \\\r\n b\r\nc\r\n', [(1, 'a \\\n b'), (3, 'c')]),
     ('printf "a\rb"\n', [(1, 'printf "a\rb"')]),
-    # other line ends of Unicode are none for bash
+    # bash does not end a line at other line ends of Unicode
     ('echo a\u2028b\x0bc\x0cd\x85e\n', [(1, 'echo a\u2028b\x0bc\x0cd\x85e')]),
     # blanks stay as they are
     ('  a  \n\tb\t', [(1, '  a  '), (2, '\tb\t')]),
-    # a backslash at the end continues a line, and is bash's to read
+    # a backslash at the end continues a line, and bash reads it
     ('a \\\nb\nc', [(1, 'a \\\nb'), (3, 'c')]),
     ('a \\\n\\\nb\n', [(1, 'a \\\n\\\nb')]),
     ('a \\\n# b\n\nc', [(1, 'a \\\n# b'), (4, 'c')]),
     ('a \\\n\nb\n', [(1, 'a \\\n'), (3, 'b')]),
-    # two backslashes are one that does not
+    # two backslashes do not
     ('a \\\\\nb\n', [(1, 'a \\\\'), (2, 'b')]),
     ('a \\\\\\\nb\n', [(1, 'a \\\\\\\nb')]),
-    # a blank behind it neither
+    # nor does a backslash before a blank
     ('a \\ \nb\n', [(1, 'a \\ '), (2, 'b')]),
-    # in a comment neither
+    # nor one in a comment
     ('# a \\\nb\n', [(2, 'b')]),
-    # with nothing to continue with
+    # no line follows to continue with
     ('a \\\n', [(1, 'a \\\n')]),
     ('a \\', [(1, 'a ')]),
 ])
@@ -170,7 +170,7 @@ def test_any_lines_are_numbered_and_none_is_lost(lines):
     'printf "%s|" a \\\nb', 'printf "%s|" a\\\nb', "printf '%s|' 'a\\\nb'",
     'printf "%s|" "a\\\nb" c'])
 def test_a_continued_command_means_what_it_means_to_bash(text):
-    """The command that is kept does what bash does with the lines in a script."""
+    """The command does what bash does with the same lines in a script."""
     ((_, command),) = commands(text + '\n')
     expected = subprocess.run(['bash'], input=text.encode(), capture_output=True, check=True)
     kept = subprocess.run(['bash', '-c', command], capture_output=True, check=True)
@@ -188,7 +188,7 @@ done
 
 
 def batch_of(run_cli, project, text, *words):
-    """Run a batch of this text on localhost, and return what came of it."""
+    """Run a batch of this text on localhost, and return its CompletedProcess."""
     (project / 'batch.sh').write_bytes(text.encode())
     return run_cli('execute_batch', 'batch.sh', *NO_GPU, '--machines', 'localhost', *words)
 
@@ -231,7 +231,7 @@ def test_what_bash_can_read_is_not_refused(run_cli, project):
 
 @pytest.mark.parametrize('version', [None, 3])
 def test_where_no_bash_can_tell_nothing_is_refused(tmp_path, monkeypatch, version):
-    """macOS has 3.2, which does not know half of it; another system may have none."""
+    """macOS has bash 3.2, which knows only half of the syntax; other systems may have no bash."""
     if version:
         fake = f'#!/bin/sh\nshift 2; shift; script="BASH_VERSINFO=({version}) {{}}"\n'
         (tmp_path / 'bash').write_text(fake + 'echo "$1" | grep -q "BASH_VERSINFO.0. >= 4"\n')
@@ -286,7 +286,7 @@ def test_the_first_word_alone_never_decides_otherwise_than_all_words(command):
 
 
 class Everything:
-    """A set that has all."""
+    """A set that contains everything."""
 
     def __contains__(self, _):
         return True
@@ -509,7 +509,7 @@ def test_a_quoted_command_comes_through_byte_for_byte(command):
 @settings(ANY, max_examples=60)
 @given(text=st.text(st.sampled_from('\'"\\\n ab'), max_size=12))
 def test_words_of_a_continued_line_are_bash_s(text):
-    """Where bash can read the words at all, we read the same ones."""
+    """The program reads the same words as bash, where bash can read them at all."""
     done = subprocess.run(['bash', '-c', f'printf "%s\\0" {text}'], capture_output=True)
     in_error = done.returncode != 0 or done.stderr
     unquoted = re.sub(r"""(?s)'[^']*'|"(?:\\.|[^"\\])*"|\\.""", '', text)
@@ -535,7 +535,7 @@ def test_a_wrong_partial_command_is_named(line, expected):
 
 
 def test_help_in_a_partial_command_does_not_end_the_program(capsys):
-    """It is one of the lines of a batch, and not the place to ask."""
+    """A line of a batch is not the place to ask for help."""
     complaint('execute_remote --help\n')
     assert capsys.readouterr().out == ''
 

@@ -234,8 +234,7 @@ def test_no_gpu_there_names_the_option_that_helps(batches, lab):
 
 
 def test_without_any_gpu_the_error_shows_the_command_that_runs(run_cli, lab, client_env, project):
-    """The test runs the printed command as it is; a shell would change the batch's name unquoted.
-    """
+    """The test runs the printed command as it is; a shell would change the batch's bare name."""
     machine, batch = lab(), "a batch's $file.sh"
     (project / batch).write_text('echo "it ran"\n')
     done = run_cli('execute_batch', '--memory-required=0.01G', '--num-gpus', '2', '--exclude', '*',
