@@ -41,7 +41,7 @@ import ssh_scheduler as s
 
 PATIENT = {'ServerAliveInterval': '1', 'ServerAliveCountMax': '2'}     # a cut shows after 2 s
 BYTES = bytes(range(256))
-# Bytes that come the same each time, and in which nothing repeats: 8 for each number.
+# Writes the same bytes each time, 8 for each number, so that no piece repeats.
 NUMBERED = 'import sys; [sys.stdout.buffer.write(b"%%07d\\n" %% n) for n in range(%d)]'
 
 
@@ -51,7 +51,7 @@ def numbered(count):
 
 @pytest.fixture
 def start(start_cli, project):
-    """Start it: start(machine or None, command or None, *options) -> Running."""
+    """Start execute_remote: start(machine or None, command or None, *options) -> Running."""
     def begin(machine, command, *options, **settings):
         at = [] if machine is None else ['--machine', word(machine)]
         command = [] if command is None else ['--', command]
@@ -63,7 +63,7 @@ def start(start_cli, project):
 
 @pytest.fixture
 def run(start):
-    """Run it to its end, with nothing on its standard input."""
+    """Run execute_remote to its end, with an empty standard input."""
     def begin(*words, stdin=subprocess.DEVNULL, **settings):
         return start(*words, stdin=stdin, **settings).end()
 
@@ -77,7 +77,7 @@ def machine(request):
 
 @pytest.fixture
 def clean(machine, client_home):
-    """Assert that nothing is left over there."""
+    """Assert that nothing is left on the machine."""
     def check():
         if machine == 'localhost':
             wait_until(lambda: not any(places(client_home).values()), 'the end of what was killed')
@@ -237,7 +237,7 @@ def test_nobody_notices_a_delay(start, machine, gate):
 
 
 def test_what_is_said_arrives_where_copying_its_files_took_long(start, lab, project, gate):
-    """The streams are not there yet when somebody comes to follow them."""
+    """The follower arrives before the streams of the job exist."""
     machine = lab()
     (project / 'data').write_text('data')
     (machine.bin / 'cp').write_text(
@@ -276,7 +276,7 @@ def test_memory_is_bounded_however_much_comes(start, lab1, gate, scheduler):
 
 
 def test_a_slow_reader_gets_everything(start_cli, lab1, project, scheduler, client_env):
-    """The pipe is full for long, and what reads it at last takes small pieces."""
+    """The pipe stays full for a long time; then its reader takes small pieces."""
     process = start_cli('execute_remote', '--job-name', 'slow', '--machine', lab1.yaml(), '--',
                         f"python3 -c '{NUMBERED % 300_000}'", binary=True)
     journal = project / 'job_results/.ssh_scheduler/commands/slow/journal'
@@ -291,7 +291,7 @@ def test_a_slow_reader_gets_everything(start_cli, lab1, project, scheduler, clie
 # ---- Its input ----
 
 def test_its_input_is_empty(run, machine):
-    done = run(machine, 'cat; echo end', stdin=subprocess.PIPE)     # which we leave open
+    done = run(machine, 'cat; echo end', stdin=subprocess.PIPE)     # which the test leaves open
     assert (done.status, done.out) == (0, b'end\n')
 
 
@@ -725,7 +725,7 @@ def test_a_second_client_is_told_who_has_it(start, run, lab1, gate, how):
 
 
 def test_the_input_of_a_job_ends_where_its_client_is_killed(start, run, lab1):
-    """What had come is read, and more can come from the client that attaches."""
+    """The job reads what the first client sent; the client that attaches can send more."""
     running = start(lab1, 'while read -r line; do echo "<$line>"; done; echo end',
                     '--stdin', '--job-name', 'fed')
     running.process.stdin.write(b'one\n')
@@ -814,7 +814,7 @@ def test_after_its_results_were_deleted_it_runs_again(run, lab1, ledger):
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_whole_tree(start, machine, ledger, number, clean):
     running = start(machine, nasty_tree(ledger), '--job-name', 'tree',
-                    env=constants(INTERRUPT_S=30.0))    # one of them is deaf, and has 5 s
+                    env=constants(INTERRUPT_S=30.0))    # one ignores SIGTERM, and gets 5 s
     pids = nasty_pids(ledger)
     running.until(b'started\n')
     running.signal(number)
@@ -861,7 +861,7 @@ def test_a_second_interrupt_stops_waiting(start, lab, gate):
     machine.freeze()
     began = time.monotonic()
     running.signal()
-    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
     assert (done.status, time.monotonic() - began < 8) == (130, True)
     assert 'may still run on' in done.notes[-1]
@@ -890,7 +890,7 @@ def test_a_second_interrupt_while_results_are_fetched(start, run, lab, ledger, o
                     '--job-name', 'held')
     wait_until(Path(f'{go}.awaited').exists, 'a fetch')
     running.signal(signal.SIGINT)
-    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
     assert (done.status, done.notes) == (130, [
         f'held: it has ended, and its results are on {machine.yaml()}: execute_remote '
@@ -1042,7 +1042,7 @@ def test_a_link_that_breaks_while_megabytes_come(start, run, host, gate):
 
 
 def test_a_link_that_comes_back_is_used_again(start, host, gate):
-    """The client lives through it, and shows each byte once."""
+    """The client survives the break, and shows each byte once."""
     machine = host(sees=(gate.folder,))
     file = str(machine.yaml(ssh_options={'UserKnownHostsFile': str(machine.known_hosts),
                                          **PATIENT}))
@@ -1060,7 +1060,7 @@ def test_a_link_that_comes_back_is_used_again(start, host, gate):
 @pytest.mark.parametrize('size', [10, 400_000], ids=['over the channel', 'with rsync'])
 def test_files_reach_a_machine_whose_first_login_is_refused_for_the_moment(
         start, lab, project, size):
-    """They were handed over with that login, and are handed over again."""
+    """The files were handed over with the refused login, and are handed over again."""
     (project / 'data').write_bytes(b'x' * size)
     machine = lab(sshd_options='MaxStartups 1:100:1')
     with socket.create_connection((machine.address, machine.port)) as other:
@@ -1072,7 +1072,7 @@ def test_files_reach_a_machine_whose_first_login_is_refused_for_the_moment(
 
 
 def test_a_machine_that_allows_one_session(run, start, lab, gate):
-    """Then what it says, and files, come over logins of their own."""
+    """Then the output and the files use logins of their own."""
     machine = lab(sshd_options='MaxSessions 1')
     running = start(machine, f'echo one; {gate.wait("a")}; echo two; exit 3', '--job-name', 'one')
     running.until(b'one\n')
@@ -1190,7 +1190,7 @@ def test_a_terminal_that_is_cut_off(terminal, lab, ledger):
 
 
 def test_tty_without_a_terminal_here(run, lab1):
-    """As with ssh -tt: a terminal over there, which shows what comes."""
+    """As with ssh -tt, the command has a terminal on the machine, whose output is shown."""
     done = run(lab1, 'tty; exit 4', '--tty')
     assert done.status == 4 and b'/dev/pts/' in done.out
 

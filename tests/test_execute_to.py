@@ -15,7 +15,7 @@ from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree,
 
 @pytest.fixture
 def start(start_cli, project):
-    """Start it: start(machines, command, *options) -> Running."""
+    """Start execute_to: start(machines, command, *options) -> Running."""
     def begin(machines, command, *options, **settings):
         return Running(start_cli('execute_to', *options, '--machines', *map(word, machines), '--',
                                  command, binary=True, **settings))
@@ -25,7 +25,7 @@ def start(start_cli, project):
 
 @pytest.fixture
 def run(start):
-    """Run it to its end, with nothing on its standard input."""
+    """Run execute_to to its end, with an empty standard input."""
     return lambda *words, **settings: start(*words, stdin=subprocess.DEVNULL, **settings).end()
 
 
@@ -51,7 +51,7 @@ def assert_all_clean(machines):
 # ---- All at once ----
 
 def test_ten_machines_at_once(run, named, gate):
-    """Each command waits for the next machine's, so they all run at a time."""
+    """Each command ends only when all have begun, so they all run at the same time."""
     machines, files = named(*(f'node{n}' for n in range(1, 11)))
     for machine, command in zip(machines, gate.meeting(10)):
         (machine.folder / 'meet').write_text(command)
@@ -210,12 +210,12 @@ def test_one_line_for_each_kind_of_failure(run, named):
     assert_all_clean([good, bad1, bad2, worse, noisy])
 
 
-# As `yes`, but it does not fill the disk, for which all other tests would wait.
+# Like `yes`, but with a limit: all other tests would wait for a full disk.
 SAYS_MUCH = 'yes | head -c 500000000; sleep 1000'
 
 
 def test_what_says_too_much_is_ended_in_time(run, start, named):
-    """What it had said over there does not all come first: that would take a minute."""
+    """The stop does not wait for all the output on the machine, which would take a minute."""
     machines, files = named('a')
     began = time.monotonic()
     running = start(files, SAYS_MUCH, '--timeout=2', stdout=subprocess.DEVNULL)
@@ -304,7 +304,7 @@ def test_a_wrong_command_line_is_named_and_nothing_is_made(start_cli, project, w
 
 @pytest.fixture
 def alike(named):
-    """Four machines, of which the third says something else, and the fourth nothing at all."""
+    """Four machines: the third prints another text, and the fourth nothing."""
     machines, files = named('n1', 'n2', 'n3', 'n4')
     for machine, text in zip(machines, ('x\ny\n', 'x\ny\n', 'x\nz', '')):
         (machine.folder / 'text').write_text(text)
@@ -350,10 +350,10 @@ def test_what_was_not_fetched_when_it_was_interrupted_is_not_shown(start, named,
     running = start(files, 'head -c 300000 /dev/zero', option)
     wait_until((outside / 'go.awaited').exists, 'a fetch')
     running.signal(signal.SIGINT)
-    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
     assert (done.status, done.out) == (130, b'')
-    (outside / 'go').touch()            # what waits there ends
+    (outside / 'go').touch()            # the held fetch ends
 
 
 # ---- Results ----
@@ -407,7 +407,7 @@ def test_what_the_login_cannot_read_is_not_removed_at_the_end(start, lab, gate):
     done = running.end()
     assert done.status == 0 and 'may not read shut' in done.notes[-1], done
     for pid, _ in machine.processes():
-        assert rig.ends(pid)            # also what would remove it
+        assert rig.ends(pid)            # also one that would remove it
     assert (shut / 'model').read_text() == 'm'
 
 
@@ -478,7 +478,7 @@ def test_a_second_interrupt_stops_waiting(start, named, gate):
     machines[0].freeze()
     began = time.monotonic()
     running.signal()
-    running.signal(signal.SIGTERM)      # of one kind, two at once would be one
+    running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
     assert (done.status, time.monotonic() - began < 8) == (130, True)
     assert any('may still run on a' in line for line in done.notes)

@@ -79,7 +79,7 @@ def batches(run_cli, start_cli, project):
 
 
 class Watched:
-    """A batch under way, of which also stderr can be waited for."""
+    """A running batch whose stderr can be waited for, too."""
 
     def __init__(self, follower, errors):
         self.follower, self.process, self._errors = follower, follower.process, errors
@@ -152,13 +152,13 @@ def waiting_once(gate, outside):
 
 
 def begun_once(outside):
-    """Wait until that waits, and let the next one pass."""
+    """Wait until the job of waiting_once() waits, and let its next start pass."""
     wait_until((outside / 'waits').exists, 'the first start')
     (outside / 'go').touch()
 
 
 def master_of(machine):
-    """The pid of the ssh that is the channel to it."""
+    """Return the pid of the ssh that is the channel to the machine."""
     found = [pid for pid in rig.pids() if re.match(r'ssh -F \S+ -T -- ', rig.cmdline(pid))
              and rig.cmdline(pid).split()[5] == machine.address]
     assert len(found) == 1, found
@@ -227,7 +227,7 @@ def test_05_killed_after_the_commit_before_it_is_noted(lab, run):
     assert last.returncode == 0 and 'already exists for line 1' in last.stdout
     assert (RESULTS / 'batch.sh.1').stat() == before
     once([machine], first, last, jobs=1)
-    run([*lines, 'true'], [machine])        # now there is a reason to go there
+    run([*lines, 'true'], [machine])        # the new line makes the client connect
     assert_clean(machine, cache=True)
 
 
@@ -400,7 +400,7 @@ def test_17_few_logins_at_a_time(lab, run):
 
 
 def test_17_a_login_that_is_refused_for_the_moment(lab, watch):
-    """Somebody else has the one place for those that are not logged in yet."""
+    """Another connection has the one place for logins that are not complete."""
     machine = lab(sshd_options='MaxStartups 1:100:1')
     with socket.create_connection((machine.address, machine.port)) as other:
         assert other.recv(100).startswith(b'SSH-')
@@ -452,7 +452,7 @@ def test_21_a_wrapper_that_is_killed(host, watch, gate, outside):
         has_begun(machine, f'batch.sh.{number}')
         machine.kill_wrapper(f'batch.sh.{number}')
     gate.open('a')
-    assert 'batch.sh.1' in batch.until('failed: ')          # once all of it has ended
+    assert 'batch.sh.1' in batch.until('failed: ')          # when all its processes have ended
     assert machine.job_processes('batch.sh.2')
     batch.process.send_signal(signal.SIGINT)
     done = batch.end()
@@ -496,7 +496,7 @@ def test_24_a_pid_that_is_used_again(host, watch, gate, outside):
     b'#ended x\n', b'#ended -1\n', b'#ended 99999999999999999999\n', bytes(range(256)) * 40000,
     b'#starting 2 ', b'#claimed 5 5 5\n', b'#ended 0 work.1/2\n', b'#ended 0 ../work.1\n'])
 def test_25_a_damaged_record(host, watch, gate, outside, record):
-    """Nothing foreign is ended, nothing is taken for a success."""
+    """No foreign process is killed, and no damaged record counts as a success."""
     machine = host(sees=(outside,))
     batch = watch([ledger_line(f'[ -e {outside}/go ] || {gate.wait("a")}')], [quick(machine)])
     has_begun(machine)
@@ -569,7 +569,7 @@ def test_26_a_disk_over_there_that_a_job_fills(host, run):
 
 @pytest.mark.parametrize('files', [1, 200])
 def test_26_a_disk_over_there_that_is_full_when_a_job_ends(host, watch, gate, outside, files):
-    """What it made is brought back, though the list of that cannot be written there."""
+    """Its files are fetched, though the machine cannot write the list of them."""
     machine = host(disk={'size': 4 << 20, 'inodes': 1000}, sees=(outside,))
     line = ledger_line(f'for n in {{1..{files}}}; do echo $n >file.$n; done; echo >{outside}/made; '
                        f'{gate.wait("a")}')
@@ -603,7 +603,7 @@ def test_27_a_home_that_cannot_be_written(host, run, fault):
 
 @pytest.mark.parametrize('how', ['tar', 'rsync'])
 def test_27_no_inodes_for_the_files(host, run, project, how):
-    """Bytes there are, and tar's last line never has the reason."""
+    """The disk has free bytes, and the last line of tar never has the reason."""
     bad, good = host(disk={'size': 4 << 20, 'inodes': 60}), host()
     for n in range(100):
         (project / f'file.{n}').write_bytes(b'x' * (4000 if how == 'rsync' else 10))
@@ -631,7 +631,7 @@ def test_27_a_disk_too_small_for_the_files(host, run, project):
 
 @pytest.fixture
 def crowd():
-    """Have processes of a user: crowd(uid, number); none of them is left."""
+    """Start processes of a user: crowd(uid, number); kill them at the end."""
     started = []
 
     def gather(uid, number):
@@ -662,7 +662,7 @@ def test_27_no_more_processes_at_the_login(lab, run, crowd):
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can log in as another uid')
 def test_27_no_more_processes_while_jobs_start_and_end(lab, batches, crowd, gate, ledger,
                                                        tmp_path):
-    """No job fails by that: what did not begin is begun later, and an exit status is kept."""
+    """No job fails for that reason: a job that cannot begin waits, and an exit status is kept."""
     uid = 30_000 + os.getpid() % 20_000
     machine = lab(uid=uid, startup={'.bashrc': 'ulimit -u 40\n'})
     lines = [f'echo {n} >>{ledger}; {then}' for n, then in enumerate(        # builtins only
@@ -696,7 +696,7 @@ def test_27_a_login_whose_processes_are_all_ended_with_it(host, watch, number, j
         has_begun(machine, f'batch.sh.{n}')
     wait_until(lambda: sum(line == 'sleep 1000' for _, line in machine.processes()) == jobs,
                'all of them sleep')
-    machine.freeze_listener()               # it stays away until all are dead
+    machine.freeze_listener()               # no contact until all are dead
     machine.kill_sessions()
     for how in (signal.SIGSTOP, number, signal.SIGCONT):        # all at once
         for pid, _ in machine.processes():
@@ -710,7 +710,7 @@ def test_27_a_login_whose_processes_are_all_ended_with_it(host, watch, number, j
             'not restarted. If its logind kills all that a login leaves (KillUserProcesses=yes in '
             '/etc/systemd/logind.conf), ask for KillUserProcesses=no') in done.stderr
     assert done.stderr.count('KillUserProcesses=no') == 1
-    # whoever is stopped and loses its parent gets a HUP as well
+    # a stopped process that loses its parent also gets a SIGHUP
     codes = re.findall(r'exit code (\d+) on', done.stdout)
     assert (done.returncode, len(codes)) == (1, jobs) and {*codes} <= {'129', str(128 + number)}
 
@@ -739,7 +739,7 @@ def test_40_one_lost_gpu_among_several(lab, batches, run_cli, to):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Have all folders of the rig outside /tmp, and an empty one, which is the current one."""
+    """Let the rig make its folders outside /tmp, and a new current folder there."""
     monkeypatch.setenv('RIG_FOLDER', '/var/tmp')
     folder = rig.temporary_folder('project')
     monkeypatch.chdir(folder)
@@ -767,8 +767,8 @@ def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
 
 @pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
 def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
-    """It takes root to make it so, and namespaces, as hosts do."""
-    machine, moved = lab(), rig.temporary_folder('moved')      # its own /tmp may hold the program
+    """The test needs root and namespaces, as hosts do."""
+    machine, moved = lab(), rig.temporary_folder('moved')      # the program may lie in /tmp
     Path('batch.sh').write_text(f'{ledger_line("true")}\n')
     prepare = f'mount -t tmpfs -o {how} tmpfs /tmp; {{ head -c 4096 /dev/zero >/tmp/a; }} 2>&-; :'
     if how == 'absent':
@@ -838,7 +838,7 @@ def test_29_an_interrupt_ends_whole_trees(hosts, watch):
     once(hosts, done, jobs=0)
 
 
-# Of each four: one that may be told, one that ignores that, one that left its group, and daemons.
+# Of each four jobs: one obeys SIGTERM, one ignores it, one leaves its group, one has daemons.
 HARD_TO_END = [
     'sleep 1001',
     'trap "" TERM INT HUP; while :; do sleep 1002; done',
@@ -849,7 +849,7 @@ HARD_TO_END = [
 
 def test_29_an_interrupt_ends_a_hundred_jobs_on_five_machines(host, batches):
     machines = [host() for _ in range(5)]
-    patient = {'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 60.0})}    # 10 s are few under load
+    patient = {'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 60.0})}    # 10 s are too few under load
     batch = batches.start([ledger_line(HARD_TO_END[n % 4]) for n in range(100)],
                           [quick(machine, max_jobs=20) for machine in machines], *NO_GPU,
                           '--num-cpus=0.1', env=patient)
@@ -911,7 +911,7 @@ def test_28_job_results_goes_away_while_it_is_in_use(host, watch, batches, gate,
         last = watch(lines, [quick(machine)]).end()
         assert last.returncode == 0, last.stderr
         once([machine], first, last, jobs=2)
-    else:                   # a new job_results knows nothing of it, and does not take its job
+    else:                   # a new job_results knows and takes no job of the old one
         batch = watch(lines, [quick(machine)])
         gate.open('a')
         last = batch.end()
@@ -963,7 +963,7 @@ def test_31_signals(host, watch, outside, numbers):
     (outside / 'go').touch()
     last = watch(None, [quick(machine)]).end()
     assert last.returncode == 0, last.stderr
-    # one that was being ended when it was left may have come to its end before the next run came
+    # a job that the first run was stopping may have ended before the next run came
     once([machine], first, last, jobs=2, again=len(numbers) > 1)
     assert_clean(machine, cache=True)
 
