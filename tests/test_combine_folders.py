@@ -46,7 +46,7 @@ NOT_AS_ROOT = pytest.mark.skipif(os.geteuid() == 0 and not shutil.which('setpriv
 # ---- Trees: {path: File, Link or Dir}, made and read back ----
 
 def make(root, tree):
-    """Make a tree below root: content, ('link', target), None for a folder, or a File's mode."""
+    """Make a tree below root: the content of a file, ('link', target), or None for a folder."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     for path, what in tree.items():
@@ -61,7 +61,7 @@ def make(root, tree):
 
 
 def read(root, stats=False):
-    """Return what lies below root, as make() takes it; with stats also modes and times."""
+    """Return the tree below root, as make() takes it; with stats also modes and times."""
     tree = {}
     for folder, folders, files in os.walk(root):
         for name in folders + files:
@@ -80,7 +80,7 @@ def temporaries(*roots):
 
 @pytest.fixture(autouse=True)
 def back():
-    """Other tests begin where they always do."""
+    """Go back to the current folder of before, for the other tests."""
     before = os.getcwd()
     yield
     os.chdir(before)
@@ -88,7 +88,7 @@ def back():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A new current folder, in which no temporary stays."""
+    """A new current folder; assert that no temporary file stays in it."""
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     yield Path('.')
@@ -97,7 +97,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def descriptors():
-    """No descriptor is lost."""
+    """Assert that no descriptor is lost."""
     before = set(os.listdir('/proc/self/fd'))
     yield
     assert set(os.listdir('/proc/self/fd')) == before
@@ -135,7 +135,7 @@ SOURCES = st.lists(st.dictionaries(NAMES, TREES, max_size=4), min_size=1, max_si
 
 
 def flat(tree, top=''):
-    """{'a': {'b': b''}} -> {'a': None, 'a/b': b''}, as read() says it."""
+    """{'a': {'b': b''}} -> {'a': None, 'a/b': b''}, as read() returns it."""
     found = {}
     for name, what in tree.items():
         found[top + name] = None if isinstance(what, dict) else what
@@ -403,7 +403,7 @@ def test_a_renamed_file_that_would_have_too_long_a_name_is_refused(here):
 
 @pytest.fixture
 def ignores_case(monkeypatch):
-    """Dest cannot tell case, as said by the one function that asks it."""
+    """Let dest ignore case, according to the one function that asks about it."""
     monkeypatch.setattr(module, 'same_case_is_same_name', lambda folder: True)
 
 
@@ -519,7 +519,7 @@ def test_any_file_name_comes_through_and_is_shown_safely(here):
 # ---- Large ----
 
 def deep_enter(folder, names):
-    """Go down by single names; return the descriptor of the last."""
+    """Open folders downward, one name at a time; return the descriptor of the last."""
     for name in names:
         below = os.open(name, os.O_RDONLY, dir_fd=folder)
         os.close(folder)
@@ -584,7 +584,7 @@ def test_few_descriptors_are_enough(here):
 
 @pytest.fixture
 def helped(monkeypatch):
-    """From the first file on; returns how many there were."""
+    """Let helpers start from the first file on; return the list of those that were started."""
     if not module.Helper.can_help():
         monkeypatch.setattr(module.Helper, 'can_help', staticmethod(lambda: True))
     monkeypatch.setattr(module, 'HELP_FROM', 0)
@@ -609,7 +609,7 @@ def test_a_helper_does_every_other_file(here, helped, descriptors):
     assert [conflict.path for conflict in caught.value.conflicts] == ['d/50', 'd/51']
     assert len(helped) == 2
     for helper, *_ in helped:
-        with pytest.raises(ChildProcessError):      # it has ended, and was waited for
+        with pytest.raises(ChildProcessError):      # the helper ended, and was waited for
             os.waitpid(helper._pid, os.WNOHANG)
 
 
@@ -645,9 +645,9 @@ WRITES = ('open', 'write', 'copy_file_range', 'mkdir', 'symlink', 'link', 'renam
 
 
 def killed_at(count, dest, sources, options, interrupt=False):
-    """Combine in a child that is killed in front of its count-th write; return whether it was.
+    """Combine in a child that is killed before its count-th write; return whether it was killed.
 
-    interrupt: it hears Ctrl-C instead.
+    interrupt: raise KeyboardInterrupt there instead.
     """
     child = os.fork()
     if child:
@@ -742,7 +742,7 @@ def test_after_a_kill_at_any_write_the_same_command_completes_it(tmp_path, monke
 
 
 def test_a_killed_parent_takes_its_helper_along(tmp_path, helped):
-    """And what both left is removed by the next, which waits until the helper is gone."""
+    """The next run waits until the helper is gone, and removes what both left."""
     os.chdir(tmp_path)
     for existing in (False, True):
         make('src', {f'd{folder}/{name}': str(name) for folder in range(4) for name in range(50)})
@@ -840,7 +840,7 @@ def test_a_move_between_file_systems(small_disk):
 # ---- Sources that change ----
 
 def changing(monkeypatch, name, act, at=1):
-    """Let act() happen behind the at-th call of a function of os."""
+    """Run act() after the at-th call of this function of os."""
     function, count = getattr(os, name), [0]
 
     def changed(*args, **kwargs):
@@ -909,7 +909,7 @@ def test_a_folder_that_changes_before_it_is_copied_is_noticed(here, monkeypatch,
 
 @pytest.mark.parametrize('path', ['src/a', 'src2/a', 'src/d/new'])
 def test_what_changed_is_not_removed_from_a_source(here, monkeypatch, path):
-    """Neither what was copied, nor what was the same as something else, nor what is new."""
+    """Neither a copied file, nor a duplicate, nor a new file."""
     make('src', {'a': 'x', 'd/b': 'y'})
     make('src2', {'a': 'x'})
     empty = module.EmptyPass.run
@@ -944,7 +944,7 @@ def test_what_appears_in_dest_meanwhile_is_not_replaced(here, monkeypatch, what,
         combine_folders('dest', 'src', link=what == 'hard link')
     except Stopped as error:
         assert 'dest/f: File exists' in str(error) or 'dest/f, or something' in str(error)
-    else:                                           # what was to come in between did not happen
+    else:                                           # the run did not pass this moment
         assert not os.path.exists('dest/f') or b'theirs' not in read('dest').values()
         return
     assert read('dest') == {'f': b'theirs'}
@@ -1028,7 +1028,7 @@ def test_leftovers_in_a_source_are_refused(here):
 
 
 def python_as_another_user():
-    """Return the words that run Python so; where root's own lies in its home, another one."""
+    """Return words that run Python as another user, who may not reach a Python in root's home."""
     user = ['setpriv', '--reuid=65534', '--regid=65534', '--clear-groups']
     for python in (sys.executable, '/usr/bin/python3'):
         words = [*user, python, '-c', 'import sys; sys.exit(sys.version_info < (3, 9))']
@@ -1198,7 +1198,7 @@ def test_a_terminal_has_a_progress_bar(here):
 
 
 def test_ctrl_c_and_sigterm_end_it_and_leave_nothing(here):
-    """They come while it waits for a lock, so in a state that is known."""
+    """Each signal arrives while the program waits for a lock, which is a known state."""
     make('src', {'f': 'x'})
     make('dest', {})
     holder = os.open('dest', os.O_RDONLY)
@@ -1295,7 +1295,7 @@ def test_earlier_and_partial_results_are_left_out_where_all_are_named(here):
     assert {*done.stdout.splitlines()[0].removeprefix('left out: ').split(', ')} == {
         '7 stream files', '1 earlier result', '1 partial result'}
     assert files('all').keys() == {'model', 'table', 'other'}
-    assert command('one', 'job_results/b.sh.1~1').returncode == 0       # if that is wanted
+    assert command('one', 'job_results/b.sh.1~1').returncode == 0       # named, so combined
     assert files('one') == {'model': b'zero'}
     make('own', {'b.sh.1/a': '1', 'b.sh.1~1/b': '2', 'b.partial/c': '3'})
     assert command('two', 'own/b.sh.1', 'own/b.sh.1~1', 'own/b.partial').returncode == 0
@@ -1327,15 +1327,15 @@ def test_both_are_said_in_one_line_also_beside_a_conflict(here):
 
 
 def test_a_user_s_own_files_are_no_bookkeeping(here):
-    """Whatever a source holds is combined; only the name of our folder is ours."""
+    """All files of a source are combined; only a folder named .ssh_scheduler is left out."""
     tree = {'run.out': '1', 'run.err': '2', 'deep/run.out': '3', 'deep/.ssh_scheduler.txt': '4',
             'file/.ssh_scheduler': '5', 'x.out/inside': '6'}
     make('src', tree)
-    make('job_results', {**KEPT, 'b.sh.1.err/y': '7'})      # a folder with such a name is one
+    make('job_results', {**KEPT, 'b.sh.1.err/y': '7'})      # a folder may have such a name
     done = command('all', 'src', 'src/x.out', 'job_results/b.sh.1.err')
     assert (done.returncode, done.stderr) == (0, '') and 'left out' not in done.stdout
     assert files('all') == content({**tree, 'inside': '6', 'y': '7'})
-    assert command('kept', 'job_results/.ssh_scheduler').returncode == 0      # if that is wanted
+    assert command('kept', 'job_results/.ssh_scheduler').returncode == 0      # named, so combined
     assert files('kept') == {path.partition('/')[2]: what for path, what in content(KEPT).items()}
 
 

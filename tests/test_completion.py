@@ -29,7 +29,7 @@ OPTION = r'(?m)^  (?:-\w )?(--[a-z-]+)'
 
 
 def file_of(command):
-    """The file that has the command, and the words to call it by."""
+    """Return the words to call the command by: its file, and its name if the file has several."""
     alone = ROOT / f'{command}.py'
     return [alone] if alone.exists() else [ROOT / 'ssh_scheduler.py', command]
 
@@ -77,7 +77,7 @@ def in_bash(script, line, env):
 
 
 def in_zsh(script, line, env):
-    """zsh completes in its line editor alone: a second one, at a terminal of its own, says what."""
+    """zsh completes only in its line editor, so a second zsh at a terminal of its own completes."""
     driver = r'''
 zmodload zsh/zpty
 zpty inner zsh -f -i
@@ -131,7 +131,7 @@ MACHINES = {'gpu1', 'gpu2', 'gpu3', 'gpu4', 'gpu-cluster', 'gpu8.yaml'}
     ('execute_batch --ma', {'--machines', '--max-result-size'}),
     ('execute_batch --machines gpu', MACHINES),
     ('execute_batch --machines=gpu', MACHINES),
-    ('execute_batch b.sh --machines gpu1 gpu', MACHINES),           # a list goes on
+    ('execute_batch b.sh --machines gpu1 gpu', MACHINES),           # a list continues
     ('execute_batch --machines lo', {'localhost'}),
     ('execute_batch b.sh --drop-machine gpu2', {'gpu2'}),
     ('execute_batch b.sh --cancel ', JOBS),
@@ -141,7 +141,7 @@ MACHINES = {'gpu1', 'gpu2', 'gpu3', 'gpu4', 'gpu-cluster', 'gpu8.yaml'}
     ('execute_batch --what b.sh.1 b', {'b.sh'}),                    # one value, then a batch
     ('execute_batch --timeout ', set()),
     ('execute_batch b', {'b.sh'}),
-    ('execute_batch --machines gpu1 -- --m', set()),                # no options behind it
+    ('execute_batch --machines gpu1 -- --m', set()),                # no options behind --
     ('execute_batch --earlier ', {'show', 'collect', 'remove'}),
     ('execute_batch --completion=', {*SHELLS}),
     ('execute_remote --attach t', {'train-0412'}),
@@ -222,12 +222,12 @@ def test_a_man_page_has_the_whole_usage_text(command, tmp_path):
     # Headings lose their colon, and `-h --help` gets a comma.
     words = iter([word.rstrip(':,') for word in shown.stdout.partition('SYNOPSIS')[2].split()])
     for word in USAGES[command].partition('Usage:')[2].split():
-        assert word.rstrip(':,') in words, word         # of those that no word was found in yet
+        assert word.rstrip(':,') in words, word         # `in` takes the words up to the match
 
 
 @pytest.mark.parametrize('command', USAGES)
 def test_each_value_with_words_to_choose_from_is_in_the_help(command):
-    """The words of VALUES are those that the text of the option has."""
+    """The help text of the option has each word of VALUES."""
     for option, value, _, text in ssh_scheduler.option_texts(USAGES[command]):
         words = ssh_scheduler.VALUES.get(value, '').split()
         if {'machines', 'jobs', 'files'}.isdisjoint(words):

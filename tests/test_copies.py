@@ -1,4 +1,4 @@
-"""Files to the machines and back: byte for byte, frozen, once, and never over anything."""
+"""Files to machines and back: byte for byte, frozen, sent once, and replacing nothing."""
 import os
 import random
 import shutil
@@ -28,12 +28,12 @@ BIG = 300_000           # more than goes through the channel
 @pytest.fixture(params=['channel', 'rsync', 'tar', 'localhost', 'localhost rsync',
                         'localhost tar'])
 def way(request, lab, lab1, project, client_home, tmp_path):
-    """A way for files to go: the machine, its home, the environment it takes, and padding."""
+    """A way to copy files: (machine, its home, environment of the client); and padding for it."""
     kind = request.param
     if kind in ('rsync', 'tar', 'localhost rsync', 'localhost tar'):
         (project / 'padding').write_bytes(random.Random(1).randbytes(BIG))
     env = {}
-    if kind in ('localhost', 'localhost tar'):      # where rsync is not, files come back with tar
+    if kind in ('localhost', 'localhost tar'):      # without rsync, tar fetches files
         env['PATH'] = str(rig.farm(tmp_path / 'bin', ('ssh', 'rsync', 'nvidia-smi')))
     if kind.startswith('localhost'):
         return 'localhost', client_home, env
@@ -42,14 +42,14 @@ def way(request, lab, lab1, project, client_home, tmp_path):
 
 
 def as_usual_here(tree):
-    """What tree_of says, without the permissions that the umask here takes."""
+    """Return a result of tree_of without the permissions that the client's umask removes."""
     os.umask(mask := os.umask(0o77))
     return {path: what if what[0] == 'link' else (what[0], what[1] & ~mask, *what[2:])
             for path, what in tree.items()}
 
 
 def work_folders(home):
-    """The folders of this test's jobs that are over there."""
+    """Return the folders of this test's jobs in the home of a machine."""
     return sorted(path for path in home.glob(
         f'.ssh_scheduler/{ssh_scheduler.project_name()}/jobs/work.*')
         if ssh_scheduler.FOLDER.fullmatch(path.name))
@@ -103,7 +103,7 @@ def test_a_nasty_tree_goes_and_comes_byte_for_byte(batches, project, gate, way):
     sent = tree_of('.')
     sent = {path: what for path, what in sent.items() if not path.startswith(b'job_results')}
     batch.until('started:')
-    gate.open('here')               # so its folder is complete
+    gate.open('here')               # the job runs, so its folder is complete
     (work,) = work_folders(home)
     arrived = tree_of(work)
     gate.open('go')
@@ -155,7 +155,7 @@ def test_only_the_named_paths_go(batches, project, lab1):
                 f'{project}/two/c', './three')
     assert result('batch.sh.1').decode().split() == ['./one/a', './one/b', './three', './two/c',
                                                      'one/a']
-    (RESULTS / 'batch.sh.1').rmdir()        # nothing of that comes back: it is as it was sent
+    (RESULTS / 'batch.sh.1').rmdir()        # empty, since the job changed no file
 
 
 def test_links_that_are_named_arrive_as_links(batches, project, lab1):
@@ -262,14 +262,14 @@ def test_a_job_cannot_spoil_the_files_of_the_next(batches, project, lab1):
     (project / 'data').write_bytes(b'good' + bytes(BIG))
     spoil = 'head -c 4 data; echo; printf evil | dd of=data conv=notrunc 2>&-; rm batch.sh; ls'
     machine = lab1.yaml(max_jobs=1)
-    for _ in range(2):          # also not through the cache
+    for _ in range(2):          # nor through the cache
         batches.run([spoil, spoil], [machine], *NO_GPU)
         assert [result(f'batch.sh.{n}') for n in (1, 2)] == [b'good\ndata\n'] * 2
         shutil.rmtree(RESULTS)
 
 
 def copies(done):
-    """How many rsyncs a run with --verbose has started."""
+    """Return the number of rsyncs that a run with --verbose started."""
     return sum(' rsync ' in line for line in events(done.stderr, '+'))
 
 
@@ -317,7 +317,7 @@ def test_a_job_that_runs_already_gets_no_files(batches, project, lab, gate):
 
 # ---- Only the difference is sent again ----
 
-# Runs a program, hands its streams through, and adds a line with how many bytes that were.
+# Runs a program, passes its streams through, and adds a line with the number of bytes.
 COUNT = """
 import os, subprocess, sys, threading
 log, *argv = sys.argv[1:]
@@ -344,7 +344,7 @@ os._exit(status)
 
 @pytest.mark.parametrize('known', [True, False])
 def test_many_files_come_back_whatever_rsync_knows(batches, lab1, tmp_path, known):
-    """It takes long to check so many names, so it is told not to, where it knows that option."""
+    """rsync checks so many names slowly, so the client turns this off where rsync knows how."""
     env = spy(tmp_path / 'spies', 'rsync', (
         'words=()\n'
         'for word; do\n'
@@ -394,7 +394,7 @@ def test_a_second_batch_sends_only_the_difference(batches, project, lab, tmp_pat
                           '--copy-backwards', env=env)
     batch.until('started:')
     (staged,) = machine.home.glob('.ssh_scheduler/*/stage/*/copy/same')
-    assert staged.stat().st_ino == inode        # a link into what was kept
+    assert staged.stat().st_ino == inode        # a hard link into the cache
     gate.open('a')
     done = batch.end()
     assert done.returncode == 0, done.stderr
@@ -524,7 +524,7 @@ def test_streams_grow_while_a_job_runs(batches, lab1, gate):
 
 @pytest.fixture
 def mask():
-    """The umask of what is started here; over there it is another."""
+    """Set the umask of the client; that of a machine is another."""
     before = os.umask(0o027)
     yield
     os.umask(before)
@@ -611,7 +611,7 @@ def test_what_appears_while_a_job_runs_is_not_replaced_either(batches, lab, gate
     assert set(tree_of(RESULTS / 'batch.sh.1')) == {b'mine'}
     assert (RESULTS / 'batch.sh.2/made').read_text() == 'other\n'
     shutil.rmtree(RESULTS / 'batch.sh.1')
-    again = batches.run(None, [lab1], *NO_GPU)      # were it started again, it would wait for ever
+    again = batches.run(None, [lab1], *NO_GPU)      # a second start would wait for ever
     assert again.returncode == 0
     assert (RESULTS / 'batch.sh.1/made').read_text() == 'run\n'
     assert_clean(lab1)
@@ -644,7 +644,7 @@ def test_results_on_localhost_leave_nothing_behind(batches, project, client_home
 
 def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
     machine = lab(sshd_options='MaxSessions 1')         # no room for a copy beside the channel
-    key = machine.folder / 'client_key.pub'             # and no other login
+    key = machine.folder / 'client_key.pub'             # without it, no other login
     done = batches.run([f'mv {key} {key}.away; echo made >made; echo $$'], [machine], *NO_GPU)
     assert done.returncode == 1
     assert 'batch.sh.1: its results could not be fetched: ' in done.stderr
@@ -654,12 +654,12 @@ def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
     again = batches.run(None, [machine], *NO_GPU)
     assert again.returncode == 0, again.stderr
     assert (RESULTS / 'batch.sh.1/made').read_text() == 'made\n'
-    assert [result('batch.sh.1').decode()] == pid       # the same run of it
+    assert [result('batch.sh.1').decode()] == pid       # the job did not run again
 
 
 @pytest.mark.parametrize('mode', [0, 0o300, 0o400])
 def test_what_a_job_shut_comes_with_the_permissions_that_it_has(batches, lab, project, mode, way):
-    """Also where the login is root, which may read all, and a user here would get stuck."""
+    """Also where the login is root, which may read all; a user here could not open such files."""
     machine, _home, env = way
     if os.getuid() == 0 and isinstance(machine, rig.Machine):
         machine = lab(uid=20001, leave_out=machine.leave_out)
@@ -674,7 +674,7 @@ def test_what_a_job_shut_comes_with_the_permissions_that_it_has(batches, lab, pr
         folders = [RESULTS / f'batch.sh.1/{name}' for name in ('shut', 'shut/in', 'sent')]
         for folder in folders:
             now = oct(stat.S_IMODE(folder.stat().st_mode))[2:].rjust(3, '0')
-            assert now == mode or named and folder != folders[1]        # above what was named
+            assert now == mode or named and folder != folders[1]        # it lies above a named path
             folder.chmod(0o700)
         secret = RESULTS / 'batch.sh.1/secret'
         assert oct(stat.S_IMODE(secret.stat().st_mode))[2:].rjust(3, '0') in (mode, '300')
@@ -697,14 +697,14 @@ def test_what_comes_of_a_folder_of_its_own_that_a_job_shut(batches, lab):
 
 @pytest.fixture(params=['rsync', 'tar'])
 def other_login(request, lab):
-    """A machine on which root may leave what its login cannot read."""
+    """A machine on which root may leave files that its login cannot read."""
     if os.getuid() != 0:
         pytest.skip('only root can make files of another user')
     return lab(uid=20001, leave_out=('rsync',) if request.param == 'tar' else ())
 
 
 def left_by_root(machine):
-    """What a container leaves in a job's folder; return that."""
+    """Leave files of root in the job's folder, as a container does; return the folder."""
     (work,) = work_folders(machine.home)
     (work / 'root/deep').mkdir(parents=True)
     (work / 'root/deep/model').write_text('m' * 1000)
@@ -741,11 +741,11 @@ def test_what_the_login_cannot_read_is_kept_and_fetched_when_it_can(batches, oth
     assert 'may not read root, so' in second.stderr, second.stderr
     assert (RESULTS / 'batch.sh.1/open/secret').read_text() == 's'
 
-    (RESULTS / 'batch.sh.1/fine').unlink()      # what was fetched and is gone stays gone
+    (RESULTS / 'batch.sh.1/fine').unlink()      # a fetched file is not fetched again
     (work / 'root').chmod(0o755)
     for path in (work / 'open', *(work / 'open').iterdir(), work / 'root', *(
             work / 'root').rglob('*')):
-        os.chown(path, 20001, 20001)            # else nobody there could remove it
+        os.chown(path, 20001, 20001)            # else the login could not remove it
     third = batches.run(None, [machine], *options)
     assert (third.returncode, third.stderr.count('WARNING')) == (0, 0), third.stderr
     assert 'skipping evaluation' in third.stdout and 'started:' not in third.stdout
@@ -760,7 +760,7 @@ def test_what_the_login_cannot_read_is_kept_and_fetched_when_it_can(batches, oth
 
 @pytest.fixture
 def with_kept(batches, other_login, gate):
-    """(machine, options, the folder there) of a batch whose one job left what cannot be read."""
+    """(machine, options, folder) of a batch whose job left files that the login cannot read."""
     options = (*NO_GPU, '--copy-forwards')
     batch = batches.start([f'echo y >fine; {gate.wait("a")}; echo ran'], [other_login], *options)
     wait_until(lambda: work_folders(other_login.home), 'its folder')

@@ -1,4 +1,4 @@
-"""A command asks something of the client at each point of its life, or before it is killed."""
+"""A command sends a request at each point of the client's life, or before the client is killed."""
 import concurrent.futures
 
 import pytest
@@ -9,7 +9,7 @@ RERUN = {**CANCEL, 'action': 'rerun'}
 
 
 def sweep(whole, live):
-    """Assert that no life that differs at one of the points of a whole one is wrong."""
+    """Call live for each different point of a whole life; assert that it finds no fault."""
     with concurrent.futures.ThreadPoolExecutor(AT_A_TIME) as lives:
         wrong = [text for text in lives.map(live, whole.different_points()) if text]
     assert not wrong, '\n'.join(wrong)
@@ -24,12 +24,12 @@ def new_life(lab, client_env, tmp_path):
 
 
 def test_a_job_is_cancelled_at_any_moment(new_life):
-    """It has ended then, is cancelled by this client, or by the next one; the third runs it."""
+    """The job has ended, or this client or the next one cancels it; then the third runs it."""
     def live(point):
         life = new_life(point)
         first = life.run(point, CANCEL)
         if len(life.points()) < point:
-            return ''                   # it was a little shorter than the whole one
+            return ''                   # this life was shorter than the whole one
         runs = life.until_done(first)
         said = '\n'.join(f'{run.stdout}{run.stderr}' for run in runs)
         answers = said.count('batch.sh.1: ')

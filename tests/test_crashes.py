@@ -22,7 +22,7 @@ AT_A_TIME = 3
 class Life:
     """One batch in a folder of its own, with a ledger of its own.
 
-    like: another Life, on localhost, whose project and ledger it has as they are
+    like: another Life, on localhost, whose project and ledger are copied
     """
 
     def __init__(self, folder, machine, word, env, commands=COMMANDS, like=None):
@@ -46,7 +46,7 @@ class Life:
     def run(self, point=0, request=None):
         """Run the batch to that point, or to its end.
 
-        request: with it, the run does not end at the point, but another command asks this there
+        request: at the point, another command sends this request, and the run is not killed
         """
         env = {**self.env, 'CRASH_AT': str(point)}
         if request:
@@ -71,15 +71,15 @@ class Life:
                            [run.stdout for run in runs], jobs=self.jobs, again=True)
 
     def points(self):
-        """Those to which all runs came, as 'NUMBER WHAT'."""
+        """Return the points that all runs passed, as 'NUMBER WHAT'."""
         return (self.folder / 'points').read_text().splitlines()
 
     def different_points(self):
-        """The numbers of those that are not like another one for whoever finds what was left.
+        """Return the numbers of the points at which a kill leaves different states.
 
-        What comes before something is like what came after the last thing, unless the program
-        waited meanwhile.  Of points that differ in nothing, such as in the middle of a large copy,
-        only the first and the last one are here.
+        A point before a step leaves the same state as the point after the last step, unless the
+        program waited meanwhile. Of points with the same text, such as in the middle of a large
+        copy, only the first and the last one are returned.
         """
         texts = [point.partition(' ')[2] for point in self.points()]
         places = {}
@@ -96,10 +96,10 @@ def test_each_job_runs_once_wherever_the_program_is_killed(lab, client_env, tmp_
     word, account, env = str(machine.yaml()), machine.account, client_env
     if where == 'localhost':
         word = account = 'localhost'
-        env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # there is room
+        env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # it shows room
 
     def live(point):
-        """Return a sentence for what is wrong with a life that is cut off at this point."""
+        """Return what is wrong with a life that is killed at this point, or ''."""
         life = Life(tmp_path / str(point), machine, word, env)
         first, last = life.run(point), life.run()
         said = f'{first.stderr}{last.stdout}{last.stderr}'

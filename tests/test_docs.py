@@ -1,16 +1,16 @@
-"""README.md and docs/ are true: what they show is typed for real, and what they name is there.
+"""README.md and docs/ are true: their commands run as shown, and what they name exists.
 
 A block of Markdown between ``` lines is one of these, or a test fails:
 
-    with lines that begin with `$ `    each such command is typed at two machines, real sshds that
-                                       are named lab1 and lab2 in ~/.ssh/config, and what is shown
-                                       below it has to be what it prints: see `plain`
+    with lines that begin with `$ `    each such command is typed at two machines, real sshds with
+                                       the names lab1 and lab2 in ~/.ssh/config, and must print
+                                       what the page shows below it: see `plain`
     ```yaml                            a machine file: it is read
     ```python                          it is run
     behind <!-- not run: WHY -->       not run
 
-A line that is `…` alone stands for any lines.  A block in which no command has output shows what to
-type only: its commands have to succeed.  `cat FILE` of a file that is not there makes that file.
+A line that is `…` alone stands for any lines.  A block that shows no output has commands to type:
+they have to succeed.  `cat FILE` of a file that does not exist makes that file.
 Blocks of one page follow each other in one folder, until <!-- scene: NAME --> before a block begins
 in a new one, which is prepared by SCENES[NAME].
 
@@ -56,8 +56,8 @@ class Block(NamedTuple):
     line: int           # of its first line, from 0
     language: str
     lines: list
-    why_not: str        # it is not run; '' if it is
-    scene: str          # a new scene begins with it; '' where it follows the block before
+    why_not: str        # the reason not to run it; '' if it is run
+    scene: str          # the scene that begins with it; '' where it follows the block before
 
     @property
     def place(self):
@@ -75,7 +75,7 @@ class Command(NamedTuple):
 
 
 def blocks_of(page):
-    """The blocks of a page, each with what the comments before it say."""
+    """Return the blocks of a page, each with the notes of the comments before it."""
     found, notes, lines = [], {}, page.read_text(encoding='utf-8').splitlines()
     at = 0
     while at < len(lines):
@@ -96,7 +96,7 @@ def blocks_of(page):
 
 
 def commands_of(block):
-    """The commands of a block, continued lines joined, with what is shown below each."""
+    """Return the commands of a block, continued lines joined, with what is shown below each."""
     found, at = [], 0
     while at < len(block.lines):
         assert block.lines[at].startswith('$ '), f'{block.place}: no command begins the block'
@@ -116,7 +116,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def scenes():
-    """Lists of the blocks that follow each other in one folder."""
+    """Return lists of blocks; those of one list follow each other in one folder."""
     found = []
     for block in BLOCKS:
         if block.why_not or not (block.is_typed or block.language == 'python'):
@@ -148,7 +148,7 @@ def plain(line):
 
 
 def without_memory(lines):
-    """The lines without a table's columns of memory: a short job ends before that is measured."""
+    """Return the lines without a table's memory columns: short jobs end before it is measured."""
     heads = [line for line in lines if re.search(r'  time  (.*  )?(GPU )?MB(  |$)', line)]
     if not heads:
         return lines
@@ -190,7 +190,7 @@ class Place:
         self.folder, self.machines, self.status = folder, machines, 0
         programs = folder.parent / 'bin'
         programs.mkdir()
-        for name in HELP:       # as where it is installed: commands to type begin with its name
+        for name in HELP:       # as installed: commands to type begin with its name
             module = name if name in ('results_table', 'combine_folders') else 'ssh_scheduler'
             (programs / name).symlink_to(ROOT / f'{module}.py')
         python = Path(sys.executable).parent
@@ -220,7 +220,7 @@ class Place:
         return done.stdout.splitlines()
 
     def _on_terminal(self, typed):
-        """The same for a command that would print CSV in a pipe."""
+        """Type a command at a terminal, as it would print CSV in a pipe."""
         terminal = Terminal(['bash', '-c', typed], columns=100, env=self.env, cwd=self.folder)
         try:
             self.status = terminal.end()
@@ -254,7 +254,7 @@ def experiments(place):
 
 @contextlib.contextmanager
 def done(place):
-    """The same, and they have run."""
+    """The four experiments, after their run."""
     with experiments(place):
         place.type(Command('execute_batch experiments.sh --machines lab1 lab2', [], 0))
         assert place.status == 1
@@ -322,9 +322,9 @@ def place(project, client_env, machines):
 
 @pytest.fixture(scope='module')
 def changes():
-    """{page: what was printed and is not what it shows}, which DOCS=write puts into the pages.
+    """{page: output that the page does not show}, which DOCS=write puts into the pages.
 
-    It does that at the end, since the numbers of the lines are those of before.
+    It writes at the end, since the numbers of the lines are those of before.
     """
     changes = collections.defaultdict(list)
     yield changes
@@ -416,7 +416,7 @@ TEXT = {page: page.read_text(encoding='utf-8') for page in PAGES}
 
 
 def anchors_of(page):
-    """The anchors of its headings, as GitHub makes them."""
+    """Return the anchors of the page's headings, as GitHub makes them."""
     return {re.sub(r'[^\w -]', '', heading.lower()).strip().replace(' ', '-')
             for heading in re.findall(r'(?m)^#+ (.+)$', page.read_text(encoding='utf-8'))}
 
@@ -491,7 +491,7 @@ def test_the_defaults_are_those_of_the_help():
 
 
 def texts_of_the_programs():
-    """The texts in them, with … where a value is put in."""
+    """Yield the texts in the programs, with … in place of each value."""
     for module in (ssh_scheduler, results_table, combine_folders):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding='utf-8'))):
             if isinstance(node, ast.JoinedStr):

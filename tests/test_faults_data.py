@@ -1,7 +1,7 @@
 """Faults in what machines say and send, each named by its number; the matrix is in test_faults.py.
 
-Rows 18, 33 - 37 and 40: logins, copies, hostile machines, names and GPUs.  All of it is the real
-program over a real sshd; what is hostile there stands first in the machine's PATH.
+Rows 18, 33 - 37 and 40: logins, copies, hostile machines, names and GPUs.  The tests run the real
+program over a real sshd; hostile programs stand first in the machine's PATH.
 """
 import json
 import os
@@ -23,7 +23,7 @@ from test_copies import as_usual_here, make_nasty_tree, spy
 import ssh_scheduler as s
 
 BIG = 300_000           # more than goes through the channel
-MUCH_MB = 150           # the program has 40 MB or so; nothing that comes may take it beyond this
+MUCH_MB = 150           # the program takes some 40 MB; no input may make it take more than this
 
 
 PROGRAM = Path(__file__).with_name('crash.py')
@@ -36,22 +36,22 @@ hasty = pytest.mark.parametrize('scheduler', [PROGRAM], ids=['hasty'])      # wi
 
 
 def put(machine, name, text):
-    """Have a program there, before all others of its name."""
+    """Put a program on the machine, before all others of its name."""
     rig.put(machine.bin / name, text, 0o755)
 
 
 def hostile(machine, name, code):
-    """The same in Python; it begins with `import os, sys`."""
+    """Put a program in Python on the machine; it begins with `import os, sys`."""
     put(machine, name, f'#!{sys.executable}\nimport os, sys\n{code}')
 
 
 def complaints(done, machine):
-    """What was said of the machine on stderr."""
+    """Return the lines of stderr that name the machine."""
     return [line for line in done.stderr.splitlines() if str(machine.yaml()) in line]
 
 
 def assert_plain(*texts):
-    """No terminal is told anything but text."""
+    """Assert that the texts have no control characters but tabs and line ends."""
     for text in texts:
         assert not re.search(r'[\0-\x08\x0b-\x1f\x7f-\x9f]', text), repr(text)
 
@@ -59,7 +59,7 @@ def assert_plain(*texts):
 # ---- 18: keys ----
 
 def attempts(machine):
-    """How many connections came, and how many keys were refused."""
+    """Return the number of connections, and that of refused keys."""
     log = machine.log.read_text()
     return log.count('Connection from'), len(re.findall('Failed publickey|Permission denied', log))
 
@@ -254,9 +254,9 @@ def canary(project):
 
 @pytest.fixture
 def fetch(batches, lab, lab1, canary, gate, tmp_path):
-    """Bring a job's `made` from a machine that means harm, and another's from one that does not.
+    """Fetch `made` of a job from a hostile machine, and of another job from a good one.
 
-    Returns the machine, its job, and the warnings in which the machine is named.
+    Return the results of the first job, the warnings, which must name its machine, and stderr.
     """
     def run(meddle, line='echo good >made', env=None, **settings):
         machine = lab(**settings)
@@ -278,14 +278,14 @@ def fetch(batches, lab, lab1, canary, gate, tmp_path):
 
 
 def trusting(folder):
-    """An environment with an rsync that does not mind what it gets, as older ones did not."""
+    """Return an environment whose rsync trusts the sender, as older versions did."""
     return spy(folder / 'spies', 'rsync', (
         'case $("$real" --help) in *trust-sender*) set -- --trust-sender "$@" ;; esac\n'
         'exec "$real" "$@"'))
 
 
 def sends(entries):
-    """Meddle with a machine: its rsync gives these."""
+    """Return a function that lets the rsync of a machine send these entries."""
     def meddle(machine):
         file = machine.folder / 'entries.json'
         file.write_text(json.dumps(entries))
@@ -294,7 +294,7 @@ def sends(entries):
     return meddle
 
 
-# What comes, and what is said of it: by rsync, or by us where it lets that pass
+# What the machine sends, and the complaint: of rsync, or of the client if rsync lets it pass
 ATTACKS = {
     '..': ([['../../../canary/evil', FILE, '']], r'\.\./canary/evil'),
     '.. inside': ([[f'{MADE}/../../../../../canary/evil', FILE, '']], r'\.\./canary/evil|made'),
@@ -316,13 +316,13 @@ ATTACKS = {
 
 @pytest.mark.parametrize('attack', ATTACKS)
 def test_35_a_hostile_rsync_writes_nothing_outside(fetch, canary, attack):
-    """It speaks rsync's protocol and sends what nobody asked for, to a client that trusts it."""
+    """The machine speaks rsync's protocol, and sends unrequested files to a trusting rsync."""
     entries, words = ATTACKS[attack]
     entries = json.loads(json.dumps(entries).replace('{canary}', str(canary)))
     folder, said, _ = fetch(sends(entries))
     assert re.search(words, said), said
     assert set(tree_of(folder)) <= {b'made'}
-    for what in tree_of(folder).values():       # by tar, or what the machine says that it is
+    for what in tree_of(folder).values():       # fetched by tar, or as the machine sent it
         assert what[0] == 'file' and what[-1] in (b'good\n', b'evil\n')
 
 
@@ -386,7 +386,7 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     folder, said, _ = fetch(meddle, line='touch made link hard fifo device', leave_out=('rsync',))
     tree = tree_of(folder)
     assert tree.pop(b'made')[:2] == ('file', 0o755)
-    assert set(tree) <= {b'hard'}           # a file of its own: the second of that name
+    assert set(tree) <= {b'hard'}           # a new file: the second of that name
     for name in ('canary/evil', 'link/evil', 'hard', 'fifo', 'device'):
         assert re.search(f'refused the file [^W]*{name}', said), (name, said)
     assert 'link' in said and '[31mevil' in said
@@ -397,7 +397,7 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     ('echo good >made', ''), ('echo good >made; head -c 9000 /dev/zero', '/file')])
 def test_35_a_link_in_the_place_of_a_folder_or_a_stream_is_not_followed(batches, lab, canary, line,
                                                                         below):
-    """What is asked for first has that place: the folder of the job, or its stdout."""
+    """The link takes the place of the first path requested: the job's folder, or its stdout."""
     machine = lab(leave_out=('rsync',))
     file = machine.folder / 'entries.json'
     file.write_text(json.dumps([['{work}', '2', 0o777, f'{canary}{below}']]))
@@ -410,7 +410,7 @@ def test_35_a_link_in_the_place_of_a_folder_or_a_stream_is_not_followed(batches,
 
 
 def test_35_names_of_jobs_of_others_are_names(run_cli, lab, project, tmp_path):
-    """They become files here, with --earlier=collect."""
+    """--earlier=collect makes files with these names here."""
     machine = lab()
     keys = ['../../evil.1-deadbeef', '/tmp/evil.1-deadbeef', '.evil.1-deadbeef', 'e/vil.1-deadbeef',
             'good.1-deadbeef', 'good.1-deadbeef']
@@ -441,7 +441,7 @@ def test_35_a_folder_that_its_job_has_shut_and_that_has_a_link_out(batches, lab,
 
 @pytest.mark.parametrize('how', ['rm -rf job_results', 'mv job_results moved'])
 def test_35_job_results_that_go_while_results_come_are_a_sentence(batches, lab, outside, how):
-    """With tar, whose archive lies in them."""
+    """With tar, whose archive lies in job_results."""
     machine = lab(leave_out=('rsync',))
     put(machine, 'tar', f'''#!/bin/bash
 [[ " $* " != *" -c "* ]] || {{
@@ -472,7 +472,7 @@ def test_35_five_thousand_files_come(batches, lab1):
 
 MUCH = 'head -c 1000000000 /dev/zero | tr "\\0" x'       # a line of 1 GB
 
-# Speaks in the place of the remote runner: SAY is what comes behind the token.
+# Speaks in place of the remote runner: the code SAY runs once the token was sent.
 HOSTILE_RUNNER = """
 def field():
     data = b''
@@ -521,7 +521,7 @@ def test_36_whatever_a_runner_says_memory_is_bounded(batches, lab, lab1, gate, t
     batch.until('started: ')
     errors = tmp_path / 'stderr'
     for kind, machine in machines.items():
-        # On a busy computer a warning comes first that there is no answer so far.
+        # On a busy computer, a warning that the machine has not answered yet comes first.
         wait_until(lambda machine=machine, words=RUNNERS[kind][1]: any(
             str(machine.yaml()) in line and words in line
             for line in errors.read_text().splitlines()), kind)
@@ -572,7 +572,7 @@ def test_36_a_job_that_says_a_line_without_an_end(batches, lab1, gate):
 
 
 def test_36_words_that_look_like_something_else(batches, lab1):
-    """What ssh, rsync and the runner say of troubles, in the mouth of a job, is what a job says."""
+    """A job may print what ssh, rsync and the runner print of troubles: it is output of the job."""
     text = ('kex_exchange_identification: Connection closed by remote host\n'
             'mux_client_request_session: session request failed: Session open refused by peer\n'
             'Connection closed\nSSH_SCHEDULER_NO_MASTER\nrsync error: (code 12)\n'
@@ -693,7 +693,7 @@ def test_40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run(batch
 @hasty
 def test_a_job_that_was_not_seen_to_end_is_remembered_and_ended_by_the_next_run(
         batches, lab, ledger):
-    """The machine hears of it only after this run has stopped waiting, and is tidied up then."""
+    """The machine gets the request only when this run waits no more, and is cleaned up then."""
     machine = lab()
     batch = batches.start([f"trap '' TERM; echo begun >>{ledger}; exec sleep 1000"], [machine],
                           *NO_GPU, env={'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 0.5})},

@@ -37,7 +37,7 @@ def spare(tmp_path, monkeypatch):
 def make(paths, filters=None):
     """Make empty files, folders (with a slash at the end), and .rsync-filter files.
 
-    Where a path would need a folder that is a file already, it is left out.
+    A path is left out if one of its folders is a file already.
     """
     for path in paths:
         folder = path if path.endswith('/') else os.path.dirname(path) or '.'
@@ -164,7 +164,7 @@ WORDS = st.sampled_from(['exclude', 'include', 'hide', 'show', 'protect', 'risk'
 @example(line='. b')
 @example(line='!p')
 def test_a_line_is_a_rule_as_for_rsync_or_is_named(spare, line):
-    """What rsync does not understand we do not either; what only we do not is no silent rule."""
+    """A line is a rule with the effect that it has for rsync, or an error names it."""
     spare()
     make(['a', 'b', 'c', 'd/a', ' a', 'a\x0b', '\x85'], {'.': line})
     try:
@@ -305,7 +305,7 @@ def test_a_folder_that_cannot_be_read_is_named(spare, mode, monkeypatch):
     spare()
     make(['d/a', 'e'])
     os.chmod('d', mode)
-    if os.getuid() == 0:                    # whom no permissions stop
+    if os.getuid() == 0:                    # permissions do not stop root
         access = os.access
         monkeypatch.setattr(os, 'access', lambda path, how: access(path, how) and (
             how & os.stat(path).st_mode >> 6) == how)
@@ -331,12 +331,12 @@ def test_links_that_lead_nowhere_on_a_machine_are_found(spare):
     (outside / 'file').touch()
     make(['d/file', 'd/deep/file', 'left/out', 'sets/data/file', 'sets/other/file'])
     links = {
-        # which arrive
+        # links that jobs can follow
         'in': 'd/file', 'd/up': '../d/deep/../file', 'd/self': '..', 'd/deep/chain': '../../in',
         'dangling': 'no/such', 'gone': f'{outside}/none', 'loop': 'loop', 'system': '/etc/passwd',
         'null': '/dev/null', 'd/again/../folder': 'deep', 'to_set': 'sets/data/file',
         'sets/data/inner': 'file', 'sets/data/beside': '../data/file',
-        # which do not
+        # links that they cannot follow
         'out': f'../{outside.name}/file', 'out_folder': str(outside), 'absolute': f'{here}/d/file',
         'chained': 'out', 'd/through': '../out_folder/file', 'excluded': 'left/out',
         'twice': 'd/../../' + here.name + '/d/file', 'sets/data/back': '../../d/file',

@@ -2,9 +2,9 @@
 
 `make golden` writes them anew.  Then look at each that changed as a person would at 2 a.m.
 
-Of four machines two have two GPUs each, one is dead, and one is silent.  Gates hold the jobs, and
-the files that are sent, until a screen was taken, so that all is the same each time but for times,
-rates, ports and process ids: see `steady`.
+Of four machines, two work, with two GPUs each, one is off, and one never answers.  Gates hold jobs
+and copies until a screen is taken, so that screens differ only in times, rates, ports and process
+ids: see `steady`.
 """
 import concurrent.futures
 import difflib
@@ -24,9 +24,9 @@ from terminals import Terminal
 GOLDEN = Path(__file__).parent / 'golden'
 SIZES = (80, 24), (60, 20), (200, 50)
 HELD = ('1', '2', '3', 'last')      # gates at which jobs wait while screens are taken
-HOLDS = {5: 5, 50: 21, 400: 40}     # jobs of a batch -> the one that waits, with three others
+HOLDS = {5: 5, 50: 21, 400: 40}     # number of jobs -> the job that waits, with three others
 
-# What a job does depends on its number.  Until the gates open all go one by one through one GPU.
+# What a job does depends on its number.  Until the gates open, all others use one GPU in turn.
 TRAIN = r'''
 n=${SSH_SCHEDULER_JOB##*.}
 case $n in
@@ -46,7 +46,7 @@ esac
 echo 'epoch 90: loss 0.31'
 '''
 
-# An rsync that takes half of what is sent, and the rest once there is such a file.
+# An rsync that reads the first 10 MB, and the rest once the file FREE exists.
 HALF = '''#!/bin/bash
 exec RSYNC "$@" < <({
     dd bs=64k count=10000000 iflag=count_bytes status=none
@@ -59,10 +59,10 @@ exec RSYNC "$@" < <({
 def steady(line, columns):
     """Return a line of a screen without what differs from run to run.
 
-    Times, rates and shares become others, and keep their right edge where they stand in a column.
+    Times, rates and shares are replaced; those in a column keep their right edge.
     """
     def right(pattern, text, line):
-        """Replace what the pattern finds at the end, behind blanks; it ends in the same column."""
+        """Replace a match at the end of the line, behind blanks; keep its right edge."""
         return re.sub(rf' +({pattern})$', lambda match: text.rjust(len(match[0])), line)
 
     line = re.sub(r'(port |^)\d{5}(?=\D)', r'\g<1>22222', line)
@@ -79,7 +79,7 @@ def steady(line, columns):
     if re.match(r' \S*( +)?\d+/\d+ ', line):
         if columns > 60:
             line = right(r'\S+ left', '9s left', line)
-        else:       # how long the time left is, if it is known yet, decides what else has room
+        else:       # the length of the time left, if known, decides what else has room
             line = re.sub(r'( +\d+ waiting)?( +\S+ left)?$', '', line)
     line = re.sub(rf'^(\.\d+ +lab\d GPU \d)( +){time_text}(?=  |$)',
                   lambda match: match[1] + '9s'.rjust(len(match[0]) - len(match[1])), line)
@@ -87,10 +87,9 @@ def steady(line, columns):
 
 
 def steady_order(lines):
-    """Return the lines with neighbours sorted where they come in any order.
+    """Return the lines, with neighbours sorted if their order differs from run to run.
 
-    Those are jobs that start at once, and the running jobs, of which the one that wrote last is
-    first.
+    These are jobs that start at once, and running jobs, of which the last to write is first.
     """
     def number(line):
         return int(re.search(r'\.(\d+) ', line)[1])
@@ -117,7 +116,7 @@ class Scene:
         self.project, self.programs = folder / 'project', folder / 'bin'
         for path in (folder, self.outside, self.project, self.programs):
             path.mkdir()
-        # As where it is installed: commands to type begin with its name.
+        # As installed: commands to type begin with its name.
         (self.programs / 'execute_batch').symlink_to(scheduler)
         self.env = {**env, 'PATH': f'{self.programs}:{env["PATH"]}'}
         self.gate = Gate(folder / 'gate')
@@ -125,7 +124,7 @@ class Scene:
             self.gate.path(name)
         for machine in machines:
             known = {'UserKnownHostsFile': str(machine.known_hosts)}
-            # After ConnectTimeout, 15 s by default, the silent machine is given up.
+            # The client gives the silent machine up after ConnectTimeout, 15 s by default.
             shutil.copy(machine.yaml(ssh_options={**known, 'ConnectTimeout': 100}), self.project)
         for machine in machines[:2]:
             script = HALF.replace('RSYNC', rig.program('rsync'))
@@ -141,7 +140,7 @@ class Scene:
         self.text = ''                  # of the golden file
 
     def free(self, machine):
-        """The file whose existence lets the machine take all that is sent."""
+        """Return the file that must exist before the machine's rsync reads the rest."""
         return self.outside / f'free.{machine.name}'
 
     def grow(self, name, size):
@@ -151,8 +150,8 @@ class Scene:
     def _table(self, lines):
         """Return the lines of --status as a golden file has them.
 
-        Where the first breaks depends on the process id, so it is in one piece.  Of the others
-        those in the middle are left out, as far as they fill more than the terminal.
+        The head becomes one line, since the process id decides where it breaks. Lines in the middle
+        are left out if the terminal has no room for all.
         """
         rows = self.size[1]
         head = next(at for at, line in enumerate(lines) if line.startswith('job '))
@@ -171,7 +170,7 @@ class Scene:
         """Keep what the terminal shows, from the last line that begins with `since`."""
         columns, rows = self.size
         lines, before = [], None
-        while lines != before:          # until another picture, 0.2 s later, shows the same
+        while lines != before:          # until another picture, 0.25 s later, shows the same
             before = lines
             shown.settle()
             text = '\n'.join(shown.whole).rstrip()
@@ -214,7 +213,7 @@ class Scene:
             shown.close()
 
     def _waits(self, text):
-        """Tell whether the machines are known, and how far the batch is, which follows that."""
+        """Tell whether the machines are shown, and then the progress of the batch."""
         return 'choices' in text and f' 0/{self.count} ' in text
 
     def _start(self, shown):
@@ -243,7 +242,7 @@ class Scene:
         self._status()
 
     def _status(self):
-        """Take --status from another folder, where the same client seems to run for days."""
+        """Take --status in a copy of the folder, where jobs seem to run for 20 to 80 minutes."""
         there = self.folder / 'there'
         inner = there / 'job_results/.ssh_scheduler'
         shutil.copytree(self.project, there)
@@ -266,7 +265,7 @@ class Scene:
             shown.close()
 
     def _end(self, shown):
-        if self.count > 5:              # else it is named at the end, since it has not answered
+        if self.count > 5:              # else the end names it, since it has not answered
             self.machines[3].stop()
             shown.until(lambda text: 'lab4: cannot be used' in text)
         for name in HELD:
@@ -310,7 +309,7 @@ def scenes(lab, tmp_path, scheduler, client_env):
 
 
 def at_once(acts):
-    """Call all of them at once, as much of each is waiting."""
+    """Call all functions at once, since each of them waits most of the time."""
     with concurrent.futures.ThreadPoolExecutor() as threads:
         for act in [threads.submit(act) for act in acts]:
             act.result()

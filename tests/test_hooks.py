@@ -1,4 +1,4 @@
-"""What other programs are told of a batch: --joblog, --on-finish and --on-failure."""
+"""What a batch reports to other programs: --joblog, --on-finish, --on-failure and --report."""
 import json
 import os
 import re
@@ -36,13 +36,13 @@ def run(batches):
 
 @pytest.fixture
 def start(batches):
-    """Start lines on localhost; None: those of before."""
+    """Start a batch of these lines on localhost; None: of the same lines as before."""
     return lambda lines, *options, **more: batches.start(
         lines, ['localhost'], *NO_GPU, '--num-cpus=0.1', *options, **more)
 
 
 def rows(path='log'):
-    """The lines of a job log, each {column: value}; the file is whole and has one header."""
+    """Return the lines of a job log as {column: value}; assert that it is whole with one header."""
     text = Path(path).read_text()
     assert text.endswith('\n')
     head, *lines = (line.split('\t') for line in text[:-1].split('\n'))
@@ -122,7 +122,7 @@ def test_a_job_that_ended_without_a_client_is_written_when_it_is_collected(start
 
 
 def test_an_end_that_is_heard_again_is_not_written_again(start, gate):
-    """Its results could not be put in place, so that the next run asks for them."""
+    """The results could not be stored, so the next run asks for them again."""
     batch = start([gate.wait('a')], '--joblog', 'log')
     batch.until('started: batch.sh.1')
     (RESULTS / 'batch.sh.1').mkdir()
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_used_is_an_error_before_anything_starts(run, path
 
 
 def test_lines_that_the_disk_refuses_follow_later(project):
-    """The limit of the size of files refuses as a full disk does: a part of the line goes in."""
+    """The limit on the size of files acts like a full disk: a part of the line is written."""
     said = []
     log = s.JobLog('log', said.append)
 
@@ -207,7 +207,7 @@ SHOW = 'env | grep ^SSH_SCHEDULER_ | sort >{}'
 
 
 def shown(path):
-    """The variables that a command was given, without the first words of their names."""
+    """Return the variables that a command was given, without SSH_SCHEDULER_ in their names."""
     pairs = (line.partition('=') for line in Path(path).read_text().splitlines())
     return {name[len('SSH_SCHEDULER_'):]: value for name, _, value in pairs
             if name not in ('SSH_SCHEDULER_PROC', 'SSH_SCHEDULER_SHARED')}
@@ -339,11 +339,11 @@ def test_on_failure_that_goes_on_is_left_after_a_time(project, monkeypatch, caps
 
 
 def test_a_job_that_its_machine_loses_for_good_is_told_of(start, ledger, gate, outside):
-    """It takes its record away, and who would write another."""
+    """The job overwrites its record, and kills the process that would write another."""
     batch = start([f'{gate.wait("a")}; echo >~/.ssh_scheduler/*/jobs/batch.sh.1.1-????????; '
                    f'kill -KILL $PPID; echo over >>{ledger}'])
     batch.until('started: batch.sh.1')
-    batch.process.send_signal(signal.SIGSTOP)           # it does not hear of that
+    batch.process.send_signal(signal.SIGSTOP)           # the client does not notice the end
     gate.open('a')
     wrote(ledger, 'over')
     batch.process.kill()
@@ -399,7 +399,7 @@ def test_no_command_is_run_of_a_batch_that_cannot_begin(run, outside):
 # ---- --report ----
 
 def states_in(page):
-    """How often each state of a job is in the page."""
+    """Return how many jobs of the page are in each state."""
     text = page.read_text() if page.exists() else ''
     data = json.loads((re.findall('id="data">(.*)</script>', text) or ['{}'])[0])
     return Counter(data['states'][number] for number in data['jobs']['state']) if data else {}

@@ -1,4 +1,4 @@
-"""What comes from a machine that is broken or means harm: nothing outside, nothing too large."""
+"""Results of a broken or hostile machine: nothing is written outside, and nothing too large."""
 import os
 import stat
 import time
@@ -111,7 +111,7 @@ def processes():
 
 
 def run_confined(processes, folder, command):
-    """Return (exit status, what it complained) of a command that may write in the folder only."""
+    """Run a command that may write only in the folder; return (exit status, stderr)."""
     confined = s.confine(str(folder))
     if confined is None:
         pytest.skip('this kernel has no Landlock')
@@ -176,6 +176,6 @@ def test_a_terabyte_that_is_none_does_not_fill_the_disk_here(batches, lab):
     huge.unlink()
     (back,) = huge.parents[1].glob('batch.sh.1.1-*.back')
     back.unlink()
-    again = batches.run(None, [machine], *NO_GPU)       # the same run of it
+    again = batches.run(None, [machine], *NO_GPU)       # the job did not run again
     assert again.returncode == 0, again.stderr
     assert result('batch.sh.1') == b'said\n'

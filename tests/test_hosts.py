@@ -1,4 +1,4 @@
-"""A Host can do what it says: otherwise no test of a fault means anything.  With plain ssh."""
+"""A Host causes the faults that it promises, on which all tests of faults rely.  With plain ssh."""
 import contextlib
 import errno
 import os
@@ -16,11 +16,11 @@ import rig
 from batching import NO_GPU, RESULTS, assert_clean, wait_until
 from ledgers import check_exactly_once, ledger_line
 
-SOON = ('-o', 'ConnectTimeout=1')       # of a login that cannot succeed
+SOON = ('-o', 'ConnectTimeout=1')       # for a login that cannot succeed
 
 
 class Session:
-    """A login that stays: what is said to it comes back from over there."""
+    """A login that stays: the host sends back each line that it gets."""
 
     def __init__(self, host, text='echo in; cat'):
         self.process = subprocess.Popen([*host.ssh_argv(), text], stdin=subprocess.PIPE,
@@ -32,7 +32,7 @@ class Session:
         self.process.stdin.flush()
 
     def hear(self, timeout_s=rig.SAFETY_NET_S):
-        """The next line; None where there is none, '' at the end."""
+        """Return the next line; None if none comes in time, '' at the end."""
         pipe = self.process.stdout
         if rig.wait_readable(pipe.fileno(), timeout_s=timeout_s):
             return pipe.readline().decode().rstrip('\n')
@@ -66,13 +66,13 @@ def login(host, text='true', *options):
 
 
 def start_job(host):
-    """Leave a process there that outlives its login; return its pid here, and there."""
+    """Leave a process on the host that outlives its login; return its pid here, and there."""
     there = int(host.run('sleep 1000 </dev/null >/dev/null 2>&1 & echo $!').stdout)
     return host.pid_here(there), there
 
 
 def until_filtered(host, packets=1):
-    """Wait until so many packets have met the fault: silence itself does not tell."""
+    """Wait until this many packets have met the fault: silence alone does not show it."""
     wait_until(lambda: host.link.filtered() >= packets, 'a packet that is dropped')
 
 
@@ -253,7 +253,7 @@ def test_a_listener_that_is_stopped_leaves_sessions(host, session):
     assert line.goes_on
     machine.start()
     assert login(machine).returncode == 0 and line.goes_on
-    machine.stop()          # also what an earlier listener has begun
+    machine.stop()          # also sessions of an earlier listener
     assert line.breaks()
 
 
@@ -386,7 +386,7 @@ def test_runner_and_wrapper_are_found_and_killed_alone(batches, host, outside, g
     batch.until('started: batch.sh.2')
     wait_until(lambda: machine.wrapper('batch.sh.1') and machine.wrapper('batch.sh.2'), 'both')
     wrapper, runner = machine.wrapper('batch.sh.1'), machine.runner()
-    assert rig.cmdline(wrapper) == rig.cmdline(runner)      # so it is not the words that tell
+    assert rig.cmdline(wrapper) == rig.cmdline(runner)      # so the words do not tell them apart
     assert rig.is_sshd(rig.parent_and_state(runner)[0])
     assert rig.parent_and_state(wrapper)[0] == runner
     assert wrapper != machine.wrapper('batch.sh.2')

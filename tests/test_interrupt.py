@@ -35,7 +35,7 @@ def batches(run_cli, start_cli, project, lab1):
 
 @pytest.fixture
 def patient(run_cli, start_cli, project, lab1):
-    """The same, for clients that give jobs more time to end than a busy computer may need."""
+    """Clients that give jobs 30 s to end, which is more than a busy computer may need."""
     return Batches(run_cli, start_cli, env={'SSH_SCHEDULER_PROC': str(lab1.proc),
                                             **constants(INTERRUPT_S=30.0)})
 
@@ -46,7 +46,7 @@ def machine(request, lab):
 
 
 def jobs_left(machine, client_home):
-    """What runs of jobs over there."""
+    """Return the processes of jobs on the machine, as (pid, words)."""
     if machine == 'localhost':
         pids = [(pid, rig.cmdline(pid)) for pid in rig.knowing(client_home)]
     else:
@@ -57,7 +57,7 @@ def jobs_left(machine, client_home):
 
 @contextlib.contextmanager
 def ignored(*numbers):
-    """What is started meanwhile has these signals ignored, as in the background of a script."""
+    """Let processes that start meanwhile ignore these signals, as in the background of a script."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
@@ -96,7 +96,7 @@ def test_a_client_that_was_started_with_interrupts_ignored_ignores_them(batches,
 
 
 def test_these_tests_may_run_in_the_background_of_a_script():
-    """Which has interrupts ignored, in all that it starts."""
+    """A script lets all that it starts in the background ignore interrupts."""
     show = 'import conftest, subprocess; subprocess.run(["grep", "SigIgn", "/proc/self/status"])'
     done = subprocess.run(['sh', '-c', '"$@" & wait', 'sh', sys.executable, '-c', show],
                           cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -216,13 +216,13 @@ def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, outside, 
     machine.freeze()
     began = time.monotonic()
     batch.process.send_signal(signal.SIGINT)
-    batch.process.send_signal(signal.SIGTERM)       # of one kind, two at once would be one
+    batch.process.send_signal(signal.SIGTERM)       # two of one kind could arrive as one
     done = batch.end()
     assert (done.returncode, time.monotonic() - began < 20) == (130, True)
     assert f'may still run on {machine.yaml()}' in done.stderr
     machine.thaw()
     (outside / 'go').touch()
-    again = batches.run(None, [machine], *NO_GPU)       # it was told to end, so it is begun anew
+    again = batches.run(None, [machine], *NO_GPU)       # it was cancelled, so it starts again
     assert (again.returncode, ledger.read_text()) == (0, '1\n1\n'), again.stderr
     assert_clean(machine, cache=True)
 
@@ -289,7 +289,7 @@ def test_cancel_of_another_batch_of_the_same_folder_stops_no_client(batches, run
 
 @pytest.mark.parametrize('computer', ['this one', 'elsewhere'])
 def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, project, computer):
-    """As where the process of the lock file is another one's by now, or another computer's."""
+    """The pid in the lock file may be another program's by now, or be of another computer."""
     own = project / 'job_results/.ssh_scheduler'
     own.mkdir(parents=True)
     (project / 'batch.sh').write_text('true\n')

@@ -1,4 +1,4 @@
-"""Jump hosts: real ones, at the address of the machine itself; and what is said of each hop."""
+"""Jump hosts: real ones, at the machine's own address; and the error message for each hop."""
 import pytest
 import rig
 from batching import NO_GPU, RESULTS, assert_clean, constants, result, with_constants
@@ -31,7 +31,7 @@ def ssh_config(client_home):
 
 
 def asked(machine):
-    """How many connections came."""
+    """Return the number of connections to the machine."""
     return machine.log.read_text().count('Connection from')
 
 
@@ -43,7 +43,7 @@ def test_a_jump_host_at_the_machine_s_own_address(batches, lab, ssh_config, chai
     machine, *hops = lab(sshd_options=sessions), *(lab() for _ in range(chain))
     ssh_config(*hops)
     with open('data', 'wb') as file:
-        file.write(bytes(400_000))          # so much goes by rsync
+        file.write(bytes(400_000))          # this much goes by rsync
     jump = ','.join(map(at, hops))
     done = batches.run(['cp data copy; echo here'], [machine.yaml(proxy_jump=jump)], *NO_GPU)
     assert (done.returncode, result('batch.sh.1')) == (0, b'here\n'), done.stderr
@@ -66,7 +66,7 @@ def test_one_account_direct_and_by_a_jump_host(run_cli, lab, ssh_config, tmp_pat
 # ---- They do not ----
 
 def broken(why, machine, jump, lab, ssh_config):
-    """Return the jump that fails, and what is said of it."""
+    """Return a jump that fails, and how its error message begins."""
     here, there = place(jump), place(machine)
     if why == 'key':
         other = lab()
@@ -216,7 +216,7 @@ RECORDED = [
      'no name server answered for the host name a', 'later'),
     (DIRECT, 'sh: 1: exec: nc: not found\n' + CLOSED,
      'its ProxyCommand needs nc, which is not installed here', 'never'),
-    # others than Debian's do not print the command
+    # other builds than Debian's do not print the command
     (DIRECT, '@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\nOffending ED25519 key '
      'in /home/me/my known:3\nHost key for [a]:7 has changed and you have requested strict '
      'checking.\nHost key verification failed.\n',

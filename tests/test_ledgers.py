@@ -9,7 +9,7 @@ JOB, LAB1, LAB2 = 'batch.sh.1', 'ben@lab1:22', 'ben@lab2:22'
 
 
 class Story:
-    """What a batch of one job leaves, which ran on lab1 as it should; tests spoil it."""
+    """What a batch leaves whose only job ran on lab1 as it should; the tests spoil it."""
 
     def __init__(self, folder):
         self.folder = folder
