@@ -97,7 +97,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_command():
     ('a', [(1, 'a')]),
     ('a\n', [(1, 'a')]),
     ('a\nb\n', [(1, 'a'), (2, 'b')]),
-    # lines without a command count
+    # lines without a command are counted, too
     ('#!/bin/bash\n\n# note\n  # note\n \t \na\n\nb', [(6, 'a'), (8, 'b')]),
     ('a # no comment line\n', [(1, 'a # no comment line')]),
     # CRLF

@@ -78,7 +78,7 @@ class Life:
         """Return the numbers of the points at which a kill leaves different states.
 
         A point before a step leaves the same state as the point after the last step, unless the
-        program waited meanwhile. Of points with the same text, such as in the middle of a large
+        program waited meanwhile.  Of points with the same text, such as in the middle of a large
         copy, only the first and the last one are returned.
         """
         texts = [point.partition(' ')[2] for point in self.points()]

@@ -148,7 +148,7 @@ def plain(line):
 
 
 def without_memory(lines):
-    """Return the lines without a table's memory columns: short jobs end before it is measured."""
+    """Return the lines without a table's memory columns: short jobs end before a measurement."""
     heads = [line for line in lines if re.search(r'  time  (.*  )?(GPU )?MB(  |$)', line)]
     if not heads:
         return lines

@@ -693,7 +693,7 @@ def test_40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run(batch
 @hasty
 def test_a_job_that_was_not_seen_to_end_is_remembered_and_ended_by_the_next_run(
         batches, lab, ledger):
-    """The machine gets the request only when this run waits no more, and is cleaned up then."""
+    """The machine gets the request only after this run stopped waiting, and is tidied up then."""
     machine = lab()
     batch = batches.start([f"trap '' TERM; echo begun >>{ledger}; exec sleep 1000"], [machine],
                           *NO_GPU, env={'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 0.5})},

@@ -150,8 +150,8 @@ class Scene:
     def _table(self, lines):
         """Return the lines of --status as a golden file has them.
 
-        The head becomes one line, since the process id decides where it breaks. Lines in the middle
-        are left out if the terminal has no room for all.
+        The head becomes one line, since the process id decides where it breaks.  Lines in the
+        middle are left out if the terminal has no room for all.
         """
         rows = self.size[1]
         head = next(at for at, line in enumerate(lines) if line.startswith('job '))

@@ -1,4 +1,4 @@
-"""How far a job is: the table LIFE, its streams and the journal; and the flows that wait for it."""
+"""The life of a job: the table LIFE, streams and the journal; and flows that wait for children."""
 import collections
 import contextlib
 import fcntl
@@ -36,8 +36,7 @@ PIECES = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 25), st.booleans(
 
 
 class Watched:
-    """A Stream, and what was stored and shown of it; `here`, `kept` and `lags` are as they must be.
-    """
+    """A Stream, with what it stored and showed, and a model of it: `here`, `kept` and `lags`."""
 
     def __init__(self, stores, shows):
         self.stores, self.shows = stores, shows
@@ -102,7 +101,7 @@ def test_each_byte_of_a_stream_is_taken_once_whoever_brings_it(stores, shows, si
 @given(first=st.integers(0, 50), sizes=st.lists(st.integers(1, 9), min_size=10, max_size=10),
        turns=st.lists(st.booleans(), min_size=20, max_size=20), shows=st.booleans())
 def test_a_look_and_a_follower_bring_all_of_a_stream(first, sizes, turns, shows):
-    """Each goes on from where it is itself; together they leave no gap."""
+    """The look and the follower each continue from their own place; together they leave no gap."""
     watched, at = Watched(True, shows), {True: 0, False: 0}
     sizes = iter(sizes * 2)
     for turn in turns:
@@ -135,21 +134,21 @@ def test_the_table_names_its_own_states_and_each_can_be_reached():
     named = {state for row in LIFE.values() for state in row.then}
     groups = (s.UNSEEN, s.ALIVE, s.UNCOLLECTED, s.ARRIVING, s.HOLDING, s.AWAITED, s.FORGOTTEN)
     assert named | {state for group in groups for state in group} <= LIFE.keys()
-    # An earlier run has left what is incomplete.
+    # An earlier run leaves incomplete results.
     assert ways(['waiting', 'incomplete']).keys() == LIFE.keys()
     for row in (*(row.then for row in LIFE.values()), *groups):
         assert len(set(row)) == len(row)
 
 
 def test_no_state_comes_twice():
-    """But for one: the reason why it is queued may be another."""
+    """Except `queued`: the reason why a job is queued may change."""
     for state, row in LIFE.items():
         then = set(row.then) - ({'queued'} if state == 'queued' else set())
         assert state not in ways(then), state
 
 
 def test_nothing_follows_what_the_journal_has_not_claimed():
-    """Once the journal has the claim a job may run; before that, certainly not."""
+    """A job may run once the journal has its claim, and never before."""
     assert ways(['waiting'], closed=['claimed']).keys() == {'waiting', 'placed', 'returned'}
     assert not any(LIFE[state].written for state in ('waiting', 'placed', 'returned'))
     assert [state for state in LIFE if LIFE[state].written == 'claimed'] == ['claimed']
@@ -179,7 +178,7 @@ def test_what_is_over_is_not_awaited_and_only_what_a_person_is_told_of_is_kept_i
 
 
 def test_the_next_run_knows_of_all_that_is_over():
-    """Else it would ask for that again; what was never claimed, or not fetched, is as before."""
+    """Else it would ask for it again.  A job never claimed, or not fetched, is as it was before."""
     over = {state for state, row in LIFE.items() if not row.then or state in s.FORGOTTEN}
     assert {state for state in over if not LIFE[state].written} == {'returned', 'unfetched'}
 
@@ -207,7 +206,7 @@ def test_the_journal_understands_the_words_of_the_table(journal):
         again = s.Journal(journal.path)
         again.peek()
         for known in (journal, again):
-            # One that was told to end is not known to have ended.
+            # A job that is being stopped is not known to have ended.
             assert known.record(word)['state'] == (
                 'claimed' if word in ('stopping', 'queued') else word)
             assert known.record(word).get('queued') == (
@@ -228,7 +227,7 @@ def attempt_of(name='job', machine='lab1', key=None, record=None):
 
 
 class Notes:
-    """Stands for a Journal: what was written, and whether it can be written."""
+    """A fake Journal: the events that were written, and whether it can be written."""
 
     def __init__(self):
         self.events, self.works = [], True
@@ -310,7 +309,7 @@ class Brittle(s.Journal):
 
 
 def plain(jobs):
-    """Return the records as a file can have them; the time, and who wrote them, come with that."""
+    """Return the records as a file has them, without the time and the mark `resumed`."""
     return {name: {key: value for key, value in record.items() if key not in ('time', 'resumed')}
             for name, record in json.loads(json.dumps(jobs, default=dict)).items()}
 
@@ -318,7 +317,7 @@ def plain(jobs):
 class AnyLife(RuleBasedStateMachine):
     """Attempts begin, move as LIFE has it, and are taken up by the next run.
 
-    Where each of them is, is kept here a second time, and so is what the journal must know.
+    The model notes the state of each attempt, and what the journal must know.
     """
 
     def __init__(self):
@@ -336,7 +335,7 @@ class AnyLife(RuleBasedStateMachine):
         self.journal.open()
         self.lives = s.Lives(self.journal, self.changed)
         self.latest = {}                # job name -> its last Attempt
-        self.places = {}                # Attempt -> (machine, state), as they came there
+        self.places = {}                # Attempt -> (machine, state), in the order of their arrival
         for name, record in self.journal.jobs.items():
             state = ('claimed' if record['state'] in ('claimed', 'ended') else
                      'incomplete' if record['state'] == 'collected' and
@@ -348,7 +347,7 @@ class AnyLife(RuleBasedStateMachine):
                 self.places[attempt] = attempt.machine, state
 
     def changed(self, attempt, before):
-        """Somebody hears of a change: all that is asked now has the answer that it will have."""
+        """Hear of a change: by now, all questions have their new answers."""
         state, word = attempt.state, LIFE[attempt.state].written
         if word:
             with open(self.path) as file:
@@ -470,7 +469,7 @@ class AnyLife(RuleBasedStateMachine):
         assert events.count('journal') == bool(events) and events[:1] in ([], ['journal'])
 
     def notes(self, word, attempt, kept):
-        """The journal must know of it, and of which folders may lie on the machine for nothing."""
+        """Note what the journal must know: the event, and folders of no use on the machine."""
         if word == 'claimed':
             _, key, machine, before = self.known.get(attempt.name, ('', '', '', ()))
             if before:
@@ -535,7 +534,7 @@ TestAnyLife.settings = WALKS
 # ---- Flows ----
 
 class Lab:
-    """Flows of real children; the time of their timers is ours."""
+    """Flows of real children; the test sets the time of their timers."""
 
     def __init__(self):
         self.now = 0.0
@@ -554,8 +553,7 @@ class Lab:
         return self.child(step) if isinstance(step, str) else step
 
     def flow(self, name, *steps):
-        """A flow: note what each of its steps brings, and its end, when none of its children lives.
-        """
+        """A flow that notes the result of each step, and its end, after that of its children."""
         awaited = None
         try:
             for step in steps:
@@ -575,12 +573,12 @@ class Lab:
         assert len(self.seen) == count
 
     def pass_by(self, seconds):
-        """Time goes by, and what is due happens."""
+        """Let time pass, and due timers fire."""
         self.now += seconds
         self.processes.wait(0)
 
     def assert_all_is_over(self):
-        """No child lives, and whatever happens later is told to nobody."""
+        """Assert that no child lives, and that no flow gets anything more."""
         assert all(child.popen.poll() is not None for child in self.children)
         seen = [*self.seen]
         self.pass_by(1000)
@@ -681,7 +679,7 @@ def test_other_flows_and_children_go_on(lab):
     lab.processes.start(['sh', '-c', 'exit 2'], s.ignore, lambda *what: ended.append(what))
     lab.flows.start(lab.flow('ours', 'exec sleep 1000'))
     lab.flows.close()
-    lab.wait(2)                         # `read` was told that there is nothing
+    lab.wait(2)                         # `read` met the end of its input
     lab.pass_by(5)
     lab.wait(4)
     assert lab.seen == [('ours', 'finally'), ('other', s.End(1, '')), ('other', None),
@@ -695,7 +693,7 @@ def test_other_flows_and_children_go_on(lab):
 @pytest.mark.parametrize('after', [None, 'exec sleep 1000', 1])
 @pytest.mark.parametrize('is_nested', [False, True])
 def test_a_flow_may_close_its_own_flows(lab, first, after, is_nested):
-    """As a copy that finds its contact lost: it is let be until it waits or returns."""
+    """As a copy that finds its contact lost: the flow continues until it waits or returns."""
     def closing():
         try:
             if first is not None:
@@ -791,7 +789,7 @@ def test_whenever_flows_are_closed_each_has_cleaned_up_once(plans, turns):
 
 
 def test_a_child_that_a_callback_has_ended_is_not_read():
-    """Both have said something before the first callback."""
+    """Both children have written something before the first callback."""
     processes, children = s.Processes(), {}
     heard = []
 

@@ -260,7 +260,7 @@ def test_a_job_whose_line_is_gone_is_cancelled_with_its_client(batches, lab):
 
 
 def job_files(machine, name=''):
-    """The files with the records of all jobs over there, or of that one."""
+    """Return the files with the records of all jobs on the machine, or of one job."""
     return [path for path in machine.home.glob(f'.ssh_scheduler/*/jobs/{name}*-*')
             if '.' not in path.name.rpartition('-')[2]]
 
@@ -291,7 +291,7 @@ def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab
 # ---- Another journal ----
 
 def leave_jobs(batches, machine, gate):
-    """Run two jobs, kill their client, and remove job_results, as one who wants to start afresh."""
+    """Run two jobs, kill their client, and remove job_results, as for a fresh start."""
     lines = [f'echo old >made; {gate.wait("a")}; echo old; exit 3', 'sleep 1000']
     batch = batches.start(lines, [machine], '--num-cpus=0.1', *NO_GPU)
     batch.until('started: batch.sh.2')
@@ -353,7 +353,7 @@ def test_a_collection_that_is_killed_is_completed_by_the_next(batches, client_en
 
 
 def test_a_command_of_another_journal_is_none_of_this(run_cli, batches, lab, gate):
-    """As after `rm -r job_results`, or after what the error of another command advises."""
+    """As after `rm -r job_results`, or as the error of another command advises."""
     machine = lab()
     argv = ['execute_remote', '--machine', machine.yaml(), '--job-name', 'n', '--copy-forwards']
     run_cli(*argv, '--detach', '--', f'{gate.wait("a")}; echo old')
@@ -383,7 +383,7 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (project / 'large').write_bytes(bytes(200_000))
     lines = ['cat train.py', 'true', 'exit 1']
     run(*lines[:2])
-    assert 'files changed' not in run(*lines).stderr            # but the batch file has
+    assert 'files changed' not in run(*lines).stderr            # only the batch file has
     os.utime(project / 'train.py')                              # its content is as it was
     assert 'files changed' not in run(*lines).stderr
     (project / 'train.py').write_text('print(2)\n')
@@ -447,7 +447,7 @@ def test_files_that_change_before_they_are_copied_are_told(batches, project, lab
     assert 'gone/file, train.py changed after this run began, so jobs there have the newer files' \
         in err
     again = batches.run(None, [machine], *options)
-    assert warnings(again) and 'files changed' not in again.stderr     # what is noted is true
+    assert warnings(again) and 'files changed' not in again.stderr     # the note is true
 
 
 @pytest.mark.parametrize('new', ['news', 'a much longer text', ''])
@@ -551,7 +551,7 @@ def edit(lines, edits):
 @given(st.lists(COMMANDS, min_size=1, max_size=6),
        st.lists(st.tuples(EDITS, st.integers(0, 9)), max_size=5))
 def test_any_edits_against_a_model(first, rounds):
-    """The model: each command has so many results as it had lines at most at a time."""
+    """The model: each command has as many results as it ever had lines at one time."""
     class Known(s.ResultStore):
         """A job_results in memory, whose jobs have begun or are collected."""
 
@@ -574,7 +574,7 @@ def test_any_edits_against_a_model(first, rounds):
             assert known.get(job.name, {}).get('state') is None
             usual = f'b.{job.line}'
             assert job.name == usual or usual in known
-        # some begin, of these and of those that ran, some end: as if the client was killed
+        # as if the client was killed: some jobs begin, and some of all that began end
         for number, job in enumerate(found.waiting):
             known[job.name] = s.Record({'command': job.command, 'state': 'claimed', 'own': '',
                                         'batch': 'b'})
@@ -609,7 +609,7 @@ def test_any_edits_kills_and_reruns_of_real_batches(run, outside, first, rounds)
                     f'echo {line} >made; echo {line}' for line in lines]
             wanted |= collections.Counter(line for line in lines if line != '#')
             if killed_after:
-                with open(hold) as file:                # the jobs wait for that
+                with open(hold) as file:                # the jobs wait for this lock
                     fcntl.flock(file, fcntl.LOCK_EX)
                     batch = run(*text, start=True, options=['--copy-forwards'])
                     for _ in range(killed_after):
@@ -628,7 +628,7 @@ def test_any_edits_kills_and_reruns_of_real_batches(run, outside, first, rounds)
 
 
 def assert_true_results(done, lines):
-    """All lines have results, and what these are is what the journal and the screen say."""
+    """Assert that all lines have results, which are those that the journal and the screen name."""
     journal = s.ResultStore('job_results').peek().journal
     made = collections.Counter()
     for name, record in journal.jobs.items():

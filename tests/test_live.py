@@ -1,6 +1,6 @@
-"""Shared machines: other people come and go, other batches run there, and nobody is overbooked.
+"""Shared machines: other people come and go, other batches run there, and none is overbooked.
 
-The machines' nvidia-smi and /proc/loadavg are the rig's, and say what the test wants at the moment.
+The nvidia-smi and /proc/loadavg of the rig show what the test wants at the moment.
 """
 import json
 import os
@@ -30,7 +30,7 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root has machines of
 
 
 class Notes:
-    """What a running program has said on stderr, which went to a file."""
+    """The stderr of a running program, which goes to a file."""
 
     def __init__(self, path):
         self.path = path
@@ -62,7 +62,7 @@ def watched(start_cli, project, tmp_path, scheduler):
 
 
 def exclusive(ledger):
-    """Assert that no two jobs had one GPU at a time; return how many at most ran at a time."""
+    """Assert that no two jobs had one GPU at a time; return the most jobs that ran at a time."""
     in_use, most = set(), 0
     for line in ledger.read_text().splitlines():
         word, _, gpu = line.partition(' ')
@@ -106,7 +106,7 @@ def test_two_batches_share_the_gpus_of_a_machine(batches, lab, ledger, tmp_path,
 
 def test_two_batches_do_not_promise_memory_twice(batches, lab, ledger, gate, tmp_path,
                                                  monkeypatch):
-    """Though nothing of it is taken yet, which no look at the machine would show."""
+    """Even if the first job has not taken it yet, so that no look at the machine shows it."""
     machine = lab(memory_mb=10000)
     in_folder(tmp_path, monkeypatch, 'one')
     first = batches.start([f'echo one >>{ledger}; {gate.wait("one")}'], [machine],
@@ -155,7 +155,7 @@ def test_the_claim_of_what_was_killed_claims_nothing(batches, lab, ledger, gate,
     in_folder(tmp_path, monkeypatch, 'two')
     second = batches.start(['true'], [machine])
     assert second.until('machine limits') == f"machine limits:  {{'{machine.yaml()}': 0}}"
-    os.killpg(int(ledger.read_text()), signal.SIGKILL)      # the job, and who records its end
+    os.killpg(int(ledger.read_text()), signal.SIGKILL)      # the job, and what records its end
     assert second.end().returncode == 0
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_goes_on_after_a_kill_counts_its_jobs_once(batches, lab, ledg
 
 @pytest.fixture
 def stranger():
-    """The pid of a process that is none of ours."""
+    """The pid of a process that belongs to no batch."""
     with subprocess.Popen(['sleep', '1000']) as process:
         yield process.pid
         process.kill()
@@ -221,7 +221,7 @@ def test_without_live_machines_are_looked_at_once(batches, lab, gate):
 
 
 def test_what_own_jobs_have_taken_is_not_counted_twice(watched, lab, gate):
-    """Two of three jobs fit.  The one that goes on holds its memory while the third one comes."""
+    """Two of three jobs fit.  One of them keeps its memory while the third one starts."""
     machine = lab(gpus=rig.fake_gpus(1, memory_free_mb=15000))
     uuid = rig.gpu_row(0)[1]
     lines = [f'echo "{uuid}, $$, 6000" >>{machine.folder}/gpus.apps; {gate.wait("one")}',

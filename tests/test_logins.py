@@ -13,7 +13,7 @@ import ssh_scheduler
 
 SHELLS = ['bash', 'dash', 'zsh', 'fish', 'tcsh']
 
-# Of each shell: the file that only an interactive login reads, and what it says there.
+# For each shell: a file with text that only an interactive login runs, and this text.
 LOGIN_FILES = {
     'bash': ('.bashrc', 'case $- in *i*) ;; *) return;; esac\n'
                         'PATH=$HOME/tools:$PATH\nexport FROM="bash $HOME"\n'),
@@ -24,7 +24,7 @@ LOGIN_FILES = {
     'tcsh': ('.tcshrc', 'if ($?prompt) then\nsetenv PATH ~/tools:$PATH\n'
                         'setenv FROM "tcsh $HOME"\nendif\n'),
 }
-# The file that it reads for every command over ssh.  dash has none.
+# The file that each shell reads for every command over ssh.  dash has none.
 NOISY_FILES = {'bash': '.bashrc', 'zsh': '.zshenv', 'fish': '.config/fish/config.fish',
                'tcsh': '.tcshrc'}
 
@@ -36,7 +36,7 @@ def batches(run_cli, start_cli, project):
 
 @pytest.fixture
 def big_file(project):
-    """So much that it goes by rsync, if that can be."""
+    """A file so large that rsync copies it, where there is one."""
     data = bytes(range(256)) * 1200
     (project / 'data').write_bytes(data)
     return data
@@ -49,7 +49,7 @@ def add_tool(machine):
 
 
 def complaints(done, machine):
-    """What was said of the machine on stderr."""
+    """Return the lines of stderr that name the machine."""
     return [line for line in done.stderr.splitlines() if str(machine) in line]
 
 
@@ -68,7 +68,7 @@ def test_what_an_interactive_login_exports_reaches_the_jobs(batches, lab, shell)
     assert done.returncode == 0, done.stderr
     assert result('batch.sh.1').decode() == f'tool\n{shell} {machine.home}\n'
     assert result('batch.sh.2') == b'tool\n'
-    assert done.stderr.count('\n') == 1         # what was sent; nothing else is worth a word
+    assert done.stderr.count('\n') == 1         # the note of what was sent, and nothing else
 
 
 def test_functions_of_bashrc_can_be_called(batches, lab):
@@ -110,7 +110,7 @@ def test_a_job_does_not_know_of_the_connection(batches, lab1):
 
 
 def test_two_jobs_that_share_a_machine_do_not_share_a_name_of_the_login(batches, lab, gate):
-    """The names of what the program itself has over there, or could have."""
+    """The names of variables that the runner has, or could have."""
     names = {'gpus': '0,1', 'dir': '/data', 'program': '/data/cmd', 'mask': '0777', 'name': 'x',
              'project': 'y', 'status': '3', 'environment': 'z', 'run': '/data', 'home': '/data',
              'setup': 'false', 'shell': '/bin/false', 'functions': 'f', 'entry': 'e', 'id': '7'}
@@ -177,7 +177,7 @@ NAMED = ['command -v {}', 'true;command -v {}', 'x=$(command -v {}); [ "$x" ]', 
          "command -v '{}'", '{{ command -v {};}}', '"${{NONE:-command}}" -v ${{NONE:-{}}}',
          'f={};command -v "$f"', 'command -v \\{}', 'true\tand;command\t-v\t{}\t',
          'test `command -v {}` = {}']
-# Lines that call one and do not name it.
+# Lines that call a function without its name.
 UNNAMED = ['$CALL', '"$CALL"', 'true; $CALL', 'true;"$CALL"', 'true && "$CALL"', '! $CALL; true',
            'for i in 1; do $CALL; done', 'if true; then\t"$CALL"; fi', 'echo "$($CALL)"',
            '{ $CALL; }', '`echo $CALL`', '(${CALL})', 'eval "$CALL"', '. ./calls', 'source ./calls',
@@ -186,7 +186,7 @@ UNNAMED = ['$CALL', '"$CALL"', 'true; $CALL', 'true;"$CALL"', 'true && "$CALL"',
 
 @pytest.fixture(params=['login', 'setup', 'BASH_ENV'])
 def with_completion(request, lab, project):
-    """The machine file of one whose jobs have bash-completion, and functions of a user."""
+    """A machine, or its file, whose jobs have bash-completion and functions of a user."""
     (project / 'calls').write_text('$CALL\n')
     if request.param == 'setup':
         return lab().yaml(setup=INTERACTIVE)
@@ -199,7 +199,7 @@ def with_completion(request, lab, project):
 
 
 def outputs(batches, machine, lines):
-    """What each of these lines wrote; none may fail, nor complain."""
+    """Return the output of each of these lines; assert that none fails or writes to stderr."""
     done = batches.run(lines, [machine], *NO_GPU)
     assert done.returncode == 0, done.stderr
     numbers = range(1, len(lines) + 1)
@@ -246,7 +246,7 @@ def test_readonly_variables_make_no_noise(batches, lab, startup, env):
     ('bash', 'zsh'), ('bash', 'fish'), ('dash', 'bash'), ('tcsh', 'bash'), ('zsh', 'fish'),
     ('fish', 'zsh'), ('bash', 'tcsh')])
 def test_a_start_file_that_puts_another_shell_in_its_place(batches, lab, first, second):
-    """Where chsh is not allowed; what the first one exports holds, too."""
+    """As where chsh is not allowed; the exports of the first shell hold, too."""
     program = rig.program(second) + (' -l' if second == 'fish' else '')
     hand_over = {
         'bash': f'export FIRST=1\ncase $- in *i*) exec {program};; esac\n',
@@ -473,7 +473,7 @@ def new_key(folder, *options):
 
 
 def unreachable(machine, why, folder):
-    """The machine's file, made wrong, and words of the explanation."""
+    """Return the machine's file, made wrong, and words of the explanation."""
     place = f'{machine.address} port {machine.port}'
     if why == 'nothing listens':
         port = rig.free_port()
@@ -554,7 +554,7 @@ def test_a_key_that_ssh_could_not_use_is_found_before_any_login(
 
 @pytest.fixture
 def broken(tmp_path):
-    """A machine file that has a line without a colon, as among *.yaml."""
+    """A machine file that has a line without a colon, as one of *.yaml may have."""
     (tmp_path / 'broken.yaml').write_text('username ben\nip: gpu7\n')
     return tmp_path / 'broken.yaml'
 
@@ -644,7 +644,7 @@ def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
 
 # ---- Each complaint is a sentence ----
 
-# What ssh, or a login shell, says, and what is made of it.  OpenSSH 9.2, but for the last four.
+# What ssh or a login shell prints, and the sentence for it.  OpenSSH 9.2, but for the last four.
 CLOSED = 'kex_exchange_identification: Connection closed by remote host'
 SAID_BY_SSH = [
     ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @',
@@ -722,7 +722,7 @@ exit 255
 
 @pytest.fixture
 def ssh_that_fails(tmp_path):
-    """An environment whose ssh says these complaints: at the host row0 the first, and so on."""
+    """An environment whose ssh prints these complaints: the first for the host row0, and so on."""
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin/ssh').write_text(FAKE_SSH)
     (tmp_path / 'bin/ssh').chmod(0o755)
@@ -770,7 +770,7 @@ def test_each_command_makes_one_sentence_of_each_complaint(run_cli, project, ssh
 
 
 def test_what_comes_from_elsewhere_is_ended_in_one_place():
-    """No f-string adds a full stop to a text that may have its end already: sentence() does."""
+    """No f-string adds a full stop to a text that may end with one: only sentence() does."""
     free = {'why', 'what', 'reason', 'trouble', 'complaint', 'said', 'last_line', 'str'}
     tree = ast.parse(Path(ssh_scheduler.__file__).read_text(encoding='utf-8'))
     wrong = []
@@ -797,14 +797,14 @@ def by_another_name(machine, folder, **more):
 
 
 def held_back(machine, folder, gate):
-    """The same, but its login begins when the gate `login` is opened."""
+    """Return such a file, whose login begins when the gate `login` is opened."""
     connect = (f"bash -c '{gate.wait('login')}; exec 3<>/dev/tcp/{machine.address}/{machine.port}; "
                "cat <&3 & exec cat >&3'")
     return by_another_name(machine, folder, ProxyCommand=connect)
 
 
 def same(machine, kept, left):
-    """What is said of the one that is left out."""
+    """Return the message about the name that is left out."""
     account = machine.account if kept == machine.yaml() else (
         f'{machine.user}@alias:{machine.port} HostName={machine.address}')
     return f'{kept} and {left} are the same account, {account}: name one of them'
@@ -836,7 +836,7 @@ def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late
     while 'cannot be used' not in line:
         line = batch.process.stderr.readline()
     assert line == f'{names[1]}: cannot be used: {same(machine, *names)}.\n'
-    machine.stop()                              # what is used is found again, and its job
+    machine.stop()                              # the name in use is connected again, with its job
     machine.start()
     while 'connected again' not in line:
         line = batch.process.stderr.readline()
@@ -848,7 +848,7 @@ def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late
 
 
 def started_by_two_names(batches, machine, tmp_path, gate):
-    """Return both names, after runs that were killed, by each of which a job was started."""
+    """Start one job by each name, in runs that are killed; return both names."""
     names = [machine.yaml(), by_another_name(machine, tmp_path)]
     lines = [f'echo one; {gate.wait("one")}', f'echo two; {gate.wait("two")}']
     for number, name in enumerate(names, 1):
@@ -889,7 +889,7 @@ def test_a_command_runs_once_on_an_account_of_two_names(run_cli, lab, tmp_path, 
     names = [machine.yaml(), by_another_name(machine, tmp_path)]
     done = run_cli('execute_to', '--machines', *names, *options, '--', 'echo here')
     assert (done.returncode, done.stdout.count('here\n')) == (1, 1)
-    assert done.stderr in [             # at once, the second may have begun when the first comes
+    assert done.stderr in [             # without --fanout, the second name may begin first
         f'left out: {left} ({same(machine, kept, left)})\n'
         for kept, left in ([names] if options else [names, names[::-1]])]
     done = run_cli('query_machines', '--machines', *names)
