@@ -1,4 +1,4 @@
-"""Shared machines: other people come and go, other batches run there, and none is overbooked.
+"""Shared machines: other people and other batches use them, and no machine is overbooked.
 
 The nvidia-smi and /proc/loadavg of the rig show what the test wants at the moment.
 """
