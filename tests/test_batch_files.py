@@ -316,7 +316,7 @@ def test_a_line_that_changes_only_its_own_shell_is_warned_of(command, begin, set
     'export', 'module list', 'cdx', 'echo cd x', "echo 'cd x'", '(cd x)', 'cd x | cat',
     'conda list', 'source env.sh > log', 'A=$(make)', './set', 'for', 'pip install x', 'time cd x'])
 def test_a_line_that_does_more_is_not(command):
-    ssh_scheduler.warn_of_settings('b.sh', jobs_of(command), jobs_of)     # it would fail
+    ssh_scheduler.warn_of_settings('b.sh', jobs_of(command), pytest.fail)
 
 
 def test_one_warning_for_each_kind_and_none_where_nothing_is_started(run_cli, project):
