@@ -462,8 +462,8 @@ class Cluster:
         return '\n'.join(line for line in self.log().splitlines() if not EACH_SECOND.search(line))
 
     def records(self):
-        """The small files in the workdir, each with the end of its text."""
-        told = []
+        """What Slurm lists, and the small files in the workdir, each with the end of its text."""
+        told = [str(job) for job in self.squeue()]
         for path in sorted(self.workdir.rglob('*')):
             with contextlib.suppress(OSError):
                 if path.is_file() and 'lib' not in path.parts and path.stat().st_size < 2000:

@@ -50,7 +50,7 @@ def pytest_runtest_makereport(item, call):
         for cluster in clusters.RUNNING:
             report.sections.append(('log of slurmctld',
                                     '\n'.join(cluster.events().splitlines()[-60:])))
-            report.sections.append(('workdir of the cluster', cluster.records()))
+            report.sections.append(('jobs and workdir of the cluster', cluster.records()))
 
 
 # ---- Machines ----
