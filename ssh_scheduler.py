@@ -19418,7 +19418,7 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   claims=/dev/null          # no list is put there, since nobody would find it
   ! count_kills || echo "$REPLY" >"$run/kills"
   trap 'told=told' TERM
-  # Slurm may send this one after TERM.  Then it tells nothing new, and the engine is asked as usual.
+  # Slurm may send this one after TERM.  Then the runner asks the engine why, as usual.
   trap 'told=${told:-limit}' USR1
   trap 'told=${told:-cancel}' HUP
   until read -r -t 1 -u "$quiet"; do [[ ! -e $more/cancel ]] || kill -HUP "$$"; done &
