@@ -19,14 +19,14 @@
           ^               +-- flows: rsync, tar, follow <+
           +---------------------------+
 
-Each contact is ONE ssh.  It is the master that copies share, and its standard streams are the
-channel: requests go down to a bash program that we send (REMOTE_RUNNER), events come up.  So the
-number of ssh processes does not grow with the number of jobs, and a batch costs one login on each
-machine.  Jobs do not depend on the channel.  When this program dies, the channel ends, and the
-remote runner with it, but the jobs keep running and leave their exit status in a file.
+Each contact is ONE ssh.  It is the master connection that copies share, and its standard streams
+are the channel: requests go down to a bash program that the client sends (REMOTE_RUNNER), events
+come up.  So the number of ssh processes does not grow with the number of jobs, and a batch costs
+one login on each machine.  Jobs do not depend on the channel.  When this program dies, the channel
+closes and the remote runner exits, but the jobs keep running and write their exit status to a file.
 
-The life of a job on a machine is the life of an Attempt.  Its states stand in the table LIFE, and
-only Lives.move changes them: it asserts the order, and writes the journal before anybody hears.
+An Attempt is one start of a job on a machine.  The table LIFE has its states.  Only Lives.move
+changes the state: it asserts the order, and writes the journal before it calls anything else.
 
      waiting -> placed -> claimed -> running -> ended -> collected   then its files there go
                   |          |          |         +----> kept        results could not be fetched
@@ -44,26 +44,26 @@ Attempt.
 The promises, and the functions that keep them:
 
     A job runs at most once.  The journal is on the disk before the start is sent (Lives.move,
-    Journal.sync), and on the machine a job begins when its file is created, which succeeds once
+    Journal.sync), and on the machine a job begins by creating its file, which succeeds only once
     (take).
-    A rerun, a reconnect and an attach are one thing.  At contact, the machine is asked about each
-    attempt that is claimed or running there (JobControl.ask); a start that never arrived is
-    revoked with the same question, so that it never will.
+    A rerun, a reconnect and an attach work in the same way.  At contact, the client asks the
+    machine about each attempt that is claimed or running there (JobControl.ask).  The same request
+    revokes a start that has not arrived, so that it never begins.
     A result replaces nothing.  It arrives in a folder of its own, and appears by one rename
-    (ResultStore.commit).  Only then may the original go (Collector.clean).
-    Nothing of a contact outlives it.  Its processes and flows end with it (Flows.close); contact
-    that is found again is a new Contact.
-    A request of another command is acted on once.  The journal has its effect and then its id,
-    before it is answered (Desk.look, Inbox.answer).
+    (ResultStore.commit).  Only then may the original be deleted (Collector.clean).
+    Nothing of a contact outlives it.  Its processes and flows stop with it (Flows.close); a
+    reconnect makes a new Contact.
+    The client acts once on a request of another command.  It writes the effect and then the id to
+    the journal before it answers (Desk.look, Inbox.answer).
     Results belong to the command and the files that made them.  A line of a batch file is looked
     up by its command (match_lines), and the key of a job on a machine, NAME.ATTEMPT-IDENTITY,
-    names the journal that claimed it.  What was sent is kept when it is sent (Keeper, Sent), and is
-    checked against its digests before it is sent once more (Rebuilt).
+    names the journal that claimed it.  Sent files are kept at the time of sending (Keeper, Sent),
+    and checked against their digests before they are sent again (Rebuilt).
 
-Only Processes starts and waits for processes, in one thread.  Only Report prints.  Text meant for
-a shell on a machine stands in constants: BOOTSTRAP in Connection, the programs at the end of the
-file.  All else crosses as data, between NULs.  A section uses only what stands above it, but for
-those programs.
+Only Processes starts and waits for processes, in one thread.  Only Report prints.  Programs for a
+shell on a machine are constants: BOOTSTRAP in Connection, the programs at the end of the file.
+Everything else is sent as data, between NULs.  A section uses only names defined above it, except
+for those programs.
 
     The promise    Usage, Errors
     The heart      Records, Life, Resources, Scheduler, Run
@@ -101,7 +101,7 @@ import time
 from typing import NamedTuple, Optional
 
 __version__ = '0.2.0'
-LINUX = sys.platform == 'linux'     # so jobs can run here, too; WSL is one
+LINUX = sys.platform == 'linux'     # only there can jobs run on this computer; WSL counts
 
 
 # ---- Usage: these texts are what docopt parses, and where every default stands ----
@@ -455,7 +455,7 @@ Example:
 
 # ---- Errors: each a sentence, with what to do; how sentences are written ----
 
-TRANSPORT_FAILED = 125      # what docker, timeout and env return where they themselves failed
+TRANSPORT_FAILED = 125      # as docker, timeout and env return when they fail themselves
 
 
 class SchedulerError(Exception):
@@ -496,7 +496,7 @@ class ResultsError(SchedulerError):
 
 
 class FolderInUse(ResultsError):
-    """Another client has the folder job_results."""
+    """Another client uses the folder job_results."""
 
 
 class DoesNotFit(SchedulerError):
@@ -522,10 +522,10 @@ def nearest(word, known):
     typed, found = ''.join(parts(word)), {}
 
     def opposite(other):
-        """Tell whether one of them says no to something: --no-x never stands for x."""
+        """Tell whether only one of the two words negates: --no-x never stands for x."""
         if 'no' in parts(other):
             return not typed.startswith('no')
-        # The word may be a known one that begins with n: noce for nice.
+        # A word that begins with no may be a typing error: noce for nice.
         return typed.startswith('no') and (parts(word)[0] == 'no' or parts(other)[0][0] != 'n')
 
     def likeness(other):
@@ -544,7 +544,7 @@ def nearest(word, known):
 
 
 def library(name):
-    """Return a module that does not come with Python; say what to type if it is not there."""
+    """Return a module from outside the standard library; the error says how to install it."""
     import importlib
     try:
         return importlib.import_module(name)
@@ -558,10 +558,10 @@ def library(name):
 
 
 def sentence(text):
-    """Return the text with the one mark that ends it: a full stop, unless it has one.
+    """Return the text with exactly one mark at its end: a full stop, or its own ? or !.
 
-    The reason at its end may come from elsewhere, with a full stop or without.  A question keeps
-    its mark, and a command to type, which stands last behind 'Try: ', gets none.
+    A reason at its end may be another program's text, with a full stop or without.  A text with
+    'Try: ' ends with a command to type and gets no mark.
     """
     end = text.rstrip('. ')
     if end.endswith(('?', '!')):
@@ -578,14 +578,14 @@ def printable(text):
 
 
 def reason_of(error):
-    """Return what the system said, as 'No space left on device', without numbers."""
+    """Return the system's text of an error, as 'No space left on device', without numbers."""
     return error.strerror or str(error)
 
 
 def complaint_line(text, index=0):
-    """Return the most telling line of a program's complaint: the first, not rsync's summary."""
+    """Return the most useful line of a program's errors: the first, not rsync's summary."""
     lines = [line for line in text.splitlines() if line.strip()
-             and not line.startswith('--link-dest arg does not exist')]     # that is usual
+             and not line.startswith('--link-dest arg does not exist')]     # harmless
     return printable(lines[index].strip())[:300] if lines else ''
 
 
@@ -609,9 +609,9 @@ def size_of(size):
 
 # ---- Records: frozen ----
 
-USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing that a shell reads: a ProxyCommand may have %r
+USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing special to a shell: a ProxyCommand may have %r
 JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
-# Two machines with the same host are different ones where these options differ.
+# Machines with the same host are different machines if these options differ.
 LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
 
 
@@ -624,21 +624,21 @@ class Machine(NamedTuple):
     ssh_key_path: Optional[str] = None
     proxy_jump: Optional[str] = None
     ssh_options: tuple = ()         # pairs (name, value) of ssh_config(5)
-    workdir: str = ''               # the folder of jobs there; ~/.ssh_scheduler by default
-    setup: str = ''                 # bash, run once a connection; jobs have what it exports
+    workdir: str = ''               # the folder of jobs on it; ~/.ssh_scheduler by default
+    setup: str = ''                 # bash, run once per connection; jobs get its exports
     env: tuple = ()                 # pairs (name, value)
-    wrap: str = ''                  # words of bash before those of each job; see check_wrap
+    wrap: str = ''                  # words of bash put before each job; see check_wrap
     gpus: Optional[tuple] = None    # the indices that may be used; None: all
     max_jobs: Optional[int] = None
-    engine: str = ''                # of a cluster, whose login node this is: slurm
-    engine_options: tuple = ()      # words for it
+    engine: str = ''                # slurm, if the machine is the login node of a cluster
+    engine_options: tuple = ()      # words for the engine's command
     gpu_types: Optional[tuple] = None       # pairs (MB of one, name), the smallest first
-    node_folder: str = ''           # where a node has the folders of jobs; '' for the workdir
-    word: str = ''                  # of the command line; find_machine finds the machine by it
+    node_folder: str = ''           # for the folders of jobs on a node; '' for the workdir
+    word: str = ''                  # from the command line: find_machine finds this machine by it
 
     @property
     def address(self):
-        """The account, as the journal names it: user@host:port and the way there; or localhost."""
+        """The account, as the journal has it: user@host:port with jumps and proxy; or localhost."""
         user = f'{self.username}@' if self.username else ''
         port = f':{self.port}' if self.port else ''
         way = f' via {self.proxy_jump}' if self.proxy_jump else ''
@@ -656,7 +656,7 @@ class Machine(NamedTuple):
     def hops(self):
         """The jump hosts, the first one first: (user, host, port); user and port may be ''.
 
-        Empty where ssh jumps over none, or where ssh has to report their errors.
+        Empty if there are none, or if one cannot be parsed: then ssh reports the error.
         """
         matches = [JUMP.fullmatch(part) for part in self.jump.split(',')]
         if not all(matches) or self.jump.lower() == 'none':
@@ -666,32 +666,32 @@ class Machine(NamedTuple):
 
 class Gpu(NamedTuple):
     """One GPU as a probe found it.  utilization is the share of its time that is used, 0 to 1."""
-    index: int                      # nvidia-smi's, which is the order of the PCI bus
+    index: int                      # as in nvidia-smi, in the order of the PCI bus
     memory_mb: int                  # free
     utilization: float = 0.0
     total_memory_mb: int = 0
     uuid: str = ''
     name: str = ''
-    others: int = 0                 # processes on it that are not of this batch
-    users: tuple = ()               # the owners of those
+    others: int = 0                 # processes on it that do not belong to this batch
+    users: tuple = ()               # the owners of those processes
     batch_jobs: int = 0             # jobs of other batches that were placed on it
     reserved: bool = False          # one of those jobs has the GPU to itself
-    exclusive: bool = False         # it takes one process only (compute mode Exclusive_Process)
-    unified: bool = False           # its memory is the machine's
+    exclusive: bool = False         # one process at a time (compute mode Exclusive_Process)
+    unified: bool = False           # it shares the memory of the machine
 
 
 class Queue(NamedTuple):
-    """How the engine of a cluster takes jobs."""
+    """Which jobs the engine of a cluster accepts, and its state."""
     engine: str                     # its name and version
-    max_jobs: int                   # of this batch that may be in its queue
+    max_jobs: int                   # the most jobs of this batch in its queue
     gpu_types: Optional[tuple] = None       # as in Machine
-    refusals: tuple = ()            # pairs (what jobs need, as `cluster_need` has it; why not)
-    partitions: tuple = ()          # what it says of each: see Partition
-    own_jobs: tuple = (0, 0)        # of this account: they run; they wait
+    refusals: tuple = ()            # pairs (result of `cluster_need`, why it refuses such jobs)
+    partitions: tuple = ()          # Partition records
+    own_jobs: tuple = (0, 0)        # of this account: (running, waiting)
 
 
 class Partition(NamedTuple):
-    """Some of the nodes of a cluster that are in one state."""
+    """The nodes of one partition of a cluster that are in one state."""
     name: str
     is_up: bool
     nodes: int
@@ -702,11 +702,11 @@ class Partition(NamedTuple):
 
 
 class Capacity(NamedTuple):
-    """A machine's resources: in all, and free if no job of this batch ran there.
+    """A machine's resources: the totals, and what would be free without jobs of this batch.
 
-    Each probe adds to the free resources the use by own jobs, up to what they requested, and
-    subtracts what other batches need; MachineResources subtracts what it promised to our jobs.  So
-    room in the books is room in the latest probe, and nothing is counted twice.
+    A probe takes the free resources, adds the use by this batch's jobs, up to what they requested,
+    and subtracts what other batches need.  MachineResources subtracts what it promised to this
+    batch's jobs.  So nothing is counted twice.
     """
     cores: float
     memory_mb: int
@@ -714,13 +714,13 @@ class Capacity(NamedTuple):
     total_cores: float = 0.0
     total_memory_mb: int = 0
     max_jobs: Optional[int] = None
-    gpu_trouble: str = ''           # why no GPU is known; '' where any is
+    gpu_trouble: str = ''           # why no GPU is known; '' if one is
     lost_gpus: str = ''             # why further GPUs cannot be used
     batch_jobs: int = 0             # jobs of other batches on the machine
-    batch_users: tuple = ()         # who runs these, once for each job; '' is the login's own user
+    batch_users: tuple = ()         # the users of those jobs, one per job; '' is the account's own
     reserved: bool = False          # one of those jobs has the machine to itself
-    limits: tuple = ()              # of all batches together, as the request "limits" has them
-    queue: Optional[Queue] = None   # of a cluster, whose engine alone knows the free resources
+    limits: tuple = ()              # for all batches together, as in the request "limits"
+    queue: Optional[Queue] = None   # of a cluster: only its engine knows the free resources
 
 
 class Allocation(NamedTuple):
@@ -735,7 +735,7 @@ class Allocation(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """The resources that a job got, a token to be given back once.  gpus: their indices."""
+    """The resources that a job got: a token to give back once.  gpus: their indices."""
     number: int
     allocation: Allocation
     gpus: tuple
@@ -753,7 +753,7 @@ class Forwards(NamedTuple):
     copy: tuple = ('.',)
     link: tuple = ()
     exclude: tuple = ()
-    edition: int = 0                # lines that are added to a running batch have later ones
+    edition: int = 0                # higher for lines that were added to a running batch
 
 
 class Job(NamedTuple):
@@ -772,14 +772,14 @@ class Job(NamedTuple):
 
     @property
     def may_start(self):
-        """Tell whether it may be started; else an earlier run has, and it is only collected."""
+        """Tell whether the job may start; else an earlier run started it: only collect it."""
         return self.forwards is not None
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and the resources that it used; None is unknown, a peak the most seen.
+    """How a job ended, and what it used; None is unknown, a peak is the most that was seen.
 
-    started: the time (of this computer, since the epoch) when its start was sent
+    started: when the client sent its start, in seconds since 1970 by this computer's clock
     """
     name: str
     machine: str
@@ -797,84 +797,84 @@ class JobResult(NamedTuple):
 class State(NamedTuple):
     """One state of an attempt."""
     then: tuple                     # the states that may follow
-    written: str = ''               # the journal's event of it, before anybody hears of it
-    holds: bool = False             # the attempt holds its room on the machine
+    written: str = ''               # the event that the journal gets first
+    holds: bool = False             # the attempt occupies its room on the machine
 
 
-# A machine may say any of these, at any time, of an attempt that it was sent.
+# A machine may report any of these, at any time, for an attempt that was sent to it.
 SAID_OF_FAILURE = ('refused', 'held', 'absent', 'lost', 'preempted')
 
 LIFE = {
-    'waiting':    State(('placed',)),           # inside Run.start only: who waits has no Attempt
+    'waiting':    State(('placed',)),           # inside Run.start only: a waiting job has none
     'placed':     State(('claimed', 'returned'), holds=True),   # its files are on their way
     'claimed':    State(('queued', 'running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE),
                         'claimed', holds=True),
     'queued':     State(('queued', 'running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE),
-                        'queued', holds=True),      # a cluster has it in its queue
+                        'queued', holds=True),      # it is in the queue of a cluster
     'running':    State(('ended', 'stopping', 'abandoned', *SAID_OF_FAILURE), holds=True),
     'ended':      State(('collected', 'kept'), 'ended'),        # its exit status is known
     'collected':  State((), 'collected'),       # its results lie in job_results
-    'incomplete': State(('collected', 'unfetched')),    # it was collected but for some paths
+    'incomplete': State(('collected', 'unfetched')),    # collected, except for some paths
     'unfetched':  State(()),                    # those paths stay on the machine
-    'kept':       State(('cancelled', 'dropped')),      # its results stay there for the next run
+    'kept':       State(('cancelled', 'dropped')),      # the next run fetches its results
 
     'returned':   State(()),                    # its start was never sent
     'refused':    State(('cancelled',), 'lost'),        # the machine could not start it
     'held':       State(('cancelled',), 'lost'),        # another batch took its room first
     'absent':     State(('cancelled',), 'lost'),        # its start never arrived, for certain
-    'lost':       State(('cancelled',), 'lost'),        # it is gone, for certain, without a result
-    'preempted':  State(('cancelled',), 'lost'),        # the same, and nobody failed
+    'lost':       State(('cancelled',), 'lost'),        # it is gone for certain, without a result
+    'preempted':  State(('cancelled',), 'lost'),        # the same, by no fault of job or machine
     'abandoned':  State((), 'lost'),            # there was no contact for too long (--lost-after)
 
     'stopping':   State(('stopped', 'dropped', 'abandoned', *SAID_OF_FAILURE), 'stopping',
-                        holds=True),            # told to end
-    'stopped':    State(('cancelled', 'dropped', 'kept')),      # it has ended, since it was told to
-    'cancelled':  State((), 'cancelled'),       # what it left is set aside
-    'dropped':    State((), 'cancelled'),       # told to end, and nobody waits: it may run on
+                        holds=True),            # it was told to stop
+    'stopped':    State(('cancelled', 'dropped', 'kept')),      # it stopped, as it was told to
+    'cancelled':  State((), 'cancelled'),       # its partial results are set aside
+    'dropped':    State((), 'cancelled'),       # told to stop, unconfirmed: it may still run
 }
-UNSEEN = ('claimed', 'queued', 'running')   # it runs or will, as far as is known: nobody ended it
-ALIVE = (*UNSEEN, 'stopping')       # at contact its machine is asked about it
-UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still come
+UNSEEN = ('claimed', 'queued', 'running')   # it runs or will run, as far as is known
+ALIVE = (*UNSEEN, 'stopping')       # at contact the client asks its machine about it
+UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still arrive
 ARRIVING = ('ended', 'stopped', 'incomplete')       # its results are on their way
 HOLDING = tuple(word for word, state in LIFE.items() if state.holds)
-AWAITED = (*HOLDING, *ARRIVING)     # something is still to come of it
+AWAITED = (*HOLDING, *ARRIVING)     # its end or its results are still to come
 FORGOTTEN = ('collected', 'unfetched', 'returned', 'refused', 'held', 'absent', 'lost',
              'preempted', 'abandoned')
 
 
-TAIL_BYTES = 400            # of an output that are kept, for its last line
+TAIL_BYTES = 400            # kept from the end of an output, for its last line
 
 
 class Stream:
     """One output of an attempt, stdout or stderr: its first `here` bytes have arrived.
 
-    Whoever brings bytes (a look, a follower, the event of the end, a copy) says from which byte on;
-    bytes that arrived before are passed over.  So it does not matter who comes first.
+    Bytes come from a look, a follower, the event of the end or a copy, each with its offset; bytes
+    that arrived before are skipped.  So the order of these sources does not matter.
 
-    store: a function that adds bytes to job_results and tells whether it could, or None
-    show: a function that is called with the bytes as they come, or None
+    store: a function that appends bytes to job_results and returns whether it succeeded, or None
+    show: a function that is called with the bytes as they arrive, or None
     """
 
     def __init__(self, store=None, show=None):
         self.here = 0
         self.size = None                    # of the whole stream, once the job has ended
-        self.content = None                 # the whole stream, if it came with the end
-        self.stored = True                  # all that is here was stored, too
-        self.tail, self.moved = b'', 0.0    # the last bytes that came, and when (time.monotonic)
+        self.content = None                 # the whole stream, if the event of the end had it
+        self.stored = True                  # all bytes that arrived are stored, too
+        self.tail, self.moved = b'', 0.0    # the last bytes, and when they came (time.monotonic)
         self._store, self._show = store, show
 
     @property
     def shown(self):
-        """Tell whether its bytes are passed on as they come."""
+        """Tell whether its bytes are passed on as they arrive."""
         return self._show is not None
 
     @property
     def whole(self):
-        """Tell whether all of it is here."""
+        """Tell whether the whole stream has arrived."""
         return self.content is not None or self.here == self.size
 
     def bring(self, offset, data):
-        """Take the bytes from `offset` on, as far as they are new."""
+        """Take bytes that begin at `offset`, as far as they are new."""
         new = data[self.here - offset:] if offset <= self.here else b''
         if not new:
             return
@@ -887,16 +887,16 @@ class Stream:
         elif self.stored:
             self.here += len(new)
         else:
-            self.stored = True              # these bytes are brought again
+            self.stored = True              # `here` did not move: these bytes come again
 
     def complete(self, content, size):
-        """Note the size, once the job has ended; content: all bytes, None if they come apart."""
+        """Note the size, once the job has ended; content: all bytes, None if they come later."""
         self.content, self.size = content, size
         if content is not None:
             self.show_rest([content[self.here:]])
 
     def show_rest(self, pieces):
-        """Pass on the bytes that had not come, which are stored already."""
+        """Pass on the bytes that did not arrive before; they are stored already."""
         for data in pieces if self._show else ():
             self.here += len(data)
             self._show(data)
@@ -904,20 +904,20 @@ class Stream:
 
 class How(NamedTuple):
     """How an attempt is run, beside its command."""
-    mode: str = ''                  # stdin: its input is what comes from `source`; tty: a terminal
+    mode: str = ''                  # stdin: its input comes from `source`; tty: from a terminal
     source: Optional[int] = None    # a file descriptor of this process
     timeout_s: Optional[float] = None
-    keep: bool = True               # its streams are put into job_results
-    show: Optional[object] = None   # called with ('out' or 'err', bytes) as they come
+    keep: bool = True               # store its streams in job_results
+    show: Optional[object] = None   # called with ('out' or 'err', bytes) as they arrive
 
 
 class Place(NamedTuple):
     """The place of an attempt in the queue of a cluster."""
-    number: str                     # that the engine gave it
-    why: str = ''                   # it does not run yet, in words; '' where that is not known
+    number: str                     # as the engine gave it
+    why: str = ''                   # why it does not run yet, in words; '' if unknown
     start: Optional[int] = None     # when the engine expects to start it, in seconds since 1970
-    moves_to: Optional[object] = None       # it is asked back, for this machine
-    is_told: bool = False           # people were told
+    moves_to: Optional[object] = None       # it is withdrawn, to run on this machine
+    is_told: bool = False           # the view has shown it
 
 
 class Attempt:
@@ -925,15 +925,15 @@ class Attempt:
 
     def __init__(self, job, machine, key, record, how=None):
         self.job, self.machine, self.how = job, machine, how or How()
-        self.key = key                      # the name of its folder there
-        self.record = record                # of its claim, as the journal has it or will have it
+        self.key = key                      # the name of its folder on the machine
+        self.record = record                # its claim, as the journal has or will have it
         self.state, self.why = 'waiting', ''
-        self.placement = None               # what it holds, of MachineResources
-        self.stage = None                   # its files; None if an earlier run has started it
+        self.placement = None               # the room that it holds, from MachineResources
+        self.stage = None                   # its Stage; None if an earlier run started it
         self.streams = {}                   # 'out', 'err' -> Stream
-        self.peaks_mb = [None, None]        # the memory that was seen in use, and that of its GPUs
+        self.peaks_mb = [None, None]        # the most memory seen in use: its own, on its GPUs
         self.result = None                  # a JobResult, once it has ended
-        self.leavings = None                # Leavings: what it left there, once that is known
+        self.leavings = None                # Leavings: what it left on the machine, once known
         self.place = None                   # its Place in the queue of a cluster
 
     @property
@@ -953,16 +953,16 @@ class Attempt:
 
     @property
     def is_heard(self):
-        """Tell whether all of its output is here."""
+        """Tell whether all of its output has arrived."""
         return all(stream.whole for stream in self.streams.values())
 
 
 class Lives:
     """All attempts of this run, by machine and state.
 
-    Only `move` changes a state; `restore` sets the first one of an attempt of an earlier run.
+    Only `move` changes a state; `restore` sets the first state of an attempt of an earlier run.
 
-    changed(attempt, before) is called after each change; before: the state that it was in.
+    changed(attempt, before) is called after each change; before: the former state.
     """
 
     def __init__(self, journal, changed):
@@ -992,18 +992,18 @@ class Lives:
         return None
 
     def restore(self, attempt, state):
-        """Take up an attempt of an earlier run, in the state that the journal has."""
+        """Add an attempt of an earlier run, in the state that the journal has."""
         attempt.state = state
         self._attempts[attempt.machine, state][attempt.key] = attempt
 
     def rebind(self, attempt, machine):
-        """The attempt is found by another name of the same account."""
+        """Give the attempt to another worker, whose machine is the same account."""
         self._attempts[attempt.machine, attempt.state].pop(attempt.key)
         attempt.machine = machine
         self._attempts[machine, attempt.state][attempt.key] = attempt
 
     def move(self, attempt, state, why='', /, **facts):
-        """Put the attempt into this state; the journal has it, with the facts, before anybody.
+        """Put the attempt into this state; first write it, with the facts, to the journal.
 
         The facts may have the names of the parameters, such as attempt=2.
         """
@@ -1012,7 +1012,7 @@ class Lives:
         if LIFE[state].written:
             self._journal.write(event=LIFE[state].written, job=attempt.name, **facts)
         self._attempts[attempt.machine, before].pop(attempt.key, None)
-        if state not in FORGOTTEN:          # nobody asks for them
+        if state not in FORGOTTEN:          # nothing looks these up
             self._attempts[attempt.machine, state][attempt.key] = attempt
         attempt.state, attempt.why = state, why
         self._changed(attempt, before)
@@ -1023,13 +1023,13 @@ class Record(collections.abc.MutableMapping):
 
     There may be 50,000, so it takes a fifth of the memory of a dict with strings of its own.
 
-    state: the last event that tells how far the job is; again: its results were put aside, and lie
-    under the name `aside`; earlier: this record is of such results
-    resumed: it was not collected when this run began
-    kept, inode: see ResultStore.commit; of a collected job only whether it had a folder
-    cancelling: somebody asked to cancel this attempt; stopping: it was told to end
+    state: the last event about the job's progress.  again: its results were put aside under the
+    name `aside`; earlier: this record describes such results
+    resumed: the job was not collected when this run began
+    kept, inode: see ResultStore.commit; inode of a collected job: only whether it had a folder
+    cancelling: somebody asked to cancel this attempt; stopping: it was told to stop
     queued: its place in the queue of a cluster, [number, why, start], until it runs there
-    here: which of its results there are, see Presence
+    here: which of its results are in job_results, see Presence
     time, ended_at, wall_s: when it was claimed and ended, in seconds since 1970, and how long it
     took.  Journal.peek(times=True) keeps them; a run forgets them.
     """
@@ -1080,7 +1080,7 @@ def as_json(value):
 
 
 def unwritable(path, error):
-    """Return the exception that says that something cannot be written before a job starts."""
+    """Return the exception for a file that must be written before a job starts, and cannot."""
     return ResultsError(f'{path} cannot be written: {reason_of(error)}. Running jobs keep '
                         'running; the '
                         'same command collects them.')
@@ -1090,17 +1090,17 @@ JOURNAL_VERSION = 2         # docs/results.md, "The journal"
 
 
 class Journal:
-    """The events of the jobs of a job_results: a JSON object a line.  Each event is written before
-    anything follows from it.
+    """The events of the jobs of a job_results, one JSON object per line.  The client writes each
+    event before it acts on it.
 
     jobs: name of a job -> its Record
     answered: the ids of requests that were acted on, see Inbox
-    unwanted: name of a job that was cancelled -> process id of the client that does not start it
+    unwanted: name of a cancelled job -> process id of the client that must not start it
     machines: address -> facts of the machine: kernel, driver, python, cores, memory_mb, gpus
     preface: events that are written before the next claim, if there is one
-    identity: 8 random hex digits of this journal, which its first line tells.  The files of a job
-    on a machine have them in their names.  So a job that another journal started, such as that of a
-    job_results which was removed, is never taken for a job of this one.
+    identity: 8 random hex digits in the first line of this journal, and in the names of the files
+    of its jobs on a machine.  So a job of another journal, such as that of a job_results that was
+    removed, is never mistaken for a job of this one.
     """
 
     def __init__(self, path):
@@ -1108,15 +1108,15 @@ class Journal:
         self.jobs, self.answered, self.unwanted = {}, set(), {}
         self.machines, self.preface = {}, []
         self.identity, self._noted_identity = '', False
-        self._remains = {}              # machine -> {key: state} of which folders are there
+        self._remains = {}              # machine -> {key: state} of folders that may be on it
         self._fd = None
-        self._lines = self._bytes = 0   # of the file, that were read
+        self._lines = self._bytes = 0   # of the file, read so far
         self._unsynced = self._keeps_times = False
 
     # Reading and writing it
 
     def open(self):
-        """Read what earlier runs did, and be ready to add to it.  Raises OSError."""
+        """Read what earlier runs did, and keep the file open for writing.  Raises OSError."""
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._read()
         self._noted_identity = bool(self.identity)
@@ -1151,7 +1151,7 @@ class Journal:
         return self._fd is not None and not os.fstat(self._fd).st_size
 
     def write(self, **event):
-        """Add an event.  Before an act that cannot be undone the caller waits for `sync`, too."""
+        """Add an event.  Before an act that cannot be undone the caller calls `sync`, too."""
         if self.preface and event['event'] == 'claimed':
             preface, self.preface = self.preface, []
             for before in preface:
@@ -1164,7 +1164,7 @@ class Journal:
                             'version': JOURNAL_VERSION}) + line
         try:
             written = os.write(self._fd, line)
-            if written < len(line):     # the disk is full; what follows must not be glued to it
+            if written < len(line):     # disk full: a part of a line would spoil the next
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -1173,9 +1173,9 @@ class Journal:
         self._apply(event)
 
     def sync(self, results=False):
-        """Have all events on the disk, even if the power fails; with results: the results, too.
+        """Write all events to the disk, against a power failure; with results: the results, too.
 
-        A start, and the removal of results from a machine, cannot be taken back: they wait for it.
+        Callers do so before a start, and before they delete results on a machine.
         """
         try:
             if results:
@@ -1187,7 +1187,7 @@ class Journal:
         self._unsynced = False
 
     def check(self):
-        """Raise if the file is not in its place any more: then nobody would find what follows."""
+        """Raise if the file was moved or deleted: the next run would not find new events."""
         try:
             in_place = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
         except OSError:
@@ -1200,7 +1200,7 @@ class Journal:
                                '--earlier=show --machines …')
 
     def _read(self, cut=True):
-        """Learn what earlier runs did.  A last line without an end was never acted upon: cut it."""
+        """Apply all new lines.  No client acted on a last line without an end of line: cut it."""
         decode = json.JSONDecoder().raw_decode      # json.loads would take three times as long
         is_first = not self._lines
         with open(self._fd, 'rb', closefd=False) as file:
@@ -1226,7 +1226,7 @@ class Journal:
             record.resumed = record.state not in ('collected', 'earlier')
 
     def _apply(self, event):
-        """Have the records tell what the event says."""
+        """Update the records by an event."""
         word = sys.intern(event['event'])
         if word == 'journal':
             self.identity = event['identity']
@@ -1239,7 +1239,7 @@ class Journal:
         elif word == 'machine':
             self.machines[event['machine']] = event['facts']
         elif word == 'begun':
-            pass                            # for those who read when jobs began to wait
+            pass                            # only for programs that read when jobs began to wait
         elif word == 'unwanted':
             self.unwanted.update(dict.fromkeys(event['jobs'], event['client']))
         elif word == 'wanted':
@@ -1255,26 +1255,26 @@ class Journal:
         elif word == 'queued':
             self.jobs[event['job']].queued = [event.get(fact) for fact in (
                 'number', 'why', 'start')]
-        elif word == 'running':             # since then, and not since its start was sent
+        elif word == 'running':             # the time counts from here, not from its claim
             record = self.jobs[event['job']]
             record.queued, record.time = None, event.get('time')
         else:
             record = self.jobs[event['job']]
             record.kept = event.get('kept') or None
-            if record.state != 'earlier':       # else a part came that could not be fetched before
+            if record.state != 'earlier':       # else a late part of its results came
                 record.state = word
             if word == 'ended':
                 record.exit_code = event['exit_code']
                 if self._keeps_times:
                     record.ended_at, record.wall_s = event.get('time'), event.get('wall_s')
             elif word == 'collected' and not self._keeps_times:
-                # which takes 3 MB from 50,000 records
+                # this saves 3 MB for 50,000 records
                 record.time, record.inode = None, record.get('inode') and True
             if word != 'ended' and not record.kept:
                 self._remains.setdefault(record.machine, {})[record.key] = word
 
     def _rename(self, name, kept):
-        """The results of a job are those of `kept` from now on; its next attempt is another one."""
+        """Give the record of a job's results the name `kept`, and the job a new record."""
         record = self.jobs[kept] = self.jobs[name]
         facts = {fact: value for fact, value in record.items() if fact in (
             'attempt', 'machine', 'key', 'command', 'where', 'own', 'backwards', 'batch')}
@@ -1286,11 +1286,11 @@ class Journal:
             raise KeyError(event)
         former = self.jobs.get(name, {})
         self.unwanted.pop(name, None)
-        if former.get('kept'):      # its results were deleted here, so these may go, too
+        if former.get('kept'):      # results were deleted here: delete the rest there, too
             self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
         record = self.jobs[name] = Record(event)
         record.state = 'claimed'
-        record.resumed = former.get('resumed')      # its streams here are an earlier run's
+        record.resumed = former.get('resumed')      # an earlier run wrote its streams here
         if 'key' not in event:
             record.key = self.key(name, event['attempt'])
 
@@ -1318,7 +1318,7 @@ class Journal:
     def new_attempt(self, job, worker, how, gpus, **noted):
         """Return the next Attempt of a job on a machine.
 
-        gpus: the value of CUDA_VISIBLE_DEVICES, or None; noted: more that its record has
+        gpus: the value of CUDA_VISIBLE_DEVICES, or None; noted: further facts for its record
         """
         number = self.record(job.name).get('attempt', 0) + 1
         record = {'attempt': number, 'machine': worker.machine.address, 'gpus': gpus,
@@ -1326,17 +1326,17 @@ class Journal:
         return Attempt(job, worker, self.key(job.name, number), record, how)
 
     def note_machine(self, address, facts, since):
-        """Note the facts of a machine, unless they are known.  since: when they began to hold."""
+        """Note the facts of a machine, unless they are known.  since: when they became true."""
         if self.machines.get(address) != facts:
             self.write(event='machine', machine=address, facts=facts, time=round(since, 3))
 
     def may_have_streams(self, name):
-        """Tell whether an earlier attempt, or a run before, may have written the job's streams."""
+        """Tell whether an earlier attempt or an earlier run may have written the job's streams."""
         record = self.record(name)
         return record.get('attempt', 1) > 1 or bool(record.get('resumed'))
 
     def remains(self, machine):
-        """Return (keys, keys) of folders that may lie on the machine and are of no use any more:
+        """Return the keys of folders that may be on the machine and are useless, as two lists:
 
         those of collected jobs, and those of jobs that may even run (lost, cancelled).
         """
@@ -1345,13 +1345,13 @@ class Journal:
                 [key for key, state in found.items() if state != 'collected'])
 
     def tidied(self, machine):
-        """Note that no such folder lies on the machine any more."""
+        """Note that no such folder is on the machine any more."""
         if self._remains.get(machine):
             self.write(event='tidied', machine=machine)
 
 
 def sync_file_system(fd):
-    """Write to the disk what lies in the file system of this file: one call for many files."""
+    """Write the whole file system of this file to the disk: one call for many files."""
     syncfs = getattr(c_library(), 'syncfs', None)
     if syncfs is None:              # only Linux has it
         os.sync()
@@ -1390,7 +1390,7 @@ class GpuUse:
 
 
 class MachineResources:
-    """The books of one machine: they alone know its free and its promised resources.
+    """The books of one machine: the only record of its free and its promised resources.
 
     available_resources: a Capacity, or anything with its fields.
     score(allocation)       how well it fits: a float, more is better; -inf where it does not fit
@@ -1399,14 +1399,14 @@ class MachineResources:
     update(available_resources)     the machine has more or less now; placements stay
 
     Memory of the machine and of its GPUs is never promised beyond what was free.  Processor time
-    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  So that work never stops,
-    a machine on which none of our jobs runs takes one, however busy its processors are.
+    may be promised CORES_OVERLOAD times, a GPU's GPU_OVERLOAD times.  A machine without a job of
+    this batch takes one however busy its processors are, so that work never stops.
     """
 
     def __init__(self, available_resources):
         self._placements = {}
         self._number = 0
-        self._cores = 0                             # thousandths that are promised
+        self._cores = 0                             # promised thousandths
         self._memory_mb = 0                         # promised, apart from memory of GPUs
         self._reserved = 0                          # placements that have the machine to themselves
         self._gpus = collections.defaultdict(GpuUse)        # by index
@@ -1427,10 +1427,10 @@ class MachineResources:
         return len(self._placements)
 
     def score(self, allocation):
-        """Return the share that stays free of the resource that gets scarcest.
+        """Return the share of the scarcest resource that would stay free.
 
-        A machine with GPUs scores less for a job without, so that GPUs last for others.  It scores
-        least of all where the job would get a GPU that somebody else uses, too.
+        A machine with GPUs scores less for a job without GPUs, so that its GPUs stay free for other
+        jobs.  It scores least if the job would get a GPU that other people's processes use.
         """
         if self.short_of(allocation):
             return NO_ROOM
@@ -1457,7 +1457,7 @@ class MachineResources:
             gpu.index for gpu in self._gpus_for(allocation))))
 
     def take(self, allocation, gpus):
-        """Take the resources of a job that runs there, on these GPUs, whether they fit or not."""
+        """Take the resources, on these GPUs, without a check: the job may run there already."""
         self._number += 1
         placement = Placement(self._number, allocation, gpus)
         self._placements[self._number] = placement
@@ -1484,7 +1484,7 @@ class MachineResources:
             use.reserved += sign * wanted.reserve_gpu
 
     def short_of(self, allocation):
-        """Return the word for the lack: jobs, machine, memory, cores, gpu; '' if it fits."""
+        """Return what is short: jobs, machine, memory, cores, gpu; '' if it fits."""
         have, jobs = self.available, len(self._placements)
         if have.max_jobs is not None and jobs >= have.max_jobs:
             return 'jobs'
@@ -1522,7 +1522,7 @@ class MachineResources:
         if len(fitting) < allocation.gpus:
             return []
         chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
-        if self._unified:       # the memory of those is the machine's
+        if self._unified:       # these share the memory of the machine
             shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
             if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
                 return []
@@ -1581,10 +1581,10 @@ class MachineResources:
         return self.why_not(allocation) + (f', {own}' if short and self.jobs else '')
 
 
-SPARE_PENDING = 5           # jobs that may wait in a queue beyond those that started lately
+SPARE_PENDING = 5           # jobs that may wait in a queue, plus one for each that started lately
 LATELY_S = 600.0
-GROWTH, GROWTH_S = 10, 5.0  # jobs by which a queue may grow, and in how many seconds: two a second
-FULL_S = 30.0               # before a queue that is full is asked again, if no job of ours ends
+GROWTH, GROWTH_S = 10, 5.0  # a queue may grow by this many jobs in this time: two a second
+FULL_S = 30.0               # before a full queue is tried again, if no job of this batch ends
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
 
@@ -1599,11 +1599,11 @@ class ClusterResources(MachineResources):
         self._begun = set()                 # numbers of the placements whose jobs run
         self._starts = collections.deque()  # when jobs began, in the last LATELY_S
         self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
-        self._full_until = -math.inf        # the engine has just refused to take one more
+        self._full_until = -math.inf        # after a refusal, when to try the engine again
         super().__init__(available_resources)
 
     def began(self, placement):
-        """Note that a job has begun, which was in the queue."""
+        """Note that a job in the queue has begun to run."""
         if placement.number not in self._begun:
             self._begun.add(placement.number)
             self._starts.append(self._clock())
@@ -1614,7 +1614,7 @@ class ClusterResources(MachineResources):
         return super().take(allocation, ())
 
     def deallocate(self, placement):
-        """Give back a placement; another job may have its place at once."""
+        """Give back a placement; another job may take its place at once."""
         super().deallocate(placement)
         self._begun.discard(placement.number)
         self._full_until = -math.inf
@@ -1622,14 +1622,14 @@ class ClusterResources(MachineResources):
             self._joined.popleft()
 
     def note_full(self):
-        """Note that the engine takes no more jobs before one of these has ended.
+        """Note that the engine takes no more jobs until one of this batch has ended.
 
-        Those of others may count, too: so it is asked again in FULL_S.
+        Jobs of others may count, too, so try again in FULL_S.
         """
         self._full_until = self._clock() + FULL_S
 
     def score(self, allocation):
-        """Return less than any other machine with room has; the emptier queue is better."""
+        """Return less than any machine with room scores; an emptier queue is better."""
         if self.short_of(allocation):
             return NO_ROOM
         return LAST_RESORT - self.jobs / self.available.queue.max_jobs
@@ -1687,7 +1687,7 @@ class ClusterResources(MachineResources):
 
 
 def gpu_type_for(allocation, gpu_types):
-    """Return the type of GPU that a cluster gives to a job: '' for any, None where none will do.
+    """Return the type of GPU that a cluster gives to a job: '' for any, None if none suffices.
 
     gpu_types: as in Machine
     """
@@ -1697,7 +1697,7 @@ def gpu_type_for(allocation, gpu_types):
 
 
 def cluster_need(allocation, gpu_types):
-    """Return what an allocation needs as an engine is asked: CORES MB RESERVE GPUS TYPE."""
+    """Return what an allocation needs, in the form for engines: CORES MB RESERVE GPUS TYPE."""
     return (f'{max(math.ceil(allocation.cores), 1)} {allocation.memory_mb} '
             f'{int(allocation.reserve)} {allocation.gpus} '
             f'{gpu_type_for(allocation, gpu_types) or ""}').rstrip()
@@ -1718,9 +1718,9 @@ def as_record(kind, value):
 def idle(capacity):
     """Return the Capacity that the machine would have if nobody used it.
 
-    It decides which jobs are impossible there: what is free does not, since others may go.
-    The driver keeps a part of a GPU's memory; where no more than 10 % is taken, all the rest is
-    free for jobs.
+    It decides which jobs are impossible there; what is free now does not, since other people's
+    programs may end.  If less than 10 % of a GPU's memory is taken, the driver keeps that part, so
+    it stays subtracted.
     """
     gpus = tuple(gpu._replace(
         memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
@@ -1770,7 +1770,7 @@ def name_gpu(allocation):
 
 
 def describe_briefly(allocation):
-    """Return what a job waits for first of all, for a table: 'a GPU of its own'."""
+    """Return the main thing that a job waits for, for a table: 'a GPU of its own'."""
     if allocation.reserve:
         return 'a machine of its own'
     if allocation.gpus:
