@@ -101,7 +101,7 @@ import time
 from typing import NamedTuple, Optional
 
 __version__ = '0.2.0'
-LINUX = sys.platform == 'linux'     # only there can jobs run on this computer; WSL counts
+LINUX = sys.platform == 'linux'     # then jobs can run here, too; WSL counts as Linux
 
 
 # ---- Usage: these texts are what docopt parses, and where every default stands ----
@@ -509,7 +509,7 @@ class Unreachable(SchedulerError):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+    """Return ' (did you mean X?)' with the known words that this one may mean, or ''.
 
     The word may be the beginning of a known one, have typing errors, or name its parts in another
     order.
@@ -706,7 +706,7 @@ class Capacity(NamedTuple):
 
     A probe takes the free resources, adds the use by this batch's jobs, up to what they requested,
     and subtracts what other batches need.  MachineResources subtracts what it promised to this
-    batch's jobs.  So nothing is counted twice.
+    batch's jobs.  So room in the books is room in the latest probe, and nothing is counted twice.
     """
     cores: float
     memory_mb: int
@@ -797,7 +797,7 @@ class JobResult(NamedTuple):
 class State(NamedTuple):
     """One state of an attempt."""
     then: tuple                     # the states that may follow
-    written: str = ''               # the event that the journal gets first
+    written: str = ''               # its event, which the journal gets first
     holds: bool = False             # the attempt occupies its room on the machine
 
 
@@ -805,7 +805,7 @@ class State(NamedTuple):
 SAID_OF_FAILURE = ('refused', 'held', 'absent', 'lost', 'preempted')
 
 LIFE = {
-    'waiting':    State(('placed',)),           # inside Run.start only: a waiting job has none
+    'waiting':    State(('placed',)),           # in Run.start only: a waiting job has no Attempt
     'placed':     State(('claimed', 'returned'), holds=True),   # its files are on their way
     'claimed':    State(('queued', 'running', 'ended', 'stopping', 'abandoned', *SAID_OF_FAILURE),
                         'claimed', holds=True),
@@ -832,7 +832,7 @@ LIFE = {
     'cancelled':  State((), 'cancelled'),       # its partial results are set aside
     'dropped':    State((), 'cancelled'),       # told to stop, unconfirmed: it may still run
 }
-UNSEEN = ('claimed', 'queued', 'running')   # it runs or will run, as far as is known
+UNSEEN = ('claimed', 'queued', 'running')   # as far as is known it runs or will: nobody stopped it
 ALIVE = (*UNSEEN, 'stopping')       # at contact the client asks its machine about it
 UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still arrive
 ARRIVING = ('ended', 'stopped', 'incomplete')       # its results are on their way
@@ -931,7 +931,7 @@ class Attempt:
         self.placement = None               # the room that it holds, from MachineResources
         self.stage = None                   # its Stage; None if an earlier run started it
         self.streams = {}                   # 'out', 'err' -> Stream
-        self.peaks_mb = [None, None]        # the most memory seen in use: its own, on its GPUs
+        self.peaks_mb = [None, None]        # most memory seen in use: [by the job, on its GPUs]
         self.result = None                  # a JobResult, once it has ended
         self.leavings = None                # Leavings: what it left on the machine, once known
         self.place = None                   # its Place in the queue of a cluster
@@ -1790,32 +1790,32 @@ def gpus_of(text):
 
 
 class Hold(NamedTuple):
-    """A machine that is kept for a job: others start there only beside it."""
+    """A machine that is kept for a job: others start there only if they fit beside it."""
     allocation: Allocation          # what the job needs
     machine: object
-    after: MachineResources         # the machine with that job, once what runs there now has ended
+    after: MachineResources         # its books with that job, once all present jobs have ended
     beside: dict                    # number of a Placement -> its Placement in `after`
 
 
-CLUSTER_AFTER_S = 30.0      # that a job waits for a machine before a cluster gets it
+CLUSTER_AFTER_S = 30.0      # a job waits this long for a machine before a cluster gets it
 
 
 class Scheduler:
     """Owns the waiting jobs and the free resources.  Machines are any hashable things.
 
     Jobs start in the order of their lines, but a job that finds room passes those that do not: no
-    machine idles while a waiting job fits it.  A job that was passed PATIENCE times gets a machine
-    on which it fits held: from then on only what fits beside it starts there.
+    machine idles while a waiting job fits it.  When a job was passed PATIENCE times, the scheduler
+    holds a machine on which it fits: from then on only jobs that fit beside it start there.
 
-    Jobs that need the same wait in one queue.  For each such kind there is a heap of the machines
-    by score.  Its entries may be too good, as scores fall with each job that is placed, and are
-    looked at again when they come up; where a score may have risen, the entry is replaced by one
-    that is better than any.  So placing a job costs about log(machines), however many wait.
+    Jobs with the same needs wait in one queue.  Each such kind has a heap of the machines by score.
+    A score falls with each placed job, so an entry may be too good: it is checked when it comes up.
+    Where a score may have risen, a new entry, better than any, replaces the old one.  So placing a
+    job costs about log(machines), however many jobs wait.
 
-    A cluster gets a job that no other machine can have, or that has waited for cluster_after_s.
+    A cluster gets a job that no other machine can take, or that has waited for cluster_after_s.
 
     clock: as time.monotonic
-    may_fit(allocation): tells whether some machine that is no cluster may have room for it later
+    may_fit(allocation): whether some machine that is no cluster may have room for it later
     """
 
     def __init__(self, cluster_after_s=CLUSTER_AFTER_S, clock=time.monotonic):
@@ -1872,7 +1872,7 @@ class Scheduler:
                 self._hold.after.deallocate(beside)
 
     def began(self, machine, placement):
-        """Note that a job runs which was in the queue of a cluster."""
+        """Note that a job in the queue of a cluster has begun to run."""
         if machine in self.resources:
             self.resources[machine].began(placement)
             self._risen(machine)
@@ -1888,7 +1888,7 @@ class Scheduler:
         return [machine for machine, own in self.resources.items() if own.available.queue]
 
     def wait_s(self):
-        """Return for how long nothing changes by time alone; None where nothing does."""
+        """Return the seconds until time alone may let a job start; None if it never does."""
         if not self._waiting or not self.clusters:
             return None
         now = self._clock()
@@ -1899,7 +1899,7 @@ class Scheduler:
     def room_beside_clusters(self, allocation, taken):
         """Return a machine that is no cluster and has room; None if there is none.
 
-        taken: machines that are not asked
+        taken: machines to leave out
         """
         scores = [(own.score(allocation), -self._places[machine], machine)
                   for machine, own in self.resources.items()
@@ -1925,12 +1925,12 @@ class Scheduler:
     # Jobs
 
     def add(self, job, first=False):
-        """Have the job wait behind its kind; first: at the place of its line."""
+        """Queue the job behind all of its kind; first: at the place of its line."""
         queue = self._waiting.setdefault(job.allocation, collections.deque())
         place = 0 if first else len(queue)
         while place < len(queue) and queue[place].line < job.line:
             place += 1
-        # What comes back must not hold up those behind it, which have waited for longer.
+        # A job that returns must not delay those behind it, which have waited for longer.
         self._since[job.name] = min(self._clock(), self._since[queue[place].name] if place < len(
             queue) else math.inf)
         queue.insert(place, job)
@@ -1957,7 +1957,7 @@ class Scheduler:
 
     @property
     def waits(self):
-        """How many jobs wait."""
+        """The number of jobs that wait."""
         return sum(map(len, self._waiting.values()))
 
     def kinds(self):
@@ -1968,9 +1968,9 @@ class Scheduler:
     def choose(self):
         """Take and place each job for which there is room; yield (job, machine, Placement)."""
         for machine in self.clusters:
-            self._risen(machine)            # time has passed
+            self._risen(machine)            # by the time that has passed
         held, begun = self._hold, False
-        while not begun or (held and self._hold is not held):   # what was held back may start now
+        while not begun or (held and self._hold is not held):   # a hold has ended
             held, begun = self._hold, True
             yield from self._choose()
 
@@ -2003,7 +2003,7 @@ class Scheduler:
             yield job, machine, placement
 
     def _best(self, allocation, job):
-        """Return the machine that has the best score for a job, None where none has room."""
+        """Return the machine that has the best score for a job, None if none has room."""
         heap, aside, best = self._heaps[allocation], [], None
         while heap:
             bound, place, version, machine = heap[0]
@@ -2025,7 +2025,7 @@ class Scheduler:
         return best
 
     def _is_too_soon(self, machine, job):
-        """Tell whether a job is to wait for other machines than this cluster."""
+        """Tell whether a job still has to wait for machines other than this cluster."""
         return bool(self.resources[machine].available.queue
                     and self._clock() < self._since[job.name] + self.cluster_after_s
                     and self.may_fit(job.allocation))
@@ -2037,7 +2037,7 @@ class Scheduler:
                     and hold.after.short_of(allocation))
 
     def _pass(self, allocation):
-        """A later job starts while the first of this kind waits."""
+        """Count the start of a later job while this kind waits; hold a machine at PATIENCE."""
         self._passed[allocation] += 1
         if self._passed[allocation] % PATIENCE or self._hold:
             return
@@ -2052,52 +2052,52 @@ class Scheduler:
 # ---- Run: the loop ----
 
 LATECOMER_S = 2.0           # the first machine that answers waits this long for the others
-INTERRUPT_S = 10.0          # for jobs to end that were told to
-LAST_WORDS_S = 5.0          # for the output of jobs that were told to end
+INTERRUPT_S = 10.0          # wait this long for jobs to stop
+LAST_WORDS_S = 5.0          # and this long for the rest of their output
 LIVE_S = 5.0                # between two looks at a machine while jobs wait
 REFRESH_S = 2.0             # between two looks at what running jobs write and use
-HASTY_S = 0.5               # the same at a cluster, where jobs began or ended lately
-CALM_S = 30.0               # between two looks while none waits, to see what jobs use
-ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; it doubles
-TROUBLES = 3                # jobs lost in a row after which a machine gets no more for a while
-PATIENT_TROUBLES = 6        # after this many, half an hour, nobody waits for that machine alone
+HASTY_S = 0.5               # the same at a cluster if jobs began or ended lately
+CALM_S = 30.0               # between two looks while no job waits, to see what jobs use
+ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; doubles each time
+TROUBLES = 3                # lost jobs in a row after which a machine gets no more for a while
+PATIENT_TROUBLES = 6        # after this many, half an hour, a run does not wait for it alone
 
 
 class Policy(NamedTuple):
     """The differences between the commands that run jobs."""
-    probes: bool = True             # the machines are asked what they have free
-    want_gpus: bool = False         # also of their GPUs
-    asks_late: bool = False         # jobs of an earlier run are asked about after Run.open only
+    probes: bool = True             # ask the machines for their free resources
+    want_gpus: bool = False         # and for their GPUs
+    asks_late: bool = False         # ask about jobs of an earlier run after Run.open only
     patient: bool = False           # a machine that cannot be reached is tried again later
-    forwards: Optional[Forwards] = None     # files that most jobs get: sent before there is room
-    retries: int = 1                # starts again of a job that its machine has lost
-    halt_after: Optional[int] = None        # failed jobs after which no more are started
-    lost_after_s: Optional[float] = None    # without contact, until jobs are started elsewhere
-    timeout_s: Optional[float] = None       # of each job; the machine ends it then
+    forwards: Optional[Forwards] = None     # files of most jobs: sent before there is room
+    retries: int = 1                # restarts of a job that its machine lost
+    halt_after: Optional[int] = None        # number of failed jobs after which none starts
+    lost_after_s: Optional[float] = None    # time without contact until jobs restart elsewhere
+    timeout_s: Optional[float] = None       # of each job; the machine stops it then
     machine_timeout_s: Optional[float] = None       # of each machine, from its login to its end
-    at_once: Optional[int] = None   # machines that are in use at a time; None: all
-    tied: bool = False              # the jobs end when we do
+    at_once: Optional[int] = None   # machines in use at a time; None: all
+    tied: bool = False              # the jobs stop when this client does
     interval_s: Optional[float] = None      # between two looks while jobs wait; None: LIVE_S
-    cluster_after_s: float = CLUSTER_AFTER_S        # that a job waits before a cluster gets it
-    wants_others: bool = False      # machines tell of jobs that other journals claimed
+    cluster_after_s: float = CLUSTER_AFTER_S        # before a cluster gets a job
+    wants_others: bool = False      # machines report jobs that other journals claimed
     how: How = How()
-    noted: Optional[dict] = None    # what the journal has of each claim besides
+    noted: Optional[dict] = None    # further facts for each claim in the journal
 
 
 class Standing:
-    """How one machine stands in a Run, beside its contact."""
+    """What a Run knows about one machine, beside its contact."""
 
     def __init__(self):
-        self.first = None           # its Capacity when it came
-        self.troubles = 0           # jobs, or logins, that it failed in a row
-        self.freed = False          # a job ended there, and none was placed since
-        self.is_given_back = False  # it gets no more jobs, and is left when its own have ended
-        # (word, what) of its own job, whose Attempt is forgotten by then; see Fleet.note_outcome.
+        self.first = None           # its Capacity when it last connected
+        self.troubles = 0           # failed jobs, or logins, in a row
+        self.freed = False          # a job ended there, and none was placed since then
+        self.is_given_back = False  # it gets no more jobs; closed when its jobs have ended
+        # (word, what): how its own job went, of which no Attempt is left; see Fleet.note_outcome.
         self.outcome = None
 
 
 class Fleet:
-    """The machines of a run: when they are logged in to, which get jobs, which are tried again.
+    """The machines of a run: when to log in to them, which get jobs, which to try again.
 
     bound: {worker: the Job that is its own}
     """
@@ -2133,7 +2133,7 @@ class Fleet:
     # Logging in
 
     def log_in(self):
-        """Begin with as many machines as may be in use at a time."""
+        """Log in to new machines, up to the number that may be in use at a time."""
         at_once = self._policy.at_once or len(self.workers)
         used = sum(worker.state != 'new' and self.works(worker) for worker in self.workers)
         fresh = [worker for worker in self.workers if worker.state == 'new']
@@ -2151,7 +2151,7 @@ class Fleet:
                 worker.enter()
 
     def _begin(self, worker):
-        """Hand over what a machine can have before it answers."""
+        """Hand over what a machine can get before it answers: its own job, or files."""
         if worker in self.bound:
             self._begin_bound(worker, self.bound[worker])
         elif self._policy.forwards and self._run.waits_with_files():
@@ -2167,7 +2167,7 @@ class Fleet:
             self._run.start(job, worker)
 
     def meet(self):
-        """Log in, and wait until each machine answered or failed; latecomers are not waited for."""
+        """Log in, and wait until each machine answered or failed, but not for latecomers."""
         self.log_in()
         waited, late = False, []
         while not self._run.interrupts and self.count('connecting') and not (
@@ -2187,7 +2187,7 @@ class Fleet:
             raise SchedulerError('no machine can be used.')
 
     def let_go(self):
-        """Close the machines of which nothing more is wanted."""
+        """Close the machines that have nothing more to do."""
         for worker in self.workers:
             if (worker in self.bound or self.standing[worker].is_given_back) and (
                     worker.state in ('connecting', 'ready', 'away') and not self.works(worker)):
@@ -2201,7 +2201,7 @@ class Fleet:
         return sum(1 for worker in self.workers if worker.state == state)
 
     def works(self, worker):
-        """Tell whether something is still to come of this machine."""
+        """Tell whether the run still waits for something from this machine."""
         if worker.state in ('connecting', 'ready', 'away') and (worker.busy or worker.is_stopping):
             return True
         return worker in self.bound and (
@@ -2210,15 +2210,15 @@ class Fleet:
     def at_best(self, worker):
         """Return the Capacity that decides which jobs are impossible.
 
-        Others may go, so that is what an idle machine has; with --no-live nobody looks again, and
-        the free resources decide.
+        Other people may leave, so these are the resources of the idle machine; with --no-live the
+        client does not look again, and the free resources decide.
         """
         if worker.capacity.queue or not self._client.live:
             return worker.capacity
         return idle(self.standing[worker].first)
 
     def resting_shortly(self):
-        """Return the machines that rest, but those that have failed for half an hour."""
+        """Return the machines that rest, except those that have failed for half an hour."""
         return [worker for worker, standing in self.standing.items()
                 if worker.state == 'ready' and worker not in self._scheduler.resources
                 and standing.troubles <= PATIENT_TROUBLES]
@@ -2226,7 +2226,7 @@ class Fleet:
     # Changes of machines
 
     def changed(self, worker, before):
-        """A machine is in another state now, or was measured: act on it, and show it."""
+        """React to a machine that changed its state or was measured, and show it."""
         if worker.state == 'ready' and before == 'ready':
             self._measured(worker)
         elif worker.state == 'ready':
@@ -2239,7 +2239,7 @@ class Fleet:
             self._look_at(worker, self.bound[worker])
 
     def _ready(self, worker, again):
-        """Use a machine with which there is contact, for the first time or again."""
+        """Use a machine that has connected, for the first time or again."""
         standing = self.standing[worker]
         standing.first = worker.capacity
         if worker.capacity:
@@ -2249,11 +2249,11 @@ class Fleet:
         else:
             if self._policy.forwards and not standing.is_given_back and self._run.waits_with_files(
                     books_of(self.at_best(worker))):
-                worker.prepare(self._policy.forwards)       # now, though there may be no room yet
+                worker.prepare(self._policy.forwards)       # even if there is no room yet
             self._view.came(worker)
         if self._run.is_open:
             worker.ask()
-        if again and self._run.interrupts:      # jobs that ended meanwhile are reported first
+        if again and self._run.interrupts:      # first it reports jobs that ended meanwhile
             self._client.processes.call_later(1, worker.stop)
 
     def _measured(self, worker):
@@ -2261,7 +2261,7 @@ class Fleet:
         self._view.measured(worker)
 
     def _use(self, worker):
-        """Have the scheduler know the machine, and the room of the jobs that it has already."""
+        """Add the machine to the scheduler, with the room that its present jobs hold."""
         if self.standing[worker].is_given_back:
             return
         self._scheduler.add_machine(worker, self.workers.index(worker), worker.capacity)
@@ -2275,14 +2275,14 @@ class Fleet:
                 allocation, before.gpus if before else gpus_of(attempt.gpus))
 
     def _look_at(self, worker, job):
-        """Give up the machine if the job would not even fit there when nobody else uses it."""
+        """Give up the machine if the job would not fit there even if nobody else used it."""
         best = books_of(idle(worker.capacity))
         if best.short_of(job.allocation):
             self.note_outcome(
                 worker, 'impossible', f'the job needs {describe(job.allocation)}, and '
                 f'{worker.name} {best.why_not(job.allocation, is_idle=True)}')
         else:
-            worker.prepare(job.forwards)    # now, though there may be no room yet
+            worker.prepare(job.forwards)    # even if there is no room yet
 
     def _away(self, worker):
         self._scheduler.remove_machine(worker)
@@ -2293,16 +2293,16 @@ class Fleet:
                 functools.partial(self._give_up, worker, worker.away_since))
 
     def _give_up(self, worker, since):
-        """--lost-after is over: have the jobs of this machine started elsewhere."""
+        """--lost-after is over: abandon the jobs of this machine, so that they start elsewhere."""
         attempts = self._lives.of(worker, *ALIVE)
-        if worker.away_since != since or not attempts:      # it was in contact meanwhile
+        if worker.away_since != since or not attempts:      # there was contact meanwhile
             return
         self._view.given_up(worker, len(attempts))
         for attempt in attempts:
             self._lives.move(attempt, 'abandoned')
 
     def _failed(self, worker):
-        """A machine cannot be used: it was never reached, or contact was looked for long enough."""
+        """React to a machine that cannot be used: never reached, or not again in time."""
         standing = self.standing[worker]
         self._scheduler.remove_machine(worker)
         self._view.failed(worker, self._lives.of(worker, *UNCOLLECTED)
@@ -2321,11 +2321,11 @@ class Fleet:
         self._view.after_failure(worker)
 
     def _rebind(self, worker, other):
-        """Have the attempts of a machine found by the other name of its account."""
+        """Give the attempts of a machine to the worker with the other name of its account."""
         attempts = self._lives.of(worker, *ALIVE)
         for attempt in attempts:
             self._lives.rebind(attempt, other)
-        if other in self._scheduler.resources:      # else it books them when it is used
+        if other in self._scheduler.resources:      # else _use books them later
             self._book(other, attempts)
         if other.state == 'ready' and self._run.is_open:
             other.ask()
@@ -2333,7 +2333,7 @@ class Fleet:
     # Machines that fail
 
     def attempt_changed(self, attempt):
-        """Note what the state of an attempt says of its machine."""
+        """Note what the new state of an attempt tells about its machine."""
         standing = self.standing[attempt.machine]
         self.clusters.attempt_changed(attempt)
         if attempt.state == 'placed':
@@ -2345,8 +2345,8 @@ class Fleet:
     def note_outcome(self, worker, word, what):
         """Note the outcome of a machine's own job.
 
-        The first word holds, but a job that has ended may still have failed.  Words: ended (what:
-        the exit code), failed (it could not be started, or its results not be fetched),
+        The first word stays, except that failed replaces ended.  Words: ended (what: the exit
+        code), failed (it could not be started, or its results could not be fetched),
         impossible (it never fits there), unreachable, left out (another name of its account is
         used), lost, timed out, or absent.
         """
@@ -2360,14 +2360,14 @@ class Fleet:
         return self.standing[worker].troubles
 
     def rest(self, worker, why):
-        """Place nothing on a machine for a while; its jobs run on."""
+        """Place nothing on a machine for a while; its jobs keep running."""
         if worker.state == 'ready' and worker in self._scheduler.resources:
             self._scheduler.remove_machine(worker)
             self._view.rests(worker, why)
             self._later(worker, functools.partial(self.bring_back, worker))
 
     def _later(self, worker, try_again):
-        """Try a machine again after a while, the longer the more often it failed in a row."""
+        """Try a machine again after a delay, which doubles with each failure in a row."""
         delay_s = min(ASIDE_S * 2 ** (self.standing[worker].troubles - 1), LONGEST_ASIDE_S)
         self._client.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
 
@@ -2377,7 +2377,7 @@ class Fleet:
             self._use(worker)
 
     def _too_late(self, worker):
-        """A machine took longer than --timeout: end what runs there, and wait no longer for it."""
+        """Stop the jobs of a machine that took longer than --timeout; wait no longer for it."""
         if self.standing[worker].outcome:
             return
         self.note_outcome(worker, 'timed out', f'after {self._policy.machine_timeout_s:g} s')
@@ -2388,7 +2388,7 @@ class Fleet:
             worker.close()
 
     def _part(self, worker):
-        """Wait no longer for the end of what took too long."""
+        """Close a machine whose jobs take too long to stop."""
         if worker.state == 'ready':
             for attempt in self._lives.of(worker, *ALIVE):
                 self._view.unconfirmed(attempt)
@@ -2402,7 +2402,7 @@ def by_address(workers):
 
 
 def check_books(run):
-    """Every allocation of a Run was given back, or its machine is gone."""
+    """Assert that every allocation of a Run was given back, or its machine is gone."""
     for worker, books in run.scheduler.resources.items():
         if worker.state == 'ready':
             out = sum(1 for attempt in run.lives.of(worker, *HOLDING) if attempt.placement)
@@ -2410,7 +2410,7 @@ def check_books(run):
 
 
 class Wishes:
-    """What people ask of a Run while it runs, and what follows of that.
+    """What people ask of a Run while it runs, and how the Run obeys.
 
     cancelled: names of jobs that the run neither starts nor keeps running
     moving: keys of attempts that are stopped, so that their jobs start on other machines
@@ -2421,13 +2421,12 @@ class Wishes:
         self._run = run
 
     def take_up(self, attempt):
-        """Learn from the journal what people asked of an earlier run's attempt; return its state.
-        """
-        if attempt.record.get('cancelling'):    # and the client was killed, or the machine away
+        """Read from its record what people asked for an earlier run's attempt; return its state."""
+        if attempt.record.get('cancelling'):    # and the client was killed, or the machine was away
             self.cancelled.add(attempt.name)
         if not attempt.record.get('stopping'):
             return 'claimed'
-        self.moving.add(attempt.key)        # its end will be no failure, and its job starts anew
+        self.moving.add(attempt.key)        # its end is no failure, and its job starts again
         return 'stopping'
 
     def cancel(self, names):
@@ -2437,20 +2436,20 @@ class Wishes:
         if names:
             run.client.journal.write(event='unwanted', jobs=sorted(names), client=os.getpid())
         run.scheduler.remove(names)
-        for name in names:                  # the next run knows it, should this one be killed
+        for name in names:                  # for the next run, if this one is killed
             if run.client.journal.record(name).get('state') == 'claimed':
                 run.client.journal.write(event='cancelling', job=name)
         self._stop_unwanted()
 
     def move(self, worker):
-        """Have the jobs of a machine stopped there, and started on others."""
+        """Stop the jobs of a machine, and start them on others."""
         self.moving |= {attempt.key for attempt in self._run.lives.of(worker, *UNSEEN)}
         self._stop_unwanted()
 
     def _stop_unwanted(self):
-        """Where there is no contact, that is done when the machine says that they run."""
+        """Stop unwanted attempts; without contact, when their machine reports that they run."""
         for worker in self._run.workers:
-            # One of an earlier run has no streams until its machine was asked about it.
+            # An attempt of an earlier run has no streams until its machine was asked about it.
             worker.jobs.end([attempt for attempt in self._run.lives.of(worker, 'placed', *UNSEEN)
                              if attempt.streams and self.unwanted(attempt)])
 
@@ -2459,8 +2458,8 @@ class Wishes:
         return attempt.name in self.cancelled or attempt.key in self.moving
 
     def changed(self, attempt):
-        """An attempt was stopped, or is gone: its job starts anew, if it was not cancelled."""
-        if attempt.state == 'kept':         # what it left cannot be fetched, and nobody needs it
+        """Start the job of a stopped or lost attempt again, unless the job was cancelled."""
+        if attempt.state == 'kept':         # its files cannot be fetched, and nobody needs them
             self._run.lives.move(attempt, 'cancelled', kept=())
             self._run.client.results.set_aside(attempt.name)
         elif attempt.state in ('cancelled', 'abandoned', *SAID_OF_FAILURE):
@@ -2472,7 +2471,7 @@ class Wishes:
                                              'the job was told to stop, and has stopped')
 
     def rerun(self, jobs):
-        """Have Jobs run once more that have ended, or were cancelled."""
+        """Run Jobs again that have ended, or were cancelled."""
         run, names = self._run, {job.name for job in jobs}
         if names & self.cancelled:
             run.client.journal.write(event='wanted', jobs=sorted(names & self.cancelled))
@@ -2482,16 +2481,16 @@ class Wishes:
         self.replace_waiting({job.name: job for job in (*waiting, *jobs)})
 
     def change(self, jobs):
-        """Have these, {name: Job}, in the place of the ones with these names, which do not wait.
+        """Replace the jobs with these names, which do not wait, by these, {name: Job}.
 
-        One without forwards, whose line is gone, never starts again; if it runs, then to its end.
+        A job without forwards, whose line is gone, never starts again; if it runs, it runs on.
         """
         self._run.jobs.update(jobs)
         for attempt in self._run.lives.all_of(*ALIVE):
             attempt.job = jobs.get(attempt.name, attempt.job)
 
     def replace_waiting(self, jobs):
-        """Have these jobs wait, {name: Job}, and no others."""
+        """Let these jobs wait, {name: Job}, and no others."""
         run = self._run
         for job in run.scheduler.remove(run.jobs.keys()):
             if job.name not in jobs:
@@ -2502,7 +2501,7 @@ class Wishes:
 
 
 class Clusters:
-    """What a Run does about clusters: they take what other machines have no room for."""
+    """What a Run does with clusters: they take jobs that other machines have no room for."""
 
     def __init__(self, run, fleet):
         self._run, self._fleet = run, fleet
@@ -2518,7 +2517,7 @@ class Clusters:
                    if not worker.machine.engine and not standing.is_given_back)
 
     def attempt_changed(self, attempt):
-        """An attempt is in another state now."""
+        """Note in the journal and the books if an attempt has begun to run on a cluster."""
         if attempt.state == 'running' and attempt.machine.machine.engine:
             journal = self._run.client.journal
             if journal.record(attempt.name).get('queued'):      # perhaps by an earlier client
@@ -2527,9 +2526,9 @@ class Clusters:
                 self._run.scheduler.began(attempt.machine, attempt.placement)
 
     def take_back(self):
-        """Have a job that waits in the queue of a cluster run on a machine that has room now.
+        """Withdraw jobs from the queues of clusters for machines that have room now.
 
-        Those that were queued last come first.  No machine is meant for two at a time.
+        Those that were queued last come first.  A machine is chosen for one job at a time.
         """
         scheduler = self._run.scheduler
         queued = self._run.lives.all_of('queued') if scheduler.clusters else []
@@ -2543,15 +2542,15 @@ class Clusters:
 
 
 class Run:
-    """Has jobs run on machines until none is left, and knows how each went.
+    """Runs jobs on machines until none is left, and knows how each ended.
 
-    First, start every job for which a machine has room.  Second, wait until something happened.
-    Both again, until nothing waits, runs or is on its way back.
+    First, start every job for which a machine has room.  Second, wait until something happens.
+    Repeat both, until no job waits or runs and all results have arrived.
 
     workers: the machines, as Worker
-    client: what they share; its processes and its journal
+    client: what the machines share, with the processes and the journal
     view: what a person sees, a View
-    bound: {worker: the Job that is its own}, where the policy has each job on a machine of its own
+    bound: {worker: the Job that is its own}, if the policy has each job on a machine of its own
     """
 
     def __init__(self, jobs, workers, client, view, policy, bound=None):
@@ -2563,10 +2562,10 @@ class Run:
         self.ended = {}                     # job name -> JobResult; exit code -1: it is lost
         self.failures = []                  # those of them that failed
         self.interrupts = 0
-        self.leaves = False                 # its jobs run on when it stops
+        self.leaves = False                 # its jobs keep running when it stops
         self.wishes = Wishes(self)
         self.is_open = not policy.asks_late
-        self._lost_by = collections.Counter()       # job name -> machines that lost it
+        self._lost_by = collections.Counter()       # job name -> how often it was lost
         view.run = self
 
     @property
@@ -2596,7 +2595,7 @@ class Run:
     # The loop
 
     def loop(self, until=lambda: False):
-        """Run all jobs, at most until until() or an interrupt."""
+        """Run all jobs; stop early if until() is true, or at an interrupt."""
         while self.unfinished and not self.interrupts and not until():
             self.fleet.log_in()
             self.place()
@@ -2611,16 +2610,16 @@ class Run:
         check_books(self)
 
     def interrupt(self, number=signal.SIGTERM, _frame=None):
-        """Stop, in good order; a second time: now.  A signal handler.
+        """Handle a signal: stop, in good order; at the second one stop now.
 
-        Ctrl-C is a question first, where the view can ask.
+        At Ctrl-C the view asks first, if it can.
         """
         if number != signal.SIGINT or self.interrupts or not self.view.ask():
             self.interrupts += 1
         self.client.processes.wake()
 
     def leave(self):
-        """Stop now; the jobs run on."""
+        """Stop now; the jobs keep running."""
         self.leaves, self.interrupts = True, 2
 
     def place(self):
@@ -2629,7 +2628,7 @@ class Run:
             self.start(job, worker, placement)
 
     def start(self, job, worker, placement=None):
-        """Send one job off; the starts of one moment are sent together."""
+        """Start one job; the starts of one moment are sent together."""
         attempt = self.client.journal.new_attempt(
             job, worker, self._how(worker), placement and placement.visible_gpus,
             own=job.own, backwards=job.backwards, **noted_of(job, worker.machine),
@@ -2639,14 +2638,14 @@ class Run:
         worker.start(attempt)
 
     def _how(self, worker):
-        """Return how an attempt is run on a machine."""
+        """Return the How of an attempt on a machine."""
         return self.policy.how._replace(timeout_s=self.policy.timeout_s,
                                         show=self.view.sink(worker))
 
     def look_again(self):
-        """While jobs wait, see to it that machines are looked at again.
+        """Have the machines measured again: often while jobs wait, else rarely.
 
-        That is at once where a job ended and nothing could start in its place.
+        While jobs wait, that is at once where a job ended and no job could start in its place.
         """
         if not self.client.live:
             return
@@ -2675,13 +2674,13 @@ class Run:
         return bool(self.policy.halt_after and len(self.failures) >= self.policy.halt_after)
 
     def waits_with_files(self, books=None):
-        """Tell whether a job waits that gets the batch's own files, and fits these resources."""
+        """Tell whether a waiting job gets the batch's own files and fits these resources."""
         return any(job.forwards == self.policy.forwards
                    for allocation, jobs in self.scheduler.kinds().items()
                    if books is None or not books.short_of(allocation) for job in jobs)
 
     def stuck(self):
-        """Tell whether jobs wait that no machine that is left could take."""
+        """Tell whether jobs wait, and no usable machine could ever take one of them."""
         fleet = self.fleet
         if fleet.bound or not self.scheduler.waits or self.halted or fleet.count(
                 'connecting') or fleet.count('away') or any(map(fleet.works, fleet.workers)):
@@ -2693,7 +2692,7 @@ class Run:
     # Changes of attempts
 
     def changed(self, attempt, before):
-        """An attempt is in another state now: act on it, and show it."""
+        """React to the new state of an attempt, and show it."""
         if LIFE[before].holds and not LIFE[attempt.state].holds and attempt.placement:
             self.scheduler.give_back(attempt.machine, attempt.placement)
         self.fleet.attempt_changed(attempt)
@@ -2725,7 +2724,7 @@ class Run:
         self.fleet.note_outcome(attempt.machine, 'failed', 'its results could not be fetched')
 
     def _returned(self, attempt):
-        """Its start was never sent: contact was lost, or nothing is started any more."""
+        """React to a start that was never sent: contact was lost, or nothing starts any more."""
         if self.interrupts:
             return
         if not self.fleet.bound:
@@ -2734,7 +2733,7 @@ class Run:
             self.fleet.note_outcome(attempt.machine, 'failed', attempt.why)
 
     def _refused(self, attempt):
-        """The machine could not start it."""
+        """Let the job wait again, and let the machine rest that could not start it."""
         worker = attempt.machine
         if self.interrupts:
             return
@@ -2747,21 +2746,21 @@ class Run:
             self.fleet.rest(worker, f'it cannot start {attempt.name}: {attempt.why}')
 
     def _held(self, attempt):
-        """Another batch took that room first; look again before the next start there."""
+        """Let the job wait again: another batch took its room first.  Measure the machine soon."""
         worker = attempt.machine
-        if not self.policy.probes:          # a job that needs nothing is never held
+        if not self.policy.probes:          # then only an engine holds a job back
             self.fleet.note_outcome(worker, 'failed', worker.queue.refusal
                                     or 'another batch has the machine')
             return
         self.wait_again(attempt)
         if worker.machine.engine and worker.queue.is_full:      # its room was given back above
             self.scheduler.note_full(worker)
-        elif not worker.machine.engine:     # which would have said why
+        elif not worker.machine.engine:     # an engine would have given its reason
             self.scheduler.update(worker, worker.capacity._replace(reserved=True))
-            worker.measure(random.uniform(1, 3))    # so that two do not step back for ever
+            worker.measure(random.uniform(1, 3))    # so that two do not give way for ever
 
     def _lost(self, attempt):
-        """Its machine failed it: the job is gone there, for certain, without a result."""
+        """React to the failure of a machine: the job is gone for certain, without a result."""
         worker, name = attempt.machine, attempt.name
         if self.interrupts:
             return
@@ -2783,7 +2782,7 @@ class Run:
             self.fleet.rest(worker, f'it lost {troubles} in a row')
 
     def wait_again(self, attempt):
-        """Have the job wait that has no result, unless its line is gone from the batch file."""
+        """Let a job without a result wait again, unless its line is gone from the batch file."""
         worker, job = attempt.machine, attempt.job
         if job.name in self.wishes.cancelled:
             return
@@ -2796,17 +2795,17 @@ class Run:
             self.start(job, worker)
 
     def machine_changed(self, worker, before):
-        """A machine is in another state now, or was measured."""
+        """React to a machine that changed its state or was measured."""
         self.fleet.changed(worker, before)
 
     # The end
 
     def cancel(self):
-        """End all jobs everywhere, within a time; return the Attempts that may not have ended.
+        """Stop all jobs on all machines, within a time; return the Attempts that may still run.
 
-        What they left is set aside.
+        Their partial results are set aside.
         """
-        self.wishes.moving.clear()          # nothing starts anew
+        self.wishes.moving.clear()          # nothing starts again
         running = [attempt for attempt in self.lives.all_of(*ALIVE)
                    if attempt.machine.was_ready]
         workers = [worker for worker in self.workers if worker.state == 'ready']
@@ -2824,8 +2823,8 @@ class Run:
         for attempt in unconfirmed:
             self.view.unconfirmed(attempt)
         for attempt in running:
-            # The journal has these as cancelled: should the next run find one ended on its machine,
-            # that is no failure of the job.  It removes the rest, and starts the job again.
+            # The journal has these as cancelled.  If the next run finds one ended on its machine,
+            # the job has not failed: that run removes what is left of it, and starts it again.
             state = next((word for word in ('dropped', 'cancelled')
                           if word in LIFE[attempt.state].then), None)
             if state and self.client.journal.record(attempt.name)['state'] != 'ended':
@@ -2845,7 +2844,7 @@ class Run:
 
 
 def noted_of(job, machine):
-    """Return what the journal has of the claim of a job beside what starts it."""
+    """Return the facts of a job's claim that its start does not need."""
     asked = job.allocation
     noted = {'variables': sorted(dict(machine.env))} if machine.env else {}
     if machine.wrap:
@@ -2863,10 +2862,10 @@ def noted_of(job, machine):
 
 # ---- Phrases: times, commands, last lines and tables, as people read them ----
 
-LAST_BYTES = 20_000                 # of a file, in which its last lines are looked for
-FEW_BYTES = 2**10                   # in which most last lines are found
+LAST_BYTES = 20_000                 # the end of a file, in which last lines are searched
+FEW_BYTES = 2**10                   # that suffice for most last lines
 LATER_LINES = 8                     # that may follow the line of an exception and explain it
-WIDEST_PADDED = 60                  # columns of a cell, in a pipe; the row of a wider one is longer
+WIDEST_PADDED = 60                  # columns of a cell in a pipe; a wider one makes its row longer
 
 ESCAPE = re.compile(                # the sequences that colour text or move the cursor
     r'\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?'
@@ -2915,10 +2914,10 @@ def clock_of(moment, now):
 
 
 def last_line_of(path, since=-math.inf):
-    """Return the last line of a file that has anything in it, fit for a terminal; '' if none.
+    """Return the last line of a file that is not blank, fit for a terminal; '' if there is none.
 
-    since: a file that did not change since this time, in seconds since 1970, has none
-    Of a progress bar this is its last state.  A line of which only the end was read begins with …
+    since: return '' if the file did not change since this time, in seconds since 1970
+    For a progress bar this is its last state.  A line of which only the end was read begins with …
     """
     lines, is_whole = read_last_lines(path, FEW_BYTES, since)
     if not is_whole and len(lines) < 2:
@@ -2927,15 +2926,15 @@ def last_line_of(path, since=-math.inf):
 
 
 def told_by(path):
-    """Return the line of a stderr that tells most of why a job failed; '' if there is none."""
+    """Return the line of a stderr that best tells why a job failed; '' if there is none."""
     return told_in(read_last_lines(path, LAST_BYTES)[0])
 
 
 def told_in(lines):
-    """The same for the last lines of a stderr.
+    """Return the line that best tells why a job failed, from the last lines of a stderr.
 
-    That is the last line, but for noise; of a Python traceback near the end the line of its
-    exception, since long messages go on below it.
+    That is the last line that is not noise; of a Python traceback near the end the line of its
+    exception, since long messages continue below it.
     """
     told, raised, in_frames = [], -math.inf, False
     for line in lines:
@@ -2953,8 +2952,8 @@ def told_in(lines):
 
 
 def read_last_lines(path, size, since=-math.inf):
-    """Return (the lines that are not blank in the last `size` bytes of a file, whether that is all
-    of it).  What cannot be read has no lines.
+    """Return (the lines that are not blank in the last `size` bytes of a file, whether these bytes
+    are the whole file).  A file that cannot be read has no lines.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)         # it may be a fifo
@@ -2976,7 +2975,7 @@ def read_last_lines(path, size, since=-math.inf):
 def lines_shown(data, is_rest=False):
     """Return the lines of an output that are not blank, as a terminal may show them.
 
-    is_rest: the beginning is missing.  What \\r would overwrite is a line of its own.
+    is_rest: the beginning is missing.  Text that \\r would overwrite is a line of its own.
     """
     if is_rest:                         # it may begin in the middle of a character
         data = data.lstrip(bytes(range(0x80, 0xc0)))
@@ -2991,11 +2990,11 @@ def lines_shown(data, is_rest=False):
 
 
 def differing_words(commands):
-    """Return (what all these commands share, the rest of each), for a table of them.
+    """Return (the words that all these commands share, the rest of each), for a table of them.
 
-    Words are as typed, and a value keeps its flag.  Where other words stand between what is shared
-    there is a …  The rests of different commands differ.  Commands that begin with different
-    programs share nothing: `echo` out of the middle of them would tell nobody anything.
+    Words are as typed, and a value stays with its flag.  A … stands where other words interrupt the
+    shared ones.  The rests of different commands differ.  Commands that begin with different
+    programs share nothing: a common `echo` in the middle of them would help nobody.
     """
     split = [words_of(command) for command in commands]
     shared = split[0] if len(split) > 1 else []
@@ -3012,7 +3011,7 @@ def differing_words(commands):
                 gaps.add(at)
                 is_mixed |= not (at or SETTING.match(word))
         rests.append(' '.join(rest))
-    if is_mixed or len({*rests}) < len({*map(tuple, split)}):       # as of `cp a b` and `cp b a`
+    if is_mixed or len({*rests}) < len({*map(tuple, split)}):       # as for `cp a b` and `cp b a`
         shared, rests = [], [' '.join(words) for words in split]
     pieces = [f'… {word}' if at in gaps else word for at, word in enumerate(shared)]
     return ' '.join(pieces + ['…'] * (len(shared) in gaps)) if shared else '', rests
@@ -3045,14 +3044,14 @@ IN_ASCII = str.maketrans({'…': '...', '━': '=', '╸': '>', '─': '-', '–
 
 
 def in_ascii(text):
-    """Return the text for a terminal or file that takes no more: with escapes for other letters."""
+    """Return the text in ASCII, with escapes for all other characters."""
     return text.translate(IN_ASCII).encode('ascii', 'backslashreplace').decode()
 
 
 def jobs_named(words, names, path):
-    """Return the names of jobs that the words stand for: 57, .57, or the whole name.
+    """Return the names of the jobs that the words mean: 57, .57, or the whole name.
 
-    names: of all jobs; path: of the batch file
+    names: the names of all jobs; path: of the batch file
     """
     found, batch = {}, name_of_batch(path)
     for word in words:
@@ -3073,7 +3072,7 @@ def typed_for(path, *words):
 
 
 def rerun_of(names, batch):
-    """Return the option that runs these jobs of a batch again, as short as may be."""
+    """Return the option that runs these jobs of a batch again, as short as possible."""
     ranges, words = [], []
     for name in names:
         end = name_in_batch(name, batch).removeprefix('.')
@@ -3091,7 +3090,7 @@ def rerun_of(names, batch):
 
 
 def name_in_batch(name, batch):
-    """Return what follows the name of the batch, as .57; of another name, all of it."""
+    """Return the part of a name after the batch's, as .57; any other name as it is."""
     return name[len(batch):] if batch and name.startswith(f'{batch}.') else name
 
 
@@ -3148,7 +3147,7 @@ def padded_at_words(text, width):
 def in_columns(rows, width=None, mark='…', keep_ends=()):
     """Yield each row, a list of cells, with its cells cut or padded to columns.
 
-    width: the columns of the terminal, to which the widest cells are cut; None: they are whole
+    width: the columns of the terminal, to which the widest cells are cut; None: cut nothing
     keep_ends: the numbers of the cells that are cut in front
     """
     widths = [max(map(width_of, cells)) for cells in zip(*rows)]
@@ -3169,8 +3168,8 @@ def in_columns(rows, width=None, mark='…', keep_ends=()):
 
 # ---- Report: the only place that prints ----
 
-LONGEST_PRINTED = 64 * 1024         # bytes of a line of output that is printed in one piece
-PREFIXED_BYTES = 2**16              # that are prefixed at a time
+LONGEST_PRINTED = 64 * 1024         # bytes of a line of output that are printed in one piece
+PREFIXED_BYTES = 2**16              # of output that get prefixes at a time
 
 
 def shown_command(command, gpus):
@@ -3179,9 +3178,9 @@ def shown_command(command, gpus):
     return prefix + printable(command)
 
 
-FRAME_S = 0.2                       # between two pictures of what a terminal shows
-ECHO = len('^C')                    # columns beside the area: a terminal shows ^C behind it, and if
-                                    # that began a new line, a part of the area would stay
+FRAME_S = 0.2                       # between two drawings of a screen
+ECHO = len('^C')                    # columns kept free beside the area: a terminal prints ^C there,
+                                    # and on a new line it would make a part of the area stay
 
 
 class Screen:
@@ -3214,11 +3213,11 @@ class Screen:
 
     @functools.cached_property
     def _has_unicode(self):
-        """Whether more than ASCII can be shown; rich takes long to say so, and each row asks."""
+        """Whether the terminal shows more than ASCII; cached: rich is slow and each row asks."""
         return not self._console.options.ascii_only
 
     def add(self, row):
-        """Have a Row, or a text of any length, scroll up, with the next picture."""
+        """Let a Row, or a text of any length, scroll up with the next drawing."""
         self._rows.append(row)
         if time.monotonic() - self._drawn_at >= FRAME_S:
             self.draw()
@@ -3227,7 +3226,7 @@ class Screen:
         """Draw new events, and the area as it is now."""
         from rich.console import Group
         from rich.text import Text
-        with contextlib.suppress(OSError):      # rich would believe COLUMNS
+        with contextlib.suppress(OSError):      # rich would use $COLUMNS
             columns, lines = os.get_terminal_size(self._console.file.fileno())
             self._console.size = (columns or 80, lines or 24)
         width = self._console.width
@@ -3238,13 +3237,13 @@ class Screen:
             text = Text('\n').join(self._text(row, width) for row in group)
             if is_cut:
                 self._console.print(text, no_wrap=True, overflow='crop')
-            else:                       # the terminal breaks it, so that it can be copied whole
+            else:                       # the terminal wraps it, so that people can copy it whole
                 self._console.print(text, soft_wrap=True)
         if not rows:
             self._live.refresh()
 
     def close(self):
-        """Take the area away; what scrolled stays."""
+        """Remove the area; the rows that scrolled stay."""
         self._area = lambda width, height: ()
         self.draw()
         self._live.stop()
@@ -3264,12 +3263,12 @@ class Screen:
         return Text(cut(left, width - 1, ''), row.style, no_wrap=True, overflow='crop')
 
     def _shown(self, text):
-        """Return the text without control characters, and in ASCII where no more can be shown."""
+        """Return the text without control characters, and in ASCII on a terminal of ASCII."""
         return printable(text) if self._has_unicode else in_ascii(printable(text))
 
 
 class Row(NamedTuple):
-    """A line of a screen that is cut to its width: first at the end of what stands at the left."""
+    """A line of a screen that is cut to its width, first at the end of its left part."""
     left: str
     right: str = ''
     style: str = ''
@@ -3296,7 +3295,7 @@ class Reporter:
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
         self.nobody_reads = False    # nobody reads the output any more
-        self.trouble = ''           # or why it cannot be printed
+        self.trouble = ''           # or why stdout cannot be written
 
     def line(self, text):
         """Print one line on stdout, now."""
@@ -3334,7 +3333,7 @@ class Reporter:
         return self._coloured(text, 31 + number % 6)
 
     def sent(self, machine, stage):
-        """The files of a Stage are on the machine."""
+        """Print that the files of a Stage are on the machine."""
         files, size = stage.amount
         left_out = dict.fromkeys((*stage.copy.left_out, *stage.link.left_out))
         note = f' (left out: {", ".join(left_out)})' if left_out else ''
@@ -3343,20 +3342,20 @@ class Reporter:
         self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{time_text}{note}')
 
     def left(self, machine, name, text):
-        """A job ended, and these processes that it started there did not."""
+        """Print that a job ended, and these processes that it started there did not."""
         self.note(f'{machine}: {name} has ended, but it left processes running: {text}')
 
     def survivors(self, machine, pids):
-        """These were to be ended."""
+        """Print that these processes of the machine could not be stopped."""
         self.note(f'{machine}: could not stop process {pids}')
 
     def unconfirmed(self, machine, name):
-        """A job was to be ended, and nobody knows whether it has."""
+        """Print that a job was told to stop, and that it may still run."""
         self.note(f'{name}: may still run on {machine}. The next run of the same '
                   'command checks that')
 
     def others(self, machine, word, jobs):
-        """A machine has these OtherJobs.  word: what finds the machine again."""
+        """Print that a machine has these OtherJobs.  word: its word for --machines."""
         if jobs:
             running = sum(job.state == 'running' for job in jobs)
             rest = len(jobs) - running
@@ -3368,16 +3367,16 @@ class Reporter:
                       f'--machines {word} --earlier=show (or =collect, =remove)')
 
     def started(self, job, gpus, word='started'):
-        """A job was started; with gpus, the value of CUDA_VISIBLE_DEVICES."""
+        """Print that a job was started.  gpus: the value of CUDA_VISIBLE_DEVICES, or None."""
         self.line(f'{word}: {job.name};  {shown_command(job.command, gpus)}')
 
     def running(self, name, machine, since):
-        """A job was found that an earlier run started at this time, or None."""
+        """Print that a job of an earlier run runs.  since: when it was started, or None."""
         since = f' since {clock_of(since, time.time())}' if since else ''
         self.note(f'running: {name} on {machine}{since}')
 
     def ended(self, job, exit_code):
-        """A job ended."""
+        """Print that a job ended."""
         self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
 
     def row(self, left, right='', style=''):
@@ -3439,7 +3438,7 @@ class Reporter:
         return text
 
     def show(self, lines, again):
-        """Print the lines; `again`: in the place of those before, on a terminal."""
+        """Print the lines; `again`: on a terminal, in the place of the former lines."""
         if again and self._out.isatty():
             self._out.write('\x1b[H\x1b[2J')
         for line in lines:
@@ -3451,7 +3450,7 @@ class Reporter:
         return Screen.is_possible(self._out, self._err)
 
     def open_screen(self, area):
-        """From now on draw on the terminal.  area: see Screen."""
+        """Draw on the terminal from now on.  area: see Screen."""
         self._screen = Screen(self._err, area)
 
     @property
@@ -3460,12 +3459,12 @@ class Reporter:
         return self._screen is not None
 
     def draw(self):
-        """Show on the terminal how things stand now."""
+        """Draw the present state on the terminal."""
         if self._screen:
             self._on_screen(self._screen.draw)
 
     def close_screen(self):
-        """Draw no more."""
+        """Stop drawing."""
         screen = self._screen
         if screen:
             self._on_screen(screen.close)
@@ -3502,17 +3501,17 @@ class Reporter:
 
 
 def flush_streams():
-    """Have everything written that was printed."""
+    """Write out everything that was printed."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
 
 
 class OwnStreams:
-    """Our standard streams, for the output of a command: it is passed on unchanged.
+    """The standard streams of this client, to which a command's output is written unchanged.
 
-    shown: {'out' or 'err': how many bytes of it were passed on before}
-    passed: the same, with those that were passed on here
+    shown: {'out' or 'err': how many first bytes were written before: `write` skips these}
+    passed: {'out' or 'err': how many bytes came to `write`, with those that it skipped}
     """
 
     def __init__(self, processes, shown=None):
@@ -3523,7 +3522,7 @@ class OwnStreams:
         self._processes = processes
 
     def write(self, stream, data):
-        """Write it all, however slowly it is read; once interrupted, only what is read at once."""
+        """Write all data to a slow reader, too; after an interrupt only what it reads at once."""
         self.passed[stream] += len(data)
         passed_over = min(self._left_out[stream], len(data))
         self._left_out[stream] -= passed_over
@@ -3538,7 +3537,7 @@ class OwnStreams:
             self._processes.wake()
 
     def flush(self):
-        """Nothing more comes."""
+        """Do nothing: `write` keeps no bytes back."""
 
 
 class Prefixer:
@@ -3549,7 +3548,7 @@ class Prefixer:
         self._rest = {'out': b'', 'err': b''}
 
     def write(self, stream, data):
-        """Print the lines that are complete with these bytes; very long ones come in parts."""
+        """Print the lines that these bytes complete; print very long lines in parts."""
         for start in range(0, len(data), PREFIXED_BYTES):       # an empty line takes 60 bytes here
             piece = data[start:start + PREFIXED_BYTES]
             *lines, rest = (self._rest[stream] + piece).split(b'\n')
@@ -3565,7 +3564,7 @@ class Prefixer:
         self._rest = {'out': b'', 'err': b''}
 
     def _print(self, stream, lines):
-        # Of what a progress bar has drawn over and over, the last is left.
+        # Of the states that a progress bar drew over each other, print the last.
         shown = [line.rstrip(b'\r').rpartition(b'\r')[2] for line in lines]
         if shown:
             self._reporter.raw(stream, b''.join(self._head + line + b'\n' for line in shown))
