@@ -10161,34 +10161,35 @@ def project_name():
 # ---- Copies: files there and back, by rsync or tar ----
 
 # Smaller trees go through the channel as tar, behind the script, before the login has even ended.
-# An rsync costs a session with the login's start files, in a small batch as much as all the rest.
+# An rsync needs a session that runs the login's start files.  In a small batch that costs as much
+# as everything else.
 SMALL_TREE_BYTES = 256 * 1024
 SMALL_TREE_ENTRIES = 2000
 COPY_LIMIT_S = 24 * 3600.0          # ServerAlive on the master ends a dead link much earlier
-GUARD_S = 0.5                       # how often the disk is looked at while results come
+GUARD_S = 0.5                       # between two looks at the disk while results arrive
 MANY_NAMES = 5000                   # rsync takes 4.5 s to check 40,000, and 25 s for 100,000
 
 
 class Way(NamedTuple):
     """One way to carry files."""
     by_rsync: bool                  # else with tar
-    alone: bool                     # with a login of its own, else over that of the contact
+    alone: bool                     # with a login of its own, else over the contact's login
     trusting: bool                  # rsync does not compare names; vet does, which is faster
 
 
 def carry(contact, worker, copy, is_allowed=True, trusts=False):
-    """A flow: copy in one way after another, until one has worked or failed for good.
+    """A flow: try one way of copying after another, until one works or fails for good.
 
     copy(way) is a flow that returns the End of the child; is_allowed: rsync may be tried; trusts:
     rsync may trust the sender.  Return (Way, End).
 
-    What the rsync here can do is learnt from its failure: to ask first would cost a process.
+    Only its failure shows what the rsync here cannot do: to ask first would cost a process.
     """
     while True:
         way = Way(is_allowed and contact.rsync_works, contact.alone, trusts)
         end = yield from copy(way)
         while end.status and not end.full and contact.is_gone:
-            yield TICK_S            # this failed with the contact, and ends with it
+            yield TICK_S            # the lost contact made this fail, and soon closes this flow
         if end.status and not end.full and not way.alone and session_refused(end.text):
             contact.alone = True
         elif way.by_rsync and trusts and end.status == 1:       # an rsync before 3.2.5
@@ -10213,27 +10214,27 @@ def is_small(copy, link):
 
 
 class Stage:
-    """The files of one Forwards on one machine.  id is '' where there are none."""
+    """The files of one Forwards on one machine.  id is '' if there are none."""
 
     def __init__(self, stage_id, forwards, trees, manifest=None):
         self.forwards = forwards
         self.copy, self.link = trees
-        self.manifest = manifest            # the notes on the files that jobs have
+        self.manifest = manifest            # the Manifest of the files that jobs get
         self.ready = not (self.copy.entries or self.link.entries)
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
-        self.looks = 0                      # how often files had changed while they were copied
+        self.looks = 0                      # how often files changed while they were copied
         self.amount = amount_of(trees)      # how many files these are, and how many bytes
         self.began = time.monotonic()
-        self.carrier = None                 # the Process that sends a Tree, or did
-        self.arrived = 0                    # bytes of the Trees that were sent before
-        self.fed = 0                        # bytes of this Tree that we have written, as with tar
+        self.carrier = None                 # the Process that sends a Tree, or the last that did
+        self.arrived = 0                    # bytes of the Trees that are sent in full
+        self.fed = 0                        # bytes of this Tree written to tar; 0 with rsync
 
     def sent_bytes(self):
-        """Return how many bytes were sent, about; None where that cannot be told.
+        """Return about how many bytes were sent; None if that is not known.
 
-        Linux counts what the process that sends has written.  Elsewhere nothing tells that of
-        rsync: what it prints of its progress needs an option that the one of macOS does not know.
+        Linux counts the bytes that the sending process has written.  Other systems do not, and to
+        print its progress rsync needs an option that the one of macOS does not know.
         """
         with contextlib.suppress(OSError, AttributeError, TypeError):
             if LINUX:
@@ -10242,7 +10243,7 @@ class Stage:
         return self.arrived + self.fed or None
 
     def counted(self, pieces):
-        """Yield the pieces that are written to the process that sends, and count them."""
+        """Yield the pieces for the sending process, and count their bytes."""
         self.fed = 0
         for piece in pieces:
             self.fed += len(piece)
@@ -10250,11 +10251,11 @@ class Stage:
 
     @property
     def small(self):
-        """Tell whether it goes through the channel."""
+        """Tell whether the files go through the channel."""
         return is_small(self.copy, self.link)
 
     def changed(self):
-        """Look again at the files here, at most three times; return whether any changed."""
+        """Look at the local files again; return whether any changed, True at most three times."""
         trees = [tree._replace(entries=tuple(present(tree.entries)))
                  for tree in (self.copy, self.link)]
         if self.looks > 2 or trees == [self.copy, self.link]:
@@ -10271,32 +10272,32 @@ def amount_of(trees):
 
 
 class Stages:
-    """The files that one contact has sent, or sends, by Forwards."""
+    """The Stages that one contact has sent, or is sending, by Forwards."""
 
     def __init__(self, contact, worker, former=()):
         self.former = [*former]             # Stages of former contacts: rsync compares with them
         self._contact, self._worker = contact, worker
         self._stages = {}                   # Forwards -> Stage
-        self._may_copy = False              # the machine has said where and how
+        self._may_copy = False              # the machine has reported its folder and its rsync
 
     @property
     def all(self):
-        """The Stages that are there, or on their way, those of former contacts first."""
+        """Return the Stages that have files, those of former contacts first."""
         return [*self.former, *(stage for stage in self._stages.values() if stage.id)]
 
     @property
     def on_their_way(self):
-        """The Stages that are not all there."""
+        """Return the Stages that have not arrived in full."""
         return [stage for stage in self._stages.values() if not stage.ready]
 
     def prepare(self, forwards):
-        """Return the Stage of these Forwards, and see to it that it is sent."""
+        """Return the Stage of these Forwards, and have it sent."""
         files = self._worker.client.files
         if forwards not in self._stages:
             files.look_again(forwards)
             if is_small(*files.trees(forwards)):
                 data = files.small_archive(forwards)
-            stage = self._stages[forwards] = self._stage(forwards)      # as the archive has them
+            stage = self._stages[forwards] = self._stage(forwards)      # the archive's files
             self._worker.client.files.keeper.keep(stage.manifest)
             if stage.ready:
                 pass
@@ -10313,14 +10314,14 @@ class Stages:
                      files.manifest(forwards))
 
     def begin(self):
-        """Send what had to wait for the machine's answer."""
+        """Send the stages that had to wait for the machine's answer."""
         self._may_copy = True
         for stage in self._stages.values():
             if not stage.ready and not stage.small:
                 self._contact.flows.start(self._send(stage))
 
     def staged(self, stage_id):
-        """The machine has all files of this stage."""
+        """Note that the machine has all files of this stage."""
         for stage in self._stages.values():
             if stage.id == stage_id and not stage.ready:
                 stage.ready = True
@@ -10336,7 +10337,7 @@ class Stages:
             why = yield from self._send_parts(stage)
             if stage.looks:
                 stage.manifest = Manifest.of(stage.copy, stage.link, stage.forwards.link)
-            if not stage.changed():         # not even while the Manifest read them
+            if not stage.changed():         # also not while the Manifest read them
                 break
         if why:
             self._contact.send('unsent', f'the files could not be sent: {why}')
@@ -10370,8 +10371,8 @@ class Stages:
         contact, folder = self._contact, f'stage/{stage.id}/{part}'
         target, output = f'{contact.home}/{folder}', bytearray()
         if way.by_rsync:
-            # From our own list of files, so rsync and tar carry the same by construction; into a
-            # fresh folder beside the cache, so nothing has to be deleted there.
+            # rsync reads this client's list of files, so that it carries the same as tar.  It
+            # writes into a new folder beside the cache, so nothing has to be deleted there.
             contact.send('folder', folder)
             paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
@@ -10387,7 +10388,7 @@ class Stages:
         stage.carrier = contact.start(argv, output.extend, feed=feed, deadline_s=COPY_LIMIT_S,
                                       env=self._worker.client.rsync_env())
         end = yield stage.carrier
-        # The exit status of a login shell proves nothing, so what takes tar confirms it.
+        # The exit status of a login shell proves nothing, so the script that runs tar confirms it.
         confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
         if way.by_rsync or confirmed or end.status not in (0, 24):
             return end
@@ -10401,15 +10402,15 @@ def chain_bytes(head, pieces):
 
 
 def fetch_tree(contact, worker, names, folder, receiver, way):
-    """A flow: bring the paths ./NAME below jobs/ into an empty folder, in one way; return its End.
+    """A flow: fetch the paths ./NAME below jobs/ into an empty folder, in one way; return its End.
 
-    receiver: a TarReceiver, for what comes without rsync
+    receiver: a TarReceiver, used if the way is not rsync
     """
     client, source = worker.client, f'{contact.home}/jobs'
     listed = b''.join(os.fsencode(name) + b'\0' for name in names)
     confined = confine(folder) if way.by_rsync else None
     if way.by_rsync:
-        # rsync compares each name with all that were asked for, and so does vet, but faster.
+        # rsync compares each name with all requested names; vet does the same, but faster.
         limit = client.max_result_bytes
         options = [*([] if limit is None else [f'--max-size={limit}']),
                    *(['--trust-sender'] if way.trusting and confined else [])]
@@ -10438,11 +10439,11 @@ def guard_disk(child, folder, full):
 
 
 def vet(folder, wanted, modes=None, whole=()):
-    """Remove what must not be in a folder that came from a machine; yield (path, why) of each.
+    """Remove what must not be in a folder fetched from a machine; yield (path, why) of each.
 
-    wanted: the paths './a' that were asked for.  Where one of them did not come, why is ''.
-    modes: {path: mode} of what had another one there than it came with.
-    whole: paths that may come, with all that is below them.
+    wanted: the paths './a' that were requested.  If one of them did not arrive, why is ''.
+    modes: {path: mode} of paths whose mode on the machine is not the one they arrived with.
+    whole: paths that may arrive, with all that is below them.
     Only folders are opened and followed here.  A file that stays keeps the permissions that its job
     gave it, less those that the umask here takes: as with cp, and not as with git, since a file of
     mode 0600 must not become public.
@@ -10502,15 +10503,15 @@ def leads_out(path, target):
 
 
 def spelled_here(path):
-    """Return the path in the one spelling in which paths are compared: HFS+ decomposes letters."""
+    """Return the path in the spelling used to compare paths: HFS+ decomposes letters."""
     import unicodedata
     return path if LINUX else unicodedata.normalize('NFC', path)
 
 
 def take_out_twins(folder, missing, wanted):
-    """Remove files that may be others; return the paths of them and of these others.
+    """Remove files that have one name here, and had several there; return all these paths.
 
-    Where a file system ignores case, A and a are one file, with what came last.
+    Where a file system ignores case, A and a are one file, with the content that arrived last.
     """
     lost = {path.casefold() for path in missing if os.path.lexists(os.path.join(folder, path))}
     twins = [path for path in wanted if path.casefold() in lost]
@@ -10528,7 +10529,7 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 def confine(folder):
-    """Return what a new process calls so that it can write in this folder only; None where the
+    """Return a function by which a new process confines its writing to this folder; None if the
     kernel cannot do that."""
     import struct
     libc = c_library() if LINUX and not os.uname().machine.startswith(OTHER_NUMBERS) else None
@@ -10555,7 +10556,7 @@ def confine(folder):
 
 
 class AfterToken:
-    """The bytes behind a line that is the token; before it, a login may say anything."""
+    """Keeps the bytes behind the line with the token; before it, a login may print anything."""
 
     def __init__(self, token):
         self.found = False
@@ -10564,7 +10565,7 @@ class AfterToken:
         self._mark = f'\n{token}\n'.encode()
 
     def receive(self, data):
-        """Return the bytes of these that count."""
+        """Return those of these bytes that are behind the token."""
         data = data if self.found else self._behind(data)
         self.count += len(data)
         return data
@@ -10579,15 +10580,15 @@ class AfterToken:
 
 
 class TarReceiver:
-    """A tar stream behind a line that is the token -> a file, since a pipe cannot be unpacked."""
+    """Stores the tar stream behind the token in a file, since a pipe cannot be unpacked."""
 
     def __init__(self, path, token):
-        self.trouble = ''                   # why it is not whole
+        self.trouble = ''                   # why the stream is not complete
         self._path, self._behind = path, AfterToken(token)
         self._file = None
 
     def receive(self, data):
-        """Add bytes that came."""
+        """Add bytes that arrived."""
         data = self._behind.receive(data)
         if not self._behind.found:
             return
@@ -10599,21 +10600,21 @@ class TarReceiver:
             self.trouble = reason_of(error)
 
     def unpack(self, folder):
-        """Extract what came into the folder and return the names that were refused."""
+        """Extract the stream into the folder and return the names that were refused."""
         if not self._file:
             self.trouble = self.trouble or 'nothing arrived'
             return []
         self._file.close()
         try:
             return unpack_archive(self._path, folder)
-        except Exception as error:      # what came may be anything, and so is what tarfile raises
+        except Exception as error:      # the bytes may be anything, and so is what tarfile raises
             self.trouble = self.trouble or printable(str(error)) or type(error).__name__
         finally:
             self._remove()
         return []
 
     def close(self):
-        """Remove what came, if nothing was unpacked."""
+        """Remove the file, if it was not unpacked."""
         if self._file and not self._file.closed:
             self._file.close()
             self._remove()
@@ -10624,7 +10625,7 @@ class TarReceiver:
 
 
 def is_plain_file(path):
-    """Tell whether there is a regular file, not a link to one."""
+    """Tell whether the path is a regular file, not a link to one."""
     return os.path.isfile(path) and not os.path.islink(path)
 
 
@@ -10665,11 +10666,11 @@ class Contact:
     """One login to a machine, from connecting to its loss.
 
     Its ssh is the channel: requests go down to the remote runner, events come up.  Copies,
-    followers and timers that were begun over it are its flows, and end with it.  When contact is
-    looked for again, that is a new Contact, so nothing of an old one is ever heard.
+    followers and timers that were begun over it are its flows, and end with it.  To reconnect,
+    the Worker makes a new Contact, so no event of an old one is ever heard.
 
     worker: worker.hear(event, values) is called for each event, worker.contact_lost(why, retry)
-    once when nothing more comes; retry is 'again', 'later' or 'never', see SSH_COMPLAINTS.
+    once, when no more events come; retry is 'again', 'later' or 'never', see SSH_COMPLAINTS.
     """
 
     def __init__(self, worker, number, former=()):
@@ -10679,18 +10680,18 @@ class Contact:
         self.id = f'{client.batch_id}.{worker.number}.{number}'
         self.token = os.urandom(16).hex()
         self.home = ''                      # the project's folder on the machine, when it is known
-        self.rsync_works = False            # at both ends, as far as we know
+        self.rsync_works = False            # at both ends, as far as is known
         self.alone = False                  # each copy needs a login of its own (MaxSessions)
         self.is_over = False
         self.flows = Flows(client.processes)
         self.stages = Stages(self, worker, former)
-        self._heard = time.monotonic()      # when something came
+        self._heard = time.monotonic()      # when bytes last arrived
         self._worker, self._client = worker, client
         self._reader = EventReader(self.token)
         self._process = None
 
     def open(self, terms):
-        """Begin to log in, and hand over the remote runner and what it has to know."""
+        """Begin to log in; send the remote runner and its settings."""
         machine, client = self._worker.machine, self._client
         if machine.host:
             write_configurations(self.connection)
@@ -10718,13 +10719,13 @@ class Contact:
         self._process.write(request(verb, *fields) + data)
 
     def start(self, argv, on_output, **settings):
-        """Start a process that goes along with this contact, for a flow to yield."""
+        """Start a process beside the channel, for a flow to yield."""
         return self._client.processes.start(argv, on_output, None, **settings)
 
     def become_ready(self, home, has_rsync):
-        """The machine can be used: send the files that had to wait for that.
+        """Send the files that had to wait until the machine was ready.
 
-        home: the project's folder there; has_rsync: the machine has it
+        home: the project's folder on the machine; has_rsync: the machine has rsync
         """
         self.home = home
         self.rsync_works = (has_rsync and is_program('rsync') and self.is_quiet
@@ -10733,35 +10734,35 @@ class Contact:
         self.flows.start(self._beat())
 
     def close(self):
-        """Close the channel when all is sent; the remote runner then ends by itself."""
+        """Close the channel when all is sent; the remote runner then exits by itself."""
         self._process.close_stdin()
 
     def end(self):
-        """End all of it now; the Worker is not told."""
+        """Kill its ssh and close its flows now, without a call of the Worker."""
         self.is_over = True
         self.flows.close()
         if self._process and self._process.popen.poll() is None:
             self._process.kill()
 
     def lose(self, why, retry='never'):
-        """End all of it now, and tell why."""
+        """End the contact now, and tell the Worker why."""
         if not self.is_over:
             self.end()
             self._worker.contact_lost(why, retry)
 
     @property
     def is_gone(self):
-        """Tell whether its ssh has ended, though that was not noticed yet."""
+        """Tell whether its ssh has ended, even if nothing has noticed that yet."""
         return self._process.popen.poll() is not None
 
     @property
     def is_quiet(self):
-        """Tell whether the login printed nothing: rsync cannot stand that it does."""
+        """Tell whether the login printed nothing: rsync fails if it does."""
         return not self._reader.noise.strip()
 
     @property
     def noise(self):
-        """The first line that the login printed."""
+        """Return the first line that the login printed."""
         return complaint_line(self._reader.noise.decode('utf-8', 'replace'))
 
     @property
@@ -10774,7 +10775,7 @@ class Contact:
         if self._reader.greeted or not self._worker.machine.host:
             return ('bash runs, but one of these is slow: the workdir, the start files of an '
                     'interactive login, such as ~/.bashrc, or nvidia-smi')
-        if not os.path.exists(self.connection.socket_path):     # ssh makes it after the login
+        if not os.path.exists(self.connection.socket_path):     # ssh creates it after the login
             return ''
         said = next(filter(None, (complaint_line(text.decode('utf-8', 'replace'), -1) for text in (
             self._process.complaint, self._reader.pending))), '')
@@ -10793,7 +10794,7 @@ class Contact:
                                   f'waiting: {self.hindrance()}')
 
     def _await_answer(self):
-        """A flow: give up a machine that does not answer."""
+        """A flow: give up on a machine that does not answer."""
         yield CONNECT_LIMIT_S
         if self._worker.state == 'connecting':
             why = self.hindrance()
@@ -10801,7 +10802,7 @@ class Contact:
                       + (f': {why}' if why else ''), 'later')
 
     def _beat(self):
-        """A flow: see to it that we notice when nothing comes any more."""
+        """A flow: ping a silent machine, and give up on one that does not answer any more."""
         while True:
             yield BEAT_S
             silent_s = time.monotonic() - self._heard
@@ -10827,7 +10828,7 @@ class Contact:
         self._worker.hear(*decode(fields))
 
     def _ended(self, status, complaint):
-        """Its ssh has ended."""
+        """Lose the contact: its ssh has ended."""
         text = complaint.decode('utf-8', 'replace')
         if not self._reader.greeted:
             self.lose(*explain_login(self._worker.machine, status,
@@ -10839,7 +10840,7 @@ class Contact:
 
 # ---- Results on their way: from the machine into job_results ----
 
-GATHER_S = 1.0                      # for which results wait for others, to come together
+GATHER_S = 1.0                      # for which results wait for others, to share one copy
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 
@@ -10850,17 +10851,17 @@ class Leavings:
     def __init__(self):
         self.folder = None                  # where they lie, below jobs/
         self.back = []                      # paths './a' to fetch
-        self.modes = {}                     # {path: mode} of what had to be opened to be fetched
+        self.modes = {}                     # {path: mode} of paths made readable to be fetched
         self.kept = []                      # paths that could not be fetched, and stay there
-        self.size = 0                       # bytes, where that is much
-        self.too_large = ''                 # why what it made stays there
-        self.odd = []                       # (mark, path): '!' is not there, '?' is no file
+        self.size = 0                       # in bytes, if that is much
+        self.too_large = ''                 # why its files stay on the machine
+        self.odd = []                       # (mark, path): '!' does not exist, '?' is no file
 
 
 def read_leavings(entries):
     """Return the Leavings of the entries of a list: a mark and a value each, see entry_of."""
     left = Leavings()
-    for mark, value in entries:         # the folder comes first: what has none is not fetched
+    for mark, value in entries:         # the folder comes first: without one nothing is fetched
         if mark == '+':
             left.back.append(value)
         elif mark == 'w':
@@ -10878,29 +10879,29 @@ def read_leavings(entries):
 
 
 class Collector:
-    """Brings the results of one machine: of many attempts with one copy.
+    """Fetches the results of one machine: those of many attempts with one copy.
 
-    What is to be fetched are the attempts that ended and were listed.  When contact is lost, the
-    copy ends with it, and that is still so.
+    It fetches the attempts that ended and whose files were listed.  If contact is lost, the copy
+    ends with it, and they are still to be fetched.
     """
 
     def __init__(self, worker):
         self._worker, self._client = worker, worker.client
         self._due = None                    # when results have waited long enough for others
         self._under_way = False
-        self._cleanable = []                # keys of jobs whose files there nobody needs
+        self._cleanable = []                # keys of jobs whose files on the machine nobody needs
 
     # Lists of what attempts left
 
     def add(self, attempt, entries):
-        """Collect an attempt that ended; entries: its list, or only @ if that comes on its own."""
+        """Collect an attempt that ended; entries: its list, or only @ if it must be asked for."""
         if entries == [('@', '')]:
             self._ask(attempt)
         else:
             self._list_came(attempt, entries)
 
     def add_kept(self):
-        """Try to fetch what an earlier run could not."""
+        """Try to fetch the paths that an earlier run could not fetch."""
         worker = self._worker
         for name, record in self._client.results.kept(worker.machine.address).items():
             if not worker.lives.get(worker, record['key'], 'incomplete'):
@@ -10909,7 +10910,7 @@ class Collector:
                 worker.lives.restore(attempt, 'incomplete')
 
     def resume(self):
-        """At contact, ask for the lists that have not arrived, and fetch the listed files."""
+        """On connecting, ask for lists that have not arrived, and fetch the listed files."""
         for attempt in self._worker.lives.of(self._worker, *ARRIVING):
             if attempt.leavings is None:
                 self._ask(attempt)
@@ -10923,13 +10924,13 @@ class Collector:
             self._worker.contact.send('list', attempt.key)
 
     def on_back(self, key, entries):
-        """The list of an attempt came on its own; nobody may have waited for it."""
+        """Take the list of an attempt that arrived apart from its end, if it is still missing."""
         attempt = self._unlisted(key)
         if attempt:
             self._list_came(attempt, entries)
 
     def on_unlistable(self, key):
-        """The list of an attempt cannot come."""
+        """Leave the results of an attempt on its machine, which cannot send their list."""
         attempt = self._unlisted(key)
         if attempt:
             self._keep(attempt, 'it made more files than can be listed')
@@ -10954,11 +10955,11 @@ class Collector:
         self.go_on(attempt)
 
     def go_on(self, attempt):
-        """An attempt was listed, or its streams have come: put it in place, or have it fetched."""
+        """Put an attempt in place, or have it fetched, if it is listed and no follower runs."""
         if attempt.leavings is None or attempt.state not in ARRIVING or (
                 self._worker.jobs.is_followed(attempt)):
             return
-        if not self._names(attempt):        # all of it came with the event that it ended
+        if not self._names(attempt):        # all of it arrived with the event of its end
             self._commit(attempt, {}, None)
             return
         if self._due is None:
@@ -10990,7 +10991,7 @@ class Collector:
     # Fetching it
 
     def fetch_if_due(self):
-        """Fetch what waits if it waited long enough, is much, or nothing else can come soon."""
+        """Fetch waiting results if they waited long enough, are many, or no more can come soon."""
         worker = self._worker
         if self._under_way or worker.state != 'ready' or worker.contact.is_gone:
             return
@@ -11003,7 +11004,7 @@ class Collector:
             worker.contact.flows.start(self._fetch(waiting))
 
     def _fetch(self, attempts):
-        """A flow: bring what these attempts left into an empty folder, and then to its place."""
+        """A flow: fetch what these attempts left into an empty folder, then put it in place."""
         worker, results = self._worker, self._client.results
         names = [name for attempt in attempts for name in self._names(attempt)]
         folders, receivers = [], []
@@ -11016,7 +11017,7 @@ class Collector:
 
         try:
             try:
-                # Only Linux confines rsync, and the rsync of macOS writes wherever a machine says.
+                # Only Linux can confine rsync; that of macOS writes wherever a machine tells it.
                 way, end = yield from carry(worker.contact, worker, copy, LINUX,
                                             len(names) > MANY_NAMES)
             except OSError as error:        # no folder can be made
@@ -11027,7 +11028,7 @@ class Collector:
             if end.full:
                 trouble = 'the disk here is full'
             for attempt in [one for one in attempts if one.state in ARRIVING]:
-                if trouble:         # what is there of it may be cut off, and the rest is missing
+                if trouble:         # files that arrived may be cut off, and others are missing
                     self._keep(attempt, trouble)
                 else:
                     self._collect(attempt, folders[-1], complaint_line(end.text))
@@ -11039,16 +11040,16 @@ class Collector:
         self.fetch_if_due()
 
     def _unpack(self, receiver, folder, end):
-        """Unpack what came as tar; return why it is not whole, or ''."""
+        """Unpack the tar that arrived; return why it is not complete, or ''."""
         for name in receiver.unpack(folder):
             self._worker.report.warning(
                 f'{self._worker.name}: refused the file {printable(name)}')
-        if end.status not in (0, 1, 2):         # tar's own, which name single files
+        if end.status not in (0, 1, 2):         # tar's own, for trouble with single files
             return complaint_line(end.text) or receiver.trouble or f'tar ended with {end.status}'
         return receiver.trouble
 
     def _missing_streams(self, attempt):
-        """Return the streams, 'out' and 'err', that are not here in whole."""
+        """Return which streams, 'out' and 'err', are not complete here."""
         if attempt.state == 'incomplete':
             return []
         return [name for name, stream in attempt.streams.items()
@@ -11067,13 +11068,13 @@ class Collector:
     # Putting it in place
 
     def _collect(self, attempt, folder, complaint):
-        """Put in place what came for one attempt into `folder`."""
+        """Put in place the files of one attempt that arrived in `folder`."""
         streams = {stream: os.path.join(folder, f'{attempt.key}.{stream}')
                    for stream in self._missing_streams(attempt)}
         complaint = complaint or 'it did not arrive'
         left = attempt.leavings
         work = os.path.join(folder, left.folder or 'work')      # without one nothing was listed
-        # A machine may send anything: behind a link here would be files of the user.
+        # A machine may send anything: a link here could lead to files of the user.
         if os.path.islink(work):
             self._keep(attempt, 'a link arrived in the place of its folder')
             return
@@ -11083,7 +11084,7 @@ class Collector:
         refused = collections.defaultdict(list)
         try:
             if os.path.isdir(work):
-                os.chmod(work, 0o700)       # its job may have shut it
+                os.chmod(work, 0o700)       # its job may have taken away permissions
             for path, why in vet(work, left.back, left.modes):
                 refused[why].append(path)
         except OSError as error:
@@ -11107,9 +11108,9 @@ class Collector:
         self._commit(attempt, streams, work)
 
     def _commit(self, attempt, arrived, work):
-        """Put the results in their final place; then their originals may go, unless kept.
+        """Put the results in their final place; then have the originals removed, unless kept.
 
-        arrived: {stream: path} of the streams that a copy brought
+        arrived: {stream: path} of the streams that a copy fetched
         """
         kept = attempt.leavings.kept
         if attempt.leavings.too_large:
@@ -11120,7 +11121,7 @@ class Collector:
             kept = self._put_in_place(attempt, streams, work, kept)
         except (ResultsError, OSError) as error:
             if attempt.state not in (*ARRIVING, 'cancelled'):
-                raise                       # somebody who heard of it has failed
+                raise                       # Lives.move worked, and then its callback failed
             self._keep(attempt, reason_of(error) if isinstance(error, OSError) else str(error))
             return
         if not kept:
@@ -11128,7 +11129,7 @@ class Collector:
             self.clean(CLEAN_JOBS)
 
     def _put_in_place(self, attempt, streams, work, kept):
-        """Move what came to where it belongs, and note that; return what stays on the machine."""
+        """Move what arrived to its place, and note that; return what stays on the machine."""
         results, lives, name = self._client.results, self._worker.lives, attempt.name
         if attempt.state == 'stopped':
             lives.move(attempt, 'cancelled', kept=kept)
@@ -11145,7 +11146,7 @@ class Collector:
         return kept
 
     def _add(self, attempt, work):
-        """Put what an earlier run could not fetch to its other results; return what is in the way.
+        """Add files that an earlier run could not fetch to the results; return those in the way.
         """
         others = self._client.results.add(attempt.name, work)
         if others:
@@ -11160,7 +11161,7 @@ class Collector:
         self._worker.report.warning(
             f'{attempt.name}: its results could not be fetched: {sentence(why)} They are kept on '
             f'{self._worker.name}, and the same command fetches them')
-        if attempt.state == 'incomplete':       # all but the kept paths was collected before
+        if attempt.state == 'incomplete':       # only the kept paths were not collected before
             self._worker.lives.move(attempt, 'unfetched')
         elif attempt.state != 'cancelled':
             self._worker.lives.move(attempt, 'kept')
@@ -11168,7 +11169,7 @@ class Collector:
     # Tidying up
 
     def forget(self, *keys):
-        """Nobody wants the results of these jobs: only have them removed."""
+        """Have the results of these jobs removed from the machine: nobody wants them."""
         self._cleanable += keys
 
     def clean(self, least=0):
