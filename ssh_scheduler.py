@@ -11182,43 +11182,43 @@ class Collector:
 
 # ---- Worker: one machine, its contact and its jobs ----
 
-SETTLED_S = 5.0                     # for a machine to tell how jobs ended that ran before
+SETTLED_S = 5.0                     # for a machine to report how jobs ended that ran before
 ENDING_S = 1.0                      # to hear that a job has ended, after its input has failed
 FOLLOW_AFTER_S = 0.08               # the output of a job that ends sooner comes with its end
 BEYOND = 2**62                      # more bytes than any stream has
 KILL_GRACE_S = 5
-MEASURE_LEAST_S = 1.0               # between two looks at what a machine has free
+MEASURE_LEAST_S = 1.0               # between two looks at a machine's free resources
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
-MEASURE_LIMIT_S = 60.0              # a look without an answer has failed; the most one is put off
+MEASURE_LIMIT_S = 60.0              # a look unanswered for longer has failed; also the most delay
 DRAIN_S = 10.0                      # a follower silent this long after the end of its job is dead
-FACTS_S = 1.0                       # for a machine to tell which one it is, at the end
+FACTS_S = 1.0                       # for a machine to report its facts, at the end
 FAREWELL_S = 30.0                   # for tidying up on the machine
-RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before contact is looked for again; it doubles
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before reconnecting; it doubles
 
 
 class Gauge:
-    """The free resources of one machine: it is asked, and its facts become a Capacity.
+    """The free resources of one machine: asks for its facts, and makes a Capacity of them.
 
     Asking costs the machine at most MEASURE_SHARE of a core.
     """
 
     def __init__(self, worker):
         self.capacity = None
-        self.details = []                   # what `check` said: (name, value, when it came)
+        self.details = []                   # facts of `check`: (name, value, when it arrived)
         self._worker = worker
-        self._facts = []                    # what the probe said so far
+        self._facts = []                    # what the probe has reported so far
         self._is_asked = False              # a look is under way
-        self._sample = None                 # what the next one is compared with
-        self._ended_keys = set()            # of jobs that ended since it was asked
+        self._sample = None                 # the last one, to compare the next one with
+        self._ended_keys = set()            # of jobs that ended since the last sample
         self._ended_ticks = 0               # processor time that those used since then
-        self._number, self._asked_at = 0, 0.0       # of the look that is under way, or was
-        self._due = None                    # when it will be asked, or None
-        self._cost_s = 0.0                  # what the last look took of a core
-        self._facts_since = None            # when this contact had its first claim
-        self.awaits_facts = False           # nothing is known of which machine it is, so far
+        self._number, self._asked_at = 0, 0.0       # of the current look, or the last one
+        self._due = None                    # when the next look is due, or None
+        self._cost_s = 0.0                  # seconds of a core that the last look took
+        self._facts_since = None            # when a job was first claimed over this contact
+        self.awaits_facts = False           # the journal has no facts of this machine yet
 
     def renew(self):
-        """Forget a look that will not be answered, as one over a former contact."""
+        """Forget a look that will not be answered, such as one over a former contact."""
         self._facts, self._due, self._is_asked, self.details = [], None, False, []
         self._facts_since, self.awaits_facts = None, False
 
@@ -11236,7 +11236,7 @@ class Gauge:
         self._ended_ticks += max(cpu_ticks - known, 0)
 
     def understand(self):
-        """Make a Capacity of the facts; from now on other batches cannot take more than that."""
+        """Make a Capacity of the facts, and send the limits for starts to the machine."""
         worker = self._worker
         if self._facts and worker.machine.engine:
             self._understand_queue()
@@ -11279,7 +11279,7 @@ class Gauge:
 
     @property
     def is_awaited(self):
-        """Tell whether it was asked, or will be, and has not answered."""
+        """Tell whether a look is due or under way, and has not failed."""
         return (self._worker.state == 'ready' and self._due is not None
                 and not self._has_failed)
 
@@ -11298,12 +11298,12 @@ class Gauge:
             self._worker.contact.send('measure', self._number)
 
     def claims(self):
-        """A job is about to be claimed there: ask which machine it is, once a contact."""
+        """Ask for the machine's facts, once per contact: a job is about to be claimed there."""
         if self._facts_since is None:
             self._facts_since = time.time()
             self.awaits_facts = (self._worker.machine.address
                                  not in self._worker.client.journal.machines)
-            # behind the start of the job
+            # sent after the start of the job
             self._worker.client.processes.call_later(0, self._ask_facts)
 
     def _ask_facts(self):
@@ -11311,9 +11311,9 @@ class Gauge:
             self._worker.contact.send('facts')
 
     def on_facts(self, kernel, driver, python):
-        """Have the journal know which machine it is."""
+        """Note the machine's facts in the journal."""
         journal, address = self._worker.client.journal, self._worker.machine.address
-        if python == '-':                   # the next time it is told
+        if python == '-':                   # a second event reports it
             python = journal.machines.get(address, {}).get('python', '')
         else:
             self.awaits_facts = False
@@ -11328,7 +11328,7 @@ class Gauge:
                              self._facts_since or time.time())
 
     def on_measured(self, number, cost_cs):
-        """All facts of a look have come; it took this much of a core (1/100 s)."""
+        """Use the facts of a look, which are complete; it took this much of a core (1/100 s)."""
         if number != self._number:
             self._facts = []                # of a look that was given up
         elif self._is_asked:
@@ -11338,23 +11338,23 @@ class Gauge:
 
 
 class Terms(NamedTuple):
-    """How a machine is logged in to."""
+    """How to log in to a machine."""
     want_gpus: bool = True          # nvidia-smi is asked
     tied: bool = False              # the jobs end with the contact
-    checks: bool = False            # it is asked for more than a probe tells
+    checks: bool = False            # the machine reports more than a probe has
 
 
 class Seeking:
-    """How contact with a machine is looked for, how often, and since when."""
+    """How, how often and since when a Worker tries to have contact with its machine."""
 
     def __init__(self, terms):
         self.terms = terms
-        self.asks = True                    # the machine is asked what it has
+        self.asks = True                    # the machine is asked for its resources
         self.retry = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
         self.began = time.monotonic()       # when it was first tried
         self.was_ready = False              # there was contact
         self.contacts = 0
-        self.tries = 0                      # since there was contact last
+        self.tries = 0                      # since the last contact
         self.away_since = None
 
 
@@ -11362,29 +11362,29 @@ KEY = re.compile(r'[A-Za-z0-9_+=@%][A-Za-z0-9._+=@%-]*\.[0-9]+(-[0-9a-f]+)?')   
 
 
 class OtherJob(NamedTuple):
-    """A job on a machine that a journal claimed which is not in this job_results."""
+    """A job on a machine that was claimed by a journal of another job_results."""
     key: str                            # NAME.ATTEMPT-IDENTITY; older versions left -IDENTITY out
     state: str                          # running, starting, ended, lost or damaged
-    exit_code: int                      # where it has ended
+    exit_code: int                      # if it has ended
     command: str
 
     @property
     def name(self):
-        """The name that it had in its batch."""
+        """Return the name that it had in its batch."""
         return self.key.rpartition('.')[0]
 
     @property
     def identity(self):
-        """The identity of its journal, '' where that had none."""
+        """Return the identity of its journal, '' if that had none."""
         return self.key.rpartition('.')[2].partition('-')[2]
 
 
 class Followers:
     """Sessions beside the channel, each of which brings the output of one attempt byte for byte.
 
-    They belong to one contact, as its flows.  A job writes to files on its machine, and is followed
-    from these: so execute_remote can be killed at any byte and attach again, and no job is held up
-    by a slow reader or a broken link.  The price is disk on both sides.
+    They are flows of one contact.  A job writes to files on its machine, and its follower reads
+    these: so execute_remote can be killed at any byte and attach again, and neither a slow reader
+    nor a broken link holds up a job.  The price is disk space on both sides.
     """
 
     def __init__(self, worker):
@@ -11392,11 +11392,11 @@ class Followers:
         self._processes = {}                # key of an attempt -> the Process that brings output
 
     def has(self, attempt):
-        """Tell whether output of this attempt is still brought."""
+        """Tell whether a follower still brings output of this attempt."""
         return attempt.key in self._processes
 
     def start(self, attempt):
-        """Bring its output from now on; an attempt that soon ends needs no session for that."""
+        """Begin to bring its output; an attempt that soon ends needs no session for that."""
         if not self.has(attempt):
             self._worker.contact.flows.start(self._follow(attempt))
 
@@ -11437,7 +11437,7 @@ class Followers:
             self.stop(attempt)
 
     def ended(self, attempt):
-        """The job has ended: stop when all its output is here, or when no more of it comes."""
+        """After the job's end, stop when all its output is here, or when no more arrives."""
         if self.has(attempt):
             if attempt.is_heard:
                 self.stop(attempt)
@@ -11445,7 +11445,7 @@ class Followers:
                 self._worker.contact.flows.start(self._drain(attempt))
 
     def _drain(self, attempt):
-        """A flow: see to it that a follower which has died on the machine holds nothing up."""
+        """A flow: stop a follower that brings nothing more: it may have died on the machine."""
         while self.has(attempt):
             before = [stream.here for stream in attempt.streams.values()]
             yield DRAIN_S
@@ -11453,47 +11453,48 @@ class Followers:
                 self.stop(attempt)
 
     def stop(self, attempt):
-        """Want no more: all has come, or the rest comes with a copy."""
+        """Stop bringing output: all of it is here, or a copy fetches the rest."""
         if self.has(attempt):
             self._processes.pop(attempt.key).close_stdin()
             self._worker.collector.go_on(attempt)
 
     def close(self):
-        """Bring no more of any attempt: ssh ends only after the last session on its connection."""
+        """Stop all followers: ssh ends only after the last session on its connection."""
         while self._processes:
             self._processes.popitem()[1].close_stdin()
 
 
-# The remote runner writes this to the stderr of a job that was killed with what records its end.
+# The remote runner writes this to the stderr of a job that was killed together with the process
+# that records its end.
 KILLED_WITH_GROUP = b'with its whole process group'
 
 
 class JobControl:
-    """The attempts on one machine: it has them started, and hears what becomes of them."""
+    """The attempts on one machine: starts and stops them, and hears what becomes of them."""
 
     def __init__(self, worker):
-        self._stops = 0                     # times that jobs were told to end, without an answer
-        self._heard = -math.inf             # when a job was heard to begin or end
+        self._stops = 0                     # requests to stop jobs that have no answer yet
+        self._heard = -math.inf             # when an event last reported a job's start or end
         self._worker, self._client = worker, worker.client
         self._followers = Followers(worker)
         self._inherited, self._killed = set(), set()    # keys of jobs that ran before this contact
-        self.folders = {}                   # key -> where the job runs, below jobs/; if asked for
+        self.folders = {}                   # key -> where the job runs, below jobs/, if asked for
 
     def renew(self):
-        """Begin anew, over a new contact."""
+        """Start over with a new contact."""
         self._stops, self._followers = 0, Followers(self._worker)
         for attempt in self._worker.lives.of(self._worker, 'placed'):
             if attempt.stage:
                 self._prepare(attempt)      # its files are not on the machine
 
     def close(self):
-        """Bring no more output: the contact is to be closed, and the jobs run on."""
+        """Stop bringing output: the contact is about to close, and the jobs keep running."""
         self._followers.close()
 
     # Starting
 
     def start(self, attempt):
-        """Have an attempt that was placed started as soon as its files are there."""
+        """Have a placed attempt started as soon as its files are on the machine."""
         self._prepare(attempt)
         self._open_streams(attempt)
         if self._worker.state == 'ready':
@@ -11510,9 +11511,9 @@ class JobControl:
                 functools.partial(how.show, stream) if how.show else None)
 
     def claim_placed(self):
-        """Have the journal claim what is placed and has its files there; return these Attempts.
+        """Claim in the journal the placed Attempts whose files are on the machine; return these.
 
-        Their starts are sent once the journal is on the disk: see Starts.
+        Starts has their starts sent once the journal is on the disk.
         """
         worker, results, claimed = self._worker, self._client.results, []
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
@@ -11523,12 +11524,12 @@ class JobControl:
                 worker.gauge.claims()
                 worker.lives.move(attempt, 'claimed', **attempt.record)
                 if former.get('kept') and former['machine'] == worker.machine.address:
-                    worker.collector.forget(former['key'])      # its results were deleted here
+                    worker.collector.forget(former['key'])      # its results here were deleted
                 claimed.append(attempt)
         return claimed
 
     def send_start(self, attempt):
-        """Send the start of an attempt, which the journal has on the disk."""
+        """Send the start of an attempt whose claim is on the disk."""
         backwards, how = attempt.job.backwards, attempt.how
         if self._worker.machine.wrap:
             self._worker.contact.send('wrap', attempt.key, fill_placeholders(
@@ -11541,7 +11542,7 @@ class JobControl:
             *(backwards or ()))
 
     def on_started(self, *keys):
-        """These jobs run."""
+        """Note that these jobs run."""
         self._heard = time.monotonic()
         for key in keys:
             attempt = self.alive(key)
@@ -11553,19 +11554,19 @@ class JobControl:
                 self._followers.start(attempt)
             if attempt.state in ('claimed', 'queued'):
                 self._worker.lives.move(attempt, 'running')
-            # There was no contact when somebody asked for that, or it may not have arrived.
+            # A request to stop it had no contact to be sent over, or may not have arrived.
             if attempt.state == 'stopping' or self._worker.run.wishes.unwanted(attempt):
                 self.end([attempt])
 
     def alive(self, key):
-        """Return the attempt that was started, or asked about, over this contact; None if none."""
+        """Return the attempt that was started, or asked about, over this contact; else None."""
         attempt = self._worker.lives.get(self._worker, key, *ALIVE)
         return attempt if attempt and attempt.streams else None
 
     # Asking, after contact was lost or this program was started again
 
     def ask(self):
-        """Ask about each attempt that may run there; a start that never arrived never will."""
+        """Ask about each attempt that may run there; a start that has not arrived is revoked."""
         worker = self._worker
         attempts = worker.lives.of(worker, *ALIVE)
         self._inherited, self._killed = {attempt.key for attempt in attempts}, set()
@@ -11577,12 +11578,12 @@ class JobControl:
             worker.contact.flows.start(self._await_ends())
 
     def _await_ends(self):
-        """A flow: say, when it is known how they ended, what may have ended them."""
+        """A flow: once it is known how jobs ended, warn of what may have killed them."""
         yield SETTLED_S
         self._explain_killed()
 
     def _explain_killed(self):
-        """Say what may have ended jobs that ran before this contact: logind does that to all."""
+        """Warn of what may have killed all jobs that ran before this contact, such as logind."""
         count, killed, lives = len(self._inherited), len(self._killed), self._worker.lives
         alive = {attempt.key for attempt in lives.of(self._worker, *ALIVE)}
         running, self._inherited, self._killed = self._inherited & alive, set(), set()
@@ -11595,7 +11596,7 @@ class JobControl:
                 'KillUserProcesses=no; with elogind, loginctl enable-linger is enough')
 
     def on_absent(self, key):
-        """The start of a job never arrived, and never will."""
+        """Note that the start of a job never arrived, and never will."""
         self.gone('absent', key)
 
     # Output and input
@@ -11605,20 +11606,20 @@ class JobControl:
         worker = self._worker
         while True:
             attempts = worker.lives.of(worker, *ALIVE)
-            # Only a look tells that jobs on the nodes of a cluster have begun or ended.
+            # Only a look shows that jobs on the nodes of a cluster have begun or ended.
             hasty = worker.machine.engine and time.monotonic() < self._heard + REFRESH_S
             yield HASTY_S if hasty else REFRESH_S + len(attempts) / 100
             fields = []
             for attempt in worker.lives.of(worker, *ALIVE):
                 known = [stream.here for stream in attempt.streams.values()]
                 if not known or self.is_followed(attempt):
-                    known = [BEYOND, BEYOND]        # what is followed comes by itself
+                    known = [BEYOND, BEYOND]        # a follower brings its output
                 fields += [attempt.key, *known]
             if fields:
                 worker.contact.send('watch', *fields)
 
     def on_growth(self, key, stream, offset, data):
-        """A job has written this, from this byte on."""
+        """Take what a job has written, from this byte on."""
         attempt = self.alive(key)
         if attempt and not self.is_followed(attempt):
             attempt.streams[stream].bring(offset, data)
@@ -11628,17 +11629,17 @@ class JobControl:
         return self._followers.has(attempt)
 
     def _feed(self, attempt):
-        """A flow: pass on what comes for its input, and then that there is no more."""
+        """A flow: pass the input on to the job, and then the end of the input."""
         contact = self._worker.contact
         child = contact.start(contact.connection.copy(contact.alone), ignore)
         child.write(nul_ended(REMOTE_FEED, f'{contact.home}/jobs/{attempt.key}'))
         self._client.processes.pass_on(attempt.how.source, child)
         end = yield child
-        if end.status == 255:           # ssh also says this if a job ended before its input did
+        if end.status == 255:           # ssh also returns it if a job ended before its input did
             yield ENDING_S
         if attempt.state not in ALIVE or contact.is_gone:
             return
-        if end.status == 255:           # with others it was read to where it was wanted
+        if end.status == 255:           # any other: the job has read as much as it wanted
             why = complaint_line(end.text) or 'ssh has failed'
             self._worker.report.warning(f'{attempt.name}: its input could not be sent: '
                                         f'{sentence(why)} The job is stopped')
@@ -11647,7 +11648,7 @@ class JobControl:
             contact.send('eof', attempt.key)
 
     def terminal(self, attempt):
-        """A flow: give a job of mode tty our terminal, until it ends."""
+        """A flow: give a job of mode tty the terminal of this client, until it ends."""
         contact = self._worker.contact
         script = 'terminal' if self._worker.machine.engine else 'tty'
         path = f'{contact.home}/jobs/{attempt.key}.more/{script}'
@@ -11656,13 +11657,13 @@ class JobControl:
     # The end of a job
 
     def on_ended(self, key, status, time_cs, cpu_cs, out, err, *back):
-        """A job has ended; back: what it left."""
+        """Note that a job has ended; back: the list of what it left."""
         attempt = self.alive(key)
         if not attempt:
-            return      # it was reported already, or another run's
+            return      # it was reported already, or is another run's
         worker, self._heard = self._worker, time.monotonic()
         worker.gauge.ended(key, cpu_cs)
-        # Of one whose record is all there is, the processor time is not known.
+        # If only its record is left on the machine, the processor time is not known.
         was_seen = cpu_cs > 0 or time_cs > 0 and key not in self._inherited
         result = attempt.result = JobResult(
             attempt.name, worker.name, status, time_cs / 100, attempt.gpus,
@@ -11687,57 +11688,57 @@ class JobControl:
         self._followers.ended(attempt)
 
     def on_used(self, key, peak_kb):
-        """The memory of a job's processes was seen at this size."""
+        """Note the size that the memory of a job's processes was seen at."""
         attempt = self.alive(key)
         if attempt:
             attempt.peaks_mb[0] = max(peak_kb // 1024, attempt.peaks_mb[0] or 0)
 
     def on_place(self, key, folder):
-        """A job runs in this folder."""
+        """Note the folder that a job runs in."""
         if self.alive(key):
             self.folders[key] = folder
 
     def on_left(self, key, text):
-        """A job is about to end, and processes that it started are not."""
+        """Report processes that keep running though the job that started them is about to end."""
         attempt = self.alive(key)
-        if attempt and attempt.state != 'stopping':     # else that is being ended, too
+        if attempt and attempt.state != 'stopping':     # else they are being stopped, too
             self._worker.report.left(self._worker.name, attempt.name, text)
 
     def on_held(self, key):
-        """Another batch took the room of a job first; nothing of it is there."""
+        """Note that another batch took the room of a job first; the job is not on the machine."""
         attempt = self.alive(key)
         if attempt:
             self._worker.lives.move(attempt, 'held')
 
     def on_refused(self, key, why):
-        """The machine could not start a job."""
+        """Note that the machine could not start a job."""
         self.gone('refused', key, why)
 
     def on_lost(self, key, why):
-        """A job is gone without a result."""
+        """Note that a job is gone without a result."""
         self.gone('lost', key, why)
 
     def gone(self, state, key, why=''):
-        """An attempt is in this state, for certain, without a result."""
+        """Put an attempt into this state, in which it certainly has no result."""
         attempt = self.alive(key)
         if attempt:
             self._worker.collector.forget(key)
             self._worker.lives.move(attempt, state, why)
 
-    # Ending jobs
+    # Stopping jobs
 
     @property
     def is_stopping(self):
-        """Tell whether jobs were told to end, and the machine has not answered."""
+        """Tell whether the machine has a request to stop jobs that it has not answered."""
         return self._stops > 0
 
     def end(self, attempts):
-        """End these attempts, with all that they started; those not started are returned."""
+        """Stop these attempts, with all that they started; those not started are returned."""
         worker, keys = self._worker, []
         for attempt in attempts:
             if attempt.state == 'placed':
                 worker.lives.move(attempt, 'returned', 'interrupted')
-            elif worker.state == 'ready':           # else nobody can be told
+            elif worker.state == 'ready':           # else no request can be sent
                 keys.append(attempt.key)
                 if attempt.state in UNSEEN:
                     worker.lives.move(attempt, 'stopping')
@@ -11746,38 +11747,38 @@ class JobControl:
             worker.contact.send('cancel', KILL_GRACE_S, *keys)
 
     def on_cancelled(self, pids):
-        """The jobs were ended, but for these processes."""
+        """Note that jobs were stopped, but for these processes."""
         self._stops = max(self._stops - 1, 0)
         if pids:
             self._worker.report.survivors(self._worker.name, pids)
 
     @property
     def hears_output(self):
-        """Tell whether output of jobs that were told to end still comes."""
+        """Tell whether output of stopped jobs still arrives."""
         return any(map(self.is_followed, self._worker.lives.of(self._worker, 'stopped')))
 
     def give_up_output(self):
-        """Give up the rest of the output of jobs that were told to end."""
+        """Give up the rest of the output of stopped jobs."""
         for attempt in self._worker.lives.of(self._worker, 'stopped'):
             self._followers.stop(attempt)
 
 
 class Queued:
-    """The attempts in the queue of a cluster, and what its engine says of them.
+    """The attempts in the queue of a cluster, and what its engine reports of them.
 
-    refusals: {what jobs need, as cluster_need has it: why the engine refuses them}
+    refusals: {a need, as cluster_need writes it: why the engine refuses jobs that have it}
     """
 
     def __init__(self, worker):
         self.refusals = {}
-        self.refusal = ''                   # why the engine took no job the last time
-        self.is_full = False                # since there are too many in its queue
+        self.refusal = ''                   # why the engine last took no job
+        self.is_full = False                # it was because there are too many in its queue
         self._worker = worker
 
     def ask_fits(self):
-        """Ask which kinds of the jobs that wait the engine would refuse; before the probe."""
+        """Ask, before the probe, which kinds of waiting jobs the engine would refuse."""
         worker = self._worker
-        self.refusals.clear()               # what was refused may be right by now
+        self.refusals.clear()               # it may accept now what it refused before
         limit_s = worker.run.policy.timeout_s
         kinds = {cluster_need(kind, worker.machine.gpu_types)
                  for kind in worker.run.scheduler.kinds()}
@@ -11785,7 +11786,7 @@ class Queued:
             (kind, '' if limit_s is None else f'{limit_s:.3f}') for kind in sorted(kinds)))
 
     def on_unfit(self, need, why):
-        """The engine refuses jobs with this need."""
+        """Note that the engine refuses jobs with this need."""
         self.refusals[need] = self.refusal = why
         self.is_full = False
         worker, gauge = self._worker, self._worker.gauge
@@ -11795,18 +11796,18 @@ class Queued:
             worker.run.machine_changed(worker, 'ready')
 
     def on_full(self, why):
-        """The engine takes no more jobs for now."""
+        """Note that the engine takes no more jobs for now."""
         if self.refusal != why:
             self._worker.report.warning(f'{self._worker.name}: takes no more jobs now: {why}')
         self.refusal, self.is_full = why, True
 
     def on_queued(self, key, number, why, start):
-        """The engine has a job, and does not run it yet."""
+        """Note that the engine has a job, and does not run it yet."""
         worker, attempt = self._worker, self._worker.jobs.alive(key)
         if not attempt or attempt.state not in ('claimed', 'queued'):
             return
         before = attempt.place or Place('')
-        # Without a reason it is the answer to a question, after which nobody is asked for it back.
+        # Without a reason it answers `start` or `adopt`: no `withdraw` is under way any more.
         attempt.place = before._replace(number=number or before.number, why=why or before.why,
                                         start=start, moves_to=before.moves_to if why else None)
         if attempt.state == 'claimed' or attempt.place[:2] != before[:2]:
@@ -11816,7 +11817,7 @@ class Queued:
             worker.jobs.end([attempt])
 
     def on_preempted(self, key, why):
-        """A job is gone, by no fault of its own or of the machine."""
+        """Note that a job is gone, by no fault of its own or of the machine."""
         self._worker.jobs.gone('preempted', key, why)
 
     def withdraw(self, attempt, machine):
@@ -11827,14 +11828,14 @@ class Queued:
 
 
 class Worker:
-    """A machine at work for a run: the contact with it, and the jobs there.
+    """A machine at work for a run: the contact with it, and the jobs on it.
 
-    state: new, connecting, ready, away (contact was lost and is looked for), closing, closed or
-    failed; `why` says why.
+    state: new, connecting, ready, away (contact was lost, and it tries to reconnect), closing,
+    closed or failed; `why` has the reason.
 
-    report: tells people: warning(text), sent(name, stage), left(name, job, text), survivors(…)
+    report: called with news: warning(text), sent(name, stage), left(name, job, text), survivors(…)
     run: its owner, which has `lives`, `policy` and `wishes`, and hears machine_changed(worker,
-    before); of a cluster, or if its policy wants_others, it is a Run
+    before); for a cluster, or if its policy wants_others, it is a Run
     """
 
     def __init__(self, machine, client, number, report):
@@ -11854,22 +11855,22 @@ class Worker:
 
     @property
     def lives(self):
-        """The attempts of the run."""
+        """Return the attempts of the run."""
         return self.run.lives
 
     @property
     def capacity(self):
-        """The Capacity that it had at the last look; None if it was not asked."""
+        """Return the Capacity at the last look; None if the machine was not asked."""
         return self.gauge.capacity
 
     @property
     def busy(self):
-        """Tell whether something is still to come of an attempt there."""
+        """Tell whether the run still waits for an attempt there, or for its results."""
         return self.lives.any_of(self, *AWAITED)
 
     @property
     def is_stopping(self):
-        """Tell whether its jobs were told to end, and it did not say what became of that."""
+        """Tell whether the machine has a request to stop jobs that it has not answered."""
         return self.jobs.is_stopping
 
     @property
@@ -11879,17 +11880,17 @@ class Worker:
 
     @property
     def retry(self):
-        """When to try again, after it failed: see SSH_COMPLAINTS."""
+        """Return when to try again, after it failed: see SSH_COMPLAINTS."""
         return self._seeking.retry
 
     @property
     def hears_output(self):
-        """Tell whether output of jobs that were told to end still comes."""
+        """Tell whether output of stopped jobs still arrives."""
         return self.jobs.hears_output
 
     @property
     def away_since(self):
-        """When contact was lost that is looked for; None if there is contact."""
+        """Return when contact was lost; None if there is contact."""
         return self._seeking.away_since
 
     # Contact
@@ -11919,27 +11920,27 @@ class Worker:
             self.enter()
 
     def probe(self):
-        """Ask what the machine has; the answer makes it ready."""
+        """Ask for the machine's resources; the answer makes it ready."""
         self._seeking.asks = True
         if self.machine.engine:
             self.queue.ask_fits()
         self.contact.send('probe')
 
     def enter(self):
-        """Log in without asking that: there is no `capacity` then."""
+        """Have the machine become ready without a probe: there is no `capacity` then."""
         self._seeking.asks = False
         self.contact.send('enter')
 
     def unanswered(self, so=''):
-        """Return that it has not answered yet, and so what; behind its name a sentence."""
+        """Return the end of a sentence behind its name: it has not answered, what follows, why."""
         why = self.contact.hindrance() or (self.why if self._seeking.tries else '')
         return (f'did not answer within {time.monotonic() - self._seeking.began:.0f} s{so}'
                 + (f': {why}' if why else ''))
 
     def contact_lost(self, why, retry):
-        """Note that contact is lost: starts that were not sent are returned; jobs run on, unseen.
+        """Note that contact is lost: starts not sent are returned; jobs keep running, unseen.
 
-        If there was contact before, it is looked for again, for the client's away_limit_s.
+        If there was contact before, it tries to reconnect for the client's away_limit_s.
         """
         if self.state == 'closing':
             self.state = 'closed'
@@ -11956,8 +11957,8 @@ class Worker:
             self.run.machine_changed(self, before)
 
     def _after_loss(self, retry):
-        """Look for contact after a while, unless it is lost for good; return the next state."""
-        # Time awake counts (CLOCK_MONOTONIC): a laptop may sleep as long as it likes.
+        """Reconnect after a while, unless contact is lost for good; return the next state."""
+        # Only time awake counts (CLOCK_MONOTONIC): a laptop may sleep as long as it likes.
         seeking, now = self._seeking, time.monotonic()
         if seeking.away_since is None:
             seeking.away_since = now
@@ -11972,7 +11973,7 @@ class Worker:
         return 'away' if seeking.was_ready else 'connecting'
 
     def close(self):
-        """Have the machine tidied up and the contact closed; its jobs run on."""
+        """Have the machine tidied up and the contact closed; its jobs keep running."""
         contact = self.contact
         if self.state == 'ready':
             self.state = 'closing'
@@ -11993,16 +11994,16 @@ class Worker:
     # Requests of a Run
 
     def prepare(self, forwards):
-        """Send the files of these Forwards, if that was not done."""
+        """Send the files of these Forwards, if they were not sent."""
         self.contact.stages.prepare(forwards)
 
     def offer(self, forwards):
-        """Send them already while it is logged in, if they are small enough for the channel."""
+        """Send the files already during the login, if they are small enough for the channel."""
         if is_small(*self.client.files.trees(forwards)):
             self.prepare(forwards)
 
     def start(self, attempt):
-        """Start an attempt that was placed as soon as its files are there."""
+        """Start a placed attempt as soon as its files are there."""
         self.jobs.start(attempt)
 
     def ask(self):
@@ -12014,7 +12015,7 @@ class Worker:
         self.gauge.measure(within_s)
 
     def stop(self):
-        """End all jobs there."""
+        """Stop all jobs there."""
         self.jobs.end(self.lives.of(self, 'placed', *ALIVE))
 
     # Events
@@ -12022,16 +12023,16 @@ class Worker:
     def hear(self, event, values):
         """Act on an event of the remote runner."""
         if self.state == 'closing' and event != 'finished':
-            return          # nothing can be answered any more: it is for the next run
-        # Exactly one of these parts has it: tests/test_structure.py.
+            return          # no request can follow any more: the next run hears of it
+        # Exactly one of these parts has the handler: tests/test_structure.py.
         (handler,) = filter(None, (getattr(part, f'on_{event}', None) for part in (
             self, self.jobs, self.collector, self.gauge, self.queue)))
         handler(*values)
 
     def on_account(self, which):
-        """Learn which account it is.  Of two names of one account only one is used.
+        """Note which account it is.  If two names are of one account, use only one of them.
 
-        That is the first in the user's order, unless the other has jobs there or did its work.
+        That is the first in the user's order, unless the other is at work or has done its work.
         """
         other = self.client.accounts.get(which, self)
         self.client.accounts[which] = self
@@ -12053,15 +12054,15 @@ class Worker:
             for attempt in self.lives.of(self, *UNCOLLECTED))
 
     def on_broken(self, why, retry=b'never'):
-        """The remote runner cannot work."""
+        """Lose the contact: the remote runner cannot work."""
         self.contact.lose(why, 'later' if retry == b'later' else 'never')
 
     def on_note(self, text):
-        """The remote runner has something to say."""
+        """Print a note of the remote runner."""
         self.report.warning(f'{self.name}: {text}')
 
     def on_ready(self, home, rsync):
-        """The machine can be used; all facts have come, if they were asked for."""
+        """Use the machine from now on; all facts that were asked for have arrived."""
         if self.state != 'connecting':
             raise WireError('it reported twice that it is ready')
         if self._seeking.asks:
@@ -12088,16 +12089,16 @@ class Worker:
         self.collector.resume()
 
     def on_staged(self, stage_id):
-        """The machine has all files of a stage."""
+        """Note that the machine has all files of a stage."""
         self.contact.stages.staged(stage_id)
         self.client.starts.soon(self.jobs)
 
     def on_stage_failed(self, _stage_id, why):
-        """The machine could not store the files of a stage."""
+        """Lose the contact: the machine could not store the files of a stage."""
         self.contact.lose(f'the machine could not store the files: {why}')
 
     def on_others(self, listed=b''):
-        """Jobs that other journals claimed; the client's own commands have journals, too."""
+        """Show jobs that other journals claimed, but for the journals of this job_results."""
         if not self.run.policy.wants_others:
             raise WireError('it reported jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
@@ -12115,21 +12116,21 @@ class Worker:
         self.run.view.others(self, jobs)
 
     def on_pong(self, _number):
-        """It is there."""
+        """Do nothing: that the event has arrived is enough."""
 
     def on_finished(self):
-        """All is tidy there; a farewell of ssh would take 40 ms."""
+        """Kill ssh, now that the machine is tidy: to let it log out would take 40 ms."""
         if self.state != 'closing':
             raise WireError('it reported that it has finished, unasked')
         self.state = 'closed'
         self.contact.end()
         if self.client.results:
-            with contextlib.suppress(ResultsError):     # then it is tidied once more
+            with contextlib.suppress(ResultsError):     # then the next run tidies it again
                 self.client.journal.tidied(self.machine.address)
 
 
 def need_of(attempt, machine):
-    """Return what an attempt claims as the remote runner reads it: cores, MB, reserve, GPUs."""
+    """Return an attempt's needs in the form of the remote runner: cores, MB, reserve, GPUs."""
     placement = attempt.placement
     if machine.engine:
         return cluster_need(placement.allocation if placement else Allocation(gpus=0),
@@ -12143,14 +12144,14 @@ def need_of(attempt, machine):
                      str(int(wanted.reserve)), *gpus])
 
 
-# The remote runner writes there what the machine has, and on a node which GPUs the job has.
+# The remote runner replaces these: by what the machine has, and on a node by the job's GPUs.
 ALL_CORES, ALL_MEMORY, ITS_GPUS = '\2', '\3', '\4'
 
 
 def values_of(attempt):
     """Return {placeholder of `wrap`: text} for an attempt.
 
-    A job that asked for nothing, or for the machine, may use all cores and all memory.
+    A job that asked for no resources, or for the machine, may use all cores and all memory.
     """
     placement, gpus = attempt.placement, gpus_of(attempt.gpus)
     is_cluster = bool(attempt.machine.machine.engine)
@@ -12166,7 +12167,7 @@ def values_of(attempt):
 
 
 def gpu_memory(facts):
-    """Return {key of a job: MB that its processes have on GPUs} of the facts of a probe."""
+    """Return {key of a job: MB that its processes have on GPUs} from the facts of a probe."""
     found = collections.Counter()
     for mb, _, key in itertools.chain.from_iterable(gpu_processes(facts).values()):
         if mb:
@@ -12177,7 +12178,7 @@ def gpu_memory(facts):
 # ---- Visits: into a job while it runs ----
 
 class Ports:
-    """Ports of a machine that are reached at our loopback address, as long as a login lasts.
+    """Ports of a machine, reached at the loopback address here as long as a login lasts.
 
     pairs: (port here, port of the machine) of each
     """
@@ -12187,7 +12188,7 @@ class Ports:
         self.are_open = False           # or were before contact was lost
 
     def check(self, machine):
-        """Raise if one of them cannot be had here; of localhost, all are here already."""
+        """Raise if a port here cannot be used; the ports of localhost are here already."""
         import socket
         if machine.engine and self.pairs:
             here, there = self.pairs[0]
@@ -12208,7 +12209,7 @@ class Ports:
                                          + f' Try: --forward {other}:{there}') from None
 
     def open(self, login):
-        """A flow: have the ssh of a login, a Contact or a Visit, forward them; say so once."""
+        """A flow: have the ssh of a login, a Contact or a Visit, forward them; print that once."""
         connection = login.connection
         for here, there in self.pairs:
             if connection.machine.host:
@@ -12255,21 +12256,21 @@ NO_VISIT = {
 
 
 def visit_for(engine):
-    """Return what opens a shell beside a job of a machine, or of a cluster with this engine."""
+    """Return the script that opens a shell beside a job; engine: that of a cluster, or ''."""
     functions = runner_for(engine).removesuffix(REMOTE_CALL)
     if not engine:
         return functions + REMOTE_VISIT + REMOTE_VISIT_CALL
     return functions + REMOTE_VISIT + REMOTE_CLUSTER_VISIT + REMOTE_VISIT_CALL
 
 
-HINTS = 3                   # times that a shell is told to end before it is killed
+HINTS = 3                   # times that a shell gets SIGHUP before it is killed
 
 
 class Visit:
-    """A login of its own, to a machine where a job runs: a shell beside the job, and ports.
+    """A separate login to a machine where a job runs, for a shell beside the job and for ports.
 
-    It needs no client and disturbs none.  What it starts has neither the marks nor the open files
-    by which the remote runner knows what belongs to a job.
+    It needs no client and disturbs none.  Its processes have neither the marks nor the open files
+    by which the remote runner knows which processes belong to a job.
     """
 
     def __init__(self, machine, name, key, client):
@@ -12281,7 +12282,7 @@ class Visit:
         self._process = self._shell = None
         self._end = None                # (exit status, stderr) of the login, once it has ended
         self._path = None               # of the script there that becomes the shell
-        self._told = 0                  # the signal by which it was told to end
+        self._told = 0                  # the signal on which the shell was sent SIGHUP
 
     def start(self, argv, on_output):
         """Start a process, for a flow to yield."""
@@ -12307,38 +12308,38 @@ class Visit:
         if word in NO_VISIT:
             why = NO_VISIT[word].format(at=machine.name)
             raise ResultsError(sentence(f'{self._name} {why}'))
-        # It crosses a login shell.
+        # The path passes through a login shell, so it must be plain.
         if word != 'open' or not re.fullmatch(r'/[\w./-]+', path):
             raise Unreachable(f'{machine.name} sent something that cannot be understood.')
         self._path = path
 
     def run(self, ports):
-        """Have the shell use our streams until it ends; return its exit status."""
+        """Give this program's streams to the shell until it ends; return its exit status."""
         self._client.flows.start(ports.open(self))
         self._client.wait_while(lambda: not ports.are_open, time.monotonic() + CONNECT_LIMIT_S)
         status = self._run()
         if status == 255 and self._is_unused():         # MaxSessions of its sshd is 1
             status = self._run(alone=True)
-        if self._told:                  # ssh says 255 then
+        if self._told:                  # ssh returns 255 then
             return 128 + self._told
-        if status == 255 and self._end:         # ssh said so, not the shell
+        if status == 255 and self._end:         # it is the status of ssh, not of the shell
             raise Unreachable(f'{self._machine.name}: connection lost: {sentence(self._why())} '
                               f'{self._name} keeps running.')
         return status if status >= 0 else 128 - status
 
     def _run(self, alone=False):
-        """Have the shell use our streams; return the exit status, negative for a signal."""
+        """Give the shell the streams once; return the exit status, negative for a signal."""
         processes, ended = self._client.processes, []
         self._shell = processes.start(
             self.connection.shell(self._path, os.isatty(0), alone), None,
             lambda status, _: ended.append(status), terminal=True)
-        # It has no pipes to us, which would tell of its end.
+        # It has no pipes, whose end would show that it has ended.
         before = signal.signal(signal.SIGCHLD, lambda *_: processes.wake())
         hints = 0
         try:
             while not ended:
                 processes.wait(TICK_S)
-                if self._told and not ended:    # a bash that just begins to read a line misses it
+                if self._told and not ended:    # bash misses a signal as it begins to read a line
                     hints += 1
                     self._shell.popen.send_signal(signal.SIGHUP if hints < HINTS else
                                                   signal.SIGKILL)
@@ -12347,7 +12348,7 @@ class Visit:
         return ended[0]
 
     def _is_unused(self):
-        """Ask the machine whether the shell has not begun; it may be that nobody answers."""
+        """Ask the machine whether the shell has not begun; return False without an answer."""
         self._said = b''
         self._process.write(b'\n')
         self._client.wait_while(lambda: not (self._end or b'\n' in self._said),
@@ -12355,13 +12356,13 @@ class Visit:
         return self._said.startswith(b'unused')
 
     def interrupt(self, number, _frame):
-        """Ctrl-C is for the shell, if that has the terminal; else, and for SIGTERM, it ends."""
+        """Leave Ctrl-C to a shell that has the terminal; else, and on SIGTERM, end the shell."""
         if self._shell and (number == signal.SIGTERM or not os.isatty(0)):
             self._told = number
             self._shell.popen.send_signal(signal.SIGHUP)    # a bash at a terminal ignores SIGTERM
 
     def close(self):
-        """Have the machine remove what the shell did not, and log out."""
+        """Have the machine remove files that the shell has left, and log out."""
         if self._process:
             self._process.close_stdin()
             self._client.wait_while(lambda: not self._end, time.monotonic() + TICK_S)
@@ -12390,25 +12391,25 @@ MOST_PARTS = 10_000         # files and folders of a machine: more would hold up
 class SyncBack:
     """Fetches some paths of all running jobs again and again (--sync-back): one rsync a machine.
 
-    Results go first: when a job ends, the rsync of its machine is ended, and none begins while
+    Results go first: when a job ends, the rsync of its machine is killed, and none begins while
     results are on their way.  The next rsync brings the rest of a file.  rsync writes in place:
-    TensorBoard keeps the files open that it shows, and never looks whether there is a newer one.
+    TensorBoard keeps the files that it shows open, and never looks for newer ones of that name.
     """
 
     def __init__(self, paths, every_s, client, report):
         self._paths, self._every_s = paths, every_s
         self._client, self._report = client, report
         self._rsyncs = {}               # Worker -> Process
-        self._said = set()              # what was warned of: each is said once
+        self._said = set()              # texts or topics of warnings: each is printed once
         self._busy = set()              # Workers from which something is fetched
-        self._refused = set()           # those of which no more is wanted
+        self._refused = set()           # Workers from which no more is fetched
 
     def begin(self, view):
-        """The batch begins."""
+        """Begin to fetch, with the batch."""
         self._client.flows.start(self._keep(view.run))
 
     def changed(self, attempt, _before):
-        """An attempt is in another state now."""
+        """Kill the rsync, or remove what it brought, if an attempt's new state asks for that."""
         worker = attempt.machine
         if attempt.state in ('ended', 'stopped') and worker in self._rsyncs:
             self._rsyncs[worker].kill()
@@ -12418,7 +12419,7 @@ class SyncBack:
             self._client.results.partials.remove(attempt.name)
 
     def lost(self, attempt):
-        """A job has no result and starts no more."""
+        """Do nothing for a job that is gone without a result, and is not started again."""
 
     def _keep(self, run):
         """A flow: at each interval fetch what the jobs of all machines have written."""
@@ -12429,7 +12430,7 @@ class SyncBack:
                     worker.contact.flows.start(self._serve(worker))
 
     def _serve(self, worker):
-        """A flow: fetch it once from a machine, after the results that are on their way."""
+        """A flow: fetch the paths once from a machine, after results that are on their way."""
         self._busy.add(worker)
         try:
             while worker.lives.any_of(worker, *ARRIVING):
@@ -12463,7 +12464,7 @@ class SyncBack:
                 remove_tree(landing)
 
     def _is_possible(self, worker):
-        """Tell whether files can come; say once why not."""
+        """Tell whether files can be fetched; warn once why not."""
         if not worker.contact.rsync_works:
             self._warn(f'{worker.name}: rsync cannot be used with it, so --sync-back fetches '
                        'nothing while its jobs run')
@@ -12492,7 +12493,7 @@ class SyncBack:
             del self._rsyncs[worker]
 
     def _guard(self, worker, child):
-        """A flow: end an rsync when the disk gets full."""
+        """A flow: kill an rsync when the disk gets full."""
         while child.popen.poll() is None:
             yield GUARD_S
             with contextlib.suppress(FileNotFoundError):    # somebody removed the folder
@@ -12500,7 +12501,7 @@ class SyncBack:
                     child.kill()
 
     def _explain(self, worker, end):
-        """Say once why an rsync failed, unless it was ended here."""
+        """Warn once of why an rsync failed, unless it was killed here."""
         if session_refused(end.text):
             worker.contact.alone = True
         elif end.status not in (0, 23, 24) and end.status > 0:
@@ -12509,7 +12510,7 @@ class SyncBack:
                        (worker, end.status))
 
     def _show(self, worker, landing, attempts):
-        """Have what came appear in job_results, but for what must not."""
+        """Show the files that arrived in job_results, except those that must not be there."""
         if sum(1 for _ in itertools.islice(parts_of(landing), MOST_PARTS + 1)) > MOST_PARTS:
             self._refused.add(worker)
             self._warn(f'{worker.name}: the paths of --sync-back have more than {MOST_PARTS:,} '
@@ -12527,7 +12528,7 @@ class SyncBack:
                        'place of a folder, and was left out', (worker, 'odd'))
 
     def _put(self, worker, attempt, path):
-        """Have what came of a job appear."""
+        """Show the files of one job that arrived."""
         refused = collections.defaultdict(list)
         for inner, why in vet(path, (), whole=self._paths):
             refused[why.partition(',')[0]].append(printable(inner))     # without where it leads
@@ -12542,7 +12543,7 @@ class SyncBack:
                        f'that --sync-back can show {attempt.name}')
 
     def _warn(self, text, about=None):
-        """Warn, but once of the same: a machine could make another text each time."""
+        """Warn once of each topic: a machine could vary the text each time."""
         if (about or text) not in self._said:
             self._said.add(about or text)
             self._report.warning(text)
@@ -12588,9 +12589,9 @@ class MachineRunner:
 
     Further signals: register(event, callback), with the events of SIGNALS.
 
-    It does not wait: Processes.wait of its session calls back into it, or its own wait() does.
-    spacing_s is the least time between two starts, in seconds; 0, the default, since a start over
-    the channel is no login.
+    It does not wait by itself: call Processes.wait of its session, or its wait(), for callbacks.
+    spacing_s is the least time between two starts, in seconds.  The default is 0, since a start
+    over the channel is no login.
 
         with MachineRunner(find_machine('lab1')) as runner:
             runner.register_ended(lambda name: print(name, runner.ended[name].exit_code))
@@ -12600,7 +12601,7 @@ class MachineRunner:
 
     SIGNALS = {                         # event -> the arguments of its callbacks
         'ready': (), 'measured': (),                    # there is, or may be, a new `capacity`
-        'away': ('reason',),                            # contact was lost, and is looked for
+        'away': ('reason',),                            # contact was lost; it will reconnect
         'failed': ('reason',),
         'started': ('job_name',), 'ended': ('job_name',),
         'collected': ('job_name',),                     # its results are in place here
@@ -12609,8 +12610,8 @@ class MachineRunner:
         'held': ('job_name',),                          # another batch took its room first
         'lost': ('job_name', 'reason'),                 # it is gone without a result
         'absent': ('job_name',),                        # its start never arrived
-        'left': ('job_name', 'text'),                   # what it started did not end with it
-        'survivors': ('text',),                         # processes that could not be ended
+        'left': ('job_name', 'text'),                   # processes that it started outlive it
+        'survivors': ('text',),                         # processes that could not be killed
         'sent': ('stage',), 'warning': ('text',),
     }
     EVENT_OF = {'running': 'started', 'ended': 'ended', 'collected': 'collected',
@@ -12631,8 +12632,8 @@ class MachineRunner:
         self._owns_session = session is None
         self._callbacks = {event: [] for event in self.SIGNALS}
         self._spacing_s, self._next_start = spacing_s, 0.0
-        self._queue = collections.deque()   # Attempts that were not handed on
-        self._unheard = set()               # keys of those that ended before their sink has all
+        self._queue = collections.deque()   # Attempts that the Worker does not have yet
+        self._unheard = set()               # keys of those that ended before their sink had all
 
     def __enter__(self):
         self.connect()
@@ -12668,13 +12669,13 @@ class MachineRunner:
             callback(*values)
 
     def _changed(self, attempt, before):
-        """Tell of an attempt that is in another state."""
+        """Signal that an attempt is in another state."""
         if before in ('stopping', 'stopped'):
             return
         if attempt.state == 'ended':
             self.ended[attempt.name] = attempt.result
             if attempt.how.show and not attempt.is_heard:
-                self._unheard.add(attempt.key)      # its sink has the rest when it is collected
+                self._unheard.add(attempt.key)      # its sink gets the rest when it is collected
                 return
         elif attempt.key in self._unheard:
             self._unheard.remove(attempt.key)
@@ -12684,26 +12685,26 @@ class MachineRunner:
             self._signal(event, *(attempt.name, attempt.why)[:len(self.SIGNALS[event])])
 
     def machine_changed(self, worker, before):
-        """Tell of the machine's state."""
+        """Signal the machine's state."""
         event = 'measured' if before == worker.state == 'ready' else worker.state
         self._signal(event, *(worker.why,)[:len(self.SIGNALS[event])])
         if worker.state == 'ready':
             self._start_next()
 
     def warning(self, text):
-        """Hand on a warning."""
+        """Signal a warning."""
         self._signal('warning', text)
 
     def sent(self, _name, stage):
-        """Hand on that files were sent."""
+        """Signal that files were sent."""
         self._signal('sent', stage)
 
     def left(self, _name, job_name, text):
-        """Hand on which processes outlive their job."""
+        """Signal which processes outlive their job."""
         self._signal('left', job_name, text)
 
     def survivors(self, _name, pids):
-        """Hand on which processes could not be ended."""
+        """Signal which processes could not be killed."""
         self._signal('survivors', pids)
 
     # The machine
@@ -12715,17 +12716,17 @@ class MachineRunner:
 
     @property
     def state(self):
-        """The state of the machine, as Worker has it."""
+        """Return the state of the machine, one of those of Worker."""
         return self._worker.state
 
     @property
     def reason(self):
-        """Why it failed."""
+        """Return why it failed."""
         return self._worker.why
 
     @property
     def capacity(self):
-        """The Capacity that it had at the last look."""
+        """Return the Capacity that it had at the last look."""
         return self._worker.capacity
 
     def connect(self, want_gpus=True):
@@ -12734,7 +12735,7 @@ class MachineRunner:
         self._start_next()
 
     def probe(self):
-        """Ask what the machine has; the answer makes it ready."""
+        """Ask for the machine's resources; the answer makes it ready."""
         self._worker.probe()
 
     def measure(self, within_s=0.0):
@@ -12742,19 +12743,19 @@ class MachineRunner:
         self._worker.measure(within_s)
 
     def close(self):
-        """Have the machine tidied up and the connection closed; its jobs run on."""
+        """Have the machine tidied up and the connection closed; its jobs keep running."""
         self._worker.close()
 
     # Jobs
 
     @property
     def running(self):
-        """The names of the jobs that were started there and have not ended."""
+        """Return the names of the jobs that were started there and have not ended."""
         return [attempt.name for attempt in self.lives.of(self._worker, *ALIVE)]
 
     @property
     def unfinished(self):
-        """The names of the jobs that run there, or ran there and are not collected."""
+        """Return the names of the jobs that run there, or ran there and are not collected."""
         return [attempt.name for attempt in self.lives.of(
             self._worker, *UNCOLLECTED)]
 
@@ -12771,29 +12772,29 @@ class MachineRunner:
             raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
 
     def cancel(self):
-        """End all jobs there, with all that they started; give back those not started.
+        """Stop all jobs there, with all that they started; return those not started.
 
-        Without contact only those not started are given back.
-        What the others leave is set aside, and their end is no signal.  survivors(text) is, if
-        something could not be ended.
+        Without contact, only return those not started.
+        What stopped jobs leave is set aside, and their end is no signal.  survivors(text) is, if
+        a process could not be killed.
         """
         self._worker.stop()
 
     def queue_up(self, command, forward_loc=(), backward_loc=None, job_name=None, *, link_loc=(),
                  exclude=(), gpus=None, placement=None, sink=None, keep=True, mode='',
                  source=None, timeout_s=None):
-        """Start the bash command there as soon as its files are.
+        """Start the bash command there as soon as its files have arrived.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
         backward_loc           paths in its folder to fetch; None: what it made or changed
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
-        placement              what MachineResources gave it: other batches then count with it
+        placement              its Placement by MachineResources: other batches then respect it
         sink                   called with 'out' or 'err' and bytes, as they come, from the first on
-        keep                   its streams are put into job_results, even though they have a sink
+        keep                   put its streams into job_results, even though they have a sink
         mode                   'stdin': its input is what comes from the file descriptor `source`,
                                else it is empty
-        timeout_s              seconds that it may run; then it is ended, with exit status 124
+        timeout_s              stop it after this many seconds, with exit status 124
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
         check_job_name(job_name, 'queue_up', 200)
@@ -12811,7 +12812,7 @@ class MachineRunner:
         self._start_next()
 
     def _start_next(self):
-        """Hand on the jobs that are to be started, with time between them."""
+        """Pass queued jobs on to the Worker, with time between them."""
         now = time.monotonic()
         while self._queue and self._may_start(now):
             attempt = self._queue.popleft()
@@ -12822,7 +12823,7 @@ class MachineRunner:
             self.session.processes.call_later(self._next_start - now, self._start_next)
 
     def _may_start(self, now):
-        """Tell whether the next job may be handed on at this time (monotonic)."""
+        """Tell whether the next job may be passed on at this time (monotonic)."""
         if not self._spacing_s:
             return self.state != 'new'
         return self.state == 'ready' and now >= self._next_start
