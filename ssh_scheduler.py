@@ -12832,19 +12832,19 @@ class MachineRunner:
 # ---- Requests: what other commands ask of the client that runs a batch ----
 
 REQUEST_S = 0.25                    # between two looks for requests
-ANSWER_LIMIT_S = 30.0               # a client that is silent for longer is stopped, or its disk is
+ANSWER_LIMIT_S = 30.0               # a client silent for longer is suspended, or its disk hangs
 LARGEST_REQUEST = 64 * 2**20        # bytes; some have the text of a batch file
-OLD_ANSWER_S = 3600.0               # nobody reads an answer any more that is older
+OLD_ANSWER_S = 3600.0               # nobody reads an answer that is older
 REQUEST_NAME = re.compile(r'([0-9]{20}-[0-9]+)\.(request|taken)')
 # Action -> {field: its type}; a list is of strings.
 REQUESTS = {'cancel': {'jobs': list}, 'rerun': {'jobs': list}, 'rerun failed': {},
             'change': {'argv': list, 'text': str},
             'give back': {'machines': list, 'now': bool}, 'let go': {}}
 RERUNS = {'--rerun', '--rerun-failed'}
-FOLLOWED = ' is followed'           # behind the name of a job: what the lock says of a JobWatch
+FOLLOWED = ' is followed'           # after a job's name: the run in the lock of its follower
 
 
-# Of a command that is typed again while the batch runs, these options may be others.
+# If a command is typed again while the batch runs, these options may differ.
 CHANGEABLE = {'--machines', *option_kinds(HARDWARE_OPTIONS), *option_kinds(FILE_OPTIONS),
               '--verbose'}
 
@@ -12861,24 +12861,24 @@ ACTED_UNANSWERED = Answer(error='the client acted on this, and was killed before
 
 
 class Inbox:
-    """The folder inbox/ of a job_results: what other commands ask of the client that has its lock.
+    """The folder inbox/ of a job_results: requests by other commands to the client with its lock.
 
     ID.request    a JSON object: {"batch": "b.sh", "action": "cancel", "jobs": ["57"]}
     ID.taken      the same, once the client acts on it
     ID.answer     {"lines": [a sentence, …], "error": "", "status": 0}
 
     They are written beside their place and renamed, so that none is read in part.  IDs sort by
-    time.  Who asks waits for the answer; if the client ends before it acts, who asks takes the
-    request back and does it alone.  If both were killed, the next client acts on it.  The journal
-    has the id before the answer is there, so that no request is acted on twice.
+    time.  The command that asks waits for the answer; if the client ends before it acts, the
+    command takes the request back and acts alone.  If both were killed, the next client acts on
+    it.  The journal has the id before the answer is there, so that no request is acted on twice.
     """
 
     def __init__(self, results, batch):
         self.folder = os.path.join(results.inner, 'inbox')
         self._results, self._batch = results, batch
-        self._strange = set()           # ids of those that are not for this client to read
+        self._strange = set()           # ids of requests that are not for this client to read
 
-    # Who asks
+    # The command that asks
 
     def ask(self, action, **facts):
         """Return the Answer of the client; None if none runs the batch, or it ended first.
@@ -12924,7 +12924,7 @@ class Inbox:
         return None
 
     def _take_back(self, number, end='request'):
-        """Remove a request; return whether it was still there: else the client acts on it now."""
+        """Remove a request; return whether it was still there.  Else the client acts on it now."""
         try:
             os.unlink(os.path.join(self.folder, f'{number}.{end}'))
         except FileNotFoundError:
@@ -12970,7 +12970,7 @@ class Inbox:
                     yield match[1], request
 
     def _read(self, path):
-        """Return a request, or why it cannot be read; None if it is not for us to read it."""
+        """Return a request, or why it cannot be read; None if it is not for this client."""
         try:
             info = os.lstat(path)
             if info.st_uid != os.stat(self._results.folder).st_uid:
@@ -12992,7 +12992,7 @@ class Inbox:
         return request if request['batch'] == self._batch else None
 
     def _take(self, number, name):
-        """Have a request for this client; return False if who asked has taken it back."""
+        """Take a request for this client; return False if its sender has taken it back."""
         try:
             os.rename(os.path.join(self.folder, name), os.path.join(self.folder, f'{number}.taken'))
         except FileNotFoundError:
@@ -13000,7 +13000,7 @@ class Inbox:
         return True
 
     def answer(self, number, answer):
-        """Answer a request, which is then gone; return the error if that cannot be done."""
+        """Answer a request and remove it; return the error if that cannot be done."""
         if number not in self._results.journal.answered:
             self._results.journal.write(event='answered', id=number)
         try:
@@ -13012,7 +13012,7 @@ class Inbox:
         return ''
 
     def tidy(self):
-        """Remove what nobody reads any more, since who asked was killed."""
+        """Remove old answers that nobody reads, since the command that asked was killed."""
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(self.folder)):
                 if entry.name.endswith(('.answer', '.new')) and (
@@ -13039,25 +13039,25 @@ def workers_for(machines, client, reporter, first=0):
 
 
 class Editions:
-    """The files of lines that are added to a batch while it runs: those of that moment.
+    """Gives lines that are added to a running batch the files as they are at that moment.
 
-    batch_file: its path; what changes there changes nothing for the jobs
+    batch_file: its path; a change of this file changes nothing for the jobs
     """
 
     def __init__(self, files, batch_file):
         self._files, self._batch_file = files, os.path.normpath(batch_file)
-        self._newest = {}               # Forwards -> those with the edition that was sent last
+        self._newest = {}               # Forwards -> the same with the edition that was sent last
         self._count = 0
 
     def of_now(self, jobs):
-        """Return (the Jobs, which get the files as they are now; what to say of that)."""
+        """Return (the Jobs, which get the files as they are now; sentences to print about that)."""
         files, later, changed = self._files, {}, set()
         for forwards in {job.forwards for job in jobs}:
             before = self._newest.get(forwards._replace(edition=0), forwards)
             self._count += 1
             after = forwards._replace(edition=self._count)
             paths = {*files.manifest(after).changed(files.manifest(before))} - {self._batch_file}
-            if not paths:               # then they need not be sent again
+            if not paths:               # the files need not be sent again
                 files.forget(after)
                 after = before
             changed |= paths
@@ -13086,17 +13086,17 @@ class Desk:
         return self._run.client.results
 
     def _is_old(self, number):
-        """Tell whether a request lay there when this client began."""
+        """Tell whether a request was in the inbox when this client began."""
         return number in self._results.lock.asked_before
 
     def open(self, is_dry=False):
-        """Act on requests that a killed client left, and from now on on all that come."""
+        """Act on requests that a killed client left, and from now on on all new ones."""
         if not is_dry:
             self._inbox.tidy()
             self.look()
 
     def look(self):
-        """Act on all requests that are there, and look again after a while."""
+        """Act on all requests in the inbox, and look again after a while."""
         if not self._is_open or self._run.interrupts:
             return
         for number, request in self._inbox.requests():
@@ -13110,7 +13110,7 @@ class Desk:
         self._run.client.processes.call_later(REQUEST_S, self.look)
 
     def close(self):
-        """Act on nothing any more."""
+        """Stop acting on requests."""
         self._is_open = False
 
     def _tell(self, head, answer):
@@ -13153,7 +13153,7 @@ class Desk:
                              ('fetching', ('ended', 'incomplete')), ('kept', ('kept',))):
             for attempt in run.lives.all_of(*states):
                 is_away = word == 'running' and attempt.machine.state != 'ready'
-                # An earlier run may have heard of its end, and could not fetch its results.
+                # An earlier run may have heard of its end, without fetching its results.
                 has_ended = self._results.journal.record(attempt.name).get('state') == 'ended'
                 places[attempt.name] = ('fetching' if has_ended else 'away' if is_away else word,
                                         attempt.machine.name)
@@ -13260,10 +13260,10 @@ class Desk:
             yield (f'no machine is left for {count_of(run.scheduler.waits, "job")}. The same '
                    'command with --machines adds one')
 
-    # The batch file, or the machines, are others
+    # Other lines, or other machines
 
     def _change(self, argv, text):
-        """Run the batch as this command line and this text of its file have it, from now on."""
+        """Run the batch by this command line and this text of its file from now on."""
         options = read_options(EXECUTE_BATCH_USAGE, argv)
         jobs = read_jobs(options['<batch>'], text, options, self._report.warning)
         for forwards in {job.forwards for job in jobs}:
@@ -13293,7 +13293,7 @@ class Desk:
         run, joined = self._run, []
         for machine in machines:
             same = [worker for worker in run.workers if worker.machine.address == machine.address]
-            for worker in same:             # it is tried anew
+            for worker in same:             # a new Worker tries it again
                 if worker.state == 'failed':
                     run.fleet.give_back(worker)
             if any(not run.fleet.standing[worker].is_given_back for worker in same):
@@ -13303,7 +13303,7 @@ class Desk:
             if worker:
                 run.fleet.take_back(worker)
             else:
-                for former in same:         # else it would be taken for another name of it
+                for former in same:         # else the new one would be taken for a second name
                     run.client.accounts = {which: other for which, other
                                            in run.client.accounts.items() if other is not former}
                 (worker,) = workers_for([machine], run.client, self._report, len(run.workers))
@@ -13316,7 +13316,7 @@ class Desk:
         return joined
 
     def _take_up(self, worker):
-        """Collect what an earlier run has begun on a machine that was not named until now."""
+        """Collect jobs that an earlier run has begun on a machine that was not named until now."""
         run, plan = self._run, self._run.view.plan
         there = {name for name, address in plan.elsewhere.items()
                  if address == worker.machine.address}
@@ -13328,7 +13328,7 @@ class Desk:
     def _change_lines(self, jobs):
         """Run these Jobs, and no others; return (what changed, in a few words each; notes)."""
         run, results = self._run, self._results
-        for attempt in run.lives.all_of('placed'):      # it waits, too: its files are on the way
+        for attempt in run.lives.all_of('placed'):      # these wait, too: for their files
             run.lives.move(attempt, 'returned', 'the batch is changed')
         waiting = {job.name: job for kind in run.scheduler.kinds().values() for job in kind}
         alive = {attempt.name for attempt in run.lives.all_of(*AWAITED)}
@@ -13351,7 +13351,7 @@ class Desk:
         ) if count], notes
 
     def _check_gpus(self, jobs):
-        """Raise if one of these Jobs needs a GPU, and the machines are not asked for theirs."""
+        """Raise if one of these Jobs needs a GPU, and the machines were not asked for GPUs."""
         needy = [job.name for job in jobs if job.allocation.gpus]
         if needy and not self._run.policy.want_gpus:
             raise UsageError(
@@ -13365,7 +13365,7 @@ class Edit(NamedTuple):
     kept: dict                      # name -> Job that waits, as the text has it now
     dropped: frozenset              # names of Jobs that waited, whose lines are gone
     gone: frozenset                 # names of other Jobs whose lines are gone
-    back: dict                      # name -> Job of other lines that were gone, and are there again
+    back: dict                      # name -> Job of other lines that were gone and have returned
     added: tuple                    # Jobs to run, too
     done: tuple                     # Jobs that an earlier run has run
     changed: int                    # how many of those kept have other options
@@ -13375,13 +13375,13 @@ def edit_of(jobs, known, waiting, idle, left, is_taken):
     """Return the Edit by which the batch of the `known` Jobs becomes that of these `jobs`.
 
     known, waiting: {name: Job} of all jobs of the batch, and of those that wait
-    idle: names of those that were cancelled: of equal lines these are the first to be gone
-    left: {(command, own): [names of results of earlier runs, of which no known job is]}
-    is_taken: tells of a name whether a job or results have it beside those of `known`
+    idle: names of cancelled jobs: among equal lines, theirs are the first to be gone
+    left: {(command, own): [names of results of earlier runs that no known job has]}
+    is_taken: tells whether a job or results other than those of `known` have a name
 
-    Lines are the same that have the same command and the same options of their own.  Of equal
-    lines, first those that have started are the same, and first those with the same number.  A job
-    whose line is gone keeps running if it has started.
+    Two lines are the same if they have the same command and the same options of their own.  Among
+    equal lines, those that have started are matched first, and first by the same line number.  A
+    job whose line is gone keeps running if it has started.
     """
     pairs = pair_jobs(
         jobs, [job for name, job in known.items() if name not in waiting and name not in idle],
@@ -13419,7 +13419,7 @@ def pair_jobs(jobs, *groups):
     for group in groups:
         by_command = collections.defaultdict(dict)
         for old in sorted(group, key=lambda old: old.line):
-            # Those whose line is gone have all the same number, 0.
+            # Jobs whose line is gone all have the number 0.
             by_command[old.command, old.own][old.line or old.name] = old
         for is_same_number in (True, False):
             for job in jobs:
@@ -13471,7 +13471,7 @@ def runs_again(kept):
 def ask_here(argv, feed=None, env=None, limit_s=None):
     """Run a program here; return (its exit status, its stdout, its stderr as text).
 
-    limit_s: it is stopped after this number of seconds
+    limit_s: kill it after this many seconds
     """
     said, ended = bytearray(), []
     processes = Processes()
@@ -13488,21 +13488,21 @@ def ask_here(argv, feed=None, env=None, limit_s=None):
 
 
 class Past(NamedTuple):
-    """One start of a job, as its journal tells of it."""
+    """One start of a job, as its journal has it."""
     name: str
     claimed: dict                   # the journal's event
-    ended: dict                     # the same; empty if it has not ended, or not been heard of
+    ended: dict                     # the same; empty as long as no end was heard of
     state: str                      # the journal's word for what became of it
     machine: dict                   # facts of the machine at that time: see Journal.machines
 
     @property
     def where(self):
-        """The machine, as the user named it."""
+        """Return the machine, as the user named it."""
         return self.claimed.get('where') or self.claimed['machine']
 
 
 def find_past(word, batch=None):
-    """Return the Past of a job: NAME, NAME~1, or with the batch 57 or .57; of a batch or not."""
+    """Return the Past of a job, of a batch or not: NAME, NAME~1, or with the batch 57 or .57."""
     results = ResultStore('job_results').peek()
     name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
                  if name in results.journal.jobs), word)
@@ -13523,7 +13523,7 @@ def is_file_name(name):
 
 
 def read_past(name, path):
-    """Return the Past of a job by the journal at this path; None if that does not know the job."""
+    """Return the Past of a job from the journal at this path; None if the job is not in it."""
     found, machines = {}, collections.defaultdict(list)
     stem = name.partition('~')[0]
     try:
@@ -13614,7 +13614,7 @@ FACT_LABELS = {'kernel': 'Linux', 'driver': 'driver of GPUs', 'python': 'Python'
 
 
 def allocation_of(claimed):
-    """Return the Allocation that a claim of the journal says; None where it says none."""
+    """Return the Allocation in a claim of the journal; None if it has none."""
     asked = claimed.get('asked')
     if not isinstance(asked, dict):
         return None
@@ -13623,7 +13623,7 @@ def allocation_of(claimed):
 
 
 def what_it_had(past, sent):
-    """Yield (head, text) of the files that a job had, and of how they differ from those of now."""
+    """Yield (head, text) of the files that a job had, and of how they differ from today's."""
     digest = past.claimed.get('files')
     manifest, record = sent.get(digest), sent.record(digest)
     if not manifest or not record:
@@ -13649,7 +13649,7 @@ def what_it_had(past, sent):
 class Rebuilt:
     """A folder with the files that a job had, to send them once more; a context manager.
 
-    While it is open it is the current folder, and job_results in it is a link to that of before.
+    While it is open, it is the current folder, and job_results in it is a link to the former one.
 
     unlike: sentences on files that are not as they were
     """
@@ -13663,7 +13663,7 @@ class Rebuilt:
     def __enter__(self):
         inner = os.path.join(self._here, 'job_results', '.ssh_scheduler')
         stem = f'reproduce.{os.uname().nodename}.'
-        for name in os.listdir(inner):              # of clients that were killed
+        for name in os.listdir(inner):              # remove the folders of killed clients
             pid = name[len(stem):].partition('-')[0] if name.startswith(stem) else ''
             if pid.isdigit() and not is_process(int(pid)):
                 remove_tree(os.path.join(inner, name))
@@ -13712,7 +13712,7 @@ class Rebuilt:
                                f'does not get {it}')
 
     def _content(self, path, content):
-        """Return what a file had in it; None where that is nowhere any more."""
+        """Return the former content of a file; None if no copy of it exists any more."""
         data = self._sent.content(content)
         if data is None and not differs_now(path, self._manifest):
             data = read_file(path)
@@ -13721,7 +13721,7 @@ class Rebuilt:
         return data
 
     def _committed(self, path, content):
-        """Return what a file had in it if it is in the commit, as it is or as git checks it out."""
+        """Return this content if the commit has it, as it is or as git checks it out."""
         for words in (['show'], ['cat-file', '--filters']):
             with contextlib.suppress(OSError, SchedulerError):      # there is no git here
                 _, said, _ = ask_here(['git', *words, f'{self._commit}:./{path}'], env=git_env(),
@@ -13731,7 +13731,7 @@ class Rebuilt:
         return None
 
     def _take(self, path, target):
-        """Take a file that is too large to be read; it is only sent from there."""
+        """Link or copy the current file: it is only read there, to be sent."""
         try:
             os.link(path, target)
         except OSError:                     # another file system, or the file of another person
@@ -13743,8 +13743,7 @@ class Rebuilt:
 
 
 def unlike_then(past, again):
-    """Yield in words each fact of the machine in which two Pasts differ, as far as both are known.
-    """
+    """Yield a text for each fact of the machine in which two Pasts differ, if both are known."""
     def models(one):
         known = {gpu['index']: gpu['model'] for gpu in one.machine.get('gpus', ())}
         return ', '.join(sorted(known.get(index, '?') for index in gpus_of(
@@ -13764,7 +13763,7 @@ def unlike_then(past, again):
 def name_of_copy(past):
     """Return the name of the job that reproduces this one: NAME-again, or the next that is free.
 
-    One that was begun and is not collected is continued.
+    A copy that was begun and is not collected is continued under its name.
     """
     results = ResultStore('job_results').peek()
     stem = f'{past.name.replace("~", "-")}-again'
@@ -13777,7 +13776,7 @@ def name_of_copy(past):
         return name in journal.jobs or name in results.journal.jobs or results.exists(name)
 
     def continues(claimed):
-        """Tell whether this start was to reproduce the Past, and not a former one of its name."""
+        """Tell whether this start reproduces the Past, and not a former job of its name."""
         return (claimed.get('reproduces') == past.name
                 and claimed['command'] == past.claimed['command']
                 and claimed.get('time', 0) >= past.claimed.get('time', 0))
@@ -13786,7 +13785,7 @@ def name_of_copy(past):
 
 
 def digest_of(pieces):
-    """Return what stands for the bytes."""
+    """Return the SHA-256 digest of the bytes."""
     import hashlib
     digest = hashlib.sha256()
     for piece in pieces:
@@ -13795,7 +13794,7 @@ def digest_of(pieces):
 
 
 def what_came_in(past):
-    """Yield a sentence on what the job read that is not kept."""
+    """Yield a sentence on each input of the job that was not kept."""
     if past.claimed.get('input') == 'stdin':
         yield 'the standard input, which was not kept: the job gets none'
     if past.claimed.get('input') == 'tty':
@@ -13811,7 +13810,7 @@ def other_files(past, again, sent):
 
 
 def tell_likeness(past, name, unlike, sent, reporter):
-    """Say what could not be the same in the job that reproduces a Past, and compare the outputs.
+    """Print what could not be the same in the job that reproduces a Past; compare the outputs.
 
     unlike: sentences on files and input
     """
@@ -13836,10 +13835,10 @@ def tell_likeness(past, name, unlike, sent, reporter):
 
 LEAST_REPORT_S = 1.0        # between two pages of a report
 LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
-WATCH_S = 0.1               # between two looks at what a job has written here
+WATCH_S = 0.1               # between two looks at the output of a job in job_results
 
 def execute_batch(argv):
-    """Run a batch file, or do what else the options ask for; return the exit status."""
+    """Run a batch file, or do what the options ask for instead; return the exit status."""
     options = read_options(EXECUTE_BATCH_USAGE, argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
@@ -13956,7 +13955,7 @@ class BatchCall(NamedTuple):
 
 
 def check_asked(options):
-    """Raise if options of execute_batch are given that have no meaning together."""
+    """Raise if options of execute_batch are given that exclude or need each other."""
     def one_of(*names):
         given = [name for name in names if name in options.given]
         if len(given) > 1:
@@ -13979,11 +13978,11 @@ def check_asked(options):
 
 
 def read_settings(options):
-    """Return the settings of a Client that the options of execute_batch say."""
+    """Return the settings of a Client by the options of execute_batch."""
     max_result_mb = options.optional('--max-result-size', options.size_mb, least=0)
     away_limit_s = options.seconds('--away-limit', least=0)
     lost_after_s = options.optional('--lost-after', options.seconds, least=0)
-    if lost_after_s is not None:            # contact must be looked for until then
+    if lost_after_s is not None:            # it must try to reconnect until then
         away_limit_s = max(away_limit_s, lost_after_s + LONGEST_RETRY_S)
     return {'nice': options.whole_number('--nice', least=0, most=19),
             'live': not options['--no-live'], 'away_limit_s': away_limit_s,
@@ -14005,7 +14004,7 @@ def open_or_hand_over(results, name, options, text):
             open_results(results, name, hardware_words(options))
             return None
         except FolderInUse:
-            # Lines from a pipe are no new text of those from another one.
+            # Lines from a pipe are no new edition of the lines from another pipe.
             if options['--dry-run'] or options['<batch>'] == '-':
                 raise
             answer = ask_for_rerun(options, name) if options.given & RERUNS else (
@@ -14013,12 +14012,12 @@ def open_or_hand_over(results, name, options, text):
             if answer:
                 return answer
             holder = results.lock.holder
-            if not holder or holder.lives is not False:     # else it has ended just now
+            if not holder or holder.lives is not False:     # else it has just ended: try again
                 raise
 
 
 def open_results(results, run='', asks=()):
-    """Open the results, which commands hand over that only follow a job.
+    """Open the results; commands that only follow a job make way.
 
     run, asks: as for ResultStore.open.  Raises FolderInUse.
     """
@@ -14026,7 +14025,7 @@ def open_results(results, run='', asks=()):
         with contextlib.suppress(FolderInUse):
             return results.open(run, asks)
         holder = results.lock.holder
-        if holder and holder.lives is False:    # the next one has it, and has not written that yet
+        if holder and holder.lives is False:    # its successor has not written its own lines yet
             time.sleep(0.02)
         elif holder and holder.run.endswith(FOLLOWED):
             Inbox(results, holder.run).ask('let go')        # with or without an answer
@@ -14043,7 +14042,7 @@ def ask_for_rerun(options, name):
 
 
 def handed_to(holder):
-    """Return how the answer to a command is opened that another client acted on."""
+    """Return the first words of the answer to a command that another client acted on."""
     return f'handed to the client that runs (process {holder.pid}): '
 
 
@@ -14060,7 +14059,7 @@ def tell_answer(answer, reporter, head='', command='execute_batch'):
 def run_told(options, client, reporter, hooks, run):
     """Run a batch with its job log and its command of --on-failure; return the exit status.
 
-    run(told): runs it; told: who is told of what happens
+    run(told): runs it; told: objects that are called with what happens
     """
     log, report = None, read_report(options, client, reporter)
     others = (hooks, *report, *read_sync_back(options, client, reporter))
@@ -14097,7 +14096,7 @@ def read_report(options, client, reporter):
 
 
 def read_policy(options):
-    """Return the Policy that the options of execute_batch say."""
+    """Return the Policy by the options of execute_batch."""
     return Policy(asks_late=True, wants_others=True, patient=True,
                   interval_s=LIVE_S * random.uniform(0.8, 1.2),
                   retries=options.whole_number('--retries', least=0),
@@ -14109,7 +14108,7 @@ def read_policy(options):
 
 
 def usable_machines(words, reporter):
-    """Return (Machines, exit status: 1 if others cannot be used); print why."""
+    """Return (usable Machines, exit status: 1 if some are unusable); print why those are."""
     machines, complaints = find_machines(words)
     for complaint in complaints:
         reporter.note(f'cannot be used: {complaint}')
@@ -14117,10 +14116,10 @@ def usable_machines(words, reporter):
 
 
 def check_syntax(path, jobs):
-    """Raise if bash refuses a command of the jobs; where no bash is here, they will see."""
+    """Raise if bash refuses a command of the jobs; without a bash here, check nothing."""
     doubtful = [job for job in jobs if not PLAIN_LINE.fullmatch(job.command)]
     if not doubtful:
-        return                          # a process less before the first login
+        return                          # this saves a process before the first login
     said = b''
     with contextlib.suppress(SchedulerError):
         _, said, _ = ask_here(['bash', '-O', 'extglob', '-c', SYNTAX_CHECK],
@@ -14185,7 +14184,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
 
 
 def plan_reruns(plan, options, results, reporter):
-    """Return the Plan in which jobs run again that --rerun and --rerun-failed name."""
+    """Return the Plan in which the jobs of --rerun or --rerun-failed run again."""
     lines = plan.lines
     if options['--rerun-failed']:
         names = failed_jobs(plan)
@@ -14210,7 +14209,7 @@ def plan_reruns(plan, options, results, reporter):
 
 
 def take_up_lines(run, plan):
-    """Have the jobs of a Plan wait, or take up those that an earlier run has begun."""
+    """Give the jobs of a Plan to the scheduler; take up those that an earlier run has begun."""
     journal, lines = run.client.journal, plan.lines
     for job in lines.waiting:
         run.scheduler.add(job)
@@ -14257,8 +14256,8 @@ def jobs_as_asked(options, text, jobs, words):
     """Return the Jobs of a batch file with the hardware that its client asks for.
 
     text: of the batch file; jobs: the Jobs by these options, which are right if any of them is for
-    hardware; words: those of the client that ran it last, or None.  Where nothing tells what the
-    jobs ask for, their allocation is None.
+    hardware; words: the options of the client that ran it last, or None.  If it is unknown what
+    hardware the jobs ask for, their allocation is None.
     """
     if hardware_words(options):
         return jobs
@@ -14269,9 +14268,9 @@ def jobs_as_asked(options, text, jobs, words):
 
 
 def show_status(call, reporter):
-    """Tell how far each job is (--status), once or again and again until all have ended.
+    """Show how far each job is (--status), once or again and again until all have ended.
 
-    Return the exit status: 0 where all have finished.
+    Return the exit status: 0 if all have finished.
     """
     options, text, jobs, name = call
     interval, exit_status = read_interval(options, LEAST_REDRAW_S), 130
@@ -14295,9 +14294,9 @@ def show_status(call, reporter):
 
 
 def cancel_batch(call, reporter):
-    """Cancel jobs of a batch, wherever they are (--cancel).
+    """Cancel jobs of a batch, whatever their state (--cancel).
 
-    Return the exit status: 0 if none is left.
+    Return the exit status: 0 if none may still run.
     """
     options, _, jobs, name = call
     results = ResultStore('job_results')
@@ -14326,8 +14325,8 @@ def cancel_batch(call, reporter):
 def cancel_alone(results, batch, named, reporter, words=None, before=None, chosen=None):
     """Cancel jobs of a batch that no client runs; return the exit status.
 
-    named: {name: Job}; words: the machines, those of the jobs if None
-    before: {name: record} before the client stopped that ran the batch, if one did
+    named: {name: Job}; words: the machines; if None, those of the jobs
+    before: {name: record} before the client of the batch was stopped, if one ran
     chosen: names of the jobs to cancel; None: all
     """
     journal, before = results.journal, before or {}
@@ -14360,10 +14359,10 @@ def cancel_alone(results, batch, named, reporter, words=None, before=None, chose
 def cancel_claimed(run, claimed, named, reporter):
     """Stop the jobs of an earlier run; report the state of each; return the exit status.
 
-    claimed: {job name: what the journal knows of it}; named: {job name: Job} of the batch file
+    claimed: {job name: its record in the journal}; named: {job name: Job} of the batch file
     """
     journal = run.client.journal
-    # The client that was told to cancel may not have seen these end.
+    # The client that was asked to cancel these may not have heard of their end.
     unsure = {name for name, known in claimed.items()
               if known['key'] in journal.remains(known['machine'])[1]}
     worker_at = by_address(run.workers)
@@ -14371,7 +14370,7 @@ def cancel_claimed(run, claimed, named, reporter):
         worker = worker_at.get(known['machine'])
         if worker and journal.is_begun(name):
             run.take_up(named[name], worker, known)
-    run.interrupts = 1                  # nothing that happens from now on starts anything
+    run.interrupts = 1                  # from now on no event starts a job
     run.fleet.log_in()
     run.client.wait_while(
         lambda: any(worker.state == 'connecting' or worker.state == 'ready' and (
@@ -14446,10 +14445,10 @@ def follow_job(call, reporter):
 class JobWatch:
     """Shows what a job of a batch prints, until it has ended.
 
-    While a client runs the batch, that one has the contact with the machine: what it has fetched
-    lies in job_results, and is read from there.  Where no client runs, this one looks itself.
+    While a client runs the batch, only that client has contact with the machine.  It fetches the
+    output into job_results, where this class reads it.  If no client runs, this one connects.
 
-    ports: Ports to have then; processes: the Processes that wait, its own by default
+    ports: Ports to open then; processes: the Processes to wait with, its own by default
     """
 
     def __init__(self, name, batch, results, reporter, ports=None, processes=None):
@@ -14472,12 +14471,12 @@ class JobWatch:
             time.sleep(5 * WATCH_S)         # for a client to take the folder
 
     def _watch(self):
-        """Return the exit status; None if another command has or wants to have the folder."""
+        """Return the exit status; None if another command has or wants the folder."""
         processes = self._processes or Processes()
         streams = OwnStreams(processes)
         try:
             while True:
-                # In this order: what ended before this moment has written all before it.
+                # In this order: a client that has ended has written all before this look.
                 client_lives, known = self.client_lives, self._look()
                 state = known.get('state')
                 if state in ('claimed', 'ended', 'collected'):
@@ -14502,13 +14501,13 @@ class JobWatch:
         return 1
 
     def _is_unwanted(self, state):
-        """Tell whether the client that lives does not start the job, since it was cancelled."""
+        """Tell whether the running client will not start the job, since it was cancelled."""
         holder = self._results.lock.holder
         return state not in ('claimed', 'ended') and bool(holder) and (
             self._results.journal.unwanted.get(self._name) == holder.pid)
 
     def _look(self):
-        """Return what the journal says of the job now."""
+        """Return the current record of the job in the journal."""
         with contextlib.suppress(FileNotFoundError):
             self._results.journal.read_on()
         return self._results.journal.record(self._name)
@@ -14534,7 +14533,7 @@ class JobWatch:
         for stream in self._shown:
             path = os.path.join(self._results.folder, f'{self._name}.{stream}')
             with contextlib.suppress(OSError):
-                # Until this attempt has written something, that of an earlier one may lie there.
+                # Until this attempt has written output, an earlier one's may lie there.
                 if known['attempt'] > 1 and os.stat(path).st_mtime < (known.get('time') or 0):
                     continue
                 for data in self._results.read(self._name, stream, self._shown[stream]):
@@ -14542,7 +14541,7 @@ class JobWatch:
                     streams.write(stream, data)
 
 
-# What the options of execute_batch ask for, where that is something else than to run the batch.
+# The options of execute_batch that do something else with a batch than run it.
 ASKED = {'--status': show_status, '--cancel': cancel_batch, '--follow': follow_job,
          '--wait': wait_for_batch, '--drop-machine': drop_machines}
 
@@ -14579,13 +14578,13 @@ def earlier_jobs(options, reporter):
 
 
 def collect_others(run, worker, jobs):
-    """Begin to fetch the results of those OtherJobs that have ended, under names that are free."""
+    """Begin to fetch the results of the OtherJobs that have ended, under names that are free."""
     results, journal = run.client.results, run.client.journal
     names = {journal.record(name)['key']: name for name in journal.jobs if journal.is_begun(name)}
     for job in jobs:
         if job.state != 'ended':
             continue
-        name = names.get(job.key)           # of a run that was cut off
+        name = names.get(job.key)           # claimed by an --earlier=collect that was cut off
         if not name or results.exists(name):
             name = free_name(f'{job.name}-earlier', lambda name: results.exists(name)
                              or name in journal.jobs)
@@ -14597,15 +14596,15 @@ def collect_others(run, worker, jobs):
     worker.ask()
 
 
-# What --check looks at, in the order in which it goes wrong.  Where one of these makes the rest
-# pointless, the list of the machine ends.
+# What --check looks at, in the order in which things fail.  If one of CHECKS makes the rest
+# pointless, the list of the machine ends with it.
 CHECKS = ('machine file', 'key file', 'host name', 'port', 'host key', 'login', 'start files',
           'bash', 'folder', 'account', 'login shell', 'space', 'inodes', 'rsync')
 OF_MACHINES = ('memory', 'cores', 'GPUs', 'logout')
 OF_CLUSTERS = ('engine', 'partition', 'job')
 LAST_CHECKS = ('clock', 'shared folder')
 OVER_SSH = CHECKS[1:7]              # not of localhost
-# Where a machine failed, by our own sentences on that; all others are of the login.
+# Patterns of this program's own messages -> the check that failed; all others mean the login.
 FAILED_CHECKS = (
     (r'host name .* is unknown|name server|finds no address|host name that', 'host name'),
     (r'the host key of', 'host key'),
@@ -14615,16 +14614,16 @@ FAILED_CHECKS = (
     (r'start files', 'start files'),
     (r'no bash|bash has version', 'bash'),
 )
-# The same for what the remote runner says.
+# The same for messages of the remote runner.
 FAILED_THERE = (
     (r'bash has version', 'bash'),
     (r'the same account', 'account'),
     (r'cannot write there|older ssh-scheduler', 'folder'),
     (r'its engine is missing', 'engine'),
 )
-CLOCK_LIMIT_S = 5.0                 # that the clock of a machine may differ
-LOW_MB, LOW_INODES = 2000, 5000     # a disk with less than this left is worth a word
-CHECK_JOB_S = 120.0                 # for the job of a check to get its turn on a cluster
+CLOCK_LIMIT_S = 5.0                 # by which the clock of a machine may differ
+LOW_MB, LOW_INODES = 2000, 5000     # a disk with less than this left gets a note
+CHECK_JOB_S = 120.0                 # for the job of a check to begin on a cluster
 CHECK_LIMIT_S = 60.0                # for it to run
 
 
@@ -14655,14 +14654,14 @@ class MachineCheck:
         self._notes.append(text.removeprefix(f'{self.name}: '))
 
     def sent(self, *_):
-        """Files were sent, which is no news here."""
+        """Ignore that files were sent."""
 
     left = survivors = sent
 
     # Asking
 
     def begin(self):
-        """A flow: ask ssh what it would do, then begin to log in."""
+        """A flow: ask ssh for its settings, then begin to log in."""
         worker, machine = self.worker, self.machine
         if machine.host:
             self.settings = yield from ssh_settings(machine, worker.client, f'{worker.number}.0')
@@ -14674,7 +14673,7 @@ class MachineCheck:
         worker.probe()
 
     def _look_for_host_key(self):
-        """A flow: is the key of the host among the known ones?"""
+        """A flow: find out whether the host key is known."""
         name, port = self.settings.get('hostkeyalias'), self.settings.get('port', '22')
         self._knows_key = False
         if not name:
@@ -14688,7 +14687,7 @@ class MachineCheck:
             self._knows_key = self._knows_key or end.status == 0
 
     def go_on(self, run):
-        """On a cluster, have a job run, as soon as there is contact."""
+        """On a cluster, run a job as soon as there is contact; withdraw it if it does not begin."""
         worker, job = self.worker, worker_job(run, self.worker)
         if not job or worker.state != 'ready':
             return
@@ -14703,7 +14702,7 @@ class MachineCheck:
             worker.stop()
 
     def is_done(self, run):
-        """Tell whether all is found out."""
+        """Tell whether the check is complete."""
         if not self.worker or self.worker.state in ('failed', 'closed'):
             return True
         if self.worker.state != 'ready':
@@ -14714,7 +14713,7 @@ class MachineCheck:
     # What was found
 
     def findings(self):
-        """Return (Findings, the names of what was not checked)."""
+        """Return (Findings, the names of the checks that were not made)."""
         names = [*CHECKS, *(OF_CLUSTERS if self.machine and self.machine.engine else OF_MACHINES),
                  *LAST_CHECKS]
         if self.machine and not self.machine.host:
@@ -14730,7 +14729,7 @@ class MachineCheck:
         return found, []
 
     def failure(self):
-        """Return (which check ended the list, or '', a sentence)."""
+        """Return (the check that failed and ends the list, a sentence), or ('', '')."""
         if self._error:
             is_key = isinstance(self._error, KeyFileError)
             return 'key file' if is_key else 'machine file', str(self._error)
@@ -14743,7 +14742,7 @@ class MachineCheck:
         return failed, sentence(worker.why) + self._remedy(failed)
 
     def _remedy(self, failed):
-        """Return what to type where a check failed, behind a blank; '' where the reason says it."""
+        """Return a blank and what to do about a failed check; '' if the reason already says it."""
         machine, settings = self.machine, self.settings
         file = next(filter(os.path.isfile, machine_paths(self.word)), '')
         where = f'`{{}}` in {file}' if file else 'the name'
@@ -14772,7 +14771,7 @@ class MachineCheck:
     def _detail(self, name):
         return next((value for key, value, _ in self.worker.gauge.details if key == name), '')
 
-    # One method for each check: a mark and a text, several of these, or None for nothing to say
+    # One method for each check: returns (mark, text), a list of these, or None for no line
 
     def _machine_file(self):
         path = next(filter(os.path.isfile, machine_paths(self.word)), '')
@@ -14811,7 +14810,7 @@ class MachineCheck:
         return ('WRONG', sentence(note)) if note else ('ok', self._detail('folder'))
 
     def _account(self):
-        return None             # only two names of one account are worth a word
+        return None             # only two names of one account are worth a line
 
     def _login_shell(self):
         note = self._note_with('the login shell did not report its environment')
@@ -14821,7 +14820,7 @@ class MachineCheck:
         return 'ok', self._detail('shell')
 
     def _disk(self):
-        """Return (MB free, inodes free, inodes, kind of file system), 0 for what is unknown."""
+        """Return (MB free, inodes free, inodes, kind of file system); 0 is unknown."""
         free, left, inodes, kind, _ = (self._detail('disk') + '    ').split(' ', 4)
         return whole_number(free), whole_number(left), whole_number(inodes), kind
 
@@ -14938,9 +14937,9 @@ def worker_job(run, worker):
 
 
 def ssh_settings(machine, client, number):
-    """A flow: return {option: value} of what ssh would use for a machine; of many, the first.
+    """A flow: return {option: value} that ssh would use for a machine; of several values the first.
 
-    number: that no other Connection of this run has
+    number: one that no other Connection of this run has
     """
     connection, said = Connection(machine, client.run_folder, number), bytearray()
     write_configurations(connection)
@@ -14980,7 +14979,7 @@ def check_run(checks, client):
 
 
 def check_each_machine(options, reporter):
-    """Say of each machine what is well and what is wrong (--check); return the exit status."""
+    """Print what is right and wrong with each machine (--check); return the exit status."""
     check_machines(options)
     checks = read_checks(options['--machines'])
     allow_files(len(checks))
@@ -15006,7 +15005,7 @@ def check_each_machine(options, reporter):
 
 
 def await_checks(checks, run, reporter, as_json):
-    """Show each check when it is done and those before it are; tell whether anything is wrong."""
+    """Show each check once it and those before it are done; tell whether anything is wrong."""
     for check in checks:
         if check.worker:
             run.client.flows.start(check.begin())
@@ -15052,7 +15051,7 @@ WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': 
 
 @contextlib.contextmanager
 def interruptible(handler):
-    """Have SIGINT and SIGTERM call the handler, unless we were started with them ignored."""
+    """Have SIGINT and SIGTERM call the handler, unless the parent process had them ignored."""
     before = {number: signal.signal(number, handler)
               for number in (signal.SIGINT, signal.SIGTERM)
               if signal.getsignal(number) not in (signal.SIG_IGN, deaf)}
@@ -15075,7 +15074,7 @@ def execute_remote(argv):
     if not by_name and not options['--machine']:
         raise UsageError(f'--machine is missing.{HERE_TOO.format("--machine")}')
     if options['--machine']:
-        words = [*machine_words([options['--machine']])]        # @file may be such a one, too
+        words = [*machine_words([options['--machine']])]        # it may also be an @file
         refuse_more_machines(words)
         options['--machine'] = words[0]
     for one, other in (('--tty', '--detach'), ('--tty', '--stdin'), ('--detach', '--stdin'),
@@ -15108,7 +15107,7 @@ def execute_remote(argv):
 
 
 def job_that_runs(name, word=None):
-    """Return (record, Machine) of a job that may run, of a batch or not; a client may have it.
+    """Return (record, Machine) of a job that may run, of a batch or not, even if a client runs it.
 
     word: the machine, as the user named it, or None
     """
@@ -15153,14 +15152,14 @@ def open_shell(name, word, ports, reporter):
 
 
 def batch_of(name):
-    """Return the batch of which a job of this name is; None if a command was started as that."""
+    """Return the batch of the job with this name; None if execute_remote started the job."""
     if os.path.isdir(os.path.join('job_results', '.ssh_scheduler', 'commands', name)):
         return None
     results = ResultStore('job_results').peek()
     known, holder = results.journal.record(name), results.lock.holder
     if known:
         return known.get('batch') or name.rpartition('.')[0]
-    # One that waits is known to its client only.
+    # Only its client knows a job that waits.
     return holder.run if holder and holder.lives and name.startswith(f'{holder.run}.') else None
 
 
@@ -15187,7 +15186,7 @@ def watch_batch_job(name, batch, ports, reporter):
     watch = JobWatch(name, batch, results, reporter, ports)
     if not (ports.pairs and watch.client_lives):
         return watch.run()
-    # The client has the contact, and forwards nothing for others.
+    # The client has the contact, and forwards no ports for other commands.
     known, machine = job_that_runs(name)
     ports.check(machine)
     client = Client(trace=reporter.trace)
@@ -15204,8 +15203,8 @@ def watch_batch_job(name, batch, ports, reporter):
 def attach_to_batch_job(name, reporter, shown, ports=None):
     """Show the output of a job of a batch that no client runs, and fetch its results at the end.
 
-    Return its exit status; None if another command has the folder, or wants to have it.
-    shown: {'out' or 'err': how many bytes of it were shown already}; it tells so at the end, too
+    Return its exit status; None if another command has the folder, or wants it.
+    shown: {'out' or 'err': how many bytes were shown before}; updated if the command makes way
     """
     results = ResultStore('job_results')
     inbox = Inbox(results, f'{name}{FOLLOWED}')
@@ -15213,7 +15212,7 @@ def attach_to_batch_job(name, reporter, shown, ports=None):
         try:
             results.open(f'{name}{FOLLOWED}')
         except FolderInUse:
-            return None                 # of a client that has just begun, or of who follows as well
+            return None                 # a client has just begun, or another command follows, too
         order = CommandOrder(name, read_options(EXECUTE_REMOTE_USAGE, [f'--attach={name}']),
                              results, reporter, ports or Ports((), reporter), shown, inbox)
         answer = order.answer_from_journal(stopped=False)
@@ -15225,14 +15224,14 @@ def attach_to_batch_job(name, reporter, shown, ports=None):
         results.close()
 
 
-# A word of a command that tells what it does: the name of a script, or of a module of Python.
+# The word of a command that shows what it does: the name of a script, or of a module of Python.
 TELLING = re.compile(
     r"""(?:^|[\s/=('"])(\w[\w-]*)\.(?:py|sh|bash|R|r|jl|pl|rb|js|lua|m)(?![\w.])"""
     r'|\bpython[0-9.]*(?:\s+-\w+)*?\s+-m\s+(?:\w+\.)*(\w+)', re.ASCII)
 
 
 def new_name(command):
-    """Return how a job is called that nobody named: train-0412, of its command and the day."""
+    """Return a name for an unnamed job, made of its command and the day: train-0412."""
     match = TELLING.search(command)
     word = (match[1] or match[2]) if match else first_program(command)
     plain = re.sub(r'[^A-Za-z0-9_.]+', '-', word)[:24].strip('-.') or 'command'
@@ -15240,7 +15239,7 @@ def new_name(command):
 
 
 def first_program(command):
-    """Return the name of the first program of a command that does more than change its shell."""
+    """Return the name of the first program in a command that does more than change the shell."""
     for part in re.split(r'[;&|()\n]+', command):
         words = re.sub(r"""(?:^|(?<=\s))\w+=(?:"[^"]*"|'[^']*'|\S)*""", '', part).split()
         if words and words[0] not in SETTING_WORDS:
@@ -15252,7 +15251,7 @@ class CommandOrder:
     """One call of execute_remote: it starts a job, attaches to it, shows it again or cancels it.
 
     shown: how many bytes of its output were shown already, see OwnStreams
-    inbox: an Inbox; who has a request in it wants to have the results, and this one makes way
+    inbox: an Inbox or None; this call makes way for a command that has a request in it
     """
 
     def __init__(self, name, options, results, reporter, ports, shown=None, inbox=None):
@@ -15262,18 +15261,18 @@ class CommandOrder:
         self._known = results.journal.record(name)
         self._mode = 'tty' if options['--tty'] else 'stdin' if options['--stdin'] else ''
         self._has_begun = self._lacks_terminal = False
-        self._unconfirmed = []              # Attempts that were told to end, and may run on
+        self._unconfirmed = []              # Attempts that were told to stop, and may still run
         self._streams = None                # OwnStreams
 
     @property
     def _by_name(self):
-        """The name of the job that is watched or cancelled; None where one is started."""
+        """Return the name of the job to watch or cancel; None if one is to start."""
         return self._options['--attach'] or self._options['--cancel']
 
     # Without asking the machine
 
     def answer_from_journal(self, stopped):
-        """Return the exit status if the journal knows all; raise if it forbids this call; or None.
+        """Return the exit status if the journal suffices, else None; raise if it forbids this call.
 
         stopped: another client of this job was stopped, to cancel it
         """
@@ -15303,7 +15302,7 @@ class CommandOrder:
         return None
 
     def _fetch_kept(self):
-        """Try to fetch what could not be fetched when the job had ended."""
+        """Try to fetch files that could not be fetched when the job had ended."""
         word = self._options['--machine'] or self._known['where']
         machine = find_machine(word)._replace(word=word)
         client = Client(self._results, self._report.trace)
@@ -15318,7 +15317,7 @@ class CommandOrder:
             client.close()
 
     def _show_again(self):
-        """The job ended in an earlier run: pass on what it said, and its exit status."""
+        """Print the output of a job that ended in an earlier run; return its exit status."""
         if self._options['--cancel']:
             self._report.note(f'{self._name}: it has ended already')
             return 0
@@ -15343,7 +15342,7 @@ class CommandOrder:
     # With the machine
 
     def run(self):
-        """Do it on the machine; return the exit status."""
+        """Do what the call asks for on the machine; return the exit status."""
         options, known = self._options, self._known
         word = options['--machine'] or known['where']
         machine = find_machine(word)._replace(word=word)
@@ -15369,7 +15368,7 @@ class CommandOrder:
             client.close()
 
     def _job(self, allocation):
-        """Return the Job; its forwards are None where it is only collected."""
+        """Return the Job; its forwards are None if it is only watched or cancelled."""
         if self._by_name:
             return Job(self._name, self._known['command'], 0, allocation, None,
                        as_paths(self._known['backwards']))
@@ -15399,8 +15398,8 @@ class CommandOrder:
         worker.contact.flows.start(self._ports.open(worker.contact))
 
     def _on_running(self, attempt):
-        """The command has begun, in this run or an earlier one, or is in the queue of a cluster."""
-        if attempt.state == 'queued':       # who only starts or cancels it has nothing to wait for
+        """Act when the command has begun, in this run or an earlier one, or a cluster queues it."""
+        if attempt.state == 'queued':       # --detach and --cancel do not wait for its start
             self._has_begun |= bool({'--detach', '--cancel'} & self._options.given)
             return
         self._has_begun = True
@@ -15411,14 +15410,14 @@ class CommandOrder:
             self._report.running(self._name, attempt.machine.name, self._known.get('time'))
 
     def _give_terminal(self, attempt):
-        """A flow: have the command use our terminal; it may be that none can be had."""
+        """A flow: give the command this terminal; note if the machine has none free."""
         yield from attempt.machine.jobs.terminal(attempt)
-        # Of a node of a cluster the end is heard later.
+        # The end of a job on a node of a cluster is reported later.
         yield 10 if attempt.machine.machine.engine else 2
         self._lacks_terminal = attempt.state in ALIVE
 
     def _finish(self, run, worker):
-        """Run the job to its end, or as far as is wanted; return the exit status."""
+        """Run the job to its end, or as far as the options ask; return the exit status."""
         options, name, streams = self._options, self._name, self._streams
         if not (options['--job-name'] or self._by_name or options['--detach']):
             self._report.note(f'job {name} on {worker.name}')
@@ -15437,7 +15436,7 @@ class CommandOrder:
             look()
 
         def interrupt(number, _):
-            # Keys that are typed are for the program that has the terminal, once that was started.
+            # Once the job has the terminal, Ctrl-C is for the job.
             if self._mode != 'tty' or number != signal.SIGINT or not self._has_begun:
                 run.interrupt()
 
@@ -15460,7 +15459,7 @@ class CommandOrder:
         return self._exit_status(run, worker)
 
     def _cancel(self, run, worker):
-        """End the job, and tell what became of it."""
+        """Stop the job, and print what became of it."""
         name, journal = self._name, self._results.journal
         if worker.state == 'connecting':
             self._report.note(f'{worker.name}: {worker.unanswered("; interrupted")}')
@@ -15478,7 +15477,7 @@ class CommandOrder:
     # Messages
 
     def _tell_cancelled(self, machine, surely=True):
-        """Say that the job was ended, and where its partial results lie; return the exit status."""
+        """Print that the job was stopped, and where its partial results are; return the status."""
         if not surely:
             self._report.unconfirmed(machine, self._name)
             return 1
@@ -15487,7 +15486,7 @@ class CommandOrder:
         return 0
 
     def _tell_how_to_return(self, machine):
-        """Say what to type to come back to the job, which is not followed any more."""
+        """Print what to type to return to the job, which this call no longer follows."""
         name, state = self._name, self._results.journal.record(self._name).get('state')
         if state == 'ended':
             self._report.note(f'{name}: it has ended, and its results are on {machine}: '
@@ -15497,7 +15496,7 @@ class CommandOrder:
                               f'--attach={name}  To cancel it: execute_remote --cancel={name}')
 
     def _unread(self):
-        """Return the exit status where nobody reads what the command says."""
+        """Return the exit status for output that cannot be written; print why, if that is known."""
         if not self._streams.trouble:
             return 128 + signal.SIGPIPE
         self._report.note(f'{self._name}: {sentence(self._streams.trouble)}')
@@ -15622,12 +15621,12 @@ def run_everywhere(options, jobs, client, reporter, policy):
 
 
 def plain_name(name):
-    """Return a machine's name as a part of a job's."""
+    """Return a machine's name in a form that can be part of a job's name."""
     return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name)[-100:]
 
 
 def check_new(jobs, results):
-    """Raise unless each job has a name and a place for its results of its own."""
+    """Raise unless each job has a name of its own under which there are no results."""
     names = collections.Counter(job.name for job in jobs)
     for name, count in names.items():
         check_job_name(name, '--job-name', 200)
@@ -15639,7 +15638,7 @@ def check_new(jobs, results):
 
 
 def gather(jobs, outcomes, results, reporter, differences):
-    """Print equal outputs once; with differences, of the others how they differ from the first."""
+    """Print equal outputs once; differences: print the others as a diff against the first."""
     groups = collections.defaultdict(list)          # digests of out and err -> workers
     for worker, (word, _) in outcomes.items():
         if word == 'ended' and results.journal.record(jobs[worker].name)['state'] == 'collected':
@@ -15661,7 +15660,7 @@ def gather(jobs, outcomes, results, reporter, differences):
 
 
 def print_group(head, stream, pieces, reporter):
-    """Print an output below its head, and to the end of a line; nothing if there is none."""
+    """Print a head, then the output, and end its last line; print nothing if it is empty."""
     printed = b''
     for piece in pieces:
         if not printed:
@@ -15672,11 +15671,11 @@ def print_group(head, stream, pieces, reporter):
         reporter.raw(stream, b'\n')
 
 
-LONGEST_DIFFERENCE = 2**20      # bytes; comparing takes the square of that time, at worst
+LONGEST_DIFFERENCE = 2**20      # bytes; the time to compare grows with their square, at worst
 
 
 def difference(results, first, other, stream, first_name, names):
-    """Yield how the stream of another job differs from that of the first, as diff -u shows it."""
+    """Yield the lines of diff -u between a stream of the first job and that of another."""
     import difflib
     texts = []
     for job in (first, other):
@@ -15704,7 +15703,7 @@ def summary_of(outcomes, reporter):
 
 SMALL_HOME_MB = 20_000              # a home with less free than this is no place for results
 NETWORK_DISKS = ('nfs', 'nfs4', 'lustre', 'gpfs', 'smb', 'smb2', 'cifs', 'ceph', 'fuseblk')
-# Options of ~/.ssh/config that the machine file keeps where the name alone would not bring them.
+# Options of ~/.ssh/config that the machine file keeps if its other keys would not bring them.
 KEPT_SSH_OPTIONS = ('proxycommand', 'hostkeyalias', 'userknownhostsfile', 'certificatefile',
                     'hostkeyalgorithms', 'kexalgorithms', 'ciphers')
 ACCEPTED_KEY = re.compile(r'debug1: Server accepts key: (.+) \S+ SHA256:\S+')
@@ -15750,7 +15749,7 @@ def begin_machine_file(options, reporter):
 
 
 def put_new_file(path, text):
-    """Write a file that is not there yet, with its folder; raise if it is there."""
+    """Write a new file, and its folder if that is missing; raise if the file exists."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, 'x', encoding='utf-8') as file:
@@ -15768,11 +15767,11 @@ class FoundMachine:
     def __init__(self, check, name):
         self.is_whole = False
         self._check, self._name = check, name
-        self._key = self._offered = ''      # the file of the key that was accepted, if it works
-        self._options = {}                  # what only ~/.ssh/config says
+        self._key = self._offered = ''      # the accepted key, and its file if that works alone
+        self._options = {}                  # those that only ~/.ssh/config has
 
     def look_closer(self):
-        """A flow: which key did ssh use, and what else would a file have to say?"""
+        """A flow: find out which key ssh used, and which options the file needs."""
         worker, settings = self._check.worker, self._check.settings
         argv = worker.contact.connection.copy(alone=True)
         # The script that copy() runs is empty here.
@@ -15820,13 +15819,13 @@ class FoundMachine:
         return [value for key, value, _ in self._check.worker.gauge.details if key == name]
 
     def _disks(self, name):
-        """Yield (MB free, kind of file system, folder) of the facts of this name."""
+        """Yield (MB free, kind of file system, folder) for each fact of this name."""
         for value in self._details(name):
             free, _, _, kind, folder = (value + '    ').split(' ', 4)
             yield whole_number(free), kind, folder.rstrip()
 
     def _engine_lines(self):
-        """Return the lines of a cluster; none if no Slurm answers there."""
+        """Return the lines for a cluster; none if no Slurm answers there."""
         parts = self._details('partition')
         if not parts:
             return []
@@ -15840,7 +15839,7 @@ class FoundMachine:
                 '# A folder that the nodes see, too:', f'workdir: {as_yaml(where)}']
 
     def _machine_lines(self):
-        """Return the lines of a machine that is no cluster; all are comments."""
+        """Return the lines for a machine that is no cluster; all are comments."""
         lines = []
         free_mb, kind, _ = next(self._disks('disk'), (0, '', ''))
         room = sorted(((mb, folder) for mb, other, folder in self._disks('scratch')
@@ -15857,7 +15856,7 @@ class FoundMachine:
 
 
 def as_yaml(value):
-    """Return the value as YAML on one line: a word as it is, if YAML reads it so."""
+    """Return the value as one line of YAML; a word stays unquoted if YAML reads it as itself."""
     yaml = library('yaml')
     if isinstance(value, str):
         with contextlib.suppress(yaml.YAMLError):
@@ -15896,7 +15895,7 @@ def query_machines(argv):
 
 
 def read_interval(options, least, usual='5'):
-    """Return the seconds of --watch, or None; least: the fewest that make sense."""
+    """Return the seconds of --watch, or None; least: the lowest number that makes sense."""
     if options['--watch'] is None:
         return None
     if len(options['--watch']) > 1:
@@ -15906,7 +15905,7 @@ def read_interval(options, least, usual='5'):
 
 
 def watch_machines(run, reporter, interval, allocation, as_json):
-    """Show what the machines have, once or at each interval in seconds, until an interrupt."""
+    """Show the resources of the machines, once or every `interval` seconds until an interrupt."""
     while True:
         run.wait(lambda worker: worker.state == 'connecting' or worker.gauge.is_awaited)
         if run.interrupts:
@@ -15924,7 +15923,7 @@ def watch_machines(run, reporter, interval, allocation, as_json):
 
 
 def close_all(workers, client, hurried=lambda: False):
-    """Have all machines tidied up, and wait for that, or until hurried()."""
+    """Have all machines tidied up; wait until that is done or hurried() is true."""
     client.wait_while(lambda: any(worker.state == 'ready' and worker.gauge.awaits_facts
                                   for worker in workers), time.monotonic() + FACTS_S, hurried)
     for worker in workers:
@@ -15972,13 +15971,13 @@ def queue_as_json(queue):
                  'gpus_of_a_node': part.gpus or None} for part in queue.partitions]}
 
 
-SHORTEST_NAME = 12              # no name of a machine is shortened to less, so that it fits
+SHORTEST_NAME = 12              # a machine's name is shortened to no less
 
 
 class TableRow(NamedTuple):
     """A line of the table: cells (text, share that is free or None), and behind them a text.
 
-    may_cut: the text may be cut where the terminal is too narrow
+    may_cut: the text may be cut if the terminal is too narrow
     """
     cells: tuple
     text: str = ''
@@ -15986,10 +15985,10 @@ class TableRow(NamedTuple):
 
 
 def machine_table(workers, allocation, paint, columns=None):
-    """Yield the lines of a table: what each machine and each of its GPUs has free of what it has.
+    """Yield the lines of a table: the free and total resources of each machine and its GPUs.
 
     paint(text, share) colours a text by the share that is free.
-    columns: of the terminal, to which the table is shortened; None for no limit
+    columns: the width of the terminal, to which the table is shortened; None for no limit
     """
     rows = [TableRow(tuple((title, None) for title in (
         'machine', 'free cores, GPUs', 'free memory', 'busy')), 'used by')]
@@ -16015,7 +16014,7 @@ def machine_rows(worker, allocation):
     notes = [such_jobs(room_for(have, allocation)[0])] if allocation else []
     notes += ['batch jobs: ' + ', '.join(f'{user} {jobs[user]}' for user in jobs)] if jobs else []
     trouble = have.gpu_trouble or have.lost_gpus
-    if trouble == NO_NVIDIA_SMI:        # as on each machine that has no GPU: no row of its own
+    if trouble == NO_NVIDIA_SMI:        # usual without a GPU: it needs no row of its own
         notes, trouble = [*notes, 'no nvidia-smi'], ''
     cores = free_of(have.cores, have.total_cores)
     yield TableRow((name, (f'{cores} cores', have.cores / max(have.total_cores, 0.01)),
@@ -16056,7 +16055,7 @@ def cluster_rows(name, have, allocation):
 
 
 def table_widths(rows, columns):
-    """Return the width of each column of the table: names are shortened where it is too wide."""
+    """Return the width of each column; names are shortened if the table is too wide."""
     widths = [max(len(row.cells[place][0]) for row in rows if len(row.cells) > place)
               for place in range(4)]
     if columns:
@@ -16076,7 +16075,7 @@ def free_memory(free_mb, total_mb):
 
 
 def free_of(free, total):
-    """Return 'FREE of TOTAL', in whole numbers where these are large."""
+    """Return 'FREE of TOTAL', in whole numbers if TOTAL is large."""
     places = 1 if total < 100 else 0
     return f'{free:.{places}f} of {round(total, places):g}'
 
@@ -16122,7 +16121,7 @@ def machine_sum(workers, allocation):
 
 
 def such_jobs(count):
-    """Return in words that this number of jobs fit."""
+    """Return the words for this number of jobs that fit."""
     return f'{count_of(count, "such job")} {"fits" if count == 1 else "fit"}'
 
 
@@ -16133,7 +16132,7 @@ def is_free(gpu):
 
 
 def open_streams():
-    """Open what was closed of the standard streams, or the next file would be taken for them."""
+    """Open closed standard streams, or the next file to be opened would be taken for one."""
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
         try:
             os.fstat(fd)
@@ -16149,7 +16148,7 @@ def check_surroundings():
         os.getcwd()
     except OSError:
         raise SchedulerError('the current folder was removed: cd to another folder.') from None
-    if sys.getfilesystemencoding() != 'utf-8':      # else names and commands had other bytes there
+    if sys.getfilesystemencoding() != 'utf-8':      # names and commands would get other bytes there
         raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
 
 
@@ -16164,8 +16163,8 @@ COMMANDS = {
 def main(argv=None):
     """Run the command that argv (sys.argv) names by its first or second word; exit with its status.
 
-    An installed executable or a link is named like the command; otherwise the next word is it:
-    python3 ssh_scheduler.py execute_batch …  Without any, all commands are shown.
+    An installed executable or a link is named like the command; otherwise the next word names it:
+    python3 ssh_scheduler.py execute_batch …  Without a command, all commands are listed.
     """
     open_streams()
     is_called = argv is not None        # by another program
@@ -16194,7 +16193,7 @@ def main(argv=None):
         status = 130
     if is_called:
         sys.exit(status)
-    flush_streams()         # taking the interpreter apart would take as long as a tenth of a login
+    flush_streams()         # a normal exit of Python would take as long as a tenth of a login
     os._exit(status)
 
 
