@@ -10786,7 +10786,7 @@ class Contact:
                 f'{FORCED}?')
 
     def _warn_of_silence(self):
-        """A flow: say why the machine does not answer, if that is known."""
+        """A flow: warn of why the machine does not answer, if that is known."""
         worker = self._worker
         yield SLOW_LOGIN_S
         if worker.state == 'connecting' and self.hindrance():
@@ -11230,7 +11230,7 @@ class Gauge:
             self._facts.append((key, value))
 
     def ended(self, key, cpu_ticks):
-        """A job has ended, after this processor time (1/100 s)."""
+        """Note that a job has ended, after this processor time (1/100 s)."""
         self._ended_keys.add(key)
         known = self._sample.ticks.get(key, 0) if self._sample else 0
         self._ended_ticks += max(cpu_ticks - known, 0)
@@ -11807,7 +11807,7 @@ class Queued:
         if not attempt or attempt.state not in ('claimed', 'queued'):
             return
         before = attempt.place or Place('')
-        # Without a reason it answers `start` or `adopt`: no `withdraw` is under way any more.
+        # Without a reason it answers `start` or `adopt`, and an earlier `withdraw` may be lost.
         attempt.place = before._replace(number=number or before.number, why=why or before.why,
                                         start=start, moves_to=before.moves_to if why else None)
         if attempt.state == 'claimed' or attempt.place[:2] != before[:2]:
@@ -11932,7 +11932,7 @@ class Worker:
         self.contact.send('enter')
 
     def unanswered(self, so=''):
-        """Return the end of a sentence behind its name: it has not answered, what follows, why."""
+        """Return what to print behind its name: it has not answered yet, `so`, and why."""
         why = self.contact.hindrance() or (self.why if self._seeking.tries else '')
         return (f'did not answer within {time.monotonic() - self._seeking.began:.0f} s{so}'
                 + (f': {why}' if why else ''))
@@ -12393,7 +12393,7 @@ class SyncBack:
 
     Results go first: when a job ends, the rsync of its machine is killed, and none begins while
     results are on their way.  The next rsync brings the rest of a file.  rsync writes in place:
-    TensorBoard keeps the files that it shows open, and never looks for newer ones of that name.
+    TensorBoard keeps its files open, and never looks for a newer file of the same name.
     """
 
     def __init__(self, paths, every_s, client, report):
@@ -13227,8 +13227,7 @@ class Desk:
         yield from self._rerun(failed)
 
     def _give_back(self, machines, now):
-        """Start nothing more on these machines; now: stop what runs there, and start it elsewhere.
-        """
+        """Start no more jobs on these machines; now: stop their jobs, and start them elsewhere."""
         run, found = self._run, []
         for word in machines:
             address = None
