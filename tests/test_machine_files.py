@@ -1,4 +1,4 @@
-"""Machine files and names -> Machine, and what is said to ssh about it."""
+"""Machine files and names -> Machine, and the configuration that ssh gets for it."""
 import os
 import re
 import subprocess
@@ -32,7 +32,7 @@ def keygen(path, *options):
 
 @pytest.fixture(scope='module')
 def key(tmp_path_factory):
-    """A private key without a passphrase; leave it as you found it."""
+    """A private key without a passphrase.  No test may change it."""
     return keygen(tmp_path_factory.mktemp('key') / 'key', '-t', 'ed25519', '-N', '')
 
 
@@ -168,7 +168,7 @@ def test_a_bad_value_is_named(home, key_, values):
     for value in values:
         values = {'name': 'a', 'ip': 'a', key_: value}
         expected, _ = ssh_scheduler.MACHINE_KEYS[key_]
-        # escaped, as YAML itself takes some characters in no other way
+        # escaped: YAML accepts some characters in no other form
         text = '\n'.join(f'{name}: {json_like(values[name])}' for name in values)
         line = list(values).index(key_) + 1
         assert complaint(text) == (
@@ -193,7 +193,7 @@ def json_like(value):
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
     ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
     ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpu_types or gpus?)."),
-    ('hostname: a', "line 1: unknown key 'hostname'."),        # username would be another thing
+    ('hostname: a', "line 1: unknown key 'hostname'."),        # not username, which differs
     ('zebra: a', "line 1: unknown key 'zebra'."),
     ('1: a', "line 1: unknown key '1'."),
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
@@ -203,7 +203,7 @@ def json_like(value):
     ('username: me\nport: 22', None),
     ('ip: a\n b: c\n', 'line 2: this is not YAML: mapping values are not allowed here.'),
     ('ip: [a', 'line 1: this is not YAML: '),
-    # what misses something is named, not the line at which YAML notices
+    # The error names the line that lacks something, not the line at which YAML notices it.
     ('a\nb: c\n', 'line 1: this is not "key: value": \'a\'.'),
     ('username ben\nip: a', 'line 1: this is not "key: value": \'username ben\'.'),
     (SPEC.replace(':', '', 1), 'line 1: this is not "key: value": \'username ben\'.'),
@@ -509,7 +509,7 @@ def test_a_public_key_is_refused(tmp_path, key):
 @ANY
 @given(body=st.binary(max_size=80))
 def test_a_broken_key_is_no_crash(body):
-    """ssh itself says what is wrong with it."""
+    """ssh itself reports what is wrong with the key."""
     ssh_scheduler.key_has_passphrase(b'-----BEGIN OPENSSH PRIVATE KEY-----\n' + body)
 
 
@@ -607,7 +607,7 @@ def test_the_user_s_configuration_cannot_change_what_is_forced(ssh_sees, tmp_pat
 
 
 def test_an_ssh_that_does_not_know_all_options_reads_the_configuration(ssh_sees, monkeypatch):
-    """As before OpenSSH 8.7: here they have names that no ssh knows."""
+    """As before OpenSSH 8.7: the later options get names here that no ssh knows."""
     for name in ('FORCED_SSH_OPTIONS', 'LATER_SSH_OPTIONS'):
         value = getattr(ssh_scheduler, name)
         for option in ssh_scheduler.LATER_SSH_OPTIONS if name[0] == 'F' else ():
@@ -619,7 +619,7 @@ def test_an_ssh_that_does_not_know_all_options_reads_the_configuration(ssh_sees,
 
 
 def test_what_the_user_has_ssh_ignore_stays_ignored(ssh_sees, home):
-    """As in a ~/.ssh/config that macOS shares: IgnoreUnknown UseKeychain."""
+    """As in a ~/.ssh/config that is shared with macOS: IgnoreUnknown UseKeychain."""
     (home / 'included').write_text('ignoreunknown=Two*,Three\n')
     seen = ssh_sees(Machine('a', 'a'), user_config=(
         f'IgnoreUnknown "UseKeychain"\nInclude {home}/includ*\nInclude none\nUseKeychain yes\n'
@@ -632,7 +632,7 @@ def test_the_options_of_a_machine_cannot_change_what_is_forced(ssh_sees, tmp_pat
     assert forced_of(seen) == FORCED
     assert seen['controlpath'] == str(tmp_path / '7') and seen['controlmaster'] == 'true'
     assert 'remotecommand' not in seen and seen['escapechar'] == 'none'
-    assert seen['loglevel'] == 'DEBUG'          # which is a default only, and no one else's
+    assert seen['loglevel'] == 'DEBUG'          # a default, which only the machine's options change
 
 
 def test_the_machine_s_options_come_before_the_user_s(ssh_sees):
@@ -646,7 +646,7 @@ def test_values_with_blanks_and_percents_survive(ssh_sees):
         'a', 'a', ssh_key_path='/the keys/100% mine', ssh_options=(
             ('UserKnownHostsFile', '/a b/#known'), ('ProxyCommand', 'nc -x "a  b" %h %p # c'),
             ('KnownHostsCommand', '/bin/my keys %H'), ('SetEnv', 'A=b c'))))
-    # a %% stands there for a %, and ssh -G shows it as it stands
+    # The configuration has %% for a %, and ssh -G prints it unchanged.
     assert seen['identityfile'] == '/the keys/100%% mine'
     assert seen['userknownhostsfile'] == '/a b/#known'
     assert seen['proxycommand'] == 'nc -x "a  b" %h %p # c'
@@ -664,7 +664,7 @@ def test_a_proxy_jump_among_the_options(ssh_sees, tmp_path):
         assert start.startswith(f'ssh -F {tmp_path}/7.jump -o ConnectTimeout=') and rest == words
         assert ('proxyjump' not in seen, seen['proxyusefdpass'], seen['connecttimeout']) == (
             True, 'no', '3')
-    for value in ('none', 'ssh://me@gate:22'):          # that is ssh's to understand
+    for value in ('none', 'ssh://me@gate:22'):          # ssh itself interprets these
         seen = ssh_sees(Machine('a', 'a', ssh_options=(('ProxyJump', value),)))
         assert 'proxycommand' not in seen
 
@@ -697,7 +697,7 @@ def test_copies_go_through_the_master_or_not_at_all(ssh_sees, tmp_path):
 
 
 def test_the_arguments_of_ssh_and_rsync_hold_no_value_of_the_user(tmp_path):
-    """They stand in the configuration, so that no option and no shell can be made of them."""
+    """The values stand in the configuration, so none can become an option or shell code."""
     machine = Machine('a', 'lab1', 'me', 2222, '/key', 'gate', (('Compression', 'yes'),))
     connection = ssh_scheduler.Connection(machine, str(tmp_path), 7)
     config = f'{tmp_path}/7.config'

@@ -1,6 +1,6 @@
-"""All messages of the three files, side by side: one pass shows a reviewer each new one.
+"""All messages of the three files in one table, where a reviewer sees each new one.
 
-tests/golden/messages.txt has them.  `make golden` writes it anew.
+The table is tests/golden/messages.txt.  `make golden` rewrites it.
 """
 import ast
 import re
@@ -11,19 +11,19 @@ import test_golden
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ('combine_folders.py', 'results_table.py', 'ssh_scheduler.py')
-HELP = re.compile(r'(\w+_)?(USAGE|OPTIONS)|UNITS|OVERVIEW')     # their golden files are others
+HELP = re.compile(r'(\w+_)?(USAGE|OPTIONS)|UNITS|OVERVIEW')     # these have other golden files
 WORDS = re.compile(r'[A-Za-z]{2,}[,:;]? (.* )?[A-Za-z{]')
-# What no message looks like: a regular expression, a file format, an option of ssh_config.
+# Strings that are no messages: regular expressions, file formats, options of ssh_config.
 OTHER = re.compile(r'\(\?|\\[sSdwWbAZ(.]|\.\*|\[\^|^  [A-Z]|%[YmdH]|\[0-9\]'
                    r'|printf |\(exec|_FAILED\||unset |eval |^export |^set \+')
-# In a program for a shell: a text of an event, one for a job's stderr, and what becomes either.
+# In a shell program: the text of an event, a text for a job's stderr, a text used for either.
 BASH = re.compile(
     r"""(?:say_text\ (?:note|broken|unfit|lost|preempted|refused)\ (?:"\$\w+"\ )?
         | (?:end_untold|lose_queued|refuse_queued)\ (?:"?\$?\w+"?\ )?
         | (?:REPLY|answer)= | why\[\$key\]= | \$\{why\[\$key\]-)
         (?:"(?P<double>(?:[^"\\]|\\.)*)" | '(?P<single>[^']*)' | (?P<bare>[a-z][^"}]*)\})
         | (?P<own>(?:ssh-scheduler|note(?:\t|\\t)%s):\ [^\n'"]*(?:\\\n[^\n'"]*)?)""", re.VERBOSE)
-# How no sentence for a person is written.
+# What to write instead -> the pattern that no message may match.
 WRONG = {
     'name the machine': r'\bover there\b|\bout there\b',
     'keep, continue': r'\bgo(es|ing)? on\b|\bwent on\b|\bruns? on,|\bruns? on\.',
@@ -43,7 +43,7 @@ WRONG = {
 
 
 def text_of(node):
-    """Return the text of a string, with the expressions of an f-string as they stand in it."""
+    """Return the text of a string, with the expressions of an f-string in braces."""
     if isinstance(node, ast.Constant):
         return node.value
     return ''.join(part.value if isinstance(part, ast.Constant) else
@@ -71,7 +71,7 @@ def strings(node):
 
 
 def messages_of(text):
-    """Yield what a string of a file says to users."""
+    """Yield the messages to users in a string of a file."""
     if text.count('\n') < 8:
         if WORDS.search(text) and not OTHER.search(text):
             yield text
