@@ -1,6 +1,6 @@
 """The three ways to use the program: installed, as one copied file, and vendored and imported.
 
-What is tried is a copy of this folder, never the folder itself, so nothing is left in it.
+The tests use a copy of this folder, never the folder itself, so they leave nothing in it.
 """
 
 import ast
@@ -24,7 +24,7 @@ COMMANDS = ('execute_remote', 'execute_batch', 'execute_to', 'query_machines')
 ALONE = ('combine_folders', 'results_table')        # each a file that needs no other
 EXECUTABLES = (*COMMANDS, *ALONE)
 
-# Set where a developer works and inherited by what we start: they would change what is tried.
+# Variables that a developer may have set.  Programs that inherit them would behave differently.
 MEDDLING = ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV', 'UV_PYTHON', 'PIP_TARGET', 'PIP_USER',
             'MAKEFLAGS', 'MAKELEVEL')
 
@@ -48,13 +48,13 @@ def must_run(*argv, cwd, environment=None):
 
 
 def assert_helps(done, command):
-    """The command showed its usage on stdout and nothing else happened."""
+    """Assert that the command showed its usage on stdout and nothing else happened."""
     assert (done.returncode, done.stderr) == (0, ''), f'{done.args}\n{done.stderr}'
     assert re.search(rf'(?im)^\s*usage:\s+{command}\b', done.stdout), done.stdout
 
 
 def copy_project(to):
-    """Copy what a clone would hold: not what tools made."""
+    """Copy the files that a clone would have, without those that tools made."""
     made = shutil.ignore_patterns('.git', '.venv', '.*_cache', '.hypothesis', '__pycache__',
                                   '*.egg-info', 'build', 'dist', 'job_results')
     shutil.copytree(ROOT, to, ignore=made)
@@ -90,7 +90,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def metadata(installed):
-    """What was built, as the installed package says it."""
+    """The metadata of the installed package."""
     code = """if True:
         import json
         from importlib.metadata import distribution
@@ -117,7 +117,7 @@ def test_the_version_is_the_one_in_the_file(metadata):
 
 
 def files_of(executable):
-    """The files of an executable, below the prefix: itself, its man page and its completions."""
+    """Return the files of an executable: itself, its man page and its completions."""
     return {f'bin/{executable}', f'share/man/man1/{executable}.1',
             f'share/bash-completion/completions/{executable}',
             f'share/zsh/site-functions/_{executable}',
@@ -252,9 +252,9 @@ def test_a_symlink_is_the_command_that_it_is_named_after(copied_file, tmp_path, 
 
 @pytest.fixture
 def run_bare(copied_file):
-    """Run the copied file by a Python without site-packages: what is missing there is missing.
+    """Run the copied file with a Python that has no site-packages.
 
-    has: the modules that it has all the same.
+    has: the modules that this Python can import nevertheless.
     """
     def run_it(*words, has=()):
         for name in has:
@@ -330,7 +330,7 @@ def test_uv_runs_the_copied_file(copied_file, words):
         shutil.copy2(ROOT / f'{name}.py', folder)
     if not shutil.which('uv') or run('uv', '--version', cwd=folder).returncode != 0:
         pytest.skip('uv is not installed')
-    # Neither this machine's cache nor a Python that uv would have to download.
+    # uv may not use this machine's cache, and may not download a Python.
     environment = {'UV_CACHE_DIR': str(folder / 'cache'), 'UV_PYTHON_DOWNLOADS': 'never'}
     done = run(
         'uv', 'run', '--quiet', '--python', sys.executable, *words, '--help',
@@ -389,7 +389,7 @@ def test_importing_a_vendored_copy_has_no_effect(tmp_path, name):
     (tmp_path / 'vendored').mkdir()
     (tmp_path / 'home').mkdir()
     shutil.copy2(ROOT / f'{name}.py', tmp_path / 'vendored')
-    # -S: without site-packages, so what is not of the standard library cannot be imported.
+    # -S: without site-packages, so only the standard library can be imported.
     done = run(
         sys.executable, '-S', '-c', IMPORT_AND_WATCH, name, cwd=tmp_path,
         environment={'HOME': str(tmp_path / 'home')},
@@ -461,7 +461,7 @@ def test_the_venv_is_of_the_python_that_make_was_told(tmp_path):
     (tmp_path / 'example/demo.sh').touch()
     for name in ('Makefile', 'requirements-dev.txt', 'setup.py'):
         shutil.copy2(ROOT / name, tmp_path)
-    for name in ('one', 'two'):             # it makes a .venv that can do all, and nothing
+    for name in ('one', 'two'):     # a fake, whose .venv/bin/python does nothing, without error
         (tmp_path / name).write_text(f'''#!/bin/sh
             [ "$*" != "-m venv --clear .venv" ] || {{
                 rm -rf .venv; mkdir -p .venv/bin; ln -s /bin/true .venv/bin/python; echo {name}; }}

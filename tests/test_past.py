@@ -1,4 +1,4 @@
-"""What a job was, and the same once more: --what, --reproduce, and what is kept for them."""
+"""--what shows what a job was, --reproduce runs it again; and the files kept for both."""
 import json
 import os
 import re
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def batches(run_cli, start_cli, project, lab1):
-    """localhost has room for a few jobs, even while these tests take all processors."""
+    """Batches on a localhost with room for a few jobs, even while tests take all processors."""
     return Batches(run_cli, start_cli, env={'SSH_SCHEDULER_PROC': str(lab1.proc)})
 
 
@@ -72,7 +72,7 @@ def record(job='batch.sh.1'):
 
 
 def tree(folder):
-    """{path: bytes, or the target of a link} below a folder."""
+    """Return {path: bytes, or the target of a link} below a folder."""
     found = {}
     for path in Path(folder).rglob('*'):
         if path.is_symlink():
@@ -83,7 +83,7 @@ def tree(folder):
 
 
 def heads(done):
-    """{head: text} of what --what has printed; lines without a head belong to the one before."""
+    """Return {head: text} of the output of --what; a line without a head continues one."""
     assert (done.returncode, done.stderr) == (0, ''), done
     found, head = {}, ''
     for line in done.stdout.splitlines():
@@ -121,7 +121,7 @@ def test_a_checkout_leaves_its_commit_and_what_differs(run, git, project, tmp_pa
     assert tree(folder / 'files') == {
         'train.py': b'two\n', 'raw': bytes(range(256))[::-1], 'odd \n"\udcff*': b'odder\n',
         'new.py': b'new\n', 'link': 'train.py', 'batch.sh': b'cat train.py\n'}
-    # The commit with the patch is what was sent.
+    # The commit with the patch has the files that were sent.
     git('clone', '-q', str(project), str(tmp_path / 'then'))
     git('apply', str((folder / 'diff.patch').absolute()), cwd=tmp_path / 'then')
     for name in found['changed']:
@@ -166,8 +166,8 @@ def test_the_patch_is_that_of_what_was_sent_or_there_is_none(run, git, project, 
     git('add', '-A')
     git('commit', '-qm', 'first')
     (project / 'b').write_text((project / 'b').read_text().replace('9', 'nine'))
-    git('rm', '-q', '--cached', 'a')                # it is sent nevertheless
-    git('config', 'diff.context', '0')              # what git apply refuses
+    git('rm', '-q', '--cached', 'a')                # the file is sent nevertheless
+    git('config', 'diff.context', '0')              # git apply refuses such a patch
     git('config', 'diff.noprefix', 'true')
     run('cat a')
     assert (record()['changed'], record()['untracked']) == (['b'], ['a', 'batch.sh'])
@@ -269,7 +269,7 @@ def test_a_copy_is_for_no_more_people_than_the_file(run, project):
 
 @pytest.fixture
 def clients(project):
-    """Two clients that keep what is sent, and a Manifest."""
+    """The Sent of two clients, which keep the files that they send, and a Manifest."""
     (project / 'a').write_text('a')
     manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
     one, two = (s.Sent(str(INNER)) for _ in range(2))
@@ -285,7 +285,7 @@ def test_what_another_client_has_a_job_with_stays(clients):
     one.close()
     assert two.get(manifest.digest) and s.Sent(str(INNER)).get(manifest.digest)
     assert two.content(manifest.files['a'][3]) == b'a'
-    one.claim(manifest)                             # it takes part in that of the other
+    one.claim(manifest)                             # it shares the other client's set
     two.close()
     assert sorted(os.listdir(SENT)) == sorted(['store', manifest.digest])
 
@@ -295,7 +295,7 @@ def test_a_set_that_waits_for_long_is_there_in_the_end(clients):
     for _ in one.keeping(manifest):
         pass
     (new,) = SENT.glob('new-*')
-    shutil.rmtree(new)                              # by another client, after an hour
+    shutil.rmtree(new)                              # as another client does after an hour
     one.claim(manifest)
     assert s.Sent(str(INNER)).record(manifest.digest)['kept'] == 1
 
@@ -345,7 +345,7 @@ def test_the_files_are_those_that_were_sent_though_a_job_waits(batches, project,
 
 
 def test_a_manifest_has_what_the_archive_has(project, monkeypatch):
-    """Also if a file changes after it was read for the one, and before it is for the other."""
+    """Also if a file changes after the one has read it and before the other reads it."""
     (project / 'a').write_text('then')
     real = s.read_file
 
@@ -373,7 +373,7 @@ def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, cli
     assert run('cat f7').returncode == 0 and result('batch.sh.1') == b'7'
     assert record()['kept'] == 201
     left = [name for name in os.listdir(SENT) if name.startswith('new-')]
-    for name in left:                   # in an hour
+    for name in left:                   # as if they were old
         os.utime(SENT / name, (0, 0))
     (SENT / 'store/part.new-1').write_text('half')
     os.utime(SENT / 'store/part.new-1', (0, 0))
@@ -401,7 +401,7 @@ KEYS = re.compile(r'`([a-z_]+)`')
 
 
 def test_the_journal_is_as_the_docs_have_it(run, batches, ask, lab1, gate):
-    """By a reader of its own: each event and key is documented, and each documented event seen."""
+    """With a reader of its own: each event and key is documented, each documented event seen."""
     text = (ROOT / 'docs/results.md').read_text().partition('## The journal')[2]
     text = text.partition('\n## ')[0]
     documented = {word: set(KEYS.findall(keys)) | {'event', 'time'}
@@ -431,7 +431,7 @@ def test_the_journal_is_as_the_docs_have_it(run, batches, ask, lab1, gate):
 
 
 def kernel(machine, text):
-    """Have the machine tell another kernel than ours."""
+    """Make the machine report this kernel instead of the real one."""
     (machine.proc / 'sys/kernel').mkdir(parents=True, exist_ok=True)
     (machine.proc / 'sys/kernel/osrelease').write_text(f'{text}\n')
 
@@ -606,7 +606,7 @@ def test_a_job_once_more_with_the_files_of_then(run, ask, project):
     assert (claim['files'], claim['reproduces']) == (digest_of('batch.sh.1'), 'batch.sh.1')
     assert heads(ask('--what', 'batch.sh.1-again'))['reproduces'] == ['batch.sh.1']
     assert not [name for name in os.listdir(INNER) if name.startswith('reproduce')]
-    # Once more, and what was reproduced once more.
+    # Reproduce the job again, and also reproduce its reproduction.
     assert ask('--reproduce', 'batch.sh.1').returncode == 0
     assert ask('--reproduce', 'batch.sh.1-again').returncode == 0
     assert result('batch.sh.1-again-2') == result('batch.sh.1-again-again') == then

@@ -1,13 +1,12 @@
-"""The protocol between the client and the remote runner, while its channel and both ends fail.
+"""The protocol between the client and the remote runner, while the channel and both ends fail.
 
-Both ends are real: the client is execute_batch, in a thread that goes on only when the test lets
-it, and over there is the bash of REMOTE_RUNNER with real jobs.  What lies between them is the
-test's: it holds each request and each answer, and delivers, delays, repeats, tears or loses them as
-Hypothesis likes.  The client's time is the test's as well, so nothing here takes a number of
-seconds.
+Both ends are real: the client is execute_batch, in a thread that runs only when the test lets it,
+and the runner is the bash of REMOTE_RUNNER with real jobs.  The test stands between them: it holds
+each request and each answer, and delivers, delays, repeats, tears or loses them as Hypothesis
+chooses.  The test also sets the client's clock, so nothing here waits for real seconds.
 
-Whatever happened, then, once all is well again: each job ran once from its start to its end, its
-result is here, and that is the one that it had.
+Whatever fails, once everything works again each job has run once from its start to its end, and
+its result is here and is the one that the job had.
 """
 import collections
 import contextlib
@@ -41,14 +40,14 @@ from hypothesis.stateful import (
 
 import ssh_scheduler as s
 
-HELD = ['the channel']      # the argv of what is not started: its bytes are the test's
-OURS = 10**9                # pings of the test have larger numbers
+HELD = ['the channel']      # the argv of a channel: not started, the test handles its bytes
+OURS = 10**9                # the first number of the pings that the test sends
 LIMIT_S = 2 * rig.SAFETY_NET_S
 KINDS = ('short', 'long', 'files')
-ONCE = ('probe', 'enter', 'unpack', 'finish')   # what a contact begins and ends with comes once
-ROOM = (3000, 8000)         # what all batches together may take: thousandths of a core, MB
+ONCE = ('probe', 'enter', 'unpack', 'finish')   # a contact's first and last requests: no repeats
+ROOM = (3000, 8000)         # the limits for all batches together: thousandths of a core, MB
 
-# What a job does: it tells the test that it is there, and ends when and as the test says.
+# A job reports its start to the test, and ends when and with the exit code that the test tells it.
 JOB = r'''
 try=${SSH_SCHEDULER_ID##*.}
 try=${try%-*}
@@ -74,11 +73,11 @@ def written(kind, name, attempt, ended):
 # ---- The two ends ----
 
 class Killed(BaseException):
-    """The client was killed: what it does after that has no consequence."""
+    """The client was killed: whatever it does afterwards has no effect."""
 
 
 class Client:
-    """A run of execute_batch, in a thread: whenever it waits, it is the test's turn."""
+    """A run of execute_batch in a thread; whenever it waits, the test runs."""
 
     def __init__(self, world):
         self.world, self.lines = world, []
@@ -98,7 +97,7 @@ class Client:
 
     @property
     def line(self):
-        """The channel that it has, or None."""
+        """Return the open channel of the client, or None."""
         return self.lines[-1] if self.lives and self.lines and self.lines[-1].is_open else None
 
     def _live(self):
@@ -116,7 +115,7 @@ class Client:
             self._ours.release()
 
     def wait(self):
-        """For the client: let the test go on, until it lets us."""
+        """Let the test run until it lets the client run again.  The client calls this."""
         if not self.killed:
             self._ours.release()
             self._its.acquire()
@@ -127,7 +126,7 @@ class Client:
         return self._timeout_s
 
     def turn(self, timeout_s=0):
-        """Let it go on to its next wait."""
+        """Let the client run to its next wait."""
         self._timeout_s = timeout_s
         self._its.release()
         assert self._ours.acquire(timeout=LIMIT_S), 'the client does not come to a wait'
@@ -135,7 +134,7 @@ class Client:
             raise self.crash
 
     def settle(self):
-        """Let it do all that it can do now, the processes that it started included."""
+        """Let the client, and the processes that it started, do all that they can do now."""
         self.turn()
         until = time.monotonic() + LIMIT_S
         while self.lives and (self.inbox or self.processes.restless):
@@ -150,7 +149,7 @@ class Client:
 
 
 class Processes(s.Processes):
-    """The client's: all is real but the channel, and the time of its timers."""
+    """The client's processes: all is real except the channel, and the clock of the timers."""
 
     def __init__(self, client, on_start=None):
         super().__init__(on_start, client.world.clock)
@@ -173,15 +172,15 @@ class Processes(s.Processes):
 
 
 class Line:
-    """One connection.  To the client it is the process of its channel: what it does with that."""
+    """One connection.  For the client it stands in for the process of the channel."""
 
     def __init__(self, client, on_output, on_exit):
         self.client, self.on_output, self.on_exit = client, on_output, on_exit
         self.popen, self.status = self, None
         self.unread = bytearray()
         self.requests = collections.deque()     # (fields, bytes), not delivered
-        self.head = None                        # what makes a remote runner of a bash
-        self.closed = False                     # no more requests come
+        self.head = None                        # the bytes that make a bash a remote runner
+        self.closed = False                     # no more requests follow
         self.runner = None
 
     # What the client calls
@@ -206,17 +205,17 @@ class Line:
         return self.status is None and not self.client.killed
 
     def end(self, status):
-        """The connection is over, for the client."""
+        """End the connection for the client."""
         if self.status is None:
             self.status = status
             self.client.inbox.append(lambda: self.on_exit(status, b''))
 
     def hear(self, data):
-        """Bytes arrive at the client."""
+        """Let bytes arrive at the client."""
         self.client.inbox.append(lambda: self.on_output(bytes(data)))
 
     def read(self):
-        """Take apart what the client has sent."""
+        """Split what the client has sent into the head and the requests."""
         if self.head is None and self.unread:
             loader, size, rest = bytes(self.unread).split(b'\0', 2)
             reader = FieldReader(rest, int(size))
@@ -266,31 +265,31 @@ class Remote:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0, start_new_session=True)
         os.set_blocking(self.process.stdout.fileno(), False)
         self.answers = collections.deque()      # bytes of whole events, not delivered
-        self.mentioned = set()                  # keys of jobs of which it said anything
+        self.mentioned = set()                  # keys of the jobs that its events named
         self.pongs = set()
-        self.at_end = False                     # of its output
+        self.at_end = False                     # its output has ended
         self._unread, self._answer = b'', b''
         self.write(head)
 
     def write(self, data):
-        """Have it read this; where it is gone, nobody does."""
+        """Send this to the runner, if it still lives."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(data)
 
     def close(self):
-        """It learns that there is no connection any more."""
+        """Close the runner's input, as when the connection ends, and wait for the runner's end."""
         self.process.stdin.close()
         self.world.until(lambda: self.at_end, 'the end of a remote runner')
         self.process.wait(LIMIT_S)
 
     def sync(self):
-        """Wait until it has read all, and looked at its input again."""
+        """Wait until the runner has read all of its input, and looked at it again."""
         for number in itertools.islice(self.numbers, 2):
             self.write(s.request('ping', number))
             self.world.until(lambda number=number: number in self.pongs or self.at_end, 'a pong')
 
     def read(self):
-        """Take what it has said; probes and notes stay with the event that follows them."""
+        """Read what the runner wrote; probes and notes stay with the event that follows them."""
         while not self.at_end:
             try:
                 data = os.read(self.process.stdout.fileno(), 2**18)
@@ -315,25 +314,25 @@ class Remote:
                 self._answer = b''
 
     def kill(self):
-        """It is killed, and what speaks for it says the rest; jobs go on."""
+        """Kill the runner: its writer still writes the rest, and its jobs keep running."""
         self.process.kill()
         self.process.wait()
 
 
 class Attempt:
-    """A job that was started over there, as it is known to the test."""
+    """An attempt that started on the machine, as the test knows it."""
 
     def __init__(self, pid, worker):
         self.pid, self.worker = pid, worker
-        self.ended = False              # it came to its end, and said so
+        self.ended = False              # the job reached its end and reported that
         self.over = False               # no process of it is left
         self.status = None              # the exit status that was recorded
-        self.broken = False             # what would have recorded its end is gone
+        self.broken = False             # the process that records its end was killed
         self.unwanted = False           # somebody asked to cancel it, or to run its job again
 
 
 class World:
-    """All there is in one example: a machine, a project, its batch, and the clients that run it."""
+    """One example: a machine, a project, its batch, and the clients that run the batch."""
 
     def __init__(self):
         self._stack = contextlib.ExitStack()
@@ -360,7 +359,7 @@ class World:
                     'SSH_SCHEDULER_PROC': str(proc)}
         self.now = 1000.0
         self.client, self.reports = None, []
-        self.finished = False           # the machine has said so last
+        self.finished = False           # the last answer of the machine was "finished"
         self.lines, self.remotes, self.heard = [], [], []
         self.kinds = []                 # of the jobs, in the order of their lines
         self.attempts = collections.defaultdict(dict)       # job -> {number: Attempt}
@@ -369,7 +368,7 @@ class World:
         self._step_into()
 
     def _step_into(self):
-        """This is the current folder, the time, and what a client here is started with."""
+        """Set the current folder, and replace parts of the client, such as clock and channel."""
         enter, before, reporter = self._stack.enter_context, os.getcwd(), s.Reporter
         os.chdir(self.project)
         self._stack.callback(os.chdir, before)
@@ -378,8 +377,8 @@ class World:
         for name, value in {
             'Processes': lambda *args: Processes(self.client, *args),
             'Reporter': lambda verbose: reporter(verbose, self.client.out, self.client.err),
-            'interruptible': lambda handler: contextlib.nullcontext(),  # of the main thread only
-            'allow_files': lambda machines: None,                       # it is the tests' process
+            'interruptible': lambda handler: contextlib.nullcontext(),  # main thread only
+            'allow_files': lambda machines: None,                       # it changes this process
             'time': types.SimpleNamespace(monotonic=self.clock, time=time.time,
                                           strftime=time.strftime, time_ns=time.time_ns,
                                           localtime=time.localtime),
@@ -396,7 +395,7 @@ class World:
             f'{self.boots:08}-0000-4000-8000-000000000000\n')
 
     def close(self):
-        """End all, without asking anybody."""
+        """Kill the client, the runners and the jobs."""
         try:
             if self.client:
                 self.client.kill()
@@ -410,7 +409,7 @@ class World:
             self._stack.close()
 
     def kill_all(self):
-        """Kill all that runs over there."""
+        """Kill all processes on the machine."""
         while True:
             left = rig.knowing(self.home)
             if not left:
@@ -421,14 +420,14 @@ class World:
     # ---- What happens over there ----
 
     def until(self, happened, what):
-        """Wait for that, and hear meanwhile what jobs and remote runners say."""
+        """Wait for this, and meanwhile read what jobs and remote runners write."""
         until = time.monotonic() + LIMIT_S
         while not happened():
             assert time.monotonic() < until, f'there never was {what}'
             self.look(20)
 
     def look(self, timeout_ms=0):
-        """Take what there is from remote runners and jobs."""
+        """Read what remote runners and jobs have written."""
         poll = select.poll()
         poll.register(self.notes, select.POLLIN)
         for remote in self.remotes:
@@ -445,7 +444,7 @@ class World:
             self.take_note(*line.decode().split())
 
     def take_note(self, name, number, word, *pids):
-        """A job began or ended: that may be only once, and when no other attempt of it is there."""
+        """Note that a job began or ended: only once, and while no other attempt of the job runs."""
         number, others = int(number), self.attempts[name]
         self.ledger.append(f'{name} {number} {word}')
         if word == 'end':
@@ -460,14 +459,14 @@ class World:
         others[number] = Attempt(*map(int, pids))
 
     def running(self):
-        """Return [(job, number, Attempt)] of those that have processes."""
+        """Return [(job, number, Attempt)] of the attempts that have processes."""
         self.note_cancelled()
         return [(name, number, attempt) for name, attempts in sorted(self.attempts.items())
                 for number, attempt in sorted(attempts.items())
                 if not (attempt.over or attempt.unwanted and rig.ends(attempt.pid, timeout_s=0))]
 
     def note_cancelled(self):
-        """See which attempts have ended since somebody asked for that."""
+        """Note which unwanted attempts have ended."""
         for name, attempts in self.attempts.items():
             for number, attempt in attempts.items():
                 if attempt.over or not attempt.unwanted or not rig.ends(attempt.pid, timeout_s=0):
@@ -479,7 +478,7 @@ class World:
                 attempt.over = word == 'ended' or attempt.broken
 
     def record(self, name, number):
-        """Return what is recorded of it over there: 'ended 0', ..."""
+        """Return the machine's record of the attempt: 'ended 0', ..."""
         for path in self.home.glob(f'.ssh_scheduler/*/jobs/{name}.{number}-*'):
             if '.' not in path.name.rpartition('-')[2]:
                 with contextlib.suppress(FileNotFoundError):
@@ -488,10 +487,10 @@ class World:
         return ''
 
     def end_job(self, name, number, attempt, code):
-        """Let it end so."""
-        gate = os.open(self.folder / f'gates/{name}.{number}', os.O_RDWR)       # blocks nobody
+        """Let the attempt end with this exit code."""
+        gate = os.open(self.folder / f'gates/{name}.{number}', os.O_RDWR)       # does not block
         os.write(gate, b'%d\n' % code)
-        # One that somebody wants to end may be killed before it can say so.
+        # An unwanted attempt may be killed before it can report its end.
         self.until(lambda: attempt.ended or attempt.unwanted and rig.ends(
             attempt.pid, timeout_s=0), f'the end of {name} {number}')
         os.close(gate)
@@ -499,7 +498,7 @@ class World:
             self.is_over(name, number, attempt)
 
     def is_over(self, name, number, attempt):
-        """Wait until its processes are gone, and for the record of its end."""
+        """Wait until the attempt's processes are gone, and for the record of its end."""
         assert rig.ends(attempt.pid, LIMIT_S)
         attempt.over = True
         if not attempt.broken:
@@ -508,7 +507,7 @@ class World:
             attempt.status = int(self.record(name, number).split()[1])
 
     def break_job(self, name, number, attempt, how):
-        """Kill its command, what records its end, or both."""
+        """Kill the command of the attempt, the process that records its end, or both."""
         if how == 'command':
             os.kill(attempt.pid, signal.SIGKILL)
             self.is_over(name, number, attempt)
@@ -535,7 +534,7 @@ class World:
         self.boot()
 
     def take_room(self, taken):
-        """Another batch, for which this process stands, needs all there is, or nothing."""
+        """Claim all room for another batch, whose client this process plays, or release it."""
         claim = self.folder / 'shared/ssh_scheduler.other/claim'
         if taken:
             began = Path('/proc/self/stat').read_text().rpartition(') ')[2].split()[19]
@@ -548,7 +547,7 @@ class World:
     # ---- What other commands ask ----
 
     def ask(self, action, name):
-        """Ask that of the client; return whether the latest attempt of the job knows of it now."""
+        """Put a request for the job into the client's inbox, and let the client act on it."""
         attempts = self.attempts[name]
         if attempts:
             attempts[max(attempts)].unwanted = True
@@ -565,7 +564,7 @@ class World:
     # ---- What happens on the way ----
 
     def connect(self, line):
-        """A connection that the client began comes to the machine."""
+        """Let a connection that the client began reach the machine."""
         line.read()
         if line.head and not line.runner:
             line.runner, self.finished = Remote(self, line.head), False
@@ -574,7 +573,7 @@ class World:
             line.runner.sync()
 
     def deliver(self, line, count, twice=False):
-        """So many requests arrive, or each of them twice; wait for what they do."""
+        """Deliver this many requests, each once or twice, and wait for their effects."""
         line.read()
         if not line.runner:
             return 0
@@ -591,7 +590,7 @@ class World:
         return len(arrived)
 
     def is_known(self, runner, key):
-        """Tell whether the runner has done with the job what it was told to."""
+        """Tell whether the runner has done what it was told to do with the job."""
         if runner.at_end or runner.process.poll() is not None:
             return True
         name, _, number = key.partition('-')[0].rpartition('.')
@@ -601,12 +600,12 @@ class World:
         return word == 'revoked'
 
     def hear(self, line, count, twice=False):
-        """So many answers arrive at the client, or each of them twice."""
+        """Let this many answers arrive at the client, each once or twice."""
         self.look()
         answers = line.runner.answers if line.runner else ()
         arrived = [answers.popleft() for _ in range(min(count, len(answers)))]
         for answer in arrived:
-            # What a stream begins and ends with comes once, or nothing else could come again.
+            # Repeat neither the first nor the last answer: that would end the connection.
             once = answer.startswith(b'\n') or answer == b'finished\n'
             self.finished = answer == b'finished\n'
             line.hear(answer * (2 if twice and not once else 1))
@@ -628,7 +627,7 @@ class World:
         self.client.settle()
 
     def client_ends(self):
-        """It has ended by itself, or is killed now."""
+        """Kill the client unless it has ended, and keep what it printed."""
         if not self.client.reported:
             self.client.reported = True
             self.client.kill()
@@ -645,7 +644,7 @@ class World:
     # ---- When all is well ----
 
     def come_into_contact(self):
-        """Let the client try until it has a connection, and that comes to the machine."""
+        """Let the client try until it has a connection, and let that reach the machine."""
         for _ in range(100):
             if not self.client.lives:
                 return
@@ -658,7 +657,7 @@ class World:
         self.connect(self.client.line)
 
     def exchange(self, twice=False):
-        """All that was said on either side arrives at the other; return whether anything did."""
+        """Deliver all requests and answers; return whether there were any."""
         line = self.client.line
         if not line:
             return False
@@ -668,7 +667,7 @@ class World:
         return count or gone
 
     def until_it_sends(self, verb):
-        """Let all be said until such a request waits to arrive."""
+        """Deliver everything until a request with this verb waits for delivery."""
         for _ in range(100):
             self.client.line.read()
             if any(fields[0] == verb for fields, _ in self.client.line.requests):
@@ -698,7 +697,7 @@ class World:
         self.run_again()
         assert not self.client.lives, 'all is done, and yet it does something'
         self.client_ends()
-        for line in self.lines:         # at last arrives, too, what was under way for ever so long
+        for line in self.lines:         # requests that were delayed until now arrive, too
             self.deliver(line, 1000)
             if line.runner and not line.runner.process.stdin.closed:
                 line.runner.close()
@@ -708,7 +707,7 @@ class World:
         return [f'batch.sh.{number}' for number, _ in enumerate(self.kinds, 1)]
 
     def check_ends(self):
-        """What is said to have ended has ended."""
+        """Assert that each job has ended whose end is in the journal."""
         self.note_cancelled()
         for name, events in self.journal.items():
             if events[-1]['event'] in ('ended', 'collected'):
@@ -716,13 +715,13 @@ class World:
                 assert self.attempts[name][number].over, f'{name} {number} has not ended'
 
     def check_starts(self):
-        """What is said to have started has started."""
+        """Assert that each job has started whose start was printed."""
         for line in self.client.out.getvalue().splitlines() if self.client else ():
             name = line.partition(': ')[2].partition(';')[0]
             assert not line.startswith('started: ') or self.attempts[name], line
 
     def check_streams(self):
-        """The part of an output that has arrived is the beginning of the output of one attempt."""
+        """Assert that each output, as far as it arrived, is the beginning of that of an attempt."""
         for name, kind in zip(self.names, self.kinds):
             path = self.project / f'job_results/{name}.out'
             here = path.read_text() if path.exists() else ''
@@ -730,7 +729,7 @@ class World:
                                    for number in self.attempts[name]), f'{path} is {here!r}'
 
     def check(self):
-        """Compare what the jobs said, the journal, the report and the results."""
+        """Compare the notes of the jobs, the journal, the report and the results."""
         journal, reported = self.journal, ledgers.read_report(self.reports, again=True)
         ledger = self.folder / 'ledger'
         ledger.write_text(''.join(f'{line}\n' for line in self.ledger))
@@ -751,7 +750,7 @@ class World:
             out, made = (Path('job_results', name + end) for end in ('.out', ''))
             if out.read_text() != written(kind, name, number, attempt.ended):
                 wrong.append(f'{out} is not what {name} {number} has written')
-            # All comes back of one that cannot record its end: what was sent is not known any more.
+            # If an attempt cannot record its end, the list of sent files is lost: all are fetched.
             files = {'batch.sh'} if attempt.broken else set()
             if kind == 'files':
                 files |= {f'made by {number}', *(f'{n}-of-many-files' for n in range(10, 100))}
@@ -770,7 +769,7 @@ index = st.integers(0, 9)
 
 
 class Protocol(RuleBasedStateMachine):
-    """Each rule is one thing that happens; teardown lets all come to its end, and looks."""
+    """Each rule is one thing that happens; teardown lets the batch end, and checks the outcome."""
 
     def __init__(self):
         super().__init__()
@@ -816,7 +815,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(back=st.integers(1, 3), count=few, torn=st.none() | st.integers(1, 60))
     def late_requests_arrive(self, back, count, torn):
-        """Those of a connection that is none any more for the client; then its end, if torn."""
+        """On a connection that has ended for the client; if torn, it ends within a request."""
         lines = [line for line in self.world.lines if not line.is_open and line.runner]
         if lines[-back:]:
             line = lines[-back:][0]
@@ -835,14 +834,14 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(back=st.integers(1, 20))
     def an_answer_arrives_again(self, back):
-        """The last one or one of long ago, of this connection or of one before."""
+        """The last one or an older one, of this connection or of an earlier one."""
         if self.client.line and self.world.heard:
             self.client.line.hear(self.world.heard[-back:][0])
             self.client.settle()
 
     @rule(back=st.integers(1, 3), count=few)
     def late_answers_arrive(self, back, count):
-        """Those of a connection that is none any more for the client."""
+        """On a connection that has ended for the client."""
         lines = [line for line in self.client.lines if not line.is_open and line.runner]
         if self.client.lives and lines[-back:]:
             self.world.hear(lines[-back:][0], count)
@@ -850,7 +849,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(torn=st.integers(0, 200))
     def the_connection_breaks(self, torn):
-        """What was under way may yet arrive over there; here comes a part of an answer at most."""
+        """Requests under way may still reach the runner; the client may get part of an answer."""
         line = self.client.line
         if line:
             line.read()
@@ -907,7 +906,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3))
     def the_client_is_killed(self, count):
-        """Right after it was told something, if it was."""
+        """Right after some answers arrived, if count is not 0."""
         if count and self.client.line:
             self.world.hear(self.client.line, count)
             self.client.turn()
@@ -942,7 +941,7 @@ class Protocol(RuleBasedStateMachine):
             self.world.close()
 
 
-EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # so many others, at random
+EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # this many other examples, at random
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 900)    # many examples, each with a dozen processes
@@ -972,7 +971,7 @@ def begin(world, *kinds):
 
 
 def test_a_list_is_taken_once_and_when_it_was_asked_for(world):
-    """Empty ones, for which nobody asked, come while the job runs, and behind the right one."""
+    """Empty lists that nobody asked for arrive while the job runs, and after the right list."""
     begin(world, 'files')
     line = world.client.line
     key = s.ResultStore('job_results').peek().journal.key('batch.sh.1', 1)
@@ -981,7 +980,7 @@ def test_a_list_is_taken_once_and_when_it_was_asked_for(world):
     world.client.settle()
     world.end_job(*world.running()[0], 0)
     world.until(lambda: line.runner.answers, 'its end')
-    world.hear(line, 1000, twice=True)      # of its end is heard once, too
+    world.hear(line, 1000, twice=True)      # its end counts once, too
     world.client.settle()
     world.deliver(line, 1000)               # "list"
     world.until(lambda: line.runner.answers, 'a list')
@@ -1024,13 +1023,13 @@ def test_that_a_job_never_began_is_said_again_where_that_was_lost(world):
     world.write_batch(['short'])
     world.start_client()
     world.come_into_contact()
-    world.exchange()                        # now its start is on the way, and does not arrive
+    world.exchange()                        # its start is under way, and never arrives
     for _ in range(2):
         world.client.line.end(255)
         world.client.settle()
         world.come_into_contact()
         world.exchange()
-        world.deliver(world.client.line, 1000)          # "adopt"; its answer is not heard
+        world.deliver(world.client.line, 1000)          # "adopt"; its answer does not arrive
     world.finish()
     world.check()
     assert list(world.attempts['batch.sh.1']) == [2]
@@ -1053,7 +1052,7 @@ def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
 
 
 def test_what_is_removed_while_it_is_said_is_said_whole(world):
-    """As when the last job ends, and all is tidied up, at the moment at which it was watched."""
+    """As when the last job ends, and the runner removes all files, while the writer sends one."""
     program = world.folder / 'bin/stat'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\n{rig.program("stat")} "$@"\n'
@@ -1078,7 +1077,7 @@ def break_and_connect(world):
 
 
 def test_a_start_that_arrives_after_it_was_asked_about_never_begins(world):
-    """At a runner that is on another computer, which has the same home: nobody here can end it."""
+    """The runner is on another computer with the same home, so nobody here can kill it."""
     world.write_batch(['short'])
     world.start_client()
     world.come_into_contact()
@@ -1098,7 +1097,7 @@ def test_a_start_that_arrives_after_it_was_asked_about_never_begins(world):
 
 
 def test_how_a_job_ended_is_recorded_before_it_is_said(world):
-    """What says so is killed when it looks how long the output is."""
+    """The process that would report it is killed when it measures the output."""
     program, victim = world.folder / 'bin/stat', world.folder / 'victim'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\ncase "$*" in "-c %s -- "*.out) kill -9 $(cat {victim});; esac\n'
@@ -1122,14 +1121,14 @@ def test_that_a_job_is_lost_is_said_again_where_that_was_lost(world):
         break_and_connect(world)
         world.exchange()
         world.until_it_sends('adopt')
-        world.deliver(world.client.line, 1000)          # its answer is not heard
+        world.deliver(world.client.line, 1000)          # its answer does not arrive
     world.finish()
     world.check()
     assert list(world.attempts['batch.sh.1']) == [1, 2]
 
 
 def test_nothing_is_believed_that_a_contact_says_when_it_is_over(world):
-    """As that the machine is ready: the next contact has not heard that yet."""
+    """For example that the machine is ready: the next contact has not heard that yet."""
     begin(world, 'short')
     break_and_connect(world)
     former = world.client.line
