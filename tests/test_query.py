@@ -15,7 +15,7 @@ from commands import at_terminal
 
 @pytest.fixture
 def query(run_cli, project):
-    """Run it: query(machines, *options) -> CompletedProcess."""
+    """Run query_machines: query(machines, *options) -> CompletedProcess."""
     def run(machines, *options, **settings):
         return run_cli('query_machines', *options, '--machines', *words(machines), **settings)
 
@@ -76,7 +76,7 @@ def test_how_many_jobs_fit(query, lab):
         assert json.loads(done.stdout).get('jobs_fit') == fit
         table = query([machine], *options).stdout
         said = [f'{fit} such job{"" if fit == 1 else "s"} fit'] * (fit is not None)
-        assert re.findall(r'\d+ such jobs? fit', table) == said * 2        # of it, and in all
+        assert re.findall(r'\d+ such jobs? fit', table) == said * 2        # its own, and in all
 
 
 def test_json_for_programs(query, lab, lab1):

@@ -37,14 +37,14 @@ def browser():
     if not program:
         pytest.skip('the tests of the page need a browser: sudo apt-get install chromium')
     with playwright.sync_playwright() as driver:
-        # A container lets no program make a sandbox; the pages here are our own.
+        # A container allows no sandbox; the pages are the tests' own.
         browser = driver.chromium.launch(executable_path=program, args=['--no-sandbox'])
         yield browser
         browser.close()
 
 
 class Opened:
-    """A page in the browser: what it says on the console and asks of a network, and short ways."""
+    """A page in the browser, with its console messages, its requests, and short ways to use it."""
 
     opened = itertools.count()
 
@@ -65,7 +65,7 @@ class Opened:
         self.page.wait_for_selector('html[data-ready]')
 
     def texts(self, selector):
-        """The texts of all that a selector finds, each on one line."""
+        """Return the texts of all elements that a selector finds, each on one line."""
         return self.page.eval_on_selector_all(
             selector, 'all => all.map(one => one.textContent.replace(/\\s+/g, " ").trim())')
 
@@ -76,7 +76,7 @@ class Opened:
         return self.page.locator(selector).count()
 
     def column(self, number):
-        """The texts of a column of the table of jobs; 1 is the first."""
+        """Return the texts of a column of the table of jobs; 1 is the first."""
         return self.texts(f'#rows tr > td:nth-child({number})')
 
     def jobs(self):
@@ -96,7 +96,7 @@ class Opened:
             while (!({test})) await new Promise(requestAnimationFrame); }}''')
 
     def at(self, selector):
-        """The boxes, in pixels, of all that a selector finds."""
+        """Return the boxes, in pixels, of all elements that a selector finds."""
         return self.page.eval_on_selector_all(
             selector, 'all => all.map(one => one.getBoundingClientRect().toJSON())')
 
@@ -112,7 +112,7 @@ def window(browser):
 def opened(browser, window):
     """Open a page: opened('report.html'), or in a window of its own with width=400 or a scheme.
 
-    At the end it must have said nothing on the console, and asked for no other address.
+    At the end the page must have written nothing on the console and requested no other address.
     """
     contexts, pages = [], [window]
     window.page.set_viewport_size(WIDE)
@@ -138,7 +138,7 @@ def opened(browser, window):
 
 @pytest.fixture(scope='module')
 def sweep(tmp_path_factory):
-    """The page of the made-up sweep: its path."""
+    """The path of the page of the made-up sweep."""
     folder = tmp_path_factory.mktemp('sweep')
     reports.sweep(folder / 'job_results')
     results_table(folder / 'job_results', html=folder / 'report.html')
@@ -159,7 +159,7 @@ def made(folder, opened=None, **how):
 
 
 def data_of(path):
-    """The data in a page."""
+    """Return the data in a page."""
     text = Path(path).read_text(encoding='utf-8')
     return json.loads(re.search('<script type="application/json" id="data">(.*)</script>', text)[1])
 
@@ -208,7 +208,7 @@ def test_a_click_on_a_head_sorts_and_says_so(page):
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'descending'
     assert [float(text) for text in page.column(8) if text] == values[::-1]
-    assert page.column(8)[-4:] == [''] * 4                  # what is missing is last both ways
+    assert page.column(8)[-4:] == [''] * 4                  # missing values are last both ways
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'none' and page.jobs()[0] == '.1'
 
@@ -305,7 +305,7 @@ def test_an_attempt_that_another_claim_follows_is_lost(project):
     assert [(began, ended, data['states'][state], names[machine])
             for _, began, ended, state, machine, _, _ in data['jobs']['attempts'][0]] == [
         (1, 50, 'lost', 'lab1'), (50, 110, 'finished', 'lab2')]
-    assert [since for since, *_ in data['jobs']['attempts'][0]] == [0, 50]     # it waited from then
+    assert [since for since, *_ in data['jobs']['attempts'][0]] == [0, 50]     # when it waited
 
 
 def test_bars_that_overlap_lie_in_rows_of_their_own(project, opened):
@@ -424,7 +424,7 @@ def test_of_long_streams_the_end_is_there_and_all_together_are_limited(project, 
     page.page.click('#rows button >> nth=0')
     shown = page.page.inner_text('#details pre').splitlines()
     assert shown[-1] == 'line 1999 of the output' and 100 < len(shown) < 400
-    assert re.fullmatch(r'line \d+ of the output', shown[0])        # no half of a line
+    assert re.fullmatch(r'line \d+ of the output', shown[0])        # no part of a line
     assert page.texts('#details h3')[0] == 'stdout: 46.9 kB, its end'
     sizes = [20_000, 100, 9_000]
     assert sum(min(size, module.level(sizes, 3000)) for size in sizes) <= 3000
@@ -451,7 +451,7 @@ def test_the_use_of_machines_and_gpus_over_time(page):
     assert 90 < int(had.split()[0]) <= 100 and 70 < int(busy.split()[0]) < 95 and memory == '8 %'
     gaps = page.page.eval_on_selector_all(
         '#machines tbody tr', 'all => all.map(row => row.querySelectorAll(".busy-line").length)')
-    assert gaps[:4] == [1, 1, 1, 2]                 # nothing was seen of lab2 for a while
+    assert gaps[:4] == [1, 1, 1, 2]                 # lab2 was not seen for a while
 
 
 def test_the_keyboard_reads_a_chart(page):
@@ -856,7 +856,7 @@ def test_it_can_be_read_without_seeing_it(page):
 
 @pytest.fixture(scope='module')
 def large(tmp_path_factory):
-    """A page of 10,000 jobs: (its path, how many seconds it took of the processor)."""
+    """A page of 10,000 jobs: (its path, the processor time in seconds that it took)."""
     folder = tmp_path_factory.mktemp('large')
     reports.many_jobs(folder / 'job_results')
     began = time.process_time()
@@ -939,7 +939,7 @@ def test_a_page_of_a_running_batch_says_as_of_when_and_loads_itself_again(projec
     page.page.reload()
     page.ready()
     assert page.jobs() == ['.4', '.3', '.2']            # the filter and the order stay
-    assert page.count('#reload') == 0                   # it does not run any more
+    assert page.count('#reload') == 0                   # the batch does not run any more
 
 
 def test_commands_of_execute_remote_are_in_the_timeline(project, opened):
@@ -1073,7 +1073,7 @@ def test_results_of_two_folders_are_in_one_page(project, opened):
 def test_whatever_jobs_write_the_page_stays_small(project, monkeypatch):
     folder = reports.Folder().begin()
     for number in range(30):
-        folder.job(f'grid.sh.{number}', f'./a {number}', out='<' * 10**5)   # six bytes each there
+        folder.job(f'grid.sh.{number}', f'./a {number}', out='<' * 10**5)   # each is six bytes
     folder.close()
     results_table(html='report.html')
     whole = os.path.getsize('report.html')

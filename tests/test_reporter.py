@@ -1,8 +1,8 @@
-"""What a batch prints, in which order and where to; the scheduling, against runners that fake.
+"""What a batch prints, in which order and where to; and the scheduling, with fake workers.
 
-A FakeWorker records what would start and ends what the test says (the idea is ninja's), so the real
-Run is followed step by step without a process.  Below that, the program itself prints into a
-pipe and on a terminal.
+A FakeWorker records which jobs would start and ends those that the test names (the idea is
+ninja's), so the real Run is followed step by step without a process.  The last tests run the
+program itself, which prints into a pipe and on a terminal.
 """
 import errno
 import io
@@ -20,9 +20,9 @@ import ssh_scheduler as s
 
 
 class Lab:
-    """A batch on fake machines.  `steps` is a generator: each wait of the Run runs it on a bit.
+    """A batch on fake machines.  Each wait of the Run advances the generator `steps`.
 
-    It stands for the Client and its Processes, too.
+    The Lab also stands in for the Client and its Processes.
     """
 
     def __init__(self, results, machines, text, words=(), path='example/batch_script.sh',
@@ -38,7 +38,7 @@ class Lab:
         self.steps = iter(())
 
     def run(self, steps=()):
-        """What run_batch does; return the exit status."""
+        """Do what run_batch does; return the exit status."""
         name = s.name_of_batch(self.path)
         lines = s.match_lines(self.jobs, name, self.results)
         plan = s.plan_lines(lines, self.results, {w.machine.address for w in self.workers})
@@ -72,13 +72,13 @@ class Lab:
         return [attempt for worker in self.workers for attempt in worker.attempts]
 
     def started(self):
-        """Tell that all has started that was asked for."""
+        """Report that every job has started whose start was requested."""
         for attempt in self.running:
             if attempt.state == 'claimed':
                 self.batch.lives.move(attempt, 'running')
 
     def end(self, name, exit_code=0, collected=True):
-        """End the job whose name ends so."""
+        """End the job whose name ends with this."""
         attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
         attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
         self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
@@ -105,7 +105,7 @@ class FakeWorker:
 
     @property
     def attempts(self):
-        """Those that run there, as far as the Run knows."""
+        """The attempts that run on this machine, as far as the Run knows."""
         return self.run.lives.of(self, *s.ALIVE) if self.state != 'failed' else []
 
     @property
@@ -155,8 +155,8 @@ NO_GPUS = s.Capacity(cores=8, memory_mb=16000, total_cores=8, gpu_trouble='has n
 
 # ---- The spec's sample ----
 
-# Its step 5, without the remarks.  There the warning names line 3, which then starts all the same;
-# here it is a fifth line that has its results.
+# Step 5 of the spec, without the remarks.  There the warning names line 3, which starts all the
+# same; here the line with results is a fifth one.
 SAMPLE = '''\
 machine limits:  {'my_machine.yaml': 2}
 machine gpu choices: [[0, 1]]
@@ -360,7 +360,7 @@ capacities = st.builds(
 @given(st.lists(options_of_a_job, min_size=1, max_size=15), st.lists(
     capacities, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options, machines, chance):
-    """Whatever ends when; and each job runs once, and no machine is ever promised too much."""
+    """In whatever order jobs end; and each job runs once, and no machine is ever overbooked."""
     folder = tmp_path_factory.mktemp('batch')
     results = s.ResultStore(str(folder / 'job_results')).open()
     text = ''.join(PARTIAL.format(name=f'job{n}', options=words) + '\n'
@@ -376,7 +376,7 @@ def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options,
             for worker in lab.workers:
                 own = s.MachineResources(worker.capacity)
                 for attempt in worker.attempts:
-                    own.allocate(wanted[attempt.name])      # raises where it was promised too much
+                    own.allocate(wanted[attempt.name])      # raises if overbooked
                 assert all(own.score(wanted[name]) == -math.inf for name in set(wanted) - seen)
             lab.end(chance.choice([attempt.name for attempt in lab.running]))
             yield
@@ -409,7 +409,7 @@ def test_an_impossible_job_is_an_error_before_anything_starts(results):
      'execute_batch --no-gpu-required --machines a example/batch_script.sh'),
     ([], 'execute_remote --num-gpus 2 true', 'a has no GPU. If the job needs no GPU: '
      '--no-gpu-required instead of --num-gpus in its line.'),
-    (['--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.'),       # it would not help
+    (['--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.'),       # that option would not help
     (['--no-gpu-required', '--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.')])
 def test_the_error_of_an_impossible_job_names_the_way_out(results, words, line, why):
     lab = Lab(results, {'a': NO_GPUS}, f'{line}\n', words)
@@ -456,7 +456,7 @@ def test_a_machine_that_starts_nothing_rests_also_after_contact_was_lost(results
         refuse()
         yield
         assert not worker.attempts
-        lab.batch.fleet.bring_back(worker)            # its time is over
+        lab.batch.fleet.bring_back(worker)            # its rest is over
         yield
         lab.end('1')
         yield
@@ -511,7 +511,7 @@ def test_diagnostics_and_events_have_a_stream_each():
 def test_a_full_disk_behind_a_stream_does_not_stop_a_batch(start_cli, project, stream):
     (project / 'batch.sh').write_text('cat data\necho two\n')
     (project / 'data').write_text('one\n')
-    words = [word for word in WORDS if word != '--copy-forwards']       # so it says what it sent
+    words = [word for word in WORDS if word != '--copy-forwards']       # so the amount is printed
     with open('/dev/full', 'w') as full:
         process = start_cli(*words, **{stream: full})
     said, complaint = process.communicate(timeout=60)

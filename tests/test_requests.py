@@ -1,4 +1,4 @@
-"""What other commands ask of the client that runs a batch, and what they do where none runs."""
+"""Requests of other commands to the client of a batch, and what they do if no client runs."""
 import json
 import os
 import re
@@ -30,7 +30,7 @@ def ask(run_cli):
 
 @pytest.fixture
 def held(gate, ledger):
-    """Return a line that tells the ledger of its beginning and its end, and waits at its gate."""
+    """Return a line that writes its start and its end to the ledger, and waits at its gate."""
     def line(name, end='true'):
         return f'echo {name} >>{ledger}; {gate.wait(name)}; echo {name} ended >>{ledger}; {end}'
     return line
@@ -63,7 +63,7 @@ def test_single_jobs_are_cancelled(batches, ask, lab, held, gate, ledger):
     assert re.search(r'^\.3 +cancelled .* the next run starts it, not this one$', done.stdout, re.M)
     done = ask('--follow', '3')
     assert (done.returncode, done.stderr) == (1, 'batch.sh.3 was cancelled\n')
-    batch.until('finished: batch.sh.4')         # in the room of the first one
+    batch.until('finished: batch.sh.4')         # it gets the room of the first job
     said(ask('--cancel', '3', '4'), 'batch.sh.3: was cancelled before', 'batch.sh.4: has ended')
     gate.open('b')
     done = batch.end()
@@ -112,7 +112,7 @@ def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, h
 
 
 def gate_of_b(gate, batch, ended, machine):
-    """Let the second job go on once it is known what becomes of the first one."""
+    """Open the gate of the second job once the first one has finished or was stopped."""
     if ended:
         batch.until('finished: batch.sh.1')
     else:
@@ -143,7 +143,7 @@ def test_cancel_without_a_client(batches, ask, lab, held, gate, ledger):
 
 
 def test_jobs_whose_files_are_on_their_way(batches, ask, lab, outside, project):
-    """There and back: one that waits for its files has not started, and its end is its end."""
+    """A job that waits for its files has not started; one whose results are under way has ended."""
     machine = lab()
     machine.hold_sends(outside / 'sent')
     (project / 'data').write_bytes(bytes(300_000))
@@ -160,7 +160,7 @@ def test_jobs_whose_files_are_on_their_way(batches, ask, lab, outside, project):
     (outside / 'fetched').touch()
     done = batch.end()
     assert 'done: 2 jobs: 1 finished, 0 failed, 1 cancelled' in done.stdout, done.stderr
-    assert 'cancelled job' not in done.stderr           # it left nothing
+    assert 'cancelled job' not in done.stderr           # that one left no files
     assert (RESULTS / 'batch.sh.2/made').stat().st_size == 300_000
     assert_clean(machine, cache=True)
 
@@ -342,7 +342,7 @@ def test_a_machine_joins_and_another_is_given_back(batches, ask, lab, held, gate
     said(batches.run(lines, [second], *NO_GPU), f'{handed}it has these lines and machines already')
     said(batches.run(lines, [first], *NO_GPU), f'{handed}{first} joins',
          f'{second} stays in use. To give it back: execute_batch batch.sh --drop-machine {second}')
-    batch.until('finished: batch.sh.4')                 # there: the second one has room for none
+    batch.until('finished: batch.sh.4')                 # on the first: the second has no room
     gate.open('b')
     assert batch.end().returncode == 0
     assert_clean(one, cache=True)
@@ -658,7 +658,7 @@ def test_waiting_goes_on_when_the_batch_is_changed(batches, start_cli, lab, held
 
 
 def test_a_client_of_another_computer_that_has_ended(batches, ask, lab):
-    """Its lock, in a home that computers share, says so, or nobody has it."""
+    """The lock, in a home that computers share, has its exit status, or nobody holds the lock."""
     machine = lab()
     assert batches.run(['false', 'true'], [machine], *NO_GPU).returncode == 1
     lock = RESULTS / '.ssh_scheduler/lock'
@@ -712,7 +712,7 @@ CANCEL = {'batch': 'batch.sh', 'action': 'cancel', 'jobs': ['2']}
 
 @pytest.mark.parametrize('how', ['cancel', 'move'])
 def test_a_kill_while_jobs_are_stopped(batches, ask, run_cli, lab, outside, ledger, how):
-    """The job ends by itself since it was told to: it has not failed, and starts anew or not."""
+    """The job exits because it was told to: it has not failed, and starts again only if moved."""
     one, two = lab(), lab()
     files = [one.yaml(max_jobs=1), two.yaml(max_jobs=1)]
     line = (f'echo begun >>{ledger}; [ ! -e {outside}/go ] || exit 0; trap "exit 7" TERM; '
@@ -722,7 +722,7 @@ def test_a_kill_while_jobs_are_stopped(batches, ask, run_cli, lab, outside, ledg
     batch.until('started: ')
     where = journal().record('batch.sh.1')['where']
     machine = one if where == str(files[0]) else two
-    machine.freeze()                        # it hears of it after the client was killed
+    machine.freeze()                        # it gets the request after the client was killed
     assert ask(*(('--cancel', '1') if how == 'cancel' else ('--drop-machine', where, '--now'))
                ).returncode == 0
     wait_until(lambda: journal().record('batch.sh.1').get('stopping'), 'the journal')
@@ -814,7 +814,7 @@ def test_requests_of_others_are_not_read(batches, lab, held, gate, ledger):
     path.with_suffix('.new').write_text(json.dumps({**CANCEL, 'jobs': ['1']}))
     os.chown(path.with_suffix('.new'), 12345, 12345)
     path.with_suffix('.new').rename(path)
-    answer_to(put('2', {**CANCEL, 'jobs': ['9']}))          # it came later
+    answer_to(put('2', {**CANCEL, 'jobs': ['9']}))          # a later request
     assert path.exists() and not path.with_suffix('.answer').exists()
     gate.open('a')
     assert batch.end().returncode == 0
@@ -837,7 +837,7 @@ def test_a_client_that_does_not_answer(batches, start_cli, lab, held, gate, ledg
     if how == 'SIGKILL':
         batch.process.kill()
     out, err = process.communicate(timeout=rig.SAFETY_NET_S)
-    if how == 'SIGKILL':                # who asked does it alone
+    if how == 'SIGKILL':                # the asking command stops the job itself
         assert (process.returncode, out.splitlines()) == (0, [
             f'batch.sh.1: stopped, on {machine.yaml()}',
             'cancelled: 1 job']), err
@@ -879,7 +879,7 @@ def test_an_edit_leads_to_the_new_text(before, after, data):
     edit = s.edit_of(jobs_of(after), known, waiting, set(), {}, lambda name: False)
     runs = {**{name: job for name, job in known.items() if name not in waiting}, **edit.kept,
             **{job.name: job for job in edit.added}}
-    # Each line of the new text has a job; beside them are those that had started.
+    # Each line of the new text has a job; the other jobs had started.
     assert not Counter(after) - Counter(job.command for job in runs.values())
     assert edit.kept.keys() | edit.dropped == waiting.keys()
     assert not edit.kept.keys() & edit.dropped
@@ -891,7 +891,7 @@ def test_an_edit_leads_to_the_new_text(before, after, data):
         assert sum(job.command == command for job in runs.values()) == max(
             wanted[command], started[command])
     assert edit.changed == 0
-    # Once more, it changes nothing.
+    # A second edit with the same text changes nothing.
     still = {**edit.kept, **{job.name: job for job in edit.added}}
     again = s.edit_of(jobs_of(after), runs, still, set(), {}, lambda name: False)
     assert (again.added, again.dropped) == ((), frozenset())
