@@ -1,4 +1,4 @@
-"""What a machine has left, and what a probe found of it."""
+"""The free resources of a machine, and the facts that a probe found."""
 import collections
 import itertools
 import math
@@ -18,10 +18,10 @@ NO_GPU = Allocation(1, 1000, gpus=0)
 
 # ---- MachineResources: any sequence ----
 
-# Not whole numbers, since sums of those could not show what rounding does.
+# Not whole numbers: their sums would not show the effects of rounding.
 CORES = st.integers(1, 12_000).map(lambda number: number / 1000) | st.floats(0.001, 4)
 SHARES = st.integers(1, 1000).map(lambda number: number / 1000) | st.floats(0.001, 0.4)
-ROUNDING = 0.0006               # of one job: what is in use is counted in thousandths
+ROUNDING = 0.0006               # of one job: the use is counted in thousandths
 ALLOCATIONS = st.builds(
     Allocation, cores=CORES, memory_mb=st.integers(0, 6000), reserve=st.integers(0, 9).map(
         lambda number: number == 0), gpus=st.sampled_from([0, 0, 1, 1, 1, 2]),
@@ -35,12 +35,12 @@ CAPACITIES = st.builds(
     memory_mb=st.integers(0, 20000), gpus=GPUS, total_cores=st.sampled_from([0, 2, 16, 32]),
     max_jobs=st.none() | st.integers(1, 4), gpu_trouble=st.just(''),
     lost_gpus=st.just(''))
-# What is tried: an allocation to take, or the number of a placement to give back.
+# A step: an allocation to take, or the number of a placement to give back.
 STEPS = st.lists(ALLOCATIONS | st.integers(0, 9), max_size=16)
 
 
 def walk(resources, steps):
-    """Take and give back; yield the placements that are out after each step."""
+    """Take and give back allocations; yield the placements in use after each step."""
     out = []
     for step in steps:
         if isinstance(step, int):
@@ -62,12 +62,12 @@ def walk(resources, steps):
 
 
 def last(placements):
-    """Return what is out in the end."""
+    """Return the placements in use after the last step."""
     return [*itertools.chain.from_iterable(collections.deque(placements, 1))]
 
 
 def scores(resources):
-    """Return what tells two states apart: the scores of all kinds of allocations."""
+    """Return a value that tells two states apart: the scores of all kinds of allocations."""
     sizes = itertools.product((0.001, 1, 3.5), (0, 1500), (False, True))
     kinds = [Allocation(cores, mb, reserve, gpus, 700, use, own) for cores, mb, reserve in sizes
              for gpus, use, own in ((0, 1, True), (1, .1, False), (1, .7, False), (1, 1, True),
@@ -87,7 +87,7 @@ def test_no_sequence_promises_more_than_there_is(capacity, steps):
             assert len(out) == 1
         cores = sum(p.allocation.cores for p in out)
         limit = capacity.cores * 1.5 + ROUNDING * (len(out) + 1)
-        if len(out) == 1:           # one job always may run, on the processors that there are
+        if len(out) == 1:           # one job may always run, on all processors
             limit = max(limit, capacity.cores, capacity.total_cores)
         assert cores <= limit
         free = {gpu.index: gpu for gpu in capacity.gpus}
@@ -126,7 +126,7 @@ def test_a_score_is_of_what_is_out_and_not_of_how_it_came(capacity, steps, data)
     try:
         for placement in data.draw(st.permutations(out)):
             again.allocate(placement.allocation)
-    except DoesNotFit:      # the one job for which there is always room came first, the other time
+    except DoesNotFit:      # the one job that may always run came first the other time, not now
         assume(False)
     assert scores(again) == scores(resources)
 
@@ -162,7 +162,7 @@ def test_the_order_of_gpus_in_the_capacity_does_not_matter(capacity, order, allo
 
 # ---- MachineResources: any sequence, while what is there changes ----
 
-# What others do there, too.  No machine has cards with and cards without memory of their own.
+# With the use by others, too.  No machine has cards with and cards without memory of their own.
 def machines_of(unified):
     gpus = st.lists(st.builds(
         Gpu, index=st.integers(0, 5), memory_mb=st.integers(0, 9000), others=st.sampled_from(
@@ -191,7 +191,7 @@ STORIES = st.booleans().flatmap(lambda unified: st.tuples(
 
 
 def fitting_gpus(capacity, out, wanted):
-    """Return {index: Gpu} of those that can take a part of the job: the rules, slowly."""
+    """Return {index: Gpu} of the GPUs that can take a part of the job: the rules, slowly."""
     fitting = {}
     for gpu in capacity.gpus:
         there = [p.allocation for p in out if gpu.index in p.gpus]
@@ -312,8 +312,8 @@ def test_a_busy_machine_still_takes_one_job_as_large_as_it_is():
         assert not fits(resources, cores=4.001)
         assert fits(resources, cores=4)
         assert not fits(resources, cores=0.001)
-    assert fits(free(cores=2.0, total_cores=0), cores=2)        # how many there are is not known
-    assert not fits(free(cores=0.0, memory_mb=10), memory_mb=11)    # of memory there is no excess
+    assert fits(free(cores=2.0, total_cores=0), cores=2)        # the number of cores is unknown
+    assert not fits(free(cores=0.0, memory_mb=10), memory_mb=11)    # memory is never overbooked
 
 
 def test_a_reserved_machine_has_one_job():
@@ -375,14 +375,14 @@ def test_the_roomiest_gpu_comes_first():
     assert free(gpus=[Gpu(0, 5000), Gpu(5, 9000), Gpu(2, 8000)]).allocate(
         shared._replace(gpus=2)).gpus == (2, 5)
     resources = free(gpus=[Gpu(0, 9000, 0.3), Gpu(1, 9000)])
-    tiny = shared._replace(gpu_utilization=0.01)        # the second goes where none of ours is
+    tiny = shared._replace(gpu_utilization=0.01)        # the second gets the GPU without our jobs
     assert [resources.allocate(tiny).gpus for _ in range(3)] == [(1,), (0,), (1,)]
 
 
 def test_what_an_earlier_run_started_is_taken_whether_it_fits_or_not():
     resources = free(gpus=[Gpu(0, 9000)])
     first = resources.allocate(Allocation())
-    second = resources.take(Allocation(9, 9000), (0, 7))           # 7: not there any more
+    second = resources.take(Allocation(9, 9000), (0, 7))           # GPU 7 is gone
     assert (second.gpus, second.allocation, resources.jobs) == ((0, 7), Allocation(9, 9000), 2)
     assert not fits(resources)
     resources.deallocate(first)
@@ -480,7 +480,7 @@ def test_who_holds_what_a_job_waits_for_is_said(resources, ours, wanted, expecte
     try:
         assert resources.holder(wanted) == expected
     finally:
-        for placement in placements:        # the table's own, for the next time
+        for placement in placements:        # the parameters are used again
             resources.deallocate(placement)
 
 
@@ -609,10 +609,10 @@ def test_the_end_of_a_line_may_be_that_of_another_system():
 
 
 @pytest.mark.parametrize(('facts', 'cores'), [
-    ([('load', '3.5'), ('ticks', '50/100')], 4.5),      # the lower of what the two say is used
+    ([('load', '3.5'), ('ticks', '50/100')], 4.5),      # the lower of the two counts
     ([('load', '6.0'), ('ticks', '25/100')], 6.0),
     ([('load', '6.0'), ('ticks_before', '100/1000'), ('ticks', '125/1100')], 6.0),
-    ([('load', '6.0'), ('ticks_before', '100/1000'), ('ticks', '103/1003')], 2.0),  # too few to say
+    ([('load', '6.0'), ('ticks_before', '100/1000'), ('ticks', '103/1003')], 2.0),  # too few ticks
     ([('load', '99'), ('ticks', '100/100')], 0.0),
     ([('load', 'x'), ('ticks', '25/100')], 6.0),
     ([('load', '9.0x'), ('ticks', '25/100')], 6.0),
@@ -677,7 +677,7 @@ def test_the_free_memory(facts, memory_mb, total_memory_mb):
     ([('nvidia_smi', '0'), ('gpu', 'No devices were found')], 'has an nvidia-smi, but no GPU'),
     ([('nvidia_smi', '0'), ('gpu', 'garbage')],
      'has GPUs of which nvidia-smi reports nothing that can be read'),
-    ([OLD_SMI[0], SMI[1]], ''),             # two words more are part of its name
+    ([OLD_SMI[0], SMI[1]], ''),             # the extra words belong to the name
     ([('nvidia_smi', '0'), OLD_SMI[1]],
      'has GPUs of which nvidia-smi reports nothing that can be read'),
     ([('nvidia_smi', '0'), ('gpu', '0, GPU-a, 9000, 8000, 0, Prohibited, Disabled, A'),
@@ -782,10 +782,10 @@ def test_what_nvidia_smi_does_not_tell_the_machines_file_may_vouch_for(line, mac
 @pytest.mark.parametrize('memory', ['ERR!, ERR!', '[Unknown Error], [Unknown Error]', '9000, [N/A]',
                                     '[N/A], 9000', 'ERR!, 9000'])
 def test_a_broken_card_is_not_vouched_for(memory):
-    """It is not one that shares the machine's memory, and no file makes it whole."""
+    """It does not count as unified, nor as working though the machine file lists it."""
     gpu, trouble = card(f'0, GPU-a, {memory}, 0, Default, Disabled, A', machine=LISTED)
     assert gpu is None and 'GPU 0' in trouble
-    assert 'nevertheless' not in trouble         # it is listed already
+    assert 'nevertheless' not in trouble         # the file lists the GPU already
 
 
 def test_a_unified_card_has_what_the_machine_has_left():
@@ -825,12 +825,12 @@ def test_memory_that_our_jobs_took_is_ours_and_memory_promised_to_others_is_gone
     def free_mb(*claims):
         return probe(*claims, ours=OURS).memory_mb
 
-    assert free_mb(claim(0), claim(0, key='two.1')) == 8000     # the books know of these already
+    assert free_mb(claim(0), claim(0, key='two.1')) == 8000     # MachineResources counts these
     assert free_mb(claim(600), claim(500, key='two.1')) == 9100
-    assert free_mb(claim(5000)) == 9000             # more than it asked for is gone
-    assert free_mb(claim(0, key='-')) == 7000       # promised, and not yet taken
+    assert free_mb(claim(5000)) == 9000             # the 4000 above its claim are gone
+    assert free_mb(claim(0, key='-')) == 7000       # promised, and not yet used
     assert free_mb(claim(400, key='-')) == 7400
-    assert free_mb(claim(1000, key='-')) == 8000    # all of it taken: it is counted once
+    assert free_mb(claim(1000, key='-')) == 8000    # all of it used: counted once
     assert free_mb(claim(3000, key='-')) == 8000
     assert free_mb(claim(0, key='-', memory_mb=9000)) == 0
     assert free_mb(claim(0, key='other.7')) == 7000             # another batch of this project
@@ -865,7 +865,7 @@ def test_the_load_of_claimed_jobs_is_not_others_load():
     assert cores('4', 50) == 4
     assert cores('4', 50, claim(cores=3000)) == 7
     assert cores('4', 50, claim(cores=3000), claim(key='two.1', cores=3000)) == 8
-    assert cores('4', 50, claim(key='-', cores=3000)) == 5      # 7 left by load, 3 of 12 promised
+    assert cores('4', 50, claim(key='-', cores=3000)) == 5      # 7 left by load, less 2 claimed
 
 
 def test_between_two_probes_our_jobs_processor_time_is_not_others_load():
@@ -879,20 +879,20 @@ def test_between_two_probes_our_jobs_processor_time_is_not_others_load():
 
     assert cores(0) == 8                                # whatever the load of the last minute was
     assert cores(400) == 4
-    assert cores(400, claim(ticks=300)) == 4            # it slept
-    assert cores(400, claim(ticks=600)) == 7            # 300 of the 400 are its own
+    assert cores(400, claim(ticks=300)) == 4            # the job slept
+    assert cores(400, claim(ticks=600)) == 7            # 300 of the 400 are the job's
     assert cores(400, claim(ticks=700)) == 8
     assert cores(400, claim(ticks=600), ended_ticks=100) == 8
-    assert cores(400, claim(ticks=100, key='two.1'), ended_ticks=100) == 6      # a new one
+    assert cores(400, claim(ticks=100, key='two.1'), ended_ticks=100) == 6      # a new job
     assert cores(400, claim(ticks=9000)) == 8
     assert cores(800) == 0 and cores(9000) == 0
     assert cores(400, claim(ticks=240, key='-', cores=0)) == 6  # what another batch's jobs used
-    assert cores(-10) == 8                              # it was started anew
+    assert cores(-10) == 8                              # the machine was restarted
 
 
 def test_too_short_a_time_between_two_probes_is_not_believed():
     before = ssh_scheduler.read_sample([('ticks', '1000/10000')])
-    quiet = [fact for fact in FACTS if fact[0] != 'ticks_before']       # as in any but the first
+    quiet = [fact for fact in FACTS if fact[0] != 'ticks_before']       # as in later probes
     assert probe(('load', '2'), ('ticks', '1003/10003'), base=quiet, before=before).cores == 6
     assert probe(('load', '2'), ('ticks', '1004/10004'), base=quiet, before=before).cores == 0
 
@@ -903,7 +903,7 @@ TWO_CARDS = [('nvidia_smi', '0'), *(
 
 
 def cards(free_0, free_1, use_0, use_1, *facts, before=None):
-    """Return the two cards of 10,000 MB with so much free and so many percent in use."""
+    """Return the two cards of 10,000 MB with this much free (MB) and in use (percent)."""
     smi = [(key, line.format(free_0, free_1, use_0, use_1)) for key, line in TWO_CARDS]
     return probe(*smi, *facts, ours=OURS, before=before).gpus
 
@@ -931,7 +931,7 @@ def test_memory_of_a_card_that_our_jobs_took_is_ours():
     assert (one.reserved, one.batch_jobs, one.others) == (False, 0, 0)
     (one, _) = cards(4000, 9900, 90, 10, *claims, process(0, 5000, 'me', 'job.1'),
                      process(0, 1000, 'ann'))
-    assert one.memory_mb == 7000                # it took more than it asked for
+    assert one.memory_mb == 7000                # its job took more than it asked for
     assert one.utilization == pytest.approx(0.15)
     assert (one.others, one.users) == (1, ('ann',))
 
@@ -952,11 +952,11 @@ def test_memory_of_a_card_that_others_claim_is_gone_and_counted_once():
 
 
 def test_memory_is_not_given_twice_where_several_others_claim_a_card():
-    """Which of their processes belongs to which claim is not known."""
+    """It is unknown which of their processes belongs to which claim."""
     theirs = [claim(key='-', gpus='0:4000:100:0')] * 2
     (one, _) = cards(3000, 10000, 0, 0, *theirs, process(0, 4000, 'ann', 'other'),
                      process(0, 3000, 'bob'))
-    assert one.memory_mb == 0           # 4000 will still be taken, and 3000 are left
+    assert one.memory_mb == 0           # the others may still use 4000, and 3000 are left
     (one, _) = cards(2000, 10000, 0, 0, *theirs, process(0, 8000, 'ann', 'other'))
     assert one.memory_mb == 2000
 
@@ -973,7 +973,7 @@ def test_where_no_process_is_listed_what_went_since_we_came_is_ours():
     assert one.memory_mb == 7000                # but not more than it asked for
     (one, _) = cards(9500, 6000, 0, 0, mine, before=before)
     assert one.memory_mb == 9500
-    (one, _) = cards(7000, 6000, 0, 0, mine)    # we have only just come
+    (one, _) = cards(7000, 6000, 0, 0, mine)    # this is the first probe
     assert one.memory_mb == 7000
     later = ssh_scheduler.read_sample([], before.gpu_free_mb)
     assert later.gpu_free_mb == {0: 9000, 1: 6000}
@@ -1034,12 +1034,12 @@ FACT = st.one_of(
 
 
 def number_in(text):
-    """Return the number that a text plainly is, else 0."""
+    """Return the number that a text is, else 0."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 
 def check_a_capacity(facts, machine, ours, before, ended_ticks):
-    """What they give is never more than there is, and never nonsense."""
+    """Check that the Capacity of these facts is never more than there is, and never nonsense."""
     capacity = ssh_scheduler.parse_probe(facts, machine, ours, before, ended_ticks)
     said = dict(facts)
     assert 0 <= capacity.cores <= capacity.total_cores <= float(number_in(said.get('cores', '')))
@@ -1060,7 +1060,7 @@ def check_a_capacity(facts, machine, ours, before, ended_ticks):
         assert not gpu.unified or gpu.memory_mb <= capacity.memory_mb
     assert bool(capacity.gpu_trouble) == (not capacity.gpus)
     assert capacity.gpu_trouble.isprintable()
-    # What goes back there, into bash's arithmetic: COUNT, then CORES MB GPU:MB:THOUSANDTHS...
+    # The runner uses these in bash arithmetic: COUNT, then CORES MB GPU:MB:THOUSANDTHS...
     words = [str(word) for word in capacity.limits]
     assert all(re.fullmatch(r'0|[1-9][0-9]*', word) for word in words[:2])
     assert all(re.fullmatch(r'(0|[1-9][0-9]{0,2}):(0|[1-9][0-9]*):(0|[1-9][0-9]*)', word)
@@ -1086,7 +1086,7 @@ def test_any_facts_are_a_capacity_and_never_more_than_there_is(
 
 
 def recorded(path):
-    """Return the facts of a fixture: `KEY TEXT` lines, as a machine said them."""
+    """Return the facts of a fixture: `KEY TEXT` lines, as a machine printed them."""
     return [tuple(line.split(' ', 1)) if ' ' in line else (line, '')
             for line in path.read_text().splitlines() if line and line[0] != '#']
 

@@ -1,4 +1,4 @@
-"""The folder job_results: what is in it is never replaced, and its journal forgets nothing."""
+"""The folder job_results: nothing in it is ever replaced, and its journal forgets nothing."""
 import contextlib
 import json
 import os
@@ -194,7 +194,7 @@ def test_a_journal_torn_at_any_byte_forgets_no_whole_line(folder):
             if 'job' in event:
                 expected[event['job']] = event['event']
         assert {name: job['state'] for name, job in store.journal.jobs.items()} == expected
-        claim(store, 'later')           # what is written now is not glued to a torn line
+        claim(store, 'later')           # the new line is not glued to a torn one
         store.close()
         again = ResultStore(folder).peek().journal
         assert again.record('later')['state'] == 'claimed'
@@ -250,7 +250,7 @@ def test_a_cancelled_job_may_run_again_in_another_run(folder):
 
 @contextlib.contextmanager
 def no_file_beyond(size):
-    """The system writes of a file only so much, as on a full disk."""
+    """Make the system write files only up to this size, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -283,14 +283,14 @@ def test_a_full_disk_under_the_journal_is_one_sentence(store, monkeypatch):
     journal = store.journal
     os.close(journal._fd)
     journal._fd = os.open('/dev/full', os.O_WRONLY)
-    monkeypatch.setattr(journal, 'check', lambda: None)     # it is another file, indeed
+    monkeypatch.setattr(journal, 'check', lambda: None)     # it would notice the other file
     with pytest.raises(ResultsError, match='cannot be written: No space left on device'):
         claim(store)
-    assert journal.jobs == {}               # as one knows who reads it again
+    assert journal.jobs == {}               # as a new reader finds it
 
 
 def test_what_could_not_be_noted_has_not_happened(store, monkeypatch):
-    """Else a folder on a machine would be removed though its results count as kept there."""
+    """Else a folder on a machine would be removed although its results count as kept in it."""
     claim(store)
     real, journal = store.journal._fd, store.journal
     store.journal._fd = os.open('/dev/full', os.O_WRONLY)
@@ -330,7 +330,7 @@ def test_importing_made_nothing_here():
 # ---- Many jobs ----
 
 def test_a_job_that_was_collected_costs_little_memory(store, folder):
-    """A batch of 50,000 lines has so many of them, and its client has no other large thing."""
+    """A batch of 50,000 lines has as many such jobs, and they take most of its client's memory."""
     count = 2000
     for number in range(count):
         name = f'batch.sh.{number}'
@@ -349,7 +349,7 @@ def test_a_job_that_was_collected_costs_little_memory(store, folder):
     finally:
         tracemalloc.stop()
     assert len(reader.journal.jobs) == count
-    assert taken / count < 550          # bytes; as a dict 1,800
+    assert taken / count < 550          # bytes; a dict takes 1,800
 
 
 def test_facts_of_a_claim_that_nobody_asks_for_are_no_error(store):
@@ -410,7 +410,7 @@ def test_a_job_that_is_claimed_anew_is_looked_for_anew(store, folder):
     store.present.look()
     for end in ('.out', '.err'):
         os.unlink(f'{folder}/job{end}')
-    assert store.exists('job')              # as it was
+    assert store.exists('job')              # as the last look found it
     claim(store, 'job', 2)
     commit(store, 'job', {'out': b'', 'err': b''}, None, False)
     assert store.exists('job')

@@ -31,7 +31,7 @@ quickly = settings(deadline=None, derandomize=True, max_examples=200,
 # ---- Folders: job_results as batches leave them ----
 
 class Results:
-    """A job_results that grows job by job."""
+    """A made-up job_results, to which a test adds jobs."""
 
     def __init__(self, folder='job_results'):
         self.folder = Path(folder)
@@ -67,7 +67,7 @@ class Results:
         return self
 
     def sweep(self, *words, out='loss: 0.5\n'):
-        """Add a job for each end of a command."""
+        """Add a job for each word, which ends its command."""
         for number, word in enumerate(words, 1):
             self.add(f'grid.sh.{number}', f'python3 train.py {word}'.strip(), out)
         return self
@@ -89,7 +89,7 @@ def column(name, *results, **options):
 
 
 def said(*results, **options):
-    """Return the sentences about a table."""
+    """Return the sentences that are reported about a table."""
     sentences = []
     results_table(*results, report=sentences.append, **options)
     return sentences
@@ -159,7 +159,7 @@ PLAIN_VALUES = st.integers(-99, 999).map(str) | st.floats(
 @given(st.lists(st.tuples(NAMES, st.sampled_from(['--{}={}', '--{} {}', '{}={}'])),
                 min_size=1, max_size=4, unique_by=lambda one: one[0]), st.data())
 def test_values_are_found_however_they_are_written(forms, data):
-    """Whatever bash would hand over as the value of a name is the cell of that column."""
+    """The cell of a column has the value that bash would pass for that name."""
     commands, values = ['python3 train.py'] * 2, []
     for number in range(2):
         values.append({})
@@ -217,7 +217,7 @@ def test_what_all_commands_share_is_said_once(made, words, shared):
     ('loss:0.3', {'loss': 0.3}), ('loss : 0.3', {'loss': 0.3}), ('loss:\t0.3', {'loss': 0.3}),
     ('\x1b[32mloss: \x1b[1m0.3\x1b[0m', {'loss': 0.3}),
     ('x: -0.5 +/- 3', {'x': -0.5}), ('loss: 0.31.', {'loss': 0.31}),
-    # what looks like a number and is none
+    # texts that only look like numbers
     ('device: cuda:0', {}), ('host:8080', {}), ('GPU 0', {}), ('commit: 3fab9c', {}),
     ('version: 1.2.3', {}), ('date: 2026-01-01', {}), ('date: 1/2/2026', {}), ('at: 12:30', {}),
     ('loss: 0,31', {}), ('http://host:8080/x?y=3', {}), ('epoch=3-step=400.ckpt', {}),
@@ -244,7 +244,7 @@ def test_a_number_is_read_as_it_was_meant(number, write, form, end):
 
 @quickly
 @given(st.binary(max_size=200) | st.text('a1.:= \r\n{}"%|nif-e', max_size=200).map(str.encode))
-@example(b'nan ' * 90 + b'1!')          # with nan as a name, too, a pattern took for ever
+@example(b'nan ' * 90 + b'1!')          # a pattern took for ever if nan could also be a name
 @example(b'{"a":' * 9000)
 def test_the_last_value_is_found_behind_anything(before):
     found = module.metrics_in(before + b'\nzz loss: 0.25\n')
@@ -307,7 +307,7 @@ def test_units_that_differ_between_jobs_are_made_the_same(made):
         made.add(f'grid.sh.{number}', f'./run {number}', words)
     assert column('took') == [41, 62] and column('acc') == [0.91, 0.9]
     assert column('mem') == [512, 1536] and column('n') == [2000, 1500]
-    made.add('grid.sh.3', './run 3', 'acc: 5s')         # of another kind: as they are
+    made.add('grid.sh.3', './run 3', 'acc: 5s')         # of another kind: all stay as they are
     assert column('acc') == [91, 0.9, 5]
 
 
@@ -332,7 +332,7 @@ def test_a_pattern_does_not_miss_a_line_between_two_steps(made, monkeypatch):
 def test_only_the_ends_of_streams_are_read(made):
     made.sweep('1', out='')
     with open(made.folder / 'grid.sh.1.out', 'wb') as file:
-        file.truncate(10**11)           # a hole: to read it all would take minutes
+        file.truncate(10**11)           # a hole: reading it all takes minutes
         file.seek(0, os.SEEK_END)
         file.write(b'\nloss: 0.25\n')
     assert column('loss') == [0.25]
@@ -355,7 +355,7 @@ def test_files_come_before_streams(made):
     rows = results_table()
     assert [row['loss'] for row in rows] == [0.5, 0.6, 0.7]
     assert [row['name'] for row in rows] == ['x', None, None] and 'noise' not in rows[0]
-    made.add('eval.sh.1', './b', 'noise: 1\n', batch='eval.sh')     # another batch has others
+    made.add('eval.sh.1', './b', 'noise: 1\n', batch='eval.sh')     # another batch, without files
     assert column('noise') == [1, None, None, None]
 
 
@@ -444,7 +444,7 @@ def test_each_column_takes_little_time(made):
     made.add('grid.sh.1', './a', json.dumps({f'm{number}': number for number in range(300)}))
     began = time.process_time()
     assert column('m299') == [299]
-    assert time.process_time() - began < 3              # it took 40 ms for each column
+    assert time.process_time() - began < 3              # it once took 40 ms for each column
 
 
 def test_a_csv_file_with_a_very_long_line(made):
@@ -554,7 +554,7 @@ def test_earlier_results_are_rows_only_if_asked_for(made):
     made.add('grid.sh.1', 'python3 train.py 1', 'loss: 0.4')
     assert column('loss') == [0.4, 0.5] and said() == []
     (job,) = module.read_jobs(module.Place('job_results', ('grid.sh.2',)), None)
-    assert (job.began, job.wall_s) == (1000, 60)        # not when it ended
+    assert (job.began, job.wall_s) == (1000, 60)        # not the time of its end
     rows = results_table(earlier=True)
     assert [(row['job'], row['state'], row['loss']) for row in rows] == [
         ('grid.sh.1', 'finished', 0.4), ('grid.sh.1~1', 'earlier', 0.5),
@@ -582,7 +582,7 @@ def test_jobs_of_execute_remote_are_rows(made):
 
 
 def test_a_folder_of_an_older_version(made):
-    """Its journal names no batch, no files and no memory."""
+    """Its journal has no batch, no files and no memory."""
     made.event(event='claimed', job='old.sh.1', attempt=1, machine='lab1', command='./a 1')
     made.event(event='ended', job='old.sh.1', exit_code=0)
     made.event(event='collected', job='old.sh.1')

@@ -1,4 +1,4 @@
-"""The rig does what it says: otherwise no other test with a machine means anything."""
+"""The rig works as documented: otherwise no other test with a machine means anything."""
 import os
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_the_login_shell_is_the_one_asked_for_and_keeps_path(lab, shell):
     machine = lab(shell=rig.program(shell))
     name = machine.run("sh -c 'ps -o comm= -p $PPID'; true")
     assert (name.stdout.strip(), name.stderr) == (shell, '')
-    login = '-ic' if shell == 'tcsh' else '-ilc'        # tcsh takes -l alone or not at all
+    login = '-ic' if shell == 'tcsh' else '-ilc'        # tcsh accepts -l only alone
     assert machine.run(f'exec $SHELL {login} env').stdout.count(f'PATH={machine.bin}:') == 1
 
 
@@ -226,7 +226,7 @@ def test_nothing_is_left_of_a_machine(tmp_path):
 
 @pytest.fixture
 def scheduler(tmp_path):
-    """A stand-in for the program: it runs the Python text of its first argument."""
+    """A stand-in for the program, which runs the Python text of its first argument."""
     file = tmp_path / 'stand_in.py'
     file.write_text('import sys; exec(sys.argv[1])')
     return file

@@ -1,7 +1,7 @@
-"""The bash that runs over there, by itself: a local bash at the end of two pipes, and no Python.
+"""The remote runner by itself: a local bash at the end of two pipes, and no Python.
 
-Jobs that must not end yet read from a FIFO, which the test opens when they may go on.  So the order
-of things is certain, and nothing waits by sleeping.
+Jobs that must not end yet read from a FIFO, which the test opens when they may continue.  So the
+order of events is certain, and nothing waits by sleeping.
 """
 import collections
 import contextlib
@@ -33,7 +33,7 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root can mount a sma
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_shellcheck_finds_nothing(name):
-    # A function of an engine takes the place of one above it, which nobody then calls.
+    # A function of an engine replaces one above it, which is then never called.
     expected = ['-e', 'SC2317,SC1091'] if name in ('slurm', 'visit of a cluster') else []
     found = subprocess.run([rig.program('shellcheck'), '-s', 'bash', *expected, '-'],
                            input=SCRIPTS[name], capture_output=True, text=True)
@@ -51,7 +51,7 @@ def test_it_can_cross_the_channel(name):
 
 
 def page(begin, end):
-    """{first word: rest} of the entries of a table on the page that opens the section."""
+    """Return {first word: rest} of the entries of a table on the page that opens the section."""
     source = Path(s.__file__).read_text()
     table = source.split(f'\n# {begin}', 1)[1].split(f'\n# {end}', 1)[0]
     entries = re.split(r'\n#   (?! )', table)[1:]
@@ -59,7 +59,7 @@ def page(begin, end):
 
 
 def code(engine=''):
-    """The text of the runner of a cluster, or by default of any machine, without its comments."""
+    """Return the runner of a cluster, or by default of any machine, without its comments."""
     return re.sub(r'(^| )# .*$', '', s.runner_for(engine), flags=re.M)
 
 
@@ -73,7 +73,7 @@ def test_the_page_has_each_event():
     said = set(re.findall(r'\b(?:say|say_text) "?([a-z_]+)', code('slurm'))) - {'bulk', 'bye'}
     said |= set(re.findall(r"(?:printf '|event=)([a-z]+)(?:\\t|\$)", code('slurm')))
     assert page('Events.', 'A list').keys() == said
-    assert said - {'data'} | {'back', 'growth', 'others'} == s.EVENTS.keys()     # what is data
+    assert said - {'data'} | {'back', 'growth', 'others'} == s.EVENTS.keys()     # the kinds of data
     answers = [entry.partition('->')[2] for entry in page('Requests.', 'Events.').values()]
     assert said >= {word for answer in answers for word in re.findall(r'\w+', answer)
                     if word not in ('and', 'as', 'adopt')}
@@ -86,7 +86,7 @@ def test_the_page_has_each_word_of_a_record():
 
 
 def test_the_page_has_each_file():
-    """Those that stand beside the file of a job, and those in the folder `more` beside it."""
+    """The files beside the file of a job, and those in the folder `more` beside it."""
     source = Path(s.__file__).read_text()
     table = source.split('\n# The files of a job', 1)[1].split('\n# What a worker has', 1)[0]
     beside = ' '.join(re.findall(r'^#   (\.\S+(?: \.\S+)*)', table, re.M))
@@ -101,13 +101,13 @@ def test_the_page_has_each_file():
 # ---- The channel, as the client has it ----
 
 class Channel:
-    """A remote runner under a local bash, its requests and its events."""
+    """A remote runner under a local bash, with its requests and its events."""
 
     def __init__(self, env, *, bash='bash', project=None, owner='', client='1.0.1',
                  workdir='', setup='', gpus=False, variables=(), functions='', gpu_limit_s=20):
-        project = project or os.path.basename(env['HOME'])      # another test's may run beside it
+        project = project or os.path.basename(env['HOME'])      # no other test's
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
-        self.events = []                    # all so far, as lists of text, but the account
+        self.events = []                    # all so far, as lists of text, except the account
         self.account = None
         self._reader = s.EventReader(TOKEN)
         self.process = subprocess.Popen(
@@ -145,12 +145,12 @@ class Channel:
         self.until('staged', number)
 
     def ready(self):
-        """Wait until it has probed, so that its login shell is done."""
+        """Wait until the runner has probed, so its login shell has finished."""
         self.send('probe')
         return self.until('ready')
 
     def until(self, *fields):
-        """Read on to the first event, not yet passed, that begins so; return the rest of it."""
+        """Read up to the next event that begins with these fields; return its other fields."""
         fields = list(fields)
         while True:
             for place, event in enumerate(self.events):
@@ -160,21 +160,21 @@ class Channel:
             assert self._read(), f'no {fields}, only {self.events}'
 
     def ended(self, name, adopted=False):
-        """Read on to the end of a job; return its exit status, streams, and what it brings back.
+        """Read up to the end of a job; return its exit status, streams, and list of files to fetch.
 
-        adopted: another runner began it, so that its end is told when it is looked for
+        adopted: another runner started the job, so this one reports its end only after a look
         """
         while adopted and ['ended', f'{name}.1'] not in [event[:2] for event in self.events]:
             self.watch(name)
             if rig.wait_readable(self.process.stdout, timeout_s=0.1):
                 assert self._read(), f'it ended, and said only {self.events}'
         status, _time, _cpu, out, err, *back = self.until('ended', f'{name}.1')
-        if back and back != ['@']:      # where it lies comes first
+        if back and back != ['@']:      # its folder comes first
             assert re.fullmatch(r'w' + s.FOLDER.pattern, back.pop(0))
         return int(status), out, err, back
 
     def rest(self):
-        """Read to the end of the stream; return the events that nobody has asked for."""
+        """Read to the end of the stream; return the events that the test has not taken."""
         while self._read():
             pass
         return self.events
@@ -184,7 +184,7 @@ class Channel:
         data = os.read(self.process.stdout.fileno(), 2**16)
         for event in self._reader.feed(data):
             fields = [text(field) for field in event]
-            if fields[0] == 'account':      # always the first one
+            if fields[0] == 'account':      # always the first event
                 assert self.account is None
                 self.account = fields[1]
             else:
@@ -192,20 +192,20 @@ class Channel:
         return bool(data)
 
     def close(self):
-        """Close its stdin, and wait for its end and that of its output."""
+        """Close the runner's stdin, and wait for the end of its output and of the runner."""
         self.process.stdin.close()
         rest = self.rest()
         assert self.process.wait(rig.SAFETY_NET_S) == 0
         return rest
 
     def finish(self):
-        """Have it tidy up, and wait for its end."""
+        """Make the runner tidy up, and wait for its end."""
         self.send('finish', '')
         self.until('finished')
         return self.close()
 
     def path(self, name, what='', *below):
-        """The file of a job, one beside it, such as `out`, or a path below the `work` folder."""
+        """Return the path of the file of a job, of one beside it such as `out`, or below `work`."""
         if what == 'work':
             return os.path.join(self.folder, 'jobs', self._lines(name)[-1].split()[-1], *below)
         return os.path.join(self.folder, 'jobs', f'{name}.1{what and "."}{what}', *below)
@@ -214,8 +214,7 @@ class Channel:
         return Path(self.path(name)).read_text(errors='surrogateescape').splitlines()
 
     def record(self, name):
-        """The words of the record of a job, without the folder where it runs, and how long it ran.
-        """
+        """Return the words of the record of a job, without its folder and its running time."""
         line = self._lines(name)[-1]
         assert line[0] == '#' and len(line) == 127
         words = [word for word in line[1:].split()
@@ -232,7 +231,7 @@ def text(field):
 
 
 def tar_of(files):
-    """A tar archive as bytes; the value of a file is its text, '' stands for an empty folder."""
+    """Return a tar archive of these files, {path: text}, as bytes."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode='w', format=tarfile.PAX_FORMAT) as tar:
         for name, content in files.items():
@@ -267,7 +266,7 @@ def runner(channel):
 
 
 class Gate:
-    """A FIFO that holds up the jobs which `pass` it; `open` waits until one has come."""
+    """A FIFO at which jobs `wait`; `open` blocks until one is there, and lets it continue."""
 
     def __init__(self, path):
         self.path = path
@@ -319,7 +318,7 @@ def test_a_probe_asks_for_the_gpus(channel, env, tmp_path, script, trouble, indi
 
 @pytest.fixture
 def computer(env, tmp_path):
-    """The environment of a computer whose /proc and /sys are the test's: computer(path, text)."""
+    """Return computer(path, text), which writes into the /proc and /sys of computer.env."""
     root = tmp_path / 'computer'
 
     def put(path, text):
@@ -336,7 +335,7 @@ def computer(env, tmp_path):
 
 
 def facts_of(runner):
-    """Read to the end of the probe; return what it said, as parse_probe takes it."""
+    """Read to the end of the probe; return its facts, as parse_probe takes them."""
     runner.ready()
     return [tuple(event[1:]) for event in runner.events if event[0] == 'probe']
 
@@ -393,7 +392,7 @@ def test_a_probe_knows_a_real_limit(channel, env):
         runner = channel(env=env)
         with open(f'{group}/cgroup.procs', 'w') as file:
             file.write(str(runner.process.pid))
-        # what was forked before that is outside, but the probe is said by the runner itself
+        # Earlier forks are outside the group, but the runner itself makes the probe.
         capacity = s.parse_probe(facts_of(runner), s.Machine('here'))
         assert 200 < capacity.memory_mb <= 300
         assert capacity.total_memory_mb == 300
@@ -423,7 +422,7 @@ def test_gpus_of_other_makers_are_said_to_be_there(channel, computer, tmp_path):
 # ---- Looking again, and claims ----
 
 def measured(runner, number=1):
-    """Have it look again; return what it said, as parse_probe takes it."""
+    """Make the runner measure again; return the facts, as parse_probe takes them."""
     runner.events.clear()
     runner.send('measure', number)
     cost = runner.until('measured', str(number))
@@ -454,7 +453,7 @@ def test_a_job_claims_what_it_needs_until_it_ends(runner, gate, shared):
         needs, key = claim.read_text().splitlines()
         pid, _start, _boot, *need = needs.split()
         assert (pid, ' '.join(need)) == (runner.record('job')[1], NEED)
-        assert key == 'job.1 0'         # and the ticks that its worker had used before it
+        assert key == 'job.1 0'         # and the ticks that its worker had used before
         found = s.read_needs(measured(runner))
         assert [(c.key, c.cores, c.memory_mb, c.gpus) for c in found] == [
             ('job.1', 1.5, 300, {0: (1000, 0.75, True)})]
@@ -502,7 +501,7 @@ def test_a_start_beyond_the_limits_is_held_if_another_batch_is_there(channel, ga
             two.start(name, 'true', need=need)
             assert two.until('held', f'{name}.1') == []
             assert not os.path.exists(two.path(name))
-        # busy processors alone do not keep a batch from a machine, but they limit it to one job
+        # Busy processors alone do not keep a batch off a machine, but limit it to one job.
         last = Gate(tmp_path / 'last')
         two.start('first', last.wait, need='11000 200 0 1:10:10:1')
         two.until('started', 'first.1')
@@ -529,7 +528,7 @@ def test_without_limits_nothing_is_held(channel, gate):
 
 
 def test_of_two_that_start_at_once_never_both_do(channel, gate, tmp_path):
-    """Each says what it claims before it looks, so at least one sees the other."""
+    """Each writes its claim before it reads the other's, so at least one sees the other."""
     runners = [channel(project='one'), channel(project='two')]
     for runner in runners:
         runner.ready()
@@ -546,7 +545,7 @@ def test_of_two_that_start_at_once_never_both_do(channel, gate, tmp_path):
             said.append([e[0] for e in runner.events if f'job{turn}.1' in e])
             runner.events.clear()
         held += sum('held' in words for words in said)
-    assert held > 0         # or nothing was tried
+    assert held > 0         # else the test has tried nothing
 
 
 def garble(claim, text):
@@ -570,7 +569,7 @@ def test_a_claim_that_makes_no_sense_claims_nothing(channel, env, shared, text):
     runner.start('job', 'true', need='1000 400 1')
     assert runner.ended('job')[0] == 0
     assert s.read_needs(measured(runner)) == []
-    # the same with sense is heard
+    # the same claim, well formed, counts
     garble(file, f'{me} 1000 400 1')
     runner.start('again', 'true', need='1000 400 1')
     runner.until('held', 'again.1')
@@ -608,7 +607,7 @@ def test_a_folder_of_claims_that_somebody_else_made_is_not_used(channel, shared,
 def test_a_folder_of_claims_that_changes_hands_is_not_used_any_more(runner, shared, tmp_path):
     runner.ready()
     folder = shared / f'ssh_scheduler.{os.getuid()}'
-    folder.rmdir()                          # as another batch of this account does at its end
+    folder.rmdir()                          # as another batch of this account does when it ends
     precious = tmp_path / 'precious'
     precious.write_text('mine')
     (tmp_path / 'trap').mkdir()
@@ -633,7 +632,7 @@ def test_a_fifo_among_the_claims_holds_nobody_up(runner, shared):
 
 
 def smi(tmp_path, text):
-    """A PATH with such an nvidia-smi."""
+    """Return a PATH with an nvidia-smi of this text."""
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin/nvidia-smi').write_text(text)
     (tmp_path / 'bin/nvidia-smi').chmod(0o755)
@@ -798,7 +797,7 @@ def test_what_could_not_be_fetched_is_listed_again(runner):
     assert sorted(listed) == ['', '!no\nsuch', '+./a', '+./a/b', f'w{os.path.basename(folder)}']
     shutil.rmtree(folder)
     runner.send('again', 'job.1', 'a')
-    assert runner.until('data', 'back', 'job.1') == ['!a\0']       # it is gone with its folder
+    assert runner.until('data', 'back', 'job.1') == ['!a\0']       # gone with the folder
 
 
 def test_many_paths_are_asked_for_with_list(runner):
@@ -912,7 +911,7 @@ def test_order_of_started_and_ended_in_the_stream(channel):
 
 
 def test_events_of_many_jobs_do_not_mix(runner):
-    """As long as an event can get: two streams that escaping doubles, and a thousand of paths."""
+    """The longest possible events: two streams that escaping doubles, and 1,000 bytes of paths."""
     output = '\n' * 600
     names = 'x' * 120
     for number in range(100):
@@ -930,7 +929,7 @@ def test_nothing_of_the_channel_is_open_in_a_job(runner, gate):
     runner.until('started', 'job.1')
     ours = {os.readlink(f'/proc/{os.getpid()}/fd/{pipe.fileno()}')
             for pipe in (runner.process.stdin, runner.process.stdout)}
-    gate_fd = os.open(gate.path, os.O_WRONLY)   # blocks until the job is there
+    gate_fd = os.open(gate.path, os.O_WRONLY)   # blocks until the job reads
     members = group_members(group_of(runner, 'job'))
     holders = [pid for pid in members if ours & open_files(pid)]
     os.write(gate_fd, b'go\n')
@@ -949,7 +948,7 @@ def parent_and_group(pid):
 
 
 def group_of(runner, name):
-    """The process group of a job that runs: its bash leads it, and the worker is its parent."""
+    """Return the process group of a running job: its bash leads the group, under the worker."""
     worker, leaders = runner.record(name)[1].encode(), []
 
     def is_there():
@@ -985,7 +984,7 @@ def test_a_daemon_that_a_job_leaves_does_not_hold_up_its_end(runner, gate):
 # ---- One job after the other, in one worker ----
 
 def one_by_one(runner, *commands, **options):
-    """Run them so; return their outputs, without the = in front."""
+    """Run the commands one after the other; return their outputs, without the = in front."""
     outputs = []
     for number, command in enumerate(commands):
         name = f'job{number}.{len(runner.events)}'
@@ -1012,7 +1011,7 @@ def test_a_job_cannot_notice_that_its_worker_ran_another_one(runner, stage, tmp_
                stage=stage)
     first, *others = [(tmp_path / f'job{number}').read_text() for number in range(4)]
     assert len(first) > 2000
-    for other in others:            # it is one worker, and one folder
+    for other in others:            # one worker and one folder
         assert other.splitlines() == first.splitlines()
 
 
@@ -1048,7 +1047,7 @@ def test_a_worker_retires_where_a_job_left_something_behind(runner, leave):
 
 
 def test_more_jobs_run_at_once_than_a_login_may_have_files_open(channel, gate, tmp_path):
-    """The runner has a file open for each, and jobs keep the limit that the login has."""
+    """The runner has a file open for each job, and jobs keep the limit of the login."""
     limited = tmp_path / 'limited-bash'
     limited.write_text('#!/bin/bash\nulimit -Sn 40\nexec bash "$@"\n')
     limited.chmod(0o755)
@@ -1066,7 +1065,7 @@ def test_more_jobs_run_at_once_than_a_login_may_have_files_open(channel, gate, t
 
 def test_what_stays_in_the_group_of_a_job_is_not_hit_when_a_later_one_is_cancelled(
         runner, tmp_path):
-    """It has closed all that it had open, so that only its process group tells of it."""
+    """The process has closed all its files, so only its process group shows whose it is."""
     close = 'for f in /proc/self/fd/*; do f=${f##*/}; ((f < 3)) || eval "exec $f>&-"; done'
     runner.start('first', f'bash -c \'{close}; echo $$ >{tmp_path}/pid; exec env -i sleep 1000\' '
                  f'>/dev/null 2>&1 </dev/null & until [[ -s {tmp_path}/pid ]]; do :; done')
@@ -1114,7 +1113,7 @@ def test_signals_to_the_worker_do_not_change_what_a_job_ends_with(runner):
 
 
 def test_signals_to_the_worker_at_the_moment_when_its_job_ends(runner):
-    """Many, since bash loses the status of a child only at one of these moments in twenty."""
+    """Many, since bash loses the status of a child only about once in twenty of these moments."""
     for number in range(60):
         runner.start(f'job{number}', 'for signal in TERM HUP INT; do kill -$signal $PPID & done; '
                      'kill -KILL $$')
@@ -1149,16 +1148,16 @@ def test_jobs_of_a_version_that_made_folders_are_left_alone(channel, env):
 # ---- Watching and ending them ----
 
 def test_watch_tells_what_was_added_to_streams(runner, gate, tmp_path):
-    # Two gates: at one, a job that has not yet left it would take what is meant for its return.
+    # Two gates: with one, a job that is still there would also read the line for its second wait.
     last = Gate(tmp_path / 'last gate')
     runner.start('job', f'printf abc; printf de >&2; {gate.wait}; printf f; {last.wait}')
     runner.until('started', 'job.1')
-    with open(gate.path, 'w') as fifo:          # so the job has written, and waits
+    with open(gate.path, 'w') as fifo:          # the job has written, and waits
         runner.send('watch', 'job.1', 0, 0)
         assert runner.until('data', 'growth', 'job.1', 'out') == ['0', 'abc']
         assert runner.until('data', 'growth', 'job.1', 'err') == ['0', 'de']
         fifo.write('go\n')
-    with open(last.path, 'w') as fifo:          # so it has written more
+    with open(last.path, 'w') as fifo:          # the job has written more
         runner.send('watch', 'job.1', 1, 2)
         assert runner.until('data', 'growth', 'job.1') == ['out', '1', 'bcf']
         fifo.write('go\n')
@@ -1172,7 +1171,7 @@ def test_where_tells_the_folders_of_jobs(runner, gate):
     runner.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
         runner.send('where', 'none.1', 'job.1')
-        key, folder = runner.until('place')     # the first one: of the other there is none
+        key, folder = runner.until('place')     # the first one: none.1 has none
         assert key == 'job.1'
         assert os.path.exists(os.path.join(runner.folder, 'jobs', folder, 'here'))
         fifo.write('go\n')
@@ -1202,7 +1201,7 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
 
 
 def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, tmp_path):
-    """The runner has a `kill` that notes what it is given."""
+    """The runner has a `kill` that notes its arguments."""
     begun, told = tmp_path / 'begun', tmp_path / 'told'
     runner = channel(functions=f'kill() {{ echo "$@" >>{told}; builtin kill "$@"; }}\n')
     (tmp_path / 'deep').write_text(         # each begins in a later tick of the clock
@@ -1253,7 +1252,7 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
     runner.until('started', 'job.1')
     runner.start('witness', 'true')
     runner.ended('witness')
-    while True:                         # each watch is answered by a job behind it, at the latest
+    while True:                         # a watch is answered before the next job's end
         runner.send('watch', 'job.1', 0, 0)
         runner.start(f'witness{len(runner.events)}', 'true')
         runner.ended(f'witness{len(runner.events)}')
@@ -1286,7 +1285,7 @@ def test_two_that_find_a_killed_job_say_the_same(channel, monkeypatch):
 
 @contextlib.contextmanager
 def script(text, env, *fields):
-    """A script of ours beside the runner, as over a session of its own."""
+    """Run a script of the program beside the runner, as over its own session."""
     with subprocess.Popen([*s.BOOTSTRAP_BASH, s.BOOTSTRAP], env=env, bufsize=0,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as process:
@@ -1336,7 +1335,7 @@ def test_follow_shows_streams_as_they_grow_and_from_any_byte(runner, env, gate):
 
 
 def test_after_finish_nothing_is_tidied_twice(channel, env, tmp_path):
-    """Nor is anybody looked for who left something old, where nobody else has anything."""
+    """Nor does the runner look for old folders of others where there are no others."""
     called = tmp_path / 'called'
     (tmp_path / 'bin').mkdir()
     for name in ('rmdir', 'find'):
@@ -1351,7 +1350,7 @@ def test_after_finish_nothing_is_tidied_twice(channel, env, tmp_path):
 
 
 def test_what_is_there_already_is_brought_in_large_blocks(env, tmp_path):
-    """By cat, since tail takes 8 KB at a time; tail goes on behind it."""
+    """By cat, since tail reads 8 KB at a time; tail continues after it."""
     much = os.urandom(300_000)
     (tmp_path / 'job.out').write_bytes(much)
     (tmp_path / 'job.err').write_text('')
@@ -1404,18 +1403,18 @@ def test_a_follower_ends_with_its_session(runner, env, gate):
 def test_input_comes_from_what_is_fed_and_ends_when_it_is_said(runner, env):
     runner.start('job', 'while read -r line; do echo "<$line>"; done; echo end', mode='stdin')
     runner.until('started', 'job.1')
-    for line in (b'one\n', b'two\n'):       # each fed by another session: no end is between them
+    for line in (b'one\n', b'two\n'):       # from two sessions: no end between them
         with script(s.REMOTE_FEED, env, runner.path('job')) as feeder:
             feeder.stdin.write(line)
     runner.send('eof', 'job.1')
     assert runner.ended('job')[:2] == (0, '=<one>\n<two>\nend\n')
-    runner.send('eof', 'job.1')             # too late, and of what never was
+    runner.send('eof', 'job.1')             # too late, and for an unknown job
     runner.send('eof', 'other.1')
     runner.finish()
 
 
 def test_input_that_comes_while_its_fifo_is_made_is_not_lost(channel, env, tmp_path):
-    """What feeds it finds the FIFO at the worst of times, and all is fed before the job reads."""
+    """The feeder finds the FIFO at the worst moment, and has sent all before the job reads."""
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin/mkfifo').write_text(f'#!/bin/bash\n{rig.program("mkfifo")} "$@"\n'
                                          '[[ ${!#} != */in* ]] || sleep 0.3\n')
@@ -1470,7 +1469,7 @@ def test_a_terminal_that_is_cut_off_ends_its_job(runner, env):
                           start_new_session=True) as session:
         while not os.path.exists(runner.path('job', 'more', 'code')):
             assert session.poll() is None
-        time.sleep(0.1)                     # what comes before that is another test's
+        time.sleep(0.1)                     # other tests cover earlier moments
         os.killpg(session.pid, 9)
     assert runner.ended('job')[0] == 129
 
@@ -1511,7 +1510,7 @@ def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
         second.send('adopt', 'job.1', 'long.1')
         second.until('started', 'job.1')
         second.until('started', 'long.1')
-        assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always, of the same owner
+        assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always with the same owner
         assert [c.key for c in s.read_needs(measured(second))] == ['job.1', 'long.1']
         second.send('cancel', 5, 'long.1')
         second.until('cancelled', '')
@@ -1536,14 +1535,14 @@ def test_without_a_boot_id_a_restart_is_told_by_what_began_later_than_now(
     runner.close()
     runner = channel(env=nameless)
     runner.send('adopt', 'job.1')
-    if event[0] == 'ended':             # its processes may still be on their way out
+    if event[0] == 'ended':             # its processes may still be exiting
         assert runner.ended('job', adopted=True)[0] == 137
     else:
         runner.until(*event)
 
 
 def test_what_is_adopted_and_runs_needs_no_process_of_ours(channel, env, gate):
-    """It is decided once how an adopted job stands; after that, one look is for all of them."""
+    """The runner checks each adopted job once; after that, one look serves all of them."""
     names = [f'job{number}' for number in range(5)]
     first = channel()
     with open(os.open(gate.path, os.O_RDWR), 'wb', buffering=0) as fifo:
@@ -1567,7 +1566,7 @@ def test_what_is_adopted_and_runs_needs_no_process_of_ours(channel, env, gate):
 
 
 def test_a_look_at_what_began_here_leaves_its_end_to_be_told_once(runner, tmp_path):
-    """Between the record and the event there is time: it is looked for what the job left there."""
+    """After the record and before the event, the runner looks for processes that the job left."""
     runner.start('job', f'setsid sleep 1000 >/dev/null 2>&1 & echo $! >{tmp_path}/pid')
     runner.until('started', 'job.1')
     wait_until(lambda: runner.record('job')[:1] == ['ended'], 'the record')
@@ -1621,7 +1620,7 @@ def test_what_was_to_be_adopted_and_was_not_there_never_starts(channel, tmp_path
     first.start('job', f'touch {tmp_path}/ran')
     first.start('after', 'true')
     assert first.ended('after')[0] == 0
-    first.until('absent', 'job.1')          # as it is said to each that asks
+    first.until('absent', 'job.1')          # each request gets this answer
     assert not (tmp_path / 'ran').exists() and first.events == [['started', 'after.1']]
     first.send('revoke', 2, 'job.1', 'other.1')
     first.send('clean', 'after.1')
@@ -1649,12 +1648,12 @@ def test_a_runner_spares_those_of_other_machines_of_its_client(channel):
     for runner in (first, second):
         runner.ready()
     assert first.account == second.account and f' {os.getuid()} ' in first.account
-    again = channel(owner='batch', client='1.0.2')          # contact was lost
+    again = channel(owner='batch', client='1.0.2')          # the contact was lost
     again.ready()
     assert first.process.wait(rig.SAFETY_NET_S) == -9
     second.send('ping', 1)
     second.until('pong')
-    later = channel(owner='batch', client='2.0.1')          # the next run
+    later = channel(owner='batch', client='2.0.1')          # the next run of the batch
     later.ready()
     assert [runner.process.wait(rig.SAFETY_NET_S) for runner in (second, again)] == [-9, -9]
     later.finish()
@@ -1687,7 +1686,7 @@ def test_many_that_outlive_their_job_are_counted(runner, env):
     (text,) = runner.until('left', 'job.1')
     runner.ended('job')
     assert text.count('sleep (') == 5 and text.endswith(' and 3 more')
-    runner.send('cancel', 5, 'job.1')    # they are its, though it has ended
+    runner.send('cancel', 5, 'job.1')    # they belong to the job, though it has ended
     runner.until('cancelled')
     assert not [pid for pid in rig.knowing(env['HOME']) if rig.cmdline(pid) == 'sleep 1000']
 
@@ -1718,7 +1717,7 @@ def test_what_is_tied_ends_with_the_channel(channel, gate, tmp_path):
     runner.start('job', f'echo $$ >{tmp_path}/pid; setsid sleep 1000 & echo $! >{tmp_path}/other; '
                  f'{gate.wait}')
     runner.until('started', 'job.1')
-    with open(gate.path, 'w'):              # it waits there
+    with open(gate.path, 'w'):              # the job waits
         runner.close()
     for name in ('pid', 'other'):
         assert rig.ends(int((tmp_path / name).read_text()))
@@ -1728,7 +1727,7 @@ def test_what_is_tied_ends_with_the_channel(channel, gate, tmp_path):
 # ---- Cleaning up ----
 
 def test_lists_may_be_longer_than_what_a_program_takes(channel):
-    """2 MB of arguments, that is about 25,000 names of jobs."""
+    """The limit is 2 MB of arguments, which is about 25,000 names of jobs."""
     many = [f'{"x" * 200}.{n}' for n in range(8_000)]
     runner = channel()
     runner.ready()
@@ -1796,7 +1795,7 @@ def test_finish_leaves_the_files_of_another_run(channel, gate):
 
 
 def test_of_two_runs_that_end_at_once_the_last_one_tidies(channel, env, gate, tmp_path):
-    """The first has looked who else is there, and then the second one ends."""
+    """The first has checked which runs are there, and then the second one ends."""
     (tmp_path / 'bin').mkdir()
     script = tmp_path / 'bin/rm'
     script.write_text(f'#!/bin/bash\n{gate.wait}; exec {rig.program("rm")} "$@"\n')
@@ -1806,7 +1805,7 @@ def test_of_two_runs_that_end_at_once_the_last_one_tidies(channel, env, gate, tm
         runner.stage('same', {'copy/file': 'text\n'})
     (Path(first.folder) / 'jobs').mkdir(exist_ok=True)
     first.send('finish', '')
-    with open(gate.path, 'w') as fifo:          # opens when it is about to remove
+    with open(gate.path, 'w') as fifo:          # opens when the first is about to remove
         second.send('finish', '')
         second.until('finished')
         second.close()
@@ -1907,7 +1906,7 @@ def test_another_channel_is_told_of_a_job_that_ended_meanwhile(channel, gate, tm
     ('starting {pid} 1 {boot} work.1', 'ended')])
 def test_a_job_without_a_process_and_without_an_end_is_lost_or_was_killed(runner, record, event):
     runner.ready()
-    if event == 'ended':            # that there is a stream tells that it was begun
+    if event == 'ended':            # a stream shows that the job had begun
         Path(runner.path('job', 'out')).touch()
     with open('/proc/sys/kernel/random/boot_id') as file:
         boot = file.read().strip()
@@ -1967,7 +1966,7 @@ def test_the_exit_status_survives_a_full_disk(channel, small_disk, status):
 
 
 def test_a_start_meets_a_job_with_another_command(channel):
-    """As after an older copy of the journal was put back: neither job is taken for the other."""
+    """As after the user restores an older journal: neither job may be taken for the other."""
     runner = channel()
     runner.start('job', 'exit 3')
     assert runner.ended('job')[0] == 3
@@ -2021,8 +2020,8 @@ def test_pack_gives_exactly_the_named_paths(env, tmp_path):
 
 # ---- What the environment holds changes nothing ----
 
-# Each name that stands in the runner, and each that bash has; less what is said of the session or
-# the job, which nobody shall have from another, and what a login shell needs itself.
+# Each name in the runner, and each that bash has; without those that describe the session or the
+# job, which no job may get from another, and those that a login shell itself needs.
 NAMES = sorted(
     {*re.findall(r'[A-Za-z_]\w*', s.REMOTE_RUNNER),
      *subprocess.run(['bash', '-c', 'compgen -v'], capture_output=True, text=True).stdout.split()}
@@ -2036,17 +2035,17 @@ SHOW = 'exec /usr/bin/env -0'
 
 
 def shown(data):
-    """What SHOW has printed, without what is of this job."""
+    """Return the variables that SHOW has printed, without those of this job."""
     ours = ('SSH_SCHEDULER_', 'PWD=', 'OLDPWD=', 'SHLVL=', '_=', 'PYTHONUNBUFFERED=', 'BASH_ENV=')
     return sorted(entry for entry in data.split('\0') if entry and not entry.startswith(ours))
 
 
 @pytest.mark.parametrize('way', ['the process', 'the login', 'setup', 'env'])
 def test_no_name_in_the_environment_is_special(channel, env, tmp_path, way):
-    """A job has what the same bash would have, called by a shell with these variables."""
-    if way == 'the process':        # a computer's own, or on localhost that of the calling shell
+    """A job has the environment of the same bash, called by a shell with these variables."""
+    if way == 'the process':        # sshd's, or on localhost the calling shell's
         extra = dict.fromkeys([*NAMES, *ODD_NAMES], '1')
-    else:                           # a shell gives to programs no more than it takes
+    else:                           # a shell cannot set the others
         extra = dict.fromkeys(set(NAMES) - {'UID', 'EUID', 'PPID', 'BASH_VERSINFO'}, '1')
     exports = ''.join(f'export {name}=1\n' for name in extra)
     settings = {}
@@ -2078,7 +2077,7 @@ def test_no_name_in_the_environment_is_special(channel, env, tmp_path, way):
 
 
 def test_an_array_of_the_runner_is_no_name_either(channel, env):
-    """Such as `sent`, of which no scalar can be exported."""
+    """An array such as `sent` could not be exported as a scalar."""
     runner = channel(env={**env, **dict.fromkeys(['sent', 'linked', 'modes', 'names', 'fields',
                                                   'environment', 'dropped', 'by_env'], 'mine')})
     runner.ready()
@@ -2140,7 +2139,7 @@ def test_a_runner_that_is_not_spoken_to_does_not_mind_tmout(channel, env):
 
 
 def test_tar_is_told_nothing_by_the_environment(env, tmp_path):
-    """Where it takes files and gives them, beside the channel."""
+    """Where tar unpacks and packs files, beside the channel."""
     env = {**env, 'TAR_OPTIONS': '--exclude=*', 'TMOUT': '1'}
     data = tar_of({'folder/file': 'text\n'})
     run_script(s.REMOTE_UNPACK, bytes(s.nul_ended(TOKEN, tmp_path)) + data, env)
