@@ -1,6 +1,6 @@
 """Which waiting job starts where, and when: the Scheduler against the rules in slow motion.
 
-Below that the whole Batch, against fake machines that say what the test makes them say.
+The last tests run the whole Run of a batch, with fake machines that the test controls.
 """
 import collections
 import heapq
@@ -41,19 +41,19 @@ def job_of(line, allocation):
 # ---- The Scheduler, whatever happens ----
 
 class AnyDay(RuleBasedStateMachine):
-    """Jobs come and end, machines come, change and go.
+    """Jobs arrive and end, machines join, change and leave.
 
-    What is placed is kept here a second time: each machine's books, and who waits for what.
+    The test keeps its own copy of the placements: the books of each machine, and the queues.
     """
 
     def __init__(self):
         super().__init__()
         self.scheduler = s.Scheduler()
-        self.books = {}                     # machine -> MachineResources, as they must be
+        self.books = {}                     # machine -> MachineResources, as they should be
         self.running = {}                   # job -> (machine, Placement, Placement in the books)
         self.waiting = collections.defaultdict(list)        # Allocation -> jobs
         self.begun, self.lines = set(), 0
-        self.hold, self.there_before = None, set()          # what ran when it was held
+        self.hold, self.there_before = None, set()          # what ran when the hold began
 
     @initialize(rooms=st.lists(st.sampled_from(ROOMS), min_size=1, max_size=3),
                 jobs=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 40)), max_size=6))
@@ -103,7 +103,7 @@ class AnyDay(RuleBasedStateMachine):
     @rule(data=st.data(), again=st.booleans())
     def job_ends(self, data, again):
         job = self.end(data.draw(st.integers(0, 99)))
-        if again:                           # the machine could not start it
+        if again:                           # as if the machine could not start it
             self.scheduler.add(job, first=True)
             self.waiting[job.allocation].append(job)
             self.waiting[job.allocation].sort(key=lambda job: job.line)
@@ -125,7 +125,7 @@ class AnyDay(RuleBasedStateMachine):
 
     @rule()
     def choose(self):
-        free = self.scheduler._hold is None         # then what comes is plainly the best
+        free = self.scheduler._hold is None         # then each choice is simply the best
         self.hold = self.scheduler._hold
         for job, machine, placement in self.scheduler.choose():
             kind = job.allocation
@@ -134,7 +134,7 @@ class AnyDay(RuleBasedStateMachine):
             assert self.waiting[kind].pop(0) is job
             assert job not in self.begun
             self.begun.add(job)
-            booked = self.books[machine].allocate(kind)     # raises where there is no room
+            booked = self.books[machine].allocate(kind)     # raises if there is no room
             assert booked.gpus == placement.gpus and placement.allocation == kind
             self.running[job] = (machine, placement, booked)
             if self.scheduler._hold is not self.hold:
@@ -143,7 +143,7 @@ class AnyDay(RuleBasedStateMachine):
         self.check_that_nothing_idles()
 
     def naively_next(self):
-        """The first line that fits anywhere, and the machine with the best score, of all."""
+        """Return the first line that fits anywhere, and the machine with the best score for it."""
         for job in sorted((queue[0] for queue in self.waiting.values() if queue),
                           key=lambda job: job.line):
             scores = {machine: own.score(job.allocation) for machine, own in self.books.items()}
@@ -158,7 +158,7 @@ class AnyDay(RuleBasedStateMachine):
             for machine, own in self.books.items() if queue else ():
                 if own.short_of(kind):
                     continue
-                # It would be in the way of the job that this machine is kept for.
+                # The job would delay the one for which this machine is held.
                 assert hold and machine == hold.machine and kind != hold.allocation
                 assert hold.after.short_of(kind)
         if hold:
@@ -196,7 +196,7 @@ QUEUED_KINDS = (*KINDS[:5], Allocation(1, 100, gpu_memory_mb=4000),
 
 
 class Books:
-    """What a queue was given, kept here a second time."""
+    """The test's own copy of what a queue was given."""
 
     def __init__(self, now):
         self.jobs, self.begun = {}, set()           # job -> its Placement
@@ -207,7 +207,7 @@ class Books:
         self.sizes.append((now, len(self.jobs)))
 
     def growth(self, now):
-        """Return by how much it has grown in GROWTH_S, at most."""
+        """Return the largest growth of the queue within GROWTH_S."""
         at = [size for when, size in self.sizes if when > now - s.GROWTH_S]
         before = [size for when, size in self.sizes if when <= now - s.GROWTH_S][-1:]
         return len(self.jobs) - min(before + at)
@@ -220,17 +220,17 @@ class Books:
 
 
 class AnyQueue(RuleBasedStateMachine):
-    """Jobs come, begin and end, while machines and clusters come, fill up and go, and time passes.
+    """Jobs arrive, begin and end, machines and clusters join, fill up and leave, and time passes.
 
-    The clock is ours.
+    The test sets the clock.
     """
 
     def __init__(self):
         super().__init__()
         self.now, self.lines = 1000.0, 0
         self.scheduler = s.Scheduler(AFTER_S, lambda: self.now)
-        self.machines = {}                  # name -> Capacity, of those that are no clusters
-        self.there = {}                     # job -> (machine, Placement), of these
+        self.machines = {}                  # name -> Capacity, without clusters
+        self.there = {}                     # job -> (machine, Placement) on these
         self.queues, self.books = {}, {}    # name -> Capacity; name -> Books
         self.waiting = {}                   # job -> when it began to wait
 
@@ -264,7 +264,7 @@ class AnyQueue(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 4), again=st.booleans())
     def one_goes(self, place, again):
-        """What it had to do is lost, and waits again or is given up."""
+        """A machine leaves: its jobs are lost, and wait again or are given up."""
         names = sorted({*self.machines, *self.queues})
         name = names[place % len(names)] if names else None
         if name:
@@ -286,7 +286,7 @@ class AnyQueue(RuleBasedStateMachine):
             self.waiting[job] = self.now
 
     def wait_again(self, job):
-        """It goes before those of its kind that may have waited for longer, and holds none up."""
+        """Queue a job again, ahead of its kind; it has waited as long as any of those behind it."""
         self.scheduler.add(job, first=True)
         self.waiting[job] = min([self.now, *(
             since for other, since in self.waiting.items()
@@ -301,14 +301,14 @@ class AnyQueue(RuleBasedStateMachine):
     def jobs_begin(self, number, count):
         for name, books in self.books.items():
             for job in [job for job in books.jobs if job not in books.begun][:count]:
-                for _ in range(1 + number % 2):         # that may be said twice
+                for _ in range(1 + number % 2):         # the report may come twice
                     self.scheduler.began(name, books.jobs[job])
                 books.begun.add(job)
                 books.starts.append(self.now)
 
     @rule(kind=st.sampled_from(QUEUED_KINDS), times=st.integers(2, 4))
     def jobs_begin_at_once(self, kind, times):
-        """So more may join; as many as a queue may grow by."""
+        """So more jobs may join, up to the limit of growth of a queue."""
         self.submit(kind, 30)
         for _ in range(times):
             self.jobs_begin(0, 40)
@@ -317,7 +317,7 @@ class AnyQueue(RuleBasedStateMachine):
     @precondition(lambda self: self.there or any(books.jobs for books in self.books.values()))
     @rule(number=st.integers(0, 99), count=st.integers(1, 12), again=st.booleans())
     def jobs_end(self, number, count, again):
-        """From a queue one may go that has not begun: it was taken back."""
+        """Jobs in a queue that have not begun may go, too: they were taken back."""
         jobs = [*self.there, *(job for books in self.books.values() for job in books.jobs)]
         jobs = sorted(jobs, key=lambda job: job.line)[number % len(jobs):][:count]
         for job in jobs:
@@ -338,7 +338,7 @@ class AnyQueue(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 1))
     def a_cluster_is_full(self, number):
-        """It did not take the last one."""
+        """The cluster did not accept the last job."""
         for name, books in [*self.books.items()][number:]:
             job = next((job for job in reversed(books.jobs) if job not in books.begun), None)
             if job:
@@ -388,7 +388,7 @@ class AnyQueue(RuleBasedStateMachine):
                    for name, books in self.books.items())
 
     def is_due(self, job, since):
-        """Tell whether it has waited for long enough, or for nothing."""
+        """Tell whether the job has waited long enough, or fits no machine even when idle."""
         return self.now >= since + AFTER_S or all(
             MachineResources(s.idle(capacity)).short_of(job.allocation)
             for capacity in self.machines.values())
@@ -413,7 +413,7 @@ TestAnyQueue.settings = WALKS
 
 
 def joined(own, kind=KINDS[0]):
-    """Have as many jobs join a queue as may; return their Placements."""
+    """Add as many jobs to a queue as it allows; return their Placements."""
     placements = []
     while not own.short_of(kind):
         placements.append(own.allocate(kind))
@@ -427,25 +427,25 @@ def test_a_queue_grows_no_faster_than_its_controller_likes():
     assert (len(waiting), own.short_of(KINDS[0])) == (s.SPARE_PENDING, 'starts')
     for placement in waiting:
         own.began(placement)
-        own.began(placement)                        # that may be said twice
+        own.began(placement)                        # the report may come twice
     more = joined(own)
     assert (own.jobs, own.short_of(KINDS[0])) == (s.GROWTH, 'time')
     own.deallocate(more.pop())
-    assert len(joined(own)) == 1                    # it has the place of the one that has gone
+    assert len(joined(own)) == 1                    # in the place of the one that left
     now[0] = s.GROWTH_S - 0.1
     assert not joined(own)
     now[0] = s.GROWTH_S
-    assert len(joined(own)) == s.SPARE_PENDING      # as many as have begun, and five
+    assert len(joined(own)) == s.SPARE_PENDING      # beyond those that have begun, five
     now[0] = 2 * s.LATELY_S
     for placement in waiting:
         own.deallocate(placement)
-    assert own.short_of(KINDS[0]) == 'starts'       # none has begun lately
+    assert own.short_of(KINDS[0]) == 'starts'       # no job has begun lately
 
 
 def test_a_queue_that_took_no_more_is_asked_again_when_a_job_ends_or_after_a_while():
     now = [0.0]
     own = s.ClusterResources(QUEUES[0], lambda: now[0])
-    own.deallocate(own.allocate(KINDS[0]))          # the one that it refused
+    own.deallocate(own.allocate(KINDS[0]))          # the job that the queue refused
     own.note_full()
     assert own.short_of(KINDS[0]) == 'full' and 'takes no more' in own.why_not(KINDS[0])
     now[0] = s.FULL_S
@@ -494,7 +494,7 @@ class Clock:
         for place, capacity in enumerate(rooms):
             self.scheduler.add_machine(place, place, capacity)
         self.small, self.lengths, self.lines = small, lengths, 0
-        self.ends, self.starts = [], []         # heap of what runs; (when, line) of each start
+        self.ends, self.starts = [], []         # heap of running jobs; (when, line) of each start
 
     def add(self, allocation):
         self.lines += 1
@@ -502,7 +502,7 @@ class Clock:
         return self.lines
 
     def step(self):
-        """Start what can start, then go on to the next end."""
+        """Start all jobs that can start, then move to the next end."""
         while self.scheduler.waits < 30:
             self.add(self.small)
         for job, machine, placement in self.scheduler.choose():
@@ -526,7 +526,7 @@ SMALL = (Allocation(1, 4000, gpus=0), Allocation(4, 500, gpus=0),
 @given(rooms=st.lists(st.just(FULL), min_size=1, max_size=3), big=st.sampled_from(BIG),
        small=st.sampled_from(SMALL), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=9))
 def test_an_endless_stream_of_small_jobs_does_not_hold_up_a_big_one(rooms, big, small, lengths):
-    """Passed PATIENCE times, it waits no longer than what runs on one machine then."""
+    """A job passed PATIENCE times waits only for the jobs that then run on one machine."""
     clock = Clock(rooms, small, lengths)
     for _ in range(5):
         clock.step()
@@ -562,7 +562,7 @@ def test_beside_a_job_that_is_waited_for_only_what_does_not_delay_it_starts():
     scheduler.add(job_of(1, half))
     [(_, _, first)] = scheduler.choose()
     scheduler.add(job_of(2, big))
-    for line in range(3, 103):              # they pass, one after the other
+    for line in range(3, 103):              # they pass it, one by one
         scheduler.add(job_of(line, half._replace(cores=5)))
     running, passed = collections.deque(), 0
     while passed < s.PATIENCE:
@@ -572,18 +572,18 @@ def test_beside_a_job_that_is_waited_for_only_what_does_not_delay_it_starts():
         if passed < s.PATIENCE:
             scheduler.give_back('m', running.popleft())
     scheduler.give_back('m', first)
-    assert list(scheduler.choose()) == []                   # 5 cores would fit, not beside it
+    assert list(scheduler.choose()) == []                   # 5 cores fit, but would delay job 2
     for line in range(200, 220):
         scheduler.add(job_of(line, tiny))
     beside = list(scheduler.choose())
-    assert [job.line for job, *_ in beside] == list(range(200, 208))    # 4 of 12: 8 are its own
+    assert [job.line for job, *_ in beside] == list(range(200, 208))    # 4 of 12 cores: 8 are held
     for placement in running:
         scheduler.give_back('m', placement)
     assert [job.line for job, *_ in scheduler.choose()] == [2]
 
 
 def test_a_held_machine_is_known_by_its_name():
-    """It came back, and goes by an equal name, not by the same object.  Found by AnyDay."""
+    """The machine left and joined again: its name is equal, but a new object.  Found by AnyDay."""
     day, (small, tiny, *_) = AnyDay(), KINDS
     day.open([], [])
     day.submit(small, 1)
@@ -599,7 +599,7 @@ def test_a_held_machine_is_known_by_its_name():
 
 
 def test_what_was_kept_back_starts_as_soon_as_it_is_in_nobodys_way():
-    """Of two jobs that wait for machines, the first gets its own elsewhere."""
+    """Of two jobs that wait for machines, the first gets one elsewhere."""
     scheduler = s.Scheduler()
     big, small = Allocation(8, 10, True, gpus=0), Allocation(1, 20, gpus=0)
     scheduler.add_machine('m', 0, Capacity(8, 16000, total_cores=8))
@@ -663,11 +663,11 @@ def test_a_placement_costs_the_same_however_many_jobs_wait():
 
 
 def test_a_placement_costs_hardly_more_among_many_machines():
-    """Each kind of job looks once at each machine, and then at those whose scores have changed."""
+    """Each kind of job scores each machine once, and again only those whose scores have changed."""
     few_at_first, few = calls_of_score(10, 2000, 200)
     many_at_first, many = calls_of_score(160, 4000, 200)
     assert many <= few + 10 and many_at_first <= few_at_first + 10
-    assert many <= 25                       # ten kinds, each of which looks at what has changed
+    assert many <= 25                       # ten kinds, each with the scores that changed
 
 
 # ---- The Run of a batch, whatever its machines say ----
@@ -680,7 +680,7 @@ LEFT = (WHOLE, WHOLE._replace(cores=0.5), WHOLE._replace(memory_mb=600), WHOLE._
 
 
 class AnyBatch(RuleBasedStateMachine):
-    """The Run runs in a thread of its own and only while this one waits for it to wait."""
+    """The Run has its own thread; this one waits until the Run waits, so only one of them runs."""
 
     @initialize(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
                 machines=st.integers(1, 3))
@@ -692,7 +692,7 @@ class AnyBatch(RuleBasedStateMachine):
         self.lab = Lab(self.results, dict.fromkeys([f'm{n}' for n in range(machines)], WHOLE), text,
                        ['--no-gpu-required', '--memory-required=10'], live=True)
         self.outcomes = {}                          # name -> exit code, 'lost' or 'not collected'
-        self.sent_back = collections.Counter()      # name -> how often it did not start after all
+        self.sent_back = collections.Counter()      # name -> how often it was held or refused
         self.lost = collections.Counter()           # name -> how often its machine lost it
         self.status = self.error = None
         self.batchs_turn, self.ours = threading.Semaphore(0), threading.Semaphore(0)
@@ -703,7 +703,7 @@ class AnyBatch(RuleBasedStateMachine):
     def run(self):
         try:
             self.status = self.lab.run(self.turns())
-        except BaseException as error:          # such as pytest.fail's: the other thread tells it
+        except BaseException as error:          # such as pytest.fail's: the test's thread raises it
             self.error = error
         self.ours.release()
 
@@ -738,7 +738,7 @@ class AnyBatch(RuleBasedStateMachine):
                 assert own.short_of(kind) or scheduler.keeps_from(worker, kind)
 
     def some(self, number):
-        """Return an attempt that runs."""
+        """Return a running attempt."""
         return self.lab.running[number % len(self.lab.running)]
 
     def move(self, attempt, state, why=''):
@@ -765,13 +765,13 @@ class AnyBatch(RuleBasedStateMachine):
         self.move(attempt, 'held')
         begun = len(attempt.machine.history)
         self.go_on()
-        assert len(attempt.machine.history) == begun    # it has not been looked at again
+        assert len(attempt.machine.history) == begun    # it was not probed again
 
     @runs
     @rule(number=numbers, often=st.integers(0, 3))
     def a_machine_cannot_start_it(self, number, often):
         if often:
-            return                                  # rarely, since it gets no more jobs then
+            return                                  # rarely: the machine then gets no more jobs
         attempt = self.some(number)
         self.sent_back[attempt.name] += 1
         self.move(attempt, 'refused', 'its disk is full')
@@ -784,7 +784,7 @@ class AnyBatch(RuleBasedStateMachine):
     def a_job_is_lost(self, number):
         attempt = self.some(number)
         self.lost[attempt.name] += 1
-        if self.lost[attempt.name] > 1:             # once more is what --retries has by default
+        if self.lost[attempt.name] > 1:             # --retries is 1 by default
             self.outcomes[attempt.name] = 'lost'
         self.move(attempt, 'lost', 'the machine was started anew')
         self.go_on()
@@ -817,13 +817,13 @@ class AnyBatch(RuleBasedStateMachine):
             return
         try:
             idle = 0
-            while not self.over:                    # others go, and what runs ends well
+            while not self.over:                    # others leave, and the running jobs succeed
                 assert idle < 3, f'it waits for nothing: {self.lab.out.getvalue()}'
                 for worker in self.lab.workers:
                     if worker.state == 'ready':
                         worker.capacity = WHOLE
                         worker.become('ready')
-                for worker in self.lab.workers:         # their time to rest is over
+                for worker in self.lab.workers:         # their rest is over
                     self.lab.batch.fleet.bring_back(worker)
                 idle = 0 if self.lab.running else idle + 1
                 if self.lab.running:
@@ -841,7 +841,7 @@ class AnyBatch(RuleBasedStateMachine):
         names = [job.name for job in lab.jobs]
         assert lab.running == []
         assert all(own.jobs == 0 for own in lab.batch.scheduler.resources.values())
-        for name in names:                          # each ran once, or is reported
+        for name in names:                          # each job ran once, or is reported
             assert begun[name] == ((name in self.outcomes) + self.sent_back[name]
                                    + min(self.lost[name], 1))
         ends = collections.Counter(

@@ -102,7 +102,7 @@ def test_failures_stand_together_by_their_reason(terminal, lab):
 
 @pytest.mark.parametrize('columns', [80, 200])
 def test_long_commands_that_share_words_show_what_differs(terminal, lab, columns):
-    """What differs stands at the end, where a row would be cut."""
+    """The differences stand at the end, where a row would be cut."""
     lines = [f'echo train the model of the lab with --lr 0.{n} --seed {n}' for n in range(3)]
     shown = terminal(lines, [lab()], size=(columns, 30))
     assert shown.end() == 0
@@ -340,7 +340,7 @@ def test_a_long_line_breaks_between_words_and_is_still_the_same_line(text, width
 
 
 class Sent:
-    """A Stage of which a part was sent."""
+    """A Stage, partly sent."""
     amount = 214, 61_000_000
 
     def __init__(self, sent):
@@ -366,7 +366,7 @@ def test_the_row_of_files_that_are_sent():
 
 
 def test_on_other_systems_tar_tells_how_much_was_sent(lab, project, outside, client_env):
-    """A client without /proc; the tar of the machine begins late, so only buffers are filled."""
+    """A client without /proc; the machine's tar begins late, so the data only fills the buffers."""
     machine = lab(leave_out=('rsync',))
     machine._script('tar', f"""#!/bin/bash
 until [ -e {outside / 'free'} ]; do sleep 0.02; done
@@ -510,7 +510,7 @@ def results(project):
 
 @pytest.mark.parametrize('width', AREA)
 def test_the_area_is_this(results, project, width):
-    """A real Run, on machines that fake; its four running jobs have three lines."""
+    """A real Run on fake machines; its four running jobs have three lines."""
     machines = {'lab1': TWO_GPUS, 'lab2': TWO_GPUS, 'lab3': TWO_GPUS}
     lab = Lab(results, machines, ''.join(f'train {n}\n' for n in range(400)))
     silent = lab.workers.pop()
@@ -534,7 +534,7 @@ def test_the_area_is_this(results, project, width):
         screen = s.Screen(io.TextIOWrapper(io.BytesIO(), 'utf-8'), lambda *size: ())
         drawn.append('\n'.join(screen._text(row, width).plain.rstrip()
                                for row in board.rows(width, 24)))
-        raise KeyboardInterrupt             # all was seen
+        raise KeyboardInterrupt             # the test has seen all
         yield
 
     drawn = []

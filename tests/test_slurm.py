@@ -1,7 +1,7 @@
-"""Batches on a cluster: a real Slurm, whose login node is reached over ssh.
+"""Batches on a cluster: a real Slurm, with a login node that the client reaches over ssh.
 
-The cluster is that of clusters.py.  A job runs on a node, which has processes and a host name of
-its own, so nothing here can look for it from the login node.
+The cluster is the one of clusters.py.  A job runs on a node with its own processes and its own
+host name, so nothing can find the job from the login node.
 """
 import json
 import os
@@ -31,26 +31,26 @@ NODE = re.compile(r'n[1-9]\n')
 
 
 def cluster_of(cluster, **more):
-    """The machine file of a cluster, by a short name."""
+    """Write the machine file of a cluster under a short name, and return the name."""
     path = Path('cluster.yaml')
     path.write_text(Path(cluster.yaml(**more)).read_text())
     return path.name
 
 
 def journal():
-    """The events of the journal."""
+    """Return the events of the journal."""
     (path,) = (RESULTS / '.ssh_scheduler').glob('journal*')
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def jobs_folder(cluster):
-    """The folder of the files of jobs, as the login node and the nodes see it."""
+    """Return the folder of the files of jobs, as the login node and the nodes see it."""
     (folder,) = cluster.workdir.glob('*/jobs')
     return folder
 
 
 def assert_gone(cluster):
-    """Nothing of the batch is left on the cluster, and Slurm has no job of it that could run."""
+    """Assert that nothing of the batch is left on the cluster, and no job of it can still run."""
     wait_until(lambda: all(job.state in ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL',
                                          'PREEMPTED') for job in cluster.squeue()), 'all are over')
     left = [path for path in cluster.workdir.glob('*/*') if path.name != 'cache']
@@ -134,7 +134,7 @@ TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'LAG_S': 4, 'CANCEL_S':
 
 
 def hasty(**more):
-    """An environment in which the program waits for seconds where it waits for minutes."""
+    """Return an environment in which the program waits for seconds instead of minutes."""
     text = ssh_scheduler.REMOTE_ENGINE
     for name, seconds in TIMES.items():
         text, count = re.subn(rf'^{name}=[0-9]+', f'{name}={seconds}', text, flags=re.M)
@@ -143,7 +143,7 @@ def hasty(**more):
 
 
 def once(ledger, name='ran'):
-    """A command that notes that it ran, and that it did so once."""
+    """Return a command that adds a line to the ledger, once for each run."""
     return f'echo {name} >>{ledger}'
 
 
@@ -152,7 +152,7 @@ def ids(cluster):
 
 
 def submission(script):
-    """This stand-in for sbatch where a job is handed over, and the real one where it only asks."""
+    """Return this stand-in for sbatch, which leaves the --test-only calls to the real one."""
     return f'[[ " $* " != *" --test-only "* ]] || exec "$REAL" "$@"\n{script}'
 
 
@@ -184,7 +184,7 @@ def test_a_job_runs_once_whatever_sbatch_says(make_cluster, batches, ledger, lie
 
 @with_constants
 def test_the_fence_alone_lets_one_of_two_run_the_command(cluster, batches, ledger):
-    """Neither `singleton` nor scancel keeps them apart here: they run at the same moment."""
+    """Here neither `singleton` nor scancel keeps the two apart: they run at the same moment."""
     alone = clusters.ACCEPTED_TWICE.replace('"$@"', '"${@/--dependency=singleton/--quiet}"')
     cluster.wrap('sbatch', submission(alone))
     cluster.wrap('scancel', clusters.NOTHING)
@@ -213,7 +213,7 @@ def test_a_client_that_is_killed_loses_no_job(cluster, batches, ledger, moment):
 
 
 def ends():
-    """{job: exit status} of what the journal has of ends."""
+    """Return {job: exit status} of the ends in the journal."""
     return {event['job']: event['exit_code'] for event in journal() if event['event'] == 'ended'}
 
 
@@ -395,7 +395,7 @@ def test_the_time_limit_is_the_same_as_on_any_machine(cluster, batches, ledger):
 # ---- Where a job goes ----
 
 def full(cluster):
-    """Have other people's jobs take all of the cluster; return the id of that."""
+    """Fill the cluster with a job of other people; return its id."""
     number = cluster.sbatch('--nodes=2', '--exclusive', script='sleep 600')
     wait_until(lambda: any(job.id == number and job.state == 'RUNNING'
                            for job in cluster.squeue()), 'it is full')
@@ -432,7 +432,7 @@ def assert_gone_but(cluster, running):
 
 @with_constants
 def test_a_job_that_has_begun_does_not_come_back(cluster, lab, batches, ledger, gate):
-    """The client asks it back, since it has not heard yet that the job runs."""
+    """The client tries to take the job back: it does not know yet that the job runs."""
     machine = lab()
     slow = hasty(HASTY_S=5)
     slow['CRASH_SETTINGS'] = json.dumps({**json.loads(slow['CRASH_SETTINGS']), 'REFRESH_S': 5})
@@ -621,7 +621,7 @@ def test_a_shell_opens_on_the_node(cluster, run_cli, start_cli, project, gate):
 # ---- docs/cluster.md ----
 
 def test_the_transcript_of_the_page(make_cluster, lab, start_cli, project):
-    """The commands and lines are those of the page, but for names, numbers and times."""
+    """The commands and lines are those of the page, except names, numbers and times."""
     section = (Path(ssh_scheduler.__file__).parent / 'docs/cluster.md').read_text()
     transcript = section.split('```')[3].strip().splitlines()
     at = next(number for number, line in enumerate(transcript) if line.startswith('$ execute'))
@@ -655,7 +655,7 @@ def test_slurm_is_asked_once_for_each_job(cluster, batches):
     assert asked.pop('REQUEST_SUBMIT_BATCH_JOB') == 20
     lists = asked.pop('REQUEST_JOB_INFO', 0) + asked.pop('REQUEST_JOB_USER_INFO', 0)
     assert lists <= 2 + took_s / 15, asked
-    assert sum(asked.values()) <= 6, asked          # once for the batch: its settings, and a test
+    assert sum(asked.values()) <= 6, asked          # for the whole batch: settings, and a test
 
 
 def test_a_command_has_the_terminal_on_its_node(cluster, scheduler, client_env, project):

@@ -1,10 +1,10 @@
-"""What goes wrong on a cluster while the client lives, and while it is dead: a matrix.
+"""Faults of a cluster while the client lives, and while it is dead: a matrix.
 
-A job is brought to a state: it is being handed over, it waits in the queue, or it runs.  Then comes
-a fault of the cluster, of its login node or of the runner.  The client may have been killed before
-that, or ends by SIGKILL when it writes of what followed.  The same command is run again, until all
-is done.  Then the command of the job must have run once, or as often as is said here, and its exit
-status, what is said of it, and what is left on the cluster must be right.
+The test brings a job to a state: it is submitted, it waits in the queue, or it runs.  Then the
+cluster, its login node or the runner fails.  The client may have been killed before that, or is
+killed by SIGKILL when it writes a later event into the journal.  The test repeats the command until
+all is done.  Then the command of the job must have run once, or as often as the Fault has it, and
+its exit status, the messages about it, and what is left on the cluster must be right.
 """
 import contextlib
 import os
@@ -26,22 +26,22 @@ from batching import (
 )
 from test_slurm import cluster_of, ends, full, hasty, journal, once
 
-STATUS = 5                  # of the command, where it ends by itself
+STATUS = 5                  # of the command, if it exits by itself
 FINAL = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'PREEMPTED', 'OUT_OF_MEMORY')
 CONF = ('MessageTimeout=2',)
 IMPATIENT = {'RETRY_S': 0.2, 'LONGEST_RETRY_S': 1.0}
 
 
 class Case:
-    """One job on a cluster, which is brought to a state and then to its end.
+    """One job on a cluster, which a test brings to a state and then to its end.
 
-    Its command notes that it runs.  For the first time it waits for go() then.
+    Its command notes each run in the ledger.  The first run then waits for go().
     """
 
     def __init__(self, cluster, batches, gate, ledger, line='', options=(), machine=None):
         self.cluster, self.gate, self.ledger = cluster, gate, ledger
         self.machines = [cluster_of(cluster, **machine or {})]
-        self.said = []                      # what the runs that have ended said on stderr
+        self.said = []                      # the stderr of the clients that have ended
         self._batches, self._options, self._holder = batches, (*NO_GPU, *options), None
         self._line = f'{once(ledger)}; ' + (line.replace('{ledger}', str(ledger)) or (
             f'[ $(wc -l <{ledger}) != 1 ] || {gate.wait("go")}; exit {STATUS}'))
@@ -60,7 +60,7 @@ class Case:
         return self._batches.start([self._line, *more], self.machines, *self._options, env=env)
 
     def end(self, run, killed=False):
-        """Wait until it ends, by its own SIGKILL or because all is done."""
+        """Wait until the client ends, by its own SIGKILL or because all is done."""
         done = run.end()
         self.said.append(done.stderr)
         assert (done.returncode == -signal.SIGKILL) == killed, done
@@ -69,7 +69,7 @@ class Case:
     # -- the job
 
     def fill(self):
-        """Have the next job wait in the queue, until free()."""
+        """Fill the cluster, so that the next job waits in the queue until free()."""
         self._holder = full(self.cluster)
 
     def free(self):
@@ -88,7 +88,7 @@ class Case:
             wait_until(lambda: self.cluster.is_held('sbatch'), 'it is being handed over')
 
     def go(self):
-        """Let it go on to its end."""
+        """Let the job run to its end."""
         self.free()
         if self._waits:
             self._waits = False
@@ -121,12 +121,12 @@ class Case:
         login.start()
 
     def record(self):
-        """Wait until the job has told of its end."""
+        """Wait until the job has reported its end."""
         wait_until(lambda: [*self.cluster.workdir.glob('*/news/*.ended.*')]
                    or (RESULTS / 'batch.sh.1.out').exists(), 'it has told that')
 
     def calls(self, name, count):
-        """Wait until a stand-in was called so often from now on."""
+        """Wait until a stand-in was called this many more times."""
         before = len(self.cluster.calls(name))
         wait_until(lambda: len(self.cluster.calls(name)) >= before + count, f'{name} is called')
 
@@ -144,15 +144,15 @@ class Case:
 # ---- The faults ----
 
 class Fault(NamedTuple):
-    """What happens to a job in a state, and what must come of it."""
+    """What happens to a job in a state, and what must become of it."""
     state: str                              # handed, queued or running
     act: Callable
     status: int = STATUS                    # of the job, as the journal has it
     runs: int = 1                           # of its command
-    said: str = ''                          # what stderr must say; a regular expression
-    err: str = ''                           # what its .err must say
-    before: Optional[Callable] = None                      # what is done before there is a job
-    needs_client: bool = False              # act() waits for what a client does
+    said: str = ''                          # a regular expression for stderr
+    err: str = ''                           # the same for its .err
+    before: Optional[Callable] = None                      # runs before there is a job
+    needs_client: bool = False              # act() waits for an action of the client
     line: str = ''                          # the command, instead of the usual
     conf: tuple = ()
     cluster: dict = {}                      # settings of the Cluster
@@ -188,7 +188,7 @@ def take_controller_away(case):
 
 
 def list_is(script, times=3):
-    """A list that lies for a while."""
+    """Return an act() during which squeue is this script, for this many calls."""
     def act(case):
         case.cluster.wrap('squeue', script)
         case.calls('squeue', times)
@@ -225,7 +225,7 @@ def part_node(case):
 
 
 def lose_node_and_boot(case):
-    """The first run lives on while the second one is there, and is told to end at last."""
+    """The first run still lives while the second one runs; at last the first is stopped."""
     node = case.node
     case.cluster.part(node)
     case.cluster.lose(node)
@@ -358,7 +358,7 @@ def live(case, fault, moment):
     if moment and not comes_first:
         case.end(run, killed=True)
     if moment and moment != 'claimed' and not (comes_first and fault.needs_client):
-        # Where all is collected there is nothing to do, and what is left stays for the next run.
+        # With all collected, a run has nothing to do and does not tidy up: it gets one more line.
         run = case.start(more=['true'] if moment == 'collected' else [])
     return case.end(run)
 
@@ -373,8 +373,8 @@ def check(case, fault, moment):
     case.assert_gone()
 
 
-# '' and the moments at which the client is killed, too.  With SLURM_FAULTS=all each fault is tried
-# with all of them, which takes 10 minutes.  Of the others tests/test_slurm.py has cases of its own.
+# The moments at which the client is killed; '': it is not killed.  SLURM_FAULTS=all tries each
+# fault with all of them, which takes 10 minutes.  tests/test_slurm.py has cases of the others.
 MATRIX = {
     'runner killed': ('queued',), 'controller frozen': ('collected',), 'list empty': ('',),
     'node lost, then back': ('',), 'preempted': ('running',),
@@ -403,7 +403,7 @@ def test_a_fault_of_a_cluster(make_cluster, batches, gate, ledger, name, moment)
 # ---- While a job is handed over ----
 
 HANDED = Fault('handed', go)
-# The question whether Slurm would refuse such jobs comes before all this.
+# Before that, the runner asks Slurm with --test-only whether it would refuse such jobs.
 LATER = '[[ " $* " != *" --test-only "* ]] || exec "$REAL" "$@"\n'
 
 
@@ -437,7 +437,7 @@ def test_a_fault_while_a_job_is_handed_over(make_cluster, batches, gate, ledger,
 @with_constants
 def test_another_login_node_leaves_jobs_to_the_one_that_began_them(
         make_cluster, batches, gate, ledger):
-    """The journal knows a machine by its address, so it does not know that it is the same."""
+    """The journal knows a machine by its address, so another login node is a new machine."""
     cluster = make_cluster(conf=CONF)
     with cluster.another_login() as other:
         case = Case(cluster, batches, gate, ledger)
@@ -531,12 +531,12 @@ def test_an_account_that_may_have_few_jobs_in_the_queue(make_cluster, batches, g
                'two were not taken')
     before = cluster.rpcs()
     wait_until(lambda: cluster.rpcs()['REQUEST_JOB_INFO'] >= before['REQUEST_JOB_INFO'] + 3, 'time')
-    assert cluster.rpcs()['REQUEST_SUBMIT_BATCH_JOB'] == 4      # they are not tried again and again
+    assert cluster.rpcs()['REQUEST_SUBMIT_BATCH_JOB'] == 4      # no repeats
     for _ in range(4):
         gate.open('go')
     done = run.end()
     assert done.returncode == 0 and sorted(ledger.read_text().split()) == [*'0123'], done.stderr
-    assert len(cluster.calls('sbatch')) <= 1 + 4 + 3            # one is the question before all
+    assert len(cluster.calls('sbatch')) <= 1 + 4 + 3            # one is --test-only
     Case(cluster, batches, gate, ledger).assert_gone()
 
 

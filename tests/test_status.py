@@ -1,4 +1,4 @@
-"""execute_batch --status: what it shows of a batch, and the small functions that it is made of."""
+"""execute_batch --status: what it shows of a batch, and the small functions behind it."""
 import fcntl
 import json
 import os
@@ -76,7 +76,7 @@ def test_a_last_line_is_fit_for_a_terminal_and_does_not_depend_on_what_is_before
 
 def test_only_the_end_of_a_file_is_read(tmp_path):
     with open(tmp_path / 'out', 'wb') as file:
-        file.truncate(10**11)           # a hole: to read it all would take minutes
+        file.truncate(10**11)           # a hole: reading it all takes minutes
         file.seek(0, os.SEEK_END)
         file.write(b'\nthe last\n')
     assert s.last_line_of(tmp_path / 'out') == 'the last'
@@ -250,7 +250,7 @@ def status_of(run_cli, *options, batch='batch.sh'):
 
 
 def rows_of(lines):
-    """{job: its other cells, as the head's columns begin} of a table in the lines."""
+    """Return {job: its other cells} of a table in the lines, split like the head."""
     head = next(line for line in lines if line.startswith('job '))
     starts = [match.start() for match in re.finditer('(last line|\\S+)', head)]
     table = lines[lines.index(head) + 1:]
@@ -313,7 +313,7 @@ def test_a_batch_while_it_runs_after_a_kill_and_at_the_end(batches, run_cli, lab
     assert rows['.2'][2].endswith(' ago') and code == 1
     assert json.loads(status_of(run_cli, '--json', '--running')[1][0])['client'] is None
 
-    batch = batches.start(lines[1:], [machine])     # the first line is gone, the others have moved
+    batch = batches.start(lines[1:], [machine])     # the first line is gone, the others moved up
     batch.until('running: batch.sh.2')
     gate.open('a')
     assert batch.end().returncode == 0
@@ -343,7 +343,7 @@ def test_a_name_of_its_own_is_whole_and_another_batch_is_named(batches, run_cli,
 # ---- Made-up journals ----
 
 class Made:
-    """A job_results as a run would leave it, for batch.sh, with times of our choice."""
+    """A job_results as a run of batch.sh would leave it, with times that the test chooses."""
 
     def __init__(self, *commands, identity=True):
         Path('batch.sh').write_text(''.join(f'{command}\n' for command in commands))
@@ -375,7 +375,7 @@ class Made:
         (RESULTS / f'batch.sh.{line}.err').write_text(err)
 
     def hold(self, computer=None, run='\nbatch.sh\n'):
-        """Have the lock, as a client of the batch; return the open file.
+        """Take the lock, as a client of the batch does; return the open file.
 
         run: what an older version wrote, or, with a third line, its options for hardware
         """
@@ -431,9 +431,9 @@ all commands: python3 train.py … --seed 1
 
 
 def shown_at(scheduler, env, *options, columns=80, **more):
-    """Return what a terminal is sent, with [] for red; the process's id is PID.
+    """Return what the terminal receives, with [] for red and PID for this process's id.
 
-    The first line is without the blanks that break it between words: they depend on that id.
+    The first line is without the blanks at which it wraps: they depend on the length of that id.
     """
     argv = ('execute_batch', 'batch.sh', '--status', *options)
     env = {**env, 'TERM': 'xterm', **more}
@@ -484,11 +484,11 @@ def test_a_client_elsewhere_and_one_that_has_ended(made, run_cli):
     with made.hold(computer='lab9'):
         assert re.fullmatch(rf'a client runs on lab9 since \d\d:\d\d \(process {os.getpid()}\), '
                             '1 running, 3 waiting', status_of(run_cli)[1][0])
-    # Where locks do not cross the network.
+    # The lock is free, as where locks do not cross the network.
     assert re.fullmatch(
         rf'a client was started on lab9 at \d\d:\d\d \(process {os.getpid()}\); only --status '
         f'on that computer tells whether it still runs{rest}', status_of(run_cli)[1][0])
-    with subprocess.Popen(['sleep', '1000']) as other:      # the number is another's by now
+    with subprocess.Popen(['sleep', '1000']) as other:      # another process has the id
         (made.inner / 'lock').write_text(f'process {other.pid} on {os.uname().nodename}\n')
         first = status_of(run_cli)[1][0]
         other.kill()
@@ -526,7 +526,7 @@ def test_the_time_left_is_told_as_by_the_client_while_it_runs(project, run_cli):
     (['--of-a-later-version'], (), ['', '']), ('x', (), ['', '']), (None, (), ['', '']),
     (None, ('--num-gpus=3',), ['3 GPUs of its own', '2 GPUs of its own'])])
 def test_a_job_that_waits_tells_what_it_needs(project, run_cli, asked, options, needs):
-    """As the client that runs it, or ran it last, was told."""
+    """By the options of the client that runs the batch, or ran it last."""
     made = Made('a', "execute_remote --num-gpus 2 'b'")
     for _ in range(2):
         with made.hold(run=f'\nbatch.sh\n{json.dumps(asked)}\n'):
@@ -537,7 +537,7 @@ def test_a_job_that_waits_tells_what_it_needs(project, run_cli, asked, options, 
 
 
 def test_output_of_an_earlier_attempt_is_not_shown(made, run_cli):
-    old = time.time() - 8000        # before its claim, as where a file server's clock is behind
+    old = time.time() - 8000        # before its claim: a file server's clock may be behind
     os.utime(RESULTS / 'batch.sh.2.out', (old, old))
     assert 'epoch 57' in ' '.join(status_of(run_cli)[1])
     made.claim(2, attempt=2)
@@ -585,7 +585,7 @@ def test_what_older_versions_left(project, run_cli):
 
 
 def test_no_lock_is_taken(made, scheduler, client_env):
-    """A client that starts while --status looks must not find the folder in use."""
+    """A client that starts while --status reads must not find the folder in use."""
     with open(made.inner / 'lock', 'w') as lock:
         lock.write(f'process {os.getpid()} on {os.uname().nodename}\nbatch.sh\n')
         lock.flush()
@@ -649,7 +649,7 @@ def test_watch_shows_the_next_of_those_that_wait(project, scheduler, client_env)
         assert terminal.end() == 1
     lines = terminal.said.decode().split('2J')[1].split('\r\n')
     assert [line.split(' ')[0] for line in lines[2:8]] == ['.1', '.2', '.3', '.4', '.5', '…']
-    # Of the two long lines each takes two rows of the screen, and the cursor has one.
+    # Each of the two long lines takes two rows of the screen, and the cursor takes one.
     assert sum(len(line) > 50 for line in lines) == 1 and len(lines) == 11
 
 

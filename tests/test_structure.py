@@ -13,7 +13,7 @@ MEASURE = runpy.run_path(str(ROOT / '.ci' / 'measure'))
 
 
 def broken(findings):
-    """Return {(kind, name): value} of what is above its limit; of equal names the largest."""
+    """Return {(kind, name): value} of the findings above a limit; of equal names the largest."""
     above = sorted((one for one in findings if one.breaks), key=lambda one: one.value)
     return {(kind, name): value for kind, name, value, _ in above}
 
@@ -26,7 +26,7 @@ def test_nothing_is_above_the_limits(name):
 
 @pytest.mark.parametrize('name', ['ssh_scheduler.py', 'combine_folders.py', 'results_table.py'])
 def test_no_name_of_a_file_has_two_meanings(name):
-    """The second would be that of all functions, also of those above it."""
+    """The second meaning would hold in all functions, also in those above it."""
     bound = collections.Counter()
     for node in ast.parse((ROOT / name).read_text(encoding='utf-8')).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -48,7 +48,7 @@ def test_each_fault_that_is_planted_has_its_place(fault):
 
 
 def measured(text, starter='Inner', writer='Outer'):
-    """Return {(kind, name): value} of what a made-up source breaks."""
+    """Return {(kind, name): value} of the limits that a made-up source breaks."""
     return broken(MEASURE['measure'](MEASURE['Source'](text), starter, writer))
 
 
@@ -69,7 +69,7 @@ def bash(name, lines):
     return f"REMOTE = r'''\n{name}() {{\n" + '  :\n' * (lines - 2) + "}\n'''\n"
 
 
-@pytest.mark.parametrize('text, expected', [      # the first of two keeps the limit
+@pytest.mark.parametrize('text, expected', [      # of two, the first keeps the limit
     ('class Long:\n' + '    x = 1\n' * 299, {}),
     ('class Long:\n' + '    x = 1\n' * 300, {('class lines', 'Long'): 301}),
     (many_attributes(14), {}),

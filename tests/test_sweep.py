@@ -1,7 +1,6 @@
 """A whole sweep with scikit-learn on two machines, by the commands of docs/results.md.
 
-From the batch file to CSV, to LaTeX, to a page, and to the same job once more after the code has
-changed.
+From the batch file to CSV, to LaTeX, to a page, and to a repeated job after the code has changed.
 """
 import csv
 import json

@@ -1,4 +1,4 @@
-"""--sync-back: what running jobs write comes again and again; real sshds, rsyncs and jobs."""
+"""--sync-back fetches the files of running jobs repeatedly; real sshds, rsyncs and jobs."""
 import contextlib
 import json
 import os
@@ -33,7 +33,7 @@ def partial(job, *below):
 
 
 def text_of(path):
-    """What a file has; nothing while it is not there."""
+    """Return the text of a file, '' if it does not exist."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return path.read_text()
     return ''
@@ -44,7 +44,7 @@ def shows(path, text):
 
 
 def warning(batch):
-    """The next line on stderr."""
+    """Return the next line on stderr."""
     assert rig.wait_readable(batch.process.stderr.fileno()), 'no warning came'
     return batch.process.stderr.readline()
 
@@ -54,7 +54,7 @@ def nothing_left():
 
 
 def fetches(machine):
-    """Have a machine note each rsync that fetches; return the file with their arguments."""
+    """Make a machine note each rsync that fetches; return the file with their arguments."""
     log = machine.folder / 'fetches'
     log.touch()
     machine._script('rsync', f'#!/bin/bash\n[[ " $* " != *" --sender "* ]] || echo "$*" >>{log}\n'
@@ -72,7 +72,7 @@ def test_files_appear_and_grow_and_are_replaced_by_the_results(batches, machine,
     shows(log, 'one\n')
     assert not partial('batch.sh.1', 'other').exists()
     assert stat.S_IMODE(partial('batch.sh.1').stat().st_mode) == s.new_folder_mode()
-    with open(log) as reader:           # as TensorBoard has it
+    with open(log) as reader:           # as TensorBoard keeps it open
         assert reader.read() == 'one\n'
         gate.open('grow')
         wait_until(lambda: os.fstat(reader.fileno()).st_size == 8, 'that the open file grows')
@@ -106,7 +106,7 @@ def test_what_a_job_removes_goes_here_too(batches, lab1, gate):
 
 
 def test_one_rsync_for_all_jobs_of_a_machine_over_its_login(batches, lab, gate, outside, ledger):
-    """Once all of them run, one more rsync brings what all of them wrote since the last one."""
+    """Once all jobs run, one more rsync fetches all that they wrote since the last one."""
     machine, free, one_more = lab(), outside / 'free', outside / 'one more'
     free.touch()
     machine._script('rsync', f"""#!/bin/bash
@@ -148,7 +148,7 @@ def test_files_with_odd_names(batches, lab1, gate):
 
 @as_root
 def test_what_a_job_has_shut(batches, lab, gate):
-    """Its owner may not write it here either, and yet it grows."""
+    """The owner may not write the file on the machine, and yet the copy here grows."""
     machine = lab(uid=12345)
     batch = batches.start([f'mkdir runs; umask 0377; echo x >runs/log; chmod 500 runs; '
                            f'{gate.wait("go")}; chmod 700 runs; chmod 600 runs/log; '
@@ -197,7 +197,7 @@ def test_of_a_job_that_fails_and_one_that_is_cancelled(batches, lab1, gate):
 
 @pytest.mark.parametrize('syncs', [True, False])
 def test_after_a_client_was_killed(batches, lab1, gate, syncs):
-    """The next run removes what the last one had, and continues if it is told to."""
+    """The next run removes the files of the last one, and with --sync-back fetches new ones."""
     batch = batches.start([f'mkdir runs; echo x >runs/log; {gate.wait("end")}'], [lab1], *SYNC)
     log = partial('batch.sh.1', 'runs/log')
     shows(log, 'x\n')
@@ -251,7 +251,7 @@ def test_contact_that_is_lost_and_found(batches, lab, gate):
 # ---- It holds nothing up ----
 
 def slow_fetches(machine, awaited):
-    """Have each rsync of --sync-back on a machine hang; `awaited` appears when one does."""
+    """Make each rsync of --sync-back on a machine hang; `awaited` appears when one does."""
     machine._script('rsync', f"""#!/bin/bash
 if [[ " $* " == *" --sender "* && " $* " == *" --delete"* ]]; then
     touch {awaited}
@@ -262,7 +262,7 @@ exec {rig.program('rsync')} "$@"
 
 
 def rsyncs(client_home):
-    """The pids of the rsyncs of --sync-back that run here."""
+    """Return the pids of the rsyncs of --sync-back that run here."""
     return [pid for pid in rig.knowing(client_home)
             if re.match(r'rsync .* --inplace ', rig.cmdline(pid))]
 
@@ -276,7 +276,7 @@ def test_results_do_not_wait_for_it(batches, lab, gate, outside, client_home):
     wait_until(awaited.exists, 'an rsync that hangs')
     hanging = rsyncs(client_home)
     gate.open('end')
-    assert hanging and all(rig.ends(pid) for pid in hanging)  # else it has 600 s
+    assert hanging and all(rig.ends(pid) for pid in hanging)  # else the limit is 600 s
     wait_until((RESULTS / 'batch.sh.1/runs/log').exists, 'the results')
     gate.open('other')
     done = batch.end()
@@ -319,7 +319,7 @@ def test_to_leave_the_jobs_does_not_wait_for_it(
     line = f'mkdir runs; echo x >runs/log; {gate.wait("end")}'
     at = Terminal([sys.executable, scheduler, *argv_of([line], [machine], SYNC)], env=client_env)
     try:
-        at.until(lambda _: text_of(partial('batch.sh.1', 'runs/log')) == 'x\n')    # it is drawn
+        at.until(lambda _: text_of(partial('batch.sh.1', 'runs/log')) == 'x\n')    # it was fetched
         slow_fetches(machine, awaited)
         at.until(lambda _: awaited.exists())
         hanging, began = rsyncs(client_home), time.monotonic()
@@ -330,7 +330,7 @@ def test_to_leave_the_jobs_does_not_wait_for_it(
         assert hanging and time.monotonic() - began < 25        # FAREWELL_S is 30
     finally:
         at.close()
-    assert partial('batch.sh.1', 'runs/log').read_text() == 'x\n'      # to look at
+    assert partial('batch.sh.1', 'runs/log').read_text() == 'x\n'      # for the user to look at
     machine._script('rsync', f'#!/bin/bash\nexec {rig.program("rsync")} "$@"\n')
     gate.open('end')
     assert batches.run(None, [machine], *SYNC).returncode == 0
@@ -450,7 +450,7 @@ def test_a_link_in_the_place_of_what_is_asked_for(batches, lab1, gate):
 
 @pytest.mark.parametrize('attack', ATTACKS)
 def test_a_hostile_rsync(batches, lab, canary, gate, tmp_path, attack):     # noqa: F811
-    """It sends what nobody asked for, to a client that trusts it, while the job runs."""
+    """It sends files that the client, which trusts it, did not ask for, while the job runs."""
     machine, told = lab(), tmp_path / 'told'
     entries = json.loads(json.dumps(ATTACKS[attack][0]).replace('{canary}', str(canary)))
     sends(entries)(machine)
@@ -500,7 +500,7 @@ def test_partials_remove_only_what_they_made(project):
     RESULTS.mkdir()
     partials = s.Partials('job_results', 'job_results/.ssh_scheduler')
     assert partials.open('a') == partials.open('a') == 'job_results/a.partial'
-    partial('a').rename('moved')                # and the user makes another of that name
+    partial('a').rename('moved')                # and the user makes a new one
     partial('a').mkdir()
     assert partials.open('a') is None
     partials.remove('a')
