@@ -1,4 +1,4 @@
-"""Command lines -> options: the usage texts are what docopt parses, so they are tried as such."""
+"""Command lines -> options: docopt parses the usage texts, so the tests use these texts."""
 import contextlib
 import io
 import itertools
@@ -32,7 +32,7 @@ HELP = {**USAGES, **OTHER_USAGES, 'ssh_scheduler': ssh_scheduler.OVERVIEW,
         'combine_folders': combine_folders.USAGE, 'results_table': results_table.USAGE}
 POSITIONALS = {'execute_batch': '<batch>', 'execute_remote': '<command>', 'execute_to': '<command>'}
 LISTS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards')
-# What a shell can hand over: no NUL; bytes that are no UTF-8 come as lone surrogates.
+# Words that a shell can pass: no NUL; bytes that are not UTF-8 arrive as lone surrogates.
 WORDS = st.text(st.characters(blacklist_characters='\0', blacklist_categories=()), max_size=12)
 PATHS = WORDS.filter(lambda word: word == '-' or word and not word.startswith('-'))
 
@@ -48,7 +48,7 @@ def read(line):
 
 
 def said(line):
-    """Return what a command line says: its options that were given, and its positional."""
+    """Return the options that a command line gives, and its positional."""
     options, command = read(line), (line if isinstance(line, list) else line.split())[0]
     positional = POSITIONALS[command]
     return {positional: options[positional], **{name: options[name] for name in options.given}}
@@ -120,14 +120,14 @@ OTHERS = [
     ('execute_batch b --machines=a b', {'<batch>': 'b', '--machines': ('a', 'b')}),
     ('execute_batch b --copy-forwards - --machines a',
      {'<batch>': 'b', '--copy-forwards': ('-',), '--machines': ('a',)}),
-    # a list without words is none at all, which is not the same as no list
+    # a list without words is empty, which differs from no list
     ('execute_batch b --machines a --copy-forwards',
      {'<batch>': 'b', '--machines': ('a',), '--copy-forwards': ()}),
     ('execute_batch --copy-forwards --copy-backwards --machines a -- b',
      {'<batch>': 'b', '--copy-forwards': (), '--copy-backwards': (), '--machines': ('a',)}),
     ('execute_batch b --exclude= --machines a',
      {'<batch>': 'b', '--exclude': (), '--machines': ('a',)}),
-    # -- ends it
+    # -- ends a list
     ('execute_batch --machines a b -- c', {'<batch>': 'c', '--machines': ('a', 'b')}),
     ('execute_batch --machines -- c', {'<batch>': 'c', '--machines': ()}),
     ('execute_batch --machines a -- --dry-run', {'<batch>': '--dry-run', '--machines': ('a',)}),
@@ -147,7 +147,7 @@ OTHERS = [
     ('execute_remote --job-name --help x', {'<command>': 'x', '--job-name': '--help'}),
     ('execute_remote --machine=a=b x', {'<command>': 'x', '--machine': 'a=b'}),
     ('execute_batch --num-cpus 3 b', {'<batch>': 'b', '--num-cpus': '3'}),
-    # of the commands that run one thing
+    # commands that run one thing
     ("execute_remote --machine lab1 --stdin -- 'cat'",
      {'<command>': 'cat', '--machine': 'lab1', '--stdin': True}),
     ('execute_remote --attach name', {'<command>': None, '--attach': 'name'}),
@@ -180,7 +180,7 @@ def test_a_command_line_says(line, expected):
 
 @pytest.mark.parametrize(('line', 'expected'), SPEC + OTHERS)
 def test_an_option_takes_its_value_with_or_without_equals(line, expected):
-    """Each --option=word of the tables may be written --option word, and means the same."""
+    """Each --option=word of the tables means the same as --option word."""
     words = split(line)
     end = words.index('--') if '--' in words else len(words)
     apart = [part for word in words[:end]
@@ -202,7 +202,7 @@ def test_the_defaults_stand_in_the_usage_text():
 
 
 def test_every_option_of_a_usage_text_is_known():
-    """What docopt finds in the text is what spell_out knows, so that neither knows more."""
+    """docopt and spell_out find the same options in a text."""
     for command, usage in USAGES.items():
         names = set(re.findall(r'(?<![\w-])--[a-z][a-z-]+', usage))
         assert names == {name for name in ssh_scheduler.option_kinds(usage) if name[:2] == '--'}
@@ -211,7 +211,7 @@ def test_every_option_of_a_usage_text_is_known():
 
 # ---- README and docs/ ----
 
-ALONE = {'--init'}      # with it a command names no machine by --machines
+ALONE = {'--init'}      # a command with it has no --machines
 
 
 def shown_lines():
@@ -246,7 +246,7 @@ def test_a_command_line_of_the_pages_is_understood(line):
     except ssh_scheduler.HelpAsked:     # --help and --version
         return
     command = line.split()[0]
-    if command == 'execute_remote':     # in a batch file, it names no machine
+    if command == 'execute_remote':     # in a batch file, the line names no machine
         assert options['<command>'] or options['--attach'] or options['--shell']
     else:
         assert options['--machines'] or options.given & {'--status', '--cancel', '--what',
@@ -284,34 +284,34 @@ def test_a_command_line_of_the_pages_is_understood(line):
     (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is given twice.'),
 ])
 def test_a_wrong_command_line_is_named(words, expected):
-    if expected is None:                # the word is taken back from the list in front of the --
+    if expected is None:                # the word comes from the list before the --
         assert ssh_scheduler.read_options(USAGES['execute_batch'], words)['<batch>'] == 'a'
     else:
         assert complaint(*words) == expected
 
 
 @pytest.mark.parametrize(('word', 'expected'), [
-    # an abbreviation is what it begins, however much longer that is
+    # an abbreviation means the option that begins with it, however long
     ('--no-gpu', ['--no-gpu-required']), ('--nogpu', ['--no-gpu-required']),
     ('--no_gpu', ['--no-gpu-required']), ('--no-reserve', ['--no-reserve-gpu']),
     ('--memory', ['--memory-required']), ('--gpu', ['--gpu-memory-required', '--gpu-utilization']),
     ('--mem', ['--memory-required']), ('-v', ['--verbose', '--version']),
-    # or a part of it
+    # or that contains it
     ('--gpus', ['--num-gpus']), ('--cpus', ['--num-cpus']),
     ('--forwards', ['--copy-forwards', '--link-forwards']),
-    # in whatever order
+    # in any order
     ('--no-gpu-reserve', ['--no-reserve-gpu']), ('--required-memory', ['--memory-required']),
     # with typing errors
     ('--no-gpus', ['--no-gpu-required']), ('--nom-gpus', ['--num-gpus']),
     ('--machnies', ['--machines']), ('--dryrun', ['--dry-run']),
-    # the opposite is no help, nor is anything
+    # no suggestion: neither the opposite nor a word unlike all options
     ('--no-timeout', []), ('--no_timeout', []), ('--notimeout', []), ('--no-nice', []),
     ('--live', []), ('--no-copy-forwards', []), ('--zebra', []), ('-x', []), ('--', []), ('-', []),
 ])
 def test_the_nearest_word_is_one_that_may_be_meant(word, expected):
     known = ssh_scheduler.option_kinds(ssh_scheduler.EXECUTE_BATCH_USAGE)
     assert set(expected) <= set(known)
-    # each stands alone, so it has its own
+    # each file stands alone, so it has its own function
     for module in (ssh_scheduler, combine_folders, results_table):
         assert module.nearest(word, known) == (
             f' (did you mean {" or ".join(expected)}?)' if expected else '')
@@ -367,7 +367,7 @@ def test_a_bad_number_is_named(words, expected):
 @pytest.mark.parametrize(('words', 'expected'), [
     ('--num-cpus=0.25', {'cores': 0.25}),
     ('--memory-required=0', {'memory_mb': 0}),
-    ('--memory-required=10.5', {'memory_mb': 11}),      # never less than was asked for
+    ('--memory-required=10.5', {'memory_mb': 11}),      # never less than requested
     ('--gpu-memory-required 0', {'gpu_memory_mb': 0}),
     ('--memory-required=8G', {'memory_mb': 8192}),
     ('--memory-required 1.5gb', {'memory_mb': 1536}),
@@ -414,7 +414,7 @@ def test_any_time_with_units_is_read(parts, blank, upper):
 @ANY
 @given(text=st.text('0123456789.dhmsKMGTBi -+e_٣\u212a\u017f', max_size=8) | WORDS)
 def test_any_text_is_a_size_or_a_time_or_neither(text):
-    """What has no unit is the number that it was before there were units."""
+    """A text without a unit is a plain number, as before there were units."""
     try:
         plain = float(text)
     except ValueError:
@@ -630,7 +630,7 @@ def test_each_help_ends_with_an_example_that_is_read():
 
 @pytest.mark.parametrize('option', ['--timeout', '--nice', '--cancel', '--copy-forwards'])
 def test_the_help_gives_the_reason_where_commands_differ(option):
-    """A word of the reason stands with the option, or for execute_to where it has no such one."""
+    """Each command's help gives its own reason; execute_to's also where it lacks the option."""
     reasons = {'--timeout': ('counts as failed', 'its exit code', 'no machine delays'),
                '--nice': ('people at the machine', 'a person waits', 'a person waits'),
                '--cancel': ('Without a name: all', 'may have many', 'nothing to cancel'),

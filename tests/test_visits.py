@@ -19,7 +19,7 @@ from test_jumps import at, ssh_config  # noqa: F401
 import ssh_scheduler as s
 
 JOB = ('--detach', '--copy-forwards', '--job-name', 'job')
-# What a shell has of its own, and what belongs to a job; a terminal has more of the first.
+# Variables that a shell sets itself, more of them on a terminal, and those of one job.
 OWN = {'PWD', 'OLDPWD', 'SHLVL', '_', 'TERM', 'SSH_SCHEDULER_ID', 'BASH_ENV', 'SSH_CLIENT',
        'SSH_CONNECTION', 'SSH_TTY'}
 
@@ -35,7 +35,7 @@ def command(start_cli, project):
 
 @pytest.fixture
 def shell(command):
-    """Have a shell beside a job run a text; shell(text, name) -> Running that has ended."""
+    """Run a text in a shell beside a job: shell(text, name) -> Running that has ended."""
     def run(text, name='job', *words):
         visit = command('--shell', name, *words, stdin=subprocess.PIPE)
         visit.process.stdin.write(text.encode())
@@ -47,7 +47,7 @@ def shell(command):
 
 @pytest.fixture
 def terminal(scheduler, client_env, project):
-    """Open a shell at a terminal of its own: terminal(name) -> Terminal."""
+    """Open a shell on its own terminal: terminal(name) -> Terminal."""
     with contextlib.ExitStack() as ends:
         yield lambda *words: ends.enter_context(
             at_terminal(scheduler, client_env, 'execute_remote', '--shell', *words))
@@ -59,26 +59,26 @@ def machine(request):
 
 
 def variables(text):
-    """{name: value} of what `env -0` printed, without what is a shell's own."""
+    """Return {name: value} of the output of `env -0`, without a shell's own variables."""
     entries = (entry.partition('=')[::2] for entry in text.split('\0') if '=' in entry)
     return {name: value for name, value in entries if name not in OWN}
 
 
 def with_job(command, machine, text, *words):
-    """Start a job that nobody watches."""
+    """Start a job that no client watches."""
     done = command('--machine', word(machine), *JOB, *words, '--', text).end()
     assert done.status == 0, done
 
 
 def refused(shell):
-    """The one sentence of a shell that cannot be had."""
+    """Return the one sentence with which a shell is refused."""
     visit = shell('echo ran')
     assert (visit.status, visit.out, len(visit.notes)) == (2, b'', 1)
     return visit.notes[0]
 
 
 def without_job(command, name='job'):
-    """Cancel it."""
+    """Cancel the job."""
     assert command('--cancel', name).end().status == 0
 
 
@@ -99,7 +99,7 @@ def test_it_has_the_folder_and_the_environment_of_the_job(command, shell, machin
 
 def test_it_has_the_gpus_and_the_setup_of_a_job_of_a_batch(
         batches, shell, lab, gate, outside, ledger):
-    """The client runs and has the lock; the start file of the login chooses otherwise."""
+    """The client runs and has the lock; the start file of the login sets other values."""
     machine = lab(gpus=rig.fake_gpus(2), startup={'.bashrc': '''
         export CUDA_VISIBLE_DEVICES=9 CHOSEN=login ONLY_LOGIN=1
         hello() { echo "hello $CHOSEN"; }
@@ -155,9 +155,9 @@ def test_a_typed_interrupt_is_the_shells(command, terminal, machine):
     with_job(command, machine, 'sleep 1000')
     at = terminal('job')
     at.until(rb'\(job\) ')
-    sleep = f'sleep 1000.{os.getpid()}'         # no other run of these tests has that
+    sleep = f'sleep 1000.{os.getpid()}'         # unique among runs of these tests
     at.type(f'HISTFILE=; (exec {sleep})\n'.encode())
-    # A bash that is about to become something else forgets that it was interrupted.
+    # A bash that is about to exec another program forgets that it was interrupted.
     wait_until(lambda: any(rig.cmdline(pid) == sleep for pid in rig.pids()), 'the sleep')
     at.type(b'\x03')
     at.type(b'echo "go"es on; exit 5\n')
@@ -184,7 +184,7 @@ def test_to_cancel_the_job_leaves_the_shell(command, terminal, machine, ledger):
 
 
 def test_the_end_of_the_job_does_not_wait_for_the_shell(batches, terminal, lab, gate, ledger):
-    """What the shell has started is not named as left by the job; the next job runs, too."""
+    """Processes of the shell are not reported as the job's; the next job starts, too."""
     machine = lab(cores=1)
     batch = batches.start([f'echo ran >>{ledger}; {gate.wait("end")}; echo made >made',
                            f'ls; {gate.wait("next")}'],
@@ -220,7 +220,7 @@ def test_beside_a_job_whose_client_was_killed(batches, shell, lab1, gate, ledger
 
 @pytest.mark.parametrize('how', ['exec', 'limit', 'tty'])
 def test_beside_jobs_of_other_kinds(command, shell, scheduler, client_env, lab1, ledger, how):
-    """One that is another program by now, without any mark; with a time limit; at a terminal."""
+    """A job that became another program, without any mark; with a time limit; on a terminal."""
     bare = 'for fd in $(ls /proc/$$/fd); do ((fd < 3)) || eval "exec $fd>&-"; done; exec sleep 1000'
     text = f"echo $$ >>{ledger}; export OF_JOB=1; exec env -i OF_JOB=2 /bin/bash -c '{bare}'"
     if how == 'tty':
@@ -235,7 +235,7 @@ def test_beside_jobs_of_other_kinds(command, shell, scheduler, client_env, lab1,
     with_job(command, lab1, *([text] if how == 'exec' else [
         f'echo $$ >>{ledger}; sleep 1000', '--timeout=1h']))
     wait_until(lambda: ledger.read_text(), 'the job')
-    if how == 'exec':       # until then it has the environment of the bash that it was
+    if how == 'exec':       # until then it is bash, with its environment
         pid = int(ledger.read_text())
         wait_until(lambda: rig.read_proc(pid, 'comm') == b'sleep\n', 'the other program')
     visit = shell('echo "$OF_JOB $SSH_SCHEDULER_JOB"')
@@ -278,7 +278,7 @@ def test_no_such_job(shell, project):
 
 def test_a_job_that_has_ended(command, shell, lab1, ledger, gate):
     with_job(command, lab1, f'{gate.wait("go")}; echo ran >>{ledger}')
-    gate.open('go')         # its client has left, and would have fetched its results
+    gate.open('go')         # no client is there to fetch its results
     wrote(ledger, 'ran')
     jobs = lab1.home / '.ssh_scheduler' / s.project_name() / 'jobs'
     wait_until(lambda: any('#ended' in path.read_text() for path in jobs.glob('job.1-*')
@@ -304,7 +304,7 @@ def test_a_job_that_was_cancelled(command, shell, lab1):
 
 
 def test_a_job_whose_files_are_copied(batches, shell, lab, gate, ledger):
-    """It was sent, and its machine has not begun it: its worker waits for its files."""
+    """The job was sent, but has not begun: its process on the machine waits for its files."""
     machine = lab()
     real = rig.program('cp')
     machine._script('cp', f'#!/bin/bash\necho cp >>{ledger}\n{gate.wait("cp")}\nexec {real} "$@"\n')
@@ -347,7 +347,7 @@ def test_a_machine_without_room_for_the_files_of_a_shell(command, shell, lab):
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root has machines of another uid')
 def test_a_job_whose_environment_is_closed(command, shell, lab, ledger):
-    """As of a program that has become another user."""
+    """As that of a program that has become another user."""
     machine = lab(uid=12345)
     with_job(command, machine, 'exec python3 -c "import ctypes, time; ctypes.CDLL(None).prctl('
              f"4, 0, 0, 0, 0); open('{ledger}', 'a').write('up\\n'); time.sleep(1000)\"")
@@ -416,7 +416,7 @@ def test_a_shell_that_is_told_to_end(command, lab1, ledger):
 def test_a_shell_that_reads_a_pipe_is_interrupted_with_what_it_runs(command, machine, ledger):
     with_job(command, machine, 'sleep 1000')
     visit = command('--shell', 'job', stdin=subprocess.PIPE)
-    sleep = f'sleep 1001.{os.getpid()}'         # no other run of these tests has that
+    sleep = f'sleep 1001.{os.getpid()}'         # unique among runs of these tests
     visit.process.stdin.write(f'echo $$ >>{ledger}; {sleep}\n'.encode())
     visit.process.stdin.flush()
     wait_until(lambda: any(rig.cmdline(pid) == sleep for pid in rig.pids()), 'the sleep')
@@ -459,7 +459,7 @@ server.serve_forever()
 
 @pytest.fixture
 def server(ledger):
-    """Return (a port, a command that serves its folder there and tells the ledger)."""
+    """Return (a port, a command that serves its folder at that port and writes to the ledger)."""
     port = rig.free_port()
     return port, f'echo content >file; exec python3 -c {shlex.quote(SERVER.format(**locals()))}'
 
@@ -503,7 +503,7 @@ def test_ports_while_a_job_is_watched(command, lab1, server, ledger):
 @pytest.mark.parametrize('lives', [True, False], ids=['its client runs', 'its client was killed'])
 def test_a_port_while_a_job_of_a_batch_is_watched(batches, command, lab, server, ledger, lives):
     (there, text), here, machine = server, rig.free_port(), lab()
-    Path('serve').write_text(text)      # it has several lines
+    Path('serve').write_text(text)      # the command has several lines
     batch = batches.start(['echo out; . ./serve'], [machine], *NO_GPU)
     wrote(ledger, 'up')
     batch.until('started: ')

@@ -1,4 +1,4 @@
-"""The language of the channel: bytes in any pieces are the same events, and memory is bounded."""
+"""The language of the channel: bytes in any pieces give the same events, and memory is bounded."""
 import subprocess
 
 import pytest
@@ -15,7 +15,7 @@ words = st.binary(min_size=1, max_size=20).filter(lambda word: word != b'data')
 
 
 def escaped(field):
-    """The field as the remote runner sends it."""
+    """Return the field as the remote runner sends it."""
     return field.replace(b'\\', b'\\\\').replace(b'\t', b'\\t').replace(b'\n', b'\\n')
 
 

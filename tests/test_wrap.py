@@ -1,4 +1,4 @@
-"""Wrappers of jobs (`wrap:` of a machine file): what the file may say, and jobs in real ones."""
+"""Wrappers of jobs (`wrap:` of a machine file): its allowed values, and jobs in real wrappers."""
 import re
 import shlex
 import signal
@@ -21,19 +21,19 @@ import ssh_scheduler as s
 ANY = settings(deadline=None, derandomize=True, max_examples=150,
                suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-# A container of the kernel's own: it has the job's folder, and an empty one in the place of all
-# else that the program keeps on the machine.
+# A container made by the kernel alone.  It has the job's folder, and an empty folder in place of
+# all else that the program keeps on the machine.
 CONTAINER = r'''
 cd "$HOME/.."
 mkdir -p aside && mount --bind "$OLDPWD" aside && mount -t tmpfs none "$HOME/.ssh_scheduler" &&
   mkdir -p "$OLDPWD" && mount --bind aside "$OLDPWD" && cd "$OLDPWD" && exec "$@"
 '''
-# It neither hears TERM nor tells anybody of it.
+# This wrapper ignores TERM and does not pass it on.
 DEAF = """bash -c 'trap "" TERM INT HUP; "$@"; exit "$?"' deaf"""
 
 
 def in_container():
-    """The `wrap` of a machine with such containers; skip where the kernel makes none for us."""
+    """Return the `wrap` of a machine with such containers; skip if the kernel allows none."""
     can = subprocess.run(['unshare', '-rm', 'mount', '-t', 'tmpfs', 'none', '/mnt'],
                          capture_output=True, check=False)
     if can.returncode:
@@ -53,7 +53,7 @@ def start(start_cli, project):
 
 @pytest.fixture
 def run(start):
-    """Run it to its end."""
+    """Run execute_remote to its end."""
     return lambda *words, **streams: start(*words, **streams).end()
 
 
@@ -61,7 +61,7 @@ def run(start):
 
 @pytest.fixture
 def read(project):
-    """Return the `wrap` of a machine file with this text of the key."""
+    """Return the `wrap` that is read from a machine file with this text for the key."""
     def reading(wrap):
         (project / 'lab.yaml').write_text(f'ip: lab\nmax_jobs: 3\nwrap: {wrap}\n')
         return s.read_machine_file('lab.yaml', 'lab').wrap
@@ -171,7 +171,7 @@ def test_a_wrong_one_is_an_error(run_cli, project):
     assert 'lab.yaml, line 3: wrap: unknown placeholder {cpus}' in done.stderr
 
 
-# `$(...)` and the like are left out: what is in them is known on the machine only.
+# `$(...)` and the like are left out: only the machine knows what they contain.
 @ANY
 @given(st.lists(st.sampled_from([*'ab \n;&|<>()#[]{}!=~$', "'", '"', '\\$', '\\"', "\\'", "$'",
                                  '${', '`']), min_size=1, max_size=12).map(''.join))
@@ -201,7 +201,7 @@ PARTS = st.lists(st.tuples(
 @ANY
 @given(words=st.lists(PARTS, min_size=1, max_size=4), values=VALUES)
 def test_values_are_text_wherever_they_stand(words, values):
-    """They come out of bash as they are; and so does all other text, with its braces."""
+    """They pass through bash unchanged; so does all other text, with its braces."""
     wrap, expected = '', []
     for word in words:
         expected.append('')
@@ -215,7 +215,7 @@ def test_values_are_text_wherever_they_stand(words, values):
             else:
                 wrap += shlex.quote(part).replace('{', '{{').replace('}', '}}')
                 expected[-1] += part
-    # A word that is empty without quotes is no word.
+    # An empty word without quotes is no word.
     expected = [word for word, parts in zip(expected, words) if word or any(
         quotes or part not in s.PLACEHOLDERS for quotes, part in parts)]
     s.check_wrap(f'x{wrap}', 'here')
@@ -275,7 +275,7 @@ def test_a_start_that_comes_later_has_its_words(channel):       # noqa: F811
 
 # ---- Jobs ----
 
-# All that a job may know of how it was started, but for what differs in each start.
+# All that a job can find out about its start, except what differs in each start.
 LOOK = r'''
 echo "$0 $# $LINENO" | sed 's/[0-9]*-.*-[0-9a-f]* / /'
 env -0 >env; umask; ulimit -a; pwd -P | sed 's/work.*/work/'
@@ -288,7 +288,7 @@ exit 9'''
 
 
 def without_key(text):
-    """The text, without what tells the starts of two jobs apart."""
+    """Return the text without the parts that differ between the starts of two jobs."""
     return re.sub(rb'\.\./[^ :]+', b'KEY', text)
 
 
@@ -364,7 +364,7 @@ def test_an_environment_that_is_cleared(batches, lab1):
 
 @pytest.mark.parametrize('size, seen', [(100_000, b'-c'), (300_000, b'')])
 def test_long_commands(batches, lab1, size, seen):
-    """One with more than 128 KiB is read from its file."""
+    """bash reads a command of more than 128 KiB from a file."""
     line = f': {"x" * size}; echo "$-" | grep -o c; tail -c 5 "$0" | wc -c'
     done = batches.run([line], [lab1.yaml(wrap='nice -n 1')], *NO_GPU)
     assert done.returncode == 0, done.stderr
