@@ -83,7 +83,7 @@ def tree(folder):
 
 
 def heads(done):
-    """Return {head: text} of the output of --what; a line without a head continues one."""
+    """Return {head: text} of the output of --what; lines without a head continue it."""
     assert (done.returncode, done.stderr) == (0, ''), done
     found, head = {}, ''
     for line in done.stdout.splitlines():

@@ -375,7 +375,7 @@ def test_the_roomiest_gpu_comes_first():
     assert free(gpus=[Gpu(0, 5000), Gpu(5, 9000), Gpu(2, 8000)]).allocate(
         shared._replace(gpus=2)).gpus == (2, 5)
     resources = free(gpus=[Gpu(0, 9000, 0.3), Gpu(1, 9000)])
-    tiny = shared._replace(gpu_utilization=0.01)        # the second gets the GPU without our jobs
+    tiny = shared._replace(gpu_utilization=0.01)        # the second job gets the GPU without jobs
     assert [resources.allocate(tiny).gpus for _ in range(3)] == [(1,), (0,), (1,)]
 
 
@@ -886,7 +886,7 @@ def test_between_two_probes_our_jobs_processor_time_is_not_others_load():
     assert cores(400, claim(ticks=100, key='two.1'), ended_ticks=100) == 6      # a new job
     assert cores(400, claim(ticks=9000)) == 8
     assert cores(800) == 0 and cores(9000) == 0
-    assert cores(400, claim(ticks=240, key='-', cores=0)) == 6  # what another batch's jobs used
+    assert cores(400, claim(ticks=240, key='-', cores=0)) == 6  # the jobs of another batch used it
     assert cores(-10) == 8                              # the machine was restarted
 
 
