@@ -3573,13 +3573,13 @@ class Prefixer:
 # ---- Lines: which jobs of a batch file an earlier run has run ----
 
 class Lines(NamedTuple):
-    """The lines of a batch file by what the journal knows; each Job has the name of its results."""
+    """Lines of a batch file, by their state in the journal; Jobs are named as their results."""
     waiting: tuple                  # Jobs to run
     begun: tuple                    # Jobs that an earlier run started, and that are not collected
     done: tuple                     # Jobs that have results
     gone: tuple                     # Jobs that were started, but whose line is gone from the file
     left: tuple                     # names of results whose line is gone
-    usual: dict                     # name of a Job's results -> the name after its line, if another
+    usual: dict                     # name of a Job's results -> its name by its line, if another
 
     @property
     def jobs(self):
@@ -3588,12 +3588,12 @@ class Lines(NamedTuple):
 
 
 def match_lines(jobs, batch, results):
-    """Return the Lines: which Jobs were run before, by what they run and not by their numbers.
+    """Return the Lines: match Jobs to earlier results by their commands, not by their numbers.
 
     batch: the stem of the names of its jobs.
 
-    A line that has no results is to be run; if another command's results have its name, it gets the
-    next that is free: NAME-2.
+    A line without results is to be run.  If another command's results have its name, it gets the
+    next free name: NAME-2.
     """
     journal = results.journal
     known = journal.jobs
@@ -3628,12 +3628,12 @@ def match_lines(jobs, batch, results):
 
 
 def find_results(jobs, batch, results):
-    """Return ({a job's name after its line: the name of its results, or None}, the names left).
+    """Return ({a job's name by its line: the name of its results, or None}, [unmatched names]).
 
-    A line has the results that its own command made, with the same files and hardware where the
-    line itself says which; not with those of the batch, since more memory for all lines must not
-    run all of them again.  First each line gets those with its own number, then what is left in the
-    order of the journal; so of equal lines each has its own.
+    A line matches results of the same command.  Files and hardware that the line itself asks for
+    must be the same; those of the batch need not, since more memory for all lines must not run all
+    of them again.  First each line gets the results with its own number; the others are matched in
+    the order of the journal, so that each of several equal lines has its own.
     """
     known = results.journal.jobs
     found = dict.fromkeys(job.name for job in jobs)
@@ -3669,7 +3669,7 @@ def free_name(name, is_taken):
 
 
 def is_of_batch(name, record, batch):
-    """Tell whether the journal's record is of a job of this batch; old records do not say that."""
+    """Tell whether the journal's record is of a job of this batch; old records name no batch."""
     return (record['batch'] == batch if 'batch' in record else
             bool(re.fullmatch(re.escape(batch) + r'\.[0-9]+', name)))
 
@@ -3681,14 +3681,14 @@ def as_paths(value):
 
 # ---- Views: what a person sees of a run ----
 
-EXPLAIN_S = 5.0             # without a start; then the reason is printed
+EXPLAIN_S = 5.0             # without a start, before the view prints why nothing starts
 
 
 class Plan(NamedTuple):
     """The lines of a batch file, and what a run will do with each."""
     lines: Lines
-    failed_before: tuple            # JobResults of those jobs with results that failed
-    elsewhere: dict                 # name of a job that was begun -> its machine, which is not used
+    failed_before: tuple            # JobResults of jobs that failed in an earlier run
+    elsewhere: dict  # name of a begun job -> its machine, if this run does not use it
 
 
 def plan_lines(lines, results, addresses):
@@ -3706,7 +3706,7 @@ def plan_lines(lines, results, addresses):
 
 
 def warnings_of(plan):
-    """Yield each Job that is not run, since an earlier run has run or begun it, and what to say."""
+    """Yield (Job, warning) for each Job that is not run because an earlier run has started it."""
     lines = plan.lines
     cut_off = [job for job in lines.begun if job.name in plan.elsewhere]
     for job in sorted((*cut_off, *lines.done), key=lambda job: job.line):
@@ -3751,18 +3751,18 @@ def older_files(plan, results, files, path):
 
 
 class View:
-    """A Run calls these methods.  Each view prints what concerns its user; this one nothing."""
+    """A Run calls these methods.  Each view prints what its user needs; this one prints nothing."""
 
     run = None                              # the Run, which sets this
 
     def changed(self, attempt, before):
-        """An attempt is in another state now; before: the state that it was in."""
+        """The state of an attempt has changed; before: the previous state."""
 
     def lost(self, attempt, again):
-        """A job is gone without a result by the fault of its machine; again: it starts again."""
+        """A machine lost a job, which has no result; again: the run starts it again."""
 
     def unconfirmed(self, attempt):
-        """A job was told to end, and may run on."""
+        """A job was told to stop, and may still run."""
 
     def came(self, worker):
         """Contact with a machine was made for the first time."""
@@ -3771,25 +3771,25 @@ class View:
         """Contact was made again."""
 
     def measured(self, worker):
-        """A machine has said again what it has free."""
+        """A machine has reported its free resources again."""
 
     def away(self, worker):
-        """Contact with a machine was lost; it is looked for."""
+        """Contact with a machine was lost; its worker reconnects."""
 
     def failed(self, worker, attempts):
-        """A machine cannot be used, or not any more; these attempts may go on there."""
+        """A machine cannot be used, or not any more; these attempts may still run on it."""
 
     def after_failure(self, worker):
-        """A machine failed, and is out of the books."""
+        """A machine failed, and is no longer among the resources."""
 
     def given_up(self, worker, jobs):
-        """--lost-after is over for this number of jobs."""
+        """--lost-after has passed for this number of jobs."""
 
     def rests(self, worker, why):
-        """A machine failed jobs, and gets no more for a while."""
+        """Jobs failed by the fault of a machine, which gets no more for a while."""
 
     def parted(self, worker):
-        """Nothing more is wanted of a machine."""
+        """The run needs a machine no longer."""
 
     def sink(self, worker):
         """Return the function to call with ('out' or 'err', bytes) of its jobs' output, or None."""
@@ -3804,11 +3804,11 @@ class View:
         """Jobs are left that no machine can run."""
 
     def ask(self):
-        """Ctrl-C was pressed: return whether a question is asked now.  In a signal handler."""
+        """Ctrl-C was pressed: return whether the view asks what to do.  In a signal handler."""
         return False
 
     def unanswered(self):
-        """Nothing more is waited for: machines may not have answered."""
+        """The run waits no longer; some machines may not have answered."""
 
 
 class SpeakingView(View):
@@ -3822,15 +3822,15 @@ class SpeakingView(View):
         self._report.unconfirmed(attempt.machine.name, attempt.name)
 
     def others(self, worker, jobs):
-        """Say how many there are, and how to look at them."""
+        """Print how many there are, and how to look at them."""
         self._report.others(worker.name, worker.machine.word, jobs)
 
 
 class QuietView(SpeakingView):
-    """Only errors: for --cancel, and where no job is started."""
+    """Prints only errors: for --cancel, and where no job is started."""
 
     def failed(self, worker, attempts):
-        """Say why the machine cannot be used."""
+        """Print why the machine cannot be used."""
         self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}')
 
 
@@ -3842,11 +3842,11 @@ class EarlierView(QuietView):
         self.found = {}                         # worker -> its OtherJobs
 
     def others(self, worker, jobs):
-        """Note them; `show` is called when all machines have answered."""
+        """Note them; `show` prints them when all machines have answered."""
         self.found[worker] = jobs
 
     def changed(self, attempt, before):
-        """Tell of a job that was collected."""
+        """Print the name of a job that was collected."""
         if attempt.state == 'collected' and before == 'ended':
             self._report.line(f'collected: {attempt.name}; {printable(attempt.job.command)}')
 
@@ -3859,7 +3859,7 @@ class EarlierView(QuietView):
                                   f'{printable(job.command)}')
 
     def summary(self, action, status):
-        """Say what was done; return the exit status, which is `status` if all is well."""
+        """Print what was done; return the exit status, which is `status` if all went well."""
         for worker, jobs in self.found.items() if action == 'remove' else ():
             for job in jobs if worker.state == 'closed' else ():
                 self._report.line(f'removed: {job.name} on {worker.name}')
@@ -3875,13 +3875,13 @@ class EarlierView(QuietView):
         return status if whole else 1
 
 
-# What the frameworks say when a GPU has no memory left.
+# What the frameworks print when a GPU has no memory left -> the reason as it is shown.
 GPU_IS_FULL = {'CUDA out of memory': 'CUDA out of memory',
                'CUDA_ERROR_OUT_OF_MEMORY': 'CUDA out of memory',
                'CUBLAS_STATUS_ALLOC_FAILED': 'CUDA out of memory',
                'RESOURCE_EXHAUSTED: Out of memory': 'GPU out of memory'}
 SHELL_FAILED = {126: 'a command could not be executed', 127: 'a command was not found'}
-KERNEL_KILLED = 'ssh-scheduler: the kernel killed'      # as the remote runner writes to a stderr
+KERNEL_KILLED = 'ssh-scheduler: the kernel killed'      # the remote runner writes this to stderr
 
 
 def failure_words(exit_code, machine, lines):
@@ -3924,7 +3924,7 @@ class Summary:
         self._options = options
 
     def show(self, wall_s, advice):
-        """Print it; return the exit status.  advice: lines of what to ask for next time."""
+        """Print the summary; return the exit status.  advice: lines for the next time."""
         run, report = self._run, self._report
         counted = self.counts()
         before = self._plan.failed_before
@@ -3963,7 +3963,7 @@ class Summary:
         return f'{wall_s:.1f} s'
 
     def _not_collected(self):
-        """Return {name of a job: machine where it is or was}, of those that are not collected."""
+        """Return {name of each job that is not collected: the machine where it is or was}."""
         left = {attempt.name: attempt.machine for attempt in self._run.lives.all_of(
             *UNCOLLECTED, 'kept')}
         return {**self._plan.elsewhere, **{
@@ -3971,8 +3971,8 @@ class Summary:
             for name, worker in left.items()}}
 
     def counts(self, is_over=True):
-        """Return how many jobs have each of the FATES; before the end 'not collected' are those
-        that run, or will be collected.
+        """Return how many jobs have each of the FATES.  Before the end 'not collected' counts the
+        jobs that run or will be collected.
         """
         fates = self._fates()
         if not is_over:
@@ -3981,7 +3981,7 @@ class Summary:
         return collections.Counter(fates.values())
 
     def facts(self, is_over):
-        """Return what Hooks tell: the word of a variable -> its value."""
+        """Return the values that Hooks pass on: the word of a variable -> its value."""
         counted = self.counts(is_over)
         return {'JOBS': len(self._run.jobs), 'RESULTS': os.path.abspath(self._results.folder),
                 **{fate.upper().replace(' ', '_'): counted[fate] for fate in FATES}}
@@ -4021,14 +4021,14 @@ class Summary:
 
 
 class Pace:
-    """How long the jobs of a batch took, and so how long the rest may take.
+    """Estimates how long the rest of a batch takes, from the jobs that have ended.
 
-    A job takes as long as the median of those of its kind on its machine; where none has ended
-    there, as those of its kind anywhere, or as all.
+    A job is expected to take the median time of its kind on its machine.  If none of these has
+    ended, the median of its kind on all machines counts, else that of all jobs.
     """
 
-    LEAST = 3                   # jobs that have ended, before anything is said
-    MOST = 3000                 # waiting jobs that are played through; more in proportion
+    LEAST = 3                   # jobs that must have ended before there is an estimate
+    MOST = 3000                 # waiting jobs to play through; for more, the time is scaled
 
     def __init__(self):
         self._took = collections.defaultdict(list)      # (Allocation, machine) -> seconds, sorted
@@ -4041,9 +4041,9 @@ class Pace:
             bisect.insort(self._took[key], seconds)
 
     def left(self, running, waiting):
-        """Return (least, most) seconds until all have ended; None if that cannot be told.
+        """Return (least, most) seconds until all jobs have ended; None if that is unknown.
 
-        running: [(Allocation, machine, its age in seconds)], each in a place of its own
+        running: [(Allocation, machine, its age in seconds)]; a waiting job takes the place of each
         waiting: {Allocation: how many jobs}
         """
         if self._count < self.LEAST or not running:
@@ -4077,7 +4077,7 @@ class Pace:
 
 
 def range_of(least_s, most_s):
-    """Return a time that is not known well in few words: '5h–6h', 'about 3m'."""
+    """Return a rough time in few words: '5h–6h', '3m'."""
     for size, unit in ((86400, 'd'), (3600, 'h'), (60, 'm'), (1, 's')):
         if most_s >= 2 * size or unit == 's':
             low, high = round(least_s / size), math.ceil(most_s / size)
@@ -4085,7 +4085,7 @@ def range_of(least_s, most_s):
 
 
 class Keys:
-    """Single keys of the terminal that is the standard input, as long as this is open."""
+    """Reads single keys from the terminal on the standard input, until it is closed."""
 
     MEANT = {'d': 'd', 'c': 'c', '\r': '\r', '\n': '\r', '\x1b': '\r'}
 
@@ -4093,7 +4093,7 @@ class Keys:
         import termios
         import tty
         self._before = termios.tcgetattr(0)
-        tty.setcbreak(0, termios.TCSADRAIN)     # Ctrl-C is a signal still
+        tty.setcbreak(0, termios.TCSADRAIN)     # Ctrl-C still sends a signal
 
     @staticmethod
     def can_read():
@@ -4104,7 +4104,7 @@ class Keys:
             return False
 
     def read(self):
-        """Return a key that was pressed and means something, in small letters; '' if none was."""
+        """Return the next pressed key that has a meaning, in lower case; '' if there is none."""
         import select
         while select.select([0], [], [], 0)[0]:
             data = os.read(0, 1)
@@ -4116,7 +4116,7 @@ class Keys:
         return ''
 
     def close(self):
-        """Have the terminal as it was."""
+        """Restore the terminal's settings."""
         import termios
         termios.tcsetattr(0, termios.TCSADRAIN, self._before)
 
@@ -4128,33 +4128,33 @@ class Board:
     done: how many jobs have results already, and are not run
     """
 
-    MOST_JOBS = 10              # that run and are shown
-    PACE_S = 1.0                # between two looks at how long it may take
+    MOST_JOBS = 10              # running jobs shown
+    PACE_S = 1.0                # between two estimates of the time left
 
     def __init__(self, run, done):
         self._run, self.done = run, done
         self._pace, self._left, self._left_at = Pace(), '', -math.inf
-        self._since = {}        # Worker or Stage that is waited for -> when that was first seen
+        self._since = {}  # connecting Worker, or Stage being sent -> when the board first saw it
         self._is_asking = False
-        self._keys = None       # of the terminal, while they are waited for
+        self._keys = None       # of the terminal, while the board waits for an answer
         self.shows_counts, self._has_ended = False, False
 
     def changed(self, attempt):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
         if attempt.state == 'ended' and attempt.result.wall_s:
             self._pace.ended(attempt.job.allocation, attempt.machine, attempt.result.wall_s)
 
     @property
     def can_ask(self):
-        """Tell whether something can be asked: it is drawn, and nothing is asked yet."""
+        """Tell whether `ask` may be called: the board is shown, and asks nothing yet."""
         return not self._is_asking and not self._has_ended
 
     def ask(self):
-        """Ask what Ctrl-C shall mean.  In a signal handler: `answer` does the rest."""
+        """Ask what Ctrl-C should do.  Runs in a signal handler: `answer` does the rest."""
         self._is_asking = True
 
     def answer(self):
-        """Return the key that was pressed, in small letters, if something is asked; else ''."""
+        """Return the key that answers the question, in lower case; '' if there is none yet."""
         if not self._is_asking:
             return ''
         self._keys = self._keys or Keys()
@@ -4185,7 +4185,7 @@ class Board:
         return [Row('─' * (width - 1)), *rows, *end] if rows or end else []
 
     def _machines(self, width):
-        """Yield a Row for each machine that is waited for, or to which files are sent."""
+        """Yield a Row for each machine that is not connected, or that files are sent to."""
         now = time.monotonic()
         for worker in self._run.workers:
             if worker.state == 'connecting':
@@ -4201,7 +4201,7 @@ class Board:
                     yield sending_row(worker.name, stage, now - since, width)
 
     def _jobs(self, most):
-        """Yield a Row for each of the running jobs that wrote something last, and for the rest."""
+        """Yield a Row for each running job that wrote most recently, and one for the rest."""
         running = sorted(self._run.lives.all_of('running'), key=moved_at, reverse=True)
         most = most if len(running) <= most else most - 1
         shown = running[:most]
@@ -4215,13 +4215,13 @@ class Board:
             yield Row(f' … {len(running) - most} more')
 
     def _age_s(self, attempt):
-        """Return for how many seconds an attempt runs; 0 before its start was sent."""
+        """Return how many seconds an attempt has run; 0 before its start was sent."""
         since = self._run.client.journal.started(attempt.name) if attempt.state in (
             'claimed', 'running', 'stopping') else None
         return time.time() - since if since else 0.0
 
     def _question(self):
-        """Return the Rows that stand for the counts while it is asked what Ctrl-C shall mean."""
+        """Return the Rows that ask what Ctrl-C should do, shown instead of the counts."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
                 Row('  d      leave: jobs keep running; same command continues'),
@@ -4235,7 +4235,7 @@ class Board:
                 run.scheduler.waits + len(run.lives.all_of('placed', 'queued')))
 
     def _counts(self, width):
-        """Return the Row of how many jobs have ended, run and wait; as much of it as fits."""
+        """Return the Row with the numbers of ended, running and waiting jobs, as far as it fits."""
         ended, failed = len(self._run.ended), len(self._run.failures)
         running, waiting = self._alive_and_waiting()
         cancelled = len(self._run.wishes.cancelled)
@@ -4244,7 +4244,7 @@ class Board:
             *[f'{cancelled} cancelled'] * bool(cancelled)], self._time_left())
 
     def _time_left(self):
-        """Return how long the rest may take, in words; '' if that cannot be told."""
+        """Return how long the rest may take, in words; '' if that is unknown."""
         now = time.monotonic()
         if now - self._left_at > self.PACE_S:
             running = [(attempt.job.allocation, attempt.machine, self._age_s(attempt))
@@ -4295,24 +4295,24 @@ def sending_row(name, stage, since_s, width):
 
 
 def moved_at(attempt):
-    """Return when an attempt wrote something last, as far as it has come here."""
+    """Return when the newest output of an attempt arrived here."""
     return max((stream.moved for stream in attempt.streams.values()), default=0.0)
 
 
 def last_words(attempt):
-    """Return the last line that an attempt has written, as far as it has come here."""
+    """Return the last line of an attempt's newest output, as far as it has arrived here."""
     streams = sorted(attempt.streams.values(), key=lambda stream: stream.moved)
     lines = lines_shown(streams[-1].tail) if streams else ()
     return lines[-1].strip() if lines else ''
 
 
 class TerminalSummary(Summary):
-    """The same on a terminal: failed jobs by the reason, and what to type next."""
+    """The summary on a terminal: failed jobs grouped by reason, and what to type next."""
 
     @functools.cached_property
     def _reasons(self):
         """Why jobs failed, the most frequent reason first: [(words, names of the jobs)]."""
-        groups = {}                     # reason, its numbers aside -> (the reason, [job name])
+        groups = {}                     # reason with its numbers as 0 -> (the reason, [job name])
         lines = {name: job.line for name, job in self._run.jobs.items()}
         for result in sorted((*self._run.failures, *self._plan.failed_before),
                              key=lambda result: lines.get(result.name, 0)):
@@ -4323,14 +4323,14 @@ class TerminalSummary(Summary):
         return sorted(groups.values(), key=lambda group: -len(group[1]))
 
     def _say_first(self):
-        """Show the failed jobs by the reason."""
+        """Show the failed jobs by reason."""
         for words, names in self._reasons:
             left = f'failed {len(names):6,} × {words}'
             more = f' and {len(names) - 1:,} more' if len(names) > 1 else ''
             for right in (names_in_short(names), names[0] + more,
                           name_in_batch(names[0], self._run.batch) + more):
                 if width_of(left) + len(right) + 3 <= self._columns:
-                    break               # else the reason, which matters more, is cut least
+                    break               # if none fits, the last cuts the reason least
             self._report.row(left, right, 'red')
 
     @property
@@ -4360,7 +4360,7 @@ class TerminalSummary(Summary):
 
 
 class ToldView(SpeakingView):
-    """A view that tells others, a JobLog and Hooks, of what happens to jobs."""
+    """A view that passes on what happens to jobs, to a JobLog and Hooks."""
 
     def __init__(self, reporter, told):
         super().__init__(reporter)
@@ -4372,20 +4372,20 @@ class ToldView(SpeakingView):
             other.begin(self)
 
     def changed(self, attempt, before):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
         for other in self._told:
             other.changed(attempt, before)
 
     def lost(self, attempt, again):
-        """A job is gone without a result; if it is not started again, that is its result."""
+        """A machine lost a job; if it is not started again, that is its result."""
         for other in self._told if attempt.result else ():
             other.lost(attempt)
 
 
 def without_gpu(job, empty, options):
-    """Return what to type if this job, which fits nowhere, would fit if it asked for no GPU.
+    """Return what to type if this job, which fits on no machine, would fit without a GPU.
 
-    empty: (worker, books of it where nobody uses it) of each machine; options: of the command
+    empty: (worker, its MachineResources if nobody used it) of each machine; options: of the command
     """
     wanted = job.allocation._replace(gpus=0)
     if not job.allocation.gpus or any(books.available.gpus for _, books in empty) or all(
@@ -4397,15 +4397,15 @@ def without_gpu(job, empty, options):
             + options.typed('--no-gpu-required', without='--num-gpus'))
 
 
-# Why a machine has no room, where nobody but this batch has a part in that.
+# Why a machine has no room, if only this batch uses it.
 FULL_OF_OWN = re.compile('(has [0-9]+ in use by|runs [0-9]+ jobs? of) this batch')
 
 
 def why_waiting(resources, allocation, count, is_own_news):
-    """Return for what jobs wait: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by this batch'.
+    """Return what jobs wait for: 'waiting: 2 jobs for a GPU …: lab1 has 1 in use by this batch'.
 
     resources: Worker -> its MachineResources; count: how many jobs wait
-    is_own_news: say it, too, if all machines are full of jobs of this batch; else that is ''
+    is_own_news: whether to return a text, not '', if jobs of this batch alone fill all machines
     """
     reasons, shorts = collections.defaultdict(list), set()
     for worker, books in resources.items():
@@ -4427,7 +4427,7 @@ def why_waiting(resources, allocation, count, is_own_news):
 def queue_words(engine, number, why, start, now=None):
     """Return a place in a queue in words: 'Slurm 4711: others first, would start about 21:40'.
 
-    engine: as in Machine, or '' where that is not to be said; start: in seconds since 1970, or None
+    engine: as in Machine, or '' to leave it out; start: in seconds since 1970, or None
     """
     now = time.time() if now is None else now
     parts = [why] * bool(why)
@@ -4438,7 +4438,7 @@ def queue_words(engine, number, why, start, now=None):
 
 
 def queue_news(attempt):
-    """Yield the news of an attempt in the queue of a cluster: why it waits, once."""
+    """Yield the news of an attempt in a cluster's queue: why it waits, once; or that it moved."""
     place = attempt.place
     if attempt.state == 'absent':
         if place.moves_to:
@@ -4455,9 +4455,9 @@ def leaves_open(why):
 
 
 def how_to_check(worker, before):
-    """Return what to type to see what is wrong with a machine, behind a blank; once in a run.
+    """Return a blank and what to type to find what is wrong with a machine; only once in a run.
 
-    before: the reasons that were said before
+    before: the reasons printed before
     """
     if not leaves_open(worker.why) or any(map(leaves_open, before)):
         return ''
@@ -4468,26 +4468,26 @@ def how_to_check(worker, before):
 class BatchView(ToldView):
     """The output of execute_batch: the events on stdout, all else on stderr.
 
-    allocation: what the batch's own options ask for, which the limits are said for
+    allocation: what the batch's own options ask for; `limits` prints how many such jobs fit
     options: these options, for commands to type
     """
 
     SUMMARY = Summary
-    IS_OWN_NEWS = True          # that jobs wait since all machines are full of jobs of this batch
+    IS_OWN_NEWS = True          # print, too, that jobs of this batch alone fill all machines
 
     def __init__(self, reporter, results, plan, allocation, options, path='', told=()):
         super().__init__(reporter, told)
         self._results, self.plan = results, plan
         self._allocation, self._options, self._path = allocation, options, path
         self.began = self._last_start = time.monotonic()
-        self._explained = ('', -math.inf)       # why jobs wait, as was said last, and when
-        self._unusable = {}                     # worker -> why, as was said last
-        self._peaks = {}                        # Allocation -> [MB, MB of a GPU] seen at most
-        self._lost_gpus = {}                    # worker -> what was said of GPUs that are none
+        self._explained = ('', -math.inf)       # why jobs wait, as last printed, and when
+        self._unusable = {}                     # worker -> why, as last printed
+        self._peaks = {}                        # Allocation -> [[peak MB], [peak MB of a GPU]]
+        self._lost_gpus = {}                    # worker -> what was printed of its lost GPUs
         self._said_halt = False
 
     def replan(self, plan):
-        """Have another Plan from now on."""
+        """Use this Plan from now on."""
         self.plan = plan
 
     # Before the first start
@@ -4496,7 +4496,7 @@ class BatchView(ToldView):
         """The run is about to log in."""
 
     def names(self):
-        """Tell which results get another name, are not whole, or have no record in the journal."""
+        """Print which results get another name, are incomplete, or are not in the journal."""
         lines, results = self.plan.lines, self._results
         renamed = [f'line {job.line}: {job.name}' for job in lines.waiting
                    if job.name in lines.usual]
@@ -4518,7 +4518,7 @@ class BatchView(ToldView):
         return rerun_of([*names], self.run.batch)
 
     def limits(self, workers):
-        """Say how many jobs of the batch's own kind fit on these machines, and on which GPUs."""
+        """Print how many jobs of the batch's own kind fit on these machines, and on which GPUs."""
         limits, choices = {}, []
         for worker in workers:
             count, gpus = room_for(worker.capacity, self._allocation)
@@ -4545,7 +4545,7 @@ class BatchView(ToldView):
                              f'{without_gpu(queue[0], empty, self._options)}')
 
     def skipped(self):
-        """Tell which lines are not run."""
+        """Print which lines are not run."""
         for _, warning in warnings_of(self.plan):
             self._report.line(warning)
 
@@ -4569,7 +4569,7 @@ class BatchView(ToldView):
                               f'{count_of(len(extended), "line")} ran without them')
 
     def dry_run(self):
-        """Say what would start where, now."""
+        """Print which jobs would start now, and on which machine."""
         self.unanswered()
         for job, worker, placement in self.run.scheduler.choose():
             wrap = worker.machine.wrap
@@ -4581,7 +4581,7 @@ class BatchView(ToldView):
                 self._report.line(f'would wait: {job.name};  {printable(job.command)}')
 
     def unanswered(self):
-        """Name each machine of which nothing was said yet, since it has not answered."""
+        """Name each machine that has not answered, if nothing was printed about it yet."""
         for worker in self.run.workers:
             standing = self.run.fleet.standing[worker]
             if worker.state == 'connecting' and not worker.was_ready and not standing.troubles:
@@ -4591,7 +4591,7 @@ class BatchView(ToldView):
     # Changes of attempts
 
     def changed(self, attempt, before):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
         super().changed(attempt, before)
         if attempt.state == 'placed':
             self._last_start = time.monotonic()
@@ -4633,7 +4633,7 @@ class BatchView(ToldView):
                 peaks += [mb] if mb is not None else []
 
     def lost(self, attempt, again):
-        """A job is gone without a result, by the fault of its machine."""
+        """A machine lost a job, which has no result."""
         super().lost(attempt, again)
         name, why = attempt.name, sentence(attempt.why)
         if not attempt.job.may_start:
@@ -4667,7 +4667,7 @@ class BatchView(ToldView):
         self._report.note(f'{worker.name}: connected again ({count_of(jobs, "job")} there)')
 
     def measured(self, worker):
-        """Say, when it is news, that only a part of a machine's GPUs can be used."""
+        """Print that only a part of a machine's GPUs can be used, if that is new."""
         have = worker.capacity
         if have and have.lost_gpus and have.lost_gpus != self._lost_gpus.get(worker):
             self._report.note(f'{worker.name} {have.lost_gpus}; '
@@ -4675,25 +4675,25 @@ class BatchView(ToldView):
         self._lost_gpus[worker] = have and have.lost_gpus
 
     def away(self, worker):
-        """Contact with a machine was lost; it is looked for."""
+        """Contact with a machine was lost; its worker reconnects."""
         jobs = len(self.run.lives.of(worker, *UNCOLLECTED))
         self._report.note(f'{worker.name}: connection lost ({count_of(jobs, "job")} '
                           f'{"keeps" if jobs == 1 else "keep"} running): {sentence(worker.why)} '
                           'Reconnecting.')
 
     def failed(self, worker, attempts):
-        """A machine cannot be used, or not any more; these attempts may go on there."""
+        """A machine cannot be used, or not any more; these attempts may still run on it."""
         if attempts:
             self._report.note(f'{worker.name}: connection lost ({count_of(len(attempts), "job")} '
                               f'may still run): {sentence(worker.why)}')
         else:
-            if self._unusable.get(worker) != worker.why:    # it is tried again and again
+            if self._unusable.get(worker) != worker.why:    # each retry fails like this
                 more = how_to_check(worker, self._unusable.values())
                 self._report.note(f'{worker.name}: cannot be used: {sentence(worker.why)}{more}')
             self._unusable[worker] = worker.why
 
     def after_failure(self, worker):
-        """Say it if jobs wait that fit on no machine that is left."""
+        """Warn if jobs wait that fit on none of the remaining machines."""
         run = self.run
         if run.is_open and not run.fleet.count('connecting') and run.scheduler.resources:
             try:
@@ -4702,7 +4702,7 @@ class BatchView(ToldView):
                 self._report.note(f'{error}')
 
     def given_up(self, worker, jobs):
-        """--lost-after is over."""
+        """--lost-after has passed for this number of jobs."""
         start = 'starts' if jobs == 1 else 'start'
         self._report.note(f'{worker.name}: no connection for {self.run.policy.lost_after_s:g} s: '
                           f'{count_of(jobs, "job")} {start} on other machines, and will be '
@@ -4718,18 +4718,18 @@ class BatchView(ToldView):
             self._report.note(advice)
 
     def rests(self, worker, why):
-        """A machine failed jobs, and gets no more for a while."""
+        """Jobs failed by the fault of a machine, which gets no more for a while."""
         self._report.note(f'{worker.name}: gets no more jobs for a while: {sentence(why)}')
 
     # While nothing happens
 
     def begin(self):
-        """From now on tell why nothing starts."""
+        """From now on print why nothing starts."""
         super().begin()
         self.run.client.processes.call_later(EXPLAIN_S, self._explain)
 
     def _explain(self):
-        """Say why nothing starts, when that is news."""
+        """Print why nothing starts, if that is new."""
         self.run.client.processes.call_later(EXPLAIN_S / 2, self._explain)
         now = time.monotonic()
         if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
@@ -4738,14 +4738,14 @@ class BatchView(ToldView):
         text = '\n'.join(filter(None, (
             why_waiting(self.run.scheduler.resources, allocation, len(jobs), self.IS_OWN_NEWS)
             for allocation, jobs in self.run.scheduler.kinds().items())))
-        reasons = re.sub(r'\b[0-9]+\b( jobs?\b)?', '', text)     # fewer jobs wait: that is no news
+        reasons = re.sub(r'\b[0-9]+\b( jobs?\b)?', '', text)     # fewer waiting jobs are no news
         if reasons != self._explained[0]:
             self._explained = (reasons, now)
             if text:
                 self._report.note(text)
 
     def stuck(self):
-        """Say that jobs are left which no machine can run."""
+        """Print that no machine is left that can run the remaining jobs."""
         self._report.note(f'{count_of(self.run.scheduler.waits, "job")} not started: no machine is '
                           'left that could run them. Run the same command again when there is one.')
 
@@ -4755,16 +4755,16 @@ class BatchView(ToldView):
         """The run is over; the summary follows."""
 
     def stopping(self):
-        """Say that an interrupt ends all jobs."""
+        """Print that an interrupt stops all jobs."""
         self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit, jobs keep running)')
 
     @property
     def outcome(self):
-        """The Summary of how it goes, or went."""
+        """The Summary of the run as it is now."""
         return self.SUMMARY(self.run, self._report, self._results, self.plan, self._options)
 
     def summary(self):
-        """Print how it went; return the exit status."""
+        """Print the summary; return the exit status."""
         self.unanswered()
         return self.outcome.show(time.monotonic() - self.began, advise(self.run, self._peaks))
 
@@ -4773,20 +4773,20 @@ class TerminalView(BatchView):
     """The output of execute_batch on a terminal: a row for each event, and below them a Board."""
 
     SUMMARY = TerminalSummary
-    IS_OWN_NEWS = False         # the counts tell it
-    BESIDE_COMMAND = 48         # columns of a row beside the command; of commands that are longer
-                                # than the rest, what all share is shown once
+    IS_OWN_NEWS = False         # the counts show it
+    BESIDE_COMMAND = 48         # columns of a row beside the command; if a command is longer than
+                                # the rest, the words that all commands share are printed once
     MOST_SPLIT = 20_000         # jobs for which that takes less than a second
 
     def __init__(self, *args):
         super().__init__(*args)
         self._board = None
-        self._widest = 0            # of the places that were shown, so that they stand in a column
+        self._widest = 0            # columns of the widest place shown, so that places are aligned
         self._untold = {}           # name -> Attempt that failed, whose stderr is on its way
-        self._rests = {}            # name -> what its command has that not all have
+        self._rests = {}            # name -> its command without the words that all commands share
 
     def open(self):
-        """Draw from the first login on."""
+        """Begin to draw, before the first login."""
         self._board = Board(self.run, len(self.plan.lines.done))
         self._report.open_screen(self._board.rows)
         self._draw()
@@ -4800,13 +4800,13 @@ class TerminalView(BatchView):
                 self._report.line(f'all commands: {shared}')
 
     def replan(self, plan):
-        """Another Plan holds from now on."""
+        """Use this Plan from now on."""
         super().replan(plan)
         if self._board:
             self._board.done = len(plan.lines.done)
 
     def begin(self):
-        """From now on show how far the batch is, too."""
+        """From now on also show the counts."""
         super().begin()
         self._board.shows_counts = True
 
@@ -4821,7 +4821,7 @@ class TerminalView(BatchView):
             self._report.draw()
 
     def skipped(self):
-        """Tell in one line which lines are not run."""
+        """Print in one line which lines are not run."""
         done, failed = self.plan.lines.done, self.plan.failed_before
         if done:
             which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
@@ -4834,7 +4834,7 @@ class TerminalView(BatchView):
                 self._report.line(warning)
 
     def changed(self, attempt, before):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
         self._board.changed(attempt)
         super().changed(attempt, before)
         if attempt.name in self._untold and attempt.state != 'ended':
@@ -4844,7 +4844,7 @@ class TerminalView(BatchView):
         self._row(word, attempt, '', '')
 
     def _tell_end(self, attempt):
-        """Tell that a job ended; why it failed is told by its stderr, which may come later."""
+        """Print that a job ended; why it failed is in its stderr, which may arrive later."""
         result, stream, why = attempt.result, attempt.streams['err'], ''
         if result.exit_code:
             if attempt.state == 'ended' and stream.content is None:
@@ -4869,20 +4869,20 @@ class TerminalView(BatchView):
                          f'{place:{self._widest}}  {time_text:>7}', style)
 
     def ask(self):
-        """Ask what Ctrl-C shall mean, unless that is being asked."""
+        """Ask what Ctrl-C should do, unless that is being asked; return whether it is asked now."""
         if not self._board or not self._board.can_ask or not Keys.can_read():
             return False
         self._board.ask()
         return True
 
     def end(self):
-        """Show no more of what runs."""
+        """Close the board, and print the failed jobs whose stderr has not arrived."""
         self._board.end()
         for attempt in list(self._untold.values()):
             self._tell_end(attempt)
 
     def leaving(self):
-        """Tell which jobs keep running, and how many lines have not started."""
+        """Print which jobs keep running, and how many lines have not started."""
         running = self.run.lives.all_of(*ALIVE)
         machines = sorted({attempt.machine.name for attempt in running})
         parts = [f'{count_of(len(running), "job")} {"keeps" if len(running) == 1 else "keep"} '
@@ -4910,14 +4910,14 @@ class BoundView(SpeakingView):
         self._explained = False
 
     def warn_of_links(self, files):
-        """Tell of links among the files to send that lead nowhere on a machine."""
+        """Warn of links among the files to send that will be broken on a machine."""
         lost = files.lost_links({job.forwards for job in self.run.fleet.bound.values()
                                  if job.forwards})
         if lost:
             self._report.warning(lost)
 
     def changed(self, attempt, before):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
         if attempt.state in ('running', 'queued'):
             self._on_running(attempt)
         for line in queue_news(attempt) if attempt.place and attempt.state == 'queued' else ():
@@ -4929,31 +4929,31 @@ class BoundView(SpeakingView):
         self.came(worker)
 
     def away(self, worker):
-        """Contact with a machine was lost; it is looked for."""
+        """Contact with a machine was lost; its worker reconnects."""
         self._report.note(f'{worker.name}: connection lost: {sentence(worker.why)} The job keeps '
                           'running; reconnecting')
 
     def progress(self):
-        """Say once for what the job waits."""
+        """Print once what the job waits for."""
         for allocation in () if self._explained else self.run.scheduler.kinds():
             for worker, books in self.run.scheduler.resources.items():
                 if self.run.fleet.standing[worker].outcome:
-                    continue                # it fits there never
+                    continue                # the job never fits there
                 self._explained = True
                 self._report.note(f'waiting for {describe(allocation)}: {worker.name} '
                                   f'{books.holder(allocation)}')
 
     def parted(self, worker):
-        """Nothing more is wanted of a machine."""
+        """The run needs a machine no longer."""
         if worker in self._sinks:
             self._sinks[worker].flush()
 
     def sink(self, worker):
-        """Return what passes on the output of the job."""
+        """Return the function that receives the output of the job."""
         return self._sinks[worker].write if worker in self._sinks else None
 
     def awaited(self):
-        """Return {worker: how far it has come} of the machines without an outcome."""
+        """Return {worker: its progress in words} for the machines without an outcome."""
         return {worker: 'not begun' if worker.state == 'new' else
                 worker.unanswered() if worker.state == 'connecting' else
                 'the command ran' if self.run.lives.any_of(worker, 'running') else
@@ -4964,7 +4964,7 @@ class BoundView(SpeakingView):
 def advise(run, peaks):
     """Yield a line for each kind of job that asked for far more memory than it used.
 
-    peaks: {Allocation: ([MB], [MB of a GPU])} that jobs were seen to use
+    peaks: {Allocation: ([MB], [MB of a GPU])} that its jobs used at most
     """
     for allocation, (memory, gpu_memory) in peaks.items():
         less = allocation._replace(
@@ -4989,7 +4989,7 @@ def advise(run, peaks):
 
 
 def advised_mb(asked_mb, seen_mb):
-    """Return what to ask for after such peaks: a good deal above them; asked_mb if not far off."""
+    """Return 1.2 times the highest peak, rounded up; asked_mb if that is over half of it."""
     if not seen_mb:
         return asked_mb
     wanted = max(seen_mb) * 1.2
@@ -5000,11 +5000,11 @@ def advised_mb(asked_mb, seen_mb):
 
 # ---- Status: how far a batch is, as its journal and its files tell; no machine is asked ----
 
-# How the last line counts the states of jobs; all others wait, also what was lost or cancelled.
+# How the last line counts states of jobs; all others count as waiting, also lost and cancelled.
 COUNTED_AS = {'finished': 'finished', 'failed': 'failed', 'running': 'on a machine',
               'started': 'on a machine', 'ended': 'on a machine'}
 STATUS_OPTIONS = {'--failed': 'failed', '--running': 'on a machine', '--waiting': 'waiting'}
-FIRST_SHOWN = ('on a machine', 'failed', 'finished', 'waiting')     # where not all fit
+FIRST_SHOWN = ('on a machine', 'failed', 'finished', 'waiting')     # if not all fit
 STATUS_HEAD = ('job', 'state', 'where', 'time', 'command', 'last line')
 WHERE = STATUS_HEAD.index('where')
 
@@ -5024,7 +5024,7 @@ class JobStatus(NamedTuple):
 
     @property
     def exit_code(self):
-        """Its exit status, or None; results of which the journal knows nothing have none."""
+        """Its exit status, or None; results that the journal does not know have none."""
         has_ended = self.state in ('finished', 'failed', 'ended')
         return self.known.get('exit_code') if has_ended else None
 
@@ -5049,7 +5049,7 @@ class JobStatus(NamedTuple):
         return os.path.join(self.folder, f'{self.job.name}.{stream}')
 
     def time(self, now):
-        """Return how long it runs or took; of what may have ended, how long ago it was started."""
+        """Return how long it runs or took; if it may have ended, how long ago it started."""
         wall_s = self.known.get('wall_s')
         if self.state == 'running':
             return duration_of(now - self.began) if self.began else ''
@@ -5058,19 +5058,19 @@ class JobStatus(NamedTuple):
         return duration_of(wall_s) if self.exit_code is not None and wall_s is not None else ''
 
     def last_line(self):
-        """Return the last line of its output; of what failed that which tells most of why."""
+        """Return the last line of its output; of a failed job the line that best explains why."""
         if self.counted == 'waiting':
             return ''
         if self.exit_code:
             return told_by(self.output('err')) or last_line_of(self.output('out'))
-        # Until it says something there may be the output of an earlier attempt.
+        # Until this attempt writes something, the file may hold the output of an earlier attempt.
         since = self.began if self.known.get('attempt', 1) > 1 and self.exit_code is None else None
         return next(filter(None, (last_line_of(self.output(stream), since or -math.inf)
                                   for stream in ('out', 'err'))), '')
 
     def remark(self):
-        """Return the last line of its output; of what failed the reason in words; of a job that
-        waits why it waits again after a start, or what it needs.
+        """Return the last line of its output; of a failed job the reason in words; of a waiting job
+        what it needs, or why it waits again after a start.
         """
         if self.exit_code:
             lines, _ = read_last_lines(self.output('err'), LAST_BYTES)
@@ -5128,7 +5128,7 @@ class BatchStatus:
                      'running' if self._client else 'started')
         elif state != 'ended' and results.exists(job.name):
             state = 'failed' if known.get('exit_code') else 'finished'
-        elif known.get('command') != job.command:       # its name was another's
+        elif known.get('command') != job.command:       # another command had its name
             state, known = 'waiting', {}
         elif state in ('collected', 'again'):           # its results were deleted, or put aside
             state = 'waiting'
@@ -5148,7 +5148,7 @@ class BatchStatus:
         return not self._counts['on a machine'] and not self._counts['waiting']
 
     def chosen(self, options):
-        """Return the JobStatus of those that the options ask for, by default of all."""
+        """Return the JobStatus of the jobs that the options ask for, by default of all."""
         asked = {counted for option, counted in STATUS_OPTIONS.items() if options[option]}
         return [status for status in self.jobs if not asked or status.counted in asked]
 
@@ -5158,13 +5158,13 @@ class BatchStatus:
             yield status.as_json(self._client and self._client.pid)
 
     def lines(self, chosen, reporter, rows=math.inf):
-        """Yield the lines for people.  rows: how many there may be on the terminal."""
+        """Yield the lines for people.  rows: how many fit on the terminal."""
         columns = reporter.columns or math.inf
         opening, end = (padded_at_words(text, columns) for text in (self._opening(), self.counts()))
         yield opening
         shared, rests = differing_words([status.job.command for status in self.jobs])
         rest_of = {status.job.name: rest for status, rest in zip(self.jobs, rests)}
-        # Besides these two there are the head, what all share, and the line of the cursor.
+        # Besides these two: the head, the line of shared words, and the line of the cursor.
         most = rows - 3 - sum(math.ceil(len(text) / columns) for text in (opening, end))
         shown = chosen if len(chosen) <= most else self._first(chosen, most - 1)
         if shown:
@@ -5209,7 +5209,7 @@ class BatchStatus:
         return f'no client runs this batch, {numbers}{again}'
 
     def _time_left(self):
-        """Return how long the rest may take, as its client tells it; '' if that is not known."""
+        """Return how long the rest may take, estimated as its client does; '' if unknown."""
         pace, running, waiting = Pace(), [], collections.Counter()
         for status in self.jobs:
             allocation, known = status.job.allocation, status.known
@@ -5224,8 +5224,8 @@ class BatchStatus:
         return f', {range_of(*left)} left' if left else ''
 
     def _first(self, chosen, count):
-        """Return the `count` JobStatus that matter most; of equal ones the last, but of those that
-        wait the next.
+        """Return the `count` JobStatus that matter most; of equal ones the last, but of waiting
+        ones the first.
         """
         ranks = {counted: rank for rank, counted in enumerate(FIRST_SHOWN)}
         kept = sorted(range(len(chosen)), key=lambda at: (
