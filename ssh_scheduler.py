@@ -3688,7 +3688,7 @@ class Plan(NamedTuple):
     """The lines of a batch file, and what a run will do with each."""
     lines: Lines
     failed_before: tuple            # JobResults of jobs that failed in an earlier run
-    elsewhere: dict  # name of a begun job -> its machine, if this run does not use it
+    elsewhere: dict                 # name of a begun job -> machine, which this run does not use
 
 
 def plan_lines(lines, results, addresses):
@@ -4134,7 +4134,7 @@ class Board:
     def __init__(self, run, done):
         self._run, self.done = run, done
         self._pace, self._left, self._left_at = Pace(), '', -math.inf
-        self._since = {}  # connecting Worker, or Stage being sent -> when the board first saw it
+        self._since = {}        # connecting Worker, or Stage being sent -> when it was first seen
         self._is_asking = False
         self._keys = None       # of the terminal, while the board waits for an answer
         self.shows_counts, self._has_ended = False, False
@@ -5446,13 +5446,13 @@ def plain_number(text):
 
 
 def size_mb(text):
-    """Return how many MB the text says: 2000, 500M, 1.5G; nan if it says none."""
+    """Return the text's size in MB: 2000, 500M, 1.5G; nan if it is no size."""
     match = SIZE_TEXT.fullmatch(text.strip())
     return float(match[1]) * UNIT_MB[match[2].upper()] if match else plain_number(text)
 
 
 def seconds(text):
-    """Return how many seconds the text says: 90, 10m, 1h30m; nan if it says none."""
+    """Return the text's time in seconds: 90, 10m, 1h30m; nan if it is no time."""
     match = TIME_TEXT.fullmatch(text.strip())
     if not match:
         return plain_number(text)
@@ -5494,7 +5494,7 @@ class Options(dict):
     given, argv = frozenset(), ()
 
     def number(self, name, quantity=NUMBER, *, above=None, least=None, most=None):
-        """Return option `name` as a float within the bounds; of a size in MB, a time in s."""
+        """Return option `name` as a float within the bounds: a size in MB, a time in s."""
         value = quantity.read(self[name])
         fits = (math.isfinite(value) and (above is None or value > above)
                 and (least is None or value >= least) and (most is None or value <= most))
@@ -5506,14 +5506,13 @@ class Options(dict):
         return value
 
     def optional(self, name, read, **bounds):
-        """Return what read(name, …), a method of these, returns; None if the option has no value.
-        """
+        """Return read(name, …), a method of Options; None if the option has no value."""
         return None if self[name] is None else read(name, **bounds)
 
     def typed(self, added, without=None):
         """Return the command line as a shell reads it, with an option added that has no value.
 
-        without: the name of an option that is left out with its value, or with its list
+        without: the name of an option to leave out, with its value or its list
         """
         import shlex
         command, *words = self.argv
@@ -5565,16 +5564,16 @@ def option_kinds(usage):
     return kinds
 
 
-# Of these two, the help of a command names one; the other is taken, too, with a list of words.
+# The help of a command names one of these two; the command accepts the other, too, as a list.
 MACHINE_FORMS = {'--machine': '--machines', '--machines': '--machine'}
 
 
 def spell_out(argv, kinds, positionals):
     """Return (argv as docopt reads it, the names of the options in it).
 
-    docopt reads --option=value, with one word of a list each, then -- and the other words.
-    A list has all words up to the next option; `--` ends it; one without words is `--option=`.
-    Words that are missing at the end are taken back from the last list: `--machines a b batch.sh`.
+    docopt gets --option=value, once for each word of a list, then -- and the other words.
+    A list takes all words up to the next option or `--`; an empty list becomes `--option=`.
+    Missing positional words are taken from the last list: `--machines a b batch.sh`.
     """
     usual = kinds
     kinds = {**{other: 'list' for name, other in MACHINE_FORMS.items() if name in usual}, **usual}
@@ -5614,9 +5613,9 @@ def refuse_more_machines(words):
 
 
 def keep_one_machine(spelled, in_batch):
-    """Return what spell_out spelled without further words for --machine; raise unless in_batch.
+    """Return the words of spell_out with at most one --machine; raise if more were given.
 
-    In a line of a batch file they are ignored.
+    In a line of a batch file (in_batch) the others are ignored.
     """
     places = [place for place, word in enumerate(spelled[:spelled.index('--')])
               if word.startswith('--machine=')]
@@ -5657,7 +5656,7 @@ def check_for_help(usage, command, words):
 
 
 def check_for_completion(usage, spelled):
-    """Raise HelpAsked, with the script of a shell, if what spell_out spelled asks for that."""
+    """Raise HelpAsked, with the script for a shell, if the words of spell_out ask for that."""
     for word in spelled[:spelled.index('--')]:
         if word.startswith('--completion='):
             shell = word.partition('=')[2]
@@ -5669,7 +5668,7 @@ def check_for_completion(usage, spelled):
 def read_options(usage, argv, in_batch=False):
     """Return the Options of argv (without the program's name) by the usage text.
 
-    in_batch: it is a line of a batch file, where --help asks for nothing
+    in_batch: argv is a line of a batch file, where --help has no effect
     """
     try:
         return parse_options(usage, argv, in_batch)
@@ -5679,12 +5678,12 @@ def read_options(usage, argv, in_batch=False):
 
 
 def parse_options(usage, argv, in_batch):
-    """Return the Options of argv; a UsageError of it does not have the usage text yet."""
+    """Return the Options of argv; a UsageError does not have the usage text yet."""
     kinds = option_kinds(usage)
     pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
     command = pattern.split()[0]
     positionals = list(dict.fromkeys(re.findall(r'(?<![=\w])<(\w+)>', pattern)))
-    # Options that stand in the place of a word, as in (<word> | --this=<x> | --that).
+    # Options that replace a word, as in (<word> | --this=<x> | --that).
     instead = set(re.findall(r'(--[a-z-]+)(?:=<\w+>(?=\s+\|)|(?:=<\w+>)?(?=\)))', pattern))
     beside = set(re.findall(r'\[<\w+>\] (--[a-z-]+)', pattern))      # … or beside one
     spelled, given = spell_out(argv, kinds, 0)
@@ -5782,19 +5781,19 @@ def are_gpu_types(value):
 
 
 # The words of `wrap` may have these placeholders.  Their values are digits, commas, points and the
-# characters of job names, so they are no more than text to bash, within quotes and without.
+# characters of job names, so bash takes them as plain text, quoted or not.
 PLACEHOLDERS = ('cores', 'memory_mb', 'gpu_ids', 'gpus', 'name')
 BRACES = re.compile(r'\{\{|\}\}|\{[^{}]*\}|[{}]')
 LONGEST_WRAP = 2000                 # characters; the remote runner hands it to workers in a pipe
 
-# What stands between quotes or brackets of bash -> what closes it; a ( only within a $(.
+# Opening quote or bracket of bash -> what closes it; a ( counts only within a $(.
 CLOSERS = {'"': '"', '`': '`', '$(': ')', '${': '}', '$[': ']', '(': ')'}
 UNQUOTED = re.compile(r"""(?s)\\.|\$'(?:[^'\\]|\\.)*'|(?<!\$)'[^']*'|\$[({[]|.""")
 QUOTED = re.compile(r'(?s)\\.|\$[({[]|.')
 
 
 def is_wrap(value):
-    """Tell whether the value may be the text of a `wrap`, before its words are looked at."""
+    """Tell whether the value can be the text of a `wrap`; check_wrap checks its words."""
     return (is_text(value) and value.strip() and len(value) <= LONGEST_WRAP
             and not re.search('[\1-\10\13-\37\177]', value))
 
@@ -5806,7 +5805,7 @@ def fill_placeholders(wrap, values):
 
 
 def check_wrap(wrap, where):
-    """Raise unless a `wrap` has known placeholders only, and is words as bash reads them.
+    """Raise unless a `wrap` has only known placeholders, and bash reads it as plain words.
 
     where: the file and the line, for messages
     """
@@ -5838,7 +5837,7 @@ def why_no_placeholder(braces, before, behind):
         return 'a } closes nothing'
     if name not in PLACEHOLDERS:
         return f'unknown placeholder {printable(braces)}{nearest(name, PLACEHOLDERS)}'
-    variable = re.search(r'\$\w*\Z', before, re.ASCII)       # bash would read on in the value
+    variable = re.search(r'\$\w*\Z', before, re.ASCII)       # bash would join name and value
     if variable:
         return (f'{variable[0]}{braces} is neither a placeholder nor a variable of bash. Write '
                 f'${{{braces}}} for the variable, or quotes between the two')
@@ -5848,7 +5847,7 @@ def why_no_placeholder(braces, before, behind):
 def why_no_words(text):
     """Return why bash would not read the text as the words of one command; '' if it would.
 
-    What stands in $(...) is only known on the machine: it is read as far as to find its end.
+    Only the machine knows what $(...) yields: its text is read only to find its end.
     """
     closers, index, begins = [], 0, True
     while index < len(text):
@@ -5902,12 +5901,12 @@ MACHINE_KEYS = {
 ENGINES = ('slurm',)
 OF_ENGINES = ('engine_options', 'gpu_types', 'node_folder')     # have a meaning with `engine` only
 NODE_FOLDER = re.compile(r'(/|\$\{?[A-Za-z_]\w*\}?)[\w./-]*', re.ASCII)
-QUEUED_JOBS = 20            # of one batch that may be in the queue of a cluster, by default
-# Options of sbatch that the runner gives itself, or that would make something else of a job.
+QUEUED_JOBS = 20            # of one batch in the queue of a cluster, the default of max_jobs
+# Options of sbatch that the runner sets itself, or that would change what a job is.
 ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
                 'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
                 'usage', 'version', 'export', 'export-file', 'get-user-env')
-# Those begin as some of these do, and are others.
+# Options with names like these, which are allowed.
 ENGINE_ALLOWED = ('no-requeue', 'wait-all-nodes')
 
 
@@ -5980,7 +5979,7 @@ def read_machine_value(loader, key, node, where):
 def explain_yaml(error, text):
     """Return (number of the line, the error) of a YAML error.
 
-    YAML notices a missing colon, quote or bracket only at what follows, often in the next line.
+    The parser notices a missing colon, quote or bracket only at what follows, often a line later.
     """
     yaml = library('yaml')
     mark, what = error.problem_mark or error.context_mark, f'this is not YAML: {error.problem}'
@@ -5995,7 +5994,7 @@ def explain_yaml(error, text):
     before = re.split(line_break, text[:begins.index])[-1]
     line = re.split(line_break, text[begins.index:])[0]
     line = re.split(r'\s#', line)[0].rstrip()
-    is_key = not before.strip() and not re.search(r':(\s|$)|^[\[{]', line)     # but for a colon
+    is_key = not before.strip() and not re.search(r':(\s|$)|^[\[{]', line)     # a key without colon
     if is_key:
         return begins.line + 1, f'this is not "key: value": {line!r:.200}'
     return (begins if unended else mark).line + 1, what
@@ -6039,7 +6038,7 @@ def check_engine(values, path):
 
 
 def read_engine_options(text, path):
-    """Return the words of engine_options; raise where one would break what the runner does.
+    """Return the words of engine_options; raise if one would break the work of the runner.
 
     path: of the machine's file
     """
@@ -6063,7 +6062,7 @@ def read_engine_options(text, path):
 
 
 def check_key(key_path, path):
-    """Raise if ssh could not use this private key without a question; ssh's words are less clear.
+    """Raise if ssh could not use this private key without a question; ssh's message is less clear.
 
     path: the machine's file
     """
@@ -6142,7 +6141,7 @@ def machine_at(word):
 
 
 def machine_words(words):
-    """Yield the words, and in the place of each @file its lines."""
+    """Yield the words, but the lines of the file in place of each @file."""
     for word in words:
         if not word.startswith('@'):
             yield word
@@ -6184,10 +6183,10 @@ def refuse_again(machine, others):
 
 
 def find_machines(words):
-    """Return (the Machines, sentences on wrong machine files); raise where all files are wrong.
+    """Return (the Machines, sentences on wrong machine files); raise if all files are wrong.
 
-    A machine whose file is wrong is left out, so that the others can work.  A word that names
-    nothing is an error, since a typing error should be seen before hours of work, and so is a
+    A machine whose file is wrong is left out, so that the others can work.  A word that names no
+    machine is an error, since a typing error should be seen before hours of work, and so is a
     machine that is named twice.
     """
     machines, wrong = [], {}
@@ -6263,7 +6262,7 @@ def name_of_batch(path):
 def check_job_name(name, where, most=180):
     """Raise unless the name is a file name that is safe here and on machines.
 
-    most: characters; fewer than file systems allow, since the program makes NAME-2 of NAME
+    most: characters; fewer than file systems allow, since the program adds -2 to a name
     """
     if name.endswith('.partial'):
         raise BatchFileError(f'{where}: the job name {name!r} must not end with .partial: '
@@ -6368,7 +6367,7 @@ def without_continuations(command):
 
 
 def read_partial(job, where, warn):
-    """Return the job as its line, an execute_remote command, changes it."""
+    """Return the job, changed by the options of its line, which is an execute_remote command."""
     import shlex
     try:
         words = shlex.split(without_continuations(job.command))
@@ -6407,9 +6406,9 @@ PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|cas
 PLAIN_LINE = re.compile(
     rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
 
-# Reads commands that end with NUL; prints, also with a NUL, the number of each that bash refuses
-# and why.  Behind set -n nothing is run.  Each command has a subshell of its own, since one could
-# complete another if they were read together.  A bash before 4.0, as on macOS, refuses too much.
+# Reads commands, each ended by a NUL; prints the number of each that bash refuses and why, also
+# with a NUL.  After set -n bash runs nothing.  Each command has a subshell, since two that are read
+# together could complete each other.  A bash before 4.0, as on macOS, refuses too much.
 SYNTAX_CHECK = r"""
 ((BASH_VERSINFO[0] >= 4)) || exit
 number=0
@@ -6434,8 +6433,8 @@ def refuse_syntax(path, jobs, said):
             'with a backslash.')
 
 
-# Commands that change only the shell that runs them: (first words, pattern of what follows, whose
-# group goes with the first word when we name it, whether `setup` of a machine file can have them).
+# Commands that change only the shell that runs them: (first words, pattern of the rest, whose group
+# is part of the command's name in messages, whether `setup` of a machine file can have them).
 SETTINGS = (
     ('export source . declare typeset unset eval', '() .+', True),
     ('conda mamba micromamba pyenv', '( (?:activate|deactivate|shell))(?: .*)?', True),
@@ -6626,7 +6625,7 @@ FILTER_WORDS = {'exclude': '-', 'include': '+', 'hide': 'H', 'show': 'S', 'prote
 def read_filter_file(folder, path):
     """Return (the Rules of a folder's .rsync-filter, whether it clears those of folders above).
 
-    path: the folder relative to the current one, '' for that itself
+    path: the folder relative to the current one; '' for the current one
     """
     name = os.path.join(folder, FILTER_FILE)
     try:
@@ -6674,7 +6673,7 @@ class Entry(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """The files to send: entries in an order in which each folder comes before what it holds."""
+    """The files to send: entries in an order in which each folder comes before its contents."""
     entries: tuple
     left_out: tuple                 # why some are not sent, in words
 
@@ -6695,10 +6694,10 @@ class Walk:
     def __init__(self, exclude, option, never=(), filtered=True):
         self.entries = {}               # path -> Entry
         self.left_out = set()           # in words
-        self._option = option           # for messages: who named the paths
+        self._option = option           # for messages: the option that names the paths
         self._exclude = [compile_rule(pattern) for pattern in exclude]
-        self._never = never             # paths that are left out without a word
-        # folder -> the rules that hold inside it; None: .rsync-filter has no meaning
+        self._never = never             # paths that are left out without a message
+        # folder -> the rules that apply inside it; None: .rsync-filter files are not read
         self._rules = {} if filtered else None
 
     def add(self, path):
@@ -6739,7 +6738,7 @@ class Walk:
                              'out with --exclude.')
 
     def _wanted(self, path, is_folder):
-        """Tell whether the path is to be sent; note why not."""
+        """Tell whether to send the path; if not, note why."""
         folder, _, name = path.rpartition('/')
         if path in self._never:
             return False
@@ -6768,9 +6767,9 @@ class Walk:
 def scan_tree(paths, exclude, option='--copy-forwards', never=(), filtered=True):
     """Return the Tree of these paths, relative to the current folder.
 
-    First the paths in `never`, .git and job_results are left out, then what `exclude` says, then
-    what each folder's .rsync-filter does, nearest folder first; in each the first rule that applies
-    decides.  Without `filtered`, .rsync-filter is a file as others.
+    Rules apply in this order: the paths in `never`, .git and job_results; those of `exclude`; those
+    of each folder's .rsync-filter, nearest folder first.  The first rule that applies decides.
+    Without `filtered`, .rsync-filter is a file like any other.
     """
     walk = Walk(exclude, option, never, filtered)
     for path in paths:
@@ -6783,25 +6782,25 @@ def scan_tree(paths, exclude, option='--copy-forwards', never=(), filtered=True)
     return Tree(tuple(walk.entries.values()), tuple(sorted(walk.left_out)))
 
 
-# A Manifest reads contents while logins are under way, and no more than it has time for then: of
-# the CONTENTS smallest files, CONTENTS_BYTES in all.
+# A Manifest reads file contents while logins are under way, and only what fits into that time: the
+# CONTENTS smallest files, CONTENTS_BYTES in all.
 CONTENTS, CONTENTS_BYTES = 5000, 32 * 2**20
 TO = '-> '                  # in front of the target of a link
 
 
 def is_inside(path):
-    """Tell whether a relative path is one that may be sent: it does not lead out of its folder."""
+    """Tell whether a path may be sent: it is relative, and does not lead out of its folder."""
     return (os.path.normpath(path) == path and path[:1] != '/'
             and not {'..', '.', *NEVER_SENT}.intersection(path.split('/')))
 
 
 class Manifest:
-    """The files that a job was given: to be compared with later ones, and to be sent once more.
+    """The files that a job was given, to compare them with later ones, and to send them again.
 
-    files: {path: [mode, size, time of change in ns, content]}; the content is the digest of what
-    the file holds, '-> TARGET' of a link, or '' of what is told apart by size and time
-    linked: the paths of --link-forwards, of whose files no content is read
-    empty: the folders in which nothing is
+    files: {path: [mode, size, time of change in ns, content]}; the content is a digest of the
+    file's bytes, '-> TARGET' for a link, or '' for a file that is compared by size and time
+    linked: the paths of --link-forwards, whose files' contents are not read
+    empty: the empty folders
     digest: 16 hex digits of files and linked, without the times of files that have a digest
     """
 
@@ -6856,7 +6855,7 @@ def content_digest(data):
 
 
 def differs_now(path, manifest):
-    """Tell whether a file that was sent is another one here and now, or none."""
+    """Tell whether a file that was sent differs from the one here now, or is gone."""
     mode, size, ns, content = manifest.files[path]
     try:
         info = os.lstat(path)
@@ -6870,7 +6869,7 @@ def differs_now(path, manifest):
 
 
 def was_touched(path, manifest):
-    """Tell whether a file that was sent has another size or time here and now, or is gone."""
+    """Tell whether a file that was sent now has another size or time here, or is gone."""
     _, size, ns, content = manifest.files[path]
     try:
         info = os.lstat(path)
@@ -6903,9 +6902,9 @@ def present(entries):
 
 
 def lost_links(copy, link, linked):
-    """Return the paths of the links in these Trees that lead somewhere here, and not on a machine.
+    """Return the paths of the links in these Trees that work here, but not on a machine.
 
-    linked: the paths of --link-forwards, which are links from the one Tree into the other there.
+    linked: the paths of --link-forwards, which on a machine are links from `copy` into `link`.
     A link is lost if its target is not sent, or is a path of this computer; each machine has its
     own SYSTEM_FOLDERS.
     """
@@ -6951,11 +6950,11 @@ def arrives(path, targets):
     return True
 
 
-LARGE_BYTES = 500e6         # to send to a machine: more is worth a word
+LARGE_BYTES = 500e6         # to send to a machine: above this, advise
 
 
 def advise_on_size(tree, machines):
-    """Return the large files among those to send, and how to leave it out; '' for little."""
+    """Return advice on the largest path to send, and how to leave it out; '' if all is small."""
     total = tree.size
     if total <= LARGE_BYTES:
         return ''
@@ -6966,7 +6965,7 @@ def advise_on_size(tree, machines):
             below[path] += entry.size
             path = os.path.dirname(path)
     top = ''
-    while True:                                 # down to where most of it is
+    while True:                                 # down while one path holds more than half
         inside = [(size, path) for path, size in below.items() if os.path.dirname(path) == top]
         size, path = max(inside, default=(0, ''))
         if size <= (total if not top else below[top]) / 2 and top or not path:
@@ -7076,7 +7075,7 @@ def make_parents(folder, names):
 def target_of(member, folder):
     """Return the path of an archive's member below `folder`; None if it is refused.
 
-    The folders that lead to it are made, and itself where it is one.
+    Make the folders that lead to it, and the member itself if it is a folder.
     """
     names = [name for name in member.name.split('/') if name not in ('', '.')]
     plain = member.isreg() or member.isdir() or member.issym()
@@ -7092,7 +7091,7 @@ def target_of(member, folder):
 
 
 def unpack_file(tar, member, target):
-    """Make the file or link `target`, which is not there yet, of an archive's member."""
+    """Make the file or link `target`, which does not exist yet, from an archive's member."""
     times = (mtime_ns(member),) * 2
     if member.issym():
         os.symlink(member.linkname, target)
@@ -7127,7 +7126,7 @@ def unpack_archive(path, folder):
                 folders.append((target, member))
             elif not os.path.lexists(target):       # else it is named twice
                 unpack_file(tar, member, target)
-    for target, member in reversed(folders):        # last, since files change the time of theirs
+    for target, member in reversed(folders):        # last, since new files change a folder's time
         os.chmod(target, member.mode & 0o777)
         os.utime(target, ns=(mtime_ns(member),) * 2)
     return refused
@@ -7143,7 +7142,7 @@ UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such 
 class Need(NamedTuple):
     """The resources that one job of any batch needs on a machine, and those it was seen to use.
 
-    The job's runner notes it there, so that other batches see what was promised and not yet taken.
+    The job's runner records it there, so that other batches see what is promised but not yet used.
     """
     key: str                        # job.attempt of this project's jobs, '' of others'
     user: str                       # who runs a job of others; '' for the login's own user
@@ -7156,27 +7155,27 @@ class Need(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The numbers of a probe with which those of the next one are compared."""
+    """The numbers of a probe that the next probe is compared with."""
     busy: int                       # processor ticks since boot, of all processors
     total: int
     ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
-    gpu_free_mb: dict               # index -> MB, when none of our jobs was there yet
+    gpu_free_mb: dict               # index -> MB, before this batch had jobs there
 
 
 def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
 
-    ours: the keys (job.attempt) of this batch's jobs there, whose use is added to what is free
+    ours: the keys (job.attempt) of this batch's jobs there; what these use counts as free
     before: the Sample of the last probe
-    ended_ticks: the ticks that those of our jobs used that ended since then
+    ended_ticks: the ticks of this batch's jobs that have ended since then
 
     Never raises: a fact that cannot be read is unknown, and nothing unknown is used.
     """
     values, needs = dict(facts), read_needs(facts)
     others = [need for need in needs if need.key not in ours]
     processors, usable_cores, total_mb, available_mb = read_size(facts)
-    # all_mb, all_cores: what all batches may use together.  Others' needs are subtracted whether
-    # their jobs have taken them yet or not.
+    # all_mb, all_cores: what all batches may use together.  The needs of other batches are
+    # subtracted whether or not their jobs use them yet.
     all_mb = available_mb + sum(min(need.used_mb, need.memory_mb) for need in needs)
     all_mb = min(all_mb, total_mb)
     free_mb = max(all_mb - sum(need.memory_mb for need in others), 0)
@@ -7201,7 +7200,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
 def parse_queue(facts, machine, known=None):
     """Return the Queue that the facts of a cluster's probe give, a list of (key, text).
 
-    known: the Queue of an earlier probe, whose partitions hold where these facts name none
+    known: the Queue of an earlier probe, whose partitions are kept if these facts name none
     Never raises: what cannot be read is unknown.
     """
     values = dict(facts)
@@ -7231,7 +7230,7 @@ def parse_partition(line):
 
 
 def use_in(facts, before):
-    """Return the use of a machine, by all who use it, as `Seen` has it.
+    """Return what all users of a machine use of it, as `Seen` has it.
 
     before: the Sample of the last probe, or None
     """
@@ -7253,7 +7252,7 @@ def use_in(facts, before):
 
 
 def read_size(facts):
-    """Return (processors, cores that its cgroups leave of them, MB in all, MB available)."""
+    """Return (processors, cores of them that its cgroups allow, MB in all, MB available)."""
     values = dict(facts)
     processors = whole_number(values.get('cores'))
     total_mb = whole_number(values.get('MemTotal')) // 1024
@@ -7276,8 +7275,8 @@ def busy_cores(values, needs, processors, before, ended_ticks):
     if before:
         used, total = now[0] - before.busy, now[1] - before.total
         if total >= FEWEST_TICKS:
-            # The ticks of batches: /proc tells those of each job and its descendants, and the end
-            # event of a job that ended meanwhile told its own.
+            # The ticks of batches: /proc has those of each job and its descendants; a job that
+            # ended meanwhile reported its own in its end event.
             by_jobs = ended_ticks + sum(max(need.ticks - before.ticks.get(need.key, 0), 0)
                                         for need in needs if need.key)
             by_jobs += max(sum(need.ticks for need in needs if not need.key)
@@ -7286,8 +7285,8 @@ def busy_cores(values, needs, processors, before, ended_ticks):
     load = decimal(values.get('load'), math.inf)
     begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     used, total = now[0] - begun[0], now[1] - begun[1]
-    # Since the login began is a short time, in which the login itself shows; in the last minute's
-    # load a job shows that has just ended.  Whoever really uses the machine shows in both.
+    # The time since the login began is short, and includes the work of the login itself; the load
+    # of the last minute includes jobs that have just ended.  Real use of the machine shows in both.
     busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
     busy = min(busy, processors) if math.isfinite(busy) else 0.0
     return max(busy - sum(need.cores for need in needs), 0.0)
@@ -7307,7 +7306,7 @@ def read_sample(facts, first_free_mb=None):
 
 
 def read_needs(facts):
-    """Return the Needs among the facts; a text that makes no sense needs nothing."""
+    """Return the Needs among the facts; skip texts that cannot be read."""
     needs = []
     for key, text in facts:
         match = key == 'claim' and re.fullmatch(
@@ -7344,7 +7343,7 @@ def decimal(text, unknown):
 def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
     """Return (the Gpus, their limits as text, why there are no others) of the facts of a probe.
 
-    first_free_mb: {index: MB} when none of our jobs was there yet
+    first_free_mb: {index: MB} before this batch had jobs there
     memory_mb: free memory of the machine, for GPUs that share it
     """
     values = dict(facts)
@@ -7374,7 +7373,7 @@ def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
 def share_gpu(gpu, processes, needs, ours, first_free_mb):
     """Return (the Gpu as it is for this batch, its limits for all batches as text).
 
-    gpu: as nvidia-smi tells of it; processes: those on it, as gpu_processes has them
+    gpu: as nvidia-smi reports it; processes: those on it, as gpu_processes has them
     """
     here = [need for need in needs if gpu.index in need.gpus]
     mine = [need.gpus[gpu.index] for need in here if need.key in ours]
@@ -7387,8 +7386,8 @@ def share_gpu(gpu, processes, needs, ours, first_free_mb):
             asked[need.key or 'other'] += need.gpus[gpu.index][0]
         taken_mb = sum(min(used[key], mb) for key, mb in asked.items())
     else:
-        # In a container nvidia-smi names no process.  Our jobs are taken to have what is no longer
-        # free since we came, up to what they were promised.
+        # In a container nvidia-smi names no process.  Assume that this batch's jobs use the memory
+        # that is no longer free since it began, up to what they were promised.
         taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
     foreign = [user for _, user, key in processes if key not in ours]
     all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
@@ -7411,7 +7410,7 @@ def only_listed(gpus, listed, trouble):
 def gpu_processes(facts):
     """Return {GPU's uuid: [(MB, owner, key of its Need)]} of the processes among the facts.
 
-    MB is 0 where nvidia-smi does not tell.  The key is 'other' for a job of another project, and
+    MB is 0 if nvidia-smi does not report it.  The key is 'other' for a job of another project, and
     '' for a process of no batch.
     """
     found = collections.defaultdict(list)
@@ -7448,7 +7447,8 @@ def parse_gpu(line, extended, memory_mb, listed):
     """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
 
     extended: the line has compute and MIG mode, too
-    listed: the indices in the machine's file, whose user vouches for what nvidia-smi does not tell
+    listed: the indices in the machine's file; their use counts as 0 if nvidia-smi does not report
+    it
     """
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
@@ -7484,7 +7484,7 @@ def number_or_none(text):
 
 
 def explain_gpu_line(line):
-    """Return which GPUs cannot be used, of a line of nvidia-smi that describes none."""
+    """Return why GPUs cannot be used, from a line of nvidia-smi that describes no GPU."""
     lost = re.search(r'handle for (GPU ?[0-9A-Fa-f:.]*[0-9A-Fa-f])\W+(.*)', line)
     if lost:
         return f'has lost {printable(lost[1])} (nvidia-smi: {printable(lost[2].strip())[:100]})'
