@@ -7503,8 +7503,8 @@ class ResultStore:
     job_results/NAME/                 its results; appears by one rename
     job_results/.ssh_scheduler/       journal, lock, incoming results
 
-    part: a folder below that for the same: commands/NAME for a job of execute_remote, so that it
-    runs beside a batch, and two clients of one job cannot both collect it.
+    part: a folder below .ssh_scheduler for these: commands/NAME for a job of execute_remote, so
+    that it runs beside a batch, and two clients of one job cannot both collect it.
     journal: the Journal of its jobs; partials: the Partials
     """
 
@@ -7517,8 +7517,8 @@ class ResultStore:
         self.present = Presence(folder, self.journal)
         self.partials = Partials(folder, self.inner)
         self.lock = Lock(folder, part, self.inner)
-        self._grown = set()             # (name, stream) that we have begun to write
-        self._growing = {}              # of these the one that grew last -> its open file
+        self._grown = set()             # (name, stream) that this client began to write
+        self._growing = {}              # the one of these that grew last -> its open file
 
     # Opening it
 
@@ -7557,7 +7557,7 @@ class ResultStore:
         return self
 
     def close(self):
-        """Let go of the lock; where nothing was started, leave nothing behind."""
+        """Release the lock; if no job was started, leave nothing behind."""
         if not self.lock.is_held:
             return
         self.sent.close()
@@ -7578,9 +7578,9 @@ class ResultStore:
         self.lock.close()
 
     def take_over(self, run, note):
-        """Open it, but first have a client stop that has it open for the same `run`, and wait.
+        """Open the folder, but first stop a client that has it open for the same `run`, and wait.
 
-        note(text) tells of that.  Return what the journal said of the jobs before: name -> record.
+        note(text) prints that.  Return the journal's jobs as they were before: name -> record.
         """
         before = self.lock.take_over(
             run, note, lambda: ResultStore(self.folder, self.part).peek().journal.jobs) or {}
@@ -7596,7 +7596,7 @@ class ResultStore:
     def exists(self, name):
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
-            return os.path.lexists(self._path(name))    # its streams are the rest of that
+            return os.path.lexists(self._path(name))    # its streams are left from that attempt
         return bool(self.present.of(name))
 
     def remnants(self, name):
@@ -7616,8 +7616,9 @@ class ResultStore:
         return found | {self.journal.identity}
 
     def kept(self, machine):
-        """Return {name: record} of the collected jobs of which something could not be fetched from
-        there; `kept` are its paths."""
+        """Return {name: record} of the collected jobs with files that could not be fetched from
+        this machine; `kept` are their paths.
+        """
         return {name: record for name, record in self.journal.jobs.items()
                 if record['machine'] == machine and record['state'] in ('collected', 'earlier')
                 and record.get('kept') and record['kept'] is not True
@@ -7626,7 +7627,7 @@ class ResultStore:
     # Streams
 
     def grow(self, name, stream, data):
-        """Add to a stream of a job that runs; return whether that could be done."""
+        """Append to a stream of a running job; return whether that worked."""
         key = (name, stream)
         mode = ('ab' if key in self._grown else
                 'wb' if self.journal.may_have_streams(name) else 'xb')
@@ -7640,11 +7641,11 @@ class ResultStore:
                 data = data[file.write(data):]
         except OSError:
             self._stop_growing()
-            return False        # a copy brings all of it at the end, and tells of a failure
+            return False        # a copy at the end brings all of it, or reports a failure
         return True
 
     def has(self, name, stream, size):
-        """Tell whether all of a stream, this many bytes, grew where it belongs."""
+        """Tell whether all of a stream, this many bytes, was written here while it grew."""
         try:
             return (name, stream) in self._grown and os.path.getsize(
                 self._path(name, f'.{stream}')) == size
@@ -7675,9 +7676,9 @@ class ResultStore:
     def commit(self, name, streams, folder, wants_folder, kept=()):
         """Put a job's results in place; the caller then moves the attempt to collected.
 
-        streams: 'out' and 'err' -> bytes, the path of a file to move, or None where it grew there
-        kept: the paths that could not be fetched, so that its folder stays there, or True: it all.
-        The journal has these and not all paths, so that files deleted here do not come back.
+        streams: 'out' and 'err' -> bytes, the path of a file to move, or None if it grew in place
+        kept: the paths that could not be fetched, so that their machine keeps them; True: all.
+        The journal has only these paths, so that files deleted here are not fetched again.
         """
         self._stop_growing()
         for stream, content in streams.items():
@@ -7691,12 +7692,12 @@ class ResultStore:
             folder = self.incoming()
         # On the machine it was private.  A folder that its owner may not write cannot be moved.
         os.chmod(folder, new_folder_mode())
-        # A run that is killed after the rename is found out by the inode: see _end_commits.
+        # If the client is killed after the rename, _end_commits finds that by the inode.
         self.journal.write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
         os.rename(folder, target)
 
     def _commit_stream(self, name, stream, content):
-        """Move or write one stream; only what we wrote ourselves while it grew is replaced."""
+        """Move or write one stream; replace only what this program wrote while it grew."""
         target = self._path(name, f'.{stream}')
         ours = (name, stream) in self._grown or self.journal.may_have_streams(name)
         self._grown.discard((name, stream))
@@ -7714,7 +7715,7 @@ class ResultStore:
             file.write(content)
 
     def _end_commits(self):
-        """Note what a run that was killed had put in place and not noted: by the folder's inode."""
+        """Record results that a killed client put in place but did not record, by the inode."""
         for name, record in self.journal.jobs.items():
             if record['state'] == 'ended' and 'inode' in record:
                 with contextlib.suppress(FileNotFoundError):
@@ -7722,9 +7723,9 @@ class ResultStore:
                         self.journal.write(event='collected', job=name, kept=record['kept'])
 
     def put_aside(self, name):
-        """Keep the results of a job that is to run again as NAME~1, or as the next that is free.
+        """Rename the results of a job that is to run again to NAME~1, or the next free number.
 
-        Return that name.  No job has it, since it has a tilde.
+        Return the new name.  No job has it, since it has a tilde.
         """
         self._stop_growing()
         kept = next(kept for number in itertools.count(1) for kept in [f'{name}~{number}']
@@ -7739,7 +7740,7 @@ class ResultStore:
         return kept
 
     def _end_renames(self, names=None):
-        """Move what put_aside moves; the journal knows it, and a run may have been killed then."""
+        """Finish the moves that put_aside recorded: a client may have been killed in one."""
         for name in self.journal.jobs if names is None else names:
             record = self.journal.jobs[name]
             for end in ENDS if record['state'] == 'again' else ():
@@ -7748,15 +7749,14 @@ class ResultStore:
                     os.rename(old, new)
 
     def add(self, name, folder):
-        """Put what was kept until now to the other results of a job; return the paths that were in
-        its way."""
+        """Add files that a machine kept until now to a job's results; return paths in their way."""
         target = self._path(name)
         return [os.path.relpath(path, target) for path in merge(folder, target)] if folder else []
 
     def set_aside(self, name, streams=None, folder=None):
-        """Move what there is of a job that was cancelled out of the way of its next run.
+        """Move the files of a job that was cancelled out of the way of its next run.
 
-        streams, folder: what came of it from its machine, as for commit
+        streams, folder: what its machine sent of it, as for commit
         """
         self._stop_growing()
         try:
@@ -7795,7 +7795,7 @@ class ResultStore:
 
 
 class Lock:
-    """The file by which one client at a time has a job_results, or a part of it.
+    """The file that lets one client at a time use a job_results, or a part of it.
 
     Its lines: the client that took it last, `process PID on COMPUTER`; the batch or job that it
     runs; its options for hardware, in JSON; and, once it has ended in good order, `exit status N`.
@@ -7804,11 +7804,11 @@ class Lock:
     def __init__(self, folder, part, inner):
         self._folder, self._part = folder, part
         self.path = os.path.join(inner, 'lock')
-        self.asked_before = frozenset()     # ids of the requests that lay there when it was taken
+        self.asked_before = frozenset()     # ids of the requests that are older than the lock
         self._fd = None
 
     def take(self, run, asks):
-        """Take it for this batch or job.  Raises FolderInUse, ResultsError or OSError."""
+        """Take the lock for this batch or job.  Raises FolderInUse, ResultsError or OSError."""
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -7830,13 +7830,13 @@ class Lock:
         self.tell(run, asks)
 
     def tell(self, run, asks):
-        """Have it tell of this client.  asks: its options for hardware."""
+        """Write the lines about this client.  asks: its options for hardware."""
         text = f'process {os.getpid()} on {os.uname().nodename}\n{run}\n{json.dumps(asks)}\n'
-        os.pwrite(self._fd, text.encode(), 0)       # so there is never a moment without any text
+        os.pwrite(self._fd, text.encode(), 0)       # so the file is never without text
         os.ftruncate(self._fd, len(text.encode()))
 
     def note_end(self, status):
-        """Tell the exit status of this client, for who waits for it."""
+        """Write the exit status of this client, for clients that wait for it."""
         if self._fd is None:
             return
         with contextlib.suppress(OSError):          # then the journal tells how the jobs ended
@@ -7845,19 +7845,19 @@ class Lock:
 
     @property
     def is_held(self):
-        """Tell whether this client has it."""
+        """Tell whether this client has the lock."""
         return self._fd is not None
 
     def close(self):
-        """Let go of it."""
+        """Release the lock."""
         if self._fd is not None:
             os.close(self._fd)
         self._fd = None
 
     def take_over(self, run, note, look):
-        """Have a client stop that has it for the same `run`, and wait; return what look() did then.
+        """Stop a client that has the lock for the same `run`, and wait; return what look() did.
 
-        note(text) tells of that; look is called before the client stops
+        note(text) prints that; look is called before the client stops
         """
         with contextlib.suppress(FileNotFoundError), open(self.path) as lock:
             try:
@@ -7869,18 +7869,18 @@ class Lock:
                     seen = look()
                     stop_client(int(match[1]), match[2], run, lock, note)
                     return seen
-            except OSError:         # no locks there: then none keeps us out either
+            except OSError:         # no locks there, so none is in the way
                 pass
         return None
 
     @property
     def holder(self):
-        """The Holder of the lock, which is not taken for that; None where there never was one."""
+        """The Holder of the lock, found without taking it; None if there never was one."""
         return read_holder(self.path)
 
     @property
     def noted_status(self):
-        """The exit status that the last client noted; None where it was killed, or runs."""
+        """The exit status that the last client noted; None if it was killed, or still runs."""
         with contextlib.suppress(OSError), open(self.path, encoding='utf-8',
                                                 errors='replace') as lock:
             match = re.search(r'^exit status ([0-9]+)$', lock.read(1000), re.M)
@@ -7889,19 +7889,19 @@ class Lock:
 
 
 class Partials:
-    """What has come of jobs that run: job_results/NAME.partial, until their results are there.
+    """Files fetched from running jobs: job_results/NAME.partial, until their results are there.
 
     .ssh_scheduler/partial/names/NAME      a link whose text is the inode of NAME.partial: only
                                            what this program has made is removed
-    .ssh_scheduler/partial/from.NUMBER     while rsync fetches from a machine, the same files once
-                                           more; no longer, or TensorBoard would show them twice
+    .ssh_scheduler/partial/from.NUMBER     the same files once more, only while rsync fetches from
+                                           a machine, since TensorBoard would show them twice
     """
 
     def __init__(self, folder, inner):
         self._folder, self._inner = folder, os.path.join(inner, 'partial')
 
     def landing(self, number, jobs):
-        """Return a folder for rsync to fill; it has the files that came before of these jobs.
+        """Return a folder for rsync to fill; it holds the files fetched from these jobs so far.
 
         jobs: {folder of a job on the machine: name of the job}
         """
@@ -7916,7 +7916,7 @@ class Partials:
         return path
 
     def open(self, name):
-        """Return the folder for what comes of a job; None if something else has its name."""
+        """Return the folder for files of a running job; None if something else has its name."""
         path, note = self._paths(name)
         if self._is_there(name):
             return path
@@ -7932,7 +7932,7 @@ class Partials:
         return path
 
     def remove(self, name):
-        """Remove what has come of a job."""
+        """Remove the fetched files of a job."""
         path, note = self._paths(name)
         if self._is_there(name):
             remove_tree(path)
@@ -7940,19 +7940,19 @@ class Partials:
             os.unlink(note)
 
     def clear(self):
-        """Remove all, as of a run that was killed."""
+        """Remove all of them, such as those that a killed client left."""
         for name in self._names():
             self.remove(name)
         if os.path.isdir(self._inner):
             remove_tree(self._inner)
 
     def close(self):
-        """Remove all, unless jobs run on: what has come of these is for the user to look at."""
+        """Remove all, unless jobs keep running: their files stay for the user to look at."""
         if not self._names():
             self.clear()
 
     def _names(self):
-        """Return the names of the jobs of which something has come."""
+        """Return the names of the jobs with fetched files."""
         try:
             return os.listdir(os.path.join(self._inner, 'names'))
         except FileNotFoundError:
@@ -7977,7 +7977,7 @@ class Presence:
         self._folder, self._journal = folder, journal
 
     def of(self, name):
-        """Return those of a job."""
+        """Return the sum of a job."""
         here = self._journal.record(name).get('here')
         if here is None:
             path = os.path.join(self._folder, name)
@@ -7985,10 +7985,10 @@ class Presence:
         return here
 
     def look(self):
-        """Find those of all collected jobs at once: one by one would be three calls for each job.
+        """Look for the results of all collected jobs at once: one by one costs three calls a job.
 
-        From now on `of` tells of this moment.  When a job is claimed anew that ends for it, as it
-        has a new Record then.
+        From now on `of` returns what was here at this moment, for each job until it is claimed
+        again and gets a new Record.
         """
         jobs = self._journal.jobs
         try:
@@ -8012,14 +8012,14 @@ class Presence:
             record.here |= ENDS[end]
 
 
-# Left free by copies of what is sent, and by what comes of jobs that run: results need room.
+# Disk space for results, which copies of sent files, and files of running jobs, leave free.
 SPARE_BYTES = 10**9
-KEPT_AT_ONCE = 64           # files that are kept between two looks at what happens
-STALE_S = 3600.0            # nobody takes that long to keep a set of files
+KEPT_AT_ONCE = 64           # files kept between two looks at other events
+STALE_S = 3600.0            # no client takes that long to keep a set of files
 
 
 class Sent:
-    """What was sent with jobs: for each set of files that has a digest of its own a folder.
+    """The files that were sent with jobs: a folder for each set that has a digest of its own.
 
     sent/DIGEST/files.json      Manifest.files: what was sent
     sent/DIGEST/record.json     when, how much, how much of it is kept, and what git says of it
@@ -8027,30 +8027,30 @@ class Sent:
     sent/DIGEST/files/PATH      the files that are kept: hard links into the store
     sent/store/HASH             their contents, each once; limit_bytes in all
 
-    The smallest files are kept first: code, and not data.  Clients of several jobs may write here
-    at the same time, so each thing appears by one rename: a set when a job is about to have it, so
-    nobody removes one that another client may have found.  A copy can be read by no more people
-    than the file that it is of.
+    The smallest files are kept first: code, and not data.  Several clients may write here at the
+    same time, so everything appears by one rename: a set when a job is about to use it, so that no
+    client removes a set that another may have found.  A copy can be read by no more people than the
+    original file.
     """
 
     def __init__(self, folder):
         self.folder = os.path.join(folder, 'sent')
-        self.limit_bytes = 0            # None: nothing is noted at all
+        self.limit_bytes = 0            # None: record nothing at all
         self._store = os.path.join(self.folder, 'store')
-        self._found = {}                # digest -> Manifest, None where that is not known
-        self._under_way = {}            # digest -> the generator that keeps it
-        self._claimed = set()           # digests of sets that jobs have which this client began
-        self._unclaimed = {}            # digest -> the folder of a set that no job has so far
+        self._found = {}                # digest -> Manifest, or None if that is not known
+        self._under_way = {}            # digest -> the generator that makes the set
+        self._claimed = set()           # digests of sets that jobs of this client use
+        self._unclaimed = {}            # digest -> the folder of a set that no job uses yet
         self._used = None               # bytes in the store
 
     def claim(self, manifest):
-        """Have the set of files here, since a job has them.  Raises OSError."""
+        """Put the set of files here, since a job is about to use it.  Raises OSError."""
         digest = manifest.digest
         while digest not in self._claimed:
             for _ in self.keeping(manifest):
                 pass
             folder = self._unclaimed.pop(digest, None)
-            if folder and not os.path.isdir(folder):    # it was taken for that of a killed client
+            if folder and not os.path.isdir(folder):    # another client removed it as stale
                 self._found.pop(digest, None)
                 continue
             if folder:
@@ -8063,7 +8063,7 @@ class Sent:
             self._claimed.add(digest)
 
     def keeping(self, manifest):
-        """Yield, some files at a time, while the set of files is put here.  Raises OSError."""
+        """Put the set of files here; yield after every few files.  Raises OSError."""
         digest = manifest.digest
         if self.limit_bytes is None or self._found.get(digest):
             return
@@ -8076,7 +8076,7 @@ class Sent:
             self._under_way.pop(digest, None)
 
     def get(self, digest):
-        """Return the Manifest that has this digest; None where it is not here."""
+        """Return the Manifest that has this digest; None if it is not here."""
         if not self._found.get(digest):
             self._found[digest] = None
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
@@ -8088,7 +8088,7 @@ class Sent:
         return self._found[digest]
 
     def record(self, digest):
-        """Return the notes on a set, see above; an empty dict where it is not here."""
+        """Return the content of a set's record.json; an empty dict if the set is not here."""
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(read_file(self.path(digest, 'record.json')))
             if isinstance(record, dict) and all(isinstance(record.get(key), int)
@@ -8111,14 +8111,14 @@ class Sent:
                  as_json({**self.record(digest), **facts}))
 
     def content(self, digest):
-        """Return the bytes of this digest from the store; None where they are not here, whole."""
+        """Return the bytes of this digest from the store; None if they are missing or damaged."""
         with contextlib.suppress(OSError):
             data = read_file(os.path.join(self._store, digest))
             return data if content_digest(data) == digest else None
         return None
 
     def close(self):
-        """Remove the sets of which no job has begun, and the files in the store for them alone."""
+        """Remove the sets that no job used, and the files in the store for them alone."""
         unclaimed, self._unclaimed = self._unclaimed, {}
         for folder in unclaimed.values():
             remove_tree(folder)
@@ -8126,7 +8126,7 @@ class Sent:
             for entry in os.scandir(self._store) if unclaimed else ():
                 if entry.stat().st_nlink == 1:
                     os.unlink(entry.path)
-            os.rmdir(self._store)       # which fails where something is in it
+            os.rmdir(self._store)       # which fails if something is in it
             os.rmdir(self.folder)
 
     def _make(self, manifest):
@@ -8146,13 +8146,13 @@ class Sent:
         self._found[digest] = manifest
 
     def _remove_stale(self):
-        """Remove what clients left that were killed while they kept a set.  Raises OSError."""
+        """Remove what clients left that were killed while they stored a set.  Raises OSError."""
         before = time.time() - STALE_S
         for entry in os.scandir(self.folder):
             if entry.name.startswith('new-') and entry.stat().st_mtime < before:
                 remove_tree(entry.path)
         for entry in os.scandir(self._store):
-            with contextlib.suppress(FileNotFoundError):        # by another client
+            with contextlib.suppress(FileNotFoundError):        # another client removed it
                 info = entry.stat()
                 if info.st_nlink == 1 and info.st_mtime < before:
                     os.unlink(entry.path)
@@ -8218,15 +8218,15 @@ class Sent:
 
 
 def free_bytes(folder):
-    """Return how many bytes may be written there: some are left for others."""
+    """Return how many bytes may be written there; some stay free for others."""
     info = os.statvfs(folder)
     return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
 
 
 def readers_of(path, mode, folders):
-    """Return the mode of a copy that can be read by no more people than a file below this folder.
+    """Return the mode for a copy of the file at `path`: no more people can read it than the file.
 
-    mode: that of the file; folders: {path: what this returns for all in it}, to be filled
+    mode: that of the file; folders: {folder: the mode for all files in it}, to be filled
     """
     folder = os.path.dirname(path)
     if folder and folder not in folders:
@@ -8236,7 +8236,7 @@ def readers_of(path, mode, folders):
 
 
 def put_file(path, data, mode=0o666):
-    """Write a file, so that at no moment it is there in part.  Raises OSError."""
+    """Write a file so that it is never there in part.  Raises OSError."""
     new = f'{path}.new-{os.getpid()}'
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), 'wb') as file:
@@ -8248,14 +8248,14 @@ def put_file(path, data, mode=0o666):
         raise
 
 
-SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: the larger of this and this share of all
+SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: SEEN_S, or this share of the run if more
 
 
 class Seen:
     """The file `seen`: samples of the use of machines, for a report.  A JSON object a line.
 
-    A machine has at most one every SEEN_S; the longer the client runs, the fewer.  So a week has
-    some hundreds.  They are of no importance: nobody is told where they cannot be written.
+    A machine has at most one sample every SEEN_S, and the fewer the longer the client runs: some
+    hundreds in a week.  Samples do not matter: a failure to write them is not reported.
     """
 
     def __init__(self, inner, journal):
@@ -8311,7 +8311,7 @@ def make_new(path):
 
 
 def unusable(folder, error):
-    """Return the ResultsError for a folder of results with which this went wrong."""
+    """Return the ResultsError for a folder of results that failed with this error."""
     return ResultsError(f'{folder}, where results go, cannot be used: {reason_of(error)}.')
 
 
@@ -8346,7 +8346,7 @@ class Holder(NamedTuple):
     run: str                        # the batch or job that it runs; '' of an older version
     asks: Optional[list]            # its options for hardware; None of an older version
     since: float                    # seconds since 1970
-    lives: Optional[bool]           # it has the lock still; None: that is seen on `computer` only
+    lives: Optional[bool]           # it still has the lock; None: only `computer` can tell
 
     @property
     def is_here(self):
@@ -8357,7 +8357,8 @@ class Holder(NamedTuple):
 def read_holder(path):
     """Return the Holder of the lock at this path, or None.
 
-    Nothing is locked for that: a client that starts at this moment would take it for another.
+    The lock of a client on this computer is not tried: a client that starts at this moment would
+    take that for another client.
     """
     try:
         with open(path, 'rb') as lock:
@@ -8379,7 +8380,7 @@ def read_holder(path):
 def has_lock(file):
     """Tell whether a process, maybe of another computer, has locked this file.
 
-    Where locks do not cross the network nobody seems to have.
+    False if locks do not cross the network.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -8403,9 +8404,9 @@ def is_process(pid):
 
 
 def has_open(pid, info):
-    """Tell whether this process lives and has the file open that `info`, of os.stat, is of.
+    """Tell whether this process lives and has the file open whose os.stat is `info`.
 
-    Where that cannot be seen, as without /proc, it is enough that the process lives.
+    If that cannot be seen, as without /proc, it is enough that the process lives.
     """
     fds = f'/proc/{pid}/fd'
     try:
@@ -8423,9 +8424,9 @@ def has_open(pid, info):
 
 
 def stop_client(pid, computer, run, lock, note):
-    """Have the client that holds the lock stop in good order, and wait until it has.
+    """Stop the client that holds the lock in good order, and wait for its end.
 
-    Only who has the lock file open is sent a signal: the id alone may be another process's by now.
+    Only a process that has the lock file open gets a signal: the id may be another's by now.
     """
     if computer != os.uname().nodename:
         raise ResultsError(f'{run} is run by process {pid} on {computer}: type the same command '
@@ -8463,8 +8464,8 @@ def new_folder_mode():
 
 
 def merge(source, target):
-    """Move what lies in the folder `source` into another; yield the paths there that are in its
-    way: no files that are the same there already, such as those of an earlier try.
+    """Move what lies in the folder `source` into `target`; yield the paths there that are in its
+    way, except files that are the same already, such as those of an earlier try.
     """
     for name in sorted(os.listdir(source)):
         new, old = os.path.join(source, name), os.path.join(target, name)
@@ -8488,9 +8489,9 @@ def merge(source, target):
 
 
 def mirror(source, target):
-    """Have the folder `target` show the files of the folder `source`, by hard links, and no others.
+    """Make `target` a folder with the files of the folder `source`, as hard links, and no others.
 
-    So what is added to a file of `source` is seen at once by who has the file of `target` open.
+    So a program that has a file of `target` open sees at once what is added to it in `source`.
     """
     import shutil
     with os.scandir(source) as entries:
