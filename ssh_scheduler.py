@@ -8535,14 +8535,14 @@ def make_removable(function, path, _):
 
 # ---- Processes: the one place that starts them and the one that waits ----
 
-TICK_S = 1.0                # after this a child is noticed whose pipe another holds open
+TICK_S = 1.0                # notice an ended child this late if another process holds its pipe open
 KEPT_STDERR = 64 * 1024
 PIPE_BYTES, WIDE_PIPE_BYTES = 2**16, 2**20      # what a pipe holds, and may hold on Linux
 F_SETPIPE_SZ = 1031                 # fcntl has the name since Python 3.10
 
 
 class Process:
-    """A child: passive.  Processes reads and writes its streams; done is: ended, and all read."""
+    """A child process, passive: Processes handles its streams.  Done is: ended, and all read."""
 
     def __init__(self, popen, on_output, on_error, on_exit, feed, keep_stdin, deadline):
         self.popen = popen
@@ -8550,12 +8550,12 @@ class Process:
         self.on_error = on_error            # the same for stderr, or None: it is kept
         self.on_exit = on_exit              # called with (exit status, stderr as bytes); see Flows
         self.feed = feed                    # iterator of bytes for its stdin, or None
-        self.source = None                  # a file descriptor, from which more of it comes
+        self.source = None                  # a file descriptor with more bytes for its stdin
         self.keep_stdin = keep_stdin        # else closed when all is written
         self.deadline = deadline
         self.unsent = bytearray()
         self.complaint = bytearray()
-        self.reads = {}                     # open streams of the child that we read
+        self.reads = {}                     # fd -> open stream of the child, to read
 
     def write(self, data):
         """Queue data for its stdin; it goes out in the next Processes.wait."""
@@ -8566,7 +8566,7 @@ class Process:
         self.keep_stdin = False
 
     def kill(self):
-        """End it and what it started, now."""
+        """Kill the child and what it started."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):   # macOS says so of a zombie's group
@@ -8574,7 +8574,7 @@ class Process:
 
 
 def widen(fd):
-    """Have a pipe hold more, so that much output takes fewer turns of all who pass it on.
+    """Enlarge a pipe, so that much output takes fewer turns of all programs that pass it on.
 
     Only for a pipe that was found rather full: all pipes of a user may hold 64 MB.
     """
@@ -8584,17 +8584,17 @@ def widen(fd):
 
 
 def deaf(_number, _frame):
-    """Ignore a signal as SIG_IGN does, which our children would inherit."""
+    """Ignore a signal without SIG_IGN, which children would inherit."""
 
 
 class Processes:
-    """All children of this program, and its timers: only here they start and are waited for."""
+    """The children of this program, and its timers: the only place that starts and awaits them."""
 
     def __init__(self, on_start=None, clock=time.monotonic):
-        # Inherited as ignored, Popen would report success for every failure.
+        # If SIGCHLD is ignored, as by inheritance, Popen reports success for every failure.
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # As in the background of a script: jobs on localhost would ignore them, too.
+        # A script has its background commands ignore these; jobs on localhost would inherit that.
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             if signal.getsignal(number) == signal.SIG_IGN:
                 with contextlib.suppress(ValueError):       # only the main thread can change it
@@ -8615,7 +8615,7 @@ class Processes:
               confined=None):
         """Start argv in a session of its own and return its Process.
 
-        terminal: it has our streams, and with them the terminal, instead of pipes to us
+        terminal: it gets this program's streams, and with them the terminal, instead of pipes
         has_input: else its stdin is /dev/null
         confined: what it calls first, from confine()
         """
@@ -8651,7 +8651,7 @@ class Processes:
     def pass_on(self, fd, process):
         """Feed the bytes of a file descriptor of this program to the process, to their end."""
         try:
-            if stat.S_ISREG(os.fstat(fd).st_mode):      # of which kqueue does not tell the end
+            if stat.S_ISREG(os.fstat(fd).st_mode):      # kqueue does not report its end
                 raise PermissionError
             self._selector.register(fd, selectors.EVENT_READ, process)
             process.source = fd
@@ -8663,20 +8663,20 @@ class Processes:
         self._timers.append([self._clock() + delay_s, function])
 
     def write_out(self, fd, data):
-        """Write to a stream of this program; wait until it is read, or for wake(); return the rest.
+        """Write to a stream of this program, until done or wake() is called; return the rest.
 
-        Raises OSError where it cannot be written.
+        Raises OSError if it cannot be written.
         """
         import select
         if fd not in self._outlets:
             kind = os.fstat(fd).st_mode
             free = fd
-            if LINUX and stat.S_ISFIFO(kind):   # its own description: others share this one
+            if LINUX and stat.S_ISFIFO(kind):   # a description of its own: others share this one
                 try:
                     free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
                 except OSError:
                     pass
-            # A pipe that is ready takes PIPE_BUF bytes at least; others than these take all of it.
+            # A ready pipe takes at least PIPE_BUF bytes; a stream that is none of these takes all.
             slow = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(fd)
             piece = select.PIPE_BUF if slow and free == fd else 2**20
             self._outlets[fd] = (free, piece)
@@ -8694,7 +8694,7 @@ class Processes:
         return b''
 
     def wake(self):
-        """End a wait() that is under way; may be called from a signal handler."""
+        """Make a running wait() return; may be called from a signal handler."""
         try:
             os.write(self._wakeup[1], b'!')
         except BlockingIOError:
@@ -8733,19 +8733,19 @@ class Processes:
             self._reap(process)
 
     def end(self, process):
-        """End a child now; its on_exit is not called."""
+        """Kill a child now; its on_exit is not called."""
         if process in self._children:
             process.kill()
             process.popen.wait()
             self._forget(process)
 
     def leave(self, process):
-        """Let a child run on; its on_exit is not called."""
+        """Let a child keep running; its on_exit is not called."""
         if process in self._children:
             self._forget(process)
 
     def close(self):
-        """End all children that are left."""
+        """Kill all remaining children."""
         for process in list(self._children):
             self.end(process)
         self._selector.close()
@@ -8753,7 +8753,7 @@ class Processes:
             os.close(fd)
 
     def _offer(self, process):
-        """See to it that what there is for the child's stdin is written when the pipe has room."""
+        """Watch the child's stdin if there are bytes for it, else its source; else close it."""
         stdin = process.popen.stdin
         if not stdin or stdin.closed:
             process.unsent.clear()
@@ -8768,7 +8768,7 @@ class Processes:
             self._close_stdin(process)
 
     def _read_source(self, process):
-        """Read from its source; not again before that is written."""
+        """Read from its source; not again before these bytes are written."""
         try:
             data = os.read(process.source, 2**16)
         except BlockingIOError:
@@ -8830,7 +8830,7 @@ class Processes:
             del process.complaint[:-KEPT_STDERR]
 
     def _reap(self, process):
-        """Finish with the child if it ended and all was read, or no child can write more."""
+        """Finish with a child that ended or closed its streams, once its pipes are read."""
         if process.popen.poll() is None:
             if process.reads or not process.popen.stdout:
                 return
@@ -8864,17 +8864,17 @@ class Processes:
 
 class End(NamedTuple):
     """How a child ended."""
-    status: int                     # its exit status, negative where a signal ended it
+    status: int                     # its exit status, negative if a signal killed it
     text: str                       # its stderr
-    full: bool = False              # it was ended because the disk here is full
+    full: bool = False              # it was killed because the disk here is full
 
 
 class Flows:
-    """Generators that wait, begun together and ended together.
+    """Generators that wait, begun together and closed together.
 
-    Such a flow yields a Process that it has started, and is sent its End; or a number of seconds,
-    and continues after these.  When the flows are closed, their children end and each flow is
-    closed where it waits, so `finally` is the place to clean up.
+    A flow yields a Process that it has started, and is sent its End; or it yields a number of
+    seconds, and continues after these.  When the flows are closed, their children are killed and
+    each flow is closed where it waits, so `finally` is the place to clean up.
     """
 
     def __init__(self, processes):
@@ -8888,14 +8888,14 @@ class Flows:
 
     def _go_on(self, flow, value=None):
         if flow not in self._waiting:
-            return                          # it was closed, and this was a time
+            return                          # it was closed while its timer ran
         self._waiting[flow] = None
         try:
             awaited = flow.send(value)
         except StopIteration:
             self._waiting.pop(flow, None)
             return
-        if flow not in self._waiting:       # it had all flows closed itself
+        if flow not in self._waiting:       # the flow itself closed all flows
             if isinstance(awaited, Process):
                 self._processes.end(awaited)
             flow.close()
@@ -8907,7 +8907,7 @@ class Flows:
             self._processes.call_later(awaited, functools.partial(self._go_on, flow))
 
     def close(self):
-        """End all flows."""
+        """Close all flows, and kill their children."""
         waiting, self._waiting = self._waiting, {}
         with contextlib.ExitStack() as stack:       # all are closed, even if one cannot clean up
             for flow, process in waiting.items():
@@ -8926,17 +8926,17 @@ PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
 
 # ---- Job log, Hooks: what other programs are told of a batch ----
 
-# Those of GNU parallel's --joblog, and then more.
+# The columns of GNU parallel's --joblog, and then more.
 LOG_COLUMNS = ('Seq', 'Host', 'Starttime', 'JobRuntime', 'Send', 'Receive', 'Exitval', 'Signal',
                'Command', 'Name', 'GPUs', 'PeakMemoryMB', 'PeakGPUMemoryMB', 'Attempt')
 LOG_ESCAPES = str.maketrans({'\\': r'\\', '\t': r'\t', '\n': r'\n', '\r': r'\r'})
-# The signals of Linux that end a process which does not catch them: bash says 128+n for these.
+# The signals of Linux that kill a process which does not catch them: bash reports 128+n for them.
 DEADLY_SIGNALS = frozenset((*range(1, 17), *range(24, 28), *range(29, 32)))
-LOST_EXIT_CODE = 255                # for a job that is gone: as of an ssh that failed
+LOST_EXIT_CODE = 255                # for a lost job: that of a failed ssh
 HOOKS = ('--on-finish', '--on-failure')
 FINISH_LIMIT_S = 3600.0             # for the command of --on-finish
 FAILURE_LIMIT_S = 60.0              # for that of --on-failure, once the batch has ended
-# A batch that a command of another batch runs has these of that one in its environment.
+# Variables that a batch has in its environment if a hook of another batch runs it.
 OUTER_FACTS = {f'SSH_SCHEDULER_{word}' for word in (
     'STATUS', 'JOB', 'MACHINE', 'EXIT_CODE', 'STDERR')}
 
@@ -8962,14 +8962,14 @@ class JobLog:
     """The file of --joblog: a line for each end of a job.
 
     Each line is one write at the end of the file, so that a client which is killed leaves whole
-    lines.  A line that the disk refuses is written together with a later one.  The file itself
-    tells which ends it has, so a job that a killed client had written is not written again.
+    lines.  A line that the disk refuses is written together with a later one.  The ends that the
+    file has already are read from it, so what a killed client has written is not written again.
     """
 
     def __init__(self, path, warn):
         self._path, self._warn = path, warn
         self._unwritten = b''
-        self._is_refused = False            # the disk has refused a line, and that was said
+        self._is_refused = False            # the disk has refused a line, and a warning was printed
         self._ends = set()                  # (Starttime, Name, Attempt) of the lines that it has
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
@@ -8992,16 +8992,16 @@ class JobLog:
         """The batch begins."""
 
     def changed(self, attempt, _before):
-        """An attempt is in another state now: write a line if it has ended."""
+        """The state of an attempt has changed: write a line if it has ended."""
         if attempt.state == 'ended':
             self._add(attempt)
 
     def lost(self, attempt):
-        """A job is gone without a result, and is not started again."""
+        """A machine lost a job, which is not started again."""
         self._add(attempt)
 
     def close(self):
-        """Try once more to write what the disk has refused."""
+        """Try once more to write the lines that the disk has refused."""
         with contextlib.suppress(OSError):
             self._write()
         os.close(self._fd)
@@ -9050,8 +9050,8 @@ class JobLog:
 class Hooks:
     """The commands of --on-finish and --on-failure, which bash runs here, each at most once.
 
-    Their input is empty.  What they print is printed as it is.  How the batch goes, and which job
-    failed, is in their environment.
+    Their input is empty, and their output is printed as it is.  Their environment tells how the
+    batch goes, and which job failed.
     """
 
     def __init__(self, batch, options, processes, reporter):
@@ -9073,26 +9073,25 @@ class Hooks:
         self._view = view
 
     def changed(self, attempt, before):
-        """An attempt is in another state now.  A failed one is told of when its results are here.
-        """
+        """The state of an attempt has changed; report a failed one when its results are here."""
         if attempt.result and attempt.result.exit_code and 'ended' in (attempt.state, before):
             self._first = self._first or attempt
             if before == 'ended':
                 self._tell_of(attempt)
 
     def lost(self, attempt):
-        """A job is gone without a result, and is not started again."""
+        """A machine lost a job, which is not started again."""
         self._first = self._first or attempt
         self._tell_of(attempt)
 
     def interrupt(self, *_):
-        """Wait for no command any more.  A signal handler."""
+        """Stop waiting for commands.  A signal handler."""
         self._interrupts += 1
 
     def await_failure(self):
         """The batch has ended: wait for the command of --on-failure, but not for ever."""
         self._over = time.monotonic()
-        if self._first:                     # if its results have not come
+        if self._first:                     # if its results have not arrived
             self._tell_of(self._first)
         self._wait(1.0)
         if self._running and not self._interrupts:
@@ -9123,7 +9122,7 @@ class Hooks:
     def _tell_of(self, attempt):
         """Run the command of --on-failure for this attempt, unless it was run before."""
         if not self._commands['--on-failure']:
-            return                          # a look at all jobs less for each failure
+            return                          # saves a look at all jobs for each failure
         result, facts = attempt.result, self._facts(False)
         self._start('--on-failure', {
             **facts, 'JOB': attempt.name, 'MACHINE': result.machine,
@@ -9175,7 +9174,7 @@ REPORT_LIMIT_S = 600.0              # for a report to be made
 
 
 class HtmlReport:
-    """The page of --report, which results_table.py makes, each time anew and in one rename."""
+    """The page of --report: results_table.py makes it anew each time, and moves it into place."""
 
     def __init__(self, path, interval_s, processes, reporter):
         self._path, self._interval_s = path, interval_s
@@ -9203,10 +9202,10 @@ class HtmlReport:
             self._processes.call_later(self._interval_s, self._again)
 
     def changed(self, _attempt, _before):
-        """An attempt is in another state now."""
+        """The state of an attempt has changed."""
 
     def lost(self, _attempt):
-        """A job is gone without a result, and is not started again."""
+        """A machine lost a job, which is not started again."""
 
     def finish(self):
         """The batch has ended, and its results are here: make the page, and wait for that."""
@@ -9263,7 +9262,7 @@ LONGEST_DATA = 64 * 2**20
 
 
 class WireError(Exception):
-    """The other side said something that is not of this language."""
+    """The other side sent something that does not belong to this language."""
 
 
 def request(verb, *fields):
@@ -9288,7 +9287,7 @@ def text_of(raw):
 
 
 def number_of(raw):
-    """Return a number that is not negative, and not larger than any that makes sense."""
+    """Return a number that is at least 0 and below 2**60."""
     number = int(raw) if len(raw) < 20 else -1
     if not 0 <= number < 2**60:
         raise ValueError(f'{raw[:20]!r} is out of bounds')
@@ -9316,7 +9315,7 @@ def stream_of(raw):
 
 
 def output_of(raw):
-    """Return (bytes of a stream, or None where they come otherwise; its size): =TEXT or @SIZE."""
+    """Return (bytes, size) of a stream: =TEXT, or @SIZE, whose bytes are None."""
     return (raw[1:], len(raw) - 1) if raw[:1] == b'=' else (None, number_of(raw[1:]))
 
 
@@ -9334,7 +9333,7 @@ def folder_of(raw):
 def entry_of(raw):
     """Return (mark, value) of an entry in the list of what a job left: see the remote runner.
 
-    The value is the path; of 'w' the folder where they lie, of 's' the number of bytes, of 'm'
+    The value is a path; for 'w' the folder with the files, for 's' a number of bytes, for 'm'
     (mode, path).
     """
     mark, text = raw[:1].decode('ascii', 'replace'), os.fsdecode(raw[1:])
@@ -9357,7 +9356,7 @@ class Fields(NamedTuple):
     rest: Optional[object] = None       # of all further ones
 
 
-# The events of the remote runner.  One that brings bytes is called data there, and has its own name
+# The events of the remote runner.  One with bytes is called data on the wire, and has its own name
 # here.  Each has a method on_EVENT in Worker, JobControl, Collector or Gauge.
 EVENTS = {
     'account': Fields((bytes,)),
@@ -9394,7 +9393,7 @@ EVENTS = {
 
 
 def decode(fields):
-    """Return (event, values) of the fields of an event; raises WireError where they are none."""
+    """Return (event, values) of the fields of an event; raise WireError if they are none."""
     word, *raw = (fields[1:] or [b'']) if fields[0] == b'data' else fields
     word = word.decode('ascii', 'replace')
     if word not in EVENTS:
@@ -9416,8 +9415,8 @@ def decode(fields):
 class EventReader:
     """Bytes from the channel -> events: lists of fields (bytes).  Bounded in memory.
 
-    What comes before a line that is the token is noise of the login, kept in `noise`.  An event
-    "data SIZE WHAT..." is given with its SIZE bytes as one more field.
+    Everything before a line that equals the token is noise of the login, kept in `noise`.  An event
+    "data SIZE WHAT..." is yielded with its SIZE bytes as one more field.
     """
 
     def __init__(self, token):
@@ -9429,7 +9428,7 @@ class EventReader:
 
     @property
     def pending(self):
-        """The bytes that came and are no event yet."""
+        """The bytes that have arrived and form no event yet."""
         return self._buffer
 
     def feed(self, data):
@@ -9487,7 +9486,7 @@ COPY_SILENCE_S = 600                    # an rsync that is silent for this time 
 ALONE = ('-o', 'ControlMaster=no', '-o', 'ControlPath=none')    # a copy has a login of its own
 
 # This text crosses a login shell: bash, dash, zsh, fish and tcsh read it alike.  The script follows
-# on stdin, up to a NUL; bash's read takes a byte at a time, so nothing behind that is swallowed.
+# on stdin, up to a NUL; bash's read takes a byte at a time, so it takes nothing after the NUL.
 # -p: exported functions, BASH_ENV and SHELLOPTS do not change this bash; -t: nor does TMOUT.
 BOOTSTRAP = 'read -rt 9999 -d ""; eval "$REPLY"'
 BOOTSTRAP_BASH = ('bash', '-pc')
@@ -9513,7 +9512,7 @@ HOP_LIMIT_S = 15        # for a connection; one through a jump host has more tim
 # An ssh before OpenSSH 8.7 does not know these forced options, and behaves as they ask.
 LATER_SSH_OPTIONS = ('SessionType', 'StdinNull', 'ForkAfterAuthentication')
 
-# LogLevel is that of jump hosts; with less than INFO ssh does not tell why it could not go further.
+# LogLevel is that of jump hosts; below INFO ssh does not tell why it could not reach the next one.
 COMMON_SSH_OPTIONS = f"""\
 Host *
   BatchMode yes
@@ -9530,15 +9529,15 @@ class Connection:
     """The way to one machine: pure text and argument lists.
 
     A copy (an rsync, a tar, a follower) is a session beside the channel: through its login, or
-    alone, with a login of its own.  Copies are alone where sshd allows one session a login: a tar
+    alone, with a login of its own.  Copies are alone if sshd allows one session a login: a tar
     through the channel would need a second protocol for the same thing.
     nice: an increment, as nice(1) has it
     """
 
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
-        # The whole remote runner is niced, and each copy: so no job costs a process for it.  Jobs
-        # leave others their cores by placement; niceness counts at the moment when others come.
+        # nice is for the whole remote runner and each copy, so no job needs a process for it.
+        # Placement leaves others their cores; niceness counts at the moment when others come.
         self._nice = ['nice', '-n', str(nice)] if nice else []
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.jump_path = os.path.join(run_folder, f'{number}.jump')
@@ -9547,8 +9546,8 @@ class Connection:
     def config(self):
         """Return the text of the ssh_config.  ssh takes the first value of each option.
 
-        IgnoreUnknown names the options that an older ssh does not know, and repeats what the files
-        of the user name there, which would come second.
+        IgnoreUnknown names the options that an older ssh does not know, and repeats those that the
+        user's files name in theirs, which would come second.
         """
         machine, hops = self.machine, self.machine.hops
         ignored = [words for path in self.user_configs() for words in ignored_options(path)]
@@ -9585,8 +9584,8 @@ class Connection:
         """Return the ProxyCommand that does what ProxyJump would do.
 
         With ProxyJump ssh gives a jump host the -F of the machine, and so the machine's `Host`
-        block, which matches the jump host, too, where both have one address.  The first hop times
-        out first, so that its complaint is heard: it says most.
+        block, which matches the jump host, too, if both have the same address.  The first hop times
+        out first, so that its message, which tells most, is the one that arrives.
         """
         *before, (user, host, port) = hops
         words = ['ssh', '-F', self.jump_path, '-o',
@@ -9606,17 +9605,17 @@ class Connection:
         return self._reach(self.machine.host, '-T')
 
     def settings(self):
-        """Return the argv that prints all that ssh would use for this machine; it connects not."""
+        """Return the argv that prints ssh's settings for this machine, without connecting."""
         return ['ssh', '-F', self.config_path, '-G', '--', self.machine.host]
 
     def copy(self, alone=False):
-        """Return the argv of a program there that runs the script on its stdin, for one copy."""
+        """Return the argv that runs the script from its stdin on the machine, for one copy."""
         if alone:
             return self._reach(self.machine.host, '-T', *ALONE)
         return self._reach(COPY_ALIAS, '-T')
 
     def terminal(self, path):
-        """Return the argv of a bash script there that has our terminal.
+        """Return the argv that runs a bash script on the machine in this terminal.
 
         path: of the script, without characters that a shell would read
         """
@@ -9626,9 +9625,9 @@ class Connection:
                 ' '.join(['exec', *self._nice, 'bash', '-p', path])]
 
     def shell(self, path, has_terminal, alone=False):
-        """Return the argv of a bash script there that has our streams, a terminal or not.
+        """Return the argv that runs a bash script on the machine with this program's streams.
 
-        Where it cannot go through the master it says nothing, since it is tried again alone.
+        If it cannot go through the master it prints nothing, since the caller tries again alone.
         """
         if not self.machine.host:
             return ['bash', '-p', path]
@@ -9638,9 +9637,9 @@ class Connection:
         return ['ssh', '-F', self.config_path, *kind, *way, f'exec bash -p {path}']
 
     def forward(self, here, there):
-        """Return the argv that has the master forward a port of our loopback address.
+        """Return the argv that makes the master forward a port of the loopback address here.
 
-        Without a configuration: in that of the user may be other ports, and in ours none may be.
+        It uses no configuration: the user's may have other ports, and `config` forbids all of them.
         """
         return ['ssh', '-F', 'none', '-S', self.socket_path, '-O', 'forward',
                 '-L', f'127.0.0.1:{here}:localhost:{there}', '--', COPY_ALIAS]
@@ -9684,16 +9683,16 @@ def ignored_options(path, depth=0):
     for word, value in re.findall(r'(?im)^[ \t]*(IgnoreUnknown|Include)[ \t=]+(\S.*)$', text):
         if word.lower() == 'ignoreunknown':
             yield value.strip().strip('"')
-        elif depth < 16:                    # as ssh has it
+        elif depth < 16:                    # the limit of ssh itself
             for pattern in value.split():
                 pattern = os.path.expanduser(pattern.strip('"'))
                 for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
                     yield from ignored_options(inner, depth + 1)
 
 
-# (Pattern of ssh's words, when to try again, our sentence).  'again' is at once, since sshd was
-# only too busy; 'never', since a second try is no better and may be taken for an attack.  These
-# words decide nothing else.
+# (Pattern of ssh's message, when to try again, the sentence to show).  'again': at once, since sshd
+# was only too busy; 'never': a second try is no better and may be taken for an attack.  The message
+# decides nothing else.
 SSH_COMPLAINTS = (
     (r'Offending .* key in (.+):\d+\s(?:.*\n)*?Host key for (\S+) has changed', 'never',
      'the host key of {at} has changed, so this may be another machine. Was '
@@ -9755,7 +9754,7 @@ def explain_login(machine, status, noise, complaint):
 
     status: ssh's exit status; noise: what it wrote on stdout; complaint: its stderr
     """
-    # Where a jump host fails, its ssh tells why.  Then each ssh behind it says that it was cut off;
+    # If a jump host fails, its ssh prints why.  Then each ssh behind it prints that it was cut off;
     # these are counted, since messages do not always have names, and names may be equal.
     why, *cuts = CUT_OFF.split(complaint)
     if not any(re.search(pattern, why) for pattern, *_ in SSH_COMPLAINTS):
@@ -9787,7 +9786,7 @@ def name_hops(machine, why, cuts):
     kind = 'jump host' if place < len(ways) else 'host'
     who = re.search(r'(\S+)@(\S+): Permission denied', why)
     where = re.search(r'(?:host|to|by|from|with) (?!UNKNOWN)(\S+) port (\d+)', why)
-    if not port and where:              # ~/.ssh/config may say more, and ssh knows
+    if not port and where:              # ssh knows what ~/.ssh/config adds
         host, port = where.groups()
     elif not port:
         host, port = who[2] if who else host, ''
@@ -9804,10 +9803,10 @@ def place_of(host, port):
 # ---- Client: what the machines of one run share ----
 
 class Client:
-    """All that the machines of one run share; `close` ends its processes and removes its files.
+    """All that the machines of one run share; `close` kills its processes and removes its files.
 
-    live: what the machines have free is looked at again while jobs wait
-    away_limit_s: how long contact that was lost is looked for
+    live: while jobs wait, what the machines have free is measured again
+    away_limit_s: how long to try to reconnect to a lost machine
     max_result_bytes: of the results of a job; None: the free space here
     """
 
@@ -9821,21 +9820,21 @@ class Client:
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
         self.project = project or project_name()
-        self.accounts = {}              # what tells accounts apart -> the Worker that has it
+        self.accounts = {}              # what identifies an account -> the Worker that has it
         self.files = Files(Keeper(self))
         self.results = results
         self.starts = Starts(self)
 
     @property
     def journal(self):
-        """The Journal of the results, or None where no job is run."""
+        """The Journal of the results, or None if no job is run."""
         return self.results and self.results.journal
 
     @property
     def owner(self):
         """The owner that a remote runner notes on its machine.
 
-        Another runner of this owner is left from an earlier run or a lost contact, and is ended.
+        Another runner of this owner is left from an earlier run or a lost contact, and is stopped.
         """
         if not self.results:
             return self.batch_id
@@ -9847,12 +9846,12 @@ class Client:
                    if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
 
     def wait_while(self, unfinished, until, hurried=lambda: False):
-        """Wait while unfinished(), at most until that time (monotonic), and not once hurried()."""
+        """Wait while unfinished(), at most until this time (monotonic), or until hurried()."""
         while unfinished() and not hurried() and time.monotonic() < until:
             self.processes.wait(0.2)
 
     def close(self):
-        """End what still runs here and remove the run folder."""
+        """Kill what still runs here and remove the run folder."""
         import shutil
         self.flows.close()
         self.processes.close()
@@ -9873,7 +9872,7 @@ class Starts:
         self._due[jobs] = None
 
     def _start(self):
-        """Have the journal know all these starts, then have it on the disk, and only then send."""
+        """Write all these starts to the journal, sync it to the disk, and only then send them."""
         due, self._due = self._due, {}
         claimed = [(jobs, attempt) for jobs in due for attempt in jobs.claim_placed()]
         if claimed:
@@ -9883,35 +9882,35 @@ class Starts:
 
 
 class Files:
-    """The files that go along, by Forwards: looked at once for all machines.
+    """The files to send, by Forwards; scanned once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
-    are_rebuilt: they were sent once, see Rebuilt; .rsync-filter and git have no say in these
-    keeper: the Keeper, which has those kept that are sent
+    are_rebuilt: they were sent before, see Rebuilt; .rsync-filter and git do not apply to them
+    keeper: the Keeper, which keeps copies of the sent files
     """
 
     def __init__(self, keeper=None):
         self.never, self.keeper, self.are_rebuilt = set(), keeper, False
         self._trees, self._archives, self._manifests = {}, {}, {}
-        self._folder_times = {}             # Forwards -> when the current folder had changed then
+        self._folder_times = {}             # Forwards -> time of change of the current folder
 
     def trees(self, forwards):
-        """Return (Tree to copy, Tree to link) of the Forwards; looked at once."""
+        """Return (Tree to copy, Tree to link) of the Forwards; scanned once."""
         if forwards not in self._trees:
             self._trees[forwards] = self._scan(forwards)
         return self._trees[forwards]
 
     def look_again(self, forwards):
-        """Have `trees` tell how the files are now, unless an archive of them was made already.
+        """Scan the files again if they have changed, unless an archive of them was made already.
 
-        A line's own files may be sent hours after the first look.
+        A line's own files may be sent hours after the first scan.
         """
         trees = self._trees.get(forwards)
         if trees is None or forwards in self._archives or (
                 self._folder_times[forwards] == os.stat('.').st_mtime_ns
                 and all(is_as_seen(entry) for tree in trees for entry in tree.entries)):
             return
-        with contextlib.suppress(FilesError):       # then what is left of them is sent
+        with contextlib.suppress(FilesError):       # then the files that are left are sent
             self._trees[forwards] = self._scan(forwards)
             self._manifests.pop(forwards, None)
 
@@ -9929,8 +9928,7 @@ class Files:
                           not self.are_rebuilt))
 
     def lost_links(self, all_forwards):
-        """Return a warning of links in these Forwards that lead nowhere on a machine; '' if none.
-        """
+        """Return a warning of links in these Forwards that break on a machine; '' if none do."""
         lost = sorted({path for forwards in all_forwards
                        for path in lost_links(*self.trees(forwards), forwards.link)})
         if not lost:
@@ -9970,9 +9968,9 @@ class Files:
 
 
 GIT_LIMIT_S = 60.0          # for an answer of git
-LAST_GIT_S = 5.0            # for git to answer once all else is done: nobody waits longer for it
-DIFF_BYTES = 256 * 2**20    # of changed files; git has them in memory to tell how they differ
-GIT_PATHS = 500             # that one git is asked about
+LAST_GIT_S = 5.0            # for git to answer once all else is done
+DIFF_BYTES = 256 * 2**20    # of changed files; git holds them in memory to compare them
+GIT_PATHS = 500             # in one call of git
 MOST_LISTED = 1000          # untracked files in a record
 
 
@@ -9989,7 +9987,7 @@ class Keeper:
         return bool(self._at_work)
 
     def keep(self, manifest):
-        """Begin to keep these files, which are sent now."""
+        """Begin to keep these files, which are being sent."""
         sent = self._client.results and self._client.results.sent
         if manifest.digest in self._begun or not sent or sent.limit_bytes is None:
             return
@@ -9998,14 +9996,14 @@ class Keeper:
         self._client.flows.start(self._keep(sent, manifest))
 
     def claim(self, manifest):
-        """Have these files kept: the journal is about to name them."""
+        """Make sure that these files are kept: the journal is about to name them."""
         try:
             self._client.results.sent.claim(manifest)
         except OSError as error:
             raise unwritable(self._client.results.sent.folder, error) from None
 
     def _keep(self, sent, manifest):
-        """A flow: keep the files, and then what git says of them."""
+        """A flow: keep the files, and then what git reports of them."""
         try:
             for _ in sent.keeping(manifest):
                 yield 0
@@ -10022,9 +10020,9 @@ class Keeper:
     def _ask_git(self, manifest, limit_bytes):
         """A flow: return (facts for the record, the differences to the commit as a patch).
 
-        No path is in them that was not sent.  There is no patch where the commit with it might not
-        be what was sent: it is too large, a file was edited since, or git was told not to look.
-        Raises SchedulerError where git fails, for half an answer would be a wrong one.
+        They have no path that was not sent.  There is no patch if commit and patch might not give
+        what was sent: it is too large, a file was edited since, or git was told not to look.
+        Raises SchedulerError if git fails, since half an answer would be a wrong one.
         """
         head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
         commit, branch = os.fsdecode(head).split('\n')[:2]
@@ -10063,9 +10061,9 @@ class Keeper:
         return patch
 
     def _git(self, *words, most=math.inf):
-        """A flow: return what git prints; it is ended after `most` bytes.  It changes nothing.
+        """A flow: return what git prints; kill it after `most` bytes.  It changes nothing.
 
-        Raises SchedulerError where git fails.
+        Raises SchedulerError if git fails.
         """
         said = bytearray()
 
@@ -10083,7 +10081,7 @@ class Keeper:
         return bytes(said)
 
 
-# Such as a hook of git sets: they would name another repository, or another way to show it.
+# Variables that, say, a hook of git sets: they name another repository, or a way to show it.
 GIT_VARIABLES = {f'GIT_{word}' for word in (
     'DIR', 'WORK_TREE', 'INDEX_FILE', 'COMMON_DIR', 'OBJECT_DIRECTORY', 'NAMESPACE', 'PREFIX',
     'ALTERNATE_OBJECT_DIRECTORIES', 'DIFF_OPTS', 'EXTERNAL_DIFF', 'LITERAL_PATHSPECS',
@@ -10091,7 +10089,7 @@ GIT_VARIABLES = {f'GIT_{word}' for word in (
 
 
 def git_env():
-    """Return the environment in which git tells of the current folder, and changes nothing."""
+    """Return the environment in which git reports on the current folder, and changes nothing."""
     return {**{name: value for name, value in os.environ.items() if name not in GIT_VARIABLES},
             'LC_ALL': 'C', 'GIT_OPTIONAL_LOCKS': '0', 'GIT_NO_LAZY_FETCH': '1',
             'GIT_TERMINAL_PROMPT': '0'}
@@ -10125,7 +10123,7 @@ def remove_dead_folders(base):
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(base)):
             match = re.fullmatch(r'sshs\.([1-9][0-9]{0,8})-[0-9a-f]{12}', entry.name)
-            # Where the number is another process's by now, the folder goes the next time.
+            # If another process has the number by now, a later run removes the folder.
             if match and entry.is_dir(follow_symlinks=False) and (
                     entry.stat(follow_symlinks=False).st_uid == os.getuid()) and (
                     not is_process(int(match[1]))):
@@ -10134,11 +10132,11 @@ def remove_dead_folders(base):
 
 
 def allow_files(machines):
-    """Raise the limit of open files as far as it goes; raise an error if that is too few."""
+    """Raise the limit of open files as far as possible; raise an error if that is too low."""
     import resource
     least = 32 + 16 * machines          # three pipes for each ssh, rsync, tar and follower
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for goal in (65536, 10240):         # macOS allows no more, whatever it says
+    for goal in (65536, 10240):         # macOS allows no more, whatever it reports
         goal = goal if hard == resource.RLIM_INFINITY else min(goal, hard)
         with contextlib.suppress(ValueError, OSError):
             if soft != resource.RLIM_INFINITY and soft < goal:
