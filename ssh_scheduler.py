@@ -3573,7 +3573,7 @@ class Prefixer:
 # ---- Lines: which jobs of a batch file an earlier run has run ----
 
 class Lines(NamedTuple):
-    """Lines of a batch file, by their state in the journal; Jobs are named as their results."""
+    """Lines of a batch file, by state in the journal; each Job has the name of its results."""
     waiting: tuple                  # Jobs to run
     begun: tuple                    # Jobs that an earlier run started, and that are not collected
     done: tuple                     # Jobs that have results
@@ -3789,7 +3789,7 @@ class View:
         """Jobs failed by the fault of a machine, which gets no more for a while."""
 
     def parted(self, worker):
-        """The run needs a machine no longer."""
+        """The run no longer needs a machine."""
 
     def sink(self, worker):
         """Return the function to call with ('out' or 'err', bytes) of its jobs' output, or None."""
@@ -4021,14 +4021,14 @@ class Summary:
 
 
 class Pace:
-    """Estimates how long the rest of a batch takes, from the jobs that have ended.
+    """An estimate of how long the rest of a batch takes, from the jobs that have ended.
 
     A job is expected to take the median time of its kind on its machine.  If none of these has
     ended, the median of its kind on all machines counts, else that of all jobs.
     """
 
     LEAST = 3                   # jobs that must have ended before there is an estimate
-    MOST = 3000                 # waiting jobs to play through; for more, the time is scaled
+    MOST = 3000                 # waiting jobs to simulate; for more, the time is scaled
 
     def __init__(self):
         self._took = collections.defaultdict(list)      # (Allocation, machine) -> seconds, sorted
@@ -4043,7 +4043,7 @@ class Pace:
     def left(self, running, waiting):
         """Return (least, most) seconds until all jobs have ended; None if that is unknown.
 
-        running: [(Allocation, machine, its age in seconds)]; a waiting job takes the place of each
+        running: [(Allocation, machine, its age in seconds)], each in a place that others take over
         waiting: {Allocation: how many jobs}
         """
         if self._count < self.LEAST or not running:
@@ -4713,7 +4713,7 @@ class BatchView(ToldView):
         self._report.warning(text)
 
     def large(self, advice):
-        """Show the large files among those to send, if any."""
+        """Print the advice on large files to send, if any."""
         if advice:
             self._report.note(advice)
 
@@ -4897,7 +4897,7 @@ class TerminalView(BatchView):
 class BoundView(SpeakingView):
     """The notes of execute_remote and execute_to, whose jobs each have a machine of their own.
 
-    sinks: {worker: an object that has write(stream, bytes) and flush()}, for what the job writes
+    sinks: {worker: an object that has write(stream, bytes) and flush()}, for the job's output
     on_running: called with an attempt when its command has begun, or is in the queue of a cluster
     on_contact: called with a worker when contact was made, for the first time or again
     """
@@ -4944,7 +4944,7 @@ class BoundView(SpeakingView):
                                   f'{books.holder(allocation)}')
 
     def parted(self, worker):
-        """The run needs a machine no longer."""
+        """The run no longer needs a machine."""
         if worker in self._sinks:
             self._sinks[worker].flush()
 
@@ -5041,7 +5041,7 @@ class JobStatus(NamedTuple):
 
     @property
     def began(self):
-        """When it was started, in seconds since 1970; None where that is not known."""
+        """When it was started, in seconds since 1970; None if that is not known."""
         return self.known.get('time') if self.counted != 'waiting' else None
 
     def output(self, stream):
@@ -5139,7 +5139,7 @@ class BatchStatus:
 
     @property
     def exit_status(self):
-        """0 where all have finished, else 1."""
+        """0 if all jobs have finished, else 1."""
         return int(self._counts['finished'] < len(self.jobs))
 
     @property
@@ -5486,7 +5486,7 @@ def typed_start(command):
 
 
 class Options(dict):
-    """Option or <positional> -> value.  A list is a tuple, or None where it was not given.
+    """Option or <positional> -> value.  A list is a tuple, or None if it was not given.
 
     given: the names of the options that the command line has; the others have their defaults.
     argv: the words of the command line, the name of the command first.
@@ -5606,7 +5606,7 @@ def spell_out(argv, kinds, positionals):
 
 
 def refuse_more_machines(words):
-    """Raise if more than one machine is named where a command runs on one."""
+    """Raise if more than one machine is named for a command that runs on one."""
     if len(words) > 1:
         raise UsageError(f'the command runs on one machine, and {len(words)} are named: '
                          f'{", ".join(words)}. For many machines: execute_to or execute_batch.')
@@ -7423,7 +7423,7 @@ def gpu_processes(facts):
 
 
 def gpu_trouble(values):
-    """Return why nothing is known of GPUs; '' where nvidia-smi answered."""
+    """Return why nothing is known of GPUs; '' if nvidia-smi answered."""
     status = values.get('nvidia_smi')
     if status is None:
         return 'was not asked for its GPUs'
@@ -7447,8 +7447,7 @@ def parse_gpu(line, extended, memory_mb, listed):
     """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
 
     extended: the line has compute and MIG mode, too
-    listed: the indices in the machine's file; their use counts as 0 if nvidia-smi does not report
-    it
+    listed: the indices in the machine's file; a use that nvidia-smi does not report counts as 0
     """
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
@@ -7702,7 +7701,7 @@ class ResultStore:
         ours = (name, stream) in self._grown or self.journal.may_have_streams(name)
         self._grown.discard((name, stream))
         if content is None:
-            return              # it grew there, to its end
+            return              # it grew in place, to its end
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
                 raise ResultsError(f'another program made {target} while {name} ran: move it '
@@ -7940,14 +7939,14 @@ class Partials:
             os.unlink(note)
 
     def clear(self):
-        """Remove all of them, such as those that a killed client left."""
+        """Remove all fetched files, such as those that a killed client left."""
         for name in self._names():
             self.remove(name)
         if os.path.isdir(self._inner):
             remove_tree(self._inner)
 
     def close(self):
-        """Remove all, unless jobs keep running: their files stay for the user to look at."""
+        """Remove them, unless jobs keep running: their files stay for the user to look at."""
         if not self._names():
             self.clear()
 
@@ -7977,7 +7976,7 @@ class Presence:
         self._folder, self._journal = folder, journal
 
     def of(self, name):
-        """Return the sum of a job."""
+        """Return the sum for a job."""
         here = self._journal.record(name).get('here')
         if here is None:
             path = os.path.join(self._folder, name)
@@ -8022,7 +8021,7 @@ class Sent:
     """The files that were sent with jobs: a folder for each set that has a digest of its own.
 
     sent/DIGEST/files.json      Manifest.files: what was sent
-    sent/DIGEST/record.json     when, how much, how much of it is kept, and what git says of it
+    sent/DIGEST/record.json     when, how much, how much of it is kept, and what git reports of it
     sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Keeper
     sent/DIGEST/files/PATH      the files that are kept: hard links into the store
     sent/store/HASH             their contents, each once; limit_bytes in all
@@ -8218,7 +8217,7 @@ class Sent:
 
 
 def free_bytes(folder):
-    """Return how many bytes may be written there; some stay free for others."""
+    """Return how many bytes may be written to the folder's disk; some stay free for others."""
     info = os.statvfs(folder)
     return (info.f_bavail - min(info.f_blocks // 50, 2**26 // info.f_frsize)) * info.f_frsize
 
@@ -8569,7 +8568,7 @@ class Process:
         """Kill the child and what it started."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):   # macOS says so of a zombie's group
+        except (ProcessLookupError, PermissionError):   # macOS reports that for a zombie's group
             pass
 
 
@@ -8962,8 +8961,8 @@ class JobLog:
     """The file of --joblog: a line for each end of a job.
 
     Each line is one write at the end of the file, so that a client which is killed leaves whole
-    lines.  A line that the disk refuses is written together with a later one.  The ends that the
-    file has already are read from it, so what a killed client has written is not written again.
+    lines.  A line that the disk refuses is written together with a later one.  The client reads
+    which ends the file has, so it does not write those again that a killed client has written.
     """
 
     def __init__(self, path, warn):
