@@ -3720,10 +3720,10 @@ def warnings_of(plan):
 
 
 def older_files(plan, results, files, path):
-    """Return (Jobs that were run before with other files than now, the paths that differ).
+    """Return two pairs: (Jobs that an earlier run gave other files, the paths that differ).
 
-    Files that are only new do not make a job one of these.  So there is a second such pair for the
-    Jobs that differ in nothing but new files: often such a file is a table or a log of this folder.
+    The first pair is for Jobs of which a file has changed or is gone, the second for Jobs that
+    lack nothing but new files.  Such a file is often a table or a log that somebody wrote here.
 
     files: the Files that are sent; path: that of the batch file, whose lines are compared
     """
@@ -5906,8 +5906,6 @@ QUEUED_JOBS = 20            # of one batch in the queue of a cluster, the defaul
 ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
                 'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
                 'usage', 'version', 'export', 'export-file', 'get-user-env')
-# Options with names like these, which are allowed.
-ENGINE_ALLOWED = ('no-requeue', 'wait-all-nodes')
 
 
 def read_machine_file(path, name):
@@ -6053,8 +6051,7 @@ def read_engine_options(text, path):
         if not match:
             raise MachineFileError(f'{where}: write each option as --name or --name=value, not '
                                    f'{word!r}.')
-        taken = next((name for name in ENGINE_TAKEN if name.startswith(match[1])
-                      and match[1] not in ENGINE_ALLOWED), None)
+        taken = next((name for name in ENGINE_TAKEN if name.startswith(match[1])), None)
         if taken:
             raise MachineFileError(f'{where}: --{taken} cannot be used, since jobs would not run '
                                    'once, or not be found again. Remove it.')
@@ -9956,12 +9953,12 @@ class Files:
                 copy, link = trees = self.trees(forwards)
                 placed = [(f'copy/{entry.path}', entry) for entry in copy.entries]
                 placed += [(f'link/{entry.path}', entry) for entry in link.entries]
-                data = b''.join(archive(placed))
-                self.manifest(forwards)
+                data, manifest = b''.join(archive(placed)), self.manifest(forwards)
                 self.look_again(forwards)
                 if self.trees(forwards) is trees:   # nothing changed while both were read
                     break
-            self.manifest(forwards)
+            # What is recorded is what is sent, also if somebody edits the files all the time.
+            self._trees[forwards], self._manifests[forwards] = trees, manifest
             self._archives[forwards] = data
         return self._archives[forwards]
 

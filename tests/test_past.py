@@ -361,6 +361,24 @@ def test_a_manifest_has_what_the_archive_has(project, monkeypatch):
     assert files.manifest(forwards).files['a'][3] == s.content_digest(b'later')
 
 
+def test_a_manifest_has_what_the_archive_has_of_a_file_that_changes_all_the_time(project,
+                                                                                 monkeypatch):
+    (project / 'a').write_text('0')
+    real = s.Manifest.of
+
+    def of(*trees):
+        manifest = real(*trees)
+        text = (project / 'a').read_text()
+        (project / 'a').write_text(f'{text}{len(text)}')        # another size, too
+        return manifest
+
+    monkeypatch.setattr(s.Manifest, 'of', of)
+    files, forwards = s.Files(), s.Forwards()
+    data = files.small_archive(forwards)
+    sent = next(text for text in (b'0123', b'012', b'01', b'0') if text + bytes(500) in data)
+    assert files.manifest(forwards).files['a'][3] == s.content_digest(sent)
+
+
 def test_a_client_that_is_killed_while_it_keeps_files(batches, run, project, client_env):
     for number in range(200):
         (project / f'f{number}').write_text(str(number))
