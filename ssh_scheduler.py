@@ -16193,92 +16193,93 @@ def main(argv=None):
 
 # ---- The remote runner: runs there ----
 
-# One runner serves one contact with a machine: it reads requests, has jobs begun, and says what
-# becomes of them.  A job is run by a worker, a process beside the runner that runs one job after
+# One runner serves one contact with a machine: it reads requests, gives jobs to workers, and
+# reports what becomes of the jobs.  A worker is a process beside the runner; it runs one job after
 # the other and records how each ends.  A worker does not need the runner: if that is killed, each
-# worker runs its job to the end, and ends.  So all that must outlive the runner is in files.
+# worker runs its job to the end, and exits.  So all that must outlive the runner is in files.
 #
 # The folder of a project, WORKDIR/PROJECT:
 #
-#   jobs/       the files of jobs, and what workers have
-#   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync); in copy/ links
-#               to link/, and beside it list, of all in copy/ (freeze).  `finish` removes it
+#   jobs/       the files of jobs and of workers
+#   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync).  freeze makes
+#               links in copy/ to link/, and the file list, of all in copy/.  `finish` removes it
 #   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
 #               next stage with it (--link-dest), so nothing is ever deleted in it
 #   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
 #     self                      PID START BOOT_ID; its owner; the contact, BATCH.MACHINE.NUMBER
-#     events, signals, log      FIFOs for what is said, and for what look_around began; complaints
+#     events, signals, log      FIFOs: events; which tasks of look_around are done; error messages
 #     kills                     how many processes the kernel had killed for lack of memory (look)
-#     to.WORKER, idle           FIFOs: what each worker has to run; which of them have nothing to do
+#     to.WORKER, idle           FIFOs: the jobs for each worker; which workers are free
 #     environment*              what the login and the setup leave (capture_login, sort_functions)
 #     functions, functions.all  what the bash of a job reads first (load_functions)
-#     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi said
+#     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi printed
 #     back.*, chunk.*, others.*, again.KEY        bytes on their way to the client
-#     cache/, claims/           the cache before, while it is removed; claims if /dev/shm has none
+#     cache/, claims/           the former cache, until it is removed; claims if /dev/shm has none
 #
-# The files of a job, in jobs/, and who writes what.  KEY is NAME.ATTEMPT-IDENTITY; IDENTITY is
-# that of the journal that claimed the job, since attempts alone begin anew when a job_results is
+# The files of a job, in jobs/, and who writes what.  KEY is NAME.ATTEMPT-IDENTITY.  IDENTITY names
+# the journal that claimed the job, since numbers of attempts begin anew when a job_results is
 # removed:
 #
-#   KEY         the command, which bash runs from here, and behind it, as a comment, the record; see
-#               below.  The runner that creates it begins the job (take); one that creates it with
-#               no command sees to it that the job never begins (revoke).  Where a full disk refuses
-#               the record of the end, that is in the name: KEY ended STATUS
-#   .out .err   the output of the job, from its beginning on; in .err a line of the runner if it
-#               ended the job (launch)
+#   KEY         the command, which bash runs from this file, and after it, as a comment, the record:
+#               see below.  The runner that creates this file begins the job (take).  A runner that
+#               creates it without a command prevents the job (revoke).  If a full disk refuses the
+#               record of the end, the name of the file has it: KEY ended STATUS
+#   .out .err   the output of the job; both exist from its beginning on.  .err also has a line of
+#               the runner if that stopped the job (launch)
 #   .back       the list of what the job left, if it left anything (list_results)
 #   .more/      what only some jobs have:
 #     in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
-#     wait, tty   with a terminal: scripts, of which the first waits in the place of the job and the
-#                 other runs the job in the session that has the terminal (prepare_tty)
-#     exports     with a terminal: the environment of the job, its folder, and what bash is given,
-#                 for tty (launch)
+#     wait, tty   with a terminal: scripts.  wait runs in place of the job; tty runs the job in the
+#                 session that has the terminal (prepare_tty)
+#     exports     with a terminal: the environment of the job, its folder, and the arguments of
+#                 bash, for tty (launch)
 #     code        with a terminal: a FIFO that hands the exit status from tty to wait (wait)
-#     late        exists if the time limit was over (keep_time)
+#     late        exists if the job reached its time limit (keep_time)
 #
 # What a worker has, in jobs/.  WORKER is PID.RANDOM of the runner and a number:
 #
-#   work.WORKER.N       the folder where its jobs run: empty, or a copy of a stage.  It is kept for
-#                       the next job where one left it as it was; else it is that job's, and N grows
-#   work.WORKER.alive   a FIFO that all that the job started has open
+#   work.WORKER.N       the folder where a job runs: empty, or a copy of a stage.  If the job leaves
+#                       it unchanged, the next job gets it; else the job keeps it, and N grows
+#   work.WORKER.alive   a FIFO that all processes of a job have open
 #
 # The folder of claims of a user, /dev/shm/ssh_scheduler.UID, for the batches of all users to read:
 #
-#   PROJECT.work.WORKER     80 bytes: PID START BOOT_ID of the worker; then what its job needs:
-#                           CORES MB RESERVE GPU:MB:TIME:RESERVE...; a line with the key of the
-#                           job, and the processor time of the worker before it (claim_needs).
+#   PROJECT.work.WORKER     80 bytes: PID START BOOT_ID of the worker; then the need of its job:
+#                           CORES MB RESERVE GPU:MB:TIME:RESERVE...; in a second line the key of
+#                           the job, and the worker's processor time before the job (claim_needs).
 #                           Empty when the job has ended
-#   PROJECT.KEY.back        the list of what the job left, if the disk there is full (list_results)
+#   PROJECT.KEY.back        the list of what the job left, if the disk of jobs/ is full
+#                           (list_results)
 #
-# The record of a job, and what may follow.  Behind it stands the folder where the job runs:
+# The record of a job, and -> which may follow.  It ends with the folder where the job runs:
 #
-#   starting PID START BOOT_ID    the worker has the job, or will (take); .out is there from when
-#                                 the job has begun  -> ended, lost
+#   starting PID START BOOT_ID    the worker has the job, or will (take); once the job has begun,
+#                                 .out exists  -> ended, lost
 #   ended STATUS WALL             its exit status, 137 if its processes were killed with the worker;
-#                                 how long it ran, in hundredths of a second, if that is known;
-#                                 behind it `left` if it left processes, whose FIFO is that of the
-#                                 worker; or `untold` if the runner could not be told
-#   lost                          it is gone, and nobody knows how (ask_about, last_words_of)
+#                                 how long it ran, in hundredths of a second, if known; then `left`
+#                                 if processes of the job still run, with the worker's FIFO open; or
+#                                 `untold` if the runner was not told
+#   lost                          the job is gone, and nobody knows how (ask_about, last_words_of)
 #   revoked                       it never began, and never will (revoke)
 #   queued                        an engine has it: see REMOTE_ENGINE
-#   damaged                       the file is not whole; it is read as this word  -> lost
+#   damaged                       read_record returns this word for an incomplete record  -> lost
 #
 # Requests.  Each is VERB COUNT FIELD..., with a NUL behind each; -> shows the events that answer.
 #
-#   probe                   say what the machine has, then do as `enter` does  -> probe
+#   probe                   report what the machine has, then do as `enter` does  -> probe
 #   enter                   wait for the login, and be ready for jobs  -> note, broken, ready
-#   check                   say more than a probe does, for people  -> probe
-#   tie                     end all jobs with the channel
-#   engine BYTES FOLDER WORD...     take BYTES bytes, which follow: the functions for nodes.  What
-#                           the machine file of a cluster says: where a node has the folders of
-#                           jobs, if not here; further words for the engine
-#   fits NEED LIMIT...      say which of these needs the engine would refuse  -> unfit
-#   measure NUMBER          say again what the machine has  -> probe, measured
-#   facts                   say which machine it is  -> facts
-#   limits CORES MB GPU:MB:TIME...      have no job start beyond these, together with other batches
-#   unpack ID BYTES         take BYTES bytes of tar, which follow  -> stage_failed, broken
+#   check                   report more than a probe does, for people  -> probe
+#   tie                     stop all jobs when the channel ends
+#   engine BYTES FOLDER WORD...     read BYTES bytes, which follow: the functions for nodes.  From
+#                           the machine file of a cluster: FOLDER, where a node has the folders of
+#                           jobs, if not in jobs/; WORD: further words for the engine
+#   fits NEED LIMIT...      report which of these needs the engine would refuse  -> unfit
+#   measure NUMBER          report again what the machine has  -> probe, measured
+#   facts                   report versions: of kernel, GPU driver and Python  -> facts
+#   limits CORES MB GPU:MB:TIME...      start no job that exceeds these, all batches together
+#   unpack ID BYTES         unpack BYTES bytes of tar, which follow  -> stage_failed, broken
 #   folder PATH             make a folder that rsync will fill
-#   unsent WHY              say why files could not be sent, with what is known here  -> broken
+#   unsent WHY              report why files could not be sent, and if the disk is full  -> broken
 #   freeze ID LINK...       a stage is complete; make its links  -> staged, stage_failed, broken
 #   start KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
 #                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
@@ -16286,94 +16287,94 @@ def main(argv=None):
 #                           GPUS KIND  -> started, queued, held, refused, left, note, and as `adopt`
 #   wrap KEY WORDS          the next `start` of KEY runs the job in WORDS, which bash reads; in
 #                           them \2 and \3 stand for the cores and the MB of the machine
-#   cancel SECONDS KEY...   end jobs; kill them when the seconds are over  -> ended, cancelled
-#   adopt KEY...            see to it that a job never begins, or say how it stands
+#   cancel SECONDS KEY...   stop jobs; kill them after the seconds  -> ended, cancelled
+#   adopt KEY...            prevent a job that has not begun, or report its state
 #                           -> absent, queued, started, ended, lost
-#   withdraw KEY...         see to it that queued jobs never begin, where that can be  -> absent
-#   revoke KEY...           see to it that a job never begins, or end it, and remove it
-#   others IDENTITY         say which jobs of other journals are here  -> others, data
-#   ping NUMBER             say something  -> pong
+#   withdraw KEY...         prevent queued jobs that have not begun  -> absent
+#   revoke KEY...           prevent a job, or stop it; then remove it
+#   others IDENTITY         report the jobs of other journals on this machine  -> others, data
+#   ping NUMBER             answer  -> pong
 #   eof KEY                 the input of a job is complete
-#   where KEY...            say in which folder jobs run  -> place
-#   watch (KEY OUT ERR)...  look at jobs; OUT and ERR bytes of their streams are known
+#   where KEY...            report in which folder jobs run  -> place
+#   watch (KEY OUT ERR)...  look at jobs; the client has OUT and ERR bytes of their streams
 #                           -> used, data, and as `adopt`
 #   list KEY                send the list of what a job left  -> data, unlistable
-#   again KEY PATH...       send a list of what is there now of these paths  -> data, unlistable
+#   again KEY PATH...       send a list of what these paths have now  -> data, unlistable
 #   clean KEY...            remove jobs whose results are safe
-#   finish STAGE STAGE...   make the first, if it is not '', the cache; remove all  -> finished
+#   finish STAGE STAGE...   make the first, if it is not '', the cache; remove the rest  -> finished
 #
 # Events.  Each is a line of fields with tabs between them.
 #
-#   account WHICH           the first one; it is equal for two names of one account
-#   broken WHY              the machine cannot be used; with `later` behind it, it may be later
+#   account WHICH           the first event; WHICH is equal for two names of one account
+#   broken WHY              the machine cannot be used; `later` follows if it may recover
 #   note TEXT               a warning
 #   probe NAME VALUE        something that the machine has
 #   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
-#   measured NUMBER COST    what `measure` asked for is said; it took hundredths of a second
-#   facts KERNEL DRIVER PYTHON      what /proc and python3 say of versions; first with - as PYTHON
+#   measured NUMBER COST    `measure` is answered; that took COST hundredths of a second
+#   facts KERNEL DRIVER PYTHON      versions, from /proc and python3; first with - as PYTHON
 #   staged ID               jobs can have this stage
 #   stage_failed ID WHY     the stage could not be stored
 #   started KEY...          jobs run
 #   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
-#                           why, in words, and when it expects to; each may be empty
+#                           WHY, in words, and TIME, when it expects to; each may be empty
 #   unfit NEED WHY          the engine refuses jobs with this need
 #   full WHY                the engine takes no more jobs before one of this account has ended
-#   held KEY                a job did not start, since others leave no room, or the engine none
+#   held KEY                a job did not start: other batches, or the engine, leave no room
 #   refused KEY WHY         a job did not start
 #   absent KEY              a job never began, and never will
 #   lost KEY WHY            a job is gone without a result
 #   preempted KEY WHY       the same, and neither the job nor the machine failed
 #   ended KEY STATUS WALL CPU OUT ERR ENTRY...
-#                           a job has ended.  WALL, CPU: hundredths of a second; CPU is 0 where a
-#                           record is all there is, and so is WALL if the record does not have it;
-#                           OUT, ERR: =TEXT or @BYTES; ENTRY: as in the list of what the job left,
-#                           or only @ if that is long
-#   left KEY PIDS           processes that a job started run on after it
+#                           a job has ended.  WALL, CPU: hundredths of a second; CPU is 0 if only a
+#                           record is left, and WALL is 0 if the record does not have it; OUT, ERR:
+#                           =TEXT or @BYTES; ENTRY: as in the list of what the job left, or only @
+#                           if that is long
+#   left KEY PIDS           processes of an ended job that still run
 #   place KEY FOLDER        a job runs in this folder, below jobs/
 #   used KEY KB             the most memory that a running job had
-#   cancelled PIDS          `cancel` is done, and could not end these
+#   cancelled PIDS          `cancel` is done, and could not stop these
 #   unlistable KEY          the list is too long to be sent
-#   others                  no job of other journals is here
+#   others                  no job of other journals is on this machine
 #   pong NUMBER             the runner lives
-#   finished                all is removed that nobody needs
+#   finished                everything that nobody needs is removed
 #   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
-#                           SIZE bytes follow: a list; what a stream has grown by; of each job of
+#                           SIZE bytes follow: a list; new bytes of a stream; for each job of
 #                           another journal KEY, word, number and command.  A NUL ends each
 #
-# A list has first wFOLDER, where it all is; then +PATH, what was made; -PATH, what cannot be read;
-# mMODE PATH, of what was opened to be read; !PATH, what is not there; ?PATH, what is no file,
-# folder or link; sBYTES, how much it is.
+# A list begins with wFOLDER, which holds everything in it; then +PATH, made by the job; -PATH, not
+# readable; mMODE PATH, the former mode of what was made readable; !PATH, missing; ?PATH, no file,
+# folder or link; sBYTES, the size of all files, if large.
 
-# These variables change what bash, or a program that the scripts below use, does.  Tools keep all
-# others of the login: LD_* and the like are how programs work on some machines.
+# These variables change what bash, or a program that the scripts below use, does.  All other
+# variables of the login stay: on some machines programs work only with LD_* and the like.
 REMOTE_CLEAN = r'''
 set +o posix
 unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \
   TAR_OPTIONS TAPE GREP_OPTIONS QUOTING_STYLE TIME_STYLE BLOCK_SIZE BLOCKSIZE _POSIX2_VERSION
 '''
 
-# bash must read a pipe byte by byte, which would take 10 ms for the runner; head does not.
+# bash reads a pipe byte by byte, which would take 10 ms for the runner; head does not.
 REMOTE_LOADER = 'read -rt 9999 -d ""; eval "$(head -c "$REPLY")"'
 
 REMOTE_RUNNER = r'''
-# The remote runner: runs there, under bash 4.2 or later, for as long as the channel is open.
-# Its stdin: this text; then the header, and requests, of which each is VERB COUNT FIELD..., a NUL
-# behind each.  Its stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes
-# after a line "data".  Only `writer` writes there, so that events never mix.
+# The remote runner: runs on the machine, under bash 4.2 or later, while the channel is open.  Its
+# stdin: this text; then the header, and requests, each VERB COUNT FIELD..., a NUL behind each.  Its
+# stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a line
+# "data".  Only `writer` writes to it, so that events never mix.
 #
 # shellcheck disable=SC2015     # A && B || continue: either is a reason to
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
 ''' + REMOTE_CLEAN + r'''
-JOB_OOM_SCORE=500           # so that a job is ended before what others run, when memory is short
+JOB_OOM_SCORE=500           # when memory is short, the kernel kills a job before other processes
 GPU_LIMIT_S=20              # for nvidia-smi's answer
-OLD_DAYS=14                 # after which what was sent is forgotten
+OLD_DAYS=14                 # after which files of earlier batches are removed
 LONGEST_LIST=60000000       # bytes: the names of what a job left, about a million files
-# A machine that does not say its boot id has this one.  The time of the boot (btime) could not
-# stand for it: that changes when the clock is set.
+# The boot id of a machine that reports none.  The time of the boot (btime) cannot replace it: that
+# changes when the clock is set.
 NO_BOOT_ID=00000000-0000-0000-0000-000000000000
 
 # A variable that came with the environment stays exported, even if it gets another value.  The
-# names of variables below are in lowercase.
+# variables below have names in lowercase.
 while IFS= read -rd '' entry; do
   entry=${entry%%=*}
   [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
@@ -16387,48 +16388,48 @@ token='' workdir='' project='' owner='' client='' setup='' want_gpus='' machine_
 home='' run='' claims='' proc='' sys='' shared=''
 # This runner: PID START BOOT_ID, its user and account, and the umask that jobs get.
 self='' uid='' account='' boot_id='' mask=''
-# File descriptors: of the requests, of the events, and of the FIFO that tells that the login shell
-# or nvidia-smi is done.  How many of these two are waited for; the process group of the login
-# shell.
+# File descriptors: of the requests, of the events, and of the FIFO that reports the end of the
+# login shell or nvidia-smi.  How many of these two the runner waits for; the process group of the
+# login shell.
 requests='' events='' signals='' waiting=0 capturing=''
 # What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
-# The assignments of BASH_ENV for a usual job and for one that gets all functions, and which one is
-# that: its command has in the place of a command $x, `x` or ". x", or has one of these words.
+# The assignments of BASH_ENV for a usual job and for one that gets all functions.  A job gets all
+# if its command has $x, `x` or ". x" in the place of a command, or one of these words.
 functions='' all_functions='' named=''
 by_value=$'[;&|(){`!\n][ \t]*("?[$`]|\\.[ \t])'
-# What the jobs of a stage find, and so did not make: "STAGE ENTRY" and "STAGE ./PATH".
+# What a stage contains, so that no job made it: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
-tied=''                     # 1 if the jobs end with the channel
-finished=''                 # 1 if `finish` has removed what is of use to nobody
+tied=''                     # 1 if the jobs are stopped when the channel ends
+finished=''                 # 1 if `finish` has removed what nobody needs
 engine_name=''              # of a cluster: see REMOTE_ENGINE
-arrived=()                  # the stages that came
-removing=()                 # the pids of what removes something
-looking=''                  # the process that looked last at running jobs; see `identify`
-survivors=''                # the pids of what end_processes could not end
-declare -A claimant_seen=() # PID START BOOT_ID of who claims something -> when it was seen
+arrived=()                  # the stages that were sent
+removing=()                 # the pids of processes that remove files
+looking=''                  # the last process of `look`, as `identify` prints it
+survivors=''                # the pids that end_processes could not kill
+declare -A claimant_seen=() # PID START BOOT_ID of a claim -> when that process was seen
 declare -A begun=()         # the jobs that began under this runner and were not removed
-sane_need=''                # what the last claim said it needs
-# The workers by number: what `identify` says of each, the pipe to it, the folder where its next job
-# runs ("gone" if it takes none), the stage that it has, its processor time, and its age: how many
-# stages had come when it began.  Those that are free; how many there were; their FIFO; their name.
+sane_need=''                # the need of the last valid claim
+# The workers by number: what `identify` prints for each, the pipe to it, the folder where its next
+# job runs ("gone" if it takes no more), its stage, its processor time, and its age: how many stages
+# had arrived when it started.  Then the free workers; how many there were; their FIFO; their name.
 worker_self=() worker_fd=() worker_folder=() worker_stage=() worker_ticks=() worker_age=()
 free=() hired=0 age=0 idle='' prefix=''
 file_limit=''               # how many files the login may have open
 leftovers=()                # files and folders of workers that have ended
-# The environment of a job: what a worker has, and what each job is given.
+# The environment of a job: the part that its worker has, and the part that each job is given.
 inherited='' apart=''
-# The jobs that were asked for since the last start_pending, in order, and their fields by KEY.
+# The jobs requested since the last start_pending, in order, and their fields by KEY.
 pending=()
 declare -A stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
 declare -A paths_of=() wrap_of=()
 
-say() {                     # $1: an event of at most 4096 bytes, which a pipe never splits
+say() {                     # writes $1: an event of at most 4096 bytes, which a pipe never splits
   printf '%s\n' "$1" >&"$events"
 }
 
-say_text() {                # says the event $1 with the free texts that follow, escaped
+say_text() {                # writes the event $1 with the texts that follow as fields, escaped
   local event=$1 text
   shift
   for text; do
@@ -16438,7 +16439,7 @@ say_text() {                # says the event $1 with the free texts that follow,
   say "$event"
 }
 
-escape() {                  # REPLY: the text $1 without tab and newline
+escape() {                  # REPLY: the text $1 with backslash, tab and newline escaped
   REPLY=${1//\\/\\\\}
   REPLY=${REPLY//$'\t'/\\t}
   REPLY=${REPLY//$'\n'/\\n}
@@ -16449,14 +16450,14 @@ beside() {                  # runs $@ in the background, so that the next reques
   disown "$!"
 }
 
-apart_from_workers() {      # a worker ends when nobody is left who could ask it for anything
+apart_from_workers() {      # runs $@ without the pipes to workers, which would keep workers alive
   local fd
   for fd in "${worker_fd[@]}"; do exec {fd}>&-; done
   "$@"
 }
 
-complaint() {               # REPLY: the last complaint in the log, without "line 7: " in front
-  # Fails, and starts no process itself, where none can be started.
+complaint() {               # REPLY: the last error in the log, without "line 7: " in front
+  # If no process can be started, it fails with that in REPLY, and starts none itself.
   local line said=
   while IFS= read -r line; do           # tar's summary never has the reason
     case $line in
@@ -16471,7 +16472,7 @@ complaint() {               # REPLY: the last complaint in the log, without "lin
   explain_full "$said"
 }
 
-explain_full() {            # REPLY: the complaint $1, and what else than bytes is used up there
+explain_full() {            # REPLY: the error $1, and which of disk, inodes and quota are used up
   local dir=$home total left blocks
   while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
   IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
@@ -16481,7 +16482,7 @@ explain_full() {            # REPLY: the complaint $1, and what else than bytes 
   [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
 }
 
-no_process() {              # REPLY: that no process can be started; starts none
+no_process() {              # REPLY: a text that no process can be started; starts none itself
   local line limit=
   while read -r line; do
     [[ $line != 'Max processes'* ]] || read -r _ _ limit _ <<<"$line"
@@ -16494,11 +16495,11 @@ identify() {                # REPLY: pid, start time and boot id of process $1; 
   { IFS= read -r stat <"/proc/$1/stat"; } 2>/dev/null || return 1
   # shellcheck disable=SC2206            # numbers, behind a name with any blanks and brackets
   fields=(${stat##*) })
-  [[ ${fields[0]} != Z ]] || return 1   # it has ended, though nobody has waited for it yet
+  [[ ${fields[0]} != Z ]] || return 1   # a zombie: its parent has not waited for it yet
   REPLY="$1 ${fields[19]} $boot_id"
 }
 
-read_clocks() {             # REPLY: hundredths of a second since boot; clock: when that was
+read_clocks() {             # REPLY: hundredths of a second since boot; clock: the time of the boot
   read -r REPLY _ </proc/uptime
   printf -v clock '%(%s)T' -1
   clock=$((clock - ${REPLY%.*}))
@@ -16507,23 +16508,23 @@ read_clocks() {             # REPLY: hundredths of a second since boot; clock: w
 
 # ---- Machine ----
 
-# Text in front of a command in one line, NAME=VALUE ... COMMAND, is assigned after the words of the
-# command were expanded.  So no name can meet a variable of this shell.  Unlike env(1) it costs no
-# process (0.45 ms a job), and ps shows the values to nobody.
+# bash makes the assignments of a line NAME=VALUE ... COMMAND after it has expanded the command.  So
+# no name can collide with a variable of this shell.  Unlike env(1) this costs no process (0.45 ms a
+# job), and ps shows the values to nobody.
 enter() {                   # becomes the program $@ in the environment that `assign` prepared
-  exec 3>&2 2>/dev/null     # the program warns of a locale that is missing, too
+  exec 3>&2 2>/dev/null     # hides a warning of bash: the program warns of a missing locale, too
   export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
   eval "$assignments"'exec "${by_env[@]}" "$@" 2>&3 3>&-'
 }
 
-assign() {                  # sets assignments, by_env and dropped from $environment
+assign() {                  # sets assignments, by_env, dropped, inherited, apart from $environment
   local entry name entries
   local -A given=()
   assignments='' by_env=() dropped=() inherited='' apart=''
   for entry in "${environment[@]}"; do
     name=${entry%%=*}
     case $name in
-      # bash cannot assign to these, or does more than that
+      # bash cannot assign to these, or an assignment does more than that
       [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
         FUNCNAME | BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
       *)
@@ -16556,13 +16557,13 @@ is_apart() {                # succeeds if the variable $1 would change a worker 
   esac
 }
 
-read_entries() {            # entries: what the file $1 holds, in which each ends with a NUL
+read_entries() {            # entries: the NAME=VALUE entries of the file $1, each ending with a NUL
   local entry
   entries=()
   while IFS= read -rd '' entry; do [[ $entry != [!=]*=* ]] || entries+=("$entry"); done <"$1"
 }
 
-read_environment() {        # environment: the entries of $1, without what each job has of its own
+read_environment() {        # environment: the entries of $1, without those that differ by job
   local name entry entries word
   environment=()
   read_entries "$1"
@@ -16572,11 +16573,11 @@ read_environment() {        # environment: the entries of $1, without what each 
       PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
       SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
       SLURM_CONF) ;;
-      # Not of the job, or they would change what the engine is asked for.
+      # On a cluster: not for the job, or they would change what the engine is asked for.
       SLURM_* | SQUEUE_* | SACCT_* | SCANCEL_* | SINFO_* | SBATCH_WAIT | SBATCH_ARRAY_INX | \
         SSH_TTY | DISPLAY) [[ ! $engine_name ]] || continue ;;
       BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
-      SHELLOPTS | BASHOPTS)             # such as pipefail, but not what is for terminals
+      SHELLOPTS | BASHOPTS)             # options such as pipefail, but not those for terminals
         entry=:${entry#*=}:
         for word in monitor history histexpand emacs vi login_shell expand_aliases; do
           entry=${entry/:"$word":/:}
@@ -16596,9 +16597,9 @@ DUMP_FUNCTIONS='{
     \builtin declare -F $(\builtin compgen -A function)
   ) >"$SSH_SCHEDULER_CAPTURE.completion" 2>/dev/null'
 
-capture_login() {           # leaves the environment of an interactive login in $run/environment
+capture_login() {           # writes the environment of an interactive login to $run/environment
   local to=$run/environment shell=${SHELL:-$BASH} entries
-  [[ ! $setup ]] || to=$run/login       # setup has the last word
+  [[ ! $setup ]] || to=$run/login       # then run_setup writes the environment
   read_entries "/proc/$$/environ"
   ask_shell
   if [[ ! -s $to ]]; then
@@ -16609,9 +16610,9 @@ capture_login() {           # leaves the environment of an interactive login in 
   sort_functions 2>/dev/null
 }
 
-ask_shell() {               # for capture_login: fills $to; sets shell to the one that was last
+ask_shell() {               # for capture_login: fills $to; sets shell to the last shell that ran
   local dump probe next how=-l
-  # A start file may put another shell in the place of this one.  That shell reads its stdin.
+  # A start file may exec another shell.  That shell reads the probe from its stdin.
   probe='(readlink "/proc/$PPID/exe"; tr "\0" " " <"/proc/$PPID/cmdline")'
   probe+=' >"$SSH_SCHEDULER_CAPTURE.shell"; exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE.before"'
   probe="/bin/sh -c '$probe'"
@@ -16621,7 +16622,7 @@ ask_shell() {               # for capture_login: fills $to; sets shell to the on
     next=
     dump='exec /usr/bin/env -0 >"$SSH_SCHEDULER_CAPTURE"'
     [[ $shell != */bash ]] || dump=$DUMP_FUNCTIONS$'\n\\builtin '$dump
-    case ${shell##*/} in                # csh takes -l alone, and with -c it has no $prompt
+    case ${shell##*/} in                # csh accepts -l only alone, and with -c it has no $prompt
       *csh) (enter "$shell" "$how" <<<"$probe"$'\n'"$dump") ;;
       *) (enter "$shell" "${how/#-l/-il}c" "$dump" <<<"$probe") ;;
     esac 2>"$run/login.err"
@@ -16634,7 +16635,7 @@ ask_shell() {               # for capture_login: fills $to; sets shell to the on
   done
 }
 
-run_setup() {               # for capture_login: $to, and what the setup of the machine file adds
+run_setup() {               # for capture_login: adds what the setup of the machine file sets
   read_environment "$to"
   environment+=("SSH_SCHEDULER_CAPTURE=$run/environment")
   assign
@@ -16647,7 +16648,7 @@ run_setup() {               # for capture_login: $to, and what the setup of the 
   mv -- "$run/environment.new" "$run/environment" 2>/dev/null
 }
 
-load_environment() {        # fills environment, for `enter`; tells where a part could not be had
+load_environment() {        # fills environment, for `enter`; reports what could not be read
   local entry name=$run/environment status
   if [[ $setup && ! -s $name ]]; then
     { read -r status <"$run/setup.status"; } || status='no answer in time'
@@ -16668,11 +16669,12 @@ or starts another program. So jobs have the environment of a command over ssh"
   assign
 } 2>/dev/null
 
-# bash-completion has 84 functions, which would take the bash of each job 2.7 ms.  So what only an
-# interactive shell calls is set aside, until a job names it: functions that complete, by what
-# `complete` or the file of the function says; those of git's prompt; and their helpers, whose names
-# begin with _.  What is exported, or what any other function names, is not set aside.
-sort_functions() (          # for capture_login: leaves their names, and the text of the others
+# bash-completion has 84 functions, which would cost the bash of each job 2.7 ms.  So functions that
+# only an interactive shell calls are set aside, until a job names one: completion functions, known
+# by `complete` or by the file that defines them; those of git's prompt; and their helpers, whose
+# names begin with _.  Functions that are exported, or that any other function names, are not set
+# aside.
+sort_functions() (          # for capture_login: writes their names, and the text of the others
   local line lines names name word text more=1 ends=$' \t\n!"#$%&\'()*+,-./:;<=>?@[\\]^`{|}~'
   local -A known=() aside=()
   mapfile -t lines < <(cat "$run/"*.completion)
@@ -16681,7 +16683,7 @@ sort_functions() (          # for capture_login: leaves their names, and the tex
   # shellcheck disable=SC1091
   . "$run/environment.functions"        # from here on, one of them may have the name of a builtin
   set -f
-  IFS=$ends                 # of the words of a text
+  IFS=$ends                 # separates the words of a text
   while IFS=' ' builtin read -r _ word name; do         # declare -f NAME, or -fx if it is exported
     [[ $word != -f || $name == *[!A-Za-z0-9_]* ]] || known[$name]=1
   done < <(builtin declare -F)
@@ -16696,14 +16698,14 @@ sort_functions() (          # for capture_login: leaves their names, and the tex
     [[ ! ${known[$name]-} ]] || aside[$name]=1
   done
   ((${#aside[@]})) || return
-  while [[ $more ]]; do                 # what they name joins them
+  while [[ $more ]]; do                 # the helpers that they name are set aside, too
     more='' text=$(builtin declare -f "${!aside[@]}")
     for word in $text; do
       [[ $word != _* || ! ${known[$word]-} || ${aside[$word]-} ]] || aside[$word]=1 more=1
     done
   done
   more=1
-  while [[ $more ]]; do                 # what the others name joins the others
+  while [[ $more ]]; do                 # what the other functions name is not set aside
     more='' text=$(builtin unset -f "${!aside[@]}"; builtin declare -f)
     for word in $text; do
       [[ ! $word || ! ${aside[$word]-} ]] || { builtin unset -v "aside[$word]"; more=1; }
@@ -16729,12 +16731,12 @@ load_functions() {          # for load_environment: sets functions, all_function
   named="[^A-Za-z0-9_./-](-?_|$named|(do|then|else)[[:blank:]]+\"?[\$\`])"
 }
 
-offer_functions() {         # for load_functions: REPLY: what has bash read $2, made of the text $1
+offer_functions() {         # for load_functions: REPLY: makes bash read $2, made of the text $1
   REPLY=$(<"$run/$1")
   [[ $bash_env || ($REPLY && $REPLY != $'shopt -s extglob\nshopt -u extglob') ]] ||
     { REPLY=; return; }
   {
-    if [[ $bash_env ]]; then            # it may choose GPUs, too, as .bashrc does for people
+    if [[ $bash_env ]]; then            # it may choose GPUs, as .bashrc may: undo that
       printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
       printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
       printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
@@ -16768,7 +16770,7 @@ count_cores() {             # REPLY: the cores that this login may use
   [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 }
 
-nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, its words to gpus.err
+nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, its errors to gpus.err
   {
     set -- "$smi" "$1" --format=csv,noheader,nounits
     [[ $smi != /* ]] || enter "$@"
@@ -16781,22 +16783,22 @@ nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, it
   return "$status"
 }
 
-# nvidia-smi may hang beyond kill.  So it is never waited for without a deadline, and its pid is in
-# a file: when its time is over it is killed, and while that did not help nobody asks again.
-query_gpus() {              # leaves what nvidia-smi says in $run/gpus.*
+# nvidia-smi may hang so that no kill ends it.  So nothing waits for it without a deadline, and its
+# pid is in a file: after the deadline it is killed, and while it is still there nobody asks again.
+query_gpus() {              # writes the answers of nvidia-smi to $run/gpus.*
   local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
   type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
   nvidia --query-gpu="$core,compute_mode,mig.mode.current,name" list
   status=$?
-  if ((status == 2)); then  # an old driver refuses all for one field that it does not know
+  if ((status == 2)); then  # an old driver refuses the query for one unknown field
     nvidia --query-gpu="$core,name" list
     status=$?
     ((status)) || status=old
   fi
-  [[ $status != 137 ]] || return        # it was given up
+  [[ $status != 137 ]] || return        # give_up_gpus killed it
   : >"$run/gpus.apps"
   case $status in
-    0 | old | 14 | 15)      # where nothing of a GPU is taken, nobody is there to be asked for
+    0 | old | 14 | 15)      # ask for processes only if memory or time of a GPU is in use
       while IFS=', ' read -r _ _ total free busy _; do
         [[ $free != "$total" || $busy != 0 || $total == *[!0-9]* ]] || continue
         nvidia --query-compute-apps=gpu_uuid,pid,used_memory apps || (($? == 15)) ||
@@ -16807,7 +16809,7 @@ query_gpus() {              # leaves what nvidia-smi says in $run/gpus.*
   echo "$status" >"$run/gpus.status"
 }
 
-query_gpus_again() {        # with the environment of the jobs, where it is found only so
+query_gpus_again() {        # in the environment of the jobs, if nvidia-smi is found only there
   local status line
   { read -r status <"$run/gpus.status"; } 2>/dev/null
   case $status in
@@ -16821,20 +16823,20 @@ query_gpus_again() {        # with the environment of the jobs, where it is foun
   read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
 }
 
-give_up_gpus() {            # nvidia-smi does not answer: ends it, if it can be ended
+give_up_gpus() {            # kills nvidia-smi, if it still runs, and discards its status
   local pid
   read -r pid <"$run/gpus.pid" && kill -KILL "$pid"
   [[ ! -e $run/gpus.status ]] || rm -f -- "$run/gpus.status"
 } 2>/dev/null
 
-say_gpus() {                # says what query_gpus found; say_claims has filled claim_of by now
+say_gpus() {                # reports what query_gpus found; say_claims must have filled claim_of
   local status line
   { read -r status <"$run/gpus.status"; } 2>/dev/null || status=timeout
   say_text probe nvidia_smi "$status"
   case $status in
     absent) say_other_gpus ;;
     timeout) ;;
-    0 | old | 14 | 15)      # 14: a warning about its infoROM, with a valid answer; 15: one is lost
+    0 | old | 14 | 15)      # 14: an infoROM warning, with a valid answer; 15: a GPU is lost
       while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.list"
       ((status != 15)) ||
         while IFS= read -r line; do say_text probe gpu "$line"; done <"$run/gpus.err"
@@ -16844,7 +16846,7 @@ say_gpus() {                # says what query_gpus found; say_claims has filled 
   esac
 }
 
-say_other_gpus() {          # names GPUs that are not Nvidia's; those of bus 0 drive the screen
+say_other_gpus() {          # reports GPUs of other makers; those of bus 0 drive the screen
   local card vendor cards=
   for card in "$sys"/class/drm/card*/device; do
     [[ $card != */card*-*/* && $(readlink -f "$card") != */0000:00:* ]] || continue
@@ -16854,7 +16856,7 @@ say_other_gpus() {          # names GPUs that are not Nvidia's; those of bus 0 d
   [[ ! $cards ]] || say_text probe other_gpus "${cards# }"
 }
 
-say_gpu_processes() {       # says who uses how much of which GPU
+say_gpu_processes() {       # reports who uses how much of which GPU
   local uuid pid used user pids=() users=()
   while IFS=', ' read -r uuid pid used; do
     [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
@@ -16868,7 +16870,7 @@ say_gpu_processes() {       # says who uses how much of which GPU
   done <"$run/gpus.apps"
 }
 
-say_cgroups() {             # what control groups, of version 1 or 2, leave of cores and memory
+say_cgroups() {             # reports what control groups (version 1 or 2) leave of cores and memory
   local controllers path folder
   while IFS=: read -r _ controllers path; do
     case ,$controllers, in
@@ -16884,7 +16886,7 @@ say_cgroups() {             # what control groups, of version 1 or 2, leave of c
   done <"$proc/self/cgroup"
 } 2>/dev/null
 
-say_cgroup() {              # for say_cgroups: what the group with the folder $1 leaves
+say_cgroup() {              # for say_cgroups: reports what the group with the folder $1 leaves
   local quota period limit used key value cache=0
   if { read -r quota period <"$1/cpu.max"; } && [[ $quota != max ]]; then
     say_text probe cgroup_cores "$quota/$period"
@@ -16898,15 +16900,16 @@ say_cgroup() {              # for say_cgroups: what the group with the folder $1
   fi
   # "unlimited" is a very large number in version 1
   [[ $limit != max ]] && ((${#limit} < 17)) || return
-  while read -r key value; do           # what was read from files counts as used, and gives way
+  while read -r key value; do           # cached files count as used, but the kernel can drop them
     [[ $key != inactive_file && $key != total_inactive_file ]] || cache=$value
   done <"$1/memory.stat"
   say_text probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
 }
 
-# Processes that were forked share memory: the largest alone is certain to be taken, and at most the
-# sum may be needed.  Too little taken only holds back other jobs; too much would promise it twice.
-use_of() {                  # what process $1 and its descendants use: pids, rss, peak (kB), ticks
+# Forked processes share memory: the job certainly uses that of the largest process (rss), and may
+# need at most the sum (peak).  An rss that is too low only holds back other jobs; one that is too
+# high would promise the memory twice.
+use_of() {                  # sets pids, rss, peak (kB), ticks of process $1 and its descendants
   local pid stat fields lines line file index
   pids=("$1") rss=0 peak=0 ticks=0
   for ((index = 0; index < ${#pids[@]} && index < 1000; index++)); do
@@ -16930,12 +16933,12 @@ use_of() {                  # what process $1 and its descendants use: pids, rss
   done
 } 2>/dev/null
 
-measure() {                 # says what the machine has, and what of it is free
+measure() {                 # reports what the machine has, and what of it is free
   local key value busy total
   local -A claim_of=()      # pid -> the key of the job, or "other"
   read_ticks
   say_text probe ticks "$busy/$total"
-  [[ $cores ]] || { count_cores; cores=$REPLY; }        # a process: once is enough
+  [[ $cores ]] || { count_cores; cores=$REPLY; }        # starts a process: once is enough
   say_text probe cores "$cores"
   read -r value _ <"$proc/loadavg"
   say_text probe load "$value"
@@ -16947,14 +16950,14 @@ measure() {                 # says what the machine has, and what of it is free
   [[ $want_gpus != 1 ]] || say_gpus
 }
 
-say_python() {              # $1 $2: kernel and driver; it may take long to find the python3
+say_python() {              # $1 $2: kernel, driver; finding python3 may take long
   say_text facts "$1" "$2" "$(enter timeout 10 python3 -V)"
 } 2>/dev/null
 
-measure_again() {           # $1: its number; beside the loop, since nvidia-smi takes its time
+measure_again() {           # answers `measure` $1; beside the loop, since nvidia-smi may be slow
   local began line pid
   if [[ $want_gpus == 1 ]]; then
-    # where the last one still hangs, not even a kill has helped
+    # if the last nvidia-smi still hangs, not even a kill has helped
     { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
       read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
   fi
@@ -16965,14 +16968,14 @@ measure_again() {           # $1: its number; beside the loop, since nvidia-smi 
   say_text measured "$1" "$((REPLY - began))"
 } 2>/dev/null
 
-probe() {                   # says what is here and free, if $1 is not empty, then "ready"
+probe() {                   # reports what is here and free, if $1 is not empty, then "ready"
   local rsync word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
     waiting=$((waiting - 1))
     [[ $word != environment ]] || capturing=
   done
-  # a login shell that waits for somebody would do so for ever
+  # a login shell that waits for input would wait for ever
   [[ ! $capturing ]] || kill -KILL -- "-$capturing"
   capturing=
   [[ $want_gpus != 1 || -e $run/gpus.status ]] || give_up_gpus
@@ -16993,7 +16996,7 @@ look_at_engine() { :; }     # only a cluster has one: see REMOTE_ENGINE
 
 # ---- Files ----
 
-say_unstored() {            # says why the files of stage $1 could not be stored
+say_unstored() {            # reports why the files of stage $1 could not be stored
   if complaint; then say_text stage_failed "$1" "$REPLY"; else say_text broken "$REPLY" later; fi
 }
 
@@ -17011,15 +17014,15 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
     (cd -- "$stage/copy" && listing .) >"$stage/list"
   } || { say_unstored "$id"; return; }
   while IFS= read -rd '' entry; do sent["$id $entry"]=1; done <"$stage/list"
-  dismiss_free              # they do not know it
+  dismiss_free              # these workers do not know the stage
   age=$((age + 1))
   say_text staged "$id"
 } 2>>"$run/log"
 
-# A file that cannot be read is opened, where the login may do that, since rsync and tar need the
-# bits; an "m" with the mode that it had stands before it.  A file that stays shut is "-": otherwise
-# an empty folder would stand for all that lies in it.
-listing() {                 # what lies below $1 in the current folder, as rsync sees changes
+# An unreadable file is made readable, if the login may do that, since rsync and tar must read it;
+# an "m" entry with its former mode comes first.  A file that stays unreadable is "-": otherwise an
+# empty folder would stand for all its contents.
+listing() {                 # prints what is below $1, with type, size and time as for rsync
   ${at_once:+exec} find "$1" -mindepth "${2:-1}" "${@:3}" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
     -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
@@ -17028,10 +17031,10 @@ listing() {                 # what lies below $1 in the current folder, as rsync
     -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
-# A job has no folder for its results: at its end it lists what it made or changed in the folder
-# where it ran, and one rsync with a list of files fetches that of many jobs.
-# $1: the folder below jobs/, $2: stage, $3: the list, the rest: paths, or nothing: what changed
-list_back() {               # makes no list where there is nothing to list; fails if it cannot
+# A job has no separate folder for results: at its end it lists what it made or changed in the
+# folder where it ran, and one rsync with a list of files fetches the results of many jobs.
+# $1: folder below jobs/, $2: stage, $3: file of the list, the rest: paths (none: what changed)
+list_back() {               # writes no list if there is nothing to list; fails if it cannot
   local folder=$1 id=$2 to=$3 entry path kind list='' found size=0
   shift 3
   [[ -r $home/jobs/$folder && -x $home/jobs/$folder ]] || chmod u+rwx -- "$home/jobs/$folder"
@@ -17060,7 +17063,7 @@ list_back() {               # makes no list where there is nothing to list; fail
   ((size >= 0))
 }
 
-entries_of() {              # lists the paths $@ as rsync sees changes, or all; ! is one not there
+entries_of() {              # prints the paths $@, or all, as `listing` does; ! is a missing one
   local path above rest at_once=
   (($#)) || { at_once=1; listing .; }
   for path; do
@@ -17073,7 +17076,7 @@ entries_of() {              # lists the paths $@ as rsync sees changes, or all; 
       listing .
     elif [[ -e $path || -L $path ]]; then
       listing "./$path" 0
-    elif [[ ! -d $above || -x $above ]]; then   # else it may be there
+    elif [[ ! -d $above || -x $above ]]; then   # in a folder that stays shut it may exist
       printf '!%s\0' "$path"
     fi
   done
@@ -17091,7 +17094,7 @@ send_list() {               # sends the list $2 of the job $1
     say "unlistable"$'\t'"$1"
     return
   fi
-  bytes=$run/back.$1.$RANDOM            # the last one of it may still be on its way
+  bytes=$run/back.$1.$RANDOM            # an earlier copy may still be on its way
   cp -- "$2" "$bytes" || { bytes=$2.sent; cp -- "$2" "$bytes"; }
   say "bulk"$'\t'"$bytes"$'\t'"back"$'\t'"$1"
 }
@@ -17103,7 +17106,7 @@ find_folder() {             # REPLY: the folder below jobs/ with what the job $1
   [[ $entry =~ ^w(work[.0-9]+)$ ]] && REPLY=${BASH_REMATCH[1]} || REPLY=
 }
 
-list_again() {              # sends what there is now of some paths ($2...) of the job $1
+list_again() {              # sends a list of what the paths $2... of the job $1 have now
   local key=$1 to=$run/again.$1
   shift
   find_folder "$key"
