@@ -16672,8 +16672,7 @@ or starts another program. So jobs have the environment of a command over ssh"
 # bash-completion has 84 functions, which would cost the bash of each job 2.7 ms.  So functions that
 # only an interactive shell calls are set aside, until a job names one: completion functions, known
 # by `complete` or by the file that defines them; those of git's prompt; and their helpers, whose
-# names begin with _.  Functions that are exported, or that any other function names, are not set
-# aside.
+# names begin with _.  Exported functions, and those that any other function names, stay.
 sort_functions() (          # for capture_login: writes their names, and the text of the others
   local line lines names name word text more=1 ends=$' \t\n!"#$%&\'()*+,-./:;<=>?@[\\]^`{|}~'
   local -A known=() aside=()
@@ -16907,8 +16906,8 @@ say_cgroup() {              # for say_cgroups: reports what the group with the f
 }
 
 # Forked processes share memory: the job certainly uses that of the largest process (rss), and may
-# need at most the sum (peak).  An rss that is too low only holds back other jobs; one that is too
-# high would promise the memory twice.
+# need at most the sum (peak).  Too low an rss only holds back other jobs; too high an rss would
+# promise memory twice.
 use_of() {                  # sets pids, rss, peak (kB), ticks of process $1 and its descendants
   local pid stat fields lines line file index
   pids=("$1") rss=0 peak=0 ticks=0
@@ -17121,7 +17120,7 @@ list_again() {              # sends a list of what the paths $2... of the job $1
 
 # ---- Jobs ----
 
-start_pending() {           # starts the jobs that were asked for since the last time
+start_pending() {           # starts the jobs requested since the last call
   local key file held='' said='' taken=()
   local -A worker_for=()    # key -> the number of its worker
   ((${#pending[@]})) || return 0
@@ -17144,25 +17143,25 @@ start_pending() {           # starts the jobs that were asked for since the last
       release
     fi
   done
-  [[ ! $said ]] || say "started$said"   # before the first can say that it ended
+  [[ ! $said ]] || say "started$said"   # before the first can report its end
   for key in "${taken[@]}"; do hand_over; done
   forget_pending
 }
 
-say_untaken() {             # for start_pending: says why the job $key could not be taken
+say_untaken() {             # for start_pending: reports why the job $key could not be taken
   complaint
   [[ ! -e $file ]] || REPLY='a job of that name exists, with another command'
   say_text refused "$key" "$REPLY"
 }
 
-forget_pending() {          # for start_pending: all that was asked for was acted upon
+forget_pending() {          # for start_pending: clears the requests, all of which are done
   pending=() stage_of=() gpus_of=() need_of=() mode_of=() limit_of=() command_of=() back_of=()
   paths_of=()
 }
 
-# The runner that creates the file of a job begins the job, and no other ever does.  O_EXCL (set -C)
-# is as atomic as mkdir, on NFS (version 3 and later) too, and needs no process.
-take() {                    # for start_pending: begins the job $key; fails if that cannot be
+# Only the runner that creates the file of a job begins the job.  O_EXCL (set -C) is as atomic as
+# mkdir, on NFS (version 3 and later) too, and needs no process.
+take() {                    # for start_pending: begins the job $key; fails if it cannot
   local slot=${worker_for[$key]-0} made=''
   [[ ${worker_self[slot]-} ]] || return
   set -C
@@ -17177,17 +17176,17 @@ take() {                    # for start_pending: begins the job $key; fails if t
   return 1
 }
 
-is_taken() {                # for start_pending: tells whether the job $key was begun before
+is_taken() {                # for start_pending: succeeds if the job $key was begun before
   local text=
   IFS= read -rd '' text <"$file"
   text=${text%$'\n'#*}
   [[ -e $file && (! $text || $text == '#'* || $text == "${command_of[$key]}") ]]
 } 2>/dev/null
 
-# A terminal is a session of its own beside the channel, and runs `tty`.  `wait` stands in the place
-# of the job; a FIFO tells it the exit status, or that the session was cut off.  So a job has one
-# record of its end, whether it had a terminal or not.
-prepare_tty() {             # for take: writes these two, if the job $key wants a terminal
+# A terminal is an ssh session of its own beside the channel, and runs `tty`.  The worker runs
+# `wait` in place of the job; `wait` learns from a FIFO the exit status, or that the session was cut
+# off.  So the end of a job is recorded in one way, with or without a terminal.
+prepare_tty() {             # for take: writes both scripts, if the job $key wants a terminal
   [[ ${mode_of[$key]} == tty ]] || return 0
   mkdir -- "$file.more" && cat >"$file.more/wait" <<'END' && cat >"$file.more/tty" <<'END'
 mkfifo "${0%/*}/code"
@@ -17201,7 +17200,7 @@ until [[ -p $more/code ]]; do sleep 0.02; done
 } <"$more/exports"
 exec 8>"$more/code" 9>"${folder%.*}.alive"
 cd -- "$folder" || exit
-trap : INT QUIT                         # what is typed is for the job; this tells how that ended
+trap : INT QUIT                         # Ctrl-C is for the job; this script reports how it ended
 set -- "$TERM" "$BASH"
 eval "$assignments TERM=\$1 $by_env \"\$2\" $program 8>&-"
 echo "$?" >&8
@@ -17210,16 +17209,16 @@ END
 
 # ---- Workers ----
 
-# A worker is a process that runs one job after the other, so that a job costs one fork.  The next
-# job cannot notice that: it is a bash of its own in a process group of its own, and the folder
-# where it runs is as it was sent (prepare_folder).  A worker ends when the runner has, and where a
-# job left anything behind: a process, a changed priority, or what only a few jobs have (stdin,
-# terminal, time limit).
-hire_all() {                # for start_pending: finds each job a worker, which is free or new
+# A worker is a process that runs one job after the other, so that a job costs one fork.  A job
+# cannot notice the one before: it has a bash and a process group of its own, and its folder is as
+# it was sent (prepare_folder).  A worker exits when the runner has, and after a job that left
+# anything behind: a process, a changed priority, or what only a few jobs have (stdin, terminal,
+# time limit).
+hire_all() {                # for start_pending: finds each job a worker, a free or a new one
   local key slot new=() pipes=() folders=("$home/jobs")
   hear_workers
   for key in "${pending[@]}"; do
-    [[ ! -e $home/jobs/$key && ! ${worker_for[$key]-} ]] || continue    # asked for twice
+    [[ ! -e $home/jobs/$key && ! ${worker_for[$key]-} ]] || continue    # requested twice
     find_free "${stage_of[$key]}" || {
       slot=$((hired += 1))
       new+=("$slot")
@@ -17243,7 +17242,7 @@ make_some_pipes() {
   mkfifo -- "$@"
 }
 
-find_free() {               # slot: a free worker, at best one with the stage $1; fails if none is
+find_free() {               # slot: a free worker, best with the stage $1; fails if none is free
   slot=''
   for slot in "${free[@]}"; do
     [[ ${worker_stage[slot]} != "$1" ]] || break
@@ -17251,10 +17250,10 @@ find_free() {               # slot: a free worker, at best one with the stage $1
   [[ $slot ]] && unset -v "free[$slot]"
 }
 
-hire() {                    # for hire_all: starts the worker $slot; else `take` has no worker
+hire() {                    # for hire_all: starts the worker $slot; if it cannot, `take` fails
   local fd orders
   [[ -p $run/to.$slot && -p $home/jobs/$prefix.$slot.alive ]] || return
-  # Opened here: what is in the FIFO would be gone if this runner ended before the worker opened it.
+  # Opened here: if this runner died before the worker opened the FIFO, its contents would be lost.
   exec {fd}<>"$run/to.$slot" || return
   exec {orders}<"$run/to.$slot" || return
   worker_fd[slot]=$fd
@@ -17264,7 +17263,7 @@ hire() {                    # for hire_all: starts the worker $slot; else `take`
   ! identify "$!" || worker_self[slot]=$REPLY
 }
 
-hear_workers() {            # notes which workers are free, and lets those go that are of no use
+hear_workers() {            # notes which workers are free, and dismisses those that are of no use
   local slot folder ticks
   while read -r -t 0 -u "$idle" && read -r -u "$idle" slot folder ticks; do
     worker_folder[slot]=$folder worker_ticks[slot]=$ticks
@@ -17273,7 +17272,7 @@ hear_workers() {            # notes which workers are free, and lets those go th
   done
 }
 
-dismiss() {                 # ends the worker $slot, and notes its files for removal
+dismiss() {                 # lets the worker $slot exit, and notes its files for removal
   local fd=${worker_fd[slot]}
   exec {fd}>&-
   leftovers+=("$home/jobs/$prefix.$slot.alive" "$run/to.$slot")
@@ -17282,13 +17281,13 @@ dismiss() {                 # ends the worker $slot, and notes its files for rem
     "worker_stage[$slot]" "worker_ticks[$slot]" "free[$slot]"
 }
 
-dismiss_free() {            # lets all workers end that have no job
+dismiss_free() {            # lets all workers exit that have no job
   local slot
   hear_workers
   for slot in "${!free[@]}"; do dismiss; done
 }
 
-release() {                 # for start_pending: the job $key does not need its worker
+release() {                 # for start_pending: frees the worker of $key, which did not start
   local slot=${worker_for[$key]-0}
   [[ ${worker_self[slot]-} ]] || return
   : >"$claims/$project.$prefix.$slot"
@@ -17302,20 +17301,20 @@ hand_over() {               # for start_pending: gives the job $key to its worke
     "${stage_of[$key]}" "${gpus_of[$key]}" "${mode_of[$key]}" "${limit_of[$key]}" \
     "${back_of[$key]}" "${paths_of[$key]}" "${wrap_of[$key]-}" "$command" \
     >&"${worker_fd[${worker_for[$key]}]}"
-  unset -v "wrap_of[$key]"              # not with the others: that of a later start may be here
+  unset -v "wrap_of[$key]"              # not in forget_pending: it may be that of a later start
 }
 
-# Its variables are not local: it is a process of its own, and bash looks a name up in each function
-# that has called the present one.
+# Its variables are not local: it is a process of its own, and bash searches for a name in each
+# function that has called the present one.
 work() {                    # a worker, in a process and a group of its own; $1: its number
-  # `orders` is of `hire`
+  # `hire` opened `orders`
   slot=$1 folder=${worker_folder[$1]} claim=$claims/$project.$prefix.$1
   pipe=$home/jobs/$prefix.$1.alive
   gpus='' mode='' limit='' back='' paths='' wrap=''     # and what else an order sets
   has='' fresh=1 baseline='' ticks=0 login_folder=$PWD
   trap : TERM INT HUP PIPE
   ulimit -Sn "$file_limit"
-  exec {fd}<>"$pipe"                    # so that no open waits
+  exec {fd}<>"$pipe"                    # so that no open blocks
   exec {left}<"$pipe" {input}</dev/null {fd}>&- {events}>&- {signals}>&- {idle}>&-
   read -r score </proc/self/oom_score_adj && ((score >= JOB_OOM_SCORE)) ||
     echo "$JOB_OOM_SCORE" >/proc/self/oom_score_adj
@@ -17327,23 +17326,23 @@ work() {                    # a worker, in a process and a group of its own; $1:
   while read_order && run_job; do :; done
 } 2>/dev/null
 
-read_order() {              # for work: the fields of the next job; fails if the runner has ended
+read_order() {              # for work: reads fields of the next job; fails if the runner has ended
   IFS= read -rd '' -u "$orders" order && eval "$order" || return
   file=$home/jobs/$key
   [[ $command ]] || { IFS= read -rd '' command <"$file"; command=${command%$'\n'#*}; }
 }
 
-# A worker has the environment of the jobs, but for what would change itself or the programs that
-# it runs.  That each job gets on its own way: to export all for each took 0.15 ms a job.
+# A worker has the environment of the jobs, except what would change the worker or its programs
+# (is_apart).  Each job is given that part at its start: to export everything took 0.15 ms a job.
 enter_environment() {
   export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
   eval "export $inherited"
-  SHLVL=$((SHLVL - 1))                  # a job is no deeper in shells for having a worker
+  SHLVL=$((SHLVL - 1))                  # the worker adds no level of shells
 }
 
-run_job() {                 # for work: runs the job $key; fails if the worker cannot have another
+run_job() {                 # for work: runs the job $key; fails if the worker can take no other
   status='' pid=''
-  # shellcheck disable=SC2064            # when it is run, the variables of callers are gone
+  # shellcheck disable=SC2064            # when the trap runs, the variables of callers are gone
   trap "last_words_of $slot $folder $key" EXIT
   read_clocks
   began=$REPLY
@@ -17362,8 +17361,8 @@ run_job() {                 # for work: runs the job $key; fails if the worker c
   conclude
 }
 
-# The streams go to files, so that no job waits for a slow reader or a broken link, and a client
-# can be killed at any byte and come back.  The price is disk on both sides.
+# The streams go to files, so that no job waits for a slow reader or a broken link, and a client can
+# be killed at any byte and come back.  The price is disk on both sides.
 #
 # The job has a process group of its own: "kill 0", which is common in scripts, does not reach the
 # worker, which must live to record how the job ended; and what stays in the group is seen.
@@ -17377,10 +17376,10 @@ launch() {                  # for run_job: runs the bash of the job to its end; 
   if [[ $mode == tty ]]; then
     printf '%s\n' "$assignments$own" "${by_env:+$(printf '%q ' "${by_env[@]}")}" \
       "$home/jobs/$folder" "$(printf '%q ' "${program[@]}")" >"$file.more/exports"
-    # shellcheck disable=SC2034          # what eval is given has it
+    # shellcheck disable=SC2034          # the text of eval uses it
     program=("$file.more/wait")
   fi
-  exec {out}>>"$file.out" {err}>>"$file.err" || return  # that `out` exists means: it was begun
+  exec {out}>>"$file.out" {err}>>"$file.err" || return  # the file `out` marks the job as begun
   umask "$mask"
   set -m
   eval "$apart$own"'"${by_env[@]}" "$BASH" "${program[@]}" <&"$input" >&"$out" 2>&"$err" \
@@ -17393,8 +17392,8 @@ launch() {                  # for run_job: runs the bash of the job to its end; 
 }
 
 # A bash reads the words of the wrapper, in the folder and with the environment of the job, and then
-# becomes the wrapper.  A container may see that folder only: so the command is handed on as text,
-# with $0 and lines as in the file.  The functions of the login are for the bash of the job alone.
+# becomes the wrapper.  A container may see only that folder: so the command is passed as text, with
+# $0 and line numbers as in the file.  Only the bash of the job gets the login functions.
 wrap_program() {            # for launch: changes program and own; $1: the assignment of BASH_ENV
   local text=$'SSH_SCHEDULER_WRAP=(\n'$wrap$'\n)\n'
   text+='\builtin type -P -- "${SSH_SCHEDULER_WRAP-}" >/dev/null || {
@@ -17405,14 +17404,14 @@ wrap_program() {            # for launch: changes program and own; $1: the assig
   \builtin '${1:+export }${1:-unset -v BASH_ENV}$'\n'
   text+='\builtin exec -- "${SSH_SCHEDULER_WRAP[@]}" "$@"'
   program=(-c "$text" "${program[@]}" bash -c "$command"$'\n' "${program[@]}")
-  # The kernel takes no argument of 128 KiB: such a command has to be seen by the wrapper.
+  # The kernel takes no argument of 128 KiB: for such a command the wrapper has to see the file.
   ((${#command} < 131000)) || program=("${program[@]:0:4}" "../$key")
   own+='BASH_ENV= '
 }
 
-# A trapped signal would end `wait`, and where it comes as the job ends, bash has lost the status of
-# the job (it then says -1).  So the worker ignores them for as long as it waits, and not before it
-# has started the job, which would ignore them, too.
+# A trapped signal would interrupt `wait`, and if it comes as the job ends, bash loses the status of
+# the job (and reports -1).  So the worker ignores signals while it waits, but only after it has
+# started the job, which would inherit that.
 await() {                   # for launch: waits for the job; sets status
   trap '' TERM INT HUP PIPE
   wait "$pid"
@@ -17420,24 +17419,24 @@ await() {                   # for launch: waits for the job; sets status
   trap : TERM INT HUP PIPE
 }
 
-# The input is a FIFO that a process beside the job holds open until `eof` says that it is complete:
-# so a broken connection is no end of file.
+# The input is a FIFO that a process beside the job holds open until `eof` reports that it is
+# complete: so a broken connection is no end of file.
 keep_input() {              # for run_job: sets input and keeper
   mkdir -- "$file.more"
   mkfifo -- "$file.more/eof" "$file.more/in.new"
-  # Both ends are open before what feeds it sees it, or that would be told that nobody reads.
+  # Both ends are open before the feeder (REMOTE_FEED) sees the FIFO: it must find a reader.
   exec {eof}<>"$file.more/eof" {both}<>"$file.more/in.new" {input}<&-
   exec {input}<"$file.more/in.new"
   mv -- "$file.more/in.new" "$file.more/in"
-  # A cancel must not end this: the job would take its input for complete.
+  # A cancel must not stop this process: the job would take its input for complete.
   { trap '' TERM; exec {left}<&- {orders}<&- {input}<&-; read -r <&"$eof"; } &
   keeper=$!
   disown "$keeper"
   exec {eof}<&- {both}<&-
 }
 
-# The time limit is kept beside the job, so that it holds when no client is connected.
-keep_time() {               # for run_job: sets watchdog, which ends the job as a cancel does
+# The time limit is kept beside the job, so that it also holds when no client is connected.
+keep_time() {               # for run_job: sets watchdog, which stops the job as a cancel does
   {
     trap '' TERM
     exec {quiet}<>"$pipe" {left}<&- {orders}<&- {input}<&-
@@ -17450,7 +17449,7 @@ keep_time() {               # for run_job: sets watchdog, which ends the job as 
   watchdog=$!
 }
 
-end_keepers() {             # for run_job: the job has ended; changes status if its time was over
+end_keepers() {             # for run_job: stops them; sets status if the time of the job was over
   if [[ $mode == stdin ]]; then
     exec {input}<&-
     kill -KILL "$keeper"
@@ -17464,7 +17463,7 @@ end_keepers() {             # for run_job: the job has ended; changes status if 
   fi
 }
 
-conclude() {                # for run_job: records how the job ended, and says so
+conclude() {                # for run_job: records and reports how the job ended
   local before=$ticks wall used next=gone
   read_clocks
   wall=$((REPLY - began))
@@ -17472,29 +17471,29 @@ conclude() {                # for run_job: records how the job ended, and says s
   used=$((ticks - before))
   ((status != 137)) || tell_lack_of_memory
   [[ ! -e $file ]] || list_results      # else it was cancelled, and is removed already
-  [[ ! -e $claim ]] || : >"$claim"      # first: who reads the record may remove that
+  [[ ! -e $claim ]] || : >"$claim"      # first: a reader of the record may remove the claim
   record "$file" "ended $status $wall $folder" "$command"
   if leaves_nothing && [[ $niceness == "$nice" && ! $mode$limit ]]; then
-    [[ ! -e $file.back ]] || { next_folder; read_ticks_of_jobs; }       # not of the next job
+    [[ ! -e $file.back ]] || { next_folder; read_ticks_of_jobs; }       # not charged to the next
     next=$folder
   elif [[ -e $file && ! -e $file.back ]]; then
-    printf 'w%s\0' "$folder" >"$file.back"      # the folder goes with the job
+    printf 'w%s\0' "$folder" >"$file.back"      # so that the folder is removed with the job
   fi
-  # The worker is free before anybody hears that the job has ended, and asks for the next.
+  # Reported first: when the client learns of the end, it may send the next job to this worker.
   printf '%s\n' "$slot $next $ticks" 1<>"$run/idle"
   say_ended "$key" "$status" "$wall" "$used"
   trap - EXIT
   [[ $next != gone ]]
 }
 
-read_ticks_of_jobs() {      # for conclude: ticks of the children that have ended, and niceness
+read_ticks_of_jobs() {      # for conclude: sets niceness, and ticks, of the ended children
   read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ user_ticks system_ticks _ niceness _ </proc/self/stat
   ticks=$((user_ticks + system_ticks))
 }
 
-# The kernel counts what it kills for lack of memory, whoever limits that.  The last look at the
-# jobs has noted the count (look).
-tell_lack_of_memory() {     # for conclude: in the stderr of the job, if that is why it was killed
+# The kernel counts the processes that it kills for lack of memory, whatever the limit was.  The
+# last look at the jobs has noted the count (look).
+tell_lack_of_memory() {     # for conclude: writes to the job's stderr if it was killed for that
   local before
   read -r before <"$run/kills" && count_kills && ((REPLY > before)) &&
     echo "ssh-scheduler: the kernel killed a process for lack of memory, and then this job ended" \
@@ -17507,7 +17506,7 @@ count_kills() {             # REPLY: how many processes the kernel has killed fo
   return 1
 }
 
-list_results() {            # for conclude: what the job left; if that cannot be, its status is 125
+list_results() {            # for conclude: lists what the job left; a failure sets status 125
   local listed
   if is_untouched; then
     [[ $back == paths ]] || return
@@ -17524,8 +17523,8 @@ list_results() {            # for conclude: what the job left; if that cannot be
     status=125
 }
 
-leaves_nothing() {          # for conclude: tells whether all that the job started has ended
-  # If no process has the FIFO open, read ends at once.  One that is about to end gets 0.1 s.
+leaves_nothing() {          # for conclude: succeeds if all that the job started has ended
+  # read returns at once if no process has the FIFO open.  One that is about to exit gets 0.1 s.
   read -r -t 0.1 <&"$left"
   if (($? > 128)); then
     say_left
@@ -17534,7 +17533,7 @@ leaves_nothing() {          # for conclude: tells whether all that the job start
   [[ ! $pid ]] || ! kill -0 -- "-$pid"
 }
 
-say_left() {                # for leaves_nothing: records and tells that processes run on
+say_left() {                # for leaves_nothing: records and reports that processes still run
   local other comm text='' count=0
   [[ ! -e $file ]] || record "$file" "ended $status $wall left $folder" "$command"
   while read -r other; do
@@ -17547,10 +17546,10 @@ say_left() {                # for leaves_nothing: records and tells that process
   ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
 }
 
-last_words_of() {           # of worker $1, with the folder $2 and the job $3, which ended with $4
+last_words_of() {           # of worker $1 with the folder $2; its job $3 ended with $4, if known
   : >"$claims/$project.$prefix.$1"
   if [[ $4 ]]; then
-    record "$home/jobs/$3" "ended $4 untold $2"         # the next look at it says so
+    record "$home/jobs/$3" "ended $4 untold $2"         # the next look at the job reports it
   else
     record "$home/jobs/$3" "lost $2"
     no_process
@@ -17560,12 +17559,12 @@ last_words_of() {           # of worker $1, with the folder $2 and the job $3, w
 
 # ---- Folders of workers ----
 
-# Each job has its own copy of what was sent.  A copy that the job before left untouched is kept for
-# the next one, since to copy and to remove costs more than a job.  That it is untouched is known
-# from the time of the last change (ctime) of anything in it: whatever a job does to a file, its
-# mode or its folder renews that, and no program can set it.  du, which stays beside the worker and
-# is asked through a pipe, tells the latest.  A kernel notes times in steps of up to 10 ms: so
-# before du is believed, the copy is older than that, and was compared with what was sent.
+# Each job has its own copy of what was sent.  If a job leaves its copy untouched, the next one gets
+# it, since copying and removing costs more than a job.  A copy is untouched if the latest change
+# (ctime) of anything in it is the same as before: whatever a job does to a file, its mode or its
+# folder renews the ctime, and no program can set it.  A du stays beside the worker and prints the
+# latest, when asked through a pipe.  A kernel notes times in steps of up to 10 ms: so du is
+# believed only when the copy is older than that, and was compared with what was sent.
 prepare_folder() {          # for run_job: enters a folder that is as it was sent
   [[ $has == "$stage" ]] && { [[ $fresh$baseline ]] || is_as_sent; } || make_folder || return
   fresh=
@@ -17585,7 +17584,7 @@ make_folder() {             # fails if the files cannot be copied
   made=$REPLY
 }
 
-next_folder() {             # what is in the present one belongs to the job that has run
+next_folder() {             # leaves the present one to the job that has run
   folder=${folder%.*}.$((${folder##*.} + 1)) has=none baseline=''
 }
 
@@ -17599,7 +17598,7 @@ is_as_sent() {              # compares the folder with what was sent, names and 
   [[ $baseline ]]
 }
 
-describe() {                # prints what a job sees of the folder $1, shortened
+describe() {                # prints what a job sees of the folder $1, of a stage only a checksum
   cd -- "$1" || return
   if [[ $stage ]]; then
     find . -type d -printf '%m d %T@ %p\0' -o -printf '%m %y %s %T@ %l %p\0' | sort -z | cksum
@@ -17608,13 +17607,13 @@ describe() {                # prints what a job sees of the folder $1, shortened
   fi
 }
 
-is_untouched() {            # tells whether nothing has changed in the folder since is_as_sent
+is_untouched() {            # succeeds if nothing has changed in the folder since is_as_sent
   [[ $baseline ]] && ((clock - since < 2 && since - clock < 2)) &&      # else the clock was set
     ask_du && [[ $answer == "$baseline" ]] && since=$clock
 }
 
-# Its complaints come through the same pipe, so that each question has an answer.  A read with a
-# time limit would take 0.1 ms more: bash waits for each byte by itself.
+# Errors of du come through the same pipe, so that each question gets an answer.  A read with a time
+# limit would take 0.1 ms more: bash then waits for each byte separately.
 ask_du() {                  # answer: when anything in the folder was last changed
   local path
   if [[ ! ${DU[1]-} ]]; then
@@ -17628,24 +17627,24 @@ ask_du() {                  # answer: when anything in the folder was last chang
     { end_du; return 1; }
 }
 
-end_du() {                  # it has said what was not asked for
+end_du() {                  # stops du, whose answer was not the expected one
   [[ ! ${DU_PID-} ]] || { kill "$DU_PID"; wait "$DU_PID"; }
 }
 
 # ---- Records ----
 
-# The record is the last line of the file of a job, behind its command: a comment, for the bash that
-# runs the file.  It is written over the one before, not renamed into its place.  A rename costs a
-# process, and a full disk refuses a new file, but not these 128 bytes, which were paid for when the
-# job was taken.  A record that is not whole says nothing.
+# The record is the last line of the file of a job, after the command: a comment, for the bash that
+# runs the file.  A new record is written over the old one, not renamed into its place.  A rename
+# costs a process, and a full disk refuses a new file, but not these 128 bytes, which have been
+# there since the job was taken.  An incomplete record counts for nothing.
 record() {                  # $1: the file of a job, $2: its record, $3: its command, if known
   local text=${3-}$'\n'
-  [[ -e $1 ]] || return                 # the job was removed; the redirection would make it again
+  [[ -e $1 ]] || return                 # the job was removed; the redirection would create it again
   if (($# == 2)); then
     IFS= read -rd '' text <"$1"
     text=${text%#*}
   fi
-  # Where even that fails, the result goes into the name of the file, which costs nothing.
+  # If even that fails, the name of the file gets the result, which needs no space.
   printf '%s#%-126s\n' "$text" "$2" 1<>"$1" || [[ $2 != ended* ]] || mv -- "$1" "$1 $2"
 }
 
@@ -17665,14 +17664,14 @@ read_record() {             # $1: the file of a job; sets word, value, more and 
   [[ $line =~ ^#($other)( untold| left)?( (work[.0-9]+))?$ ]] || return 0
   folder=${BASH_REMATCH[5]} more=${BASH_REMATCH[3]# }
   word=${BASH_REMATCH[1]%% *} value=${BASH_REMATCH[1]#* }
-  if [[ $value == *" $NO_BOOT_ID" ]]; then      # what began later than now began before a restart
+  if [[ $value == *" $NO_BOOT_ID" ]]; then      # a start after now is from before a restart
     line=${value#* }
     read -r now _ </proc/uptime
     ((10#${line%% *} <= 10#${now/./})) || value=${value%% *}" ${line%% *} ${NO_BOOT_ID//0/f}"
   fi
 }
 
-is_alive() {                # tells whether the process that `identify` once named $1 is still there
+is_alive() {                # succeeds if the process that `identify` once printed as $1 still runs
   identify "${1%% *}" && [[ $REPLY == "$1" ]]
 }
 
@@ -17693,7 +17692,7 @@ say_ended() {               # $1: key, $2: exit status, $3, $4: wall and process
     done <"$REPLY"
     ((${#back} < 1000)) || back=$'\t'@  # asked for with "list"
   fi
-  # The FIFO is opened by name, since a worker does not hold it open; without a runner none listens.
+  # The FIFO is opened by name: a worker does not hold it open.  Without a runner nobody reads it.
   printf '%s\n' "$event$back" 1<>"$run/events"
 }
 
@@ -17702,7 +17701,7 @@ say_recorded_end() {        # $1: key; value: STATUS WALL, or STATUS alone, as i
   say_ended "$1" "${value%% *}" "${value#* }" 0
 }
 
-stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short text, else "@BYTES"
+stream_text() {             # REPLY: "=TEXT" of the file $1 if it is a short text, else "@BYTES"
   local text=
   if IFS= read -rd '' -n 601 text <"$1" || ((${#text} > 600)); then
     REPLY=@$(stat -c %s -- "$1")        # longer than that, or with a NUL
@@ -17712,10 +17711,10 @@ stream_text() {             # REPLY: "=TEXT" of the file $1 where that is short 
   fi
 }
 
-# How a job stands is decided once: if it runs, `look` notices its end, at most 2 s later.  To ask
-# in a loop took 1.6 % of a core for each job.  One process asks about all, since to search /proc is
-# dear, and many such searches at the same time bring a busy machine down.
-ask_about() {               # says how the jobs $@ stand, which were begun before
+# The state of a job is decided once: if it runs, `look` notices its end, at most 2 s later.  Asking
+# in a loop took 1.6 % of a core for each job.  One process asks about all, since a search of /proc
+# is expensive, and many at the same time bring a busy machine down.
+ask_about() {               # reports the state of the jobs $@, which were begun before
   local key file word value more folder tries asked=("$@") later lost=()
   local -A why=()
   for ((tries = 0; tries < 20 && ${#asked[@]}; tries++)); do
@@ -17731,20 +17730,20 @@ ask_about() {               # says how the jobs $@ stand, which were begun befor
   done
   lost+=("${asked[@]}")
   ((${#lost[@]})) || return
-  for key in "${lost[@]}"; do           # so that it is not taken for one that was killed
+  for key in "${lost[@]}"; do           # so that nobody takes the job for a killed one
     read_record "$home/jobs/$key"
     record "$home/jobs/$key" "lost${folder:+ $folder}"
   done
-  end_processes 5 "${lost[@]}"          # what they started may live, and they may be started again
+  end_processes 5 "${lost[@]}"          # processes may still run; the jobs may start again
   for key in "${lost[@]}"; do
     say_text lost "$key" "${why[$key]-the job ended without an exit code}"
   done
 } 2>/dev/null
 
-is_told() {                 # for ask_about: says how the job $key stands; fails where it may change
+is_told() {                 # for ask_about: reports the state of $key; fails while that may change
   [[ $word != starting || ! -e $file.more/script ]] || word=queued      # on a node of a cluster
   case $word in
-    revoked) say "absent"$'\t'"$key" ;;         # again: the answer may have been lost
+    revoked) say "absent"$'\t'"$key" ;;         # repeated: the first answer may have been lost
     ended) say_recorded_end "$key" ;;
     lost) lost+=("$key") ;;
     queued)
@@ -17755,10 +17754,10 @@ file the line \`engine:\` again" ;;
         why[$key]='the machine was restarted'
         lost+=("$key")
       elif is_alive "$value"; then
-        [[ -e $file.out ]] || ((tries == 19)) || return         # its files are copied
+        [[ -e $file.out ]] || ((tries == 19)) || return         # its files are being copied
         say "started"$'\t'"$key"
       else
-        read_record "$file"             # what ends records that before it is gone
+        read_record "$file"             # a worker records the end before it exits
         [[ $word == starting ]] || return
         is_left_told
       fi ;;
@@ -17766,7 +17765,7 @@ file the line \`engine:\` again" ;;
   esac
 }
 
-# Its file `out` says that a job was begun, since its worker opens that and then begins it.
+# A job has begun if its file `out` exists: the worker creates that and then begins the job.
 is_left_told() {            # for is_told: the same for a job whose worker is gone
   if [[ ! -e $file.out ]]; then
     lost+=("$key")          # its worker never began it
@@ -17777,7 +17776,7 @@ is_left_told() {            # for is_told: the same for a job whose worker is go
   fi
 }
 
-look() {                    # triples KEY OUT ERR, the known bytes of its streams: says the rest
+look() {                    # $@: (KEY OUT ERR)...; sends what follows these bytes of the streams
   local files=() size file chunk count=0 unclear=()
   local -A since what
   ! count_kills || echo "$REPLY" >"$run/kills"
@@ -17793,7 +17792,7 @@ look() {                    # triples KEY OUT ERR, the known bytes of its stream
   while read -r size file; do
     ((size > since["$file"])) || continue
     count=$((count + 1))
-    chunk=$run/chunk.$BASHPID.$count    # not below: a part of a pipe has a pid of its own
+    chunk=$run/chunk.$BASHPID.$count    # not inside the pipe, whose parts have pids of their own
     tail -c "+$((since["$file"] + 1))" -- "$file" | head -c 262144 >"$chunk"
     say "bulk"$'\t'"$chunk"$'\t'"growth"$'\t'"${what["$file"]}"
   done < <(in_groups sizes_of "${files[@]}")
@@ -17804,18 +17803,18 @@ sizes_of() {
   stat -c '%s %n' -- "$@"
 }
 
-look_at() {                 # for look: says what the job $1 uses, or how it stands if it has ended
+look_at() {                 # for look: reports the memory of the job $1, or adds it to unclear
   local word value more folder pids rss peak ticks
   read_record "$home/jobs/$1"
   if [[ $word == starting ]] && is_alive "$value"; then
     use_of "${value%% *}"
     ((peak == 0)) || say "used"$'\t'"$1"$'\t'"$peak"
   elif [[ $word == starting || $more == untold || ! ${begun[$1]-} ]]; then
-    unclear+=("$1")         # but of what began here its worker tells the end, and more of it
+    unclear+=("$1")         # else its worker reports the end, in more detail
   fi
 }
 
-list_others() {             # says which jobs lie here that journals other than $1 claimed
+list_others() {             # reports the jobs on this machine that journals other than $1 claimed
   local file id runner who word value more folder command list=$run/others.$RANDOM
   local -A led=()           # identities of journals whose clients are connected
   for file in "$home"/run.*; do
@@ -17824,7 +17823,7 @@ list_others() {             # says which jobs lie here that journals other than 
   done
   for file in "$home"/jobs/*; do
     id=${file##*.}
-    [[ $id == *-* ]] && id=${id#*-} || continue         # it is of a job, or of a worker
+    [[ $id == *-* ]] && id=${id#*-} || continue         # else the name is no KEY
     id=${id%% *} file=${file%%" ended "*}
     [[ $id != "$1" && ! ${led["$id"]-} ]] || continue
     read_record "$file"
@@ -17844,26 +17843,26 @@ list_others() {             # says which jobs lie here that journals other than 
   fi
 } 2>/dev/null
 
-runs_still() {              # for list_others: tells whether the job of $file, which has begun, runs
+runs_still() {              # for list_others: succeeds if the job of $file, which has begun, runs
   is_alive "$value"
 }
 
 # ---- Needs of others ----
 
-# Batches see each other by claims.  For each job a file says which process stands for it and what
-# it needs, in a folder of the machine where no user can change another's files.  A start claims
-# first and looks then; if all claims together are beyond the limits that the last probe gave, it
-# takes its claim back.  Of two that start at once, at least one sees the other: so no lock is
-# needed that a killed batch could leave behind.  A claim whose process is gone, that is empty or
-# that makes no sense claims nothing.
-own_claims() {              # makes the folder of claims; what another user may write is not used
+# Batches see each other by claims.  For each job a file names the process that stands for it and
+# what it needs, in a folder of the machine where no user can change another's files.  A start
+# claims first and looks then; if all claims together exceed the limits of the last probe, it takes
+# its claim back.  Of two that start at once, at least one sees the other: so no lock is needed,
+# which a killed batch could leave behind.  A claim is ignored if its process is gone, if it is
+# empty, or if it makes no sense.
+own_claims() {              # makes the folder of claims; uses none that belongs to another user
   [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
   [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
 } 2>/dev/null
 
 claim_needs() {             # claims what the pending jobs need; fails if others leave no room
   local key slot file
-  own_claims                # another batch that ended may have taken the folder away
+  own_claims                # another batch may have removed the folder at its end
   umask 022
   for key in "${!worker_for[@]}"; do
     slot=${worker_for[$key]}
@@ -17877,11 +17876,11 @@ claim_needs() {             # claims what the pending jobs need; fails if others
   done
 }
 
-fits_all() {                # tells whether all that is claimed here is within the limits
+fits_all() {                # succeeds if all claims on this machine are within the limits
   local file process need key base word cores=0 memory=0 ours=0 all=0 alone=0 gpu mb time reserved
   local mine=() jobs=() gpu_mb=() gpu_time=() gpu_alone=()      # by the GPU's index
   for file in "$claims/$project."*; do add_claim; done
-  for file in "$shared"/ssh_scheduler.*/*; do   # of many batches, the first that fill it are enough
+  for file in "$shared"/ssh_scheduler.*/*; do   # with many batches, stop when the machine is full
     [[ $file != "$claims/$project."* ]] && add_claim && ! has_room && return 1
   done
   has_room || return
@@ -17893,9 +17892,9 @@ fits_all() {                # tells whether all that is claimed here is within t
   done
 }
 
-add_claim() {               # for fits_all: fails where nobody claims anything
+add_claim() {               # for fits_all: adds the claim of $file; fails if there is none
   read_claim "$file" || return
-  # shellcheck disable=SC2086            # numbers and colons: read_claim saw to that
+  # shellcheck disable=SC2086            # numbers and colons: read_claim checked that
   set -- $need
   all=$((all + 1)) cores=$((cores + $1)) memory=$((memory + $2)) alone=$((alone + $3))
   [[ ! $key ]] || ours=$((ours + 1))
@@ -17907,14 +17906,14 @@ add_claim() {               # for fits_all: fails where nobody claims anything
   done
 }
 
-has_room() {                # for fits_all: tells whether cores and memory are enough so far
-  # one job may start on a machine however busy its processors are
+has_room() {                # for fits_all: succeeds if cores and memory are enough so far
+  # one job may start however busy the processors of the machine are
   ((alone == 0 || all == 1)) && ((memory <= limits[1] && (cores <= limits[0] || ours == 1)))
 }
 
-read_claim() {              # what the file $1 claims: process, need, key; fails where nobody does
+read_claim() {              # sets process, need, key, base of the claim $1; fails if it has none
   local pid start boot
-  [[ -s $1 && -f $1 && ! -L $1 ]] || return 1   # to open a FIFO would take for ever
+  [[ -s $1 && -f $1 && ! -L $1 ]] || return 1   # opening a FIFO would block
   key='' base=0
   { read -r -n 4000 pid start boot need && { read -r -n 400 key base || :; }; } 2>/dev/null <"$1" ||
     return 1
@@ -17926,14 +17925,14 @@ read_claim() {              # what the file $1 claims: process, need, key; fails
   is_there
 }
 
-# To look for a process costs more than to read its claim.  So it is believed for two seconds: a
-# start may then be held for so much longer, and no machine is filled beyond its limits.
-is_there() {                # for read_claim: tells whether the process of the claim is
+# Looking for a process costs more than reading its claim.  So a process that was seen is believed
+# for two seconds: a start may be held for that much longer, and no machine is overfilled.
+is_there() {                # for read_claim: succeeds if the process of the claim exists
   local claimant="$pid $start $boot" error
   ((SECONDS - ${claimant_seen[$claimant]:--9} > 2)) || return 0
   if identify "$pid"; then
     [[ $REPLY == "$claimant" ]] || return
-  else                      # where /proc hides the processes of others, kill tells
+  else                      # if /proc hides other users' processes, kill still finds them
     error=$({ LC_ALL=C kill -0 "$pid"; } 2>&1)
     [[ $error == *permitted* && $boot == "$boot_id" ]] || return
   fi
@@ -17941,14 +17940,14 @@ is_there() {                # for read_claim: tells whether the process of the c
   claimant_seen[$claimant]=$SECONDS
 }
 
-is_sane() {                 # for read_claim: another user may say anything; most say the same
+is_sane() {                 # for read_claim: checks the need, since another user may write anything
   local number='(0|[1-9][0-9]{0,8})'
   [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] && sane_need=$need
 }
 
-say_claims() {              # says of each job, of whatever batch, what it claims and uses
+say_claims() {              # reports what each job, of whatever batch, claims and uses
   local file process need key base pids rss peak ticks pid
-  local -A user_of=()       # folder of claims -> the name of its user; '' for our own
+  local -A user_of=()       # folder of claims -> the name of its user; '' for this user
   for file in "$shared"/ssh_scheduler.*/*; do
     read_claim "$file" || continue
     use_of "$process"
@@ -17958,7 +17957,7 @@ say_claims() {              # says of each job, of whatever batch, what it claim
   done
 }
 
-name_claimant() {           # for say_claims: whose the folder of claims $1 is
+name_claimant() {           # for say_claims: sets user_of for the folder of claims $1
   local user number
   [[ ! ${user_of[$1]+x} ]] || return 0
   user_of[$1]=
@@ -17969,9 +17968,9 @@ name_claimant() {           # for say_claims: whose the folder of claims $1 is
 
 # ---- Ending ----
 
-revoke() {                  # begins the job $1 itself, so that it never starts; fails if it did
+revoke() {                  # takes the job $1 itself, so that it never begins; fails if it did
   local file=$home/jobs/$1 word value more folder revoked=''
-  read_record "$file"       # one that has ended may have that in its name
+  read_record "$file"       # the name of the file may have the record of an end
   [[ $word != ended ]] || return
   [[ -d $home/jobs ]] || mkdir -p -- "$home/jobs"
   set -C
@@ -17980,14 +17979,14 @@ revoke() {                  # begins the job $1 itself, so that it never starts;
   [[ $revoked ]]
 } 2>/dev/null
 
-# The client that holds the lock of a job_results owns its runners.  A runner that an earlier client
-# had, or this one before contact was lost (sshd keeps that for minutes), must not act any more on
-# what is left in its pipe: what it would start is placed again.
-# The same client may have come by another name of this account: it hears so, and leaves one out.
-end_old_runners() {         # ends such runners; the jobs that they started run on
+# The client that holds the lock of a job_results owns its runners.  An old runner, of an earlier
+# client or of a contact that this client lost (sshd keeps it for minutes), must not act on requests
+# that are left in its pipe: the jobs that it would start are placed again.  A runner of the same
+# client under another name of this account stays: `account` tells the client, which drops one name.
+end_old_runners() {         # kills such runners; the jobs that they started keep running
   local dir runner who which tries
   for dir in "$home/run.${HOSTNAME:-here}."*; do
-    which=                  # SESSION.MACHINE.CONNECTION
+    which=                  # BATCH.MACHINE.NUMBER
     { read -r runner && IFS= read -r who && { read -r which || :; }; } <"$dir/self" &&
       [[ $who == "$owner" ]] || continue
     [[ ${which%.*.*} != "${client%.*.*}" || ${which%.*} == "${client%.*}" ]] || continue
@@ -17999,24 +17998,24 @@ end_old_runners() {         # ends such runners; the jobs that they started run 
   done
 } 2>/dev/null
 
-end_jobs() {                # $1: seconds from TERM to KILL, the rest: keys; sets survivors
+end_jobs() {                # stops the jobs $2...: TERM, after $1 seconds KILL; sets survivors
   local key word value more folder
   end_processes "$@"
   shift
   for key; do
     read_record "$home/jobs/$key"
     [[ $word == starting ]] && ! is_alive "$value" || continue
-    read_record "$home/jobs/$key"       # what ends records that before it is gone
+    read_record "$home/jobs/$key"       # a worker records the end before it exits
     [[ $word == ended ]] || record_killed "$key"
   done
 } 2>/dev/null
 
-record_killed() {           # records the end of the job $1, of which nobody else is left to do so
+record_killed() {           # records the end of the job $1, whose worker is gone
   local key=$1 file=$home/jobs/$1 word value more folder
   read_record "$file"
   if [[ $word != ended ]]; then         # nobody else was faster
     echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
-    # all: what was sent is not known any more
+    # all: what was sent is no longer known
     [[ ! $folder ]] || (list_back "$folder" '' "$file.back" .)
     value=137
     record "$file" "ended 137${folder:+ $folder}"
@@ -18024,12 +18023,12 @@ record_killed() {           # records the end of the job $1, of which nobody els
   say_recorded_end "$key"
 }
 
-end_processes() {           # end_jobs without a record: ends all that the jobs started
+end_processes() {           # end_jobs without a record: kills all that the jobs started
   local until=$((SECONDS + $1)) signal=TERM tries=0 clear=0 pause=5 seconds awaited
-  local -A workers=() groups=()         # pid of a worker -> the key of its job; those of jobs
+  local -A workers=() groups=()         # pid of a worker -> the key of its job; groups of jobs
   local living=()
   shift
-  # What a job started while it was looked for is found the next time.
+  # Processes that start during one search are found by the next.
   while ((clear < 2 && tries < 40)); do
     find_living "$@"
     if ((${#living[@]} == 0)); then
@@ -18052,7 +18051,7 @@ end_processes() {           # end_jobs without a record: ends all that the jobs 
   survivors=${living[*]}
 } 2>/dev/null
 
-say_killed() {              # for end_processes: in the streams of the jobs, before they can end
+say_killed() {              # for end_processes: writes that to the stderr of jobs, before they end
   local key
   for key in "${workers[@]}"; do
     echo 'ssh-scheduler: the job did not stop after SIGTERM, and was killed' \
