@@ -16251,7 +16251,7 @@ def main(argv=None):
 #   PROJECT.KEY.back        the list of what the job left, if the disk of jobs/ is full
 #                           (list_results)
 #
-# The record of a job, and -> which may follow.  It ends with the folder where the job runs:
+# The record of a job, and (->) which one may follow.  It ends with the folder where the job runs:
 #
 #   starting PID START BOOT_ID    the worker has the job, or will (take); once the job has begun,
 #                                 .out exists  -> ended, lost
@@ -18059,10 +18059,10 @@ say_killed() {              # for end_processes: writes that to the stderr of jo
   done
 }
 
-# Processes are told to end in the order in which they began: a shell that hears of it after its
-# child has ended continues with its next command.  Not with a SIGSTOP first: if the runner died in
-# between, they would stand for ever.
-find_living() {             # living: the pids of what the jobs $@ started, but not their workers
+# Processes get the signal in the order in which they began: a shell that gets it only after its
+# child has ended continues with its next command.  No SIGSTOP comes first: if the runner died in
+# between, the processes would stay stopped for ever.
+find_living() {             # sets living: the pids of what the jobs $@ started, without workers
   local pid key index since=()          # by start time and pid
   local -A parent=() group=() mine=()
   living=() awaited=''
@@ -18108,7 +18108,7 @@ read_processes() {          # for find_living: parent, group and since of all pr
 
 # A process that leaves its session, its parent and its environment still has the FIFO of the worker
 # open, since it inherited that.  One that closes all files and clears its environment is not found;
-# only control groups could do that.
+# only control groups could find it.
 holders() {                 # prints the pids of what the jobs $@ started
   in_groups holders_of_some "$@" | sort -u
 }
@@ -18118,7 +18118,7 @@ holders_of_some() {
   for key; do
     marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
     read_record "$home/jobs/$key"
-    # The FIFO of a worker is that of its next job, if the job that has ended left nothing.
+    # If an ended job left no process, its worker uses the FIFO for the next job.
     [[ $folder && ($word != ended || $more == left) ]] || continue
     pattern=$home/jobs/${folder%.*}.alive
     pattern=${pattern//\\/\\\\}
@@ -18143,12 +18143,12 @@ in_groups() {               # calls $1 with the rest, at most 1,000 at a time
 }
 
 # Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
-wait_removed() {            # waits until what is being removed is gone
+wait_removed() {            # waits until all removals are done
   ((${#removing[@]} == 0)) || wait "${removing[@]}"
   removing=()
 }
 
-farewell() {                # removes what came, if no job needs it, if nobody said "finish"
+farewell() {                # without a `finish`: stops tied jobs, removes stages no job needs
   wait_removed
   [[ ! $finished ]] || return 0
   give_up_gpus
@@ -18158,24 +18158,24 @@ farewell() {                # removes what came, if no job needs it, if nobody s
   ! is_unused || tidy "${arrived[@]}"
 }
 
-end_begun() {               # for farewell: ends and removes all jobs that began under this runner
+end_begun() {               # for farewell: stops and removes all jobs that began under this runner
   end_jobs 5 "${!begun[@]}"
   (remove_jobs "${!begun[@]}")
 }
 
-is_unused() {               # tells whether no job is left here: what lies in jobs/ is of workers
+is_unused() {               # succeeds if no job is left: jobs/ has only files of workers
   local file
   for file in "$home/jobs"/*; do
     [[ ${file##*/} =~ ^work[.0-9]+(\.alive)?$ ]] || return 1
   done
 }
 
-tidy() {                    # removes what is of use to nobody any more; $@: and this
+tidy() {                    # removes $@, and what nobody needs any more
   local dir value others='' gone=("$@" "$run")
   dismiss_free
   gone+=("${leftovers[@]}")
   leftovers=()
-  # Of two runners that end at once, each would leave to the other what no runner needs any more.
+  # Else, of two runners that exit at once, each would leave the shared folders to the other.
   echo leaves >"$run/self"
   if is_unused; then        # a job that is left may need these files
     for dir in "$home"/run.*; do
@@ -18190,15 +18190,15 @@ tidy() {                    # removes what is of use to nobody any more; $@: and
   rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
 } 2>/dev/null
 
-# What was sent last is kept for the next batch, not for ever.  Results that nobody fetched stay:
-# a user may be away for three weeks.
-forget_old() {              # removes what other folders' batches left, where that is two weeks old
+# The files sent last are kept for the next batch, but not for ever.  Results that nobody has
+# fetched stay: a user may be away for three weeks.
+forget_old() {              # removes what batches of other folders left, if it is two weeks old
   local dir entry found hex='[0-9a-f][0-9a-f][0-9a-f][0-9a-f]'
   # shellcheck disable=SC2206            # it is a pattern
   found=("${home%/*}"/*-$hex$hex$hex)
-  [[ ${found[*]} && ${found[*]} != "$home" ]] || return 0       # which saves two processes
+  [[ ${found[*]} && ${found[*]} != "$home" ]] || return 0       # this saves two processes
   while IFS= read -rd '' dir; do
-    # Each run changes the time of its folder.  One that holds anything else is of somebody else.
+    # Each run renews the time of its folder.  A folder with anything else is not removed.
     [[ -O $dir && -d $dir/cache && $dir != "$home" ]] || continue
     for entry in "$dir"/* "$dir"/cache/*; do
       case ${entry#"$dir/"} in
@@ -18211,7 +18211,7 @@ forget_old() {              # removes what other folders' batches left, where th
     -mtime "+$OLD_DAYS" -print0)
 } 2>/dev/null
 
-remove_jobs() {             # removes all that there is of the jobs $@
+remove_jobs() {             # removes all files of the jobs $@
   local key gone=()
   cd -- "$home/jobs" || return
   for key; do
@@ -18224,7 +18224,7 @@ remove_jobs() {             # removes all that there is of the jobs $@
   remove "${gone[@]}"
 } 2>/dev/null
 
-remove() {                  # also what a job has shut
+remove() {                  # removes $@, even without permissions, which a job may have changed
   in_groups remove_some "$@"
 }
 
@@ -18235,7 +18235,7 @@ remove_some() {
 # ---- Channel ----
 
 main() {
-  exec {requests}<&0 </dev/null         # nothing else may read what is asked
+  exec {requests}<&0 </dev/null         # nothing else may read the requests
   read_header || return
   # This comes first, so that the client can tell "bash runs" from "ready".
   printf '\n%s\n' "$token"
@@ -18258,7 +18258,7 @@ main() {
   say bye
 }
 
-read_header() {             # fails where the channel was cut
+read_header() {             # reads the header; fails if the channel was cut
   local field count
   for field in token workdir project owner client setup want_gpus count; do
     IFS= read -rd '' -u "$requests" "$field" || return
@@ -18269,22 +18269,22 @@ read_header() {             # fails where the channel was cut
   done
 }
 
-find_home() {               # sets where things are, and who this is
+find_home() {               # sets the folders, and the identity of this runner
   local field
-  # A container may have better numbers elsewhere; and so have the machines of the tests.
+  # A container may have better numbers elsewhere, and so do the machines of the tests.
   proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   shared=${SSH_SCHEDULER_SHARED:-/dev/shm}
   workdir=${workdir:-'~/.ssh_scheduler'}
   # shellcheck disable=SC2088            # the ~ that a machine file may begin its workdir with
   [[ $workdir != '~' && $workdir != '~/'* ]] || workdir=$HOME${workdir#'~'}
   home=$workdir/$project
-  { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # it may come from elsewhere
+  { IFS= read -r HOSTNAME <"/proc/sys/kernel/hostname"; } 2>/dev/null   # not the inherited one
   while read -r field uid _ && [[ $field != Uid: ]]; do
     [[ $field != Umask: ]] || mask=$uid
   done </proc/self/status
   prefix=work.$$.$RANDOM$RANDOM         # pids begin anew after a restart
   run=$home/run.${HOSTNAME:-here}.${prefix#work.}
-  mask=${mask:-$(umask)}    # Linux tells it since 4.7; to ask bash costs a process
+  mask=${mask:-$(umask)}    # Linux has it since 4.7; asking bash costs a process
   umask 077
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
   boot_id=${boot_id:-$NO_BOOT_ID}
@@ -18300,9 +18300,9 @@ raise_file_limit() {        # sets file_limit
   done </proc/self/limits
 } 2>/dev/null
 
-# The client compares the accounts of its machines: to look for living runners here would miss two
+# The client compares the accounts of its machines: looking for living runners here would miss two
 # that run one after the other.
-make_folders() {            # sets account and claims; says why, and fails, where that cannot be
+make_folders() {            # sets account and claims; if it cannot, reports why and fails
   local said
   if has_older_jobs; then
     say_older_jobs
@@ -18323,9 +18323,9 @@ make_folders() {            # sets account and claims; says why, and fails, wher
   own_claims
 }
 
-# An older version made a folder of each job.  This one cannot collect that, and must not take it
-# for a job that never began.
-has_older_jobs() {          # tells whether jobs of such a version are here
+# An older version made a folder for each job.  This version cannot collect such a job, and must not
+# take it for one that never began.
+has_older_jobs() {          # succeeds if jobs of such a version are here
   local pipe
   for pipe in "$home/jobs"/*/alive; do
     [[ ! -p $pipe || ${pipe%/alive} =~ /work\.[.0-9]+$ ]] || return 0
@@ -18339,12 +18339,11 @@ that began it, or remove this folder"
   printf 'broken\t%s\n' "$REPLY"
 }
 
-open_events() {             # from now on all is said through `writer`, and complaints go to the log
+open_events() {             # from now on `writer` writes all events, and errors go to the log
   exec {events}<>"$run/events" {signals}<>"$run/signals" {idle}<>"$run/idle"
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
-  # The writer does not hold its own pipe open: so it ends when nobody is left who could say
-  # something.
+  # The writer does not hold its own pipe open: so it exits when nobody is left who could write.
   writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {idle}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
@@ -18352,11 +18351,11 @@ open_events() {             # from now on all is said through `writer`, and comp
   shopt -s nullglob dotglob
 }
 
-writer() {                  # the only writer to the channel; reads from stdin what was said
+writer() {                  # the only writer to the channel; reads events from stdin
   local line file size ready=
   while IFS= read -r line; do
     case $line in
-      bulk$'\t'*)           # bulk FILE WHAT...: the file's bytes, behind their number
+      bulk$'\t'*)           # bulk FILE WHAT...: writes the size of the file, and its bytes
         printf %s "$ready"
         ready=
         line=${line#*$'\t'}
@@ -18367,7 +18366,7 @@ writer() {                  # the only writer to the channel; reads from stdin w
         } <"$file"
         rm -f -- "$file" ;;
       bye) break ;;
-      *)                    # what was said in one go crosses the network in one go
+      *)                    # events that come together cross the network together
         ready+=$line$'\n'
         if ((${#ready} > 8000)) || ! read -r -t 0; then
           printf %s "$ready"
@@ -18378,8 +18377,8 @@ writer() {                  # the only writer to the channel; reads from stdin w
   printf %s "$ready"
 }
 
-# Where bash cannot fork, it tries for 15 s and then ends.  It runs nothing more but its exit trap.
-last_words() {              # says why the runner ends, and which jobs it did not begin
+# If bash cannot fork, it tries for 15 s and then exits.  It still runs its exit trap, nothing more.
+last_words() {              # reports why the runner exits, and which jobs it did not begin
   local key
   [[ -e $run ]] || return 0
   ! complaint || return 0
@@ -18389,7 +18388,7 @@ last_words() {              # says why the runner ends, and which jobs it did no
   say_text broken "$REPLY" later
 }
 
-look_around() {             # begins what takes long, before anybody asks for it
+look_around() {             # starts what takes long, before anybody asks for it
   read_ticks
   busy_before=$busy total_before=$total
   { capture_login; echo environment >&"$signals"; } {events}>&- {idle}>&- {requests}<&- &
@@ -18402,10 +18401,10 @@ look_around() {             # begins what takes long, before anybody asks for it
   waiting=2
 }
 
-serve() {                   # does what is asked for, until the channel ends
+serve() {                   # acts on requests until the channel ends
   local verb fields
   while :; do
-    # Starts that came together share two processes, which make what new workers need.
+    # Starts that arrive together share two processes, which make the files of new workers.
     if ((${#pending[@]})) && ! read -r -t 0 -u "$requests"; then start_pending; fi
     read_request || return
     if declare -F "do_$verb"; then      # stdout is /dev/null
@@ -18416,7 +18415,7 @@ serve() {                   # does what is asked for, until the channel ends
   done
 }
 
-read_request() {            # verb and fields: the next request; fails where it was cut off
+read_request() {            # sets verb and fields: the next request; fails if it was cut off
   local count index=0
   fields=()
   IFS= read -rd '' -u "$requests" verb && IFS= read -rd '' -u "$requests" count || return
@@ -18427,7 +18426,7 @@ do_probe() { probe measure; }
 
 do_enter() { probe ''; }
 
-do_check() {                # the client asks before it probes
+do_check() {                # the client sends this before `probe`
   local value file
   printf -v value '%(%s)T' -1
   say_text probe check_clock "$value"
@@ -18439,7 +18438,7 @@ do_check() {                # the client asks before it probes
   say_disk check_disk "$home"
   find_logind
   say_text probe check_logout "$REPLY"
-  for file in "$home"/run.*/self; do    # of other machines that see this folder
+  for file in "$home"/run.*/self; do    # also of other machines that share this folder
     { read -r _ && read -r _ && read -r value; } <"$file"
     [[ $value == "$client" ]] || say_text probe check_beside "$value"
   done
@@ -18451,13 +18450,13 @@ do_check() {                # the client asks before it probes
     timeout 10 sinfo -h -o %P)
 } 2>/dev/null
 
-say_disk() {                # $1: name of the fact, $2: folder; MB and inodes that are left
+say_disk() {                # reports as fact $1 the MB and inodes that are left in the folder $2
   local free size inodes all kind
   read -r free size inodes all kind < <(timeout 5 stat -f -c '%a %S %d %c %T' -- "$2")
   say_text probe "$1" "$((free * size / 1048576)) $inodes $all $kind $2"
 }
 
-find_logind() {             # REPLY: "kills" if logind ends all that a login leaves; or "spares", ""
+find_logind() {             # REPLY: kills, spares or '': what logind does to processes at a logout
   local file line etc=${SSH_SCHEDULER_ETC:-/etc}
   REPLY=
   ((uid)) || return         # root is excluded, by default
@@ -18473,7 +18472,7 @@ find_logind() {             # REPLY: "kills" if logind ends all that a login lea
     *false | *no | *off | *0) REPLY=spares ;;
     *) REPLY= ;;
   esac
-  # Under elogind what belongs to a user who lingers is left alone.
+  # elogind spares the processes of a user who lingers.
   [[ ! -e /var/lib/elogind/linger/${USER-} || ! ${USER-} ]] || REPLY=spares
 } 2>/dev/null
 
@@ -18493,7 +18492,7 @@ do_facts() {
 do_unpack() {               # STAGE BYTES, and that many bytes of tar follow
   arrived+=("$home/stage/$1")
   mkdir -p -- "$home/stage/$1/copy"
-  # What is left of an archive that could not be unpacked must not be taken for requests.
+  # The rest of an archive that cannot be unpacked must not be taken for requests.
   head -c "$2" <&"$requests" |
     { tar -xpo -f - -C "$home/stage/$1" || { cat >/dev/null; false; }; } ||
     say_unstored "$1"
@@ -18536,7 +18535,7 @@ fill_wrap() {               # REPLY: the words $1, in which \2 and \3 stand for 
 }
 
 do_cancel() {               # SECONDS KEY...
-  start_pending             # one of them may have come just now
+  start_pending             # a job to cancel may have come just now
   beside cancel "$@"
 }
 
@@ -18547,8 +18546,9 @@ cancel() {
 
 do_adopt() { beside revoke_or_ask "$@"; }               # KEY...
 
-# A job that may have been started is begun here before it is asked about.  If that succeeds, it
-# never began and never will, and the client places it again as a new attempt.
+# If a job may have been started, this first tries to take it (revoke), and asks about it only if
+# that fails.  A job that was taken here never began and never will; the client places it again as a
+# new attempt.
 revoke_or_ask() {
   local key begun_before=()
   for key; do
@@ -18583,7 +18583,7 @@ do_eof() {                  # KEY
 
 do_where() { beside say_folders "$@"; }
 
-say_folders() {             # says in which folders the jobs $@ run
+say_folders() {             # reports in which folders the jobs $@ run
   local key word value more folder
   for key; do
     read_record "$home/jobs/$key"
@@ -18629,77 +18629,77 @@ do_finish() {               # STAGE that becomes the cache, or "", STAGE... to r
 
 main
 '''
-REMOTE_CALL = 'main\n'       # what comes behind the functions, which others use, too
+REMOTE_CALL = 'main\n'       # the last line; others use the functions without it
 
 REMOTE_ENGINE = r'''
 # ---- The engine of a cluster ----
 
-# On the login node of a cluster the runner starts no job.  It queues a batch script for each, which
-# the engine runs on a node, as soon as there is room.  There the script is what a worker is on
-# other machines.  So these functions take the place of those above that have the same names.
+# On the login node of a cluster the runner starts no job.  It submits a batch script for each,
+# which the engine runs on a node as soon as there is room.  On the node the script does what a
+# worker does on other machines.  So these functions replace those above of the same names.
 #
-# What the parts of an engine are called by is in the section behind this one; there are four of
-# them, engine_submit, engine_list, engine_fate and engine_cancel, and a few words.
+# The section behind this one has what depends on the engine: mainly engine_submit, engine_list,
+# engine_fate and engine_cancel.
 #
-# A job is run once, whatever the engine says or does.  Its script, or each of two if the engine has
-# two of it, first makes a file with its own name, and then a link `begun` to it.  Only one can, and
-# that one runs the job (FENCE).  Who sees to it that a job never begins makes that link, too.
+# A job runs once, whatever the engine reports or does.  Its script makes a file with a name of its
+# own, and then a link `begun` to it.  If the engine has the script twice, only one of the two can
+# make the link, and that one runs the job (FENCE).  To prevent a job, the runner makes it.
 #
 # Files of the login node and of the nodes, in jobs/KEY.more, on a file system that all of them see:
 #
-#   script        what the engine is given; written last
-#   orders        what the script has to know (write_orders)
+#   script        the batch script for the engine; written last
+#   orders        the variables that the script reads (write_orders)
 #   functions     what the bash of the job reads first
-#   terminal      with a terminal: what brings it to the node
-#   submitting    PID START BOOT_ID HOST of the process that is about to submit it; empty if none is
-#   unsure        what the engine said when that was no answer; its time is that of the last try
-#   tries         how often it said something that is not known to be a refusal
+#   terminal      with a terminal: a script that takes it to the node
+#   submitting    PID START BOOT_ID HOST of the process that is about to submit the job, or empty
+#   unsure        what the engine printed, if that was no clear answer; its time: the last try
+#   tries         how often the job was submitted again, after no clear answer
 #   engine        the number of the job in the engine
-#   claim.RUN, begun    see above; RUN NODE, or "cancel"
-#   engine.out    what the engine itself says of the job
-#   cancel        exists if the job is to end
+#   claim.RUN, begun    see above; the text is RUN NODE, or "cancel"
+#   engine.out    what the engine itself prints about the job
+#   cancel        exists if the job is to be stopped
 #   said          further events, a line each
-#   events, quiet     FIFOs of its node: of such events; and one where nothing ever comes
-#   missing       exists if the engine did not list it; its time is that of the first such list
-#   fate          what the engine said of its end, which left no record
-#   in, eof       with --stdin: a file that grows, and how large it is in all, when that is known;
-#                 in.node: a FIFO of its node
+#   events, quiet     FIFOs of its node: for such events; and one in which nothing ever comes
+#   missing       exists if the engine did not list the job; its time: the first such list
+#   fate          what the engine reported of the end of a job that left no record
+#   in, eof       with --stdin: a file that grows, and its full size, once that is known; in.node: a
+#                 FIFO of its node
 #
-# and in news/, where one look tells about all jobs:
+# and in news/, where one listing shows the state of all jobs:
 #
 #   KEY.began             the job runs
 #   KEY.ended.STATUS.TOLD.WALL.CPU.OUT.ERR.BACK
-#                         it has ended.  TOLD: no, or why the script was told to end it: told, limit
-#                         or cancel.  WALL, CPU: as in the event `ended`; the last three are sizes,
-#                         in bytes, of what it left.  All is in the name, which a list tells
+#                         the job has ended.  TOLD: no, or why the script was told to stop it: told,
+#                         limit or cancel.  WALL, CPU: as in the event `ended`.  OUT, ERR, BACK:
+#                         sizes in bytes of what it left.  The name has all, so a listing is enough
 #
 # Beside jobs/ are
 #
 #   lib/SUM/library       all these functions, for the nodes
-#   lib/SUM/enter         becomes a program in the environment of a login, such as one of the engine
+#   lib/SUM/enter         becomes a program, such as one of the engine, in the login's environment
 #   excluded              NODE TIME WHY of nodes that could not start a job
 #
-# The record of such a job, see above, begins as
+# The record of such a job, see above, is at first
 #
-#   queued                the engine has it, or will  -> starting, ended, revoked, lost
+#   queued                the engine has it, or will get it  -> starting, ended, revoked, lost
 #
-# and is `starting` once it runs on a node, with what that node calls the process.
+# and `starting` once it runs on a node, with PID START BOOT_ID of the process there.
 
 ENGINE_LIMIT_S=30           # for the engine to answer a question
-SUBMIT_LIMIT_S=150          # and to take a job: it may wait until it has room in its books
+SUBMIT_LIMIT_S=150          # and to accept a job, which may wait for room in its tables
 LISTING_S=15                # between two lists of all jobs, at least
 LONGEST_LISTING_S=120
-SILENCE_S=120               # without an answer, after which that is said
-MISSING_S=60                # that a job must not have been listed before the engine is asked why
-LAG_S=270                   # for a file to be seen that a node has written
-CANCEL_S=20                 # for a script to end its job, before the engine is told to
-MOST_EXCLUDED=3             # nodes that could not begin a job, after which the cluster rests
-EXCLUDED_S=3600             # that a node gets no job which could not start one
+SILENCE_S=120               # without an answer, after which a note is sent
+MISSING_S=60                # how long a job must be unlisted before the engine is asked why
+LAG_S=270                   # until this node surely sees a file that another node wrote
+CANCEL_S=20                 # for a script to stop its job, before the engine is told to
+MOST_EXCLUDED=3             # with this many nodes that could not begin a job, jobs are refused
+EXCLUDED_S=3600             # how long a node gets no job after it could not start one
 
 node_folder='' engine_words=()          # of the machine file
-wanted=()                   # the needs of jobs that will be asked for; see do_fits
+wanted=()                   # what do_fits got before look_at_engine
 declare -A ours=()          # the jobs that this client has begun or asked about
-declare -A hurried=()       # those of which the engine was asked at once why they were told to end
+declare -A hurried=()       # jobs for which the engine was asked at once why they were stopped
 is_looked_at=''             # 1 if look_at_engine was called
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
 lib=''                      # the folder lib/SUM of this runner
@@ -18713,9 +18713,9 @@ do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these
   }
 }
 
-do_wrap() { wrap_of[$1]=$2; }           # KEY WORDS; the node knows what stands in them
+do_wrap() { wrap_of[$1]=$2; }           # KEY WORDS; the node fills in the numbers
 
-do_fits() {                 # (NEED LIMIT)...: say which of these the engine would refuse
+do_fits() {                 # (NEED LIMIT)...: report which of these the engine would refuse
   if [[ $is_looked_at ]]; then beside say_unfit "$@"; else wanted+=("$@"); fi
 }
 
@@ -18728,7 +18728,7 @@ say_unfit() {
   done
 }
 
-look_at_engine() {          # once the environment is known: is the engine there?
+look_at_engine() {          # checks for the engine, once the environment is known
   local missing
   missing=$(enter /bin/sh -c 'for p; do command -v "$p" >/dev/null || echo "$p"; done' sh \
     "${engine_programs[@]}" | tr '\n' ' ')
@@ -18743,7 +18743,7 @@ look_at_engine() {          # once the environment is known: is the engine there
   wanted=()
 }
 
-warn_of_disk() {            # where its type tells that nodes do not see the folder of jobs
+warn_of_disk() {            # warns if the type of the disk shows that nodes do not see it
   local kind dir=$home
   kind=$(stat -f -c %T -- "$dir") || return
   case $kind in
@@ -18753,7 +18753,7 @@ warn_of_disk() {            # where its type tells that nodes do not see the fol
   esac
 } 2>/dev/null
 
-measure() {                 # what is free only the engine knows
+measure() {                 # reports only the engine, which alone knows what is free
   say_text probe engine "$engine_name $engine_version"
   [[ $want_gpus != 1 || $is_measured ]] || engine_overview
   is_measured=1
@@ -18761,7 +18761,7 @@ measure() {                 # what is free only the engine knows
 
 # ---- Queueing ----
 
-start_pending() {           # queues the jobs that were asked for since the last time
+start_pending() {           # queues the jobs requested since the last call
   local key file taken=()
   ((${#pending[@]})) || return 0
   for key in "${pending[@]}"; do
@@ -18781,7 +18781,7 @@ start_pending() {           # queues the jobs that were asked for since the last
   forget_pending
 }
 
-take() {                    # for start_pending: begins the job $key; fails if that cannot be
+take() {                    # for start_pending: begins the job $key; fails if it cannot
   local made='' folder more=$file.more
   hired=$((hired + 1))
   folder=$prefix.$hired.1
@@ -18797,7 +18797,7 @@ take() {                    # for start_pending: begins the job $key; fails if t
   return 1
 }
 
-# The name is that of the contents: a job that waits needs those that it was queued with.
+# The folder is named after its contents: a job that waits needs those with which it was queued.
 write_library() {           # for write_orders: sets lib
   local sum size
   write_enter >"$run/enter" && read -r sum size < <(cat -- "$run/library" "$run/enter" | cksum) &&
@@ -18805,7 +18805,7 @@ write_library() {           # for write_orders: sets lib
     cp -- "$run/library" "$run/enter" "$home/lib/$sum.$size" && lib=$home/lib/$sum.$size
 }
 
-write_orders() {            # for take: all files of the job $key
+write_orders() {            # for take: writes all files of the job $key
   local command=${command_of[$key]} name
   [[ -d $more ]] || mkdir -- "$more" || return
   [[ $lib ]] || write_library || return
@@ -18826,14 +18826,14 @@ write_orders() {            # for take: all files of the job $key
   write_script >"$more/script"
 }
 
-write_enter() {             # for write_orders
+write_enter() {             # for write_library: prints what starts a program in that environment
   local words=''
   ((${#by_env[@]} == 0)) || printf -v words '%q ' "${by_env[@]}"
   printf 'eval %q\n' "${assignments}exec $words\"\$@\""
 }
 
-# An option of the shell that the environment brings (SHELLOPTS) must not end the script.
-write_script() {            # for write_orders: what the engine is given
+# A shell option that comes with the environment (SHELLOPTS) must not stop the script.
+write_script() {            # for write_orders: prints the batch script
   local text more_quoted lib_quoted
   printf -v more_quoted %q "$more"
   printf -v lib_quoted %q "$lib"
@@ -18845,28 +18845,28 @@ write_script() {            # for write_orders: what the engine is given
   printf '%s' "$text"       # in one piece
 }
 
-write_terminal() {          # for write_orders: what brings a terminal to the job, on this side
+write_terminal() {          # for write_orders: prints the script that takes a terminal to the node
   printf 'more=%q\n' "$more"
   printf '%s\n' 'until [[ -s $more/exports ]]; do [[ -e $more/script ]] || exit; sleep 0.1; done' \
     'read -r me node <"$more/begun"' "set -- $engine_step --pty \"\$BASH\" \"\$more/tty\""
   printf '. %q/enter\n' "$lib"
 }
 
-submit_all() {              # beside the runner: hands over the jobs $@, one after the other
+submit_all() {              # beside the runner: submits the jobs $@, one after the other
   local key
   identify "$BASHPID"
   for key; do printf '%s\n' "$REPLY ${HOSTNAME:-here}" >"$home/jobs/$key.more/submitting"; done
   for key; do submit; done
 } 2>>"$run/log"
 
-submit() {                  # for submit_all: hands over the job $key, and says what became of that
+submit() {                  # for submit_all: submits the job $key, and reports the result
   local more=$home/jobs/$key.more answer='' word need limit
   [[ -e $more/script && ! -e $more/begun ]] || return
   need=${need_of[$key]-} limit=${limit_of[$key]-}
   [[ $need ]] ||            # another process queued it
     { read -r need && read -r limit; } < <(. "$more/orders" && printf '%s\n' "$need" "$limit")
   engine_submit
-  if [[ ! -e $more/script || -e $more/claim.cancel ]]; then     # it was taken back meanwhile
+  if [[ ! -e $more/script || -e $more/claim.cancel ]]; then     # it was revoked meanwhile
     engine_cancel "$key" ''
     return
   fi
@@ -18880,7 +18880,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
       printf '%s\n' "${answer# }" >"$more/unsure" ;;
     nodes) refuse_queued "${answer# }" ;;
     full | refused)
-      if take_fence; then   # a refusal may leave a job, which will not run
+      if take_fence; then   # in case the engine has the job all the same
         if [[ $word == full ]]; then
           say_text full "${answer# }"
         else
@@ -18894,7 +18894,7 @@ submit() {                  # for submit_all: hands over the job $key, and says 
   [[ ! -e $more/submitting ]] || : >"$more/submitting"
 } 2>>"$run/log"
 
-take_fence() {              # sees to it that the job $key never begins; fails if it has begun
+take_fence() {              # makes sure that the job $key never begins; fails if it has begun
   local more=$home/jobs/$key.more
   [[ -d $more ]] || mkdir -p -- "$more"
   [[ -e $more/claim.cancel ]] || echo cancel >"$more/claim.cancel" || return
@@ -18902,7 +18902,7 @@ take_fence() {              # sees to it that the job $key never begins; fails i
   [[ $more/begun -ef $more/claim.cancel ]]
 } 2>/dev/null
 
-give_up_queued() {          # removes the job $key, which was fenced, here and in the engine
+give_up_queued() {          # removes the fenced job $key, here and in the engine
   local more=$home/jobs/$key.more id=
   record "$home/jobs/$key" revoked
   { read -r id <"$more/engine"; } 2>/dev/null
@@ -18912,7 +18912,7 @@ give_up_queued() {          # removes the job $key, which was fenced, here and i
 
 # ---- News ----
 
-hear_news() {               # says what the nodes have told
+hear_news() {               # reports what the nodes have written
   local file name key size path
   local -A sizes=()
   local ended=() files=() gone=()
@@ -18928,7 +18928,7 @@ hear_news() {               # says what the nodes have told
         key=${name%.ended.*}
         [[ ${ours[$key]-} ]] || continue
         ended+=("$file")
-        [[ $name == *.0.0.0 ]] ||       # it left nothing that is to be seen
+        [[ $name == *.0.0.0 ]] ||       # it left no output to wait for
           files+=("$home/jobs/$key.out" "$home/jobs/$key.err" "$home/jobs/$key.back") ;;
     esac
   done
@@ -18939,18 +18939,18 @@ hear_news() {               # says what the nodes have told
   ((${#gone[@]} == 0)) || remove "${gone[@]}"
 } 2>/dev/null
 
-hear_end() {                # for hear_news: acts on what $file says of a job that has ended
+hear_end() {                # for hear_news: acts on $file, the end of a job
   local fields key code told wall cpu out err back line
   fields=${file##*.ended.} key=${file##*/}
   key=${key%.ended.*}
   IFS=. read -r code told wall cpu out err back <<<"$fields"
   [[ -e $home/jobs/$key ]] || { gone+=("$file"); return; }
-  # Why it was told to end only the engine knows.
+  # Only the engine knows why it told the script to stop the job.
   if [[ $told == told ]]; then
     [[ ${hurried[$key]-} ]] || { hurried[$key]=1 judge_due=0; }
     return
   fi
-  # The node has written more than this one can see so far.
+  # Wait until this node sees all that the other node has written.
   if ((${sizes["$home/jobs/$key.out"]:-0} < out || ${sizes["$home/jobs/$key.err"]:-0} < err ||
     ${sizes["$home/jobs/$key.back"]:-0} < back)); then
     is_younger "$file" "$LAG_S" && return
@@ -18962,14 +18962,14 @@ hear_end() {                # for hear_news: acts on what $file says of a job th
   gone+=("$file")
 }
 
-end_queued() {              # notes that the job $key ended with $1 after $2 (cs), and says so
+end_queued() {              # records and reports that the job $key ended with $1 after $2 (cs)
   local file=$home/jobs/$key word value more folder
   read_record "$file"
   [[ $word == ended ]] || record "$file" "ended $1 $2${folder:+ $folder}"
   say_ended "$key" "$1" "$2" "${3:-0}"
 }
 
-is_younger() {              # tells whether the file $1 was written less than $2 seconds ago
+is_younger() {              # succeeds if the file $1 was written less than $2 seconds ago
   local written now
   printf -v now '%(%s)T' -1
   written=$(stat -c %Y -- "$1") && ((now - written < $2))
@@ -18982,7 +18982,7 @@ do_watch() {                # (KEY OUT ERR)...
   judge_when_due
 }
 
-look_at() { :; }            # for look: the news tell how the jobs stand
+look_at() { :; }            # for look: the state of jobs is in news/
 
 judge_when_due() {          # asks the engine about all jobs, unless that was done lately
   local cost
@@ -18998,9 +18998,9 @@ judge_when_due() {          # asks the engine about all jobs, unless that was do
 
 # ---- Judging: what the engine says, and what follows ----
 
-judge_all() {               # beside the runner: says how the jobs stand, by one list of all
+judge_all() {               # beside the runner: acts on the state of all jobs, from one list
   local line key name file began ids=() states=() reasons=() starts=() nodes=() list
-  local -A of=()            # name in the engine -> the places of its jobs in these lists
+  local -A of=()            # name in the engine -> indices of its jobs in these lists
   read_clocks
   began=$REPLY
   if ! list=$(engine_list); then
@@ -19022,7 +19022,7 @@ judge_all() {               # beside the runner: says how the jobs stand, by one
     engine_name_of "$key"
     unset -v "of[$REPLY]"
   done
-  for name in "${!of[@]}"; do           # what was taken back waits there in spite of that
+  for name in "${!of[@]}"; do           # jobs that were removed here still wait in the engine
     [[ $name == "sshs-$project."* ]] || continue
     for key in ${of["$name"]}; do
       [[ ${states[key]} != PENDING ]] || engine_cancel '' "${ids[key]}" waiting
@@ -19030,7 +19030,7 @@ judge_all() {               # beside the runner: says how the jobs stand, by one
   done
 } 2>>"$run/log"
 
-say_silence() {             # after a while without an answer
+say_silence() {             # reports that the engine has not answered for SILENCE_S
   [[ -e $run/silent ]] || : >"$run/silent"
   is_younger "$run/silent" "$SILENCE_S" || [[ -e $run/silent.said ]] || {
     : >"$run/silent.said"
@@ -19057,7 +19057,7 @@ judge() {                   # for judge_all: acts on what is known of the job $k
   done
   for file in "$home/news/$key.ended."*; do
     [[ $file != *.told.* ]] || settle_told
-    return                  # the rest tells the runner itself
+    return                  # hear_end does the rest
   done
   if [[ $owner ]]; then
     judge_begun
@@ -19072,7 +19072,7 @@ judge_begun() {             # for judge: the job $key has begun as $owner
   id=${owner%.*}
   for at in "${alive[@]}"; do
     if [[ ${ids[at]} != "$id" ]]; then
-      engine_cancel "$key" "${ids[at]}" waiting         # another one of its name, which is too late
+      engine_cancel "$key" "${ids[at]}" waiting         # a second one of its name, too late
     elif [[ ${states[at]} != PENDING ]]; then
       listed=1
     fi
@@ -19086,7 +19086,7 @@ judge_begun() {             # for judge: the job $key has begun as $owner
   fi
 }
 
-adopt_oldest() {            # for judge: the job waits; of several, the first one is it
+adopt_oldest() {            # for judge: the job waits; if it waits twice, the older one stays
   local first=${alive[0]} start
   for at in "${alive[@]}"; do ((${ids[at]%%_*} >= ${ids[first]%%_*})) || first=$at; done
   note_number "${ids[first]}"
@@ -19105,7 +19105,7 @@ adopt_oldest() {            # for judge: the job waits; of several, the first on
   say_text queued "$key" "${ids[first]}" "$REPLY" "$start"
 }
 
-judge_unseen() {            # for judge: it has not begun, and waits nowhere
+judge_unseen() {            # for judge: the job has not begun, and does not wait in the engine
   local said='' tries=0 pid since boot host
   if { read -r pid since boot host <"$more/submitting"; }; then         # it is being submitted
     if [[ $host == "${HOSTNAME:-here}" ]]; then
@@ -19118,7 +19118,7 @@ judge_unseen() {            # for judge: it has not begun, and waits nowhere
     { read -r id <"$more/engine"; } || id=${ids[over[0]]-}
     settle
   elif [[ ! -e $more/engine ]]; then
-    # It is not there now.  If it arrives later, it meets the one that comes after it (FENCE).
+    # If an earlier submission still arrives, only that or the next one can begin (FENCE).
     is_younger "$more/script" "$((2 * engine_timeout))" && return
     [[ -e $more/unsure ]] && is_younger "$more/unsure" "$((2 * engine_timeout))" && return
     { IFS= read -r said <"$more/unsure"; read -r tries <"$more/tries"; }
@@ -19131,26 +19131,26 @@ judge_unseen() {            # for judge: it has not begun, and waits nowhere
   fi
 }
 
-note_number() {             # notes that the job has this number in the engine
+note_number() {             # notes the number of the job in the engine, if it is new
   local known=
   { read -r known <"$more/engine"; }
   [[ $known == "$1" ]] || write_number "$1"
 }
 
-write_number() {            # notes the number of the job in the engine, in one piece
+write_number() {            # writes the number of the job in the engine, in one piece
   printf '%s\n' "$1" >"$more/engine"
 }
 
-is_missing() {              # tells whether it was not listed for $1 seconds
+is_missing() {              # succeeds if the engine has not listed the job for $1 seconds
   [[ -e $more/missing ]] || : >"$more/missing"
   ! is_younger "$more/missing" "$1"
 }
 
-# engine_fate tells fate, code, node, by and because:
+# engine_fate sets fate, code, node, by and because:
 #   alive, gone (nothing is known), ended (code: its status), killed, memory, time, cancelled,
-#   node_failed, preempted, unstarted (the node could not begin), unwritable (node cannot write
-#   here), requeued
-settle() {                  # for judge: says how the job ended, of which there is no record
+#   node_failed, preempted, unstarted (the node could not begin), unwritable (the node cannot write
+#   in the workdir), requeued
+settle() {                  # for judge: reports how a job without a record of its end ended
   local fate code node by because
   engine_fate
   [[ $fate != alive ]] || return 0
@@ -19158,7 +19158,7 @@ settle() {                  # for judge: says how the job ended, of which there 
     settle_unbegun
     return
   fi
-  # The engine forgets; and a node may have written a record that is not seen here so far.
+  # The engine forgets; and a node may have written a record that this node cannot see yet.
   case $fate in
     gone) { IFS=$'\t' read -r fate code node by because <"$more/fate"; } 2>/dev/null || fate=gone ;;
     *) printf '%s\t%s\t%s\t%s\t%s\n' "$fate" "${code:--}" "${node:--}" "${by:--}" \
@@ -19200,11 +19200,11 @@ the nodes see" ;;
   esac
 }
 
-settle_told() {             # for judge: its script was told to end it: why?
+settle_told() {             # for judge: asks why the script was told to stop its job
   local fate code node by because
   id=${owner%.*}
   engine_fate
-  [[ -e $more/cancel ]] && fate=ended   # that was we
+  [[ -e $more/cancel ]] && fate=ended   # the client cancelled it
   code=${file##*.ended.} code=${code%%.*}
   case $fate in
     alive) return 0 ;;
@@ -19217,7 +19217,7 @@ settle_told() {             # for judge: its script was told to end it: why?
   esac
 }
 
-end_untold() {              # $1: exit status, $2: words for its stderr
+end_untold() {              # reports an end.  $1: exit status, $2: text for its stderr
   local word value folder more wall=0 file=$home/jobs/$key
   read_record "$file"
   [[ ! ${2-} ]] || printf 'ssh-scheduler: %s\n' "$2" >>"$file.err"
@@ -19227,7 +19227,7 @@ end_untold() {              # $1: exit status, $2: words for its stderr
   rm -f -- "$home/news/$key."*
 }
 
-lose_queued() {             # $1: lost or preempted, $2: why: it may begin anew, under another key
+lose_queued() {             # $1: lost or preempted, $2: why.  The client may start the job anew
   local word value folder more
   read_record "$home/jobs/$key"
   record "$home/jobs/$key" "lost${folder:+ $folder}"
@@ -19240,7 +19240,7 @@ lose_queued() {             # $1: lost or preempted, $2: why: it may begin anew,
   fi
 }
 
-refuse_need() {             # $1: why no such job ever runs here
+refuse_need() {             # $1: why no job with this need ever runs here
   local need
   need=$(. "$more/orders" && printf '%s' "$need")
   take_fence || return 0
@@ -19249,18 +19249,18 @@ refuse_need() {             # $1: why no such job ever runs here
   say "held"$'\t'"$key"
 }
 
-refuse_queued() {           # $1: why the job, which was fenced, could not begin
+refuse_queued() {           # fences and refuses the job; $1: why it could not begin
   take_fence || return 0
   say_text refused "$key" "$1"
   give_up_queued
 }
 
-without_node() {            # $1: why $node did not begin the job, which may begin on others
+without_node() {            # $1: why $node could not begin the job, which others may
   local nodes
   printf '%s %(%s)T %s\n' "${node:-?}" -1 "$1" >>"$home/excluded"
   read_excluded
   IFS=, read -ra nodes <<<"$REPLY"
-  if [[ ! $node ]] || ((${#nodes[@]} >= MOST_EXCLUDED)); then   # it is the cluster
+  if [[ ! $node ]] || ((${#nodes[@]} >= MOST_EXCLUDED)); then   # the cluster is at fault
     refuse_queued "$1"
   else
     say_text preempted "$key" "$1"
@@ -19268,7 +19268,7 @@ without_node() {            # $1: why $node did not begin the job, which may beg
   fi
 }
 
-read_excluded() {           # REPLY: the nodes that get no job for now, with commas
+read_excluded() {           # REPLY: the nodes that get no job for now, separated by commas
   local name since now
   printf -v now '%(%s)T' -1
   REPLY=
@@ -19286,7 +19286,7 @@ do_adopt() {                # KEY...
   beside revoke_or_ask "$@"
 }
 
-ask_about() {               # says how the jobs $@ stand, which were queued before
+ask_about() {               # reports the state of the jobs $@, which were queued before
   local key word value more folder unknown='' owner id
   hear_news
   for key; do
@@ -19329,13 +19329,13 @@ withdraw_all() {
   done
 }
 
-cancel() {                  # SECONDS KEY...: ends jobs
+cancel() {                  # SECONDS KEY...: stops jobs
   local key
   for key in "${@:2}"; do stop_queued; done
   say "cancelled"$'\t'
 }
 
-stop_queued() {             # ends the job $key; its script looks for the file
+stop_queued() {             # stops the job $key, whose script looks for the file `cancel`
   local more=$home/jobs/$key.more word value folder
   read_record "$home/jobs/$key"
   more=$home/jobs/$key.more
@@ -19353,7 +19353,7 @@ stop_queued() {             # ends the job $key; its script looks for the file
 
 end_begun() { revoke_all "${!begun[@]}"; }      # for farewell
 
-revoke_all() {              # KEY...: see to it that these never begin, or end; and remove them
+revoke_all() {              # KEY...: prevents or stops these jobs, and removes them
   local key tries found id
   for key; do
     ! revoke "$key" || continue
@@ -19372,8 +19372,8 @@ revoke_all() {              # KEY...: see to it that these never begin, or end; 
   remove_jobs "$@"
 }
 
-# First of each its file: see run_on_node.
-remove_jobs() {             # removes all that there is of the jobs $@
+# The file of each job goes first: see run_on_node.
+remove_jobs() {             # removes all files of the jobs $@
   local key gone=() word value more folder
   cd -- "$home/jobs" || return
   for key; do
@@ -19391,19 +19391,19 @@ do_eof() {                  # KEY
   echo "$size" >"$home/jobs/$1.more/eof"
 } 2>/dev/null
 
-runs_still() {              # for list_others: tells whether the job $key, which has begun, runs
+runs_still() {              # for list_others: succeeds if the job of $file, which has begun, runs
   local found=("$home/news/${file##*/}.ended."*)
   ((${#found[@]} == 0))
 }
 
 # ---- On a node ----
 
-run_on_node() {             # the batch script, once it has the fence, in KEY.more
+run_on_node() {             # what the batch script does once it has the fence, in KEY.more
   local worker watcher told='' forwarded='' status='' wall='' used='' grace kill_wait=30
   shopt -s nullglob dotglob
   eval "$(<orders)"
   umask 077
-  # Who removes a job removes this first.  So none begins whose link `begun` is removed already.
+  # remove_jobs removes this first.  So no job begins whose link `begun` is removed already.
   [[ -e $home/jobs/$key ]] || exit 0
   file=$home/jobs/$key more=$home/jobs/$key.more shared=/tmp proc=/proc sys=/sys
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
@@ -19411,7 +19411,7 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   run=$more pipe=$home/jobs/${folder%.*}.alive
   mkfifo -- "$pipe" "$run/events" "$run/quiet" || exit 121
   exec {events}<>"$run/events" {quiet}<>"$run/quiet"
-  claims=/dev/null          # no list is put there, since nobody would find it
+  claims=/dev/null          # write no list there, where nobody would find it
   ! count_kills || echo "$REPLY" >"$run/kills"
   trap 'told=told' TERM
   # Slurm may send this one after TERM.  Then the runner asks the engine why, as usual.
@@ -19440,10 +19440,10 @@ run_on_node() {             # the batch script, once it has the fence, in KEY.mo
   exit "$status"
 } 2>>engine.out
 
-read_node_environment() {   # that of the job is what the engine gives to its script
+read_node_environment() {   # the job gets the environment of its script
   local visible=()
   [[ ! ${CUDA_VISIBLE_DEVICES+x} ]] || visible=("CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
-  engine_name=              # what the engine says of the job is for the job
+  engine_name=              # so that the variables of the engine stay
   read_environment "/proc/$$/environ"
   environment+=("${visible[@]}" CUDA_DEVICE_ORDER=PCI_BUS_ID)
   assign
@@ -19485,7 +19485,7 @@ make_folder() {             # the job's copy of the files; with node_folder on t
   local to=$home/jobs/$folder disk=''
   has=$stage fresh=1 baseline=''
   if [[ $node_folder ]]; then
-    eval "disk=$node_folder"             # a path, or a variable: the client saw to that
+    eval "disk=$node_folder"             # a path, or a variable: the client checked that
     if [[ $disk != /* ]]; then
       printf 'ssh-scheduler: node_folder: %s is no folder on this node\n' "$node_folder"
       return 1
@@ -19505,7 +19505,7 @@ make_folder() {             # the job's copy of the files; with node_folder on t
   made=$REPLY
 } 2>>"$file.err" >&2
 
-bring_home() {              # for run_on_node: from the disk of the node to where it is fetched
+bring_home() {              # for run_on_node: moves the results from the node's disk to jobs/
   local to=$home/jobs/$folder disk entry
   [[ -L $to ]] || return 0
   disk=$(readlink -- "$to")
@@ -19520,7 +19520,7 @@ bring_home() {              # for run_on_node: from the disk of the node to wher
   [[ ! -L $to ]] || rm -f -- "$to"
 }
 
-copy_home() (               # for bring_home: what the list of the job names
+copy_home() (               # for bring_home: copies what the list of the job names
   set -o pipefail
   mkdir -- "$to.new" &&
     while IFS= read -rd '' entry; do
@@ -19529,9 +19529,9 @@ copy_home() (               # for bring_home: what the list of the job names
     tar -xpf - -C "$to.new" && rm -- "$to" && mv -- "$to.new" "$to"
 )
 
-freeze_record() {           # how it ended is for the runner to write, when it has asked why
+freeze_record() {           # the runner records the end, after it has asked why
   record() { :; }
-  say_left() { :; }         # a cluster ends what is left when the script has ended
+  say_left() { :; }         # a cluster kills what is left when the script exits
   say_ended() { printf '%s\n' "$2 $3 $4" >"$run/result"; }
   last_words_of() { [[ ! $4 ]] || printf '%s\n' "$4 0 0" >"$run/result"; }
 }
@@ -19543,7 +19543,7 @@ end_unrecorded() {          # for run_on_node: its worker was killed
   [[ -e $file.back ]] || (list_back "$folder" '' "$file.back" .)
 }
 
-tell_end() {                # for run_on_node: the end, where the login node looks for it
+tell_end() {                # for run_on_node: writes the end where the login node looks for it
   local line path name=$key.ended.$status.${told:-no}.$wall.$used
   while read -r -t 0 -u "$events" && IFS= read -r -u "$events" line; do
     printf '%s\n' "$line" >>"$more/said"
@@ -19554,8 +19554,8 @@ tell_end() {                # for run_on_node: the end, where the login node loo
   : >"$home/news/$name"
 }
 
-# The functions of REMOTE_VISIT, which stand behind these in the library of a node, do the rest.
-visit_on_node() {           # $1: KEY.more; in a step of the engine, becomes a shell beside the job
+# The functions of REMOTE_VISIT, which come after these in the library of a node, do the rest.
+visit_on_node() {           # $1: KEY.more; runs a shell beside the job, in a step of the engine
   local word value folder process='' to
   local -A parent=() group=() mine=()
   eval "$(<"$1/orders")"
@@ -19589,10 +19589,10 @@ keep_input() {              # for run_job: sets input and keeper
   exec {both}<&-
 }
 
-bring_input() {             # for keep_input: writes what comes, until it is complete
+bring_input() {             # for keep_input: writes the input as it grows, until it is complete
   local from=$file.more/in known=0 size complete=''
   while :; do
-    { read -r complete <"$file.more/eof"; } 2>/dev/null         # how many bytes it has in all
+    { read -r complete <"$file.more/eof"; } 2>/dev/null         # its full size in bytes
     size=$(stat -c %s -- "$from" 2>/dev/null) || size=0
     if ((size > known)); then
       tail -c "+$((known + 1))" -- "$from" | head -c "$((size - known))" || return
@@ -19615,16 +19615,16 @@ REMOTE_SLURM = r'''
 engine_name=Slurm engine_version=''
 engine_timeout=10 engine_kill_wait=30 engine_accounting=''      # in seconds; Slurm's own defaults
 engine_programs=(sbatch squeue scancel scontrol)
-# In the script: its run, which no other has, and the node.
+# In the script: the id of its run, which no other run has, and the node.
 engine_self='me=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} node=$SLURMD_NODENAME'
 # On the login node: what runs a program beside the job whose run is $me; --pty gives a terminal.
 engine_step='srun --jobid="${me%%.*}" --overlap --quiet'
 
-slurm() {                   # asks Slurm, which may not answer for a minute; in a process of its own
+slurm() {                   # becomes the program $2... of Slurm, with a time limit of $1 seconds
   enter timeout -k 5 "$@"
 }
 
-engine_look() {             # reads what the controller says of itself; fails, with answer, if not
+engine_look() {             # reads the controller's configuration; if it cannot, sets answer, fails
   local lines key value
   if ! lines=$( (slurm "$ENGINE_LIMIT_S" scontrol show config) 2>&1); then
     answer=${lines##*$'\n'}
@@ -19640,7 +19640,7 @@ engine_look() {             # reads what the controller says of itself; fails, w
   done <<<"$lines"
 }
 
-engine_overview() {         # says what the cluster has, for people
+engine_overview() {         # reports what the cluster has, for people
   local line running=0 waiting=0
   while IFS= read -r line; do say_text probe partition "$line"; done < <(
     slurm "$ENGINE_LIMIT_S" sinfo -h --format='%P|%a|%l|%D|%C|%G|%m|%T')
@@ -19650,7 +19650,7 @@ engine_overview() {         # says what the cluster has, for people
   say_text probe own_jobs "$running $waiting"
 } 2>>"$run/log"
 
-engine_name_of() {          # REPLY: what the job with the key $1, and no other, is called in Slurm
+engine_name_of() {          # REPLY: the name in Slurm of the job with the key $1, and of no other
   local text=$1 char
   REPLY=sshs-$project.
   while [[ $text ]]; do
@@ -19667,11 +19667,11 @@ words_for() {               # words: the options of sbatch for the need $1 and t
     --nodes=1 --ntasks=1 "--cpus-per-task=$cores" "--mem=$((mb > 0 ? mb : 1))M" --signal=B:USR1@60)
   ((gpus == 0)) || words+=("--gres=gpu:${kind:+$kind:}$gpus")
   ((alone == 0)) || words+=(--exclusive)
-  # Our own limit is the exact one: Slurm looks at its limits every 30 s, and counts minutes.
+  # The runner's own limit is exact: Slurm checks its limits every 30 s, and counts minutes.
   [[ ! $limit ]] || words+=("--time=$(((limit + engine_kill_wait + 150) / 60 + 1))")
 }
 
-engine_test() {             # $1: need, $2: limit; fails, with answer, if Slurm is sure to refuse
+engine_test() {             # $1: need, $2: limit; fails, and sets answer, if Slurm would refuse
   local words=() lines
   words_for "$1" "$2"
   lines=$( (slurm "$ENGINE_LIMIT_S" sbatch --test-only "${words[@]}" --output=/dev/null \
@@ -19680,7 +19680,7 @@ engine_test() {             # $1: need, $2: limit; fails, with answer, if Slurm 
   [[ $lines != *'allocation failure'* && $lines != *'sbatch: error'* ]] || engine_is_silent "$lines"
 }
 
-slurm_refusal() {           # answer: the sentence in what sbatch said, $1
+slurm_refusal() {           # answer: the reason in $1, the output of sbatch
   local line
   answer=
   while IFS= read -r line; do
@@ -19690,13 +19690,13 @@ slurm_refusal() {           # answer: the sentence in what sbatch said, $1
   done <<<"$1"
 }
 
-engine_is_silent() {        # tells whether $1 says that nothing is known
+engine_is_silent() {        # succeeds if $1 means that the controller did not answer
   [[ ! $1 || $1 == *'Socket timed out'* || $1 == *'Unable to contact slurm controller'* ||
     $1 == *'Zero Bytes'* || $1 == *'Unexpected message'* || $1 == *'Connection refused'* ||
     $1 == *'Transport endpoint'* || $1 == *'Connection reset'* ]]
 }
 
-engine_submit() {           # hands over $key; answer: id ID, or unknown, full, refused, nodes WHY
+engine_submit() {           # submits $key; answer: id ID, or unknown, full, refused, nodes WHY
   local words=() lines line status name avoided
   words_for "$need" "$limit"
   engine_name_of "$key"
@@ -19724,7 +19724,7 @@ engine_submit() {           # hands over $key; answer: id ID, or unknown, full, 
       *'nvalid qos'* | *'nvalid feature'* | *'nvalid node name'* | *'nvalid generic resource'* | \
       *'nvalid job array'* | *'equested time limit is invalid'* | *'too long'* | \
       *'nrecognized option'*)
-      if [[ $avoided ]]; then           # without those that failed no node is left
+      if [[ $avoided ]]; then           # all suitable nodes are excluded
         read -r _ _ answer < <(tail -n 1 -- "$home/excluded")
         rm -f -- "$home/excluded"
         answer="nodes $answer, and no other node is left"
@@ -19739,7 +19739,7 @@ engine_list() {             # prints ID|STATE|REASON|START|NODE|NAME of each job
   slurm "$ENGINE_LIMIT_S" squeue -h -u "$uid" -t all -r -o '%i|%T|%r|%S|%N|%j'
 } 2>>"$run/log"
 
-engine_is_over() {          # tells whether the state $1 is one that does not change
+engine_is_over() {          # succeeds if the state $1 is final
   case $1 in
     COMPLETED | FAILED | CANCELLED* | TIMEOUT | DEADLINE | NODE_FAIL | BOOT_FAIL | PREEMPTED | \
       OUT_OF_MEMORY | REVOKED) ;;
@@ -19747,7 +19747,7 @@ engine_is_over() {          # tells whether the state $1 is one that does not ch
   esac
 }
 
-engine_never() {            # tells whether a job that waits for this reason will wait for ever
+engine_never() {            # succeeds if a job that waits for the reason $1 waits for ever
   [[ $1 == PartitionTimeLimit || $1 == PartitionConfig || $1 == BadConstraints ]]
 }
 
@@ -19774,8 +19774,8 @@ engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, 
   esac
 }
 
-# Silent whatever happens: a list shows what became of it.
-engine_cancel() {           # cancels $1, a key, with the number $2, if known; $3: only if it waits
+# It reports nothing: the next list shows what became of the job.
+engine_cancel() {           # cancels the key $1, or number $2 if known; $3: only if it waits
   engine_name_of "$1"
   if [[ $2 ]]; then
     (slurm "$ENGINE_LIMIT_S" scancel ${3:+--state=PENDING} "$2")
@@ -19784,7 +19784,7 @@ engine_cancel() {           # cancels $1, a key, with the number $2, if known; $
   fi
 } 2>>"$run/log"
 
-engine_fate() {             # what became of the job $key with the number $id: see settle
+engine_fate() {             # sets the fate of the job $key with the number $id: see settle
   local line state='' reason='' status='' restarts=0 run_number=${owner#*.}
   fate=gone code='' node='' by='' because=''
   [[ $id ]] || return 0
@@ -19822,7 +19822,7 @@ slurm_failure() {           # for engine_fate: sets fate and code of a job that 
   [[ $owner || $fate == unwritable ]] || because=${reason:-$because}
 }
 
-ask_slurm() {               # for engine_fate: state, reason, status, restarts, node; fails if not
+ask_slurm() {               # for engine_fate: sets state, reason, status, restarts, node
   local name
   engine_name_of "$key"
   name=$REPLY
@@ -19830,7 +19830,7 @@ ask_slurm() {               # for engine_fate: state, reason, status, restarts, 
     [[ $line == *'nvalid job id'* ]] || return
     line=
   }
-  if [[ " $line " == *" JobName=$name "* ]]; then       # numbers are used again
+  if [[ " $line " == *" JobName=$name "* ]]; then       # Slurm reuses numbers
     line=" $line "
     state=${line#* JobState=} reason=${line#* Reason=} status=${line#* ExitCode=}
     restarts=${line#* Restarts=} node=${line#* NodeList=}
@@ -19841,7 +19841,7 @@ ask_slurm() {               # for engine_fate: state, reason, status, restarts, 
   [[ ! $engine_accounting ]] || [[ $state && $state != CANCELLED ]] || ask_accounting
 }
 
-ask_accounting() {          # for ask_slurm: what its database knows of it; that comes seconds later
+ask_accounting() {          # for ask_slurm: the same from the database, some seconds later
   local number said code nodes known
   IFS='|' read -r number said code nodes known < <(slurm "$ENGINE_LIMIT_S" sacct -X -n -P \
     --format=JobIDRaw,State,ExitCode,NodeList,JobName -j "$id") || return 0
@@ -19858,10 +19858,10 @@ ask_accounting() {          # for ask_slurm: what its database knows of it; that
 # `engine:` of a machine file -> its part of the runner
 REMOTE_ENGINES = {'slurm': REMOTE_SLURM}
 
-# Runs there, for as long as a shell is open beside a job: finds the job, and writes for the shell
-# what the shell reads.  The functions of the remote runner stand in front of it.
+# Runs on the machine while a shell is open beside a job: finds the job, and writes the files that
+# the shell reads.  The functions of the remote runner stand in front of it.
 REMOTE_VISIT = r'''
-visit() {                   # stdin: token, workdir, project, key of the job; its end is ours
+visit() {                   # stdin: token, workdir, project, key of the job; exits when it ends
   local key field word value more folder process='' to=''
   local -A parent=() group=() mine=()
   exec {requests}<&0 </dev/null
@@ -19881,12 +19881,12 @@ visit() {                   # stdin: token, workdir, project, key of the job; it
   while read -r -u "$requests"; do      # the client asks whether the shell has begun
     [[ -e $to/shell ]] && echo unused || echo used
   done
-  # The client has ended.  A shell that it left behind ends, and what runs in its foreground.
+  # The client has exited.  Stop a shell that it left, and what runs in its foreground.
   ! { read -r process <"$to.pid"; } || kill -HUP -- "-${process:-0}" || kill -HUP "$process"
   [[ ! $to ]] || remove "$to" "$to.pid"
 } 2>/dev/null
 
-find_job() {                # sets word, and process: that of the job $key, if it has one
+find_job() {                # sets word; and process, to that of the job $key, if it has one
   local tries
   for ((tries = 0; tries < 20; tries++)); do
     ((tries == 0)) || sleep 0.1
@@ -19907,8 +19907,8 @@ find_job() {                # sets word, and process: that of the job $key, if i
   fi
 }
 
-# It is the first process that the job has: usually the child of its worker.  In the group of the
-# worker is what keeps a time limit, which has the FIFO open, too.
+# It is the first process of the job, usually a child of its worker.  The watchdog of a time limit
+# has the FIFO open, too, but is in the process group of the worker.
 find_process() {            # sets process to the bash of the job; fails while there is none
   local pid worker=${value%% *} since=()
   parent=() group=() mine=() process=''
@@ -19942,16 +19942,16 @@ write_shell() {             # writes three files for bash to read: shell, enviro
   write_environment >"$to/environment" && write_rc >"$to/rc" && write_start >"$to/shell"
 }
 
-write_environment() {       # for write_shell: what gives a bash the environment of the job
+write_environment() {       # for write_shell: prints what gives a bash the environment of the job
   printf '%s\n' 'for ssh_scheduler_name in $(compgen -e); do case $ssh_scheduler_name in'
   printf '  PWD | OLDPWD | SHLVL | _ | TERM | SSH_* %s) ;;\n' "$known"
   printf '%s\n' '  *) unset -v "$ssh_scheduler_name" ;; esac; done' 'unset -v ssh_scheduler_name'
   printf '%s' "$exports"
 }
 
-# A start file may choose GPUs or a Python, as the login of the job did before its `setup`.  So what
-# the job has is given once more after it.
-write_rc() {                # for write_shell: what the shell reads first
+# A start file may choose GPUs or a Python, as the login of the job did before its `setup`.  So the
+# environment of the job is set again after the start file.
+write_rc() {                # for write_shell: prints what the shell reads first
   local to_read=''
   for entry in "${entries[@]}"; do [[ $entry != BASH_ENV=* ]] || to_read=${entry#*=}; done
   printf '[[ $- != *i* || ! -r ~/.bashrc ]] || . ~/.bashrc\n. %q 2>/dev/null\n' "$to/environment"
@@ -19964,7 +19964,7 @@ write_rc() {                # for write_shell: what the shell reads first
   printf 'PROMPT_COMMAND="ssh_scheduler_tell;${PROMPT_COMMAND-}"\nfi\n'
 }
 
-write_start() {             # for write_shell: what becomes the shell
+write_start() {             # for write_shell: prints what becomes the shell
   printf 'echo "$$" >%q\n' "$to.pid"
   printf 'rm -f -- %q\ncd -- %q || exit\n' "$to/shell" "$home/jobs/$folder"
   printf '. %q 2>/dev/null\n' "$to/environment"
@@ -20013,7 +20013,7 @@ write_shell() {             # writes one file for bash to read
 }
 '''
 
-# Runs there, beside a job: says the rest of its streams, and what they grow by, while we listen.
+# Runs on the machine, beside a job: sends its output, as it grows, while the client listens.
 REMOTE_FOLLOW = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, file of the job, known bytes of out and of err
   local token file out err
@@ -20021,7 +20021,7 @@ main() {                    # stdin: token, file of the job, known bytes of out 
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
-  until [[ -e $file.out && -e $file.err ]]; do    # they come when its files were copied
+  until [[ -e $file.out && -e $file.err ]]; do    # both appear once its files are copied
     read -r -t 0.02
     (($? > 128)) || return
   done
@@ -20031,7 +20031,7 @@ main() {                    # stdin: token, file of the job, known bytes of out 
   kill %1 %2
 }
 
-# tail takes 8 KB at a time, which is slow for much output: cat brings what is there already.
+# tail takes 8 KB at a time, which is slow for much output: cat sends what is already there.
 follow() {                  # writes the file $1 from byte $2 on, and then all that is added to it
   local known=$2 word=
   if ((known == 0)) && [[ -s $1 ]]; then
@@ -20044,7 +20044,7 @@ set -m
 main
 '''
 
-# Runs there, beside a job: takes what comes for its standard input.
+# Runs on the machine, beside a job: passes what comes to the standard input of the job.
 REMOTE_FEED = REMOTE_CLEAN + r'''
 main() {                    # stdin: file of the job, then its input
   local file
@@ -20054,7 +20054,7 @@ main() {                    # stdin: file of the job, then its input
     [[ -e $file ]] || return
     sleep 0.02
   done
-  # Opened for both it does not block; then this side is closed, so that it is told when none reads.
+  # Opened for both, it does not block.  Then this is closed, so that cat fails when nobody reads.
   exec {both}<>"$file.more/in"
   exec 1>"/dev/fd/$both" {both}<&-
   exec cat
@@ -20062,7 +20062,7 @@ main() {                    # stdin: file of the job, then its input
 main
 '''
 
-# Runs there, for one copy: takes a tar archive from stdin, or gives one of the paths on stdin.
+# Runs on the machine, for one copy: unpacks a tar archive from stdin, or packs the paths on stdin.
 REMOTE_UNPACK = REMOTE_CLEAN + r'''
 main() {                    # stdin: token, folder, tar
   local token folder
