@@ -23,20 +23,20 @@ its versions, one for each tree that has it; dest is tree 0, so its version come
 FIRST VERSION WINS: it gives the mode and the time of identical files, and of folders.
 
 The program keeps no list of files in memory, only those 8 bytes for each: the second pass lists the
-folders again.  Each item must look as it did in the first pass, and each file must look the same
-before and after it was read; so the program notices a source that changes.
+folders again.  The program notices a source that changes: each item must look as it did in the
+first pass, and each file must look the same before and after the program reads it.
 
 As usual, some things make this less simple:
 
-  * No path is ever put together to be opened.  A cursor goes down by one name and up by `..`,
-    because a path may be longer than PATH_MAX and a tree deeper than there are descriptors.
-  * A kill leaves temporaries.  The program recognises their names, and the next run removes them.
-    Runs lock the folder they write to, so that none removes the temporaries of a run at work.
-  * Small files cost more in Python than in the kernel, so where the sources have many files and
-    the computer has a second processor, a Helper does every other one.  A socket brings it the
-    open folders.
-  * Whether names that differ only in case can be together is asked of dest itself, by trying,
-    and only when a folder has two such names.
+  * The program never opens a long path.  A cursor goes down by one name and up by `..`, because
+    a path may be longer than PATH_MAX and a tree deeper than there are descriptors.
+  * A killed run leaves temporaries.  The next run recognises their names and removes them.  Each
+    run locks the folder that it writes to, so that no other run removes its temporaries.
+  * Small files cost more in Python than in the kernel.  So if the sources have many files and the
+    computer has a second processor, a Helper does every other file.  It gets the open folders
+    through a socket.
+  * If a folder has two names that differ only in case, the program tries in dest whether both
+    can exist.
 
 Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
 Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge:
@@ -125,7 +125,7 @@ def many(count, noun):
 
 
 def reason_of(error):
-    """Return what the system said, as 'No space left on device', without numbers."""
+    """Return the system's message, such as 'No space left on device', without numbers."""
     return error.strerror or str(error)
 
 
@@ -158,7 +158,7 @@ class ConflictsFound(CombineError):
 
 
 class Stopped(CombineError):
-    """Something went wrong on the way; the same command completes it."""
+    """The run failed halfway; the same command completes the work."""
     exit_code = 3
 
 
@@ -175,10 +175,10 @@ class Changed(Stopped):
 # A tree is a number: 0 is dest, and the sources follow in the order of the command line.  A version
 # is (tree, name, kind): how one tree has an item.  A member is (tree, name).
 FILE_KIND, FOLDER_KIND, OTHER_KIND = 1, 2, 3
-# The bits of a name are two for each tree, its kind there or 0; dest's are the lowest.
+# A name has two bits for each tree: its kind in that tree, or 0.  The lowest two are dest's.
 ONLY_IN_DEST = 3            # the highest bits of a name that no source has
 
-BATCH = 512                 # files that the program compares, or copies, in one go
+BATCH = 512                 # files that the program compares, or copies, at a time
 
 
 class Options(NamedTuple):
@@ -200,7 +200,7 @@ class Version(NamedTuple):
     """A version of a path in a conflict, for the user."""
     source: str             # as the user wrote it
     kind: str               # 'file', 'folder' or 'symlink'
-    name: str               # differs from the others' only where dest does not tell case
+    name: str               # differs between versions only where dest ignores case
     size: int
     mtime_ns: int
     content: int            # versions with the same number have the same content
@@ -215,22 +215,22 @@ class Conflict(NamedTuple):
 class Result(NamedTuple):
     """How much was combined; with dry_run, how much would be.
 
-    files + duplicates + skipped is the number of files and symlinks that the sources have.
+    files + duplicates + skipped is the number of files and symlinks in the sources.
     """
     files: int = 0          # made in dest, symlinks among them
     bytes: int = 0          # of these
-    duplicates: int = 0     # not made, since dest or an earlier source has the same
+    duplicates: int = 0     # not made, because dest or an earlier source has the same file
     conflicts: int = 0      # kept under different names
     skipped: int = 0        # sockets, fifos, devices
     renamed: tuple = ()     # (path in its source, path below dest) of each that was renamed
 
 
 class Place(NamedTuple):
-    """Where dest is, or will be."""
+    """Where dest is, or where the program will make it."""
     path: str               # as the user wrote it
     cursor: object          # the Cursor in it, or None
-    base: int               # a descriptor of dest, or of the folder it will be in
-    name: str               # of dest, in that folder
+    base: int               # a descriptor of dest, or of the folder in which dest will be made
+    name: str               # the last component of the path
 
     @property
     def exists(self):
@@ -245,10 +245,10 @@ class Place(NamedTuple):
 
 
 class Folder:
-    """A folder of dest that the walk is in, or will be.
+    """A folder of dest that the walk has entered or will enter.
 
-    members: ((tree, name there), ...).  number: how many folders the walk entered before it.
-    below: the Folders to enter from here, which each pass chooses.  made: the second pass made it.
+    members: ((tree, name in that tree), ...).  number: how many folders the walk entered before it.
+    below: the Folders to enter from it, which each pass chooses.  made: the second pass made it.
     """
     __slots__ = ('name', 'members', 'number', 'below', 'made')
 
@@ -260,8 +260,8 @@ class Folder:
         return self.members[0][0] == 0
 
 
-# The events of a walk.  At GOING_IN and GONE_OUT the cursors are in the folder above; at IN and OUT
-# they are in the folder itself, before and after the folders below.
+# The events of a walk.  At GOING_IN and GONE_OUT the cursors are in the parent folder.  At IN and
+# OUT they are in the folder itself, before and after the walk enters its subfolders.
 GOING_IN, IN, OUT, GONE_OUT = 'going in', 'in', 'out', 'gone out'
 
 
@@ -269,7 +269,7 @@ class Listing:
     """All that the trees have in one folder.
 
     found: {name: its bits}.  leftovers: (tree, name) of each temporary that a killed run left.
-    bookkeeping: how many folders that execute_batch keeps for itself are left out.
+    bookkeeping: the number of skipped folders in which execute_batch keeps its own files.
     """
     __slots__ = ('found', 'leftovers', 'bookkeeping')
 
@@ -278,7 +278,7 @@ class Listing:
 
 
 class Content:
-    """One content of an item, and the versions that have it.
+    """One content of an item, and the versions that have this content.
 
     data: the bytes of a small file, the target of a symlink, or None.  found: (version, status) of
     each version, in the order of the trees.
@@ -293,10 +293,10 @@ class Content:
 
 
 class Plan:
-    """The items of a folder that its names do not tell: special files, renamed conflicts.
+    """The items of a folder that its names alone do not show: special files, renamed conflicts.
 
-    kept: {name: the versions that go by it, which may be none}.  extra: {new name: the versions
-    that are renamed to it}.
+    kept: {name: the versions that keep it, possibly none}.  extra: {new name: the versions that
+    are renamed to it}.
     """
     __slots__ = ('kept', 'extra')
 
@@ -316,7 +316,7 @@ class Draft:
 
 
 class Copy(NamedTuple):
-    """A file to copy: the tree whose open folder has it, the look it must have, its new name."""
+    """A file to copy: its tree, its name there, the look that it must have, its name in dest."""
     tree: int
     name: str
     look: int
@@ -324,18 +324,18 @@ class Copy(NamedTuple):
 
 
 class Findings:
-    """All that the first pass hands on; the other passes only read it.
+    """The results of the first pass; the other passes only read them.
 
-    It has no list of files to make: the second pass lists the folders again and expects, item by
-    item, the looks that the first one noted.  A list would cost some hundred bytes a file, and a
-    change in between would not show.
+    They have no list of files to make: the second pass lists the folders again and compares each
+    item with the look that the first pass noted.  A list would need some hundred bytes a file, and
+    would not show a change between the passes.
     """
 
     def __init__(self):
         self.looks = array.array('q')       # of all items, in the order of the walk
-        self.plans = {}                     # number of a folder -> its Plan, if it needs one
+        self.plans = {}                     # number of a folder that needs a Plan -> the Plan
         self.conflicts = []                 # a Conflict for each that is not renamed
-        self.bookkeeping = 0                # folders of execute_batch that are left out
+        self.bookkeeping = 0                # skipped folders of execute_batch
         # These become the Result.
         self.files = self.bytes = self.duplicates = self.skipped = self.conflict_count = 0
         self.renamed = []
@@ -365,7 +365,7 @@ def batches(items):
 # ---- Looks: 8 bytes that tell whether an item is as it was ----
 
 class LooksChanged(Exception):
-    """A file does not look as it did before; the argument is its version, where that is known."""
+    """A file does not look as it did before; the argument, if any, is its version."""
 
 
 def look_of_file(name, status, with_ctime):
@@ -383,14 +383,14 @@ def look_of_link(name, target):
 
 
 def look_of_uncopied(name, tree):
-    """Return 8 bytes for an item that is not copied: a folder, or a file that dest has itself."""
+    """Return 8 bytes for an item that is not copied: a folder, or a file that dest already has."""
     return hash((name, tree > 0))
 
 
 # ---- Compare: the first pass ----
 
 class ComparePass:
-    """Compares all that the sources have, item by item, and writes nothing; owns the Findings."""
+    """Compares all items of the sources and writes nothing; owns the Findings."""
 
     def __init__(self, trees, comparer, workers, options, report):
         self.trees, self.comparer, self.workers = trees, comparer, workers
@@ -420,7 +420,7 @@ class ComparePass:
         draft, others = Draft(self.list_folder(folder)), []
         files_before = self.findings.files
         for names, glanced in self.glances(draft.found):
-            if glanced:                 # the usual case, and quick: nothing but one file
+            if glanced:                 # the usual case, and quick: all versions are one file
                 size, look = glanced
                 self.add_file(size, look, self.trees.versions(draft.found, names[0]))
             else:
@@ -436,7 +436,7 @@ class ComparePass:
         self.enter_later(folder, draft.below)
 
     def list_folder(self, folder):
-        """Return {name: bits} of the folder; note troubles that concern it as a whole."""
+        """Return {name: bits} of the folder; note troubles with the folder as a whole."""
         trees = self.trees
         for tree, _ in folder.members if self.options.move else ():
             if tree and not trees.cursors[tree].can_change():
@@ -451,7 +451,7 @@ class ComparePass:
         return listing.found
 
     def enter_later(self, folder, below):
-        """Let the walk enter those of the folders below, {name: versions}, that can be read."""
+        """Let the walk enter the readable ones of these subfolders, {name: versions}."""
         for name, versions in below.items():
             for tree, its_name, _ in versions:
                 if not self.trees.cursors[tree].can_enter(its_name):
@@ -464,9 +464,9 @@ class ComparePass:
     # -- At a glance --
 
     def glances(self, found):
-        """Yield (names, (size, look) or None) of all items that a source has in the folder.
+        """Yield (names, (size, look) or None) of each item that a source has in the folder.
 
-        names: the names of the item, which are one name in dest.  None: a glance does not tell
+        names: the names of the item, which are one name in dest.  None: a glance does not show
         whether all versions of the item are one file.
         """
         in_sources = (names for names in self.trees.name_groups(found)
@@ -488,7 +488,7 @@ class ComparePass:
     def compare_item(self, names, draft):
         """Compare the versions of an item; its names are one name in dest.
 
-        The first content keeps its name.  Return the other Contents, if conflicts are renamed.
+        The first content keeps its name.  Return the other Contents, for the caller to rename.
         """
         contents = []
         for name in names:
@@ -516,12 +516,12 @@ class ComparePass:
         return contents
 
     def add_version(self, contents, version):
-        """Add the version to the Content that it has, or to a new one; note why that fails."""
+        """Add the version to the Content that it has, or to a new one; note an unreadable file."""
         tree, name, _ = version
         try:
             status, data = self.comparer.read(version)
             is_special = status and data is None and not stat.S_ISREG(status.st_mode)
-            if is_special and tree:         # dest may have a special file: nothing copies it
+            if is_special and tree:         # one in dest is harmless: the program does not copy it
                 self.add_special(version, status)
                 return
             for content in contents:
@@ -539,7 +539,7 @@ class ComparePass:
                              f'{reason_of(error)}.')
 
     def add_special(self, version, status):
-        """Count a socket, a fifo or a device; without --skip-special it is a trouble."""
+        """Count a socket, a fifo or a device; without --skip-special note a trouble."""
         tree, name, _ = version
         self.findings.skipped += 1
         if not self.options.skip_special:
@@ -550,7 +550,7 @@ class ComparePass:
                              'combined. Try: --skip-special')
 
     def add_item(self, name, content, draft):
-        """Note an item that dest will have under the name."""
+        """Note an item that dest will have under this name."""
         (tree, its_name, kind), status = content.found[0]
         if kind == FOLDER_KIND:
             draft.below[name] = content.versions()
@@ -592,10 +592,10 @@ class ComparePass:
                                                 tuple(versions)))
 
     def rename(self, content, draft):
-        """Let the content go by its name and its source's, and a number if others have that name.
+        """Rename the content to NAME.SOURCE, or to NAME.SOURCE.2 and so on if that name is taken.
 
-        If versions of the same content hold the name, as when a user repeats the command, the
-        content joins them.
+        If the versions that have the name have the same content, as when a user repeats the
+        command, the content joins them.
         """
         trees, plan = self.trees, draft.plan
         first, _ = content.found[0]
@@ -622,13 +622,13 @@ class ComparePass:
 
     @staticmethod
     def can_join(content, holder):
-        """Whether content and holder can be one item: no cursor can be in two folders at once."""
+        """Whether content and holder can be one item: a cursor cannot be in two folders at once."""
         versions = content.versions()
         return versions[0][2] != FOLDER_KIND or {tree for tree, _, _ in holder}.isdisjoint(
             tree for tree, _, _ in versions)
 
     def join(self, content, holder, new, draft):
-        """Let the content go by the name `new`, as the versions of the holder do already."""
+        """Add the content to the holder, the versions that already have the name `new`."""
         plan, joined = draft.plan, holder + content.versions()
         if new in plan.extra:
             plan.extra[new] = joined
@@ -646,7 +646,7 @@ class ComparePass:
 # ---- Write: the second pass ----
 
 class WritePass:
-    """Makes in dest all that the first pass found missing, if it still looks as it did then."""
+    """Makes in dest all items that the first pass found missing, if they have not changed since."""
 
     def __init__(self, trees, comparer, workers, maker, options, report, findings):
         self.trees, self.comparer, self.workers, self.maker = trees, comparer, workers, maker
@@ -664,7 +664,7 @@ class WritePass:
             raise
 
     def write_all(self):
-        """Go through all folders, make those that are missing, and fill them."""
+        """Make the missing folders, and the missing files of all folders."""
         place, maker = self.trees.place, self.maker
         root = self.trees.root(place.exists)
         if not place.exists:
@@ -678,7 +678,7 @@ class WritePass:
                 maker.finish_folder(folder)
             elif event is GONE_OUT:
                 maker.show_folder(folder)
-        if next(self.looks, None) is not None:      # the sources have less than they had
+        if next(self.looks, None) is not None:      # an item has vanished from the sources
             raise Changed(place.path)
         if not place.exists:
             try:
@@ -695,7 +695,7 @@ class WritePass:
             self.copy_files(copies)
 
     def copies(self, folder, found):
-        """Yield a Copy for each missing file; make symlinks and hard links on the way.
+        """Yield a Copy for each missing file; make missing symlinks and hard links at once.
 
         Also choose the folders to enter.
         """
@@ -723,7 +723,7 @@ class WritePass:
         self.report.step(1, 0)
 
     def make_link(self, version, name, look):
-        """Return whether a hard link could be made."""
+        """Make a hard link; return False where that is not possible."""
         tree, its_name, _ = version
         folder = self.trees.cursors[tree].fd
         status = os.lstat(its_name, dir_fd=folder)
@@ -753,7 +753,7 @@ class WritePass:
 # ---- Empty: the third pass, with --move ----
 
 class EmptyPass:
-    """Removes from the sources what dest has, each file only after it was compared again."""
+    """Removes from the sources the files that dest has, each after one more comparison."""
 
     def __init__(self, trees, comparer, maker, report, findings):
         self.trees, self.comparer, self.maker = trees, comparer, maker
@@ -793,11 +793,11 @@ class EmptyPass:
         os.unlink(name, dir_fd=self.trees.cursors[tree].fd)
 
     def remove_folder(self, folder):
-        """Remove the folder, which the cursors have left, from the sources where it is empty."""
+        """Remove the folder, which the cursors have left, from each source where it is empty."""
         for tree, name in folder.members:
             cursor = self.trees.cursors[tree]
             if tree and not cursor.at_prefix():
-                with contextlib.suppress(OSError):      # what was left out is in it
+                with contextlib.suppress(OSError):      # skipped files are in it
                     os.rmdir(name, dir_fd=cursor.fd)
 
 
@@ -808,17 +808,17 @@ TEMPORARY = re.compile(r'\.combine_folders\.[0-9a-f]{16}\.tmp')
 
 
 def temporary_name(name):
-    """Return the name under which `name` is made: always the same one, so that it is found."""
+    """Return the temporary name for `name`: always the same, so that the next run finds it."""
     import hashlib
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
     return f'.combine_folders.{digest}.tmp'
 
 
 def left_out(sources):
-    """Return {source: what it is} of those that job_results/* names and nobody means.
+    """Return {source: kind} of the sources that match job_results/* but are no results to combine.
 
-    The other stream or .ssh_scheduler must lie beside it, so that nothing of a user's own is left
-    out by its name alone.
+    A name alone is not enough, so that no file of the user is skipped: the other stream or
+    .ssh_scheduler must lie beside it.
     """
     named, found = {os.path.normpath(source) for source in sources}, {}
     for source in sources:
@@ -836,7 +836,7 @@ def left_out(sources):
 
 
 def case_key(name):
-    """Return the same for two names that a case-insensitive file system may take for one."""
+    """Return the same key for names that a case-insensitive file system may take for one."""
     if name.isascii():
         return name.lower()
     import unicodedata
@@ -844,7 +844,7 @@ def case_key(name):
 
 
 def source_names(paths):
-    """Return a short name for each source: its last component, or as many as tell all apart."""
+    """Return a short name for each source: its last component, or more if that is ambiguous."""
     parts = [[part for part in os.path.abspath(path).split('/') if part] or ['root']
              for path in paths]
     for depth in range(1, max(map(len, parts), default=0) + 1):
@@ -858,7 +858,8 @@ def exclusion(patterns):
     """Return excluded(path below the source, is_folder), or None if the user gave no patterns.
 
     As in rsync: `*` and `?` stop at a slash and `**` does not; a pattern with a leading slash
-    starts at the source's top, another one at any component; a trailing slash means folders only.
+    starts at the top of the source, any other at any component; a trailing slash matches folders
+    only.
     """
     wild = {'**': '.*', '*': '[^/]*', '?': '[^/]'}
 
@@ -891,14 +892,14 @@ def exclusion(patterns):
 def mixed_files(sources):
     """Return a sentence if the sources are results of jobs that had different files; '' else.
 
-    The journal beside the results tells the digest of the files of each job, and files.json what
-    that stands for.  The batch file does not count, since lines are added to it.
+    The journal beside the results has the digest of the files of each job, and files.json has the
+    files of each digest.  The batch file is ignored, because users add lines to it.
     """
-    by_digest, groups = {}, {}          # each: what jobs had -> the names of these jobs
+    by_digest, groups = {}, {}          # each: the files of some jobs -> the names of these jobs
     for folder, names in jobs_by_results(sources).items():
         for name, had in files_of_jobs(folder, names).items():
             by_digest.setdefault((folder, *had), []).append(name)
-    for had, names in by_digest.items():        # a list of files may be long: each is read once
+    for had, names in by_digest.items():        # read each list of files once: it may be long
         groups.setdefault(what_they_had(*had), []).extend(names)
     if len(groups) < 2:
         return ''
@@ -909,7 +910,7 @@ def mixed_files(sources):
 
 
 def jobs_by_results(sources):
-    """Return {folder of results: names of jobs} of those sources that lie in one."""
+    """Return {folder of results: names of jobs} of the sources that lie in such a folder."""
     found = {}
     for source in sources:
         folder, name = os.path.split(os.path.abspath(source))
@@ -919,7 +920,7 @@ def jobs_by_results(sources):
 
 
 def files_of_jobs(folder, names):
-    """Return {name of a job: (digest of its files, name of its batch)} of those that are known."""
+    """Return {name of a job: (digest of its files, name of its batch)} from the journals."""
     inner, known = os.path.join(folder, '.ssh_scheduler'), {}
     for path in (inner, *(os.path.join(inner, 'commands', name) for name in names)):
         for event in events_in(os.path.join(path, 'journal')):
@@ -933,7 +934,7 @@ def files_of_jobs(folder, names):
 
 
 def events_in(path):
-    """Yield the events of a journal; what cannot be read has none."""
+    """Yield the events of a journal; skip what cannot be read."""
     import json
     with contextlib.suppress(OSError), open(path, 'rb') as journal:
         for line in journal:
@@ -943,7 +944,7 @@ def events_in(path):
 
 
 def what_they_had(folder, digest, batch):
-    """Return what stands for a set of files, without the batch file."""
+    """Return a text that identifies the files of a digest, without the batch file."""
     import json
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         with open(os.path.join(folder, '.ssh_scheduler', 'sent', digest, 'files.json'),
@@ -972,7 +973,7 @@ def c_library():
 
 
 def rename_new(folder, old, new):
-    """Rename within an open folder; FileExistsError if `new` is there.
+    """Rename within an open folder; raise FileExistsError if `new` exists.
 
     So the program replaces nothing that somebody else made meanwhile.
     """
@@ -983,8 +984,8 @@ def rename_new(folder, old, new):
             return
         if ctypes.get_errno() not in NOT_OFFERED:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), new)
-    # NFS has no such rename, but a link never replaces; vfat is the other way round.  Folders
-    # cannot be linked; a plain rename of one replaces at most an empty folder.
+    # NFS has no such rename, but a link never replaces a file; vfat has the rename and no links.
+    # Folders cannot be linked; renaming one replaces at most an empty folder.
     if not stat.S_ISDIR(os.lstat(old, dir_fd=folder).st_mode):
         try:
             os.link(old, new, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
@@ -1000,7 +1001,7 @@ def rename_new(folder, old, new):
 def sync_file_system(descriptor):
     """Wait until everything that was written to the file system is on disk.
 
-    One syncfs instead of an fsync for each file, which would cost a journal commit each.  Since
+    One syncfs replaces an fsync for each file, each of which would cost a journal commit.  Since
     Linux 5.8 it reports every failed write since the descriptor was opened.
     """
     import ctypes
@@ -1020,32 +1021,32 @@ def exists(folder, name):
 
 
 def permitted(name, mode, folder):
-    """Whether this process may: os.R_OK ... of a name in an open folder, as the system says."""
+    """Whether the system permits the access `mode` (os.R_OK ...) to a name in an open folder."""
     return os.access(name, mode, dir_fd=folder, effective_ids=True)
 
 
 def identity(descriptor):
-    """Return a value that two descriptors have in common only if they are of one folder."""
+    """Return a value that is equal for two descriptors only if they are of the same folder."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 
 def lock(descriptor, path, say):
-    """Hold the folder until this process ends; wait for another combine_folders that holds it."""
+    """Lock the folder until this process ends; wait for another combine_folders that holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         say(f'waiting: another combine_folders works in {printable(path)}')
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
-        pass                        # NFS cannot lock folders; then nothing protects the run
+        pass                        # NFS cannot lock folders: the run goes without a lock
 
 
 def same_case_is_same_name(folder):
-    """Whether names that differ only in case are one name in the open folder: by trying.
+    """Try whether names that differ only in case are one name in the open folder.
 
-    A look for an existing name in other case would say nothing about an empty folder.  The folder
-    gets its time back.
+    Looking up an existing name in another case would not work in an empty folder.  Restore the
+    folder's time.
     """
     before = os.fstat(folder)
     name = temporary_name('case')
@@ -1058,7 +1059,7 @@ def same_case_is_same_name(folder):
             os.rmdir(name, dir_fd=folder)
             os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError:
-        return False                # nobody can write there; the program says so later
+        return False                # the folder is not writable, which is reported later
 
 
 # ---- Cursor: where the program is in one tree ----
@@ -1069,8 +1070,8 @@ FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 class Cursor:
     """A place in dest or in a source: owns one descriptor, which goes down and up by single names.
 
-    path: the top, as the user wrote it.  prefix: the name that all of the source has in dest, or
-    None.  With a prefix the cursor begins one level above the source's top.
+    path: the top, as the user wrote it.  prefix: the name of the source's folder in dest, or None.
+    With a prefix the cursor begins one level above the source's top.
     """
 
     def __init__(self, path, descriptor, prefix=None):
@@ -1133,13 +1134,13 @@ def identities_upward(folder):
             os.close(descriptor)
             descriptor = above
     except PermissionError:
-        pass                                        # nobody can tell what stands above
+        pass                                        # the folders above cannot be known
     finally:
         os.close(descriptor)
 
 
 def discard(folder, name):
-    """Remove a temporary, be it a file or a folder with all that is in it."""
+    """Remove a temporary: a file, or a folder with its contents."""
     try:
         os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
@@ -1155,7 +1156,7 @@ def discard(folder, name):
 
 
 def discard_folder(cursor, name):
-    """Remove a folder, which lies where the cursor is, with all that is in it."""
+    """Remove a folder, which lies in the cursor's folder, with its contents."""
     pending = [[name]]          # names of folders at each level; the cursor is in the last one
     while pending:
         if pending[-1]:
@@ -1178,7 +1179,7 @@ def discard_folder(cursor, name):
 class Trees:
     """Dest and the sources: owns the Cursors and the walk, and lists the items of a folder.
 
-    cursors: that of dest, the first, is None while dest is not there.
+    cursors: the first one, dest's, is None while dest does not exist.
     """
 
     def __init__(self, place, sources, options):
@@ -1192,7 +1193,7 @@ class Trees:
         self._base = identity(place.base)
         self._sources = {identity(source.fd): source.path for source in sources}
         self._kinds = {}                    # bits of a name -> ((tree, kind), ...)
-        self._tells_case = None             # what dest answered, once it was asked
+        self._tells_case = None             # whether dest tells case; None: not tried yet
         self._way = [self.root(False)]      # the Folders from the top to where the cursors are
 
     # -- The walk --
@@ -1203,7 +1204,7 @@ class Trees:
                                                              len(self.cursors))))
 
     def walk(self, root):
-        """Yield (event, Folder): the cursors go through all folders together, depth first."""
+        """Move the cursors through all folders together, depth first; yield (event, Folder)."""
         way = self._way = [root]
         count = 1
         yield IN, root
@@ -1253,7 +1254,7 @@ class Trees:
         return self.cursors[tree].path if tree else self.place.path
 
     def path_in(self, tree, *name):
-        """Return the path in a tree of the folder, or of a name in it, as a user would write it."""
+        """Return the folder's path in a tree, or that of a name in it, as a user would write it."""
         return '/'.join([self.path_of(tree).rstrip('/'), *self._names(tree), *name]) or '/'
 
     def below_dest(self, name):
@@ -1269,7 +1270,7 @@ class Trees:
 
     @contextlib.contextmanager
     def failing(self, kind):
-        """Turn an error of the system into one sentence, with the place where it happened."""
+        """Turn an OSError into an error of this kind, a sentence with the path."""
         try:
             yield
         except OSError as error:
@@ -1313,7 +1314,7 @@ class Trees:
         return tuple([(tree, name, kind) for tree, kind in kinds])
 
     def items(self, found, plan):
-        """Yield (name in dest, versions) of all that sources have; each pass sees one order."""
+        """Yield (name in dest, versions) of each item of the sources, in each pass in one order."""
         for name in sorted(found):
             if plan and name in plan.kept:
                 if plan.kept[name]:
@@ -1324,9 +1325,9 @@ class Trees:
             yield from plan.extra.items()
 
     def name_groups(self, found):
-        """Yield the names in groups, where the names of a group are one name in dest."""
+        """Yield the names in groups; the names of a group are one name in dest."""
         names = sorted(found)
-        # Dest is asked only where two names differ in nothing but case.
+        # Try dest only if two names differ in nothing but case.
         if len({case_key(name) for name in names}) == len(names) or self._dest_tells_case():
             for name in names:
                 yield (name,)
@@ -1334,7 +1335,7 @@ class Trees:
         alike = {}
         for name in names:
             alike.setdefault(case_key(name), []).append(name)
-        for group in alike.values():        # the name that dest or the first source has leads
+        for group in alike.values():        # the first tree's name comes first
             group.sort(key=lambda name: self.versions(found, name)[0][0])
         yield from sorted(alike.values())
 
@@ -1348,7 +1349,7 @@ class Trees:
 # ---- Comparing: whether versions have one content ----
 
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-SMALL = 256 * 1024          # bytes that are read in one go
+SMALL = 256 * 1024          # bytes to read at a time; a file of at most this size is small
 
 
 def unchanged(before, after):
@@ -1374,7 +1375,7 @@ def read_small(name, folder):
 def glance(members, folders, with_ctime):
     """Return (size, look) if the members are one small file, or a single file of any size.
 
-    None: the caller has to look closer.
+    Return None if the caller has to look closer.
     """
     (tree, name), *others = members
     try:
@@ -1396,20 +1397,20 @@ def glance(members, folders, with_ctime):
 
 
 def glance_all(files, folders, with_ctime):
-    """Return what glance returns for each; files: [members]; folders: {tree: open folder}."""
+    """Return a list of glance's results; files: [members]; folders: {tree: open folder}."""
     return [glance(members, folders, with_ctime) for members in files]
 
 
 class Comparer:
-    """Reads versions where the cursors are, and says whether they have one content."""
+    """Reads versions in the cursors' folder, and tells whether their contents are equal."""
 
     def __init__(self, trees, with_ctime, report):
         self._trees, self._with_ctime, self._report = trees, with_ctime, report
 
     def read(self, version):
-        """Return (status, data): a small file's bytes, a symlink's target, or None.
+        """Return (status, data); data: a small file's bytes, a symlink's target, or None.
 
-        A folder has no status either: only its kind is compared.
+        Of a folder both are None: only its kind is compared.
         """
         tree, name, kind = version
         folder = self._trees.cursors[tree].fd
@@ -1433,7 +1434,7 @@ class Comparer:
         return self.has(Content(data, one, status), other, *self.read(other))
 
     def has(self, content, version, status, data):
-        """Whether the version, of which read() returned status and data, has the content."""
+        """Whether the version has the content; status and data: the results of read(version)."""
         first, first_status = content.found[0]
         if first[2] == FOLDER_KIND or version[2] == FOLDER_KIND:
             return first[2] == version[2]
@@ -1450,7 +1451,7 @@ class Comparer:
         return self._have_same_bytes((first, first_status), (version, status))
 
     def _have_same_bytes(self, *pair):
-        """Whether two large files do; pair: (version, its status before) of each."""
+        """Whether two large files have the same bytes; pair: (version, earlier status) of each."""
         with contextlib.ExitStack() as opened:
             descriptors = []
             for (tree, name, _), _ in pair:
@@ -1482,23 +1483,22 @@ CHUNK = 8 * 1024 * 1024
 
 
 class Copier:
-    """Copies files between open folders; remembers which file systems share no blocks.
+    """Copies files between open folders; remembers which file systems cannot share blocks.
 
-    alive(): whether the process that wants the copies still runs.  copied(count): is called with
-    the bytes of each part of a large file.
+    alive(): whether the process that needs the copies still runs.  copied(count): called after
+    each part of a large file, with its number of bytes.
     """
 
     def __init__(self, with_ctime, alive=lambda: True, copied=lambda count: None):
-        self._no_clone = set()      # devices
+        self._no_clone = set()      # devices whose file systems cannot share blocks
         self._with_ctime = with_ctime
         self._alive, self._copied = alive, copied
 
     def copy_all(self, copies, folders, direct):
         """Make the copies; folders: {tree: open folder}, dest's is 0.  Return (bytes, failure).
 
-        failure: None, or (number of the copy, errno), where None for errno says that the file
-        changed.  direct: the files get their own names at once, since the folder itself has a
-        temporary one.
+        failure: None, or (number of the copy, errno); errno is None if the file has changed.
+        direct: give the files their own names at once, because the folder has a temporary one.
         """
         total = number = 0
         try:
@@ -1540,7 +1540,7 @@ class Copier:
         return status.st_size
 
     def _copy_content(self, source, target, status):
-        """Return whether the source had exactly as many bytes as its status says."""
+        """Copy the content; return whether the source had as many bytes as its status says."""
         size = status.st_size
         if size and self._clone(source, target, status.st_dev):
             return os.fstat(target).st_size == size
@@ -1561,7 +1561,7 @@ class Copier:
         return self._copy_bytes(source, target, size)
 
     def _clone(self, source, target, device):
-        """Let the target share the source's blocks; return whether the file system can do that."""
+        """Let the target share the source's blocks; return False where that is not possible."""
         if device in self._no_clone:
             return False
         try:
@@ -1574,7 +1574,7 @@ class Copier:
             return False
 
     def _copy_bytes(self, source, target, count):
-        """Copy `count` bytes from where both files are; return whether the source had them."""
+        """Copy `count` bytes at the files' positions; return whether the source had that many."""
         in_kernel = hasattr(os, 'copy_file_range')
         while count:
             if not self._alive():
@@ -1586,7 +1586,7 @@ class Copier:
                 except OSError as error:
                     if error.errno not in NOT_OFFERED:
                         raise
-            if not done:            # not offered, or the end, which read() knows for sure
+            if not done:            # not offered, or the end of the file: only read() is sure
                 in_kernel = False
                 content = os.read(source, min(count, SMALL))
                 if not content:
@@ -1613,7 +1613,7 @@ def data_segments(descriptor, size):
 
 
 def copy_attributes(target, status):
-    """Give an open file or folder the owner, where we may, the mode and the times of another."""
+    """Give an open file or folder the mode, the times and, if permitted, the owner of another."""
     mode = stat.S_IMODE(status.st_mode)
     if status.st_uid != os.geteuid() or status.st_gid != os.getegid():
         try:
@@ -1626,17 +1626,17 @@ def copy_attributes(target, status):
 
 # ---- Helper: a second process for every other file ----
 
-HELP_FROM = 1000            # files; fewer are done by the time that a helper has started
+HELP_FROM = 1000            # files; with fewer a helper would start too late to help
 MOST_FOLDERS = 250          # descriptors that the kernel sends through a socket at a time
 
 
 class Helper:
     """Owns a second process, which compares or copies files while this process does others.
 
-    It is what makes 20,000 small files faster than rsync: a file costs 20 microseconds in Python,
-    more than in system calls.  Threads were slower than none, since the interpreter lock changes
-    hands around each call.  The second process is forked, so it holds the locks of this one: a
-    killed run is over only when both have ended, and the next run waits for that.
+    It makes 20,000 small files faster than rsync does: a file costs 20 microseconds in Python,
+    more than in system calls.  Threads were slower than none, because the interpreter lock changes
+    hands around each call.  The second process is forked, so it holds the locks of this one: after
+    a kill, the next run waits until both processes have exited.
     """
 
     def __init__(self, with_ctime):
@@ -1650,17 +1650,17 @@ class Helper:
         if self._pid:
             other_end.close()
             return
-        try:                        # the second process runs this, and never leaves it
-            signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent hears it too, and kills
+        try:                        # only the second process runs this, and exits below
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent gets it too, and kills us
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._channel.close()
             self._channel = other_end
             self._serve(Copier(with_ctime, alive=lambda: os.getppid() == parent))
-        finally:                    # also when the parent is gone
+        finally:                    # also if the parent was killed
             os._exit(0)
 
     def _serve(self, copier):
-        """Do one task of the parent after the other; the second process runs this."""
+        """Do the tasks of the parent one by one; the second process runs this."""
         while True:
             (trees, tasks, argument), descriptors = self._receive()
             folders = dict(zip(trees, descriptors))
@@ -1674,25 +1674,25 @@ class Helper:
 
     @staticmethod
     def can_help():
-        """Whether the computer has a second processor, and no thread would be cut off by a fork."""
+        """Whether the computer has a second processor, and a fork would cut off no thread."""
         threads = sys.modules.get('threading')
         return (hasattr(os, 'sched_getaffinity') and len(os.sched_getaffinity(0)) > 1
                 and (threads is None or threads.active_count() == 1))
 
     def start(self, tasks, folders, argument):
-        """Let it begin with Copies for Copier.copy_all, or with members for glance_all.
+        """Send the second process Copies for Copier.copy_all, or members for glance_all.
 
-        folders: {tree: open folder}.  argument: the last one of that function.
+        folders: {tree: open folder}.  argument: the last argument of that function.
         """
         self._send((list(folders), [tuple(task) for task in tasks], argument),
                    list(folders.values()))
 
     def finish(self):
-        """Wait for the second process; return what its function returned."""
+        """Wait for the second process; return the result of its function."""
         return self._receive()[0]
 
     def kill(self):
-        """Kill it: between tasks it has nothing to lose, and after an error nothing to finish."""
+        """Kill the second process: it is idle, or an error has made its task useless."""
         if self._pid:
             self._channel.close()
             with contextlib.suppress(ProcessLookupError):
@@ -1716,7 +1716,7 @@ class Helper:
 
 
 class Workers:
-    """Shares files out between this process and, from HELP_FROM files on, a Helper; owns that."""
+    """Divides files between this process and, after HELP_FROM files, a Helper, which it owns."""
 
     def __init__(self, trees, with_ctime, report):
         self._trees, self._with_ctime = trees, with_ctime
@@ -1732,7 +1732,7 @@ class Workers:
         return self._share(copies, self._copier.copy_all, direct)
 
     def _share(self, tasks, function, argument):
-        """Return [(tasks, function(tasks, ...))]; where a Helper runs, two halves of them."""
+        """Return [(tasks, function(tasks, ...))]; with a Helper, one such pair for each half."""
         folders = self._trees.descriptors()
         self._count += len(tasks)
         if self._helper is None and self._count > HELP_FROM:
@@ -1753,7 +1753,7 @@ class Workers:
 class Building:
     """A new Folder that is being filled.
 
-    above: a descriptor of the folder that it lies in.  name: its temporary one, there.
+    above: a descriptor of the folder that it lies in.  name: its temporary name.
     """
     __slots__ = ('folder', 'above', 'name')
 
@@ -1762,9 +1762,9 @@ class Building:
 
 
 class Maker:
-    """Makes things in dest beside their place, and renames them; owns those that are not done yet.
+    """Makes files and folders in dest under temporary names and renames them; owns unfinished ones.
 
-    A whole missing folder is one such thing, so the files in it get their own names at once.
+    A missing folder is made and renamed as a whole, so the files in it get their own names at once.
     O_TMPFILE with a link would leave nothing after a kill, but NFS does not have it.
 
     syncs: whether sync() will be called.
@@ -1772,10 +1772,10 @@ class Maker:
 
     def __init__(self, trees, syncs, say):
         self._trees, self._syncs, self._say = trees, syncs, say
-        self._building = None       # the outermost new folder around where the walk is
-        self._at_work = []          # temporary names of files in the folder that the walk is in
+        self._building = None       # the outermost new folder that contains the cursors' folder
+        self._at_work = []          # temporary names of files in the cursors' folder
         self._written = {}          # device -> a descriptor of a folder on it, to sync
-        self._locks = []            # descriptors of the folder that is locked
+        self._locks = []            # descriptors of the locked folder
 
     @property
     def _folder(self):
@@ -1796,9 +1796,9 @@ class Maker:
             if exists(place.base, temporary) and os.path.samestat(
                     os.lstat(temporary, dir_fd=place.base), os.fstat(descriptor)):
                 break
-            os.close(descriptor)            # it has become dest, or was removed, while we waited
+            os.close(descriptor)            # another run renamed or removed it during the wait
         cursor = self._trees.cursors[0] = Cursor(place.path, descriptor)
-        self._locks.append(os.dup(descriptor))      # the cursor's own does not stay the same
+        self._locks.append(os.dup(descriptor))      # the cursor closes its own when it moves
         self._building = Building(root, os.dup(place.base), temporary)
         for name, _ in list(cursor.entries()):
             discard(descriptor, name)       # a killed run left it
@@ -1816,13 +1816,13 @@ class Maker:
         folder.members = ((0, name), *folder.members)
 
     def finish_folder(self, folder):
-        """Give a folder that is complete the attributes that it has in the first source."""
+        """Give a complete folder the attributes that it has in the first source."""
         source = self._trees.cursors[next(tree for tree, _ in folder.members if tree)]
         if not source.at_prefix():
             copy_attributes(self._folder, os.fstat(source.fd))
 
     def show_folder(self, folder):
-        """Rename the folder, if it has a temporary name, to its own."""
+        """Rename the folder to its own name, if it has a temporary one."""
         building = self._building
         if building and building.folder is folder:
             rename_new(building.above, building.name, folder.name or self._trees.place.name)
@@ -1832,14 +1832,14 @@ class Maker:
     # -- Files --
 
     def prepare(self, leftovers):
-        """Remove what a killed run left in the folder, before this run writes there."""
+        """Remove the temporaries of a killed run, before this run writes to the folder."""
         for name in leftovers:
             discard(self._folder, name)
         if self._syncs and (device := os.fstat(self._folder).st_dev) not in self._written:
             self._written[device] = os.dup(self._folder)
 
     def make_symlink(self, name, target, status):
-        """Make a symlink with the owner and the times that the status tells."""
+        """Make a symlink with the owner and the times of the status."""
         folder, made = self._folder, name
         if not self._building:
             made = temporary_name(name)
@@ -1854,9 +1854,9 @@ class Maker:
             self._at_work.remove(made)
 
     def make_link(self, name, source_folder, source_name):
-        """Return whether a hard link could be made.
+        """Make a hard link; return False where that is not possible.
 
-        It needs no temporary name: a link is there at once, and replaces nothing.
+        It needs no temporary name: a link is complete at once, and replaces nothing.
         """
         try:
             os.link(source_name, name, src_dir_fd=source_folder,
@@ -1868,7 +1868,7 @@ class Maker:
         return True
 
     def begin_copies(self, copies):
-        """Return whether the files get their own names at once; if not, note the temporary ones."""
+        """Return whether the files get their own names at once; else note the temporary names."""
         if not self._building:
             self._at_work += [temporary_name(copy.new) for copy in copies]
         return self._building is not None
@@ -1879,9 +1879,9 @@ class Maker:
     # -- The end --
 
     def sync(self):
-        """Wait until all that was made is on disk.
+        """Wait until all new files are on disk.
 
-        Only --move needs that: without it the sources are still there.
+        Only --move needs that: without it the sources keep their files.
         """
         for descriptor in self._written.values():
             sync_file_system(descriptor)
@@ -1895,7 +1895,7 @@ class Maker:
                 discard(self._building.above, self._building.name)
 
     def close(self):
-        """Give back the descriptors, and with them the lock."""
+        """Close the descriptors, which releases the lock."""
         cursor = self._trees.cursors[0]
         if cursor and not self._trees.place.exists:
             cursor.close()
@@ -1907,19 +1907,19 @@ class Maker:
 # ---- Report: hears of the progress ----
 
 class Report:
-    """Hears what happens, and says nothing; Terminal, below, is a Report that prints."""
+    """Receives the events and prints nothing; Terminal, below, is a Report that prints."""
 
     def say(self, line):
-        """An event happened: its word, a colon, and the rest."""
+        """Receive an event: its word, a colon, and the rest."""
 
     def begin(self, doing, total_bytes=0):
-        """A pass over all files begins; total_bytes: of its files, where that is known."""
+        """Receive the start of a pass over all files; total_bytes: their size, or 0 if unknown."""
 
     def step(self, files, size):
-        """The pass has done `files` more files, and `size` more bytes."""
+        """Receive progress: the pass has done `files` more files and `size` more bytes."""
 
     def end(self):
-        """The last pass has ended."""
+        """Receive the end of the last pass."""
 
 
 # ---- Function: combine_folders, for main and for other programs ----
@@ -1929,12 +1929,12 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
     """Combine the source folders into the folder dest, and return a Result.
 
     dest and sources are paths.  The keywords are the options of the command; exclude is a list of
-    patterns; on_conflict is 'error' or 'rename'.  report is a Report that hears of the progress.
-    Files that execute_batch keeps for itself in job_results are left out; see the usage text.
+    patterns; on_conflict is 'error' or 'rename'.  report is a Report, which receives the progress.
+    Skip the files that execute_batch keeps for itself in job_results; see the usage text.
 
-    All errors are CombineErrors whose text is for users.  Nothing was written after
-    ConflictsFound, whose `conflicts` has them all, and after Refused and UsageError.  After
-    Stopped (Changed is one) the same call completes what was begun, as after an interrupt.
+    All errors are CombineErrors whose text is for users.  ConflictsFound (whose `conflicts` lists
+    all), Refused and UsageError mean that nothing was written.  After Stopped (Changed is one) or
+    an interrupt, the same call completes the work.
     """
     if on_conflict not in ('error', 'rename'):
         raise UsageError(f'--on-conflict must be error or rename, not {on_conflict!r}.')
@@ -1962,8 +1962,7 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
 def run_passes(trees, options, report, others, opened):
     """Run the three passes, and return the Result.
 
-    others: {what it is: how many sources} of those that were left out
-    opened: an ExitStack, which closes the parts
+    others: {kind: number} of the skipped sources.  opened: an ExitStack, which closes the parts.
     """
     with_ctime = not options.makes_links
     comparer = Comparer(trees, with_ctime, report)
@@ -1986,7 +1985,10 @@ def run_passes(trees, options, report, others, opened):
 
 
 def open_folders(dest, sources, move, opened):
-    """Return (Place, [Cursor]), or say which paths cannot be combined.  opened: an ExitStack."""
+    """Return (Place, [Cursor]); raise Refused with all paths that cannot be combined.
+
+    opened: an ExitStack, which closes them.
+    """
     troubles, cursors, earlier = [], [], {}
     for path in sources:
         try:
@@ -2024,7 +2026,7 @@ def open_folders(dest, sources, move, opened):
 
 
 def open_place(dest, opened):
-    """Return the Place of dest: the folder that is there, or the one that it will be in."""
+    """Return the Place of dest: the existing folder, or the one in which dest will be made."""
     path = dest.rstrip('/') or dest
     name = os.path.basename(path)
     try:
@@ -2040,7 +2042,7 @@ def open_place(dest, opened):
 
 
 def no_folder(error):
-    """Return the end of the sentence about a path that is not a folder to use."""
+    """Return the end of the sentence about a path that is not a usable folder."""
     return {errno.ENOENT: 'does not exist.', errno.ENOTDIR: 'is not a folder.'}.get(
         error.errno, f'cannot be used: {reason_of(error)}.')
 
@@ -2225,7 +2227,7 @@ def check_for_shell(shell):
 # ---- Options: from argv to the arguments of combine_folders ----
 
 def option_kinds():
-    """Return {option: 'flag' | 'value'} as the usage text describes them."""
+    """Return {option: 'flag' | 'value'} of the usage text."""
     lines = re.findall(r'(?m)^  (-\w )?(--[a-z-]+)(=<\w+>)?  ', USAGE)
     kinds = {long: 'value' if value else 'flag' for _, long, value in lines}
     return {**kinds, **{short.strip(): kinds[long] for short, long, _ in lines if short}}
@@ -2263,9 +2265,9 @@ def read_options(argv):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+    """Return ' (did you mean X?)' with the known words that the user may have meant, or ''.
 
-    It may be the beginning of one, have typing errors, or name its parts in another order.
+    The word may be the beginning of one, have typing errors, or have its parts in another order.
     --no-x never stands for x, nor the other way round.
     """
     import difflib
@@ -2304,7 +2306,7 @@ def size_in_words(count):
 
 
 class Terminal(Report):
-    """Events go to stdout, a line each; the bar goes to stderr, where that is a terminal."""
+    """Prints each event as a line on stdout, and the bar on stderr if that is a terminal."""
 
     def __init__(self, quiet):
         self._out, self._err, self._quiet = sys.stdout, sys.stderr, quiet
@@ -2356,12 +2358,12 @@ def write_line(stream, line):
     except UnicodeEncodeError:
         stream.write(line.encode('ascii', 'backslashreplace').decode() + '\n')
         stream.flush()
-    except BrokenPipeError:             # as in `| head`: the work matters more
+    except BrokenPipeError:             # as with `| head`: finish the work without printing
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(text):
-    """Print a text that was asked for: the usage, or a completion."""
+    """Print the text that the user requested: the usage, or a completion."""
     print(text, end='')
 
 
@@ -2390,7 +2392,7 @@ def summary(word, result, dest, conflicts, sources):
 # ---- Command: from argv to the exit status ----
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP: like Ctrl-C, but the exit status says which."""
+    """SIGTERM or SIGHUP: like Ctrl-C, but the exit status shows which signal it was."""
 
 
 def terminate(number, _frame):
@@ -2398,7 +2400,7 @@ def terminate(number, _frame):
 
 
 def run(argv, terminal):
-    """Do what the command line says; return the exit status."""
+    """Run the command line; return the exit status."""
     words, options = read_options(argv)
     if '--completion' in options:
         shell = options['--completion']
