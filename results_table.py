@@ -4,7 +4,7 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""Make one table of the results of jobs: what differs in their commands, and what came out.
+"""Make one table of the results of jobs: the parameters of their commands, and their metrics.
 
     job_results, ... --> Jobs: what the journals tell of each        (Reading)
                            |
@@ -21,9 +21,9 @@
 A Cell has a value, for programs, and a text, for people: 3720.4 and 1h 02m.  A Column may be only
 for programs (the whole command) or have another name for people (where).
 
-The journal is a JSON object a line, and is only added to; so it is read while a batch runs, and a
-last line without an end is left for the next time.  Of streams only the ends are read, since they
-may have 100 MB.  Nothing is written below job_results.
+A journal has one JSON object a line, and batches only append to it.  So the program can read it
+while a batch runs; it ignores a last line without an end.  Of streams it reads only the ends,
+because a stream may have 100 MB.  It writes nothing below job_results.
 
 Sections: Usage, Words, Errors, Records, Numbers, Reading, Parameters, Metrics, Columns, Means,
 Choosing, Forms, Screen, Report; the edge: Function, Completion, Options, Terminal, Command; and
@@ -141,7 +141,7 @@ def names_of(names):
 
 
 def reason_of(error):
-    """Return what the system said, as 'No space left on device', without numbers."""
+    """Return the system's message, such as 'No space left on device', without numbers."""
     return error.strerror or str(error)
 
 
@@ -188,15 +188,15 @@ class UsageError(TableError):
 class Place(NamedTuple):
     """A folder job_results."""
     folder: str                 # as the user wrote it
-    names: Optional[tuple]      # what was asked for in it; None: all
+    names: Optional[tuple]      # of the results that the user named; None: all
 
 
 class Job(NamedTuple):
-    """What the journal knows of a job; None is unknown."""
+    """The facts of a job from the journal; None: unknown."""
     name: str
     folder: str                 # the job_results that it lies in
     state: str                  # finished, failed, running, ended, lost, cancelled, earlier, or ''
-    batch: str = ''             # the name of its batch; '' for one of execute_remote
+    batch: str = ''             # the name of its batch; '' for a job of execute_remote
     command: str = ''
     machine: str = ''
     gpus: str = ''              # the numbers, as 0,1
@@ -210,21 +210,21 @@ class Job(NamedTuple):
     copy_of: str = ''           # the job that it reproduces
 
     def path(self, end=''):
-        """Return the path of its folder, or with .out or .err of a stream."""
+        """Return the path of the job's folder, or of its stream with the end .out or .err."""
         return os.path.join(self.folder, self.name + end)
 
 
 class Reading(NamedTuple):
-    """A number (or a text) as it was found, with its unit."""
+    """A number (or a text) from a file or a stream, with its unit."""
     value: object
     unit: str = ''
-    text: str = ''              # as it was written, where people may see it so
+    text: str = ''              # the number as the job wrote it; '': format the value
 
 
 class Cell(NamedTuple):
     """One cell of the table."""
     value: object = None        # a number, a text, or None, which is an empty cell
-    text: str = ''              # the same for people
+    text: str = ''              # the value for people
     unit: str = ''              # of the value, for --where
 
 
@@ -239,11 +239,11 @@ class Column(NamedTuple):
     key: str                    # its name for programs
     head: str                   # its name for people
     kind: str                   # PARAMETER, METRIC or FACT
-    readers: str = BOTH         # who sees it unless it is asked for by name
+    readers: str = BOTH         # who sees it, unless --columns names it
 
 
 class Wishes(NamedTuple):
-    """What the user asked for; the usage text explains each."""
+    """The options of the user; the usage text explains each."""
     metrics: tuple = ()         # (name, compiled pattern)
     files: tuple = ()
     tests: tuple = ()           # (column, sign, operand)
@@ -258,14 +258,14 @@ class Table(NamedTuple):
     """The table.  rows: a dictionary each, key of a column -> Cell; an empty cell has no key."""
     columns: tuple
     rows: list
-    shared: tuple               # lines with the words that all commands of a batch have
-    jobs: tuple                 # the Job of each row; where rows are means, all Jobs
+    shared: tuple               # lines with the words that all commands of a batch share
+    jobs: tuple                 # the Job of each row; if rows are means, all Jobs
 
 
 # ---- Numbers: text to numbers, and numbers to text ----
 
-# Each unit's family, and how many of the first unit of the family it is.  Those that are not here
-# are dropped.  k is 1000 of anything, but kB and the like are powers of 1024, as in nvidia-smi.
+# {family: {unit: its value in the unit of the family}}.  The program drops other units.
+# k is 1000 of anything, but kB and the like are powers of 1024, as in nvidia-smi.
 FAMILIES = {
     's': {'s': 1, 'sec': 1, 'secs': 1, 'second': 1, 'seconds': 1, 'ms': 1e-3, 'us': 1e-6,
           'µs': 1e-6, 'ns': 1e-9, 'm': 60, 'min': 60, 'mins': 60, 'minute': 60, 'minutes': 60,
@@ -280,8 +280,8 @@ FAMILY = {unit: family for family, units in FAMILIES.items() for unit in units}
 DIGITS = (r'[-+]?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)(?:\.[0-9]*)?|\.[0-9]+)'
           r'(?:[eE][-+]?[0-9]+)?')
 WORDS = r'[-+]?(?:[nN]a[nN]|NAN|[iI]nf(?:inity)?|INF(?:INITY)?)'
-# Behind a number nothing may stand that makes it another thing: a version, a date, an address, a
-# time of the day, a hash, a decimal comma, or how far a progress bar is.
+# A number must not be part of something else: of a version, a date, an address, a time of the day,
+# a hash, a number with a decimal comma, or the percentage of a progress bar.
 ENDS = r'(?![\w@%])(?![,:][0-9])(?![.-]\w)(?!/[0-9]+/)(?!(?<=%)\|)'
 SPACED = '|'.join(sorted((unit for unit in FAMILY if len(unit) > 1 or unit in ('s', '%', 'h')),
                          key=len, reverse=True))
@@ -298,14 +298,14 @@ PLAIN = re.compile(r'[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]
 
 
 def number_of(text):
-    """Return the int or float that a text of DIGITS or WORDS is."""
+    """Return a text of DIGITS or WORDS as an int or a float."""
     text = text.replace(',', '').replace('_', '')
-    is_whole = text.lstrip('+-').isdecimal() and len(text) < 300      # a float ends at 1e308
+    is_whole = text.lstrip('+-').isdecimal() and len(text) < 300      # floats reach up to 1e308
     return int(text) if is_whole else float(text)
 
 
 def plain_number(text):
-    """Return the number that a word is, or None; 007 and 1,000 are words."""
+    """Return a word as a number, or None if it is none; 007 and 1,000 are words."""
     return number_of(text) if PLAIN.fullmatch(text) else None
 
 
@@ -325,13 +325,13 @@ def is_number(value):
 
 
 def is_finite(value):
-    """Tell whether a value of a file is a number that JSON has and that can be reckoned with."""
+    """Tell whether a value of a file is a number that JSON has and that fits into 64 bits."""
     return (isinstance(value, int) and abs(value) < 2**63
             or isinstance(value, float) and math.isfinite(value))
 
 
 def short_number(value):
-    """Return a number in at most six digits, for people."""
+    """Return a number with at most six significant digits, for people; small integers whole."""
     if isinstance(value, int) and abs(value) < 10**9:
         return str(value)
     return f'{value:.6g}'
@@ -350,9 +350,9 @@ def cell_of(value, text='', unit=''):
 
 
 def unified(readings):
-    """Return Cells for the Readings of one metric: in one unit, whichever each was written in.
+    """Return Cells for the Readings of one metric, converted to one unit.
 
-    Where all have the same unit the numbers stay; 91% and 0.9 become 0.91 and 0.9.
+    Numbers that all have the same unit stay as they are; 91% and 0.9 become 0.91 and 0.9.
     """
     units = {reading.unit for reading in readings if is_number(reading.value)}
     families = {FAMILY[unit] for unit in units}
@@ -368,14 +368,14 @@ def unified(readings):
 # ---- Reading: what the journals tell of each job ----
 
 BOOKKEEPING = '.ssh_scheduler'
-MOST_SETS = 50                  # sets of files that are compared
-PARTIAL = '.partial'            # the end of a folder with what a running job has written so far
+MOST_SETS = 50                  # sets of files to compare at most
+PARTIAL = '.partial'            # ends the name of a folder with the files of a running job so far
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
 NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # how a version without `batch` named jobs
 
 
 def find_places(words):
-    """Return the Places that the words of the command line mean."""
+    """Return the Places that the words of the command line name."""
     asked = {}                          # real path -> [folder as written, {names} or None for all]
     for word in words:
         folder, name = find_place(word)
@@ -413,7 +413,7 @@ def find_place(word):
 def has_journals(folder):
     """Tell whether batches wrote journals into a folder.
 
-    The workdir of a machine may have the same name, ~/.ssh_scheduler, but has none of these.
+    The workdir of a machine may have the same name, ~/.ssh_scheduler, but has no journals.
     """
     return any(os.path.exists(os.path.join(folder, BOOKKEEPING, name))
                for name in ('journal', 'commands'))
@@ -427,7 +427,7 @@ def is_results_folder(path):
 
 
 def read_jobs(place, report):
-    """Return the Jobs of a Place in the order of their names, without results that were deleted."""
+    """Return the Jobs of a Place in the order of their names, without deleted results."""
     known = read_journals(place.folder)
     present = set(os.listdir(place.folder))
     streams = {match[1] for match in map(STREAM.fullmatch, present.difference(known)) if match}
@@ -459,9 +459,9 @@ def read_jobs(place, report):
 
 
 def with_equal_files(jobs, folder):
-    """Return the Jobs with one digest for files that differ in the batch file only.
+    """Return the Jobs with one digest for files that differ only in the batch file.
 
-    Lines are added to it, which changes nothing for the jobs of other lines.
+    Users add lines to a batch file, which changes nothing for the jobs of other lines.
     """
     pairs = list(dict.fromkeys((job.files, job.batch) for job in jobs if job.files))
     if not 1 < len(pairs) <= MOST_SETS:
@@ -473,7 +473,7 @@ def with_equal_files(jobs, folder):
 
 
 def what_they_had(folder, digest, batch):
-    """Return what stands for a set of files, without the batch file."""
+    """Return a text that identifies the files of a digest, without the batch file."""
     path = os.path.join(folder, BOOKKEEPING, 'sent', digest, 'files.json')
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         with open(path, encoding='utf-8') as file:
@@ -486,14 +486,14 @@ def what_they_had(folder, digest, batch):
 
 
 def is_partial(folder, name, known):
-    """Tell whether a name is that of a folder with what a job has written so far."""
+    """Tell whether a folder of this name has the files of a running job so far."""
     job = name[:-len(PARTIAL)]
     return name.endswith(PARTIAL) and (job in known or os.path.lexists(
         os.path.join(folder, BOOKKEEPING, 'partial', 'names', job)))
 
 
 def journals_in(folder):
-    """Return the paths of the journals in a job_results: of its batches, and of single commands."""
+    """Return the paths of the journals in a job_results: one of batches, others of commands."""
     inner = os.path.join(folder, BOOKKEEPING)
     return [os.path.join(inner, 'journal'),
             *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', 'journal')))]
@@ -517,7 +517,7 @@ def read_journal(path, known):
     """Add the facts of a journal's jobs to {name: facts}.  Raises OSError."""
     with open(path, 'rb') as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b'\n'):        # it is being written
+            if not line.endswith(b'\n'):        # a client is still writing it
                 break
             if not line.strip():
                 continue
@@ -530,13 +530,13 @@ def read_journal(path, known):
 
 
 def apply(event, known):
-    """Have the facts tell what an event of the journal says; unknown events say nothing."""
+    """Update {name: facts} with an event of the journal; ignore unknown events."""
     word = event['event']
     if word == 'claimed':
         known[event['job']] = {**event, 'state': 'running'}
     elif word == 'renamed':
         known[event['to']] = {**known.pop(event['job']), 'state': 'earlier'}
-    elif word == 'running':             # it has left the queue of a cluster
+    elif word == 'running':             # the job has left the queue of a cluster
         known[event['job']]['time'] = event.get('time')
     elif word == 'ended':
         known[event['job']].update(event, state='ended', time=known[event['job']].get('time'))
@@ -553,7 +553,7 @@ def batch_of(name, facts):
 
 
 def job_from(name, facts, folder):
-    """Return the Job that the facts of a journal describe."""
+    """Return a Job made of the facts of a journal."""
     machine = str(facts.get('where') or facts.get('machine') or '')
     short = re.sub(r'\.yaml$', '', os.path.basename(machine)) or machine
     has_ended = facts.get('state') in ('ended', 'finished', 'failed', 'earlier')
@@ -586,13 +586,13 @@ GLUED_FLAG = re.compile(r'-([A-Za-z])(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)')      # -n
 
 class Word(NamedTuple):
     """A word of a command, or a flag with its value."""
-    name: object                # of what it sets; the number of a word without a name
+    name: object                # of the parameter; a number if the word sets no named one
     value: str
     typed: str
 
 
 def tokens_of(command):
-    """Return the words of a command as they were typed, and its operators."""
+    """Return the words of a command, as typed, and its operators."""
     command = command.replace('\\\n', ' ')
     return TOKEN.findall(command)
 
@@ -609,10 +609,10 @@ def unquoted(word):
 
 
 def find_switches(commands):
-    """Return the flags that take no value, as far as the commands, lists of tokens, show it.
+    """Return the flags that take no value, as far as the commands (lists of tokens) show it.
 
-    Such a flag stands somewhere before another flag, an operator or the end, or two commands are
-    the same but for it.  All other flags take the word that follows.
+    Such a flag stands somewhere before another flag, an operator or the end, or two commands
+    differ only in this flag.  All other flags take the next word.
     """
     switches, doubtful = set(), set()
     for tokens in commands:
@@ -658,9 +658,9 @@ def find_parameters(commands, batches):
     """Return (names, [{name: text} of each command], {batch: the words that all its commands
     share, with … between}).
 
-    batches: the batch of each command.  Names are those of the words that differ, in their order.
-    Words with a name are compared with all commands, those without with the same batch: programs
-    that differ between batches are no parameters.
+    batches: the batch of each command.  names: of the words that differ, in their order.
+    Compare words with a name across all commands, but words without a name only within a batch:
+    programs that differ between batches are no parameters.
     """
     tokens = [tokens_of(command) for command in commands]
     switches = find_switches(tokens)
@@ -685,7 +685,7 @@ def find_parameters(commands, batches):
 
 
 def differing_names(split):
-    """Return the names of the Words in which commands differ, or that some of them lack."""
+    """Return the names of the Words in which commands differ, or that some commands lack."""
     values = collections.defaultdict(collections.Counter)
     for words in split:
         for word in words:
@@ -694,7 +694,7 @@ def differing_names(split):
 
 
 def shared_words(split, differing):
-    """Return the words that all these commands share, with … where others stand."""
+    """Return the words that all these commands share, with … for the others."""
     pieces = []
     for word in split[0] if split else ():
         piece = '…' if word.name in differing else word.typed
@@ -708,9 +708,9 @@ def shared_words(split, differing):
 
 # ---- Metrics: numbers with names, in files and at the ends of streams ----
 
-NEAR_BYTES, FAR_BYTES = 2**16, 2**18    # of a stream, in which metrics are looked for
-STEP_BYTES = 2**20                      # of a stream that are searched at once for a --metric
-LONGEST_LINE = 400                      # in which `name number` is looked for
+NEAR_BYTES, FAR_BYTES = 2**16, 2**18    # of the end of a stream, to search for metrics
+STEP_BYTES = 2**20                      # of a stream, to search at a time for a --metric
+LONGEST_LINE = 400                      # characters of a line to search for `name number`
 
 ESCAPE = re.compile(                    # the sequences that colour text or move the cursor
     r'\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])')
@@ -719,21 +719,21 @@ NAME_WORD = r'[^\W\d][\w./@%-]*'
 NAME_BEFORE = re.compile(rf'((?:{NAME_WORD} ){{0,4}}{NAME_WORD}(?: ?\([\w @./%-]+\))?)'
                          r'''["']?[ \t]*\Z''')
 LAST_WORD = re.compile(rf'(?<![\w?&])({NAME_WORD})' r'''["']?[ \t]*\Z''')
-# cuda:0 and host:8080 are no metrics, so without a space only a fraction counts.
+# cuda:0 and host:8080 are no metrics, so a colon without a space needs a fraction behind it.
 FRACTION = rf'[-+]?[0-9]*\.[0-9]|[-+]?[0-9]+(?:[eE]|%)|{WORDS}\b'
 SEPARATED = re.compile(rf'(?:=[ \t]*|:[ \t]+|:(?={FRACTION}))'
                        rf'(?:(?:tensor|np\.\w+)\()?{VALUE}')
 # What may stand between pairs of a name and a number.
 BETWEEN = re.compile(r'(?:[\s,;|:()\[\]{}│┃*>#]| - )*')
 PAIR = re.compile(rf'''(?P<name>{NAME_WORD}(?: {NAME_WORD}){{0,2}})["']?[\s:=|│┃]+{VALUE}''')
-NUMBERS = re.compile(rb'[0-9](?<![A-Za-z_0-9][0-9])[0-9.]*')    # but for the 1 of top1
+NUMBERS = re.compile(rb'[0-9](?<![A-Za-z_0-9][0-9])[0-9.]*')    # without the 1 of top1
 
 
 @contextlib.contextmanager
 def opened(path, since=-math.inf):
-    """Open a file: (descriptor, size); (None, 0) for what is no file or cannot be read.
+    """Open a file and yield (descriptor, size); (None, 0) if it is no file or not readable.
 
-    since: a file that did not change since this time, in seconds since 1970, is not read
+    since: do not read a file that has not changed since this time, in seconds since 1970
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)         # it may be a fifo
@@ -749,24 +749,24 @@ def opened(path, since=-math.inf):
 
 
 def read_end(path, size, since=-math.inf):
-    """Return (the last `size` bytes of a file, whether that is all of it); None if it has none."""
+    """Return (the last `size` bytes of a file, whether these are all); None if it is unreadable."""
     with opened(path, since) as (fd, whole):
         with contextlib.suppress(OSError):
-            size = min(size, whole)             # pread takes memory for all that it may read
+            size = min(size, whole)             # pread allocates memory for the whole size
             return fd and (os.pread(fd, size, whole - size), whole == size)
 
 
 def lines_of(data, is_whole=True):
-    """Return the lines of an output, as bytes; what a progress bar overwrites is a line, too.
+    """Return the lines of an output, as bytes; each state of a progress bar is a line, too.
 
-    is_whole: the first line has its beginning
+    is_whole: whether the first line has its beginning
     """
     lines = data.replace(b'\r', b'\n').split(b'\n')
     return lines if is_whole or len(lines) < 2 else lines[1:]
 
 
 def decoded(data):
-    """Return text without what colours it, whatever bytes it has."""
+    """Return the bytes as text, without escape sequences; accept any bytes."""
     text = codecs.decode(data, 'utf-8', 'replace').replace('\b', '')
     return ESCAPE.sub('', text) if '\x1b' in text else text
 
@@ -784,7 +784,7 @@ def stream_metrics(path, since=-math.inf):
 def metrics_in(data, is_whole=True):
     """Return {name: Reading} of the last numbers with names in an output.
 
-    Of lines that differ in their numbers only, the last is looked at: they have the same names.
+    Of lines that differ only in their numbers, read the last one: all have the same names.
     """
     lines = lines_of(data, is_whole)
     shapes = NUMBERS.sub(b'0', b'\n'.join(lines)).split(b'\n')
@@ -792,19 +792,19 @@ def metrics_in(data, is_whole=True):
     last = {shape: number for number, shape in enumerate(shapes) if may_have_number(shape)}
     for number in sorted(last.values()):
         for name, reading in metrics_of_line(decoded(lines[number])):
-            found.pop(name, None)       # the order is that of the last lines
+            found.pop(name, None)       # names are in the order of their last lines
             found[name] = reading
     return found
 
 
 def may_have_number(shape):
-    """Tell whether a line in which each number is 0 may have one, also nan or inf."""
+    """Tell whether a line may have a number, nan or inf; its digits have become 0."""
     lower = shape.lower()
     return b'0' in lower or b'nan' in lower or b'inf' in lower
 
 
 def only_pairs(line):
-    """Return (name, Reading) of each `name number`, if a line has nothing else; else nothing."""
+    """Return [(name, Reading)] of each `name number` if a line has nothing else; else []."""
     pairs, at = [], BETWEEN.match(line).end()
     while at < len(line):
         match = PAIR.match(line, at)
@@ -812,13 +812,13 @@ def only_pairs(line):
             return []
         pairs.append((NOT_NAMES.sub('', match['name']), reading_of(match)))
         at = BETWEEN.match(line, match.end()).end()
-    # `GPU 0` alone is no metric, as `loss 0.31` is one.
+    # `GPU 0` alone is no metric, but `loss 0.31` is one.
     is_telling = len(pairs) > 1 or pairs and isinstance(pairs[0][1].value, float)
     return pairs if is_telling else []
 
 
 def metrics_of_line(line):
-    """Return (name, Reading) of each number with a name in a line."""
+    """Return [(name, Reading)] of each number with a name in a line."""
     line = line.strip()
     if line.startswith('{') and line.endswith('}'):
         with contextlib.suppress(ValueError, RecursionError):
@@ -836,13 +836,13 @@ def metrics_of_line(line):
 
 
 def decode_json(text):
-    """Return what a JSON text says; NaN and Infinity may stand in it.  Raises ValueError."""
+    """Return the value of a JSON text, which may have NaN and Infinity.  Raises ValueError."""
     return json.loads(text, parse_int=number_of)
 
 
 def flat(value, prefix=''):
-    """Yield (name, Reading) of the numbers, texts and truth values in an object; inner names are
-    joined with dots, and lists are passed over."""
+    """Yield (name, Reading) of the numbers, texts and truth values in an object; join inner names
+    with dots, and skip lists."""
     for name, inner in value.items() if isinstance(value, dict) else ():
         name = f'{prefix}{name}'
         if isinstance(inner, dict):
@@ -869,9 +869,9 @@ def matched_metric(job, pattern, since):
 
 
 def last_match(path, pattern, since):
-    """Return the last match of a pattern in a file, which is searched from its end, or None."""
+    """Search a file backward from its end; return the last match of a pattern, or None."""
     with opened(path, since) as (fd, start), contextlib.suppress(OSError):
-        begun = b''                     # of a line, of which an earlier step has the beginning
+        begun = b''                     # the rest of a line that begins before `start`
         while fd and start:
             step = min(STEP_BYTES, start)
             start -= step
@@ -885,7 +885,7 @@ def last_match(path, pattern, since):
 def files_matching(folder, pattern):
     """Return the paths below a folder that a pattern matches.
 
-    ** follows no links to folders, unlike that of glob: such links may lead in circles.
+    Unlike glob's, ** follows no links to folders: such links may lead in circles.
     """
     paths = {folder}
     *parts, last = pattern.split('/')
@@ -899,14 +899,14 @@ def files_matching(folder, pattern):
 
 
 def folders_below(folder):
-    """Yield a folder and those in it whose names do not begin with a dot."""
+    """Yield a folder and all folders below it whose names do not begin with a dot."""
     for path, names, _ in os.walk(folder):
         names[:] = [name for name in names if not name.startswith('.')]
         yield path
 
 
 def file_metrics(job, patterns, report):
-    """Return {name: Reading} of metrics.json or results.json, and of the files that were named."""
+    """Return {name: Reading} of metrics.json or results.json, and of files that match patterns."""
     found = {}
     for name in ('metrics.json', 'results.json'):
         if not found:
@@ -923,7 +923,7 @@ def file_metrics(job, patterns, report):
 
 
 def json_metrics(path, report):
-    """Return {name: Reading} of a JSON file; of a list the last object."""
+    """Return {name: Reading} of a JSON file; if it is a list, of its last object."""
     end = read_end(path, 2**31)
     if not end:
         return {}
@@ -948,7 +948,7 @@ def json_lines_metrics(path, text, report):
             try:
                 found.update(flat(decode_json(line)))
             except (ValueError, RecursionError):
-                if line.endswith('\n'):         # else it is being written
+                if line.endswith('\n'):         # else a job is still writing it
                     report(f'{printable(path)} has lines that are not JSON; they are left out.')
     return found
 
@@ -963,7 +963,7 @@ def csv_metrics(path):
     mark = max(',;\t', key=head.count)
     lines = decoded(b'\n'.join(lines_of(data, is_whole))).split('\n')[int(is_whole):]
     found = {}
-    with contextlib.suppress(csv.Error):        # such as a text that is too long for csv
+    with contextlib.suppress(csv.Error):        # for example a text that is too long for csv
         names = next(csv.reader([head.strip('\r')], delimiter=mark), [])
         for row in csv.reader(lines, delimiter=mark):
             for name, text in zip(names, row) if len(row) == len(names) else ():
@@ -985,8 +985,8 @@ def first_bytes(path):
 def find_metrics(jobs, wishes, report):
     """Return (names, [{name: Cell} of each job]).
 
-    Where jobs of a batch have files with metrics, others of it (which failed, or still run) only
-    have metrics of the same names, whatever else stands in their streams.
+    If jobs of a batch have files with metrics, take from the streams of its other jobs (which
+    failed, or still run) only metrics of the same names.
     """
     filed = [file_metrics(job, wishes.files, report) for job in jobs]
     names_in_files = collections.defaultdict(set)
@@ -994,7 +994,7 @@ def find_metrics(jobs, wishes, report):
         names_in_files[job.folder, job.batch].update(metrics)
     found = []
     for job, metrics in zip(jobs, filed):
-        # Until it says something there may be the output of an earlier attempt.
+        # Until the job prints something, its streams may be those of an earlier attempt.
         since = job.began or 0 if job.state == 'running' and job.attempt > 1 else -math.inf
         known = names_in_files[job.folder, job.batch]
         if not metrics:
@@ -1004,7 +1004,7 @@ def find_metrics(jobs, wishes, report):
         found.append({**{name: one for name, one in asked.items() if one},
                       **{name: one for name, one in metrics.items() if name not in asked}})
     names = dict.fromkeys(name for name, _ in wishes.metrics)
-    # The order of a job that finished is the best one; of one that fails only a part is there.
+    # Use the order of a job that finished: a job that failed has only some of the names.
     for _, metrics in sorted(zip(jobs, found), key=lambda pair: pair[0].state != 'finished'):
         names.update(dict.fromkeys(metrics))
     rows = [{} for _ in jobs]
@@ -1027,14 +1027,14 @@ GPUS, COMMAND = (Column(key, key, FACT, PROGRAMS) for key in ('gpus', 'command')
 FILES = Column('files', 'files', FACT)
 LEADING = (FOLDER, BATCH, JOB)
 TRAILING = (EXIT, STATE, TIME, MEMORY, GPU_MEMORY, WHERE, GPUS, FILES, COMMAND)
-OFTEN_EMPTY = (FOLDER, BATCH, MEMORY, GPU_MEMORY, FILES)       # columns that are left out then
+OFTEN_EMPTY = (FOLDER, BATCH, MEMORY, GPU_MEMORY, FILES)       # leave these out if they are empty
 RESERVED = {name for column in (*LEADING, JOBS, *TRAILING) for name in column[:2]}
-DIGEST = 8                          # characters of a digest that are shown
+DIGEST = 8                          # characters of a digest to show
 
 
 
 def make_table(jobs, wishes, report, now):
-    """Return the Table of the Jobs: a row for each.  now: seconds since 1970."""
+    """Return the Table with a row for each Job.  now: seconds since 1970."""
     parameters, values, shared = find_parameters(
         [job.command for job in jobs], [job.batch for job in jobs])
     metrics, cells = find_metrics(jobs, wishes, report)
@@ -1063,7 +1063,7 @@ def make_table(jobs, wishes, report, now):
 
 
 def shared_lines(shared):
-    """Return the lines that say what all commands of each batch share."""
+    """Return a line for each batch with the words that all its commands share."""
     if len(shared) == 1:
         return tuple(f'all commands: {words}' for words in shared.values() if words)
     return tuple(f'{printable(batch)}: {words}' for batch, words in shared.items()
@@ -1071,20 +1071,20 @@ def shared_lines(shared):
 
 
 def parameter_cell(text):
-    """Return the Cell of a word of a command; people see it as it was typed."""
+    """Return the Cell of a word of a command; people see the word as typed."""
     number = plain_number(text)
     return Cell(text if number is None else number, text)
 
 
 def is_echo(name, values, cells):
-    """Tell whether a metric only repeats the parameter of its name, in all jobs that have it."""
+    """Tell whether a metric only repeats the parameter of its name in all jobs that have it."""
     pairs = [(given.get(name, EMPTY).value, found[name].value)
              for given, found in zip(values, cells) if name in found]
     return bool(pairs) and all(one == other for one, other in pairs)
 
 
 def facts_of(jobs, now):
-    """Return [{column's key: Cell}] of what the journals tell of the Jobs."""
+    """Return [{column's key: Cell}] with the facts of each Job."""
     has_batches = len({job.batch for job in jobs}) > 1
     has_folders = len({job.folder for job in jobs}) > 1
     has_files = len({job.files for job in jobs if job.files}) > 1
@@ -1108,7 +1108,7 @@ def facts_of(jobs, now):
 
 
 def exit_cell(job):
-    """Return the Cell of an exit status; of a job without one people see why."""
+    """Return the Cell of an exit status; if there is none, its text is the state of the job."""
     if job.exit_code is not None:
         return Cell(job.exit_code, str(job.exit_code))
     return Cell(None, '…' if job.state == 'running' else job.state)
@@ -1129,7 +1129,7 @@ def find_column(table, name):
 def averaged(table, names, takes_all, report):
     """Return the Table with means over the parameters `names`: a row for each group of Jobs.
 
-    takes_all: jobs that failed or still run, too
+    takes_all: whether to include jobs that failed or still run
     """
     over = [find_column(table, name) for name in names]
     for column in over:
@@ -1168,10 +1168,10 @@ def averaged(table, names, takes_all, report):
 
 
 def identity(cell):
-    """Return what equal values have in common: 0.1 and 1e-1, and nan and nan."""
+    """Return a key that is the same for equal values: for 0.1 and 1e-1, and for nan and nan."""
     value = cell.value
     if isinstance(value, float) and value.is_integer():
-        value = int(value)              # the other way round large numbers would lose digits
+        value = int(value)              # turning ints into floats would cost large ones digits
     return repr(value) if is_number(value) else value
 
 
@@ -1181,9 +1181,9 @@ def spread_keys(column):
 
 
 def means_of(rows, metrics):
-    """Return {key: Cell} with mean and deviation of each metric, and its count where some lack.
+    """Return {key: Cell} with mean and deviation of each metric, and its count if rows lack it.
 
-    Of memory it is the most: that is what the next jobs have to ask for.
+    For memory return the maximum instead, which the next jobs have to request.
     """
     found = {}
     for column in metrics:
@@ -1208,9 +1208,9 @@ def means_of(rows, metrics):
 
 
 def mean_and_deviation(values):
-    """Return (mean, sample standard deviation) of floats; of one value there is no deviation."""
+    """Return (mean, sample standard deviation) of floats; the deviation of one value is None."""
     count = len(values)
-    mean = sum(value / count for value in values)       # their sum may be too large for a float
+    mean = sum(value / count for value in values)       # the plain sum may exceed a float
     if count < 2:
         return values[0], None
     with contextlib.suppress(OverflowError, ValueError):
@@ -1220,7 +1220,7 @@ def mean_and_deviation(values):
 
 
 def mean_text(mean, deviation):
-    """Return a mean as people read it: rounded to two digits of its deviation."""
+    """Return a mean for people, rounded to two digits of its deviation."""
     if not deviation:
         return short_number(mean)
     if not math.isfinite(deviation) or not 1e-4 <= abs(mean) < 1e6:
@@ -1236,7 +1236,7 @@ TESTS = {'<': operator.lt, '<=': operator.le, '>': operator.gt, '>=': operator.g
 
 
 def filtered(table, tests):
-    """Return the Table with the rows for which all tests hold: (column, sign, operand)."""
+    """Return the Table with the rows for which all tests (column, sign, operand) hold."""
     tests = [(find_column(table, name), sign, operand) for name, sign, operand in tests]
     kept = [(row, job) for row, job in zip(table.rows, table.jobs) if all(
         holds(row.get(column.key, EMPTY), sign, operand) for column, sign, operand in tests)]
@@ -1244,7 +1244,7 @@ def filtered(table, tests):
 
 
 def in_unit(reading, unit):
-    """Return the number of a Reading in the unit of a Cell, or None if it has no such unit.
+    """Return the number of a Reading in the unit of a Cell, or None if it cannot be converted.
 
     A Cell without a unit has seconds, MB or a plain number.
     """
@@ -1273,7 +1273,7 @@ def holds(cell, sign, operand):
 
 
 def is_missing(cell):
-    """Tell whether a Cell has nothing that could be before or behind others."""
+    """Tell whether a Cell has no place in an order: it is empty or nan."""
     return cell.value is None or is_number(cell.value) and math.isnan(cell.value)
 
 
@@ -1283,7 +1283,7 @@ def order_of(cell):
 
 
 def in_order(table, sort):
-    """Return the Table sorted by (column, is descending); empty cells and nan are last."""
+    """Return the Table sorted by (column, is descending), with empty cells and nan last."""
     order = range(len(table.rows))
     for name, is_descending in reversed(sort):
         key = find_column(table, name).key
@@ -1305,7 +1305,7 @@ def with_columns(table, names):
 
 # ---- Forms: the table as text for programs and papers ----
 
-FORMULA = tuple('=+-@\t\r\n＝＋－＠')      # how a cell begins that a spreadsheet may compute
+FORMULA = tuple('=+-@\t\r\n＝＋－＠')      # a spreadsheet may compute a cell that begins with these
 
 LATEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}',
          '…': r'\dots{}', '±': r'$\pm$', '<': r'\textless{}', '>': r'\textgreater{}',
@@ -1329,17 +1329,17 @@ def as_csv(table):
     rows = [[harmless(column.key) for column in columns], *(
         [csv_text(row.get(column.key, EMPTY), column) for column in columns]
         for row in table.rows)]
-    # A line that is empty would be no row.
+    # An empty line would not be a row.
     return ''.join((','.join(map(quoted, row)) or '""') + '\n' for row in rows)
 
 
 def quoted(text):
-    """Return a text in quotes if CSV needs them; Python's csv forgets that for \\r."""
+    """Return a text in quotes if CSV needs them; Python's csv forgets them for \\r."""
     return '"{}"'.format(text.replace('"', '""')) if re.search('[",\r\n]', text) else text
 
 
 def csv_text(cell, column):
-    """Return the text of a cell in CSV: a parameter as it was typed, all else with all digits."""
+    """Return the text of a cell for CSV: a parameter as typed, other numbers with all digits."""
     if is_number(cell.value):
         return cell.text if column.kind == PARAMETER else exact_number(cell.value)
     return '' if cell.value is None else harmless(cell.value)
@@ -1361,7 +1361,7 @@ def as_json(table):
 
 
 def is_numeric(table, column):
-    """Tell whether a column has numbers, for people, and nothing else."""
+    """Tell whether a column has only numbers, for people."""
     cells = [row[column.key] for row in table.rows if column.key in row]
     return bool(cells) and all(is_number(cell.value) or cell.value is None for cell in cells)
 
@@ -1373,7 +1373,7 @@ def cells_for_people(table, columns):
 
 
 def as_markdown(table):
-    """Return the table for Markdown, below the words that all commands have."""
+    """Return the table in Markdown, below the words that all commands share."""
     columns = columns_for(table, PEOPLE)
     rows = [[printable(column.head) for column in columns], None,
             *cells_for_people(table, columns)]
@@ -1390,7 +1390,7 @@ def as_latex(table):
     """Return the table as a tabular for LaTeX, with the rules of booktabs."""
     def line(cells):
         text = ' & '.join(''.join(LATEX.get(c, c) for c in cell) for cell in cells) + r' \\'
-        # Behind \\ and \midrule these would begin an argument.
+        # After \\ and \midrule these characters would begin an argument.
         return f'{{}}{text}' if text.lstrip().startswith(('[', '*')) else text
 
     columns = columns_for(table, PEOPLE)
@@ -1403,7 +1403,7 @@ def as_latex(table):
 
 
 def check_output(option, path):
-    """Raise unless a file may be written there: fetched results are never overwritten."""
+    """Raise UsageError if the path is inside a folder of results or is a folder itself."""
     folder = os.path.realpath(os.path.dirname(path) or '.')
     while folder != os.path.dirname(folder):
         if has_journals(folder):
@@ -1415,10 +1415,10 @@ def check_output(option, path):
 
 
 def write_file(path, text):
-    """Write a file; it appears when it is complete.  Raises OSError."""
+    """Write a file, which appears only when it is complete.  Raises OSError."""
     path = os.path.realpath(path)
     data = text.encode('utf-8', 'backslashreplace')
-    if os.path.exists(path) and not os.path.isfile(path):       # such as a fifo, or /dev/stdout
+    if os.path.exists(path) and not os.path.isfile(path):       # a fifo, or /dev/stdout
         with open(path, 'wb') as file:
             file.write(data)
         return
@@ -1435,13 +1435,13 @@ def write_file(path, text):
 
 # ---- Screen: the table for a terminal ----
 
-SHORTEST = 12                       # columns of a terminal that a cell is cut to, at most
-HIDDEN_FIRST = (MEMORY, FILES, GPU_MEMORY, FOLDER, WHERE, TIME)     # where not all fit
+SHORTEST = 12                       # hide a column before cells get narrower than this
+HIDDEN_FIRST = (MEMORY, FILES, GPU_MEMORY, FOLDER, WHERE, TIME)     # if not all columns fit
 COUNTER = re.compile('(?i)(epoch|step|iter(ation)?|batch)s?')
 
 
 def cut(text, width):
-    """Return the text in at most `width` columns; … stands for the rest."""
+    """Return the text in at most `width` columns, with … for the rest."""
     if width_of(text) <= width:
         return text
     kept, room = [], width - 1
@@ -1454,9 +1454,9 @@ def cut(text, width):
 
 
 def hiding_order(table, columns):
-    """Return the columns that may be hidden, the first one first.
+    """Return the columns that may be hidden, in the order in which to hide them.
 
-    The last metrics go first, before them those that count or have one value only.
+    Metrics are first: those that count or have only one value, then the last ones.
     """
     def is_dull(column):
         values = {identity(row[column.key]) for row in table.rows if column.key in row}
@@ -1469,7 +1469,7 @@ def hiding_order(table, columns):
 
 
 def fitted(table, width):
-    """Return (columns, how wide each is) that fit the width; None: all, whole."""
+    """Return (columns, their widths) that fit the width; with None all columns, uncut."""
     columns = columns_for(table, PEOPLE)
     wide = {column: max(map(width_of, [printable(column.head), *(
         printable(row.get(column.key, EMPTY).text) for row in table.rows)])) for column in columns}
@@ -1489,8 +1489,8 @@ def fitted(table, width):
 def as_screen(table, width, style):
     """Return the lines for a terminal, the table and its notes.
 
-    width: the columns of the terminal; None: whole.  style(text, code): the text in bold (1) or in
-    red (31)
+    width: the columns of the terminal; None: unlimited.  style(text, code): returns the text in
+    bold (1) or in red (31)
     """
     columns, widths = fitted(table, width)
     lines = [line if width is None else cut(line, width) for line in table.shared]
@@ -1514,7 +1514,7 @@ def as_screen(table, width, style):
 
 
 def counts_of(table):
-    """Return the last line: how many jobs the table has, and how they are."""
+    """Return the last line: the number of jobs, and of those in each state."""
     states = collections.Counter(job.state for job in table.jobs)
     counts = [f'{states[state]:,} {state}' for state in (
         'finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier') if states[state]]
@@ -1525,27 +1525,27 @@ def counts_of(table):
 
 # ---- Report: what the page shows, as data for its script ----
 
-PAGE_BYTES = 95 * 10**5             # that a page has at most, whatever jobs wrote
+PAGE_BYTES = 95 * 10**5             # of a page at most, whatever jobs wrote
 TAILS_BYTES = 3 * 2**20             # of the ends of all streams together
 TAIL_BYTES = 2**13                  # of the end of one stream
-COMMANDS_BYTES = 4 * 10**6          # of all commands together, but for what they share
-CURVE_JOBS = 1000                   # whose curves a page has
-CURVES_BYTES = 48 * 2**20           # of streams that are read for curves, of all jobs together
-CURVE_BYTES = 2**20                 # of one stream
-PIECE_BYTES = 2**16                 # of a longer stream, of which pieces are read
+COMMANDS_BYTES = 4 * 10**6          # of all commands together, without their common prefix
+CURVE_JOBS = 1000                   # jobs of which a page has curves
+CURVES_BYTES = 48 * 2**20           # to read of the streams of all jobs together, for curves
+CURVE_BYTES = 2**20                 # to read of one stream, for curves
+PIECE_BYTES = 2**16                 # of each piece to read of a longer stream
 CURVE_POINTS = 100_000              # of all curves together
 CURVE_NAMES = 12                    # curves of one job
 SAMPLES = 60_000                    # of the use of machines, all together
 LAST_LINE = 160                     # characters of a job's last line
-PATHS = 200                         # changed files that are named
+PATHS = 200                         # changed files to list
 
 COUNTED = re.compile(r'(?i)\b(epoch|step|iteration|iter|batch)s?[ :=#(\[]{1,3}([0-9]{1,15})\b')
-PLAIN_NAME = re.compile(r'[\w.~-]+', re.ASCII)      # the same in an address
+PLAIN_NAME = re.compile(r'[\w.~-]+', re.ASCII)      # a URL needs no escapes for it
 STATES = ('finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier', '')
 USED = ('peak_memory_mb', 'peak_gpu_memory_mb')
 ASKED = ('memory_mb', 'gpu_memory_mb', 'cores', 'gpus')
 
-# What tells why a job failed, where its exit code or the frameworks do.
+# Patterns that show why a job failed, from its stderr or its exit code.
 GPU_IS_FULL = re.compile('CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED'
                          '|RESOURCE_EXHAUSTED: Out of memory')
 FRAMES = re.compile(r'Traceback \(most recent call last\):|  File ".*", line [0-9]')
@@ -1555,25 +1555,25 @@ SIGNALS = {2: 'INT', 6: 'ABRT', 8: 'FPE', 9: 'KILL', 11: 'SEGV', 13: 'PIPE', 15:
 
 
 def is_time(value):
-    """Tell whether a value is a time of this millennium or so, in seconds since 1970."""
+    """Tell whether a value is a plausible time in seconds since 1970 (before the year 5138)."""
     return is_finite(value) and 0 <= value < 10**11
 
 
 class Story(NamedTuple):
-    """What the journals of a folder tell over time.
+    """The history that the journals of a folder tell.
 
-    An attempt is a dictionary: the facts of a claim and of what became of it.
+    An attempt is a dictionary with the facts of the events claimed, ended and so on.
     """
-    attempts: dict              # name of a job -> its attempts, the first one first
+    attempts: dict              # name of a job -> its attempts in the order of time
     before: dict                # name of a job -> the names of its earlier results
-    begun: dict                 # batch -> the times at which a client began to run it
+    begun: dict                 # batch -> the times at which a client started to run it
     facts: dict                 # machine -> its facts
     short: dict                 # machine -> its name for people
     seen: dict                  # machine -> its samples
 
 
 def objects_in(path):
-    """Yield the JSON objects of a file that has one a line; what cannot be read is passed over."""
+    """Yield the JSON objects of a file that has one a line; skip what cannot be read."""
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):
@@ -1588,7 +1588,7 @@ def read_story(folder):
     inner = os.path.join(folder, BOOKKEEPING)
     for path in journals_in(folder):
         for event in objects_in(path):
-            with contextlib.suppress(KeyError, TypeError):      # a strange fact tells nothing
+            with contextlib.suppress(KeyError, TypeError):      # skip an event of another shape
                 retell({**event, 'folder': folder}, story)
     for sample in objects_in(os.path.join(inner, 'seen')):
         if is_time(sample.get('time')) and isinstance(sample.get('machine'), str):
@@ -1612,7 +1612,7 @@ def retell(event, story):
     elif word == 'renamed':
         story.attempts[event['to']] = story.attempts.pop(name)
         story.before.setdefault(name, []).append(event['to'])
-    elif word == 'running':             # until then it has waited, in the queue of a cluster
+    elif word == 'running':             # before, the job waited in the queue of a cluster
         story.attempts[name][-1]['time'] = time_s
     elif word == 'ended':
         last = story.attempts[name][-1]
@@ -1625,7 +1625,7 @@ def retell(event, story):
 
 
 def span_of(one):
-    """Return (when an attempt began, when it ended or None while it runs); None if unknown."""
+    """Return (start, end or None while it runs) of an attempt; None if the start is unknown."""
     began, wall_s, until = one.get('time'), one.get('wall_s'), one.get('until')
     if not is_time(began):
         return None
@@ -1636,9 +1636,9 @@ def span_of(one):
 
 
 def waited_since(one, former, story):
-    """Return since when the job of an attempt had waited, or None.
+    """Return the time since which a job had waited for this attempt, or None.
 
-    former: the job's attempt before, or None
+    former: the job's previous attempt, or None
     """
     begun = [time_s for time_s in story.begun.get(one.get('batch'), ())
              if is_time(time_s) and time_s <= one['time']]
@@ -1648,7 +1648,7 @@ def waited_since(one, former, story):
 
 
 def attempts_of(job, story, shown):
-    """Return the attempts of a Job, also of its earlier results that have no row of their own.
+    """Return the attempts of a Job, and those of its earlier results without a row of their own.
 
     shown: (folder, name) of all jobs that have a row
     """
@@ -1659,7 +1659,7 @@ def attempts_of(job, story, shown):
 # -- Why jobs failed --
 
 def text_of(data):
-    """Return an output for people: what a line that is overwritten had at the end, no escapes."""
+    """Return an output for people: of an overwritten line the last state, without escapes."""
     lines = decoded(data).replace('\r\n', '\n').split('\n')
     lines = [line.rstrip('\r').rpartition('\r')[2] for line in lines]
     return '\n'.join(line if line.isprintable() else '\t'.join(map(printable, line.split('\t')))
@@ -1667,9 +1667,9 @@ def text_of(data):
 
 
 def telling_line(lines):
-    """Return the line of a stderr that tells most of why a job failed; '' if there is none.
+    """Return the line of a stderr that best explains why a job failed; '' if there is none.
 
-    That is the last one but for noise; of a Python traceback the line of its exception.
+    It is the last line that is not noise, or the line of the exception of a Python traceback.
     """
     told, raised, in_frames = [], None, False
     for line in lines:
@@ -1680,13 +1680,13 @@ def telling_line(lines):
                 in_frames, raised = False, len(told)
             if not NOISE.fullmatch(line):
                 told.append(line)
-    if raised is not None and raised < len(told) <= raised + 9:     # a message may go on below it
+    if raised is not None and raised < len(told) <= raised + 9:     # a message may have more lines
         return told[raised].strip()
     return (told or [''])[-1].strip()
 
 
 def reason_words(job, lines):
-    """Return why a Job failed, in words.  lines: the last ones of its stderr."""
+    """Return a text on why a Job failed.  lines: the last ones of its stderr."""
     told, code = telling_line(lines), job.exit_code
     if job.state == 'lost' or code is None or code < 0:
         return f'{job.machine or "its machine"} lost the job'
@@ -1705,7 +1705,7 @@ def reason_words(job, lines):
 # -- Ends of streams --
 
 def stream_sizes(job):
-    """Return the sizes of stdout and stderr in bytes; None of what is no file."""
+    """Return the sizes of stdout and stderr in bytes; None for one that is no file."""
     sizes = []
     for end in ('.out', '.err'):
         try:
@@ -1717,7 +1717,7 @@ def stream_sizes(job):
 
 
 def level(sizes, room):
-    """Return how much each may have at most, so that all together fit into the room."""
+    """Return the number of bytes to which to cut each stream so that all fit into the room."""
     most = TAIL_BYTES
     while most > 1 and sum(min(size, most) for size in sizes) > room:
         most *= 0.9
@@ -1725,7 +1725,7 @@ def level(sizes, room):
 
 
 def tail_limits(jobs, sizes, room):
-    """Return how many bytes of each Job's streams a page shows: of those that failed more."""
+    """Return the number of bytes to show of each Job's streams: more if the Job failed."""
     failed = [bool(job.exit_code) for job in jobs]
     limits, left = {}, room // 2
     for which in (True, False):
@@ -1737,7 +1737,7 @@ def tail_limits(jobs, sizes, room):
 
 
 def tail_of(path, size):
-    """Return the text of the last bytes of a stream, from the beginning of a line on."""
+    """Return the text of the last bytes of a stream, starting with a whole line."""
     data, is_whole = read_end(path, size) or (b'', True)
     if not is_whole:
         data = data.partition(b'\n')[2] or data
@@ -1745,14 +1745,14 @@ def tail_of(path, size):
 
 
 def ends_of(job, sizes, limit):
-    """Return (tail of stdout, tail of stderr, the last line, why it failed or '')."""
+    """Return (tail of stdout, tail of stderr, the last line, the reason of a failure or '')."""
     out, err = (tail_of(job.path(end), max(limit, 1024)) if size else ''
                 for end, size in zip(('.out', '.err'), sizes))
     reason = reason_words(job, err.split('\n')) if job.state in ('failed', 'lost') or (
         job.exit_code) else ''
     last = next((line.strip() for text in (out, err) for line in reversed(text.split('\n'))
                  if line.strip()), '')
-    # A character takes one byte at least, so this is never longer than what was read.
+    # The reason needs at least 1024 bytes of stderr, but the page shows at most `limit` characters.
     return (*(text if len(text) <= limit else text[len(text) - limit:] for text in (out, err)),
             cut(last, LAST_LINE), reason)
 
@@ -1760,9 +1760,9 @@ def ends_of(job, sizes, limit):
 # -- Curves --
 
 def pieces_of(path, most):
-    """Return (lines of a stream, how many bytes of it each of them stands for).
+    """Return (lines of a stream, the number of lines of the stream that each represents).
 
-    Of a stream with more than `most` bytes these are lines of pieces all over it.
+    Of a stream with more than `most` bytes read only pieces at equal distances.
     """
     with opened(path) as (fd, size), contextlib.suppress(OSError):
         if fd is None:
@@ -1780,14 +1780,14 @@ def pieces_of(path, most):
 
 
 def evenly(items, most):
-    """Return at most this number of items, from all over them, with the first and the last."""
+    """Return at most `most` items at equal distances, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[number * (len(items) - 1) // max(most - 1, 1)] for number in range(most)]
 
 
 def counted(line, ordinal):
-    """Return (name, number) of what a line counts: Epoch 3/50, step [3]; else ('', the ordinal)."""
+    """Return (name, number) of the counter of a line: Epoch 3/50, step [3]; else ('', ordinal)."""
     match = COUNTED.search(line[:LONGEST_LINE])
     return (match[1].lower(), int(match[2])) if match else ('', ordinal)
 
@@ -1795,8 +1795,8 @@ def counted(line, ordinal):
 def curves_in(lines, share, points):
     """Return {name: [[x], [y], name of x]} of numbers that have one name in several lines.
 
-    x is what the same line counts, such as an epoch, or which of the values it is.  share: how
-    many lines of the stream each of these stands for
+    x is the counter of the same line, such as an epoch, or the ordinal number of the value.
+    share: the number of lines of the stream that each of these lines represents
     """
     shapes = NUMBERS.sub(b'0', b'\n'.join(lines)).split(b'\n')
     groups = collections.defaultdict(list)
@@ -1829,7 +1829,7 @@ def curves_in(lines, share, points):
 
 
 def find_curves(jobs):
-    """Return ({number of a job: its curves}, how many jobs were looked at)."""
+    """Return ({number of a job: its curves}, the number of jobs that were searched)."""
     numbers = evenly([number for number, job in enumerate(jobs) if job.state != 'lost'],
                      CURVE_JOBS)
     if not numbers:
@@ -1846,7 +1846,7 @@ def find_curves(jobs):
 
 
 def rounded(value, digits):
-    """Return a number with this number of digits, for a drawing; what JSON lacks is a text."""
+    """Return a number with this number of digits, for a drawing; nan and inf as a text."""
     if isinstance(value, float) and not math.isfinite(value):
         return exact_number(value)
     short = float(f'{value:.{digits}g}')
@@ -1856,9 +1856,10 @@ def rounded(value, digits):
 # -- Machines --
 
 def samples_of(samples, most, origin):
-    """Return the use of a machine over time, as lists of equal length; averages of neighbours.
+    """Return the use of a machine over time, as at most `most` averages of neighbouring samples.
 
-    Shares of cores, memory, and of each GPU how busy it was and its memory; None is unknown
+    The lists have equal lengths: shares of cores and memory, and of each GPU's time and memory;
+    None is unknown.
     """
     samples = sorted(samples, key=lambda one: one['time'])
     size = -(-len(samples) // most)
@@ -1894,7 +1895,7 @@ def samples_of(samples, most, origin):
 
 
 def facts_text(facts):
-    """Return {what: text} of what a journal tells of a machine."""
+    """Return {name: text} of a journal's facts about a machine; gpus is a list."""
     if not isinstance(facts, dict):
         return {}
     gpus = facts.get('gpus')
@@ -1910,8 +1911,8 @@ def facts_text(facts):
 def machines_of(stories, used, window):
     """Return {name of a machine for people: its facts and its use} of all Stories.
 
-    used: the names of those that had jobs; of others only those are there of which something was
-    seen in the window: (from, to, the origin of the page's times)
+    used: the names of the machines that had jobs.  Include another machine only if it has samples
+    in the window.  window: (from, to, the origin of the page's times)
     """
     begin, end, origin = window
     found, names = {}, {}
@@ -1938,7 +1939,7 @@ def machines_of(stories, used, window):
 # -- What ran --
 
 def provenance(jobs, links):
-    """Return a list of the facts of each set of files that was sent, the most used first."""
+    """Return a list with the facts of each set of sent files, the most used first."""
     counts = collections.Counter((job.folder, job.files) for job in jobs if job.files)
     found = []
     for (folder, digest), count in counts.most_common(50):
@@ -1963,7 +1964,7 @@ def provenance(jobs, links):
 
 
 def objects_in_whole(path):
-    """Yield the JSON object that a whole file is, if it is one."""
+    """Yield the content of a file if it is a JSON object."""
     data, is_whole = read_end(path, 2**24) or (b'', False)
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(data) if is_whole else None
@@ -1974,12 +1975,12 @@ def objects_in_whole(path):
 # -- All of it --
 
 def linker(folder):
-    """Return a function that gives the address of a path, as a page in the folder links to it."""
+    """Return a function that returns the address of a path in a link of a page in the folder."""
     from urllib.parse import quote
     folder = os.path.realpath(folder)
 
     def address(path):
-        # What a link in the path leads to may lie elsewhere, so only the folder's is resolved.
+        # The last component may be a link to another place, so resolve only its folder.
         real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         return './' + quote(os.fsencode(os.path.relpath(real, folder)))
 
@@ -1987,7 +1988,7 @@ def linker(folder):
 
 
 def column_data(table, column):
-    """Return a column of the table for the page: its values, and texts where these say more."""
+    """Return a column of the table for the page: its values, and the texts if they say more."""
     cells = [row.get(column.key, EMPTY) for row in table.rows]
     values = [rounded(cell.value, 9) if is_number(cell.value) else
               None if cell.value is None else printable(str(cell.value)) for cell in cells]
@@ -2004,7 +2005,7 @@ def column_data(table, column):
 
 
 def listed(values):
-    """Return a list as it is, or, where values repeat, as {different ones, which of them each is}.
+    """Return a list unchanged or, if many values repeat, as {levels: the distinct values, codes}.
     """
     numbers = {}
     if len(values) < 50 or len(set(values)) > len(values) // 4:
@@ -2014,9 +2015,9 @@ def listed(values):
 
 
 def job_data(jobs, stories, all_attempts, origin, machines, room):
-    """Return what the page tells of each Job, as lists of equal length, and the tails.
+    """Return the facts of each Job for the page, as lists of equal length, and the tails.
 
-    room: bytes for the tails
+    room: the number of bytes for all tails
     """
     sizes = [stream_sizes(job) for job in jobs]
     limits = tail_limits(jobs, sizes, room)
@@ -2048,7 +2049,7 @@ def job_data(jobs, stories, all_attempts, origin, machines, room):
 
 
 def window_of(stories, all_attempts, now):
-    """Return (when the jobs began to wait or run, when they ended, the origin of all times)."""
+    """Return (the time of the first start or wait, that of the last end, the origin of times)."""
     begins, ends = [], []
     for attempts in all_attempts:
         for one in filter(span_of, attempts):
@@ -2082,16 +2083,16 @@ def used_by(one):
 
 
 def asked_by(one):
-    """Return [MB, MB of the GPU, cores, GPUs] that an attempt asked for; None is nothing."""
+    """Return [MB, MB of the GPU, cores, GPUs] that an attempt requested; None: not requested."""
     asked = one.get('asked')
     return [asked[key] if isinstance(asked, dict) and is_finite(asked.get(key)) else None
             for key in ASKED]
 
 
 def report_data(table, notes, folder, now, room=TAILS_BYTES):
-    """Return all that the page shows of a Table, for JSON.
+    """Return the data of the page of a Table, for JSON.
 
-    notes: sentences; folder: that the page lies in; now: seconds since 1970; room: for tails
+    notes: sentences; folder: the page's; now: seconds since 1970; room: bytes for all tails
     """
     stories = {one: read_story(one) for one in dict.fromkeys(job.folder for job in table.jobs)}
     shown = {(job.folder, job.name) for job in table.jobs}
@@ -2126,20 +2127,20 @@ UNSAFE = re.compile('[<>&\u007f-\u009f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
 
 
 def safe_json(value):
-    """Return JSON that means the same in a page: nothing in it is markup or cannot be encoded."""
+    """Return JSON that is safe in a page: it has no markup, and no character is unencodable."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
     return UNSAFE.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 
 
 def write_page(table, notes, path, now):
-    """Write the page of a Table; return how many bytes it has.  now: seconds since 1970."""
+    """Write the page of a Table; return its size in bytes.  now: seconds since 1970."""
     page = as_html(table, notes, os.path.dirname(path) or '.', now)
     write_file(path, page)
     return len(page.encode('utf-8', 'backslashreplace'))
 
 
 def as_html(table, notes, folder, now):
-    """Return the page of a Table: its large parts are cut until it fits."""
+    """Return the page of a Table; shorten the tails until it fits into PAGE_BYTES."""
     for room in (TAILS_BYTES, TAILS_BYTES // 4, TAILS_BYTES // 20, 0):
         data = report_data(table, notes, folder, now, room)
         page = page_of(data['title'], safe_json(data))
@@ -2149,7 +2150,7 @@ def as_html(table, notes, folder, now):
 
 
 def page_of(title, data):
-    """Return the page with its data, which only its own style and script may touch."""
+    """Return the page with its data; the page permits no other style and script than its own."""
     import base64
     import hashlib
     import html
@@ -2173,9 +2174,9 @@ def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinis
 
     results are paths: folders job_results, or results in them; by default job_results.  The
     keywords are the options of the command; each may be a text or a list of texts.  All rows have
-    the same keys, in the order of the columns; an empty cell is None.  report(sentence) is called
-    with what a user should know, such as that results of different files are mixed.  html is the
-    path of a page for a browser, which is written as well.
+    the same keys, in the order of the columns; an empty cell is None.  The function calls
+    report(sentence) with warnings, such as that results of different files are mixed.  If html is
+    a path, it also writes a page for a browser there.
 
     All errors are TableErrors whose text is for users.
     """
@@ -2196,7 +2197,7 @@ def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinis
 
 
 def check_page(path, wishes):
-    """Raise unless a page of what the Wishes ask for may be written there."""
+    """Raise UsageError if a page of these Wishes may not be written to the path."""
     if wishes.mean_over:
         raise UsageError('--html shows all jobs, and their means over any parameter: leave '
                          '--mean-over out.')
@@ -2204,7 +2205,7 @@ def check_page(path, wishes):
 
 
 def put_page(table, notes, path):
-    """Write the page of a Table; return how many bytes it has."""
+    """Write the page of a Table; return its size in bytes.  Raises TableError."""
     try:
         return write_page(table, notes, path, time.time())
     except OSError as error:
@@ -2222,7 +2223,7 @@ def names_in(value):
 
 
 def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earlier):
-    """Return the Wishes that the options say."""
+    """Return the Wishes of the options; raise UsageError if one is wrong."""
     metrics, tests = [], []
     for text in as_list(metric):
         name, equals, pattern = text.partition('=')
@@ -2251,7 +2252,7 @@ def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earl
 
 
 def read_table(results, wishes, report):
-    """Return the Table of the results with all that the Wishes ask for."""
+    """Return the Table of the results, filtered, averaged and sorted by the Wishes."""
     places = find_places([os.fsdecode(path) for path in results] or ['job_results'])
     try:
         jobs = [job for place in places for job in read_jobs(place, report)]
@@ -2278,7 +2279,7 @@ def read_table(results, wishes, report):
 
 
 def advise(table, report):
-    """Report what could mislead a reader of the table."""
+    """Report facts that could mislead a reader of the table."""
     files = collections.Counter(job.files[:DIGEST] for job in table.jobs if job.files)
     if len(files) > 1:
         counts = names_of([f'{many(count, "job")} ran with {digest}'
@@ -2481,14 +2482,14 @@ FORMS = {'--csv': as_csv, '--json': as_json, '--markdown': as_markdown, '--latex
 
 
 def option_kinds():
-    """Return {option: 'flag' | 'value'} as the usage text describes them."""
+    """Return {option: 'flag' | 'value'} of the usage text."""
     lines = re.findall(r'(?m)^  (-\w )?(--[a-z-]+)(=<[^>]+>)?  ', USAGE)
     kinds = {long: 'value' if value else 'flag' for _, long, value in lines}
     return {**kinds, **{short.strip(): kinds[long] for short, long, _ in lines if short}}
 
 
 def read_options(argv):
-    """Return (words, {option: value}); those of SEVERAL are lists, a flag is True."""
+    """Return (words, {option: value}); an option of SEVERAL has a list, a flag has True."""
     kinds, words, options = option_kinds(), [], {}
     rest = iter(argv)
     for word in rest:
@@ -2519,9 +2520,9 @@ def read_options(argv):
 
 
 def nearest(word, known):
-    """Return ' (did you mean X?)' with the known words that this one may stand for, or ''.
+    """Return ' (did you mean X?)' with the known words that the user may have meant, or ''.
 
-    It may be the beginning of one, have typing errors, or name its parts in another order.
+    The word may be the beginning of one, have typing errors, or have its parts in another order.
     --no-x never stands for x, nor the other way round.
     """
     import difflib
@@ -2558,7 +2559,7 @@ class Terminal:
 
     @property
     def shows(self):
-        """Tell whether a person looks at stdout."""
+        """Tell whether stdout is a terminal."""
         return self._out is not None and self._out.isatty()
 
     @property
@@ -2570,17 +2571,17 @@ class Terminal:
             return 80
 
     def style(self, text, code):
-        """Return the text in bold or in red, where the terminal can show that."""
+        """Return the text in bold or in red if the terminal can show that."""
         is_plain = (not text or not self.shows or os.environ.get('NO_COLOR')
                     or os.environ.get('TERM', 'dumb') == 'dumb')
         return text if is_plain else f'\x1b[{code}m{text}\x1b[0m'
 
     def say(self, sentence):
-        """Print this sentence at the end: nobody sees it in front of a long table."""
+        """Keep this sentence for end(): nobody would see it above a long table."""
         self._sentences[sentence] = True
 
     def end(self):
-        """Say the sentences, each once."""
+        """Print each sentence once."""
         for sentence in self._sentences:
             self.complain(f'results_table: {sentence}')
 
@@ -2591,13 +2592,13 @@ class Terminal:
         write(self._out, text)
 
     def put_lines(self, text):
-        """Print lines for programs; a terminal gets them without what could move its cursor."""
+        """Print lines for programs; on a terminal without control characters."""
         self.put('\n'.join(map(printable, text.split('\n'))) if self.shows else text)
 
 
 def write(stream, text):
-    """Write a text as far as the stream's encoding can."""
-    if stream is None:                  # it was closed before we began, as by `>&-`
+    """Write a text; replace characters that the stream's encoding lacks."""
+    if stream is None:                  # it was closed before the start, as by `>&-`
         return
     try:
         try:
@@ -2607,19 +2608,19 @@ def write(stream, text):
             text = text.encode(stream.encoding, 'backslashreplace').decode(stream.encoding)
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:             # as in `| head`
+    except BrokenPipeError:             # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def show(text):
-    """Print a text that was asked for: the usage, or a completion."""
+    """Print the text that the user requested: the usage, or a completion."""
     write(sys.stdout, text)
 
 
 # ---- Command: from argv to the exit status ----
 
 def run(argv, terminal):
-    """Do what the command line says."""
+    """Run the command line."""
     words, options = read_options(argv)
     if '--completion' in options:
         shell = options['--completion']
