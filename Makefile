@@ -7,7 +7,7 @@ SECONDS ?= 600
 BIN = .venv/bin
 MODULES = ssh_scheduler.py combine_folders.py results_table.py
 SCRIPTS = .ci/measure .ci/manual
-# Another PYTHON than that of .venv makes it anew: first what the program needs, then the rest.
+# A new value of PYTHON rebuilds .venv: first with the packages of the program, then with the rest.
 RUNS = .venv/runs-by-$(subst /,-,$(PYTHON))
 MADE = .venv/made-by-$(subst /,-,$(PYTHON))
 

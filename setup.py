@@ -1,6 +1,6 @@
 """Packaging of ssh-scheduler: three modules, their types, six executables, and nothing to compile.
 
-When they are installed, a man page and completions of each executable are made of its usage text.
+An installation makes a man page and completions of each executable from its usage text.
 """
 
 import os
@@ -17,25 +17,25 @@ TYPED = [name for name in MODULES if (HERE / 'stubs' / name).is_dir()]
 
 
 def read_version():
-    """Read the version from the text of ssh_scheduler.py: importing it may need what we install."""
+    """Return the version, from the text of ssh_scheduler.py: an import may lack dependencies."""
     source = (HERE / 'ssh_scheduler.py').read_text(encoding='utf-8')
     return re.search(r"^__version__ = '([^']+)'$", source, re.MULTILINE).group(1)
 
 
 def read_readme():
-    """Return the README, or nothing where only the modules were copied."""
+    """Return the README, or '' if only the modules were copied."""
     readme = HERE / 'README.md'
     return readme.read_text(encoding='utf-8') if readme.exists() else ''
 
 
 def shared_files():
-    """Return (folder, name, text) of each file for man and the shells; none without .ci/manual."""
+    """Return [(folder, name, text)] of the files for man and the shells; [] without .ci/manual."""
     manual = HERE / '.ci/manual'
     return list(runpy.run_path(str(manual))['shared_files']()) if manual.exists() else []
 
 
 class InstallShared(Distribution().get_command_class('install_data')):
-    """Installs what no file in the project is, but is made of one."""
+    """Installs the generated files: man pages and completions."""
 
     def run(self):
         """Write the files below the prefix."""
@@ -68,18 +68,18 @@ setup(
         'Topic :: System :: Distributed Computing',
     ],
     py_modules=MODULES,
-    # A type checker finds the types of a module that is one file in a package of this name only.
+    # A type checker finds the types of a single-file module only in a package of this name.
     packages=[f'{name}-stubs' for name in TYPED],
     package_dir={f'{name}-stubs': f'stubs/{name}' for name in TYPED},
     package_data={'': ['*.pyi']},
     data_files=[('share/man/man1', [])],        # without any, InstallShared would not run
     cmdclass={'install_data': InstallShared},
-    # The same two facts stand in the `# /// script` block of ssh_scheduler.py, for `uv run`.
+    # The `# /// script` block of ssh_scheduler.py repeats these two facts for `uv run`.
     python_requires='>=3.9',
     install_requires=['PyYAML', 'docopt-ng', 'rich'],
     entry_points={
         'console_scripts': [
-            # ssh_scheduler.main picks the command from the name that it was called by.
+            # ssh_scheduler.main takes the command from the name of the executable.
             'execute_remote = ssh_scheduler:main',
             'execute_batch = ssh_scheduler:main',
             'execute_to = ssh_scheduler:main',

@@ -3,13 +3,13 @@
     make bench
     .venv/bin/python bench/bench.py [--quick] [--only NAME]... [--against COMMIT] [--results FILE]
 
-README.md says what each figure is.  The machines are those of the tests, tests/rig.py: sshd's on
-loopback, here with OpenSSH's default key exchange and the start files of /etc/skel.  All that are
-compared take turns, and the median of each counts.
+README.md explains each figure.  The machines are those of the tests, tests/rig.py: sshds on
+loopback, here with OpenSSH's default key exchange and the start files of /etc/skel.  The compared
+programs run in turns, and the median of each counts.
 
-GNU parallel runs over a ready ControlMaster (its time has no login in it, ours does), on a machine
-that allows it more sessions than sshd would by default.  It and each version are tried with several
-numbers of jobs at a time, and keep their best.
+GNU parallel uses a ready ControlMaster, so its time includes no login, but that of ssh-scheduler
+does; the machine allows it more sessions than sshd does by default.  It and each version run with
+several numbers of jobs at a time, and the best one counts.
 """
 import argparse
 import contextlib
@@ -48,14 +48,14 @@ from ground import (  # noqa: E402
 import ssh_scheduler  # noqa: E402
 
 COMBINE_FOLDERS = Path(sys.executable).with_name('combine_folders')     # as users have it
-MEMORY_FOLDER = '/dev/shm'      # see README.md: a disk is not what is measured
-EARLIER = 'fb897de'             # what is measured beside this commit
-OUR_SLOTS = (4, 8, 16, 32)      # jobs at a time that are tried
+MEMORY_FOLDER = '/dev/shm'      # see README.md: the figures must not depend on a disk
+EARLIER = 'fb897de'             # the commit to compare this one with
+OUR_SLOTS = (4, 8, 16, 32)      # numbers of jobs at a time to try
 PEER_SLOTS = (2, 4, 8, 16)
 
 
 def quickest(candidates, seconds, rounds):
-    """The candidate with the least seconds in any of the rounds, which all take part in."""
+    """Return the candidate with the fewest seconds in any round; each round runs them all."""
     taken = [[seconds(candidate) for candidate in candidates] for _ in range(rounds)]
     return min(zip(map(min, zip(*taken)), candidates))[1]
 
@@ -64,7 +64,7 @@ def quickest(candidates, seconds, rounds):
 
 @contextlib.contextmanager
 def gnu_parallel(ground, machine):
-    """Yield run(jobs, slots, command, *options) -> seconds; {} in the command is a number."""
+    """Yield run(jobs, slots, command, *options) -> seconds; {} in the command is a job's number."""
     if not shutil.which('parallel'):
         raise Failed('the peer is missing: apt install parallel')
     shared = ('-o', f'ControlPath={machine.folder}/master')
@@ -101,7 +101,7 @@ def compare_rates(bench, name, goal, comparison, jobs):
 
 
 def rates_at_best(bench, ours, theirs, jobs):
-    """({who: jobs per second}, {who: how many at a time}), each at its best and all in turns."""
+    """Run all in turns; return ({who: jobs per second}, {who: jobs at a time}) at their best."""
     our_jobs, their_jobs = (count // 2 if bench.quick else count for count in jobs)
     rounds = 1 if bench.quick else 2
     at_once = {version.name: quickest(OUR_SLOTS, lambda n, v=version: ours(v, our_jobs // 3, n),
@@ -118,7 +118,7 @@ def rates_at_best(bench, ours, theirs, jobs):
 # ---- The figures ----
 
 def spec_batch(bench):
-    """The four lines of the example on two machines, against a bare login; counts the logins."""
+    """Compare the four lines of the example on two machines with a bare login; count the logins."""
     with bench_machine('lab1') as lab1, bench_machine('lab2') as lab2:
         files = [lab1.yaml(), lab2.yaml()]
         logins = []
@@ -152,7 +152,7 @@ def spec_batch(bench):
 
 
 def many_jobs(bench):
-    """1,000 x true without copies."""
+    """Compare the rate of 1,000 x true without copies with GNU parallel's."""
     @contextlib.contextmanager
     def comparison(ground):
         with ground.machine('lab1') as machine, gnu_parallel(ground, machine) as parallel:
@@ -169,7 +169,7 @@ def many_jobs(bench):
 
 
 def many_files(bench):
-    """500 jobs with 20 small files staged, a folder each, one result file and output back."""
+    """Compare the rate of 500 jobs that each get 20 small files and return a file and output."""
     @contextlib.contextmanager
     def comparison(ground):
         with ground.machine('lab1') as machine, gnu_parallel(ground, machine) as parallel:
@@ -180,7 +180,10 @@ def many_files(bench):
 
 
 def staged_files(bench):
-    """One job with 50,000 small files, of which the list and 5,000 are kept; in a git checkout."""
+    """Compare one job in a git checkout with 50,000 small files with the earlier commit.
+
+    The client keeps the list and 5,000 of the files.
+    """
     count = 5_000 if bench.quick else 50_000
     source = bench.folder()
     for number in range(count):
@@ -229,8 +232,8 @@ def our_files(ground, machine, version, jobs, number):
 
 
 def their_files(ground, parallel, jobs, number):
-    # Under `--workdir ...` parallel puts relative base files nowhere, so a folder for each job is
-    # made by the command; that is faster, too.
+    # With `--workdir ...` parallel loses relative base files, so the command makes a folder for
+    # each job, which is also faster.
     folder = twenty_files(ground)
     command = 'mkdir {} && cp -r data {} && cd {} && cat data/* >result; echo done'
     took_s = parallel(jobs, number, command, '--basefile', 'data', '--workdir', folder.name,
@@ -247,7 +250,7 @@ def check_results(paths, jobs):
 
 
 def memory(bench):
-    """Peak memory of a client whose 10,000 lines wait behind jobs that block."""
+    """Measure the peak memory of a client whose 10,000 lines wait behind jobs that block."""
     folder = bench.folder()
     os.mkfifo(folder / 'never')
     (folder / 'batch.sh').write_text('cat <"$OLDPWD"/never\n' * 10000)
@@ -272,7 +275,7 @@ def memory(bench):
 
 
 def cost_per_job(bench):
-    """Processor time of the client per job: 5,000 lines against 500."""
+    """Compare the client's processor time per job for 5,000 lines with that for 500."""
     long, rounds = (2000, 1) if bench.quick else (5000, 3)
 
     def cpu_of(jobs):
@@ -280,7 +283,7 @@ def cost_per_job(bench):
         (folder / 'batch.sh').write_text('true\n' * jobs)
         with started(bench, folder, 'batch.sh', '--num-cpus=0.1') as client:
             client.stdout.read()
-            # Its own time, without that of its children: readable until it is waited for.
+            # The client's own time, without its children's: readable until somebody waits for it.
             os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
             stat = Path(f'/proc/{client.pid}/stat').read_text()
             if client.wait(SAFETY_NET_S):
@@ -297,7 +300,7 @@ def cost_per_job(bench):
 
 @contextlib.contextmanager
 def started(bench, folder, batch, *options):
-    """A running batch on this machine without files; it is killed if it is left running."""
+    """Run a batch on this machine without files; kill it if it runs at the end of the block."""
     client = subprocess.Popen(
         [*map(str, bench.versions[0].argv('execute_batch')), *SMALL_JOBS, *options,
          '--copy-forwards', '--copy-backwards', '--machines', 'localhost', '--', batch],
@@ -313,7 +316,7 @@ def started(bench, folder, batch, *options):
 
 
 def small_sources(folder, files):
-    """Three folders of `files` small files each, in folders of 100; all have half of the paths."""
+    """Make three folders of `files` small files, in folders of 100; all share half of the paths."""
     for number in (1, 2, 3):
         for file in range(files):
             into = folder / f'src{number}/{file // 100:05}'
@@ -325,7 +328,7 @@ def small_sources(folder, files):
 
 
 def combine_small(bench):
-    """Three folders of 10,000 small files that share half of their paths: rsync, one dest."""
+    """Compare with rsync: three folders of 10,000 small files that share half of their paths."""
     files, rounds = 10000, 3 if bench.quick else 9
     folder = bench.folder()
     sources = small_sources(folder, files)
@@ -350,7 +353,7 @@ def combine_small(bench):
 
 
 def combine_large(bench):
-    """One file of 4 GB against cp, which copies with the same system call."""
+    """Compare one file of 4 GB with cp, which copies with the same system call."""
     megabytes, rounds = (2000, 3) if bench.quick else (4000, 7)
     folder = bench.folder()
     (folder / 'src').mkdir()
@@ -367,8 +370,8 @@ def combine_large(bench):
         shutil.rmtree(made)
         return took_s
 
-    # The best of each: what a copy of gigabytes takes in memory varies threefold on virtual
-    # machines, with the pages that the host has to find.
+    # Compare the best times: on a virtual machine the time to copy gigabytes in memory varies
+    # threefold, with the pages that the host has to find.
     taken = [(copy([COMBINE_FOLDERS, '--quiet', ours, folder / 'src'], ours),
               copy(['cp', '-a', folder / 'src', theirs], theirs)) for _ in range(rounds)]
     our_s, their_s = map(min, zip(*taken))
@@ -380,14 +383,14 @@ def combine_large(bench):
 
 
 def combine_memory(bench):
-    """Peak memory for each file of the sources, above that of an empty one; in one folder."""
+    """Measure the peak memory for each file of one folder, above that for an empty folder."""
     files = 50000 if bench.quick else 1000000
     folder = bench.folder()
     for name in ('none', 'many'):
         (folder / name).mkdir()
     for number in range(files):
         os.close(os.open(folder / f'many/result-{number:08}.txt', os.O_CREAT | os.O_WRONLY))
-    # Not its ru_maxrss: what this process has before it becomes Python, ours, would be in that.
+    # Not ru_maxrss: it includes the memory of this process, from before the child's exec.
     code = ('import sys\n'
             'sys.argv = ["combine_folders", "--quiet", *sys.argv[1:]]\n'
             'from combine_folders import main\n'
@@ -406,7 +409,7 @@ def combine_memory(bench):
 
 
 def placing(bench):
-    """Placements among 1,000 machines in use, each end of a job followed by what starts then."""
+    """Measure placements on 1,000 full machines: end a job, then place the next ones."""
     few, many = 1000, 10_000 if bench.quick else 100_000
     placements, rounds = (5000, 1) if bench.quick else (20_000, 3)
     few_us, many_us = medians(rounds, *(lambda n=n: placement_us(1000, n, placements)
@@ -418,7 +421,7 @@ def placing(bench):
 
 
 def placement_us(machines, waiting, placements):
-    """Processor time of a placement while `waiting` jobs of ten kinds wait."""
+    """Return the processor time of a placement in us while `waiting` jobs of ten kinds wait."""
     gpus = tuple(ssh_scheduler.Gpu(index, 24000) for index in range(4))
     kinds = [ssh_scheduler.Allocation(1 + n % 3, 1000 + 500 * n, gpus=0) for n in range(6)]
     kinds += [ssh_scheduler.Allocation(1, 2000, gpus=1 + n % 2, gpu_memory_mb=4000 + 1000 * n,
@@ -435,7 +438,7 @@ def placement_us(machines, waiting, placements):
 
     refill(kinds * (waiting // len(kinds)))
     running, taken = [], list(scheduler.choose())
-    while taken:                # until all machines are full, and as many jobs wait as before
+    while taken:                # until all machines are full and `waiting` jobs wait
         running += taken
         refill(job.allocation for job, *_ in taken)
         taken = list(scheduler.choose())
@@ -457,7 +460,7 @@ def placement_us(machines, waiting, placements):
 
 
 def remote(bench):
-    """The commands that run one thing: execute_remote : ssh, execute_to : clush and pdsh, 1 GB."""
+    """Compare execute_remote with ssh, also for 1 GB, and execute_to with clush and pdsh."""
     with bench_machine('lab1') as machine:
         start_up(bench, machine)
         streaming(bench, machine)
@@ -466,7 +469,7 @@ def remote(bench):
 
 
 def start_up(bench, machine):
-    """A command that does nothing, without files, against a bare login for the same."""
+    """Compare a command that does nothing, without files, with a bare login that runs it."""
     file, folder = machine.yaml(), bench.folder()
 
     def ours():
@@ -483,7 +486,7 @@ def start_up(bench, machine):
 
 
 def streaming(bench, machine):
-    """A large file through execute_remote, which keeps it on both sides, against ssh."""
+    """Compare a large file through execute_remote, which keeps it on both sides, with ssh."""
     with open(machine.home / 'big', 'wb') as file:
         for megabytes, rounds in ((200, 3), (1000, 1 if bench.quick else 3)):
             while file.tell() < megabytes * 10**6:
@@ -504,8 +507,8 @@ def stream(bench, machine, megabytes, rounds):
         return took_s
 
     def shell_warm(line):
-        """Run the line when pages for two copies are there: a virtual machine that gives free
-        memory back to its host waits seconds for a gigabyte of it."""
+        """Allocate memory for two copies, then run the line: a virtual machine that returned its
+        free memory to the host waits seconds for a gigabyte."""
         with open(bench.home / 'pages', 'wb') as file:
             for _ in range(2 * megabytes):
                 file.write(bytes(10**6))
@@ -537,7 +540,7 @@ def stream(bench, machine, megabytes, rounds):
 
 
 def fan_out(bench, machines):
-    """A command on ten machines at once."""
+    """Compare a command on ten machines at once with clush and pdsh."""
     folder = bench.folder()
     files = [machine.yaml(name=machine.name) for machine in machines]
     config = folder / 'ssh_config'
@@ -623,7 +626,7 @@ def main():
 
 
 def measured(options, top, disk):
-    """Measure what the options name; return how many figures could not be had."""
+    """Measure the figures that the options name; return the number that failed."""
     bench, troubles = Bench(options.quick, top, disk), 0
     began = time.strftime('%Y-%m-%d %H:%M'), os.getloadavg()[0]
     try:
@@ -643,7 +646,7 @@ def measured(options, top, disk):
 
 
 def page_of(bench, began):
-    """The table as Markdown.  began: (local time, load) when the first figure was measured."""
+    """Return the table as Markdown.  began: (local time, load) before the first figure."""
     def line(cells):
         return '| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in cells) + ' |'
 
@@ -662,7 +665,7 @@ def page_of(bench, began):
 
 
 def first_line(*argv):
-    """The first line that a program prints about itself, on either stream; '' where it is not."""
+    """Return the first line that a program prints, on either stream; '' if it is missing."""
     with contextlib.suppress(OSError):
         said = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return said.stdout.partition('\n')[0].strip()
@@ -674,7 +677,7 @@ def commit_of_this():
 
 
 def versions_here():
-    """Rows (word, value) of the computer and of the programs that are measured."""
+    """Return rows (word, value) about the computer and the measured programs."""
     model = ''
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         model = next((text.partition(':')[2].strip() for text in file

@@ -1,8 +1,8 @@
-"""What a job costs, at both ends, beside an earlier commit: see README.md.
+"""The cost of a job, at both ends, compared with an earlier commit: see README.md.
 
-Each kind of batch is run in turns by ours and by the earlier commit, on each ground.  The cost of
-a job is that of a batch of 1,000, divided by 1,000: its logins and its start are in it.  Where
-fewer jobs are run, a batch of one job tells which part does not grow with them.
+This commit and the earlier one run each kind of batch in turns, on each ground.  The cost of a job
+is that of a batch of 1,000, divided by 1,000, with the logins and the start of the batch.  If a
+batch has fewer jobs, a batch of one job shows which part does not grow with them.
 """
 import contextlib
 import functools
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     """A kind of batch: its lines are all the same."""
     line: str
     options: tuple
-    prepare: Callable = lambda folder: None             # makes the files that are sent
+    prepare: Callable = lambda folder: None             # makes the files to send
     check: Callable = lambda folder, jobs: None         # raises Failed
     slow: bool = False                                  # see Version.argv
 
@@ -63,7 +63,7 @@ def of_thousand(many, one, jobs):
 
 
 def per_job(bench, measures, jobs):
-    """measures: {key: function of a number of jobs that returns a Cost}; {key: Cost per job}."""
+    """Return {key: Cost per job}.  measures: {key: function(number of jobs) -> Cost}."""
     rounds = 1 if bench.quick else 3
     ones = costs_in_turns(rounds, {key: functools.partial(measure, 1)
                                    for key, measure in measures.items()})     # warms up, too
@@ -73,13 +73,13 @@ def per_job(bench, measures, jobs):
 
 
 def told(costs):
-    """Of each column of the table: what is there, what is here, and the rate."""
+    """Return a text with the costs on the machines, those of the client, and the rates."""
     return '; '.join(f'{word}:{name} there {cost.there_ms:.2f}, here {cost.here_ms:.2f} ms, '
                      f'{1 / cost.seconds:.0f} jobs/s' for (word, name), cost in costs.items())
 
 
 def costs_of(bench, kind, jobs, at_once=AT_ONCE, grounds=None):
-    """{(ground's word, version's name): Cost per job} of a kind of batch on a bench machine."""
+    """Return {(ground's word, version's name): Cost per job} of a kind on a bench machine."""
     found = {}
     for ground in grounds or bench.grounds:
         with ground.machine('lab1') as machine:
@@ -94,7 +94,7 @@ def costs_of(bench, kind, jobs, at_once=AT_ONCE, grounds=None):
 
 
 def cost_row(bench, name, goal_ms, kind, jobs, **where):
-    """A line of the table: processor time of a job at both ends."""
+    """Add a line to the table: the processor time of a job at both ends."""
     costs = costs_of(bench, kind, jobs, **where)
     values = {column: cost.all_ms for column, cost in costs.items()}
     bench.costs(name, Goal('<=', goal_ms, MS), values, told(costs))
@@ -103,7 +103,7 @@ def cost_row(bench, name, goal_ms, kind, jobs, **where):
 # ---- The figures ----
 
 def slow_fsync(bench):
-    """Jobs per second where the client's disk is slow."""
+    """Measure the jobs per second with a slow disk of the client."""
     grounds = bench.grounds[:1] if bench.quick else bench.grounds
     costs = costs_of(bench, PLAIN._replace(slow=True), 300 if bench.quick else 1000,
                      grounds=grounds)
@@ -112,12 +112,12 @@ def slow_fsync(bench):
 
 
 def plain_job(bench):
-    """A job that does nothing, without files, 16 at once."""
+    """Measure a job that does nothing, without files, 16 at once."""
     cost_row(bench, 'true, no files, 16 at once', 3.0, PLAIN, 500 if bench.quick else 1000)
 
 
 def one_at_a_time(bench):
-    """The same on this machine, one after the other."""
+    """Measure the same job on localhost, one at a time."""
     jobs, kind = 100 if bench.quick else 500, PLAIN
     where = (f'--num-cpus={os.cpu_count()}', '--machines', 'localhost')
     costs = {}
@@ -131,7 +131,7 @@ def one_at_a_time(bench):
 
 
 def two_files(folder):
-    """What is sent with each job."""
+    """Make the files to send with each job."""
     (folder / 'data').mkdir()
     for name in ('one', 'two'):
         (folder / 'data' / name).write_text(f'{name}\n' * 200)
@@ -150,14 +150,14 @@ def check_three(folder, jobs):
 
 
 def sent_files(bench):
-    """What most jobs are: files are sent, a line comes back."""
+    """Measure a typical job: it gets files and prints a line."""
     kind = Kind('read -r line <data/one; echo "$line"', ('--copy-forwards', 'data'), two_files,
                 check_lines)
     cost_row(bench, 'two files sent, one line printed', 4.5, kind, 300 if bench.quick else 1000)
 
 
 def made_files(bench):
-    """Files are sent, and three others come back."""
+    """Measure a job that gets files and makes three, which are fetched."""
     kind = Kind('for n in 1 2 3; do echo "$n" >made$n; done', ('--copy-forwards', 'data'),
                 two_files, check_three)
     cost_row(bench, 'two files sent, three made and brought back', 7.0, kind,
@@ -165,7 +165,7 @@ def made_files(bench):
 
 
 def completion(bench):
-    """What the functions of bash-completion, which most logins load, add to a job."""
+    """Measure the cost that bash-completion, which most logins load, adds to a job."""
     if not COMPLETION.exists():
         raise Failed('a login has nothing to load: apt install bash-completion')
     costs, seen, jobs = {}, {}, 300 if bench.quick else 1000
@@ -188,7 +188,7 @@ def completion(bench):
 
 
 def job_functions(ground, version, machine):
-    """How many functions a job has that looks for them: a version may fail to read them all."""
+    """Return the number of functions in a job's bash: a version may fail to read them all."""
     folder = ground.folder()
     ground.batch(version.argv('execute_batch'), ['declare -F | wc -l'], folder, *SMALL_JOBS,
                  *NO_FILES, '--machines', machine.yaml())
@@ -196,7 +196,7 @@ def job_functions(ground, version, machine):
 
 
 def check_functions(plain, full):
-    """Raise unless one login has the functions, and the other has not."""
+    """Raise Failed unless the second login has the functions and the first one has not."""
     counts = [int(machine.run("bash -lic 'declare -F | wc -l'").stdout.split()[-1])
               for machine in (plain, full)]
     if counts[0] > 20 or counts[1] < counts[0] + 50:
@@ -204,7 +204,7 @@ def check_functions(plain, full):
 
 
 def added_row(bench, name, goal_ms, costs, without, with_it, more_details=''):
-    """A line of the table from {(ground's word, version's name, case): Cost per job}."""
+    """Add a line to the table.  costs: {(ground's word, version's name, case): Cost per job}."""
     pairs = {key[:2]: (costs[(*key[:2], without)].all_ms, costs[(*key[:2], with_it)].all_ms)
              for key in costs}
     bench.costs(name, Goal('<=', goal_ms, MS),
@@ -235,13 +235,13 @@ def live_claims(ground, version, machine):
                 raise Failed(f'the jobs of the other user ended: {lines}')
         yield
     finally:
-        machine.power_off()             # its jobs end, and that is not measured
+        machine.power_off()             # kills the jobs outside the measured time
         client.kill()
         client.communicate()
 
 
 def others_claims(bench):
-    """What a start costs more where another user has 64 live claims."""
+    """Measure the cost that 64 live claims of another user add to a job."""
     costs, jobs = {}, 300 if bench.quick else 1000
     for ground in bench.grounds[:1] if bench.quick else bench.grounds:
         with contextlib.ExitStack() as stack:
@@ -252,7 +252,7 @@ def others_claims(bench):
                     bench.meter.watch(machine)
                     if case == 'crowded':
                         stack.enter_context(crowd(ground, version, machine))
-                    # a little less than 16 * 0.75, so that the others' jobs have room, too
+                    # Slightly less than 16 * 0.75, to leave room for the others' jobs.
                     measures[version.name, case] = functools.partial(
                         run_batch, bench, ground, version, PLAIN,
                         where=(slots(AT_ONCE + 0.2), '--machines', machine.yaml()))
@@ -263,7 +263,7 @@ def others_claims(bench):
 
 @contextlib.contextmanager
 def crowd(ground, version, machine):
-    """Another account on this machine, if possible another user, with its live claims."""
+    """Add another account to this machine, if possible of another user, with live claims."""
     other = {'uid': 20000} if os.getuid() == 0 else {}
     with ground.machine('other', shared=shared_of(machine), beside=machine, **other) as beside:
         with live_claims(ground, version, beside):
@@ -275,7 +275,7 @@ def shared_of(machine):
 
 
 def many_accounts(bench):
-    """What is used there by 1,000 jobs on 50 accounts of one machine, with one folder of claims."""
+    """Measure the machine's cost of 1,000 jobs on its 50 accounts, with one folder of claims."""
     accounts, ground = 10 if bench.quick else 50, bench.grounds[0]
     jobs = 200 if bench.quick else 1000
     with contextlib.ExitStack() as stack:
@@ -306,7 +306,7 @@ WORD = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class TracedMachine(rig.Machine):
-    """A machine whose sshd, with all that it starts, is traced: a file for each process."""
+    """A machine with strace for its sshd and all that this starts: a file for each process."""
 
     def _launch(self, log):
         trace = [rig.program('strace'), '-D', '-ff', '-ttt', '-y', '-s', '4096', '-e',
@@ -317,14 +317,17 @@ class TracedMachine(rig.Machine):
 
 
 def traced_calls(prefix, pid):
-    """All successful calls of the process and what it started: (time, name, words, result)."""
+    """Return the successful calls of a process and those it started, in the order of time.
+
+    Each is (time, name, words, path of the opened file, paths that it names).
+    """
     todo, calls = [(pid, '/')], []
     while todo:
         pid, folder = todo.pop()
         try:
             text = Path(f'{prefix}.{pid}').read_text(errors='replace')
         except FileNotFoundError:
-            continue            # it was killed before it did anything
+            continue            # the process was killed before its first call
         for moment, name, words, result, path in CALL.findall(text):
             if name.startswith(('clone', 'fork', 'vfork')):
                 todo.append((int(result), folder))
@@ -338,7 +341,7 @@ def traced_calls(prefix, pid):
 
 
 def paths_of(words, folder):
-    """The paths that a call names, made whole; what -y says of a folder's number counts."""
+    """Return the paths that a call names, made absolute, with the folders that strace -y prints."""
     paths = []
     for match in WORD.finditer(words):
         base = re.search(r'<([^<>]*)>, $', words[:match.start()])
@@ -347,7 +350,7 @@ def paths_of(words, folder):
 
 
 def count_calls(calls, home):
-    """Count what was done to files and folders below `home`; return {what: how often}."""
+    """Count the operations on files and folders below `home`; return {operation: count}."""
     kinds, counts = {}, dict.fromkeys(('made', 'removed', 'opened', 'FIFO opened'), 0)
     for _, name, words, opened, paths in calls:
         path = opened or paths[-1]
@@ -362,14 +365,14 @@ def count_calls(calls, home):
         elif name.startswith(('unlink', 'rmdir')):
             counts['removed'] += 1
             kinds.pop(path, None)
-        else:                   # mkdir, mknod, link, symlink; a rename makes a name, too
+        else:                   # mkdir, mknod, link, symlink; a rename also makes a name
             counts['made'] += 1
             kinds[path] = 'fifo' if 'S_IFIFO' in words else kinds.pop(paths[0], 'other')
     return counts
 
 
 def traced_batch(bench, version, jobs):
-    """{what was done below the home on the machine: how often} in a batch of `jobs` jobs."""
+    """Run a batch of `jobs` jobs; return {operation below the machine's home: count}."""
     folder = bench.folder()
     with bench.machine('traced', kind=TracedMachine) as machine:
         pid = machine.sshd.pid
@@ -383,13 +386,13 @@ def traced_batch(bench, version, jobs):
 
 
 def wait_for_traces(folder):
-    """Wait until strace has written all of it: it ends after what it traced."""
+    """Wait until strace has written everything: it exits after the traced processes."""
     for pid in rig.knowing(folder):
         rig.ends(pid)
 
 
 def round_trips(bench):
-    """What is made, removed and opened on the way of a job without files."""
+    """Count the files that a job without files makes, removes and opens in the home."""
     if not rig.program('strace'):
         raise Failed('what is opened cannot be counted: apt install strace')
     values, details = {}, []
@@ -410,10 +413,10 @@ RESULTS = 50_000
 
 
 def finished_folder(ground, versions, machine):
-    """Return a folder with RESULTS results, and a batch file with one line more.
+    """Return a folder with RESULTS results, and a batch file with one more line.
 
-    Each version runs a real batch of three jobs.  The files of the second job are repeated under
-    other names.  A folder with the name of the version keeps its job_results/.ssh_scheduler.
+    Each version runs a real batch of three jobs; then the files of the second job are copied to
+    all other names.  A folder with the name of the version keeps its job_results/.ssh_scheduler.
     """
     folder = ground.folder()
     for version in versions:
@@ -431,7 +434,7 @@ def finished_folder(ground, versions, machine):
 
 
 def repeat_journal(path):
-    """Make a journal of three jobs one of RESULTS jobs, each with the lines of the second."""
+    """Turn a journal of three jobs into one of RESULTS jobs, each with the second job's lines."""
     lines = path.read_text().splitlines(keepends=True)
     of_jobs = [bool(re.search(r'"batch\.sh\.[123]"', line)) for line in lines]
     first = of_jobs.index(True)
@@ -445,7 +448,7 @@ def repeat_journal(path):
 
 
 def rerun(bench):
-    """Seconds to the first start, and peak memory, of a batch of which 50,000 jobs are done."""
+    """Measure the time to the first start, and the memory, of a batch with 50,000 finished jobs."""
     values, peaks = {}, {}
     for ground in bench.grounds[:1] if bench.quick else bench.grounds:
         with ground.machine('lab1') as machine:

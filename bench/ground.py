@@ -1,8 +1,8 @@
-"""What the figures stand on: disks, versions of the program, processor time, and the table.
+"""The base of the figures: disks, versions of the program, processor time, and the table.
 
 A Ground is a place for the files of both ends.  One lies in memory; the other, where root may
-mount it, is an ext4 with a journal, which is what most users have.  Its image lies in memory, too,
-so no device is measured.
+mount it, is an ext4 with a journal, as most users have.  Its image also lies in memory, so that
+the figures do not depend on a device.
 """
 import collections
 import contextlib
@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / 'tests'))
 import rig  # noqa: E402
 
-CORES = 8                       # what the machines claim; with the overload, 12 can be promised
+CORES = 8                       # of each machine; with the overload, jobs can request 12
 SMALL_JOBS = ('--no-gpu-required', '--memory-required=1')
 SAFETY_NET_S = 300
 FSYNC_DELAY_S = 0.02
@@ -33,13 +33,13 @@ SKEL = Path('/etc/skel')
 
 
 class Failed(Exception):
-    """Something did not do what is measured here, so there is no figure."""
+    """A measured program failed or is missing, so there is no figure."""
 
 
 # ---- Machines ----
 
 def skel(completion=False):
-    """The start files of a new user; without completion what loads bash-completion is left out."""
+    """Return the start files of a new user; by default they do not load bash-completion."""
     files = {path.name: path.read_text() for path in SKEL.iterdir() if path.is_file()}
     if not completion and '.bashrc' in files:
         files['.bashrc'] = (files['.bashrc'].replace('bash_completion', 'no_completion')
@@ -50,7 +50,7 @@ def skel(completion=False):
 def bench_machine(name, completion=False, cores=CORES, env=None, kind=rig.Machine, **settings):
     """Return a machine that is set up like a user's.
 
-    It exchanges keys as sshd does by default: the `+` adds an algorithm that is a default already.
+    It exchanges keys as sshd does by default: the `+` adds an algorithm that is already a default.
     """
     options = 'KexAlgorithms +curve25519-sha256\nMaxSessions 100\nMaxStartups 100'
     env = {**(env or {}), **({} if completion else NO_COMPLETION)}
@@ -58,8 +58,8 @@ def bench_machine(name, completion=False, cores=CORES, env=None, kind=rig.Machin
                 sshd_options=options, env=env, **settings)
 
 
-# Where the package is installed, /etc/profile loads it in each login that lacks this.  The start
-# files unset it, so that a job has what it has on a machine without the package.
+# If the package is installed, /etc/profile loads it in each login without this variable.  The start
+# files unset the variable, so that jobs have the environment of a machine without the package.
 NO_COMPLETION = {'BASH_COMPLETION_VERSINFO': '0'}
 
 
@@ -70,7 +70,7 @@ def slots(number, cores=CORES):
 
 @contextlib.contextmanager
 def rig_folder(folder):
-    """In here the rig makes its folders in this one."""
+    """Let the rig make its folders in this one until the end of the with block."""
     before = os.environ.get('RIG_FOLDER')
     os.environ['RIG_FOLDER'] = str(folder)
     try:
@@ -85,7 +85,7 @@ def rig_folder(folder):
 # ---- Disks ----
 
 def own_mounts():
-    """Go on in a mount namespace of our own: what we mount goes when we do, even if killed."""
+    """Enter a new mount namespace: the kernel unmounts its disks even if this process is killed."""
     mark = 'BENCH_OWN_MOUNTS'
     if os.getuid() == 0 and rig.program('unshare') and mark not in os.environ:
         argv = [rig.program('unshare'), '--mount', '--propagation', 'private']
@@ -96,7 +96,7 @@ def own_mounts():
 
 
 def trouble_of(argv):
-    """Run argv; return what it complains about if it fails, else ''."""
+    """Run argv; return its error message if it fails, else ''."""
     try:
         done = subprocess.run([*map(str, argv)], capture_output=True, text=True)
     except OSError as error:
@@ -106,7 +106,7 @@ def trouble_of(argv):
 
 @contextlib.contextmanager
 def journalled_disk(memory_folder):
-    """Yield (folder, ''): an ext4 with a journal, in memory; or (None, why it cannot be had)."""
+    """Yield (folder, '') of an ext4 with a journal, in memory; or (None, the reason for none)."""
     if os.getuid() != 0:
         yield None, 'only root may mount one'
         return
@@ -115,12 +115,12 @@ def journalled_disk(memory_folder):
     try:
         with open(image, 'wb') as file:
             file.truncate(IMAGE_GB * 10**9)
-        # All is laid out now: else the kernel would do it while we measure.
+        # Initialize everything now: else the kernel would do so during the measurements.
         trouble = trouble_of([rig.program('mke2fs') or 'mke2fs', '-q', '-t', 'ext4', '-O',
                               'has_journal', '-i', '8192', '-E',
                               'lazy_itable_init=0,lazy_journal_init=0', image])
         trouble = trouble or trouble_of(['mount', '-o', 'loop', image, mounted])
-        image.unlink()          # the mount holds it, so it goes with that
+        image.unlink()          # the mount keeps it open, so the kernel frees it at the unmount
         yield (None if trouble else mounted), trouble
     finally:
         image.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ def journalled_disk(memory_folder):
 
 
 def unmount(folder):
-    """Unmount it as soon as nobody uses it, and in any case."""
+    """Unmount a folder as soon as nobody uses it, or after 5 s in any case."""
     for _ in range(50):
         if not trouble_of(['umount', folder]):
             return
@@ -156,17 +156,17 @@ sys.exit(main())
 
 
 class Version(NamedTuple):
-    """A version of the program.  All run with this Python, and are entered in the same way."""
+    """A version of the program.  All run with this Python, and start in the same way."""
     name: str
     folder: Path
 
     def argv(self, command, slow=False):
-        """The beginning of a command line; slow: each fsync takes FSYNC_DELAY_S longer."""
+        """Return the beginning of a command line; slow: each fsync takes FSYNC_DELAY_S longer."""
         return [sys.executable, self.folder / ('slow' if slow else 'quick') / command]
 
 
 def version(name, source, folder):
-    """The Version whose ssh_scheduler.py lies in `source`; its commands are made in `folder`."""
+    """Make commands in `folder` for the ssh_scheduler.py in `source`; return their Version."""
     for kind, delay_s in (('quick', 0), ('slow', FSYNC_DELAY_S)):
         (folder / kind).mkdir(parents=True)
         for command in ('execute_batch', 'execute_remote', 'execute_to'):
@@ -176,7 +176,7 @@ def version(name, source, folder):
 
 
 def exported(commit, folder):
-    """Put the program of a commit into `folder`; return why that cannot be done, or ''."""
+    """Put the program of a commit into `folder`; return '' or the reason why that failed."""
     try:
         archive = subprocess.run(['git', '-C', HERE.parent, 'archive', commit, 'ssh_scheduler.py'],
                                  capture_output=True)
@@ -192,7 +192,7 @@ def exported(commit, folder):
 # ---- Processor time ----
 
 class Group:
-    """A cgroup: what its processes start is in it, too, and their time stays when they end."""
+    """A cgroup: it includes all descendants of its processes, and keeps their time at their end."""
 
     def __init__(self, name):
         for kind, parent in group_parents():
@@ -213,7 +213,7 @@ class Group:
         return {int(pid) for pid in (self.path / 'cgroup.procs').read_text().split()}
 
     def used_ms(self):
-        """The processor time that was used in it until now."""
+        """Return the processor time that its processes have used."""
         if self._kind == 1:
             return int((self.path / 'cpuacct.usage').read_text()) / 1e6
         return int(re.search(r'usage_usec (\d+)', (self.path / 'cpu.stat').read_text())[1]) / 1e3
@@ -223,11 +223,11 @@ class Group:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
                 return
-            time.sleep(0.1)         # its last processes are not quite gone
+            time.sleep(0.1)         # its last processes still exit
 
 
 def remove_dead(parent, name):
-    """Remove the groups of this name that a bench left which was killed."""
+    """Remove the groups of this name that a killed bench left."""
     for path in parent.glob(f'{name}.*'):
         if not Path(f'/proc/{path.suffix[1:]}').exists():
             with contextlib.suppress(OSError):
@@ -235,7 +235,7 @@ def remove_dead(parent, name):
 
 
 def group_parents():
-    """(version of cgroups, folder) of the places where a group could be made."""
+    """Yield (version of cgroups, folder) of the places to try to make a group in."""
     own = dict(re.findall(r'^\d+:(.*?):(.*)$', Path('/proc/self/cgroup').read_text(), re.M))
     for name in ('cpuacct', 'cpu,cpuacct'):
         for path in (own.get(name), '/'):
@@ -247,7 +247,7 @@ def group_parents():
 
 
 class Cost(NamedTuple):
-    """What something took: seconds, and processor time at both ends, in ms."""
+    """A cost: seconds, and processor time at both ends, in ms."""
     seconds: float
     here_ms: float
     there_ms: float
@@ -258,7 +258,7 @@ class Cost(NamedTuple):
 
 
 class Meter:
-    """Measures what a client uses, and what runs below the sshd of the machines it watches."""
+    """Measures the processor time of a client, and of the watched sshds with their children."""
 
     def __init__(self):
         self.trouble, self._sshds = '', set()
@@ -272,19 +272,19 @@ class Meter:
 
     @property
     def is_whole(self):
-        """Tell whether all of both ends is measured, and not the client alone."""
+        """Tell whether it measures both ends, and not only the client."""
         return not self.trouble
 
     def watch(self, *machines):
-        """Measure what runs on these machines, too."""
+        """Measure also the processes of these machines."""
         for machine in machines if self.is_whole else ():
             self._groups[1].add(machine.sshd.pid)
             self._sshds.add(machine.sshd.pid)
 
     def measure(self, run):
-        """Call run(what the client's process does first); return the Cost, and what run returns.
+        """Call run(function for the client's process to call first); return (Cost, run's result).
 
-        What is still tidied up on the machines when the client has ended belongs to it.
+        The cost includes the cleanup on the machines after the client's end.
         """
         before, began = self._used_ms(), time.monotonic()
         try:
@@ -320,7 +320,7 @@ class Meter:
         return set().union(*(group.pids() for group in self._groups)) - self._sshds
 
     def _kill_the_rest(self):
-        """Kill what runs there.  In a hurry: a thousand that fork are not killed one by one."""
+        """Kill the processes of both groups; wait for none of them: others may fork meanwhile."""
         for _ in range(1000):
             left = self._left()
             if not left:
@@ -356,13 +356,13 @@ class Ground:
                     if not name.startswith(('SSH_', 'XDG_', 'CUDA_'))}
         self.env.update(HOME=str(self.home), TMPDIR=str(self.home / 'tmp'), SHELL='/bin/bash',
                         SSH_SCHEDULER_SHARED=str(self.shared_folder()), **NO_COMPLETION)
-        # Python compiles an installed program once.  These settings make it do so here, too.
+        # Python compiles an installed program once; with these settings also this one.
         self.env.pop('PYTHONDONTWRITEBYTECODE', None)
         self.env['PYTHONPYCACHEPREFIX'] = str(self.home / 'tmp/compiled')
         self._folders = 0
 
     def shared_folder(self):
-        """A new folder that stands for /dev/shm; so it lies in memory."""
+        """Make a new folder in memory that stands for /dev/shm."""
         with rig_folder(self.memory_top):
             folder = rig.temporary_folder('shared')
         folder.chmod(0o1777)
@@ -370,7 +370,7 @@ class Ground:
 
     @contextlib.contextmanager
     def machine(self, name, shared=None, **settings):
-        """A bench machine whose home is here."""
+        """Run a bench machine whose home is on this ground."""
         shared = shared or self.shared_folder()
         with rig_folder(self.top):
             machine = bench_machine(name, env={'SSH_SCHEDULER_SHARED': str(shared)}, **settings)
@@ -381,7 +381,7 @@ class Ground:
             machine.__exit__()
 
     def folder(self):
-        """A new empty folder: for the machines, a project that they have never seen."""
+        """Make a new empty folder: to the machines it is a new project."""
         self._folders += 1
         folder = self.home / f'project{self._folders}'
         folder.mkdir()
@@ -390,7 +390,7 @@ class Ground:
     def run(self, argv, cwd, stdin=None, env=None, enter=None):
         """Run argv to its end; return (seconds, its standard output).
 
-        enter: what its process calls first
+        enter: a function that its process calls first
         """
         began = time.monotonic()
         try:
@@ -406,7 +406,7 @@ class Ground:
         return took_s, done.stdout
 
     def batch(self, command, lines, folder, *options, enter=None):
-        """Run the lines as a batch in the folder; return the seconds from nothing to exit."""
+        """Run the lines as a batch in the folder; return the seconds from start to exit."""
         (folder / 'batch.sh').write_text(''.join(line + '\n' for line in lines))
         took_s, said = self.run([*command, *options, '--', 'batch.sh'], folder, enter=enter)
         if said.count('\nfinished: ') != len(lines):
@@ -414,7 +414,7 @@ class Ground:
         return took_s
 
     def close(self):
-        """End what still runs here, and remove all of it."""
+        """Kill the processes that still use its home, and remove the home."""
         for pid in rig.knowing(self.home):
             rig.kill(pid, lambda pid: pid in rig.knowing(self.home))
         rig.remove(self.home)
@@ -433,9 +433,9 @@ class Goal(NamedTuple):
 
 
 class Bench(Ground):
-    """What all figures share: the grounds (itself is the one in memory), versions and the table.
+    """The shared state of all figures: grounds (itself is the one in memory), versions, table.
 
-    disk: the Ground with the journal, or None.  versions: ours first.
+    disk: the Ground with the journal, or None.  versions: this commit's first.
     """
 
     def __init__(self, quick, top, disk_top=None):
@@ -450,7 +450,7 @@ class Bench(Ground):
         self._add(version('ours', HERE.parent, self.home / 'ours'))
 
     def add_version(self, commit):
-        """Measure this commit, too; return why that cannot be done, or ''."""
+        """Measure this commit, too; return '' or the reason why that is impossible."""
         source = self.home / 'earlier/source'
         trouble = exported(commit, source)
         if not trouble:
@@ -459,7 +459,7 @@ class Bench(Ground):
 
     def _add(self, version):
         self.versions.append(version)
-        for ground in self.grounds:     # from now on it is compiled
+        for ground in self.grounds:     # let Python compile it before the measurements
             ground.run([*version.argv('execute_batch'), '--version'], ground.home)
 
     def close(self):
@@ -482,18 +482,18 @@ class Bench(Ground):
         return f'{"figure":<50} ' + ' '.join(f'{name:>14}' for name in names) + f' {"goal":>13}'
 
     def row(self, name, measured, goal, passed, details):
-        """A line of the table of what was measured of ours alone, in memory."""
+        """Add a line to the table with a figure of this commit alone, in memory."""
         self._print(name, {(self.word, 'ours'): measured}, goal, passed, details)
 
     def in_memory(self, numbers):
-        """The values of `compared` for what was measured in memory only, of each version."""
+        """Return the values for `compared` from one number of each version, measured in memory."""
         return {(self.word, version.name): number
                 for version, number in zip(self.versions, numbers)}
 
     def compared(self, name, goal, values, details):
-        """A line of the table.  values: (ground's word, version's name) -> number.
+        """Add a line to the table.  values: {(ground's word, version's name): number}.
 
-        The first ground that was measured decides.
+        The first measured ground decides whether the goal is met.
         """
         cells = {column: goal.form.format(value) for column, value in values.items()}
         mine = [values[column] for column in self.columns()
@@ -501,7 +501,7 @@ class Bench(Ground):
         self._print(name, cells, goal.text(), goal.is_met(mine[0]), details)
 
     def costs(self, name, goal, values, details):
-        """As compared; but where only the client's time is known, no goal is met or missed."""
+        """Do the same as `compared`; but ignore the goal if only the client's time is known."""
         if self.meter.is_whole:
             self.compared(name, goal, values, details)
         else:
@@ -509,7 +509,7 @@ class Bench(Ground):
             self._print(name, cells, goal.text(), None, f'the client alone; {details}')
 
     def _print(self, name, cells, goal, passed, details):
-        """One line of the table, shown as soon as it is known."""
+        """Keep one line of the table, and print it at once."""
         word = {True: 'pass', False: 'MISS', None: '-'}[passed]
         texts = ' '.join(f'{cells.get(column, "-"):>14}' for column in self.columns())
         self.rows.append([name, *(cells.get(column, '-') for column in self.columns()), goal, word,
@@ -526,7 +526,7 @@ def medians(rounds, *measures):
 
 
 def costs_in_turns(rounds, measures):
-    """measures: {key: function that returns a Cost}.  Call them in turn; {key: median Cost}."""
+    """Call the measures, {key: function -> Cost}, in turn; return {key: median Cost}."""
     taken = collections.defaultdict(list)
     for _ in range(rounds):
         for key, measure in measures.items():

@@ -1,4 +1,4 @@
-"""Many short jobs on a cluster, as a batch and by plain sbatch, and what the controller is asked.
+"""Many short jobs on a cluster, as a batch and by plain sbatch, and the controller's requests.
 
 The cluster is that of the tests, tests/clusters.py: a real Slurm, two nodes of 4 cores.
 """
@@ -8,7 +8,7 @@ import time
 import clusters
 from ground import SAFETY_NET_S, Failed, Goal, rig_folder
 
-# Runs on the login node.  $1: how many jobs, $2: the folder of their results.
+# Runs on the login node.  $1: the number of jobs, $2: the folder of their results.
 SUBMIT = r'''
 for ((number = 1; number <= $1; number++)); do
     printf '#!/bin/bash\ntrue\necho $? >%s/%s.new && mv %s/%s.new %s/%s\n' \
@@ -19,7 +19,7 @@ done
 
 
 def on_a_cluster(bench):
-    """200 x true by sbatch and as a batch, in turns; then how soon the end of a job is told."""
+    """Compare 200 x true by sbatch and as a batch; measure how soon the end of a job is shown."""
     why_not = clusters.why_not()
     if why_not:
         raise Failed(why_not)
@@ -48,7 +48,7 @@ def told(rpcs):
 
 
 def run_batch(bench, jobs):
-    """(Cost, what was asked) of the same lines as a batch, on a cluster of its own."""
+    """Run the lines as a batch on a new cluster; return (Cost, counts of requests)."""
     with clusters.Cluster() as cluster:
         bench.meter.watch(cluster.login)
         file = cluster.yaml()
@@ -60,7 +60,7 @@ def run_batch(bench, jobs):
 
 
 def lateness(bench):
-    """Seconds from the last command of a job that ran for 20 s to the line that tells its end."""
+    """Return the seconds from the end of a job of 20 s to the line `finished:` of the client."""
     with clusters.Cluster() as cluster:
         folder = bench.folder()
         (folder / 'batch.sh').write_text('sleep 20; date +%s.%N\n')
@@ -74,7 +74,7 @@ def lateness(bench):
 
 
 def submit_all(bench, jobs):
-    """(Cost, seconds until the last sbatch has ended, what was asked) on a cluster of its own."""
+    """Submit the jobs on a new cluster; return (Cost, seconds of all sbatch, requests)."""
     with clusters.Cluster() as cluster:
         bench.meter.watch(cluster.login)
         folder = cluster.workdir / 'results'

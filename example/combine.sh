@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Three jobs on this very machine, and what they brought back in one folder; leaves nothing behind.
+# Run three jobs on this machine and combine their results in one folder; leave nothing behind.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,7 +19,7 @@ show() {
 execute_batch example/sweep.sh --machines localhost --no-gpu-required --memory-required=100 >batch.log
 show combine_folders all job_results/example_sweep.sh.{1,2,3}
 show find all -type f
-# Somebody tries another model by hand, in one of the folders.
+# A user edits the results of one job by hand, for another model.
 echo '{"model": "large", "steps": 3}' >job_results/example_sweep.sh.2/results/config.json
 show combine_folders again job_results/example_sweep.sh.{1,2,3}
 show combine_folders again job_results/example_sweep.sh.{1,2,3} --on-conflict rename

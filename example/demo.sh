@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# `make demo`: the batch of this folder on this very machine; no sshd, no key and no rsync needed.
+# `make demo`: run the batch of this folder on this machine; needs no sshd, no key and no rsync.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-# What the program keeps in the home folder between batches goes away with the rest.
+# The program keeps files in the home folder between batches: these are removed with the rest.
 export HOME="$folder/home" SHELL=/bin/bash
 mkdir "$HOME" "$folder/project"
 cp -R "$here" "$folder/project/example"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A sweep on this very machine, and its results as a table; leaves nothing behind.
+# Run a sweep on this machine and show its results as a table; leave nothing behind.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,4 +1,4 @@
-"""Fit a line to noisy points by gradient descent, and say how well that went."""
+"""Fit a line to noisy points by gradient descent, and print its loss on other points."""
 import argparse
 import math
 import random

@@ -2,8 +2,8 @@
 
     .venv/bin/python docs/pictures/make.py
 
-terminal.svg is the screen while twelve jobs run, three at a time.  report.png is
-the page that results_table writes of their results; it needs Chromium and playwright.
+terminal.svg shows the screen while twelve jobs run, three at a time.  report.png shows
+the page of results_table with their results; it needs Chromium and playwright.
 """
 import html
 import itertools
@@ -35,7 +35,7 @@ WIDE, HIGH, EDGE, BAR = 7.8, 18, 14, 30     # a cell in pixels; the edge; the ba
 # ---- A terminal as SVG ----
 
 def runs_of(row, columns):
-    """Yield (column, text, its style) of a line of pyte's screen, without the blanks between."""
+    """Yield (column, text, style) of each piece of a line of pyte's screen, without blanks."""
     cells = [row[x] for x in range(columns)]
     for style, group in itertools.groupby(enumerate(cells), lambda cell: (
             cell[1].fg, cell[1].bold, cell[1].data == ' ')):
@@ -49,7 +49,7 @@ def colour_of(name):
 
 
 def svg_of(rows, columns, title):
-    """Draw lines of pyte's screen.  No font is fetched: each run has its width, in any font."""
+    """Return lines of pyte's screen as SVG.  Each piece has a fixed width, so any font will do."""
     wide, high = columns * WIDE + 2 * EDGE, len(rows) * HIGH + BAR + EDGE
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide:g} {high:g}" '
@@ -72,7 +72,7 @@ def svg_of(rows, columns, title):
 # ---- A batch ----
 
 def prepare(folder, machines):
-    """Fill the folder with the experiments, and return the environment of one who types there."""
+    """Fill the folder with the experiments; return (project, environment for its commands)."""
     project, programs, home = folder / 'project', folder / 'bin', folder / 'home'
     for path in (project, programs, home / '.ssh', home / 'tmp'):
         path.mkdir(parents=True)
@@ -80,11 +80,11 @@ def prepare(folder, machines):
     for old, new in (('default=20', 'default=60'), ('import random', 'import random\nimport time'),
                      ('    print(f', '    time.sleep(0.1)\n    print(f')):
         assert old in code
-        code = code.replace(old, new)           # an epoch takes its time
+        code = code.replace(old, new)           # epochs must take a while
     (project / 'train.py').write_text(code)
     (project / 'experiments.sh').write_text('\n'.join(JOBS) + '\n')
     for name, file in (('execute_batch', 'ssh_scheduler'), ('results_table', 'results_table')):
-        (programs / name).symlink_to(ROOT / f'{file}.py')   # commands to type begin with its name
+        (programs / name).symlink_to(ROOT / f'{file}.py')   # advice shows the program's name
     (home / '.ssh/config').write_text(''.join(
         f'Host {machine.name}\n  HostName {machine.address}\n  Port {machine.port}\n'
         f'  User {machine.user}\n  IdentityFile {machine.key}\n'
@@ -94,11 +94,11 @@ def prepare(folder, machines):
 
 
 def photograph(project, env):
-    """Run the batch on a terminal; return its lines at a moment when some jobs have ended."""
+    """Run the batch on a terminal; return the terminal's lines when some jobs have ended."""
     prompt = f"printf '\\033[1m$ %s\\033[m\\n' {shlex.quote(TYPED)}; exec {TYPED}"
     terminal = Terminal(['bash', '-c', prompt], COLUMNS, ROWS, env, project)
     try:
-        for count in 1, 2, 3, 4:      # each comes within the time of `until`
+        for count in 1, 2, 3, 4:      # one by one: each comes within the timeout of `until`
             terminal.until(lambda text, count=count: text.count('finished: ') >= count)
         terminal.until(lambda text: 'failed: ' in text and ' left' in text and len(re.findall(
             r'(?m)^\.\d+ .*epoch \d', text)) == 3, 'jobs that run, and the time left')

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A sweep from its batch file to a table, a page, and the same again after the code has changed.
+# Run a sweep, show its results as a table and a page, change the code, and reproduce a job.
 #   bash example/digits/demo.sh                    on this computer, with the python3 of this shell
 #   bash example/digits/demo.sh MACHINE...         with the python3 of these machines
-# It needs scikit-learn, works in a new folder, and says where that is.
+# It needs scikit-learn, works in a new folder, and prints its path.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)

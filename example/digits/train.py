@@ -1,4 +1,4 @@
-"""Learn to read handwritten digits with scikit-learn, and say after each epoch how well."""
+"""Learn to read handwritten digits with scikit-learn, and print the accuracy after each epoch."""
 import argparse
 
 from sklearn.datasets import load_digits

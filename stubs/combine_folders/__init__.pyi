@@ -1,5 +1,5 @@
-# The types of what programs may use of combine_folders.py; everything else may change.
-# `make check` compares them with the file. Docstrings, units and errors stand there.
+# The types of the parts of combine_folders.py that programs may use; everything else may change.
+# `make check` compares them with the file, which has the docstrings, units and errors.
 import os
 from collections.abc import Iterable
 from typing import ClassVar, Literal, NamedTuple, Optional, Union

@@ -1,5 +1,5 @@
-# The types of what programs may use of results_table.py; everything else may change.
-# `make check` compares them with the file. Docstrings, units and errors stand there.
+# The types of the parts of results_table.py that programs may use; everything else may change.
+# `make check` compares them with the file, which has the docstrings, units and errors.
 import os
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Optional, Union

@@ -1,5 +1,5 @@
-# The types of what programs may use of ssh_scheduler.py; everything else may change.
-# `make check` compares them with the file. Docstrings, units and errors stand there.
+# The types of the parts of ssh_scheduler.py that programs may use; everything else may change.
+# `make check` compares them with the file, which has the docstrings, units and errors.
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, NoReturn, Optional
