@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One experiment of example/sweep.sh: what all have in common, and a table of its own.
+# One experiment of example/sweep.sh: it writes a file that all have, and a table of its own.
 set -eu
 seed=$1
 mkdir -p results/tables

@@ -1,7 +1,7 @@
-"""What the tests with real batches share: to start one, to follow it, and to look at what it left.
+"""Helpers of the tests with real batches: start one, follow it, and look at what it left.
 
-Jobs are ordered by witnesses, never by time: one that has to wait reads from a FIFO of Gate, one
-that has to be seen adds a line to a ledger, and the tests wait for the line itself.
+Witnesses order the jobs, never time: a job that has to wait reads from a FIFO of Gate; a job that
+has to be seen adds a line to a ledger, and the test waits for that line.
 """
 import json
 import os
@@ -19,13 +19,13 @@ import ssh_scheduler
 NO_GPU = ('--no-gpu-required', '--memory-required=100')
 RESULTS = Path('job_results')
 
-# With this mark a test runs crash.py, so that constants() may be others, such as long times.
+# With this mark a test runs crash.py, so that constants() can change constants, such as timeouts.
 with_constants = pytest.mark.parametrize('scheduler', [Path(__file__).with_name('crash.py')],
                                          ids=['hasty'])
 
 
 def constants(**values):
-    """An environment that gives constants of the program other values; see with_constants."""
+    """Return an environment that changes constants of the program; see with_constants."""
     return {'CRASH_SETTINGS': json.dumps(values)}
 
 
@@ -41,7 +41,7 @@ class Batches:
         return self._run_cli(*argv_of(lines, machines, options), **settings)
 
     def start(self, lines, machines, *options, **settings):
-        """Start it, and return its Follower."""
+        """Start the batch, and return its Follower."""
         settings.setdefault('env', self._env)
         return Follower(self._start_cli(*argv_of(lines, machines, options), **settings))
 
@@ -55,7 +55,7 @@ def argv_of(lines, machines, options):
 
 
 class Follower:
-    """Reads what a program says, as it says it; `lines` is what there was on stdout."""
+    """Reads the output of a program while it runs; `lines` has the lines of stdout so far."""
 
     def __init__(self, process):
         self.process = process
@@ -81,7 +81,7 @@ class Follower:
             self._rest += data
 
     def end(self, timeout_s=60):
-        """Wait for its end, and return a CompletedProcess with all that it has said."""
+        """Wait for its end, and return a CompletedProcess with its whole output."""
         said, complaint = self.process.communicate(timeout=timeout_s)
         self.lines += (self._rest.decode(errors='replace') + said).splitlines()
         self._rest = b''
@@ -90,7 +90,7 @@ class Follower:
 
 
 class Gate:
-    """FIFOs that hold jobs up: a job that runs gate.wait(name) ends it once gate.open(name) ran.
+    """FIFOs at which jobs wait: the command of gate.wait(name) runs until gate.open(name).
 
     If several jobs wait at one gate, each `open` lets one of them through.
     """
@@ -113,28 +113,28 @@ class Gate:
         return f'read -r <{self.path(name)}'
 
     def pull(self, name):
-        """Return a command that opens the gate, as soon as somebody waits there."""
+        """Return a command that opens the gate as soon as a job waits there."""
         return f'echo >{self.path(name)}'
 
     def meeting(self, number):
-        """Return commands for so many jobs: each ends when all are there."""
+        """Return commands for this many jobs: each ends when all have started."""
         here, go = ([f'{word}.{n}' for n in range(1, number)] for word in ('here', 'go'))
         last = [*map(self.wait, here), *map(self.pull, go), 'true']
         return [*(f'{self.pull(a)}; {self.wait(b)}' for a, b in zip(here, go)), '; '.join(last)]
 
     def open(self, name):
-        """Open the gate, as soon as a job waits there."""
+        """Open the gate as soon as a job waits there."""
         limit = time.monotonic() + rig.SAFETY_NET_S
         while True:
             try:
                 fd = os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:             # nobody reads it yet, and nothing tells when that begins
+            except OSError:             # nobody reads it yet, and no event shows when a job does
                 assert time.monotonic() < limit, f'no job waits at the gate {name}'
                 time.sleep(0.005)
                 continue
             os.write(fd, b'\n')
-            # A FIFO that nobody has open for writing is at its end for all who read it, so the
-            # other jobs that wait there would fail.
+            # Keep the FIFO open: without a writer all its readers get its end, so the other jobs
+            # that wait there would fail.
             self._ends.append(fd)
             return
 
@@ -145,7 +145,7 @@ class Gate:
 
 
 def wait_until(test, what):
-    """Wait until test() is true: for what nothing tells us, such as a file that grows."""
+    """Wait until test() is true: for changes without an event, such as a file that grows."""
     limit = time.monotonic() + rig.SAFETY_NET_S
     while not test():
         assert time.monotonic() < limit, f'it did not come: {what}'
@@ -153,12 +153,12 @@ def wait_until(test, what):
 
 
 def result(job, stream='out', folder=RESULTS):
-    """The bytes of a job's stream."""
+    """Return the bytes of a job's stream."""
     return (folder / f'{job}.{stream}').read_bytes()
 
 
 def events(text, *words):
-    """The lines of stdout that begin with one of the words, such as 'started:'."""
+    """Return the lines of stdout that begin with one of the words, such as 'started:'."""
     return [line for line in text.splitlines() if line.split(' ')[0] in words]
 
 
@@ -168,7 +168,7 @@ def wrote(ledger, *lines):
 
 
 def tree_of(folder):
-    """{path: what it is} of all below a folder, byte for byte, and with times, kind and mode."""
+    """Return {path: (kind, mode, time, content)} of everything below a folder."""
     found, base = {}, os.fsencode(folder)
     for parent, folders, files in os.walk(base):
         for name in folders + files:
@@ -186,23 +186,23 @@ def tree_of(folder):
 
 
 def places(home):
-    """The program's folders over there: {project: {what it keeps}}."""
+    """Return the program's folders in the home of a machine: {project: {names in it}}."""
     root = Path(home) / '.ssh_scheduler'
     return {project.name: {entry.name for entry in project.iterdir()}
             for project in (root.iterdir() if root.exists() else ())}
 
 
 def tell(processes):
-    """Return a line for each process: its pid, its words, and which job it belongs to."""
+    """Return a line for each process: its pid, its words, and its variables SSH_SCHEDULER_*."""
     return '\n'.join(' '.join([str(pid), words, *(
         word.decode() for word in rig.read_proc(pid, 'environ').split(b'\0')
         if word.startswith(b'SSH_SCHEDULER_'))]) for pid, words in processes)
 
 
 def assert_clean(machine, cache=False):
-    """Nothing of this folder's batches lies there, at most, with `cache`, what was sent; none runs.
+    """Assert that no process and no file of this folder's batches is left on the machine.
 
-    What other tests have on a machine that they share is theirs.
+    With `cache`, sent files may be.  Ignore the projects of other tests on a shared machine.
     """
     for pid, _ in machine.processes():
         assert rig.ends(pid), f'still on {machine.name}: {tell(machine.processes())}'

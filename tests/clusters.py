@@ -1,15 +1,15 @@
-"""Clusters for the tests: a real Slurm, and a login node of it that is one sshd on loopback.
+"""Clusters for the tests: a real Slurm, and a login node that is one sshd on loopback.
 
-A Cluster is what tests/slurm_rig starts (a controller, nodes, munge), and one or more logins, which
-are a rig.Machine each.  All of them see the same disk, as on clusters.
+A Cluster has the daemons that tests/slurm_rig starts (a controller, nodes, munge), and one or more
+logins, each of which is a rig.Machine.  All of them see the same disk, as on real clusters.
 
     login node: sshd -> sbatch --> slurmctld --> slurmd of n1 -> job       the rig
     (rig.Machine)                            \\-> slurmd of n2 -> job
 
-libnss_wrapper is preloaded into the logins' sessions, too, and into Slurm: so the account that logs
-in is known everywhere, with the same number, name and home.  A job has what its login has.
+libnss_wrapper is preloaded also into the logins' sessions and into Slurm: so all of them know the
+account, with the same number, name and home.  A job has the environment of its login.
 
-A keeper, a process that reads from a pipe of ours, takes a cluster away.  So nothing stays when the
+A keeper, a process that reads from a pipe of the tests, removes a cluster.  So nothing stays if the
 tests are killed.
 """
 import contextlib
@@ -28,12 +28,12 @@ import rig
 from rig import SAFETY_NET_S, Machine, program
 
 SLURM_RIG = Path(__file__).with_name('slurm_rig')
-PAUSE_S = 0.05          # before each list that a test asks for
-STARTS_IN_S = 60        # many at the same moment, one with accounting
+PAUSE_S = 0.05          # before each list that a test requests
+STARTS_IN_S = 60        # also when many start at the same time, some with accounting
 
-# What the nodes and our own listings ask of the controller: not what somebody asked in a login.
+# Requests of the nodes to the controller, as opposed to those from a login.
 NODES_ASK = re.compile(r'MESSAGE_\w+|REQUEST_COMPLETE_\w+|REQUEST_STEP_COMPLETE|REQUEST_PING')
-# What the controller writes whether or not there is a job.
+# Lines that the controller also writes when there is no job.
 EACH_SECOND = re.compile(r'scheduler for full queue|backfill|node_did_resp|Tree head|ping agent|'
                          r'_PING|time limits and checkpoints|old job records')
 LISTING_ASKS = Counter(REQUEST_JOB_INFO=1, REQUEST_PARTITION_INFO=1)
@@ -45,7 +45,7 @@ RUNNING = []            # clusters between enter and exit: conftest shows their 
 
 @functools.cache
 def why_not(accounting=False):
-    """Why there can be no Cluster here, or None."""
+    """Return the reason why Clusters are impossible here, or None."""
     packages = {**rig.SLURM_PACKAGES, **(rig.ACCOUNTING_PACKAGES if accounting else {})}
     missing = rig.missing_tools(packages)
     return (f'tests of Slurm need more Debian packages: apt-get install {" ".join(missing)}'
@@ -53,9 +53,9 @@ def why_not(accounting=False):
 
 
 def leftovers():
-    """Sentences that name what should be gone, besides what rig.leftovers() knows.
+    """Return sentences about leftover processes; rig.leftovers() has the others.
 
-    The environment of a process may be empty, but not what it has open, and where it stands.
+    The environment of a process may be empty, so look at its open files and its current folder.
     """
     def places(pid):
         with contextlib.suppress(OSError):
@@ -70,21 +70,21 @@ def leftovers():
             if pid != os.getpid() and any(map(is_ours, places(pid)))]
 
 
-FOLDERS = []            # of every cluster that was made, for leftovers()
+FOLDERS = []            # of all clusters that were made, for leftovers()
 
 
 def clean_environment():
-    """Ours, without what a job of Slurm or its user has set."""
+    """Return the environment without variables that a job of Slurm or its user has set."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith(('SLURM_', 'SBATCH_', 'SQUEUE_', 'SACCT_', 'SCANCEL_'))}
 
 
 # ---- Stand-ins: what a real Slurm does not do on demand ----
 #
-# Each is the bash text of a program that stands before the real one of the same name: see
-# Cluster.wrap.  It knows $REAL, which is the real one, and $0.*, where it may keep files.
+# Each is the bash text of a program that precedes the real one of the same name in PATH: see
+# Cluster.wrap.  $REAL is the path of the real one; $0.* are paths for its own files.
 
-# Around the id are the words of the site, in both streams.
+# Lines of the site surround the id, on both streams.
 BANNERS = r'''
 echo '==== 4711 jobs wait. Next maintenance: 2026-12-24 ===='
 echo "sbatch: info: your project has used 80 % of its hours" >&2
@@ -97,26 +97,26 @@ exit "$status"
 TIMED_OUT = ('sbatch: error: Batch job submission failed: '
              'Socket timed out on send/recv operation')
 
-# The job was accepted, and the answer was lost.
+# The controller accepts the job, but the answer is lost.
 ACCEPTED_TIMED_OUT = f'''
 "$REAL" "$@" >/dev/null
 echo {shlex.quote(TIMED_OUT)} >&2
 exit 1
 '''
 
-# The question was lost.
+# The request is lost.
 LOST_TIMED_OUT = f'''
 cat >/dev/null
 echo {shlex.quote(TIMED_OUT)} >&2
 exit 1
 '''
 
-# It was accepted, and before it could say so the program was killed; or killed at once.
+# The program is killed: after the controller accepts the job, but before the answer; or at once.
 ACCEPTED_KILLED = '"$REAL" "$@" >/dev/null\nkill -KILL "$$"\n'
 LOST_KILLED = 'kill -KILL "$$"\n'
 
-# There are two jobs: a first question arrived, though the program believed that it was lost.  It
-# takes the script from its standard input.
+# There are two jobs: the first request arrived, too, although the program took it for lost.  It
+# reads the script from its standard input.
 ACCEPTED_TWICE = r'''
 cat >"$0.script.$$"
 "$REAL" "$@" <"$0.script.$$" >/dev/null
@@ -126,17 +126,17 @@ rm -f "$0.script.$$"
 exit "$status"
 '''
 
-# It says nothing and does nothing: a scancel that had no effect; a squeue that knows of no job yet;
-# a sacct that has not heard of any.
+# It does nothing and prints nothing: a scancel without effect; a squeue or a sacct that does not
+# know the jobs yet.
 NOTHING = 'exit 0\n'
 
-# It says what all programs say while the controller is away; see Cluster.halt for the real thing.
+# It fails as all programs do while the controller is away; Cluster.halt is the real thing.
 AWAY = '''
 echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
 exit 1
 '''
 
-# It says again what it said to the same question for the first time.
+# It repeats its first answer to the same request.
 LAGS = r'''
 kept=$0.$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)
 if ! [ -e "$kept" ]; then
@@ -146,7 +146,7 @@ fi
 exec cat "$kept"
 '''
 
-# Its answer, or its question, waits for Cluster.release.
+# It holds its answer, or its request, until Cluster.release.
 ANSWER_HELD = r'''
 "$REAL" "$@" >"$0.said.$$"
 status=$?
@@ -161,24 +161,24 @@ until [ -e "$0.go" ]; do sleep 0.02; done
 exec "$REAL" "$@"
 '''
 
-# What sacct says where the site keeps no accounts.
+# sacct fails like this if the site keeps no accounts.
 NO_ACCOUNTS = "echo 'Slurm accounting storage is disabled' >&2\nexit 1\n"
 
 
 def once(script):
-    """The stand-in `script` for the first call only; later ones are real."""
+    """Return a stand-in that runs `script` in the first call, and the real program later."""
     return f'mkdir "$0.first" 2>/dev/null || exec "$REAL" "$@"\n{script}'
 
 
 def says_id(number):
-    """An sbatch whose job is accepted, but which says the id of another: as if ids came again."""
+    """Return an sbatch that submits its job but prints another id, as if ids were reused."""
     return f'"$REAL" "$@" >/dev/null || exit\necho {int(number)}\n'
 
 
 def renamed(number, name):
-    """A squeue in which the job `number` has another name: its id was given to another's job.
+    """Return a squeue that shows job `number` with another name, as if its id had been reused.
 
-    It has to be asked for the id as the first field and for the name as the last, with | between.
+    Its format must have the id as the first field and the name as the last, with | between.
     """
     script = f's/^({int(number)}[|].*[|])[^|]*$/\\1{name}/'
     return f'"$REAL" "$@" | sed -E {shlex.quote(script)}\nexit "${{PIPESTATUS[0]}}"\n'
@@ -194,7 +194,7 @@ printf '%s\n' "${{*@Q}}" >>"$0.calls"
 # ---- Login: one sshd, with the home of all ----
 
 class Login(Machine):
-    """A login node of a cluster; a context manager.  Its name is its host name, where root may."""
+    """A login node of a cluster; a context manager.  As root, its name is also its host name."""
 
     def __init__(self, cluster, name, env=None, **settings):
         super().__init__(name, path_extra=(cluster.stand_ins,), uid=cluster.uid,
@@ -209,7 +209,7 @@ class Login(Machine):
     def _sshd_argv(self):
         argv = super()._sshd_argv()
         if os.getuid() == 0 and self.cluster.apart:
-            # Its name has to be known, here and on the nodes: srun asks to be called back by it.
+            # The login node and the nodes must know its name: nodes call srun back by this name.
             hosts = self.cluster.folder / 'slurm/hosts'
             with hosts.open('a') as file:
                 file.write(f'127.0.0.1 {self.name}\n')
@@ -219,7 +219,7 @@ class Login(Machine):
         return argv
 
     def _runs_here(self, pid):
-        """Tell whether it runs on this login node: a job has the environment of its login."""
+        """Tell whether a process runs on this login node; jobs have its environment, too."""
         on_node = b'\0SLURMD_NODENAME=' in b'\0' + rig.read_proc(pid, 'environ')
         return not on_node and super()._runs_here(pid)
 
@@ -232,7 +232,7 @@ class Login(Machine):
 # ---- Cluster ----
 
 class Listed(NamedTuple):
-    """What squeue says of a job."""
+    """A job in the list of squeue."""
     id: int
     state: str                  # PENDING, RUNNING, ...
     reason: str                 # None, Resources, ...
@@ -240,15 +240,15 @@ class Listed(NamedTuple):
     name: str
 
 
-# $1: slurm_rig, $2: the folder of a cluster.  It reads names of more folders, those of logins.
-# When nobody can write them any more, it ends what knows of these folders, and removes them.
+# $1: slurm_rig, $2: the folder of a cluster.  It reads the names of more folders, those of logins.
+# When the pipe closes, it kills the processes that mention these folders, and removes the folders.
 KEEPER = r'''
 trap '' INT TERM HUP QUIT
 folders=("$2")
 while IFS= read -r folder; do folders+=("$folder"); done
 "$1" stop "$2/slurm"
 for folder in "${folders[@]}"; do
-    # An sshd has its words, but no environment.
+    # An sshd has the folder in its arguments only: it overwrites its environment.
     for pid in $(grep -lF "$folder/" /proc/[1-9]*/cmdline /proc/[1-9]*/environ | cut -d / -f 3); do
         kill -KILL "$pid"
     done
@@ -261,14 +261,14 @@ done 2>/dev/null
 class Cluster:
     """A Slurm of its own, with a login node; a context manager.
 
-    nodes, cpus, gpus, memory   how many nodes, and what each has; memory in MB
-    conf            lines of slurm.conf instead of the usual; {folder} in them is `folder`
-    accounting      sacct knows the jobs (it starts in 2 s instead of 0.2 s)
-    slow            the intervals that Slurm has by default, of half a minute and more
-    uid             log in as this unprivileged user (only where we are root)
-    login_settings  what the login node has besides, see rig.Machine
+    nodes, cpus, gpus, memory   the number of nodes, and the resources of each; memory in MB
+    conf            lines of slurm.conf instead of the rig's; {folder} in them is `folder`
+    accounting      sacct knows the jobs (the cluster starts in 2 s instead of 0.2 s)
+    slow            keep Slurm's default intervals, of half a minute and more
+    uid             log in as this unprivileged user (only root can)
+    login_settings  more settings of the login node, see rig.Machine
 
-    `login` is the login node, `workdir` a folder that its nodes have, too.  `folder` has all of it.
+    `login` is the login node, `workdir` a folder that the nodes share.  `folder` has everything.
     """
 
     def __init__(self, nodes=2, *, cpus=4, gpus=2, memory=4000, conf=(), accounting=False,
@@ -301,7 +301,7 @@ class Cluster:
     # -- what it consists of
 
     def _hand_over(self):
-        """Start the keeper; return what makes it take everything away, and waits for that."""
+        """Start the keeper; return a function that lets it remove everything, and waits for it."""
         self._keeper = subprocess.Popen(['bash', '-c', KEEPER, 'keeper', SLURM_RIG, self.folder],
                                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL, start_new_session=True)
@@ -313,20 +313,20 @@ class Cluster:
         return close
 
     def keep(self, folder):
-        """Tell the keeper of one more folder that is to go, with what runs there."""
+        """Let the keeper remove one more folder, with the processes that mention it."""
         self._keeper.stdin.write(os.fsencode(f'{folder}\n'))
         self._keeper.stdin.flush()
 
     def _prepare(self):
         for folder in (self.home, self.workdir, self.stand_ins):
             folder.mkdir()
-        self.stand_ins.chmod(0o777)     # what they note, the account of the login writes
+        self.stand_ins.chmod(0o777)     # stand-ins write files as the account of the login
         uid = os.getuid() if self.uid is None else self.uid
         gid = os.getgid() if uid == os.getuid() else uid
         if uid != os.getuid():
             os.chown(self.workdir, uid, gid)
         shell = self.login_settings.get('shell', '/bin/bash')
-        # The first of two with the same number is the one that a number stands for.
+        # Of two entries with the same number, the first one gives the name.
         (self.folder / 'passwd').write_text(''.join(':'.join(map(str, entry)) + '\n' for entry in (
             (Machine.user, '*', uid, gid, '', self.home, shell), *pwd.getpwall())))
         (self.folder / 'group').write_text(
@@ -356,35 +356,35 @@ class Cluster:
 
     @property
     def apart(self):
-        """Tell whether nodes have processes, mounts and a host name of their own here."""
+        """Tell whether nodes have their own processes, mounts and host name here."""
         return (self.folder / 'slurm/apart').exists()
 
     def another_login(self, name='login2', **settings):
-        """One more login node, with the same home: a context manager."""
+        """Return another login node, with the same home: a context manager."""
         return Login(self, name, **settings)
 
     # -- its life
 
     def crash(self, node):
-        """End it as a power cut does; Slurm notices in 15 to 18 s, or see lose()."""
+        """Kill the node as a power cut does; Slurm notices in 15 to 18 s, or see lose()."""
         self._rig('crash', node)
 
     def part(self, node):
-        """End the node's daemon alone: its jobs run on, out of Slurm's sight."""
+        """Kill only the node's daemon: its jobs keep running, unseen by Slurm."""
         self._rig('part', node)
 
     def boot(self, node):
-        """Start its daemon, after both; Slurm knows within a second."""
+        """Start the node's daemon after crash() or part(); Slurm notices within a second."""
         self._rig('boot', node)
 
     def lose(self, node):
-        """Let Slurm give up a node at once: its jobs are NODE_FAIL."""
+        """Let Slurm give up a node at once: its jobs become NODE_FAIL."""
         self.scontrol('update', f'nodename={node}', 'state=down', 'reason=lost')
 
     def hide(self, node, path=None):
-        """On this node the folder `path` (workdir) is another: empty and read-only, until show().
+        """Replace the folder `path` (workdir) on this node by an empty, read-only one until show().
 
-        Only root can, where nodes are `apart`.  After a crash, the node has the folder again.
+        Only root can do this, if nodes are `apart`.  After a crash, the node has the folder again.
         """
         self._rig('hide', node, path or self.workdir)
 
@@ -392,9 +392,9 @@ class Cluster:
         self._rig('show', node, path or self.workdir)
 
     def freeze(self, daemon='slurmctld'):
-        """Stop the controller where it stands: no answer comes, what is asked is done later.
+        """Stop the controller with SIGSTOP: it serves requests only after thaw().
 
-        Another daemon: 'slurmdbd', so that sacct does not answer; 'munged'.
+        Other daemons: 'slurmdbd', so that sacct does not answer; 'munged'.
         """
         self._rig('freeze', daemon)
 
@@ -402,17 +402,17 @@ class Cluster:
         self._rig('thaw', daemon)
 
     def halt(self):
-        """End the controller: clients cannot connect."""
+        """Stop the controller: clients cannot connect."""
         self._rig('halt')
 
     def resume(self):
-        """Start it again, with the jobs that it knew.  For 5 s it starts no other."""
+        """Start the controller again, with the jobs that it knew.  For 5 s it starts no new job."""
         self._rig('resume')
 
     # -- to ask it as its administrator
 
     def command(self, name, *words, text=None):
-        """Run a program of Slurm here, which must succeed; return what it says."""
+        """Run a program of Slurm here, which must succeed; return its output."""
         done = subprocess.run([program(name), *map(str, words)], input=text, text=True,
                               env={**clean_environment(), **self.environment},
                               capture_output=True, timeout=SAFETY_NET_S)
@@ -421,9 +421,9 @@ class Cluster:
         return done.stdout
 
     def squeue(self):
-        """All jobs that Slurm still lists, ended ones as well, in the order of their ids.
+        """Return all jobs that Slurm lists, also ended ones, in the order of their ids.
 
-        Tests ask until the list is as they want it, and each question is a process: so they pause.
+        Tests call this until the list is as they want it.  Each call starts a process, so pause.
         """
         time.sleep(PAUSE_S)
         self._listings += 1
@@ -433,11 +433,11 @@ class Cluster:
         return [Listed(int(number), *others) for number, *others in rows]
 
     def job(self, number):
-        """What `scontrol show job` says of one, as {'JobState': ..., 'Reason': ...}."""
+        """Return the output of `scontrol show job`, as {'JobState': ..., 'Reason': ...}."""
         return self._record('job', number)
 
     def node(self, name):
-        """What `scontrol show node` says, as {'State': 'IDLE', ...}."""
+        """Return the output of `scontrol show node`, as {'State': 'IDLE', ...}."""
         return self._record('node', name)
 
     def _record(self, kind, name):
@@ -448,17 +448,17 @@ class Cluster:
         return self.command('scontrol', *words)
 
     def sbatch(self, *options, script='true'):
-        """Submit bash text as this process's user and without its output; return the id."""
+        """Submit bash text as this process's user, discarding its output; return the id."""
         said = self.command('sbatch', '--parsable', '--chdir=/', '--output=/dev/null', *options,
                             text=f'#!/bin/bash\n{script}\n')
         return int(said.partition(';')[0])
 
     def log(self):
-        """What the controller has written until now."""
+        """Return the log of the controller until now."""
         return (self.folder / 'slurm/log/slurmctld').read_text(errors='replace')
 
     def events(self):
-        """The lines of log() that tell of jobs, without those of each second."""
+        """Return the lines of log() without those that it repeats each second."""
         return '\n'.join(line for line in self.log().splitlines() if not EACH_SECOND.search(line))
 
     def records(self):
@@ -472,9 +472,9 @@ class Cluster:
         return '\n'.join(told)
 
     def rpcs(self):
-        """Count what was asked of the controller, as Counter(REQUEST_SUBMIT_BATCH_JOB=2, ...).
+        """Count the requests to the controller, as Counter(REQUEST_SUBMIT_BATCH_JOB=2, ...).
 
-        What nodes ask is left out, and so is squeue() here; all other methods here count.
+        Leave out those of the nodes and of squeue() here, but not those of other methods here.
         """
         asked = Counter(re.findall(r'Processing RPC: (\w+)', self.log()[self._log_before:]))
         for kind, count in LISTING_ASKS.items():
@@ -485,23 +485,23 @@ class Cluster:
     # -- the login node
 
     def yaml(self, **more):
-        """The machine file of the login node: engine_options, max_jobs, gpu_types, ... are more."""
+        """Write the machine file of the login; more: engine_options, max_jobs, gpu_types, ..."""
         return self.login.yaml(**more)
 
     def wrap(self, name, script):
-        """Put a stand-in of this name before the real program, in all logins: a text as above."""
+        """Put a stand-in (a text as above) before the real program in PATH, in all logins."""
         self.unwrap(name)
         rig.put(self.stand_ins / name,
                 STAND_IN.format(real=shlex.quote(program(name)), script=script), 0o755)
 
     def unwrap(self, name):
-        """The real program again, and nothing kept of what the stand-in wrote."""
+        """Remove a stand-in, with the files that it wrote."""
         for path in self.stand_ins.glob(f'{name}*'):
             if path.name == name or path.name.startswith(f'{name}.'):
                 path.rmdir() if path.is_dir() else path.unlink()
 
     def calls(self, name):
-        """The words of each call of a stand-in, as [['--parsable', ...], ...]."""
+        """Return the arguments of each call of a stand-in, as [['--parsable', ...], ...]."""
         path = self.stand_ins / f'{name}.calls'
         return list(map(shlex.split, path.read_text().splitlines())) if path.exists() else []
 
@@ -510,5 +510,5 @@ class Cluster:
         return (self.stand_ins / f'{name}.held').exists()
 
     def release(self, name):
-        """Let it and all later ones go on."""
+        """Let this call and all later ones continue."""
         (self.stand_ins / f'{name}.go').touch()

@@ -1,6 +1,6 @@
-"""What the tests of execute_remote and execute_to share: to start them, and to follow both streams.
+"""Helpers of the tests of execute_remote and execute_to: start them, and follow both streams.
 
-What they say is compared byte for byte, so nothing here decodes it.
+The tests compare the output byte for byte, so nothing here decodes it.
 """
 import fcntl
 import os
@@ -17,12 +17,12 @@ import rig
 
 
 def word(machine):
-    """The word for a machine on a command line."""
+    """Return the word for a machine on a command line."""
     return str(machine.yaml()) if isinstance(machine, rig.Machine) else machine
 
 
 class Running:
-    """A program that runs; `out` and `err` are what it has said so far, as bytes."""
+    """A running program; `out` and `err` are its output so far, as bytes."""
 
     def __init__(self, process):
         self.process, self.status = process, None
@@ -31,14 +31,14 @@ class Running:
             (process.stdout, self.out), (process.stderr, self.err)) if pipe}
 
     def until(self, text, stream='out'):
-        """Read on until it has said the text (bytes)."""
+        """Read until the program has printed the text (bytes)."""
         said = getattr(self, stream)
         limit = time.monotonic() + rig.SAFETY_NET_S
         while text not in said:
             assert self._read(limit), f'it did not say {text}: {self}'
 
     def size(self, number):
-        """Read on until so many bytes have come on stdout."""
+        """Read until this many bytes have come on stdout."""
         limit = time.monotonic() + rig.SAFETY_NET_S
         while len(self.out) < number:
             assert self._read(limit), f'it did not say {number} bytes: {self}'
@@ -53,7 +53,7 @@ class Running:
         return self
 
     def kill(self):
-        """SIGKILL it alone, as a crash would; return self."""
+        """SIGKILL the program alone, like a crash; return self."""
         self.process.kill()
         return self.end()
 
@@ -70,8 +70,7 @@ class Running:
         return f'exit {self.status}, stdout {bytes(self.out[-500:])}, stderr {bytes(self.err)}'
 
     def _read(self, limit):
-        """Read what there is of either stream; False where there is nothing any more, or in time.
-        """
+        """Read from both streams once; return False if both have ended, or at the time limit."""
         ready = rig.wait_readable(*self._open, timeout_s=max(limit - time.monotonic(), 0))
         for fd in ready if self._open else ():
             data = os.read(fd, 2**18)
@@ -82,7 +81,7 @@ class Running:
 
 
 class Terminal:
-    """A program at a terminal of its own: a pty that it controls; a context manager."""
+    """A program on its own pty, as its controlling terminal; a context manager."""
 
     def __init__(self, argv, env, rows=30, columns=90):
         self.said = bytearray()
@@ -107,7 +106,7 @@ class Terminal:
         os.write(self.fd, text)
 
     def until(self, pattern):
-        """Read on until it has shown what matches (bytes); return the match."""
+        """Read until the output matches the pattern (bytes); return the match."""
         limit = time.monotonic() + rig.SAFETY_NET_S
         while not re.search(pattern, self.said):
             assert self._read(limit), f'it did not show {pattern}: {bytes(self.said)}'
@@ -129,7 +128,7 @@ class Terminal:
             return False
         try:
             data = os.read(self.fd, 65536)
-        except OSError:         # nobody has it open any more
+        except OSError:         # no process has the terminal open any more
             return False
         self.said += data
         return bool(data)
@@ -140,8 +139,8 @@ def at_terminal(scheduler, env, *argv, **size):
                     {**env, 'TERM': 'xterm'}, **size)
 
 
-# A tree of processes that is hard to end; each notes its pid in the ledger.  What has its
-# environment wiped is still told by the descriptors that it inherited.
+# A tree of processes that is hard to kill; each notes its pid in the ledger.  The one with a wiped
+# environment can still be found by its inherited descriptors.
 NASTY_TREE = r'''
 note() {{ echo "$1 $BASHPID" >>{ledger}; }}
 (note plain; exec sleep 1000) &
@@ -162,7 +161,7 @@ def nasty_tree(ledger):
 
 
 def nasty_pids(ledger):
-    """{kind: pid} of the processes of such a tree, as soon as all are there."""
+    """Return {kind: pid} of the processes of such a tree, as soon as all have started."""
     found = {}
 
     def look():
@@ -184,7 +183,7 @@ def assert_ended(pids):
 
 
 def peak_mb(pid):
-    """The most memory that a process has had at a time."""
+    """Return the peak memory of a process in MB."""
     for line in Path(f'/proc/{pid}/status').read_text().splitlines():
         if line.startswith('VmHWM:'):
             return int(line.split()[1]) / 1024

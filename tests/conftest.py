@@ -1,4 +1,4 @@
-"""Fixtures over rig.py: machines to log in to, and the program under test as a user starts it."""
+"""Fixtures based on rig.py: machines to log in to, and the program as a user starts it."""
 import contextlib
 import os
 import signal
@@ -14,14 +14,14 @@ from batching import Batches, Gate
 
 # ---- The session ----
 
-# Started in the background of a script, we have these ignored, and so would all that we start.
+# In the background of a script, pytest inherits these signals as ignored, as would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session', autouse=True)
 def nothing_left():
-    """Exit at once where the rig cannot work; fail at the end if anything of ours is left."""
+    """Exit at once if the rig cannot work; fail at the end if the tests left anything."""
     missing = rig.missing_tools()
     if missing:
         pytest.exit('The tests start real machines on loopback and need more Debian packages: '
@@ -41,7 +41,7 @@ def pytest_make_parametrize_id(val):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Show the end of each machine's log below a test that failed."""
+    """Show the end of each machine's log below a failed test."""
     report = (yield).get_result()
     if report.failed:
         for machine in rig.RUNNING:
@@ -57,7 +57,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def lab():
-    """Make started machines: lab(shell='/bin/zsh', ...); they end with the test."""
+    """Start machines: lab(shell='/bin/zsh', ...); they stop with the test."""
     with contextlib.ExitStack() as machines:
         count = 0
 
@@ -72,21 +72,21 @@ def lab():
 
 @pytest.fixture(scope='session')
 def lab1():
-    """An ordinary machine with two GPUs that all tests share: leave it as you found it."""
+    """Start a machine with two GPUs that all tests share: leave it as you found it."""
     with rig.Machine('lab1', gpus=rig.fake_gpus(2)) as machine:
         yield machine
 
 
 @pytest.fixture(scope='session')
 def lab2():
-    """Another one like lab1."""
+    """Start another machine like lab1."""
     with rig.Machine('lab2', gpus=rig.fake_gpus(2)) as machine:
         yield machine
 
 
 @pytest.fixture
 def host():
-    """Make computers of their own (see hosts.py): host(disk={'size': 1 << 20}, ...)."""
+    """Make separate computers (see hosts.py): host(disk={'size': 1 << 20}, ...)."""
     if host_rig.why_not():
         pytest.skip(host_rig.why_not())
     with contextlib.ExitStack() as made:
@@ -103,13 +103,13 @@ def host():
 
 @pytest.fixture
 def hosts(host):
-    """Two of them."""
+    """Make two hosts."""
     return host(), host()
 
 
 @pytest.fixture
 def disk():
-    """Make small file systems on this side: disk(size=..., inodes=..., at=folder)."""
+    """Make small file systems on this computer: disk(size=..., inodes=..., at=folder)."""
     if host_rig.why_not():
         pytest.skip(host_rig.why_not())
     with contextlib.ExitStack() as made:
@@ -131,7 +131,7 @@ def make_cluster():
 
 @pytest.fixture
 def cluster(make_cluster):
-    """A cluster of two nodes, each with 4 cores and 2 GPUs."""
+    """Make a cluster of two nodes, each with 4 cores and 2 GPUs."""
     return make_cluster()
 
 
@@ -139,7 +139,7 @@ def cluster(make_cluster):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """An empty working folder, which is the current one."""
+    """Make an empty folder, and change to it."""
     folder = tmp_path / 'project'
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -148,13 +148,13 @@ def project(tmp_path, monkeypatch):
 
 @pytest.fixture
 def client_home():
-    """HOME of the program under test, with a short path, as sockets may lie in its tmp/.
+    """Make HOME of the program under test, with a short path, because tmp/ may have sockets.
 
-    ssh takes `~` from the passwd database and not from $HOME.  So what keeps the real user's
-    ~/.ssh away is not this folder alone: the program names every file that ssh reads in a
-    configuration of its own, and Machine.yaml() names the known hosts.
+    ssh takes `~` from the passwd database and not from $HOME.  So this folder alone does not hide
+    the real user's ~/.ssh: the program names every file that ssh reads in its own configuration,
+    and Machine.yaml() names the known hosts.
 
-    When the test ends, what the program started here must end as well: its environment tells it.
+    When the test ends, all processes of the program must end: their environment has this folder.
     """
     folder = rig.temporary_folder('client')
     (folder / 'tmp').mkdir()
@@ -173,23 +173,23 @@ def kill_all_of(client_home):
 
 @pytest.fixture
 def client_env(client_home):
-    """The environment of the program under test: ours, without what the user set for ssh."""
+    """Return the environment of the program under test, without the user's settings for ssh."""
     private = ('SSH_', 'XDG_', 'CUDA_')
     env = {name: value for name, value in os.environ.items() if not name.startswith(private)}
-    # SHARED: localhost is not the same machine for all tests
+    # SHARED: each test gets a localhost with claims of its own
     return {**env, 'HOME': str(client_home), 'TMPDIR': str(client_home / 'tmp'),
             'SSH_SCHEDULER_SHARED': str(client_home / 'tmp')}
 
 
 @pytest.fixture
 def scheduler():
-    """The file that start_cli and run_cli run."""
+    """Return the file that start_cli and run_cli run."""
     return Path(__file__).resolve().parent.parent / 'ssh_scheduler.py'
 
 
 @pytest.fixture
 def start_cli(scheduler, client_env):
-    """Start the program: a Popen, leader of a group, which is killed if the test leaves it alive.
+    """Start the program as a Popen with its own process group; kill the group after the test.
 
     `env` adds to the environment; with `binary` its streams are bytes, without any buffer.
     """
@@ -207,7 +207,7 @@ def start_cli(scheduler, client_env):
 
     yield start
     for process in started:
-        if process.poll() is None:      # not yet waited for, so its pid is still its own
+        if process.poll() is None:      # not yet waited for, so nobody has reused its pid
             os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(BrokenPipeError, AttributeError):
@@ -238,13 +238,13 @@ def run_cli(start_cli, client_home):
 
 @pytest.fixture
 def batches(run_cli, start_cli, project):
-    """Run batches in the current folder, which is empty."""
+    """Return Batches, which runs batches in the current, empty folder."""
     return Batches(run_cli, start_cli)
 
 
 @pytest.fixture
 def outside():
-    """A folder that is the same for all machines and accounts: for a ledger and gates."""
+    """Make a folder that all machines and accounts share, for a ledger and gates."""
     folder = rig.temporary_folder('outside', mode=0o777)
     yield folder
     rig.remove(folder)
@@ -252,7 +252,7 @@ def outside():
 
 @pytest.fixture
 def gate(outside):
-    """FIFOs that hold jobs up."""
+    """Make a Gate at which jobs wait."""
     gate = Gate(outside / 'gate')
     yield gate
     gate.close()
@@ -260,7 +260,7 @@ def gate(outside):
 
 @pytest.fixture
 def ledger(outside):
-    """A file to which the jobs of any machine and account add lines: small, so never mixed."""
+    """Make a file to which jobs of all machines add lines, which are too short to be mixed."""
     file = outside / 'ledger'
     file.touch()
     file.chmod(0o666)

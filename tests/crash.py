@@ -1,15 +1,15 @@
-"""Runs the program and kills it at a point of its life: python3 crash.py execute_batch …
+"""Runs the program and kills it at a point of its run: python3 crash.py execute_batch …
 
 Points are the moments before and after each write to the journal or to a child, each start of a
-child, each rename and each new folder; of a write, also when a half of it is done.
+child, each rename and each new folder; for a write, also the moment when half of it is done.
 
 CRASH_AT        the number of the point, or
-CRASH_WHEN      a regular expression that describes it; without both it lives
-CRASH_AFTER     a file that must not be empty before it ends there
-CRASH_SIGNAL    what it sends itself there: SIGKILL
-CRASH_REQUEST   JSON: it does not end there, but another command asks this of it
-CRASH_LOG       a file to which those that it came to are added
-CRASH_SETTINGS  JSON: constants of the module that are others
+CRASH_WHEN      a regular expression that matches its description; with neither it is not killed
+CRASH_AFTER     a file: wait at the point until it is not empty
+CRASH_SIGNAL    the signal that the program sends itself: SIGKILL
+CRASH_REQUEST   JSON: instead of a signal, leave this request of another command
+CRASH_LOG       a file to which the program adds the points that it passes
+CRASH_SETTINGS  JSON: new values of constants of the module
 """
 import json
 import os
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     import ssh_scheduler
-except KeyboardInterrupt:           # before the program has begun, which would say the same
+except KeyboardInterrupt:           # before the program has started; it exits with 130, too
     sys.exit(130)
 
 LAST = int(os.environ.get('CRASH_AT', 0))
@@ -37,7 +37,7 @@ passed, stopped, has_waited = 0, False, False
 
 
 def point(what):
-    """Count this moment, and end here if it is the one."""
+    """Count this point; if it is the chosen one, leave the request or send the signal."""
     global passed, stopped, has_waited
     passed += 1
     with open(LOG, 'a') as log:
@@ -54,7 +54,7 @@ def point(what):
 
 
 def leave_request():
-    """Do what another command does to ask something."""
+    """Leave a request in the inbox as another command does."""
     inbox = Path('job_results/.ssh_scheduler/inbox')
     inbox.mkdir(0o700, parents=True, exist_ok=True)
     path = inbox / f'{time.time_ns():020}-1'
@@ -73,7 +73,7 @@ def counted(function, word):
 
 
 def write(fd, data):
-    """os.write; only what goes to the journal or to a child is counted."""
+    """Do os.write; count only writes to the journal or to a child."""
     path = os.readlink(f'/proc/self/fd/{fd}')
     if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
         return real_write(fd, data)
@@ -88,7 +88,7 @@ def write(fd, data):
 
 
 def select(*args):
-    """The wait of the selector; what happens elsewhere meanwhile may change what a kill leaves."""
+    """Note a wait of the selector: events during it may change the outcome of a kill."""
     global has_waited
     has_waited = True
     return real_select(*args)

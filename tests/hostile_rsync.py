@@ -1,9 +1,9 @@
-"""An rsync that sends what nobody asked for: hostile_rsync.py ENTRIES --server --sender …
+"""An rsync that sends files that nobody requested: hostile_rsync.py ENTRIES --server --sender …
 
 It stands in for rsync on a machine and speaks protocol 30 of rsync, as far as a sender has to.  Its
 file list is that of the JSON file ENTRIES: [[name, mode, target of a link], …], names in Latin-1,
-where {work} is the job's folder over there.  All files have the same content, so nobody needs to
-know how the other side sorts them.
+where {work} is the job's folder on the machine.  All files have the same content, so the order in
+which the receiver sorts them does not matter.
 """
 import hashlib
 import json
@@ -21,15 +21,15 @@ PIECES = bytearray()
 
 
 def read_raw(size):
-    """Exactly so many bytes."""
+    """Read exactly this many bytes."""
     data = sys.stdin.buffer.read(size)
     if len(data) < size:
-        sys.exit(12)                    # the client has gone
+        sys.exit(12)                    # the client has closed the connection
     return data
 
 
 def read(size):
-    """So many bytes of what is in pieces, each behind a head."""
+    """Read this many bytes of the multiplexed stream: pieces, each with a header."""
     while len(PIECES) < size:
         PIECES.extend(read_raw(struct.unpack('<I', read_raw(4))[0] & 0xffffff))
     data = bytes(PIECES[:size])
@@ -42,13 +42,13 @@ def read_int():
 
 
 def write(data):
-    """Say it, behind the head that each piece has."""
+    """Send the data as one piece with a header."""
     sys.stdout.buffer.write(struct.pack('<I', MPLEX_DATA | len(data)) + data)
     sys.stdout.buffer.flush()
 
 
 def varlong(number, least):
-    """A number as rsync packs it: its highest byte goes first, with how many follow in its bits."""
+    """Return a number as rsync packs it: first its highest byte, with the number of others."""
     data = bytearray(number.to_bytes(8, 'little'))
     while len(data) > least and not data[-1]:
         data.pop()
@@ -60,7 +60,7 @@ def varlong(number, least):
 
 
 def read_index(last):
-    """The index of a file that is asked for, of which the difference to the last one is sent."""
+    """Read the index of a requested file, sent as the difference to the last one."""
     byte = read(1)[0]
     if byte == 0:
         return NDX_DONE
@@ -78,7 +78,7 @@ def write_index(index, last):
 
 
 def entry(name, mode, target):
-    """An entry of the file list."""
+    """Return an entry of the file list."""
     size = len(CONTENT) if stat.S_ISREG(mode) else 0
     data = bytes([SAME_UID_AND_GID | LONG_NAME]) + varlong(len(name), 1) + name
     data += varlong(size, 3) + varlong(10**9, 4) + struct.pack('<I', mode)
@@ -86,23 +86,23 @@ def entry(name, mode, target):
 
 
 def greet():
-    """Agree on the protocol; return the folder of the first name that is asked for."""
+    """Agree on the protocol; return the folder of the first requested name."""
     sys.stdout.buffer.write(struct.pack('<i', 30) + b'\0' + struct.pack('<i', 1))
     sys.stdout.buffer.flush()
-    read_raw(4)                         # its own protocol
+    read_raw(4)                         # the client's protocol
     while True:
-        size = read_int()               # of its filters
+        size = read_int()               # of a filter of the client
         if not size:
             break
         read(size)
     asked = bytearray()
-    while not asked.endswith(b'\0\0'):     # these are not in pieces
+    while not asked.endswith(b'\0\0'):     # the names are not multiplexed
         asked += read_raw(1)
     return bytes(asked).split(b'/')[1]         # ./work.…/…
 
 
 def send_files():
-    """Send what is asked for, until nothing more is."""
+    """Send the requested files until the client requests no more."""
     phase, last, sent = 0, -1, -1
     while phase < 3:
         index = read_index(last)
@@ -134,7 +134,7 @@ def main():
     write(b'\0')                                  # the end of the list
     send_files()
     write(varlong(0, 3) * 5)                        # statistics
-    read(1)                                         # its farewell
+    read(1)                                         # the client's goodbye
 
 
 main()

@@ -1,15 +1,15 @@
-"""Machines that are computers of their own, as far as the kernel can make them: to break them.
+"""Machines that are separate computers, as far as the kernel can make them, for fault tests.
 
-A Host is a rig.Machine with a network, processes, mounts, /tmp, /dev/shm, name, boot id and uptime
-of its own.  What only happens to whole computers can happen to it: its cable is cut, it answers no
-more, its power fails and it boots anew, its disk is full.  It needs root, and Linux.
+A Host is a rig.Machine with its own network, processes, mounts, /tmp, /dev/shm, name, boot id and
+uptime.  It can suffer the faults of whole computers: a cut cable, no answers, a power failure and
+a new boot, a full disk.  It needs root, and Linux.
 
     this computer:  rigN 198.18.x.y/30 <--veth--> eth0 :the host's network, held open by one fd
                     unshare -> pid 1 (INIT, a bash that starts what we tell it) -> sshd -> jobs
 
-Everything hangs on this process: the network on its descriptor, pid 1 on the pipe that it reads.
-So even when the tests are killed, nothing stays but folders.  Nothing is ever routed elsewhere: a
-host has no route but to us, and the addresses are those that RFC 2544 keeps for such benches.
+A host depends on this process: a descriptor keeps its network, and its pid 1 reads from a pipe.  So
+if the tests are killed, only folders are left.  No packet goes to other computers: a host's only
+route leads to this computer, and RFC 2544 reserves the addresses for such tests.
 """
 import contextlib
 import functools
@@ -39,19 +39,19 @@ from rig import (
 
 ADDRESSES = ipaddress.ip_network('198.18.0.0/15')
 PORT = 2222             # no other sshd is in the host's network
-YOUNG_S = 10            # its uptime when it has booted
+YOUNG_S = 10            # the uptime of a host after its boot
 DROP = 'counter drop'
 NAMESPACES = ('--mount', '--pid', '--uts', '--ipc', '--time')
 
-INTERFACES = []         # (name, index) of every one that was made, for leftovers()
-MOUNTS = []             # where tmpfs was mounted
+INTERFACES = []         # (name, index) of all interfaces that were made, for leftovers()
+MOUNTS = []             # the mount points of all tmpfs that were mounted
 
 
 # ---- What hosts need ----
 
 @functools.cache
 def why_not():
-    """Why there can be no Host here, or None."""
+    """Return the reason why Hosts are impossible here, or None."""
     if os.getuid() != 0:
         return 'hosts with a network of their own need root'
     missing = rig.missing_tools(rig.HOST_PACKAGES)
@@ -64,12 +64,12 @@ def why_not():
 
 
 def faketime():
-    """Path of the library that shifts the clock of those that preload it."""
+    """Return the path of the library that shifts the clock of processes that preload it."""
     return str(next(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')))
 
 
 def leftovers():
-    """Sentences that name what should be gone, besides what rig.leftovers() knows."""
+    """Return sentences about leftover interfaces and mounts; rig.leftovers() has the others."""
     def index(name):
         with contextlib.suppress(OSError):
             return Path(f'/sys/class/net/{name}/ifindex').read_text().strip()
@@ -81,7 +81,7 @@ def leftovers():
 
 
 def command(*argv, text=None):
-    """Run a system program that has to succeed; return what it said."""
+    """Run a system program, which must succeed; return its output."""
     done = subprocess.run([program(argv[0]), *map(str, argv[1:])], input=text,
                           capture_output=True, text=True, timeout=SAFETY_NET_S)
     if done.returncode:
@@ -92,7 +92,7 @@ def command(*argv, text=None):
 # ---- Link: a network and the cable to it ----
 
 class Link:
-    """A network namespace and a veth pair from it to here, with what goes wrong on the way."""
+    """A network namespace, a veth pair from it to this computer, and the faults of this link."""
 
     def __init__(self):
         self._network = new_network()
@@ -105,7 +105,7 @@ class Link:
 
     def _connect(self):
         path = f'/proc/{os.getpid()}/fd/{self._network}'
-        while True:             # the kernel tells, for all workers, whether a name is taken
+        while True:             # other processes of pytest may have taken the name
             number = random.randrange(ADDRESSES.num_addresses // 4)
             self.name = f'rig{number}'
             try:
@@ -123,45 +123,45 @@ class Link:
         self.command('ip', '-batch', '-', text='link set lo up\n' + up.format('eth0', self.address))
 
     def close(self):
-        """Take it away at once; by itself, the kernel would take its time."""
+        """Remove the link at once; the kernel alone would do so later."""
         command('ip', 'link', 'del', self.name)
         os.close(self._network)
 
     def entered(self):
-        """Words before a command that shall run in the network, and only in that."""
+        """Return the words to put before a command to run it in the host's network."""
         return [program('nsenter'), f'--net=/proc/{os.getpid()}/fd/{self._network}', '--']
 
     def command(self, name, *argv, text=None):
         return command(*self.entered(), program(name), *argv, text=text)
 
     def filter(self, incoming='', outgoing=''):
-        """Have these nft rules over there, and no others."""
+        """Replace the nft rules in the host's network with these."""
         def chain(hook, rules):
             return (f'chain {hook} {{ type filter hook {hook} priority 0;\n'
                     f'meta oifname lo accept\nmeta iifname lo accept\n{rules}\n}}\n')
 
         self.command('nft', '-f', '-', text=(
-            'table inet faults\ndelete table inet faults\n'     # there is none at first
+            'table inet faults\ndelete table inet faults\n'     # at first there is no table
             f'table inet faults {{\n{chain("input", incoming)}{chain("output", outgoing)}}}\n'))
 
     def filtered(self):
-        """How many packets the rules have hit, since they were set."""
+        """Return the number of packets that matched the rules since they were set."""
         rules = self.command('nft', 'list', 'table', 'inet', 'faults')
         return sum(map(int, re.findall(r'counter packets (\d+)', rules)))
 
     def shape(self, bytes_per_s):
-        """Let no more through, in each direction."""
+        """Limit the rate in each direction."""
         tbf = (f'root tbf rate {8 * bytes_per_s}bit burst 4000 limit 60000').split()
         command('tc', 'qdisc', 'replace', 'dev', self.name, *tbf)
         self.command('tc', 'qdisc', 'replace', 'dev', 'eth0', *tbf)
         self._shaped = True
 
     def plug(self, state):
-        """'down' pulls the plug over there: here is still a route, so nothing goes elsewhere."""
+        """Set the host's eth0 'up' or 'down'; this computer keeps its route to the host."""
         self.command('ip', 'link', 'set', 'eth0', state)
 
     def mend(self):
-        """No fault any more."""
+        """End all faults."""
         self.filter()
         if getattr(self, '_shaped', False):
             command('tc', 'qdisc', 'del', 'dev', self.name, 'root')
@@ -170,12 +170,12 @@ class Link:
         self.plug('up')
 
     def forget_connections(self):
-        """Destroy the sockets over there; each says so to the other side, if it can."""
+        """Destroy the host's TCP sockets; each sends a reset to the other side, if it can."""
         self.command('ss', '--kill', '--tcp')
 
 
 def new_network():
-    """A descriptor that holds a new network namespace open."""
+    """Return a descriptor that keeps a new network namespace."""
     with subprocess.Popen(['unshare', '--net', 'sh', '-c', 'echo; read -r _'],
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
@@ -185,9 +185,9 @@ def new_network():
 # ---- Disk: a small file system ----
 
 class Disk:
-    """A small tmpfs, that can be filled; a context manager.
+    """A small tmpfs, which tests can fill; a context manager.
 
-    `root` is where it is mounted: `at`, which exists, or a folder of its own; `folder` is for use.
+    `root` is its mount point: the existing folder `at`, or a new one.  Tests use `folder`.
     """
 
     def __init__(self, size=1 << 20, inodes=1000, at=None):
@@ -204,12 +204,12 @@ class Disk:
         return self
 
     def __exit__(self, *_exception):
-        command('umount', '--lazy', self.root)      # one may still stand in it
+        command('umount', '--lazy', self.root)      # it may be a process's current folder
         if not self._at:
             rig.remove(self.root)
 
     def fill(self, leave=0):
-        """Leave at most so many bytes free, in whole pages."""
+        """Leave at most this many bytes free, in whole pages."""
         self.free()
         room = os.statvfs(self.root)
         pages = room.f_bavail - leave // room.f_frsize
@@ -217,28 +217,28 @@ class Disk:
             os.posix_fallocate(file.fileno(), 0, pages * room.f_frsize)
 
     def fill_inodes(self, leave=0):
-        """Leave so many names free."""
+        """Leave this many inodes free."""
         self.free()
         self._files.mkdir()
         for number in range(os.statvfs(self.root).f_favail - leave):
             (self._files / str(number)).touch()
 
     def free(self):
-        """Take away what fill and fill_inodes made."""
+        """Remove the files of fill() and fill_inodes()."""
         with contextlib.suppress(FileNotFoundError):
             self._ballast.unlink()
         shutil.rmtree(self._files, ignore_errors=True)
 
     def read_only(self, yes=True):
-        """Refused while someone has a file open to write."""
+        """Make it read-only; the kernel refuses that while a process has a file open to write."""
         command('mount', '-o', f'remount,{"ro" if yes else "rw"}', self.root)
 
 
 # ---- Host ----
 
 INIT = r'''
-# Pid 1 of a host; runs there.  $1: its folder, $2: its name, $3: its home, $4: how /tmp is
-# mounted; the rest: folders that are seen although they lie where it has folders of its own.
+# Pid 1 of a host, on the host.  $1: its folder, $2: its name, $3: its home, $4: the mount mode of
+# /tmp; the rest: folders of this computer to show, although they lie in /tmp or /dev/shm.
 set -e
 folder=$1 name=$2 home=$3 tmp=$4
 shift 4
@@ -250,16 +250,16 @@ for place; do
     places+=("$fd")
 done
 mount --bind "$folder/shared" /dev/shm
-[ "$tmp" = absent ] || mount --bind "$folder/tmp" /tmp      # after it, our folder cannot be seen
+[ "$tmp" = absent ] || mount --bind "$folder/tmp" /tmp      # this hides the folder in /tmp
 for place; do
     fd=${places[0]}
     places=("${places[@]:1}")
     mkdir -p "$place"
-    mount --no-canonicalize --rbind "/proc/self/fd/$fd" "$place"    # by its path, it is gone
+    mount --no-canonicalize --rbind "/proc/self/fd/$fd" "$place"    # its path is hidden now
     exec {fd}<&-
 done
 mount --bind "$home" "$home"
-if [ "$tmp" = absent ]; then            # another root, with all of this one but /tmp
+if [ "$tmp" = absent ]; then            # make a root with everything of this one except /tmp
     mount -t tmpfs tmpfs /mnt
     for place in /*; do
         if [ -L "$place" ]; then
@@ -277,8 +277,8 @@ else
 fi
 cd /
 echo up
-# Each request is two lines: the pid that it shall get, or nothing, and a command; the answer is the
-# pid.  Meanwhile this bash waits for all that lost its parent, as an init must.
+# Each request is two lines: a pid for the process, or nothing, and a command; the answer is its
+# pid.  Like every init, this bash also reaps processes that lost their parents.
 set +e
 while read -r pid && IFS= read -r line; do
     [ -z "$pid" ] || echo "$((pid - 1))" >/proc/sys/kernel/ns_last_pid
@@ -289,7 +289,7 @@ done
 
 
 class Daemon:
-    """A process that pid 1 over there started, with as much of Popen as Machine uses."""
+    """A process that the host's pid 1 started, with the methods of Popen that Machine uses."""
 
     def __init__(self, pid):
         self.pid = pid
@@ -309,16 +309,16 @@ class Daemon:
 
 
 class Host(Machine):
-    """A computer of its own, with what Machine takes, and
+    """A separate computer, with the settings of Machine, and
 
-    disk        {'size': bytes, 'inodes': number}: its home is on a file system that small
-    tmp         how its /tmp is mounted: 'ro', 'noexec'; or 'absent', where it has none at all: then
+    disk        {'size': bytes, 'inodes': number}: its home is on a file system of this size
+    tmp         the mount mode of its /tmp: 'ro', 'noexec'; or 'absent': it has no /tmp, and
                 RIG_FOLDER must lie elsewhere
-    sees        folders of this computer that it shares (with gates, say), though they lie in /tmp
-    clock       '+1d': by so much is the clock of its sessions wrong
+    sees        folders of this computer in /tmp that it shares, such as those of gates
+    clock       '+1d': the error of the clock in its sessions
 
-    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.  `init` is its pid 1, as
-    we see it; `link` and `disk` have more knobs.
+    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.  `init` is this
+    computer's pid of its pid 1; `link` and `disk` offer more faults.
     """
 
     def __init__(self, name='host1', *, disk=None, tmp='rw', sees=(), clock=None, **settings):
@@ -352,11 +352,11 @@ class Host(Machine):
 
     def _environment(self):
         known = super()._environment()
-        del known['SSH_SCHEDULER_SHARED']       # its /dev/shm is really its own
+        del known['SSH_SCHEDULER_SHARED']       # a Host has a real /dev/shm of its own
         return known
 
     def _boot(self):
-        """Start pid 1, with all that a computer has for itself."""
+        """Start pid 1 in new namespaces."""
         self.set_boot_id()
         with open('/proc/uptime') as file:
             age_s = int(float(file.read().split()[0]))
@@ -382,16 +382,16 @@ class Host(Machine):
         return pipe.readline().decode().strip() if wait_readable(pipe.fileno()) else None
 
     def spawn(self, line, pid=None):
-        """Let pid 1 start a shell command in the background; return its pid, as it is there.
+        """Let pid 1 start a shell command in the background; return its pid on the host.
 
-        `pid` is the one that it shall have: the kernel gives it if nobody has it.
+        pid: the pid that the command should get; the kernel gives it this one if it is free.
         """
         self._power.stdin.write(f'{pid or ""}\n{line}\n'.encode())
         self._power.stdin.flush()
         return int(self._answer())
 
     def enter(self, *argv):
-        """Run a command there as root, without its sshd and its network; return what it says."""
+        """Run a command on the host as root, without its sshd and network; return its output."""
         return command('nsenter', f'--target={self.init}', '--mount', '--pid', '--uts', '--ipc',
                        '--', *argv)
 
@@ -410,7 +410,7 @@ class Host(Machine):
     # -- its life
 
     def start(self):
-        """Power on, if it is off; start sshd, and return when it listens."""
+        """Power the host on if it is off; start sshd, and return when it listens."""
         if self._power is None:
             self._boot()
             self.link.plug('up')
@@ -420,15 +420,15 @@ class Host(Machine):
     power_on = start
 
     def power_off(self):
-        """As when the power fails: nothing says goodbye; /tmp and /dev/shm are empty then."""
+        """Cut the power: connections get no end, and /tmp and /dev/shm are empty afterwards."""
         if self._power is None:
             return
         self.link.plug('down')
-        self.link.forget_connections()      # they are the network's, which we keep
+        self.link.forget_connections()      # the network stays, and with it these sockets
         handle = os.pidfd_open(self.init) if self.init else None
         self._power.kill()
         if handle is not None:
-            if not wait_readable(handle):   # pid 1 is the last to end
+            if not wait_readable(handle):   # pid 1 ends last
                 raise TimeoutError(f'{self.name} runs on without power')
             os.close(handle)
         self._power.stdin.close()
@@ -445,47 +445,47 @@ class Host(Machine):
                     path.unlink()
 
     def reboot(self):
-        """A power cut and a boot: with another boot id."""
+        """Cut the power, and boot with another boot id."""
         self.power_off()
         self.power_on()
 
     # -- its network
 
     def cut(self):
-        """Silence in both directions, as if a router had died."""
+        """Drop all packets in both directions, as if a router had died."""
         self.link.filter(DROP, DROP)
 
     def drop_requests(self):
-        """What we send does not arrive."""
+        """Drop the packets to the host."""
         self.link.filter(DROP, '')
 
     def drop_replies(self):
-        """What we send arrives, but there is no answer, not even that it arrived."""
+        """Drop the packets from the host, acknowledgements included."""
         self.link.filter('', DROP)
 
     def reject(self):
-        """Each packet to sshd is answered with a reset: connections break, and none begins."""
+        """Answer each TCP packet with a reset: connections break, and no new one starts."""
         self.link.filter('meta l4proto tcp counter reject with tcp reset', '')
 
     def lossy(self, one_in=5):
-        """One packet in `one_in` is lost, in each direction.
+        """Drop one packet in `one_in`, in each direction.
 
-        Lost by counting, not by chance: by chance the same packet is lost five times in some runs,
-        and no connection survives that.
+        Count the packets instead of choosing at random: random choice drops the same packet five
+        times in some runs, and no connection survives that.
         """
         rule = f'numgen inc mod {one_in} == 0 {DROP}'
         self.link.filter(rule, rule)
 
     def slow(self, bytes_per_s=20_000):
-        """No more comes through, in each direction; may be lossy, too."""
+        """Limit the rate in each direction; can be combined with lossy()."""
         self.link.shape(bytes_per_s)
 
     def unplug(self):
-        """The cable is out: after some seconds, there is 'No route to host'."""
+        """Unplug the cable: after some seconds, clients get 'No route to host'."""
         self.link.plug('down')
 
     def restore(self):
-        """The network is as it was.  Of the faults above, only slow() adds to another."""
+        """Repair the network.  Of the faults above, only slow() can be combined with another."""
         self.link.mend()
 
     def reset_connections(self):
@@ -495,37 +495,37 @@ class Host(Machine):
     # -- its sshd: freeze(), thaw() and stop() are Machine's
 
     def freeze_listener(self):
-        """Nobody can log in, who is logged in notices nothing."""
+        """Stop the listening sshd with SIGSTOP: no new logins, but connections work."""
         self.sshd.send_signal(signal.SIGSTOP)
 
     def freeze_sessions(self):
-        """Who is logged in hears nothing any more, others can log in."""
+        """Stop the sshds of all connections with SIGSTOP; new logins work."""
         for pid in self._connections():
             os.kill(pid, signal.SIGSTOP)
 
     def kill_sessions(self):
-        """Kill the sshds of all connections; return how many."""
+        """Kill the sshds of all connections; return their number."""
         connections = self._connections()
         for pid in connections:
             rig.kill(pid, is_sshd)
         return len(connections)
 
     def stop_listener(self):
-        """As `systemctl stop ssh`: connections go on, and start() lets others in again."""
+        """Stop the listener, like `systemctl stop ssh`; connections stay.  start() starts it."""
         self.sshd.terminate()
         self.sshd.send_signal(signal.SIGCONT)
         self.sshd.wait()
         self.sshd = None
 
     def _connections(self):
-        """All live sshds but the one that listens, whose children they need not be any more."""
+        """Return the pids of all live sshds but the listener; its children may have lost it."""
         return [pid for pid in self._pids() if is_sshd(pid) and parent_and_state(pid)[1] not in 'ZX'
                 and not (self.sshd and pid == self.sshd.pid)]
 
-    # -- its processes.  Pids are this computer's, unless it is said that they are "there"
+    # -- its processes.  Pids are this computer's; pids "there" are the host's
 
     def _runs_here(self, pid):
-        """All but pid 1 and sshd: also what wiped its environment."""
+        """Tell whether a process is the host's, even without an environment; not pid 1 or sshd."""
         return self._is_of_it(pid) and pid != self.init and not is_sshd(pid)
 
     def _is_of_it(self, pid):
@@ -538,7 +538,7 @@ class Host(Machine):
         return [pid for pid in pids() if self._is_of_it(pid)]
 
     def pid_here(self, there):
-        """This computer's pid of a process."""
+        """Return this computer's pid of the host's process `there`."""
         for pid in self._pids():
             if pid_there(pid) == there:
                 return pid
@@ -548,15 +548,15 @@ class Host(Machine):
         return pid_there(pid)
 
     def reuse_pid(self, there, line='sleep 1000'):
-        """Start a command that has this pid there, which must be free."""
+        """Start a command with this pid on the host, which must be free."""
         got = self.spawn(f'{line} </dev/null >/dev/null 2>&1', pid=there)
         if got != there:
             raise OSError(f'{self.name} has given pid {got} instead of {there}')
 
     def runner(self):
-        """The program's bash that reads the channel, or None.
+        """Return the pid of the runner, the bash that reads the channel, or None.
 
-        Its children have the same words; it alone has the name of its folder, run.NAME.PID.RANDOM.
+        Its children have the same words; only it has its own pid in its folder run.NAME.PID.RANDOM.
         """
         for pid, _words in self.processes():
             mine = f'/run.{self.name}.{pid_there(pid)}.'
@@ -564,23 +564,23 @@ class Host(Machine):
                 return pid
 
     def kill_runner(self):
-        """SIGKILL it alone."""
+        """SIGKILL the runner alone."""
         self._kill_one(self.runner(), 'runner')
 
     def job_processes(self, job):
-        """What runs of the job's own commands."""
+        """Return the pids of the job's own processes."""
         mark = os.fsencode(f'SSH_SCHEDULER_JOB={job}')
         return [pid for pid, _words in self.processes()
                 if mark in read_proc(pid, 'environ').split(b'\0')]
 
     def wrapper(self, job):
-        """The program's bash that waits for the job's commands and records their end, or None."""
+        """Return the pid of the bash that waits for the job and records its end, or None."""
         ours = self.job_processes(job)
         above = {parent_and_state(pid)[0] for pid in ours} - {*ours, self.init}
         return next((pid for pid in above if self._runs_here(pid)), None)
 
     def kill_wrapper(self, job):
-        """SIGKILL it alone: the job goes on."""
+        """SIGKILL the wrapper alone: the job keeps running."""
         self._kill_one(self.wrapper(job), f'wrapper of {job}')
 
     def _kill_one(self, pid, what):
@@ -592,7 +592,7 @@ class Host(Machine):
     # -- its disk
 
     def fill_disk(self, leave=0):
-        """Leave so many bytes where its home is (see `disk`)."""
+        """Leave this many bytes on the disk of its home (see `disk`)."""
         self.disk.fill(leave)
 
     def fill_inodes(self, leave=0):
@@ -602,7 +602,7 @@ class Host(Machine):
         self.disk.free()
 
     def read_only_home(self, yes=True):
-        """Its home, for those over there; refused while one has a file open to write."""
+        """Make its home read-only on the host; refused while a process has a file open to write."""
         self.enter('mount', '-o', f'remount,bind,{"ro" if yes else "rw"}', self.home)
 
 
@@ -611,7 +611,7 @@ def children(pid):
 
 
 def pid_there(pid):
-    """The pid in the process's own namespace."""
+    """Return the pid of a process in its own namespace."""
     for line in read_proc(pid, 'status').splitlines():
         if line.startswith(b'NSpid:'):
             return int(line.split()[-1])

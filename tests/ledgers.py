@@ -1,8 +1,8 @@
-"""Did each job run exactly once?  Asks the jobs themselves, and compares all that was said of them.
+"""Checks that each job ran exactly once: compares the jobs' own notes with journal and report.
 
-A line of a batch that is made with ledger_line() notes its start and its end in three places: the
-ledger of its machine, which no fault of the network or of the disk touches, its stdout, and a file
-`ran` in its folder.  check_exactly_once() compares these with the journal and with the report.
+A line of a batch from ledger_line() notes its start and its end in three places: the ledger of its
+machine, which no fault of the network or of the disk touches, its stdout, and a file `ran` in its
+folder.  check_exactly_once() compares these with the journal and with the report.
 """
 import json
 import re
@@ -10,7 +10,7 @@ import shlex
 from collections import defaultdict
 from pathlib import Path
 
-RAN = 'ran'         # what each such job makes in its folder
+RAN = 'ran'         # the file that each such job makes in its folder
 THERE_ALREADY = re.compile(r'WARNING: job results already exists for line (\d+),')
 
 
@@ -20,21 +20,21 @@ def ledger_line(job_command):
 
 
 def ledgers_of(machines):
-    """{what the journal calls a machine: its ledger}, as check_exactly_once takes it."""
+    """Return {account: ledger} of the machines, as check_exactly_once takes it."""
     return {machine.account: machine.ledger for machine in machines}
 
 
 def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, jobs=(),
                        backwards=True, again=False):
-    """Raise an AssertionError that says what is wrong, if a job did not run exactly once.
+    """Raise an AssertionError with all contradictions, if a job did not run exactly once.
 
     ledgers     {account: file}, or machines
-    stdout      what the program said; of several runs, a list
-    journal     the file; by default, where it is in `results`
-    jobs        names of those that must have run and be reported; others may have been left out
-    backwards   whether the jobs brought their folders back
-    again       whether a job that came to its end may run again, once the journal gave it up: as
-                when it was interrupted, or its machine lost its power, at that very moment
+    stdout      the output of the program; for several runs, a list
+    journal     the file; by default, the journal in `results`
+    jobs        names of jobs that must have run and be reported; others may be missing
+    backwards   whether the program fetched the jobs' folders
+    again       whether a job that has ended may run again, once the journal gave it up: as when
+                it was interrupted, or its machine lost its power, at that very moment
     """
     if not isinstance(ledgers, dict):
         ledgers = ledgers_of(ledgers)
@@ -59,7 +59,7 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
 # ---- What is read ----
 
 def read_ledgers(ledgers):
-    """{job: {(attempt, account): [words]}}"""
+    """Return {job: {(attempt, account): [words]}}."""
     runs = defaultdict(lambda: defaultdict(list))
     for account, file in ledgers.items():
         for line in Path(file).read_text().splitlines():
@@ -69,10 +69,10 @@ def read_ledgers(ledgers):
 
 
 def read_report(texts, again=False):
-    """{job: 'started', 'skipped', 'finished' or 'failed'}, as it was said last, by a run only once.
+    """Return {job: 'started', 'skipped', 'finished' or 'failed'}, as last reported.
 
-    again: jobs may have run again, since somebody asked for that
-    Skipped are those whose results are there: a run that was killed need not have noted that.
+    A run may report the end of a job only once, unless `again`: a user had jobs run again.
+    Skipped are jobs that have results already: a killed run may not have reported these.
     """
     reported = {}
     for text in texts:
@@ -97,13 +97,13 @@ def read_report(texts, again=False):
 
 
 def read_journal(path):
-    """{job: [event]}; what follows the last end of a line was never said."""
+    """Return {job: [event]}; ignore an unfinished last line."""
     events = defaultdict(list)
     *lines, _torn = path.read_bytes().split(b'\n') if path.exists() else [b'']
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line)
-            # These tell of no job, or do not change it.
+            # These events are not about a job, or do not change one.
             if event['event'] not in ('tidied', 'journal', 'answered', 'unwanted', 'wanted',
                                       'begun', 'machine'):
                 events[event['job']].append(event)
@@ -115,7 +115,7 @@ def read_journal(path):
 # ---- What is wrong.  Each yields sentences ----
 
 def check_runs(job, runs, events, again):
-    """A start is one too many, unless the journal knows what became of the one before."""
+    """Yield a sentence for each start too many: the journal must have given up the one before."""
     for (attempt, account), words in runs.items():
         if words.count('start') > 1:
             yield (f'{job} ran twice: attempt {attempt} was started {words.count("start")} times '
@@ -187,10 +187,10 @@ def check_reported(job, runs, said):
 
 
 def check_result(job, runs, results, backwards):
-    """The result is that of the attempt that ended, all of it, and of no other."""
+    """Yield a sentence for each part of the result that is not from the last whole attempt."""
     whole = sorted(attempt for (attempt, _account), words in runs.items() if 'end' in words)
     if not whole:
-        return              # who says that it finished is told elsewhere
+        return              # check_reported() finds a false report
     start, end = (f'{job} {whole[-1]} {word}' for word in ('start', 'end'))
     out, err, folder = results / f'{job}.out', results / f'{job}.err', results / job
     files = [out, folder / RAN] if backwards else [out]

@@ -1,9 +1,9 @@
-"""Runs the program as on a client that is no Linux: python3 other_client.py execute_batch …
+"""Runs the program as on a client without Linux: python3 other_client.py execute_batch …
 
-CLIENT_LACKS    words: what is taken away, of PARTS below
+CLIENT_LACKS    words: the names of the PARTS below to apply
 
-What is another thing there than on Linux must not be used at all: that ends the program at once,
-with a sentence and the exit status 99.
+The use of something that differs from Linux there stops the program at once, with a sentence and
+the exit status 99.
 """
 import os
 import resource
@@ -23,7 +23,7 @@ LINUX_ONLY = {
     select: 'epoll', resource: 'prlimit',
     signal: 'SIGPOLL SIGPWR SIGSTKFLT SIGRTMIN SIGRTMAX sigtimedwait sigwaitinfo pidfd_send_signal',
     time: 'CLOCK_BOOTTIME'}
-OPEN_MAX = 10240            # no limit of open files is above it
+OPEN_MAX = 10240            # the highest limit of open files
 
 
 def misused(what):
@@ -32,8 +32,8 @@ def misused(what):
 
 
 def platform():
-    """It says that it is a Mac, and system calls have other numbers."""
-    import subprocess  # noqa: F401  first: what it does depends on the platform
+    """Pretend to be a Mac, on which system calls have other numbers."""
+    import subprocess  # noqa: F401  first: it depends on the platform
     here = os.uname()
     sys.platform = 'darwin'
     os.uname = lambda: os.uname_result(('Darwin', here.nodename, '23.6.0', 'Darwin', 'arm64'))
@@ -42,7 +42,7 @@ def platform():
 
 
 def names():
-    """Python has fewer names."""
+    """Remove the names that Python has only on Linux."""
     for module, words in LINUX_ONLY.items():
         for word in words.split():
             if hasattr(module, word):
@@ -51,7 +51,7 @@ def names():
 
 
 def proc():
-    """There is no /proc and no /dev/shm."""
+    """Hide /proc, /sys and /dev/shm."""
     def hook(event, words):
         if event in ('open', 'os.listdir', 'os.scandir') and str(words[0]).startswith(
                 ('/proc', '/sys', '/dev/shm')):
@@ -62,7 +62,7 @@ def proc():
 
 
 def library():
-    """The C library has fewer functions."""
+    """Remove functions from the C library."""
     import ctypes
 
     def find(library, name):
@@ -73,12 +73,12 @@ def library():
 
 
 def ctypes():
-    """This Python cannot call the C library."""
+    """Remove ctypes, so that Python cannot call the C library."""
     sys.modules['ctypes'] = None
 
 
 def files():
-    """Few files may be open, and a limit beyond OPEN_MAX is refused."""
+    """Lower the limit of open files to 64, and refuse a limit beyond OPEN_MAX."""
     def limit(what, values):
         if what == resource.RLIMIT_NOFILE and not 0 <= values[0] <= OPEN_MAX:
             raise ValueError('current limit exceeds maximum limit')
@@ -88,7 +88,7 @@ def files():
 
 
 def kqueue():
-    """What tells of streams that are ready does not tell of the end of a file."""
+    """Let the selector ignore files at their end."""
     class Kqueue(selectors.PollSelector):
         def select(self, timeout=None):
             found = [(key, events) for key, events in super().select(timeout) if not at_end(key.fd)]
@@ -102,7 +102,7 @@ def kqueue():
 
 
 def zombies():
-    """Nothing can be sent to a group of which only a zombie is left."""
+    """Refuse a signal to a process group of which only a zombie is left."""
     def send(pid, number):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             raise PermissionError(1, 'Operation not permitted')
@@ -111,7 +111,7 @@ def zombies():
 
 
 def case():
-    """The file system takes names for the same that differ in case only."""
+    """Let os.path.lexists ignore case, as on a case-insensitive file system."""
     def is_there(path):
         folder, name = os.path.split(path)
         return name.casefold() in map(str.casefold, os.listdir(folder))

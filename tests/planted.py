@@ -1,11 +1,11 @@
-"""Plants faults in the protocol, one at a time, and tells which test finds each.
+"""Plants faults in the protocol, one at a time, and prints which test finds each.
 
     make planted        or    .venv/bin/python tests/planted.py [WORD]...
 
-Each fault is a small change of the text of ssh_scheduler.py that takes one guarantee away.  It is
-made in a copy, with which the tests of the protocol run: those of single cases, then the model with
-its usual examples, or as many as PROTOCOL_EXAMPLES says.  The exit status is 1 if a fault is not
-found.  With WORDs only the faults run that have one of them in their names.
+Each fault is a small change of the text of ssh_scheduler.py that breaks one guarantee.  The tests
+of the protocol run with a changed copy: first the single cases, then the model with its usual
+number of examples, or with PROTOCOL_EXAMPLES.  The exit status is 1 if no test finds a fault.  With
+WORDs, try only the faults that have one of them in their names.
 """
 import os
 import re
@@ -26,9 +26,9 @@ REQUESTS = ['tests/test_requests.py', '-k', 'single_jobs or put_aside or away']
 CLUSTERS = ['tests/test_slurm.py', '-k', 'fence or whatever or killed or come or waits']
 LIMIT_S = 900
 
-# name: what is tried, and pairs of texts: what stands in the program once, and what is put there
+# name: tests to run, and pairs of texts: one that the program has once, and its replacement
 FAULTS = {
-    # over there
+    # on the machine
     'a job is begun by each who wants it (no O_EXCL)': (CASES, MODEL, (
         ('|| return\n  set -C\n  {\n', '|| return\n  set +C\n  {\n'),)),
     'a job that is revoked may yet begin': (CASES, MODEL, (
@@ -46,7 +46,7 @@ FAULTS = {
     # at a cluster
     'a batch script runs the job without the fence': (CLUSTERS, (
         ("    '[[ begun -ef claim.$me ]] || exit 0 ", "    'true || exit 0 "),
-        # the second run finds these, too
+        # else the second run of a job would exit, because the FIFOs exist already
         ('"$run/events" "$run/quiet" || exit 121', '"$run/events" "$run/quiet"'))),
     'a job that may run is taken back': (CLUSTERS, (
         ('  [[ $more/begun -ef $more/claim.cancel ]]\n', '  true\n'),)),
@@ -54,7 +54,7 @@ FAULTS = {
         ('answer="unknown $answer" || ', 'answer="refused $answer" || '),)),
     'a job that Slurm still has is handed over again': (CLUSTERS, (
         ('  elif ((${#alive[@]})); then\n    adopt_oldest\n', ''),)),
-    # here
+    # in the client
     'a start is sent before the journal has it': (CRASHES, (
         ('attempt.stage.ready:\n', 'attempt.stage.ready and not attempt.why:\n'
          '                attempt.why = "sent"\n'),
@@ -84,7 +84,7 @@ FAULTS = {
     'a job that found no room is taken for one that runs': (CASES, MODEL, (
         ("            self._worker.lives.move(attempt, 'held')\n",
          "            self._worker.lives.move(attempt, 'running')\n"),)),
-    # what people ask
+    # requests of users
     'a job that was cancelled starts again': (REQUESTS, MODEL, (
         ('        if job.name in self.wishes.cancelled:\n            return\n', ''),)),
     'what was promised of a cancel is lost with the client': (REQUESTS, (
@@ -99,7 +99,7 @@ FAULTS = {
 
 
 def plant(text, changes):
-    """Return the text with these changes; raise ValueError where one has not one place."""
+    """Return the text with these changes; raise ValueError if an old text is not there once."""
     for old, new in changes:
         if text.count(old) != 1:
             raise ValueError(f'this is there {text.count(old)} times: {old!r}')
@@ -108,7 +108,7 @@ def plant(text, changes):
 
 
 def find(text, tries):
-    """Return which test fails with this text of the program, and why, or ''."""
+    """Return the test that fails with this text of the program, and its error; or ''."""
     with tempfile.TemporaryDirectory(prefix='planted-') as folder:
         shutil.copytree(HERE, Path(folder, 'tests'), ignore=shutil.ignore_patterns('__pycache__'))
         shutil.copy(HERE.parent / 'pyproject.toml', folder)
@@ -126,7 +126,7 @@ def find(text, tries):
 
 
 def run_tests(folder, arguments):
-    """Run pytest in this folder; return its exit status, and what it said."""
+    """Run pytest in this folder; return its exit status and its output."""
     process = subprocess.Popen(
         [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *arguments],
         cwd=folder, env={**os.environ, 'PYTHONPATH': folder}, stdin=subprocess.DEVNULL,
@@ -134,7 +134,7 @@ def run_tests(folder, arguments):
     try:
         said, _ = process.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)      # so that pytest ends its processes
+        process.send_signal(signal.SIGINT)      # so that pytest stops its processes
         process.communicate()
         raise
     return process.returncode, said

@@ -24,7 +24,7 @@ ValueError: loss is 496.8 at epoch 4: choose a smaller --lr
 
 
 class Folder:
-    """A job_results that is made job by job; `close` writes what it has."""
+    """A job_results that grows job by job; `close` writes its journal and its samples."""
 
     def __init__(self, path='job_results'):
         self.path = Path(path)
@@ -100,7 +100,7 @@ def lines_of(objects):
 
 # ---- A sweep: 5 learning rates, 2 models, 3 seeds ----
 
-MACHINES = {'lab1': 2, 'lab2': 2, 'lab3': 1, 'lab4': 0}         # name: how many GPUs
+MACHINES = {'lab1': 2, 'lab2': 2, 'lab3': 1, 'lab4': 0}         # name: number of GPUs
 
 
 def outcome(number, rate, model):
@@ -111,7 +111,7 @@ def outcome(number, rate, model):
 
 
 def training(rng, rate, model, exit_code, epochs):
-    """Return what a job prints: the rate 0.003 is the best one, and the large model is better."""
+    """Return the output of a job: the best rate is 0.003, and the large model is better."""
     best = 0.35 + 0.25 * abs(math.log10(float(rate) / 0.003)) + 0.06 * (model == 'small')
     lines = []
     for epoch in range(epochs):
@@ -125,7 +125,7 @@ def training(rng, rate, model, exit_code, epochs):
 
 
 def sweep(path='job_results'):
-    """Make the sweep.  lab4 gets no job and lab3 only two, of which lab3 lost one at first."""
+    """Make the sweep.  lab4 gets no job; lab3 gets two, and loses the first attempt of one."""
     folder, rng = Folder(path).begin(), random.Random(1)
     for name, gpus in MACHINES.items():
         folder.machine(f'{name}:22', gpus)
@@ -164,7 +164,7 @@ def sweep(path='job_results'):
 
 
 def watch(folder, busy, rng):
-    """Add what was seen of the machines; nothing of lab2 for a while."""
+    """Add samples of the machines, with a gap for lab2."""
     for step in range(int((max(end for _, _, end in busy) - BEGIN) / 8)):
         time_s = BEGIN + 8 * step
         for name, gpus in MACHINES.items():
@@ -182,7 +182,7 @@ def watch(folder, busy, rng):
 # ---- 10,000 jobs ----
 
 def many_jobs(path='job_results', count=10_000, machines=25, gpus=8):
-    """Make so many jobs of a random search, each with 20 lines of output."""
+    """Make this many jobs of a random search, each with 20 lines of output."""
     folder, rng = Folder(path).begin('big.sh'), random.Random(2)
     free = [(BEGIN + rng.random() * 5, f'gpu{machine:02}', gpu)
             for machine in range(machines) for gpu in range(gpus)]
@@ -198,7 +198,7 @@ def many_jobs(path='job_results', count=10_000, machines=25, gpus=8):
                      f'--optimizer {rng.choice(("adam", "sgd"))} --seed {number % 10} '
                      '--data /data/sets/imagenet-1k --epochs 20', time_s, machine, str(gpu),
                      batch='big.sh', asked={'memory_mb': 4000, 'gpus': 1, 'gpu_memory_mb': 8000})
-        folder.stream(name, 'out', out + f'val_loss: {best:.5f}\n')    # empty files take time, too
+        folder.stream(name, 'out', out + f'val_loss: {best:.5f}\n')    # skip empty files: faster
         if fails:
             folder.stream(name, 'err', EXPLODED)
         folder.end(name, time_s + wall_s, wall_s, int(fails), cpu_s=round(wall_s * 1.3, 2),

@@ -1,20 +1,19 @@
 """Real machines for the tests: each is one sshd on loopback, in one temporary folder.
 
 A Machine has its own host key, port, client key, log, home folder, login shell and PATH, so that
-the program under test meets OpenSSH and rsync themselves and no imitation of them.  It needs no
-root: an ordinary user gets machines that log in as that user.
+the program under test meets the real OpenSSH and rsync.  It needs no root: an ordinary user gets
+machines that log in as that user.
 
 Three tricks make one computer look like several:
 
-* libnss_wrapper, preloaded into sshd only, answers its getpwnam() from our own passwd file.  That
-  gives every machine a home and a login shell of its own, and /etc stays as it is.
-* SetEnv in sshd_config names the machine in the environment of everything that runs "there", so
-  its processes can be found, whoever started them and however often they forked.
-* PidFile is a FIFO: sshd opens it once it listens, so that we are told and need not look again.
+* libnss_wrapper, preloaded into sshd only, answers its getpwnam() from a passwd file of the rig.
+  That gives every machine its own home and login shell, and /etc stays unchanged.
+* SetEnv in sshd_config names the machine in the environment of everything that runs on it, so that
+  the rig finds its processes, whoever started them and however often they forked.
+* PidFile is a FIFO: sshd opens it once it listens, so that the rig can wait without polling.
 
-`python3 rig.py --missing` lists the Debian packages that are needed and not there; for root, those
-of hosts.py as well, where a machine is a network of its own, too, those of clusters.py, and on
-Debian a browser.
+`python3 rig.py --missing` lists the missing Debian packages.  For root it includes those of
+hosts.py, where a machine also has its own network, those of clusters.py, and on Debian a browser.
 """
 import atexit
 import contextlib
@@ -34,11 +33,11 @@ import tempfile
 import uuid
 from pathlib import Path
 
-SAFETY_NET_S = 30       # how long we wait for what always comes at once; never a measurement
+SAFETY_NET_S = 30       # timeout for events that normally come at once; never a measurement
 
 BASH_COMPLETION = '/usr/share/bash-completion/bash_completion'
 
-# package: a file that it brings, by its path, or below one of SYSTEM_FOLDERS or LIBRARY_PATTERNS
+# package: one of its files, by its path, or below one of SYSTEM_FOLDERS or LIBRARY_PATTERNS
 DEBIAN_PACKAGES = {
     'openssh-server': 'sshd', 'openssh-client': 'ssh', 'rsync': 'rsync', 'procps': 'ps',
     'bash': 'bash', 'dash': 'dash', 'zsh': 'zsh', 'fish': 'fish', 'tcsh': 'tcsh',
@@ -46,12 +45,12 @@ DEBIAN_PACKAGES = {
     'bash-completion': BASH_COMPLETION,
 }
 SYSTEM_FOLDERS = ('/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/usr/bin', '/sbin', '/bin')
-# What hosts.py needs besides, of use to root only: without them its tests are skipped.
+# hosts.py needs these, too, as root only: without them its tests are skipped.
 HOST_PACKAGES = {'iproute2': 'ip', 'nftables': 'nft', 'util-linux': 'unshare', 'mount': 'mount',
                  'faketime': 'faketime'}
-# What test_report_page.py needs besides; without it these tests are skipped.
+# test_report_page.py needs this, too; without it its tests are skipped.
 BROWSER_PACKAGES = {'chromium': 'chromium'}
-# What clusters.py needs besides: without them its tests are skipped.
+# clusters.py needs these, too; without them its tests are skipped.
 SLURM_PACKAGES = {'slurmctld': 'slurmctld', 'slurmd': 'slurmd', 'slurm-client': 'sbatch',
                   'munge': 'munged'}
 ACCOUNTING_PACKAGES = {'slurmdbd': 'slurmdbd', 'mariadb-server': 'mariadbd'}
@@ -61,18 +60,21 @@ LIBRARY_PATTERNS = ('lib*/libnss_wrapper.so', 'lib*/*/libnss_wrapper.so')
 # ---- What the rig needs ----
 
 def program(name):
-    """Path of a system program, or None.  PATH often lacks /usr/sbin, and may begin with stubs."""
+    """Return the path of a system program, or None.
+
+    PATH often lacks /usr/sbin, and may begin with stubs.
+    """
     return shutil.which(name, path=os.pathsep.join(SYSTEM_FOLDERS))
 
 
 def nss_wrapper():
-    """Path of the library, or None."""
+    """Return the path of the library, or None."""
     found = [path for pattern in LIBRARY_PATTERNS for path in Path('/usr').glob(pattern)]
     return str(found[0]) if found else None
 
 
 def missing_tools(packages=DEBIAN_PACKAGES):
-    """The Debian packages that have to be installed before a Machine can start."""
+    """Return the missing ones of these Debian packages, without which no Machine can start."""
     def is_there(file):
         if file.startswith('/'):
             return os.path.exists(file)
@@ -81,14 +83,14 @@ def missing_tools(packages=DEBIAN_PACKAGES):
 
 
 def is_debian():
-    """Tell whether this is Debian; Ubuntu has its chromium in another form, which needs snapd."""
+    """Tell whether this is Debian: the chromium of Ubuntu needs snapd."""
     with contextlib.suppress(OSError), open('/etc/os-release') as file:
         return 'ID=debian\n' in file.readlines()
     return False
 
 
 def missing_extras():
-    """The Debian packages without which some tests are skipped; only root can have them at once."""
+    """Return the missing Debian packages without which some tests are skipped; [] without root."""
     if os.getuid() != 0:
         return []
     return missing_tools({**HOST_PACKAGES, **SLURM_PACKAGES, **ACCOUNTING_PACKAGES,
@@ -97,11 +99,11 @@ def missing_extras():
 
 # ---- Temporary folders, and what is left of them ----
 
-FOLDERS = []            # every one that was made, for leftovers()
+FOLDERS = []            # all temporary folders, for leftovers()
 
 
 def temporary_folder(name, mode=0o700):
-    """A new folder with a short path: that of a Unix socket must fit into 107 bytes."""
+    """Make a folder with a short path: that of a Unix socket must fit into 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix=f'rig-{name}-', dir=os.environ.get('RIG_FOLDER', '/tmp')))
     folder.chmod(mode)
     FOLDERS.append(folder)
@@ -109,13 +111,13 @@ def temporary_folder(name, mode=0o700):
 
 
 def remove(folder):
-    """Remove a folder, even one in which a job took away its own permissions."""
+    """Remove a folder, even if a job has removed permissions in it."""
     subprocess.run(['chmod', '-R', 'u+rwX', folder], stderr=subprocess.DEVNULL)
     shutil.rmtree(folder)
 
 
 def leftovers():
-    """Sentences that name what should be gone: folders, and processes that know of one of them."""
+    """Return sentences about leftover temporary folders and the processes that mention them."""
     return [*(f'folder {folder} is still there' for folder in FOLDERS if folder.exists()),
             *(f'process {pid} is still alive: {cmdline(pid)}' for pid in knowing(*FOLDERS))]
 
@@ -127,7 +129,7 @@ def pids():
 
 
 def read_proc(pid, name):
-    """/proc/PID/NAME as bytes; nothing where the process is gone, a zombie, or not ours to read."""
+    """Return /proc/PID/NAME as bytes; b'' if the process is gone, a zombie, or not readable."""
     try:
         with open(f'/proc/{pid}/{name}', 'rb') as file:
             return file.read()
@@ -141,7 +143,7 @@ def cmdline(pid):
 
 
 def knowing(*folders):
-    """Pids of the processes that have one of `folders` in their words or their environment."""
+    """Return the pids of processes with one of `folders` in their arguments or environment."""
     marks = [os.fsencode(folder) for folder in folders]
 
     def knows(pid):
@@ -152,18 +154,21 @@ def knowing(*folders):
 
 
 def parent_and_state(pid):
-    """(parent's pid, state letter), behind the name, which may itself contain spaces and ')'."""
+    """Return (parent's pid, state letter); (0, 'X') if the process is gone."""
     fields = read_proc(pid, 'stat').rpartition(b')')[2].split()
     return (int(fields[1]), fields[0].decode()) if fields else (0, 'X')
 
 
 def is_sshd(pid):
-    """sshd itself, not what it runs; since OpenSSH 9.8 also sshd-session and sshd-auth."""
+    """Tell whether a process is sshd, or sshd-session or sshd-auth of OpenSSH 9.8 and later."""
     return read_proc(pid, 'comm').startswith(b'sshd')
 
 
 def kill(pid, is_ours):
-    """SIGKILL a process and wait for its end, if it is still ours once its pid cannot be reused."""
+    """SIGKILL a process and wait for its end, if is_ours(pid).
+
+    The open pidfd keeps another process with the same pid from being killed.
+    """
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -180,7 +185,7 @@ def kill(pid, is_ours):
 
 
 def ends(pid, timeout_s=SAFETY_NET_S):
-    """Wait for the end of a process that need not be our child; False if it does not come."""
+    """Wait for the end of any process, not only of a child; return False after the timeout."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -192,7 +197,7 @@ def ends(pid, timeout_s=SAFETY_NET_S):
 
 
 def wait_readable(*fds, timeout_s=SAFETY_NET_S):
-    """Those of `fds` that have something to say; a pidfd speaks when its process has ended."""
+    """Wait; return those of `fds` that are readable, as a pidfd is when its process has ended."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
@@ -204,9 +209,8 @@ def wait_readable(*fds, timeout_s=SAFETY_NET_S):
 def farm(folder, leave_out=('rsync', 'nvidia-smi'), only=None):
     """Fill `folder` with links to the programs of this computer, and return it.
 
-    A PATH of this one folder is the way to a machine "without rsync", or without the real
-    nvidia-smi, which lie beside everything else in /usr/bin.  Where there is no python3, the one
-    that runs the tests is linked.
+    With this folder as its PATH a machine has no rsync, or not the real nvidia-smi, which lie in
+    /usr/bin with all other programs.  If there is no python3, link the one that runs the tests.
     """
     programs = {}
     for directory in SYSTEM_FOLDERS:
@@ -223,14 +227,14 @@ def farm(folder, leave_out=('rsync', 'nvidia-smi'), only=None):
 
 @functools.cache
 def shared_farm(leave_out, only):
-    """A farm that is built once per session: a thousand links can take more than half a second."""
+    """Return a farm that is made once per session: a thousand links can take half a second."""
     folder = temporary_folder('farm', mode=0o755)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return farm(folder / 'bin', leave_out, only)
 
 
 def system_path(leave_out, only):
-    """Folders of a PATH to the programs of this computer; a farm only where it has to be one."""
+    """Return the folders of a PATH to the programs of this computer; a farm only if necessary."""
     if only is not None or any(map(program, leave_out)):
         return (shared_farm(leave_out, only),)
     return SYSTEM_FOLDERS if program('python3') else (*SYSTEM_FOLDERS,
@@ -247,8 +251,8 @@ def remove_shared_farms():
 # ---- The fake nvidia-smi ----
 
 NVIDIA_SMI = r'''#!/bin/bash
-# Stands in for nvidia-smi: answers a query from ../gpus.table, or with a recorded ../gpus.txt;
-# the processes on the GPUs are those of ../gpus.apps that live, lines "uuid, pid, MB".
+# Stands in for nvidia-smi: answers a query from ../gpus.table, or with a recorded ../gpus.txt.
+# The processes on the GPUs are the live ones of ../gpus.apps, lines "uuid, pid, MB".
 folder=${0%/*}/..
 for word; do
     case $word in
@@ -304,12 +308,12 @@ GPU_COLUMNS = ('index', 'uuid', 'pci.bus_id', 'name', 'memory.total', 'memory.us
 
 
 def fake_gpus(count, memory_mb=16000, **other):
-    """`count` idle GPUs, as Machine(gpus=...) takes them."""
+    """Return `count` idle GPUs, as Machine(gpus=...) takes them."""
     return [{'index': i, 'memory_total_mb': memory_mb, **other} for i in range(count)]
 
 
 def put(path, text, mode=0o644):
-    """Write a file that may be read at this moment: it has the old text, or the new one."""
+    """Replace a file by rename: a reader sees the old text or the new one."""
     new = path.with_name(path.name + '.new')
     new.write_text(text)
     new.chmod(mode)
@@ -317,7 +321,7 @@ def put(path, text, mode=0o644):
 
 
 def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, **columns):
-    """One GPU as nvidia-smi's columns; `columns` may name any of them: 'compute_mode', ..."""
+    """Return a GPU as nvidia-smi's columns; `columns` sets any of them: 'compute_mode', ..."""
     free_mb = memory_total_mb if memory_free_mb is None else memory_free_mb
     row = {
         'index': index, 'uuid': f'GPU-00000000-0000-0000-0000-{index:012d}',
@@ -331,10 +335,10 @@ def gpu_row(index=0, memory_total_mb=16000, memory_free_mb=None, utilization=0, 
 
 # ---- The witness of a job ----
 
-# Each note is one write to each file, so that those of jobs that run at a time are never mixed.
+# Each note is one write to each file, so that notes of simultaneous jobs are never mixed.
 NOTED = r'''#!/bin/bash
-# Runs a command for a job, and notes its start and its end: see ledgers.py.  As a good program does
-# it fails where it cannot write.
+# Runs a command for a job, and notes its start and its end: see ledgers.py.  Like a good program,
+# it fails if it cannot write.
 try=${SSH_SCHEDULER_ID##*.}             # PROJECT.NAME.ATTEMPT-IDENTITY
 note() {
     local text="$SSH_SCHEDULER_JOB ${try%-*} $1"
@@ -371,8 +375,8 @@ PrintMotd no
 Subsystem sftp internal-sftp
 '''
 
-# Debian's /etc/profile sets PATH anew in a login shell of the Bourne family, so the machine's own
-# .profile restores it.  The rest is what Debian gives a new user.
+# Debian's /etc/profile replaces PATH in a login shell of the Bourne family, so the machine's
+# .profile restores it.  The rest is the .profile that Debian gives a new user.
 PROFILE = '''\
 PATH='{path}'
 if [ -n "$BASH_VERSION" ] && [ -f ~/.bashrc ]; then . ~/.bashrc; fi
@@ -382,7 +386,7 @@ RUNNING = []            # machines between enter and exit: conftest shows their 
 
 
 def free_port():
-    """A port that nobody listens on, below the range from which the kernel takes clients' ports.
+    """Return a free port below the range from which the kernel takes clients' ports.
 
     So it is still free when a stopped machine starts again.
     """
@@ -398,20 +402,20 @@ def free_port():
 
 
 class Machine:
-    """One sshd on loopback with a life of its own; a context manager.
+    """A machine: one sshd on loopback with its own files and settings; a context manager.
 
     shell           the login shell
     startup         {'.bashrc': text, '.config/fish/config.fish': text}: files below its home
     gpus            None: no nvidia-smi.  A list of dicts (see gpu_row) or recorded text: a fake one
-    nvidia_smi      text of a script to have instead of the fake one, to fail or hang
+    nvidia_smi      text of a script instead of the fake one, for example one that fails or hangs
     tools           names of the only programs in PATH
     leave_out       names of programs that are not in PATH
-    path_extra      folders in PATH, behind its own and before the programs
-    uid             log in as this unprivileged user (only where we are root)
-    sshd_options    lines for sshd_config: they win, as sshd takes the first value that it reads
+    path_extra      folders in PATH, after its own and before the programs
+    uid             log in as this unprivileged user (only root can)
+    sshd_options    first lines of sshd_config: sshd takes the first value of an option
     env             more environment of every session
-    cores, busy_cores, memory_mb    what its /proc and nproc claim; memory_mb is what is free
-    beside          another Machine that is the same computer: this is another account there
+    cores, busy_cores, memory_mb    the values in its /proc and nproc; memory_mb is the free memory
+    beside          another Machine on the same computer, of which this one is another account
     """
 
     user = 'ben'
@@ -459,7 +463,7 @@ class Machine:
         return self
 
     def __exit__(self, *_exception):
-        """End everything that is or was started on this machine, and remove its folder."""
+        """Kill everything that runs on this machine, and remove its folder."""
         if self in RUNNING:
             RUNNING.remove(self)
         try:
@@ -497,12 +501,12 @@ class Machine:
         self._write_sshd_config()
 
     def _write_accounts(self):
-        """The passwd and group files that sshd sees: our user, and the one that sshd confines."""
+        """Write the passwd and group files that sshd sees: for ben, and sshd's own user."""
         gid = os.getgid() if self.uid == os.getuid() else self.uid
         users = [f'{self.user}:*:{self.uid}:{gid}::{self.home}:{self.shell}']
         if os.getuid() == 0:
             users.append(':'.join(map(str, pwd.getpwnam('sshd'))))
-            Path('/run/sshd').mkdir(mode=0o755, exist_ok=True)  # compiled into a root's sshd
+            Path('/run/sshd').mkdir(mode=0o755, exist_ok=True)  # an sshd of root needs this path
         if self.uid != os.getuid():
             for path in (self.home, *self.home.rglob('*')):
                 os.chown(path, self.uid, gid)
@@ -510,7 +514,7 @@ class Machine:
         (self.folder / 'group').write_text(f'{self.user}:x:{gid}:\n')
 
     def _environment(self):
-        """What every session has, besides `env`."""
+        """Return the environment of every session, without `env`."""
         return {'PATH': self.path, 'RIG_MACHINE': self.folder, 'RIG_LEDGER': self.ledger,
                 'SSH_SCHEDULER_PROC': self.proc, 'SSH_SCHEDULER_SHARED': self.shared,
                 'SSH_SCHEDULER_SYS': self.folder / 'sys'}
@@ -536,15 +540,15 @@ class Machine:
 
     @property
     def account(self):
-        """What the program calls it in its journal."""
+        """The name of the machine in the program's journal."""
         return f'{self.user}@{self.address}:{self.port}'
 
     # -- what it claims to have
 
     def set_load(self, cores=8, busy_cores=0.0, memory_mb=16000):
-        """Write the machine's /proc.  It stands still, so that only loadavg tells how busy it is.
+        """Write the machine's /proc.  It never changes, so only loadavg shows the busy cores.
 
-        The cgroup and `df` are not faked: they tell of this computer.
+        The cgroup and `df` are not faked: they are this computer's.
         """
         core = '4000 0 2000 900000 100 0 0 0 0 0'
         lines = [f'cpu  {core}', *(f'cpu{i} {core}' for i in range(cores)), 'procs_running 1']
@@ -558,11 +562,11 @@ class Machine:
         self._script('nproc', f'#!/bin/bash\necho {cores}\n')
 
     def set_boot_id(self):
-        """As after a reboot."""
+        """Set a new boot id, as after a reboot."""
         (self.proc / 'sys/kernel/random/boot_id').write_text(f'{uuid.uuid4()}\n')
 
     def set_gpus(self, gpus, nvidia_smi=None):
-        """Give it other GPUs, a recorded answer, a script of your own, or (None) no nvidia-smi."""
+        """Give it other GPUs, a recorded answer, another script, or (None) no nvidia-smi."""
         if isinstance(gpus, str):
             put(self.folder / 'gpus.txt', gpus)
         elif (self.folder / 'gpus.txt').exists():
@@ -581,14 +585,14 @@ class Machine:
         put(self.bin / name, text, 0o755)
 
     def hold_fetches(self, until):
-        """Let each rsync that fetches from it wait until there is such a file.
+        """Let each rsync that fetches from it wait until the file `until` exists.
 
-        Its name with `.awaited` tells that one waits.
+        A file with this name and `.awaited` shows that an rsync waits.
         """
         self._hold_copies(until, '==')
 
     def hold_sends(self, until):
-        """The same for each rsync that sends files to it."""
+        """Let each rsync that sends files to it wait in the same way."""
         self._hold_copies(until, '!=')
 
     def _hold_copies(self, until, sign):
@@ -623,10 +627,10 @@ exec {program('rsync')} "$@"
                                 start_new_session=True)
 
     def stop(self):
-        """Cut it off: sshd and its connections end, whatever else runs on it runs on."""
+        """Kill sshd and its connections; everything else on the machine keeps running."""
         if self.sshd is None:
             return
-        self.sshd.send_signal(signal.SIGSTOP)       # or it would accept while we look
+        self.sshd.send_signal(signal.SIGSTOP)       # or it would accept more connections meanwhile
         connections = self._connections()
         while connections:
             for pid in connections:
@@ -643,7 +647,7 @@ exec {program('rsync')} "$@"
         self.kill_processes()
 
     def kill_processes(self):
-        """Kill everything that runs on it; some of it ends while the rest is being killed."""
+        """Kill everything that runs on it; some processes may end meanwhile by themselves."""
         left = self.processes()
         while left:
             for pid, _cmdline in left:
@@ -651,7 +655,7 @@ exec {program('rsync')} "$@"
             left = self.processes()
 
     def freeze(self):
-        """Let sshd and its connections hang: they stay open and answer nothing."""
+        """Stop sshd and its connections with SIGSTOP: they stay open and answer nothing."""
         for pid in (self.sshd.pid, *self._connections()):
             os.kill(pid, signal.SIGSTOP)
 
@@ -660,9 +664,9 @@ exec {program('rsync')} "$@"
             os.kill(pid, signal.SIGCONT)
 
     def _connections(self):
-        """The live sshd processes below the one that listens.
+        """Return the pids of the live sshd processes below the one that listens.
 
-        They wipe their environment (for their titles), so the tree has to tell.
+        They overwrite their environment (with their titles), so only the process tree shows them.
         """
         parents = {pid: parent_and_state(pid) for pid in pids()}
         found = [self.sshd.pid]
@@ -674,7 +678,7 @@ exec {program('rsync')} "$@"
     # -- to look at it
 
     def yaml(self, **extra):
-        """Write the machine's file as a user would, and return its path.  None takes a key out."""
+        """Write the machine's file as a user would, and return its path.  None omits a key."""
         fields = {'username': self.user, 'ip': self.address, 'port': self.port,
                   'ssh_key_path': str(self.key),
                   'ssh_options': {'UserKnownHostsFile': str(self.known_hosts)}, **extra}
@@ -684,23 +688,23 @@ exec {program('rsync')} "$@"
         return path
 
     def ssh_argv(self, *options):
-        """An ordinary ssh to it that reads no other configuration; add the remote command."""
+        """Return the argv of a plain ssh to it, without configuration; add the remote command."""
         return ['ssh', '-F', 'none', '-p', str(self.port), '-i', str(self.key),
                 '-o', 'BatchMode=yes', '-o', 'IdentitiesOnly=yes', '-o', 'LogLevel=ERROR',
                 '-o', f'UserKnownHostsFile={self.known_hosts}',
                 '-o', 'StrictHostKeyChecking=yes', *options, f'{self.user}@{self.address}']
 
     def run(self, text, stdin='', timeout_s=SAFETY_NET_S):
-        """Run text in the login shell over a login of its own (which logins() counts, too)."""
+        """Run text in the login shell with a new login (which logins() counts, too)."""
         return subprocess.run([*self.ssh_argv(), text], input=stdin, timeout=timeout_s,
                               capture_output=True, text=True)
 
     def logins(self):
-        """How often someone has logged in since it was made."""
+        """Return the number of logins since the machine was made."""
         return self.log.read_text(errors='replace').count('Accepted publickey for ')
 
     def processes(self):
-        """(pid, command line) of all that runs on it, sshd itself left out."""
+        """Return (pid, command line) of each process on it except sshd."""
         return [(pid, cmdline(pid)) for pid in pids() if self._runs_here(pid)]
 
     def _runs_here(self, pid):

@@ -1,11 +1,11 @@
 """Random faults on hosts and a cluster for a while: tests/soak.py [SECONDS [SEED]]; or make soak.
 
-A round is one batch of 200 short jobs in a folder of its own, with files to bring back.  While it
-runs, the three hosts are cut off, reset, frozen, rebooted, their disks filled, their runners and
-the program itself killed or interrupted.  Nodes of the cluster crash, or go out of sight, and its
-controller freezes, goes away and lies.  Then the faults end, the same command is run until all is
-done, and each job must have run exactly once.  Not collected by pytest; needs what hosts.py and
-clusters.py need.
+A round is one batch of 200 short jobs in a new folder, with files to fetch.  Meanwhile faults hit
+the three hosts: cut networks, resets, freezes, reboots, full disks, killed runners.  The program
+itself is killed or interrupted.  Nodes of the cluster crash or lose contact, and its controller
+freezes, stops and lies.  Then the faults end, the same command runs until the batch is done, and
+each job must have run exactly once.  pytest does not collect this; it needs the packages of
+hosts.py and clusters.py.
 """
 import contextlib
 import os
@@ -45,7 +45,7 @@ def for_a_while(begin, end):
 
 
 def faults_of(machine):
-    """{name: function}; each is a moment of trouble for it, after which it is well again."""
+    """Return {name: function}; each function makes a fault on the machine and ends it again."""
     return (faults_of_cluster if isinstance(machine, clusters.Login) else faults_of_host)(machine)
 
 
@@ -58,7 +58,7 @@ def faults_of_host(host):
 
     def if_room(function):
         def begin():
-            with contextlib.suppress(OSError):          # a job took it at this moment
+            with contextlib.suppress(OSError):          # a job used the space at this moment
                 function()
         return begin
 
@@ -98,13 +98,13 @@ def faults_of_cluster(login):
                 begin(node)
             time.sleep(dice.choice((0.2, 1, 5)))
             cluster.boot(node)
-            with contextlib.suppress(RuntimeError):         # it is well already
+            with contextlib.suppress(RuntimeError):         # the node is up already
                 cluster.scontrol('update', f'nodename={node}', 'state=resume')
         return fault
 
     def lies(name, script):
         def end():
-            with contextlib.suppress(FileNotFoundError):    # one of its files went at this moment
+            with contextlib.suppress(FileNotFoundError):    # the stand-in removed one of its files
                 cluster.unwrap(name)
         return for_a_while(lambda: cluster.wrap(name, script), end)
 
@@ -129,9 +129,9 @@ def faults_of_cluster(login):
 
 
 def round_of(dice, machines, folder, happened):
-    """Run one batch under faults, check it, and return how many runs it took.
+    """Run one batch under faults, check it, and return the number of runs.
 
-    happened: counts the faults, and how many jobs began where
+    happened: counts the faults, and the job starts on each machine
     """
     project = folder / 'project'
     project.mkdir(parents=True)
@@ -161,7 +161,7 @@ def round_of(dice, machines, folder, happened):
                         said.append(ask(dice, argv, {'cwd': project, 'env': env}, happened))
                     else:
                         trouble(dice, machines, process, happened)
-                if not calm:        # now and then, it is left alone to its end
+                if not calm:        # a calm run continues to its end
                     process.send_signal(dice.choice((signal.SIGKILL, signal.SIGINT)))
                 process.wait(LIMIT_S)
             finally:
@@ -173,7 +173,7 @@ def round_of(dice, machines, folder, happened):
         assert 'Traceback' not in complaints[-1], complaints[-1]
         (summary,) = re.findall('^(?:done|interrupted): .*', said[-1], re.M) or ['']
         if calm and summary.startswith('done') and ' not ' not in summary:
-            break               # some may have failed, when the disk was full
+            break               # some jobs may have failed, when the disk was full
     else:
         raise AssertionError(f'not done after {RUNS} runs:\n{said[-1]}\n{complaints[-1]}')
     check_exactly_once(machines, project / 'job_results', said,
@@ -185,9 +185,9 @@ def round_of(dice, machines, folder, happened):
 
 
 def forget(machine):
-    """Remove what a round left there.
+    """Remove the files of a round from a machine.
 
-    What a killed run left is removed by the next run of its folder, and there is none: after 50
+    The next run in the same folder would remove those of a killed run, but there is none: after 50
     rounds the disk would be full.
     """
     machine.ledger.write_text('')
@@ -200,9 +200,9 @@ def forget(machine):
 
 
 def ask(dice, argv, how, happened):
-    """Have another command ask something of the client; return what it said.
+    """Run another command that requests something of the client; return its output.
 
-    Where no client runs it does that alone; the same command again then is the client.
+    Without a client the command does it alone; then the same command again is the client.
     """
     job, file = str(dice.randrange(1, JOBS + 1)), dice.choice(argv[argv.index('--machines') + 1:])
     name, options = dice.choice([

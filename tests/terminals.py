@@ -14,7 +14,7 @@ import rig
 
 
 class Terminal:
-    """A program on a terminal of its own; `until` waits for what the terminal shows."""
+    """A program on its own terminal; `until` waits for a text on the screen."""
 
     def __init__(self, argv, columns=80, rows=24, env=None, cwd=None):
         self.leader, follower = pty.openpty()
@@ -30,12 +30,12 @@ class Terminal:
             os.close(follower)
 
     def resize(self, columns, rows):
-        """Give the terminal another size."""
+        """Change the size of the terminal."""
         fcntl.ioctl(self.leader, termios.TIOCSWINSZ, struct.pack('HHHH', rows, columns, 0, 0))
         self._screen.resize(rows, columns)
 
     def press(self, keys):
-        """Type."""
+        """Type these keys."""
         os.write(self.leader, keys.encode())
 
     @property
@@ -59,15 +59,15 @@ class Terminal:
         return text
 
     def settle(self):
-        """Read until nothing comes for a moment, as a picture comes in pieces.
+        """Read until no output comes for a moment, because a picture comes in pieces.
 
-        Before Ctrl-C, too: with it the kernel throws away what was written and not read.
+        Call this before Ctrl-C, too: the kernel then discards written output that nobody has read.
         """
         while rig.wait_readable(self.leader, timeout_s=0.05) and self._read():
             pass
 
     def watch(self, time_s):
-        """Read what comes within this time."""
+        """Read the output that comes within this time."""
         until = time.monotonic() + time_s
         while (left_s := until - time.monotonic()) > 0 and (
                 rig.wait_readable(self.leader, timeout_s=left_s)) and self._read():
@@ -80,7 +80,7 @@ class Terminal:
         return self.process.wait(rig.SAFETY_NET_S)
 
     def close(self):
-        """End the program, if it runs."""
+        """Kill the program if it runs."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -91,7 +91,7 @@ class Terminal:
             pytest.fail('silent; shown:\n' + '\n'.join(self.whole))
         try:
             data = os.read(self.leader, 65536)
-        except OSError as error:        # how Linux says that nobody holds the other end
+        except OSError as error:        # EIO: on Linux, the other end is closed
             assert error.errno == errno.EIO
             return False
         self.raw += data
@@ -100,6 +100,6 @@ class Terminal:
 
 
 def own_terminal():
-    """Have the terminal that is the standard input, in a session of its own."""
+    """Start a session with the standard input as its controlling terminal."""
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
