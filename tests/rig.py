@@ -227,7 +227,7 @@ def farm(folder, leave_out=('rsync', 'nvidia-smi'), only=None):
 
 @functools.cache
 def shared_farm(leave_out, only):
-    """Return a farm that is made once per session: a thousand links can take half a second."""
+    """Return a farm, made once per session: a thousand links can take more than half a second."""
     folder = temporary_folder('farm', mode=0o755)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return farm(folder / 'bin', leave_out, only)
