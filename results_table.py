@@ -753,7 +753,9 @@ def read_end(path, size, since=-math.inf):
     with opened(path, since) as (fd, whole):
         with contextlib.suppress(OSError):
             size = min(size, whole)             # pread allocates memory for the whole size
-            return fd and (os.pread(fd, size, whole - size), whole == size)
+            if fd is not None:
+                return os.pread(fd, size, whole - size), whole == size
+    return None
 
 
 def lines_of(data, is_whole=True):
@@ -872,7 +874,7 @@ def last_match(path, pattern, since):
     """Search a file backward from its end; return the last match of a pattern, or None."""
     with opened(path, since) as (fd, start), contextlib.suppress(OSError):
         begun = b''                     # the rest of a line that begins before `start`
-        while fd and start:
+        while fd is not None and start:
             step = min(STEP_BYTES, start)
             start -= step
             data = os.pread(fd, step, start).replace(b'\r', b'\n') + begun

@@ -1078,6 +1078,15 @@ def test_a_closed_stdout_is_no_traceback(made, words):
     assert (done.returncode, done.stderr) == (0, b'')
 
 
+def test_a_closed_stdin_loses_no_metric(made):
+    """Then the first file that is opened has the descriptor 0."""
+    made.sweep('1')
+    words = [sys.executable, PROGRAM, '--metric=best=loss: (.*)']
+    shown = [subprocess.run(['bash', '-c', f'"$@" {stdin}', 'bash', *words], timeout=60,
+                            stdout=subprocess.PIPE).stdout for stdin in ('</dev/null', '<&-')]
+    assert shown[0] == shown[1] and b'0.5' in shown[0]
+
+
 def test_the_help_has_every_option():
     done = command('--help')
     assert done.stdout == module.USAGE and [
