@@ -9353,7 +9353,7 @@ class Fields(NamedTuple):
 
 
 # The events of the remote runner.  One with bytes is called data on the wire, and has its own name
-# here.  Each has a method on_EVENT in Worker, JobControl, Collector or Gauge.
+# here.  Each has a method on_EVENT in Worker, JobControl, Queued, Collector or Gauge.
 EVENTS = {
     'account': Fields((bytes,)),
     'broken': Fields((text_of,), (bytes,)),
@@ -18921,7 +18921,7 @@ hear_news() {               # reports what the nodes have written
     case $name in
       *.began)
         key=${name%.began}
-        [[ ${ours[$key]-} ]] || continue        # another login node of this cluster has it
+        [[ ${ours[$key]-} ]] || continue        # it is a job of another client
         gone+=("$file")
         say "started"$'\t'"$key" ;;
       *.ended.*)
