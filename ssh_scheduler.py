@@ -18170,24 +18170,32 @@ is_unused() {               # succeeds if no job is left: jobs/ has only files o
   done
 }
 
+# A runner that starts meanwhile makes its own folder first.  So what it makes later is either not in
+# the list, or its folder is seen.  And a folder that all share goes only if it is empty.
 tidy() {                    # removes $@, and what nobody needs any more
-  local dir value others='' gone=("$@" "$run")
+  local dir value others='' gone=("$@" "$run") common
   dismiss_free
   gone+=("${leftovers[@]}")
   leftovers=()
+  common=("$home/stage"/* "$home/jobs"/* "$home/news"/* "$home/lib"/* "$home/excluded"
+    "$claims/$project."*)
   # Else, of two runners that exit at once, each would leave the shared folders to the other.
   echo leaves >"$run/self"
   if is_unused; then        # a job that is left may need these files
     for dir in "$home"/run.*; do
       [[ $dir != "$run" ]] || continue
-      { read -r value <"$dir/self"; } && ! is_alive "$value" &&
-        [[ $dir == */"run.${HOSTNAME:-here}."* ]] && gone+=("$dir") || others=1
+      if ! read -r value <"$dir/self" || is_alive "$value"; then
+        others=1
+      elif [[ $dir == */"run.${HOSTNAME:-here}."* ]]; then
+        gone+=("$dir")
+      elif [[ $value != leaves ]]; then # it may run on another login node
+        others=1
+      fi
     done
-    [[ $others ]] || gone+=("$home/stage" "$home/jobs" "$home/news" "$home/excluded" "$home/lib"
-      "$claims/$project."*)
+    [[ $others ]] || gone+=("${common[@]}")
   fi
   remove "$claims/$project.$prefix."* "${gone[@]}"
-  rmdir -- "$claims" "$home/stage" "$home/jobs" "$home"
+  rmdir -- "$claims" "$home/stage" "$home/jobs" "$home/news" "$home/lib" "$home"
 } 2>/dev/null
 
 # The files sent last are kept for the next batch, but not for ever.  Results that nobody has
@@ -18512,6 +18520,7 @@ do_freeze() { freeze "$@"; }
 
 do_start() {                # KEY STAGE GPUS NEED MODE LIMIT COMMAND BACK PATH...
   pending+=("$1") finished=''
+  [[ -d $home/jobs ]] || mkdir -p -- "$home/jobs"       # a runner that left may have removed it
   stage_of[$1]=$2 gpus_of[$1]=$3 need_of[$1]=$4 mode_of[$1]=$5 limit_of[$1]=$6 command_of[$1]=$7
   back_of[$1]=$8
   REPLY=
@@ -18675,8 +18684,8 @@ REMOTE_ENGINE = r'''
 #
 # Beside jobs/ are
 #
-#   lib/SUM/library       all these functions, for the nodes
-#   lib/SUM/enter         becomes a program, such as one of the engine, in the login's environment
+#   lib/RUNNER/library    all these functions, for the nodes
+#   lib/RUNNER/enter      becomes a program, such as one of the engine, in the login's environment
 #   excluded              NODE TIME WHY of nodes that could not start a job
 #
 # The record of such a job, see above, is at first
@@ -18702,11 +18711,10 @@ declare -A ours=()          # the jobs that this client has begun or asked about
 declare -A hurried=()       # jobs for which the engine was asked at once why they were stopped
 is_looked_at=''             # 1 if look_at_engine was called
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
-lib=''                      # the folder lib/SUM of this runner
+lib=''                      # the folder lib/RUNNER of this runner
 
 do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these functions
   node_folder=$2 engine_words=("${@:3}")
-  mkdir -p -- "$home/news"
   head -c "$1" <&"$requests" | { cat >"$run/library" || { cat >/dev/null; false; }; } || {
     complaint
     say_text broken "$REPLY" later
@@ -18797,12 +18805,10 @@ take() {                    # for start_pending: begins the job $key; fails if i
   return 1
 }
 
-# The folder is named after its contents: a job that waits needs those with which it was queued.
+# Jobs that wait need it after this runner.  No other runner writes it: a node may be reading it.
 write_library() {           # for write_orders: sets lib
-  local sum size
-  write_enter >"$run/enter" && read -r sum size < <(cat -- "$run/library" "$run/enter" | cksum) &&
-    mkdir -p -- "$home/lib/$sum.$size" &&
-    cp -- "$run/library" "$run/enter" "$home/lib/$sum.$size" && lib=$home/lib/$sum.$size
+  local to=$home/lib/${run##*/run.}
+  mkdir -p -- "$to" "$home/news" && write_enter >"$to/enter" && cp -- "$run/library" "$to" && lib=$to
 }
 
 write_orders() {            # for take: writes all files of the job $key

@@ -1815,6 +1815,43 @@ def test_of_two_runs_that_end_at_once_the_last_one_tidies(channel, env, gate, tm
     assert not os.path.exists(first.folder), os.listdir(first.folder)
 
 
+def test_a_run_that_starts_while_another_one_tidies_loses_nothing(channel, env, gate, tmp_path):
+    """The first has seen that no other run is there; then the second one comes, and starts a job."""
+    (tmp_path / 'bin').mkdir()
+    script = tmp_path / 'bin/rm'
+    script.write_text(f'#!/bin/bash\n{gate.wait}; exec {rig.program("rm")} "$@"\n')
+    script.chmod(0o755)
+    first = channel(env={**env, 'PATH': f'{tmp_path}/bin:{env["PATH"]}'})
+    first.stage('one', {'copy/file': 'old\n'})
+    first.send('finish', '')
+    job = Gate(tmp_path / 'job.gate')
+    with open(gate.path, 'w') as fifo:
+        second = channel()
+        second.stage('two', {'copy/file': 'text\n'})
+        second.start('job', f'{job.wait}; cat file', stage='two')
+        second.until('started', 'job.1')
+        fifo.write('go\n')
+    first.until('finished')
+    first.close()
+    assert not (Path(second.folder) / 'stage/one').exists()
+    assert (Path(second.folder) / 'jobs/job.1').exists()
+    job.open()
+    assert second.ended('job')[:2] == (0, '=text\n')
+
+
+@pytest.mark.parametrize(('told', 'is_left'), [('leaves', False), ('123 456 a-boot-id', True)])
+def test_a_run_of_another_login_node_keeps_what_is_shared_until_it_leaves(runner, told, is_left):
+    runner.stage('one', {'copy/file': 'x'})
+    other = Path(runner.folder) / 'run.login2.1.1'
+    other.mkdir()
+    (other / 'self').write_text(f'{told}\n')
+    runner.send('finish', '')
+    runner.until('finished')
+    runner.close()
+    left = {*os.listdir(runner.folder)} - {'jobs'}
+    assert left == ({other.name, 'stage'} if is_left else {other.name})
+
+
 # ---- When the channel ends, and another one comes ----
 
 def ending(runner):

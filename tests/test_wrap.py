@@ -280,7 +280,7 @@ LOOK = r'''
 echo "$0 $# $LINENO" | sed 's/[0-9]*-.*-[0-9a-f]* / /'
 env -0 >env; umask; ulimit -a; pwd -P | sed 's/work.*/work/'
 read -r _ _ _ _ group _ <"/proc/$$/stat"; ((group == $$)) && echo leader
-ls /proc/$$/fd | grep -vc 255; cat; echo error >&2
+ls /proc/$$/fd >fds; grep -vc 255 fds; cat; echo error >&2
 f() { echo "$LINENO" "${FUNCNAME[0]}"
 }; f
 undefined_command
