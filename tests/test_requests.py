@@ -515,7 +515,8 @@ def test_a_machine_joins_while_the_first_one_is_silent(batches, ask, lab):
     silent.thaw()
 
 
-def test_lines_from_another_pipe_are_no_new_text(run_cli, start_cli, lab, held, gate, ledger):
+def test_lines_from_another_pipe_are_no_new_text(run_cli, start_cli, project, lab, held, gate,
+                                                  ledger):
     file = lab().yaml()
     words = ['execute_batch', '-', *NO_GPU, '--machines', file]
     process = start_cli(*words)

@@ -225,7 +225,7 @@ def has_room(capacity, out, wanted):
         or len(fitting_gpus(capacity, out, wanted)) < wanted.gpus)
 
 
-@settings(ANY, max_examples=400)
+@settings(ANY, max_examples=200)
 @given(story=STORIES)
 def test_a_job_is_taken_if_and_only_if_the_rules_allow_it(story):
     """Whatever was taken, adopted and given back, and however often the machine changed."""

@@ -1816,7 +1816,7 @@ def test_of_two_runs_that_end_at_once_the_last_one_tidies(channel, env, gate, tm
 
 
 def test_a_run_that_starts_while_another_one_tidies_loses_nothing(channel, env, gate, tmp_path):
-    """The first has seen that no other run is there; then the second one comes, and starts a job."""
+    """The first has seen that it is alone; then the second one comes, and starts a job."""
     (tmp_path / 'bin').mkdir()
     script = tmp_path / 'bin/rm'
     script.write_text(f'#!/bin/bash\n{gate.wait}; exec {rig.program("rm")} "$@"\n')

@@ -17,7 +17,7 @@ import combine_folders
 import results_table
 import ssh_scheduler
 
-ANY = settings(deadline=None, derandomize=True, max_examples=150)
+ANY = settings(deadline=None, derandomize=True, max_examples=60)
 
 ROOT = Path(__file__).resolve().parent.parent
 USAGES = {
@@ -518,6 +518,15 @@ def test_what_is_shown_to_be_typed_is_read_as_it_was(argv, batch):
     again = ssh_scheduler.read_options(USAGES['execute_batch'], words)
     assert command == 'execute_batch' and again['--no-gpu-required']
     assert {**again, '--no-gpu-required': False} == options
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['--rerun', '3', '4', '--machines', 'a', 'b.sh'], '--added --machines a b.sh'),
+    (['b.sh', '--rerun=3', '--machines', 'a'], '--added b.sh --machines a'),
+    (['--machines', 'a', '--rerun', '3', '4', '--', 'b'], '--added --machines a -- b')])
+def test_a_command_line_with_an_option_more_and_without_a_list(words, expected):
+    options = ssh_scheduler.read_options(USAGES['execute_batch'], words)
+    assert options.typed('--added', without='--rerun') == f'execute_batch {expected}'
 
 
 # ---- Any words at all ----
