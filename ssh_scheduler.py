@@ -18170,8 +18170,8 @@ is_unused() {               # succeeds if no job is left: jobs/ has only files o
   done
 }
 
-# A runner that starts meanwhile makes its own folder first.  So what it makes later is either not in
-# the list, or its folder is seen.  And a folder that all share goes only if it is empty.
+# A runner that starts meanwhile makes its own folder first.  So either that folder is seen, or what
+# the runner makes later is not in the list.  A folder that all share goes only if it is empty.
 tidy() {                    # removes $@, and what nobody needs any more
   local dir value others='' gone=("$@" "$run") common
   dismiss_free
@@ -18808,7 +18808,8 @@ take() {                    # for start_pending: begins the job $key; fails if i
 # Jobs that wait need it after this runner.  No other runner writes it: a node may be reading it.
 write_library() {           # for write_orders: sets lib
   local to=$home/lib/${run##*/run.}
-  mkdir -p -- "$to" "$home/news" && write_enter >"$to/enter" && cp -- "$run/library" "$to" && lib=$to
+  mkdir -p -- "$to" "$home/news" && write_enter >"$to/enter" && cp -- "$run/library" "$to" &&
+    lib=$to
 }
 
 write_orders() {            # for take: writes all files of the job $key
@@ -19175,17 +19176,24 @@ settle() {                  # for judge: reports how a job without a record of i
     *) is_missing "$MISSING_S" || return 0 ;;
   esac
   [[ $by != - ]] || by=
-  case $fate in
+  end_by_fate || case $fate in
     ended) end_untold "$code" "$engine_name reports this exit code; the job left no record" ;;
     killed) end_untold 137 'its shell on the node was killed' ;;
     memory) end_untold 137 "the job ran out of memory: $because" ;;
-    time) end_untold 124 "the job reached the time limit of the cluster" ;;
+    *) lose_queued lost "$engine_name does not know the job any more" ;;
+  esac
+}
+
+end_by_fate() {             # for settle, settle_told: fails if the engine did not end the job
+  case $fate in
+    time) end_untold 124 'the job reached the time limit of the cluster' ;;
     cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
     preempted) lose_queued preempted 'another job took its place' ;;
     requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
     node_failed) lose_queued lost "the node $node failed" ;;
-    *) lose_queued lost "$engine_name does not know the job any more" ;;
+    *) return 1 ;;
   esac
+  return 0
 }
 
 settle_unbegun() {          # for settle: the job $key has not begun, and the engine has it no more
@@ -19212,15 +19220,7 @@ settle_told() {             # for judge: asks why the script was told to stop it
   engine_fate
   [[ -e $more/cancel ]] && fate=ended   # the client cancelled it
   code=${file##*.ended.} code=${code%%.*}
-  case $fate in
-    alive) return 0 ;;
-    time) end_untold 124 'the job reached the time limit of the cluster' ;;
-    cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
-    preempted) lose_queued preempted 'another job took its place' ;;
-    requeued) lose_queued preempted 'the job was put back into the queue after it had begun' ;;
-    node_failed) lose_queued lost "the node $node failed" ;;
-    *) end_untold "$code" ;;
-  esac
+  [[ $fate == alive ]] || end_by_fate || end_untold "$code"
 }
 
 end_untold() {              # reports an end.  $1: exit status, $2: text for its stderr
