@@ -3048,23 +3048,6 @@ def in_ascii(text):
     return text.translate(IN_ASCII).encode('ascii', 'backslashreplace').decode()
 
 
-def jobs_named(words, names, path):
-    """Return the names of the jobs that the words mean: 57, .57, or the whole name.
-
-    names: the names of all jobs; path: of the batch file
-    """
-    found, batch = {}, name_of_batch(path)
-    for word in words:
-        name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
-                     if name in names), None)
-        if name is None:
-            likely = '' if word.strip('.').isdigit() else nearest(word, names)
-            raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
-                             f'{typed_for(path, "--status")}')
-        found[name] = None
-    return list(found)
-
-
 def typed_for(path, *words):
     """Return the command with these words for the batch file, as a shell reads it."""
     import shlex
@@ -3748,6 +3731,26 @@ def older_files(plan, results, files, path):
             jobs.append(job)
             differing |= paths
     return older, extended
+
+
+def file_notes(plan, results, files, path, batch):
+    """Yield a sentence on jobs that had older files, and one on jobs that had fewer.
+
+    The arguments are those of older_files; batch: how the names of its jobs begin
+    """
+    (older, changed), (extended, new) = older_files(plan, results, files, path)
+    if older:
+        ended = [job.name for job in older if not results.journal.is_begun(job.name)]
+        running = len(older) - len(ended)
+        parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
+        parts += [f'{count_of(running, "running line")} '
+                  f'{"has" if running == 1 else "have"} them'] * bool(running)
+        again = f'. To run them again: {rerun_of(ended, batch)}' if ended else ''
+        yield (f'files changed since: {names_of(sorted(map(printable, changed)))}: '
+               f'{" and ".join(parts)}{again}')
+    if extended:
+        yield (f'new files since: {names_of(sorted(map(printable, new)))}: '
+               f'{count_of(len(extended), "line")} ran without them')
 
 
 class View:
@@ -4514,9 +4517,6 @@ class BatchView(ToldView):
         if unknown:
             self._report.note(f'the journal does not know which commands made {names_of(unknown)}')
 
-    def _rerun_of(self, names):
-        return rerun_of([*names], self.run.batch)
-
     def limits(self, workers):
         """Print how many jobs of the batch's own kind fit on these machines, and on which GPUs."""
         limits, choices = {}, []
@@ -4550,23 +4550,12 @@ class BatchView(ToldView):
             self._report.line(warning)
 
     def changed_files(self, files):
-        """Tell, in a line each, of jobs that were run before with older or with fewer files.
+        """Print which earlier jobs had other files than jobs get now.
 
         files: the Files that are sent
         """
-        (older, changed), (extended, new) = older_files(self.plan, self._results, files, self._path)
-        if older:
-            ended = [job.name for job in older if not self._results.journal.is_begun(job.name)]
-            running = len(older) - len(ended)
-            parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
-            parts += [f'{count_of(running, "running line")} '
-                      f'{"has" if running == 1 else "have"} them'] * bool(running)
-            again = f'. To run them again: {self._rerun_of(ended)}' if ended else ''
-            self._report.note(f'files changed since: {names_of(sorted(map(printable, changed)))}: '
-                              f'{" and ".join(parts)}{again}')
-        if extended:
-            self._report.note(f'new files since: {names_of(sorted(map(printable, new)))}: '
-                              f'{count_of(len(extended), "line")} ran without them')
+        for note in file_notes(self.plan, self._results, files, self._path, self.run.batch):
+            self._report.note(note)
 
     def dry_run(self):
         """Print which jobs would start now, and on which machine."""
@@ -4825,7 +4814,7 @@ class TerminalView(BatchView):
         done, failed = self.plan.lines.done, self.plan.failed_before
         if done:
             which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
-                f'. To run them again: {self._rerun_of(job.name for job in done)}')
+                f'. To run them again: {rerun_of([job.name for job in done], self.run.batch)}')
             self._report.line(f'skipped: {count_of(len(done), "line")} that '
                               f'{"has" if len(done) == 1 else "have"} results'
                               f'{which if len(which) < 100 else ""}')
@@ -6254,6 +6243,23 @@ def name_of_batch(path):
         return 'stdin'
     parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
     return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', '_'.join(parts)).lstrip('.-')[-150:] or 'batch'
+
+
+def jobs_named(words, names, path):
+    """Return the names of the jobs that the words mean: 57, .57, or the whole name.
+
+    names: the names of all jobs; path: of the batch file
+    """
+    found, batch = {}, name_of_batch(path)
+    for word in words:
+        name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
+                     if name in names), None)
+        if name is None:
+            likely = '' if word.strip('.').isdigit() else nearest(word, names)
+            raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
+                             f'{typed_for(path, "--status")}')
+        found[name] = None
+    return list(found)
 
 
 def check_job_name(name, where, most=180):
@@ -19558,6 +19564,8 @@ tell_end() {                # for run_on_node: writes the end where the login no
     if [[ -s $file.$path ]]; then name+=.$(stat -c %s -- "$file.$path"); else name+=.0; fi
   done
   : >"$home/news/$name"
+  # Of a job that was lost and removed, because its node was away, nobody reads the news.
+  [[ -e $file ]] || rm -f -- "$home/news/$name"
 }
 
 # The functions of REMOTE_VISIT, which come after these in the library of a node, do the rest.

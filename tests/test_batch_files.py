@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from batching import NO_GPU
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import ssh_scheduler
 from ssh_scheduler import Allocation, BatchFileError, Forwards
 
-ANY = settings(deadline=None, derandomize=True, max_examples=200)
+ANY = settings(deadline=None, derandomize=True, max_examples=120)
 BATCH = ssh_scheduler.read_options(ssh_scheduler.EXECUTE_BATCH_USAGE, ['x'])
 
 
@@ -506,7 +506,7 @@ def test_a_quoted_command_comes_through_byte_for_byte(command):
     assert job.command == command
 
 
-@settings(ANY, max_examples=60)
+@settings(ANY, max_examples=60, suppress_health_check=[HealthCheck.filter_too_much])
 @given(text=st.text(st.sampled_from('\'"\\\n ab'), max_size=12))
 def test_words_of_a_continued_line_are_bash_s(text):
     """The program reads the same words as bash, where bash can read them at all."""

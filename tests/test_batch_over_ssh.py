@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_an_error_before_anything_starts(batches, lab1, led
     assert (done.returncode, ledger.read_text()) == (2, '')
     assert 'execute_batch: line 1 (and 1 more line) needs ' in done.stderr
     assert '99999 MB of memory' in done.stderr
-    assert 'has 32000 MB of memory free' in done.stderr
+    assert 'has 32000 MB of memory' in done.stderr
     assert_clean(lab1)
 
 

@@ -947,7 +947,7 @@ EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # this many other examples, 
 @pytest.mark.timeout(0 if EXAMPLES else 900)    # many examples, each with a dozen processes
 def test_no_fault_of_the_channel_makes_a_job_run_twice_or_loses_a_result():
     run_state_machine_as_test(Protocol, settings=settings(
-        max_examples=int(EXAMPLES or 40), stateful_step_count=20, derandomize=not EXAMPLES,
+        max_examples=int(EXAMPLES or 30), stateful_step_count=20, derandomize=not EXAMPLES,
         deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True,
         phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])]))
 

@@ -861,4 +861,4 @@ class AnyBatch(RuleBasedStateMachine):
 
 
 TestAnyBatch = AnyBatch.TestCase
-TestAnyBatch.settings = settings(WALKS, max_examples=100, stateful_step_count=30)
+TestAnyBatch.settings = settings(WALKS, max_examples=50, stateful_step_count=30)
