@@ -1584,6 +1584,7 @@ class MachineResources:
 SPARE_PENDING = 5           # jobs that may wait in a queue, plus one for each that started lately
 LATELY_S = 600.0
 GROWTH, GROWTH_S = 10, 5.0  # a queue may grow by this many jobs in this time: two a second
+MOST_JOIN = 50              # in the same time, if as many have ended
 FULL_S = 30.0               # before a full queue is tried again, if no job of this batch ends
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
@@ -1598,7 +1599,8 @@ class ClusterResources(MachineResources):
         self._clock = clock
         self._begun = set()                 # numbers of the placements whose jobs run
         self._starts = collections.deque()  # when jobs began, in the last LATELY_S
-        self._joined = collections.deque()  # when the queue grew, in the last GROWTH_S
+        self._joined = collections.deque()  # when jobs came into the queue, in the last GROWTH_S
+        self._left = collections.deque()    # when jobs left it, in the same time
         self._full_until = -math.inf        # after a refusal, when to try the engine again
         super().__init__(available_resources)
 
@@ -1618,8 +1620,7 @@ class ClusterResources(MachineResources):
         super().deallocate(placement)
         self._begun.discard(placement.number)
         self._full_until = -math.inf
-        if self._joined:
-            self._joined.popleft()
+        self._left.append(self._clock())
 
     def note_full(self):
         """Note that the engine takes no more jobs until one of this batch has ended.
@@ -1657,9 +1658,11 @@ class ClusterResources(MachineResources):
             self._starts.popleft()
         if self.jobs - len(self._begun) >= SPARE_PENDING + len(self._starts):
             return 'starts'
-        while self._joined and self._joined[0] <= now - GROWTH_S:
-            self._joined.popleft()
-        return 'time' if len(self._joined) >= GROWTH else ''
+        for times in (self._joined, self._left):
+            while times and times[0] <= now - GROWTH_S:
+                times.popleft()
+        may_join = min(GROWTH + len(self._left), MOST_JOIN)
+        return 'time' if len(self._joined) >= may_join else ''
 
     def refusal(self, allocation):
         """Return why the engine refuses such jobs; '' if it does not."""
@@ -11470,12 +11473,28 @@ class Followers:
 KILLED_WITH_GROUP = b'with its whole process group'
 
 
+def await_look(worker, is_busy):
+    """A flow: wait before the next look at the jobs of a machine.
+
+    is_busy: tells whether jobs began or ended lately.  At a cluster only a look shows that, and
+    other jobs follow them soon.
+    """
+    pause_s = REFRESH_S + len(worker.lives.of(worker, *ALIVE)) / 100
+    if not worker.machine.engine:
+        yield pause_s
+        return
+    until = time.monotonic() + pause_s
+    yield HASTY_S
+    while time.monotonic() < until and not is_busy():
+        yield HASTY_S
+
+
 class JobControl:
     """The attempts on one machine: starts and stops them, and hears what becomes of them."""
 
     def __init__(self, worker):
         self._stops = 0                     # requests to stop jobs that have no answer yet
-        self._heard = -math.inf             # when an event last reported a job's start or end
+        self._heard = -math.inf             # when a job was last started, began or ended
         self._worker, self._client = worker, worker.client
         self._followers = Followers(worker)
         self._inherited, self._killed = set(), set()    # keys of jobs that ran before this contact
@@ -11532,6 +11551,7 @@ class JobControl:
     def send_start(self, attempt):
         """Send the start of an attempt whose claim is on the disk."""
         backwards, how = attempt.job.backwards, attempt.how
+        self._heard = time.monotonic()      # the job may begin and end at once
         if self._worker.machine.wrap:
             self._worker.contact.send('wrap', attempt.key, fill_placeholders(
                 self._worker.machine.wrap, values_of(attempt)))
@@ -11606,10 +11626,7 @@ class JobControl:
         """A flow: ask again and again what the jobs have written, and whether they live."""
         worker = self._worker
         while True:
-            attempts = worker.lives.of(worker, *ALIVE)
-            # Only a look shows that jobs on the nodes of a cluster have begun or ended.
-            hasty = worker.machine.engine and time.monotonic() < self._heard + REFRESH_S
-            yield HASTY_S if hasty else REFRESH_S + len(attempts) / 100
+            yield from await_look(worker, lambda: self._heard + REFRESH_S > time.monotonic())
             fields = []
             for attempt in worker.lives.of(worker, *ALIVE):
                 known = [stream.here for stream in attempt.streams.values()]

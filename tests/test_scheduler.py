@@ -207,15 +207,20 @@ class Books:
         self.sizes.append((now, len(self.jobs)))
 
     def growth(self, now):
-        """Return the largest growth of the queue within GROWTH_S."""
-        at = [size for when, size in self.sizes if when > now - s.GROWTH_S]
-        before = [size for when, size in self.sizes if when <= now - s.GROWTH_S][-1:]
-        return len(self.jobs) - min(before + at)
+        """Return by how much the queue is longer than GROWTH_S ago."""
+        before = [size for when, size in self.sizes if when <= now - s.GROWTH_S]
+        return len(self.jobs) - (before[-1] if before else 0)
+
+    def joined(self, now):
+        """Return how many jobs came into it within GROWTH_S."""
+        return sum(size > before for (_, before), (when, size) in zip(self.sizes, self.sizes[1:])
+                   if when > now - s.GROWTH_S)
 
     def has_room(self, now):
         """Tell whether one more job may join."""
         lately = sum(when >= now - s.LATELY_S for when in self.starts)
         return (now >= self.full_until and self.growth(now) < s.GROWTH
+                and self.joined(now) < s.MOST_JOIN
                 and len(self.jobs) - len(self.begun) < s.SPARE_PENDING + lately)
 
 
@@ -440,6 +445,37 @@ def test_a_queue_grows_no_faster_than_its_controller_likes():
     for placement in waiting:
         own.deallocate(placement)
     assert own.short_of(KINDS[0]) == 'starts'       # no job has begun lately
+
+
+def test_jobs_that_end_at_once_make_room_for_as_many_but_not_for_hundreds():
+    now = [0.0]
+    own = s.ClusterResources(Capacity(0, 0, queue=s.Queue('Slurm', 999)), lambda: now[0])
+    there = []
+    for _ in range(20):
+        there += joined(own)
+        for placement in there:
+            own.began(placement)
+        now[0] += s.GROWTH_S
+    ended, there[:] = len(there), []
+    assert ended > 2 * s.MOST_JOIN
+    for placement in [*own._placements.values()]:
+        own.deallocate(placement)
+    assert len(joined(own)) == s.MOST_JOIN
+    assert own.short_of(KINDS[0]) == 'time'
+
+
+def test_short_jobs_fill_a_queue_up_to_its_limit():
+    """At each look all that was in the queue has ended, and the queue still becomes longer."""
+    now, most = [0.0], []
+    own = s.ClusterResources(Capacity(0, 0, queue=s.Queue('Slurm', 20)), lambda: now[0])
+    for _ in range(12):
+        there = joined(own)
+        most.append(len(there))
+        now[0] += 2.5
+        for placement in there:
+            own.began(placement)
+            own.deallocate(placement)
+    assert most[0] == s.SPARE_PENDING and most[-1] == 20
 
 
 def test_a_queue_that_took_no_more_is_asked_again_when_a_job_ends_or_after_a_while():

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import clusters
 import pytest
@@ -559,6 +560,21 @@ def test_what_ignores_a_cancel_is_killed(cluster, batches, run_cli, ledger):
     assert_gone_but(cluster, 0)
 
 
+# ---- Looks ----
+
+@pytest.mark.parametrize(('engine', 'busy_from_s', 'looks_at_s'), [
+    ('', 0.0, 2.03), ('slurm', 9.0, 2.5), ('slurm', 0.0, 0.5), ('slurm', 1.2, 1.5)])
+def test_the_next_look_comes_soon_where_something_happens(monkeypatch, engine, busy_from_s,
+                                                          looks_at_s):
+    now = [0.0]
+    monkeypatch.setattr(ssh_scheduler, 'time', SimpleNamespace(monotonic=lambda: now[0]))
+    worker = SimpleNamespace(machine=SimpleNamespace(engine=engine),
+                             lives=SimpleNamespace(of=lambda *_: [None] * 3))
+    for pause_s in ssh_scheduler.await_look(worker, lambda: now[0] >= busy_from_s):
+        now[0] += pause_s
+    assert now[0] == pytest.approx(looks_at_s)
+
+
 # ---- execute_remote, execute_to ----
 
 def test_a_command_runs_through_the_engine_with_live_output(cluster, start_cli, project):
@@ -638,7 +654,11 @@ def test_the_transcript_of_the_page(make_cluster, lab, start_cli, project):
         line = re.sub(r', would start about [0-9:]+', '', line)
         return re.sub(r'Slurm [0-9]+: (no room now|others first)|[0-9.]+ s$', 'N', line)
 
-    assert [*map(plain, said.splitlines())] == [*map(plain, transcript[at + 1:])]
+    # Slurm lists the job that waits before or after it has started the other one.
+    assert sorted(map(plain, said.splitlines())) == sorted(map(plain, transcript[at + 1:]))
+    order = [said.index(line) for line in ('queued: experiments.sh.3', 'moved: experiments.sh.3',
+                                           'started: experiments.sh.3', 'done: ')]
+    assert order == sorted(order)
     keys = re.findall(r'^(\w+): ', section.split('```')[1], re.M)
     assert {*keys} <= {*ssh_scheduler.MACHINE_KEYS}
 
