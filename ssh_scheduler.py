@@ -18207,7 +18207,13 @@ tidy() {                    # removes $@, and what nobody needs any more
   if is_unused; then        # a job that is left may need these files
     for dir in "$home"/run.*; do
       [[ $dir != "$run" ]] || continue
-      if ! read -r value <"$dir/self" || is_alive "$value"; then
+      for _ in {1..20}; do  # without `self` it starts, or is being removed
+        { read -r value <"$dir/self"; } && break
+        [[ -d $dir ]] || continue 2
+        value=
+        sleep 0.05
+      done
+      if [[ ! $value ]] || is_alive "$value"; then
         others=1
       elif [[ $dir == */"run.${HOSTNAME:-here}."* ]]; then
         gone+=("$dir")

@@ -1840,7 +1840,21 @@ def test_a_run_that_starts_while_another_one_tidies_loses_nothing(channel, env, 
     assert second.ended('job')[:2] == (0, '=text\n')
 
 
-@pytest.mark.parametrize(('told', 'is_left'), [('leaves', False), ('123 456 a-boot-id', True)])
+def test_a_run_that_is_being_removed_keeps_nothing(runner):
+    runner.stage('one', {'copy/file': 'x'})
+    other = Path(runner.folder) / 'run.login2.1.1'
+    other.mkdir()
+    runner.send('finish', '')
+    wait_until(lambda: 'leaves' in [path.read_text().strip() for path in Path(
+        runner.folder).glob('run.*/self')], 'it looks for others')
+    other.rmdir()
+    runner.until('finished')
+    runner.close()
+    assert not os.path.exists(runner.folder), os.listdir(runner.folder)
+
+
+@pytest.mark.parametrize(('told', 'is_left'), [
+    ('leaves', False), ('123 456 a-boot-id', True), ('', True)])
 def test_a_run_of_another_login_node_keeps_what_is_shared_until_it_leaves(runner, told, is_left):
     runner.stage('one', {'copy/file': 'x'})
     other = Path(runner.folder) / 'run.login2.1.1'
