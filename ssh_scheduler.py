@@ -19954,11 +19954,20 @@ find_process() {            # sets process to the bash of the job; fails while t
   for pid in "${since[@]}"; do
     [[ ${parent[$pid]} != "$worker" || ${group[$pid]} != "$pid" ]] || mine[$pid]=1
     [[ ${mine[$pid]-} && ${group[$pid]} != "$worker" ]] || continue
+    has_begun "$pid" "$worker" || continue
     process=$pid
     return
   done
   return 1
 }
+
+has_begun() {               # fails while the process $1 is only a copy of the worker $2
+  local entries copied
+  read_entries "/proc/$2/environ"
+  copied=${entries[*]}
+  read_entries "/proc/$1/environ"
+  [[ ! $copied || ${entries[*]} != "$copied" ]]
+} 2>/dev/null
 
 write_shell() {             # writes three files for bash to read: shell, environment and rc
   local entry name entries known='' odd=() exports=''

@@ -284,6 +284,21 @@ def gate(tmp_path):
     return Gate(tmp_path / 'gate')
 
 
+def test_a_copy_of_the_worker_is_not_taken_for_the_job(gate):
+    functions = s.visit_for('').removesuffix(s.REMOTE_VISIT_CALL)
+    script = functions + r'''
+(read -r _ <"$1"; OF_JOB=1 exec sleep 1000) &
+has_begun "$!" "$$" && echo early
+echo go >"$1"
+until [[ $(<"/proc/$!/comm") == sleep ]]; do :; done
+has_begun "$!" "$$" && echo begun
+kill "$!"
+'''
+    done = subprocess.run(['bash', '-c', script, 'bash', str(gate.path)], capture_output=True,
+                          text=True, timeout=rig.SAFETY_NET_S)
+    assert done.stdout == 'begun\n', done
+
+
 # ---- What it says of the machine ----
 
 def test_a_probe_tells_what_is_here_and_then_ready(channel):
