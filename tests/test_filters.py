@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import ssh_scheduler
 from ssh_scheduler import FilesError
 
-ANY = settings(deadline=None, derandomize=True, max_examples=80,
+ANY = settings(deadline=None, derandomize=True, max_examples=50,
                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 FIXED = [f'--exclude={name}' for name in ssh_scheduler.NEVER_SENT]
 
@@ -131,7 +131,7 @@ FILTERS = st.dictionaries(st.sampled_from(FOLDERS), st.lists(FILTER_LINES, max_s
     '\n'.join), max_size=3)
 
 
-@settings(ANY, max_examples=120)
+@settings(ANY, max_examples=80)
 @given(paths=st.lists(LEAVES, min_size=3, max_size=10), filters=FILTERS,
        exclude=st.lists(PATTERN, max_size=2))
 @example(paths=['d/a', 'a', 'd/d/a'], filters={'d': '- d/a'}, exclude=[])

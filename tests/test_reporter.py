@@ -356,7 +356,7 @@ capacities = st.builds(
     st.sampled_from([0.0, 3.5, 8.0]), st.sampled_from([1000, 4000]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(options_of_a_job, min_size=1, max_size=15), st.lists(
     capacities, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options, machines, chance):

@@ -19,7 +19,7 @@ import ssh_scheduler as s
 from ssh_scheduler import Allocation, Capacity, Gpu, MachineResources
 
 ANY = settings(deadline=None, derandomize=True, max_examples=60)
-WALKS = settings(deadline=None, derandomize=True, max_examples=60, stateful_step_count=40)
+WALKS = settings(deadline=None, derandomize=True, max_examples=35, stateful_step_count=40)
 
 KINDS = (
     Allocation(1, 1000, gpus=0), Allocation(0.5, 100, gpus=0), Allocation(8, 1000, gpus=0),
@@ -897,4 +897,4 @@ class AnyBatch(RuleBasedStateMachine):
 
 
 TestAnyBatch = AnyBatch.TestCase
-TestAnyBatch.settings = settings(WALKS, max_examples=50, stateful_step_count=30)
+TestAnyBatch.settings = settings(WALKS, max_examples=30, stateful_step_count=30)
