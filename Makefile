@@ -1,7 +1,7 @@
 # Targets are verbs; `make` alone lists them. Two variables are for you:
 #   make test PYTEST_ARGS='-k packaging'      make test PYTHON=python3.9
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 6 --dist worksteal
+PYTEST_ARGS ?= -n 4 --dist worksteal
 SECONDS ?= 600
 
 BIN = .venv/bin

@@ -18725,6 +18725,7 @@ REMOTE_ENGINE = r'''
 
 ENGINE_LIMIT_S=30           # for the engine to answer a question
 SUBMIT_LIMIT_S=150          # and to accept a job, which may wait for room in its tables
+SUBMITTED_S=2               # for some jobs to be handed over, before they are listed
 LISTING_S=15                # between two lists of all jobs, at least
 LONGEST_LISTING_S=120
 SILENCE_S=120               # without an answer, after which a note is sent
@@ -18813,7 +18814,11 @@ start_pending() {           # queues the jobs requested since the last call
       say_untaken
     fi
   done
-  ((${#taken[@]} == 0)) || beside submit_all "${taken[@]}"
+  if ((${#taken[@]})); then
+    beside submit_all "${taken[@]}"
+    # A list that comes at once would not have them, and the next one would come LISTING_S later.
+    ((judge_due > SECONDS)) || judge_due=$((SECONDS + SUBMITTED_S))
+  fi
   for key in "${pending[@]}"; do unset -v "wrap_of[$key]"; done
   forget_pending
 }
