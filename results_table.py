@@ -451,9 +451,9 @@ def read_jobs(place, report):
                 strange.append(printable(os.path.join(place.folder, name)))
         if strange:
             report(f'left out, since no job has such results: {names_of(strange)}')
-    jobs = [job_from(name, known.get(name, {}), place.folder) for name in names]
-    jobs = with_equal_files(jobs, place.folder)
-    return [job for job in sorted(jobs, key=lambda job: naturally(job.name))
+    jobs = [job_from(name, known.get(name, {}), place.folder)
+            for name in sorted(names, key=naturally)]
+    return [job for job in with_equal_files(jobs, place.folder)
             if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present
             or job.name in streams]
 

@@ -3724,7 +3724,7 @@ def older_files(plan, results, files, path):
             is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
             return (set(), False) if is_known else ({'(not recorded)'}, False)
         paths = set(now.changed(before)) - {os.path.normpath(path)}
-        return paths, not paths & before.files.keys()
+        return paths & before.files.keys() or paths, not paths & before.files.keys()
 
     older, extended = ([], set()), ([], set())
     for job in (*plan.lines.done, *plan.lines.begun):

@@ -391,7 +391,7 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (project / 'large').write_bytes(bytes(300_000))
     (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
     assert note == (
-        'files changed since: large, more, train.py: 3 finished lines had the older files. To run '
+        'files changed since: large, train.py: 3 finished lines had the older files. To run '
         'them again: --rerun {1..3}')
     done = run(*lines, options=('--rerun', '1', '2', '3'))
     assert started(done) == ['batch.sh.1', 'batch.sh.2', 'batch.sh.3']
@@ -408,7 +408,7 @@ def test_files_that_are_only_new_are_told_apart(run, project):
     assert 'files changed' not in said
     (project / 'train.py').unlink()
     said = run(*lines).stderr
-    assert 'files changed since: sweep.csv, train.py: 2 finished lines' in said
+    assert 'files changed since: train.py: 2 finished lines' in said
     assert 'new files' not in said
 
 

@@ -46,10 +46,10 @@ class Results:
             file.write(json.dumps(facts) + '\n')
 
     def add(self, name, command, out='', exit_code=0, state='collected', files=None, journal=None,
-            ended=(), **claim):
+            ended=(), files_sent='f' * 16, **claim):
         """Add a job: its events, its stdout (None: none) and its files {path: text}."""
         facts = {'attempt': 1, 'machine': '10.0.0.1:22', 'gpus': None, 'where': 'lab1.yaml',
-                 'batch': 'grid.sh', 'files': 'f' * 16, 'time': 1000.0, **claim}
+                 'batch': 'grid.sh', 'files': files_sent, 'time': 1000.0, **claim}
         self.event(journal, event='claimed', job=name, command=command, **facts)
         if state in ('ended', 'collected'):
             self.event(journal, event='ended', job=name, exit_code=exit_code, time=1060.0,
@@ -819,6 +819,20 @@ def test_columns_are_chosen(sweep):
         'command                state', './a --lr 0.1 --seed 1  finished']
     with pytest.raises(UsageError, match='there is no column nothing'):
         results_table(columns='nothing')
+
+
+def test_equal_files_are_named_after_the_first_job_that_had_them(made):
+    """Whatever order Python gives to a set."""
+    for number, digest in enumerate(('a' * 16, 'b' * 16, 'c' * 16), 1):
+        made.add(f'grid.sh.{number}', f'true {number}', files_sent=digest)
+        sent = made.folder / '.ssh_scheduler/sent' / digest
+        sent.mkdir(parents=True)
+        (sent / 'files.json').write_text(json.dumps({
+            'grid.sh': [420, number, number, ''], 't.py': [420, 1, 1, 'c' * (number > 2)]}))
+    for seed in range(5):
+        rows = csv.DictReader(io.StringIO(command(
+            env={**os.environ, 'PYTHONHASHSEED': str(seed)}).stdout))
+        assert [row['files'][0] for row in rows] == ['a', 'a', 'c'], seed
 
 
 # ---- Forms ----
