@@ -13518,9 +13518,13 @@ class Past(NamedTuple):
         return self.claimed.get('where') or self.claimed['machine']
 
 
-def find_past(word, batch=None):
-    """Return the Past of a job, of a batch or not: NAME, NAME~1, or with the batch 57 or .57."""
+def find_past(word, path=None):
+    """Return the Past of a job, of a batch or not: NAME, NAME~1, or with the batch 57 or .57.
+
+    path: of the batch file, or None
+    """
     results = ResultStore('job_results').peek()
+    batch = path and name_of_batch(path)
     name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
                  if name in results.journal.jobs), word)
     parts = ('', f'commands/{name}') if is_file_name(name) else ()
@@ -13531,7 +13535,7 @@ def find_past(word, batch=None):
             return past
     raise UsageError(f'no job {printable(name)} has started in this folder'
                      f'{nearest(name, results.journal.jobs)}. The jobs of a batch: '
-                     f'execute_batch {"<batch>" if batch is None else "…"} --status')
+                     f'{typed_for(path, "--status") if path else "execute_batch <batch> --status"}')
 
 
 def is_file_name(name):
@@ -13906,8 +13910,7 @@ def execute_batch(argv):
 
 def past_in(options, option):
     """Return the Past of the job that an option names, which may be a number of <batch>."""
-    batch = options['<batch>']
-    return find_past(options[option], batch and name_of_batch(batch))
+    return find_past(options[option], options['<batch>'])
 
 
 def show_what(options, reporter):
