@@ -3724,7 +3724,8 @@ def older_files(plan, results, files, path):
             is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
             return (set(), False) if is_known else ({'(not recorded)'}, False)
         paths = set(now.changed(before)) - {os.path.normpath(path)}
-        return paths & before.files.keys() or paths, not paths & before.files.keys()
+        old = paths & before.files.keys()
+        return old or paths, not old
 
     older, extended = ([], set()), ([], set())
     for job in (*plan.lines.done, *plan.lines.begun):
@@ -4489,7 +4490,7 @@ class BatchView(ToldView):
         self._explained = ('', -math.inf)       # why jobs wait, as last printed, and when
         self._unusable = {}                     # worker -> why, as last printed
         self._peaks = {}                        # Allocation -> [[peak MB], [peak MB of a GPU]]
-        self._lost_gpus = {}                    # worker -> what was printed of its lost GPUs
+        self._lost_gpus = {}                    # worker -> the last message about its lost GPUs
         self._said_halt = False
 
     def replan(self, plan):
@@ -8571,7 +8572,7 @@ class Process:
         self.keep_stdin = False
 
     def kill(self):
-        """Kill the child and what it started."""
+        """Kill the child and its descendants."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):   # macOS reports that for a zombie's group
@@ -12427,7 +12428,7 @@ class SyncBack:
         self._client.flows.start(self._keep(view.run))
 
     def changed(self, attempt, _before):
-        """Kill the rsync, or remove what it brought, if an attempt's new state asks for that."""
+        """Kill the rsync, or remove its files, if the new state of an attempt requires that."""
         worker = attempt.machine
         if attempt.state in ('ended', 'stopped') and worker in self._rsyncs:
             self._rsyncs[worker].kill()
@@ -14335,8 +14336,8 @@ def cancel_batch(call, reporter):
             before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
         named = {job.name: job for job in (*lines.jobs, *lines.gone)}
-        chosen = options['--cancel'] and {
-            *jobs_named(options['--cancel'], named, options['<batch>'])} or None
+        words = options['--cancel']
+        chosen = {*jobs_named(words, named, options['<batch>'])} if words else None
         return cancel_alone(results, name, named, reporter, options['--machines'], before, chosen)
     finally:
         results.close()
@@ -16428,7 +16429,7 @@ by_value=$'[;&|(){`!\n][ \t]*("?[$`]|\\.[ \t])'
 # What a stage contains, so that no job made it: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
 tied=''                     # 1 if the jobs are stopped when the channel ends
-finished=''                 # 1 if `finish` has removed what nobody needs
+finished=''                 # 1 if `finish` has removed all unused files
 engine_name=''              # of a cluster: see REMOTE_ENGINE
 arrived=()                  # the stages that were sent
 removing=()                 # the pids of processes that remove files
@@ -17624,7 +17625,7 @@ is_as_sent() {              # compares the folder with what was sent, names and 
   [[ $baseline ]]
 }
 
-describe() {                # prints what a job sees of the folder $1, of a stage only a checksum
+describe() {                # prints the files in the folder $1; of a stage only a checksum
   cd -- "$1" || return
   if [[ $stage ]]; then
     find . -type d -printf '%m d %T@ %p\0' -o -printf '%m %y %s %T@ %l %p\0' | sort -z | cksum

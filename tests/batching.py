@@ -1,4 +1,4 @@
-"""Helpers of the tests with real batches: start one, follow it, and look at what it left.
+"""Helpers of the tests with real batches: start one, follow it, and read its results.
 
 Witnesses order the jobs, never time: a job that has to wait reads from a FIFO of Gate; a job that
 has to be seen adds a line to a ledger, and the test waits for that line.

@@ -109,7 +109,7 @@ def test_each_job_runs_once_wherever_the_program_is_killed(lab, client_env, tmp_
         env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # it shows room
 
     def live(point):
-        """Return what is wrong with a life that is killed at this point, or ''."""
+        """Kill a life at this point; return the fault that this causes, or ''."""
         life = Life(tmp_path / str(point), machine, word, env)
         first, last = life.run(point), life.run()
         said = f'{first.stderr}{last.stdout}{last.stderr}'

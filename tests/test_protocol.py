@@ -590,7 +590,7 @@ class World:
         return len(arrived)
 
     def is_known(self, runner, key):
-        """Tell whether the runner has done what it was told to do with the job."""
+        """Tell whether the runner has carried out the request for the job."""
         if runner.at_end or runner.process.poll() is not None:
             return True
         name, _, number = key.partition('-')[0].rpartition('.')
