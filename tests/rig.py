@@ -683,9 +683,10 @@ exec {program('rsync')} "$@"
                   'ssh_key_path': str(self.key),
                   'ssh_options': {'UserKnownHostsFile': str(self.known_hosts)}, **extra}
         path = self.folder / f'{self.name}.yaml'
-        path.write_text(''.join(f'{key}: {json.dumps(value)}\n'       # each JSON value is YAML
-                                for key, value in fields.items() if value is not None))
-        return path
+        new = path.with_suffix('.new')          # replaced, since a client may read it meanwhile
+        new.write_text(''.join(f'{key}: {json.dumps(value)}\n'       # each JSON value is YAML
+                               for key, value in fields.items() if value is not None))
+        return new.replace(path)
 
     def ssh_argv(self, *options):
         """Return the argv of a plain ssh to it, without configuration; add the remote command."""
