@@ -10,7 +10,7 @@ import clusters
 import hosts as host_rig
 import pytest
 import rig
-from batching import Batches, Gate
+from batching import Batches, Gate, tell
 
 # ---- The session ----
 
@@ -45,12 +45,19 @@ def pytest_make_parametrize_id(val):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Show the end of each machine's log below a failed test."""
+    """Show the end of each machine's log below a failed test, and what runs on the machine.
+
+    These processes are killed, since other tests share the machine.
+    """
     report = (yield).get_result()
     if report.failed:
         for machine in rig.RUNNING:
             lines = machine.log.read_text(errors='replace').splitlines()
             report.sections.append((f'sshd log of {machine.name}', '\n'.join(lines[-40:])))
+            left = machine.processes()
+            report.sections.append((f'processes on {machine.name}', tell(left)))
+            for pid, _ in left:
+                rig.kill(pid, lambda pid, machine=machine: pid in dict(machine.processes()))
         for cluster in clusters.RUNNING:
             report.sections.append(('log of slurmctld',
                                     '\n'.join(cluster.events().splitlines()[-60:])))
