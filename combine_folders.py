@@ -892,6 +892,8 @@ def exclusion(patterns):
 def mixed_files(sources):
     """Return a sentence if the sources are results of jobs that had different files; '' else.
 
+    If files were only added, the sentence names these.
+
     The journal beside the results has the digest of the files of each job, and files.json has the
     files of each digest.  The batch file is ignored, because users add lines to it.
     """
@@ -903,10 +905,29 @@ def mixed_files(sources):
         groups.setdefault(what_they_had(*had), []).extend(names)
     if len(groups) < 2:
         return ''
+    added, count = only_added(groups)
+    if added:
+        added[3:] = [f'{len(added) - 3} more'] * (len(added) > 3)
+        return f'{many(count, "job")} ran without {", ".join(added)}, which other jobs had'
     first, *others = (names[0] for names in groups.values())
     return (f'these results were made with {len(groups)} different sets of files, for example '
             f'{printable(first)} and {printable(others[0])}. What each had: execute_batch --what '
             f'{printable(first)}')
+
+
+def only_added(groups):
+    """Return (paths that some jobs did not have, how many jobs); ([], 0) if other files differ.
+
+    Such a path is often a table or a log that somebody wrote beside the code.
+    groups: {the files of some jobs, see what_they_had: the names of these jobs}
+    """
+    if frozenset() in groups or not all(isinstance(had, frozenset) for had in groups):
+        return [], 0
+    ordered = sorted(groups, key=len)
+    if not all(few <= more for few, more in zip(ordered, ordered[1:])):
+        return [], 0
+    return (sorted(printable(path) for path, *_ in ordered[-1] - ordered[0]),
+            sum(len(names) for had, names in groups.items() if had != ordered[-1]))
 
 
 def jobs_by_results(sources):
@@ -944,16 +965,19 @@ def events_in(path):
 
 
 def what_they_had(folder, digest, batch):
-    """Return a text that identifies the files of a digest, without the batch file."""
+    """Return what identifies the files of a digest, without the batch file.
+
+    A frozenset of tuples that begin with the path; the digest if its files are not known.
+    """
     import json
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         with open(os.path.join(folder, '.ssh_scheduler', 'sent', digest, 'files.json'),
                   encoding='utf-8') as file:
             files = json.load(file)
-        return json.dumps(sorted(
+        return frozenset(
             (path, mode, size, content or changed)
             for path, (mode, size, changed, content) in files.items()
-            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', path).lstrip('.-')[-150:] != batch))
+            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', path).lstrip('.-')[-150:] != batch)
     return digest
 
 

@@ -36,6 +36,7 @@ import codecs
 import collections
 import contextlib
 import csv
+import fnmatch
 import glob
 import itertools
 import json
@@ -59,8 +60,9 @@ Usage:
   results_table [options] [--] [<results>...]
   results_table --help | --completion=<shell>
 
-  <results> is a folder job_results, or results in one (job_results/grid.sh.*);
-  by default ./job_results. The batch may still run. Nothing in it is changed.
+  <results> is a folder job_results, or in one a batch (job_results/grid.sh) or
+  results (job_results/grid.sh.*); by default ./job_results. The batch may still
+  run. Nothing in it is changed.
   On a terminal the table is cut to its width. In a pipe it is CSV.
 
 Columns:
@@ -405,7 +407,7 @@ def find_place(word):
         raise TableError(f'{printable(word)} does not exist. {advice}'.rstrip())
     if glob.glob(os.path.join('job_results', glob.escape(name) + '.*')):
         raise TableError(f'{printable(word)} is not a result. Try: '
-                         f'results_table job_results/{printable(name)}.*')
+                         f'results_table job_results/{printable(name)}')
     raise TableError(f'{printable(word)} has no results of jobs. Name a folder job_results, or '
                      'results in one.')
 
@@ -447,6 +449,8 @@ def read_jobs(place, report):
                 names[stem] = True
             elif name in batches:
                 names.update(dict.fromkeys(batches[name]))
+            elif found := fnmatch.filter({**known, **dict.fromkeys(streams)}, name):
+                names.update(dict.fromkeys(found))      # of a pattern in quotes
             else:
                 strange.append(printable(os.path.join(place.folder, name)))
         if strange:
@@ -473,16 +477,41 @@ def with_equal_files(jobs, folder):
 
 
 def what_they_had(folder, digest, batch):
-    """Return a text that identifies the files of a digest, without the batch file."""
+    """Return what identifies the files of a digest, without the batch file."""
+    return frozenset(files_of(folder, digest, {batch}).items()) or digest
+
+
+def files_of(folder, digest, batches):
+    """Return {path: what identifies the file} of the files of a digest; {} if they are unknown.
+
+    batches: the names of the batches whose batch files are left out
+    """
     path = os.path.join(folder, BOOKKEEPING, 'sent', digest, 'files.json')
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         with open(path, encoding='utf-8') as file:
             files = json.load(file)
-        return json.dumps(sorted(
-            (name, mode, size, content or changed)
-            for name, (mode, size, changed, content) in files.items()
-            if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name).lstrip('.-')[-150:] != batch))
-    return digest
+        return {name: json.dumps((mode, size, content or changed))
+                for name, (mode, size, changed, content) in files.items()
+                if re.sub(r'[^A-Za-z0-9._+=@%-]', '_', name).lstrip('.-')[-150:] not in batches}
+    return {}
+
+
+def only_added(jobs):
+    """Return (paths that some of the Jobs did not have, how many Jobs); None if files differ.
+
+    Such a path is often a table or a log that somebody wrote beside the code.
+    """
+    batches = {job.batch for job in jobs}
+    sets = collections.Counter((job.folder, job.files) for job in jobs if job.files)
+    if len(sets) > MOST_SETS:
+        return None
+    known = {one: files_of(*one, batches) for one in sets}
+    ordered = sorted(known.values(), key=len)
+    if not ordered[0] or any(not few.items() <= more.items()
+                             for few, more in zip(ordered, ordered[1:])):
+        return None
+    return (sorted(ordered[-1].keys() - ordered[0].keys()),
+            sum(count for one, count in sets.items() if len(known[one]) < len(ordered[-1])))
 
 
 def is_partial(folder, name, known):
@@ -2283,18 +2312,23 @@ def read_table(results, wishes, report):
 def advise(table, report):
     """Report facts that could mislead a reader of the table."""
     files = collections.Counter(job.files[:DIGEST] for job in table.jobs if job.files)
-    if len(files) > 1:
+    parted = only_added(table.jobs) if len(files) > 1 else ((), 0)
+    if parted is None:
         counts = names_of([f'{many(count, "job")} ran with {digest}'
                            for digest, count in files.most_common(4)])
         first = files.most_common(1)[0][0]
         report(f'results of {len(files)} different sets of files are mixed: {counts}'
                f'{", …" * (len(files) > 4)}. For one of them: --where files={first}')
+    elif parted[0]:
+        added, count = parted
+        paths = [*map(printable, added[:3]), *[f'{len(added) - 3} more'] * (len(added) > 3)]
+        report(f'{many(count, "job")} ran without {names_of(paths)}, which other jobs had')
     batches = collections.Counter(job.batch for job in table.jobs if job.batch)
     if len(batches) > 1:
         first = table.jobs[0]
         path = first.path()[:-len(first.name)] + (first.batch or next(iter(batches)))
         report(f'these are jobs of {len(batches)} batches. For one of them: '
-               f'results_table {printable(path)}.*')
+               f'results_table {printable(path)}')
     if table.jobs and not any(column.kind == METRIC for column in table.columns):
         report('no metrics were found. Have jobs print lines such as `loss: 0.31` or write '
                "metrics.json, or try: --metric 'loss=final loss (\\S+)'")

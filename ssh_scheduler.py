@@ -1505,8 +1505,8 @@ class MachineResources:
             return self._memory_mb
         return self._memory_mb + sum(self._gpus[index].memory_mb for index in self._unified)
 
-    def _gpus_for(self, allocation):
-        """Return the best GPUs for the allocation; none where too few have room."""
+    def _fitting_gpus(self, allocation):
+        """Return the GPUs that have room for the allocation, the best first."""
         fitting = []
         for gpu in self.available.gpus:
             use = self._gpus[gpu.index]
@@ -1519,9 +1519,13 @@ class MachineResources:
             if left_mb >= allocation.gpu_memory_mb and (
                     left >= thousandths(allocation.gpu_utilization)):
                 fitting.append((gpu.others > 0, use.jobs, -left, -left_mb, gpu.index, gpu))
-        if len(fitting) < allocation.gpus:
+        return [gpu for *_, gpu in sorted(fitting)]
+
+    def _gpus_for(self, allocation):
+        """Return the best GPUs for the allocation; none where too few have room."""
+        chosen = self._fitting_gpus(allocation)[:allocation.gpus]
+        if len(chosen) < allocation.gpus:
             return []
-        chosen = [gpu for *_, gpu in sorted(fitting)[:allocation.gpus]]
         if self._unified:       # these share the memory of the machine
             shared = sum(gpu.unified for gpu in chosen) * allocation.gpu_memory_mb
             if shared + allocation.memory_mb > self.available.memory_mb - self._taken_mb():
@@ -1558,7 +1562,11 @@ class MachineResources:
         states = [f'GPU {gpu.index} has {max(gpu.memory_mb - self._gpus[gpu.index].memory_mb, 0)} '
                   'MB' + ('' if is_idle else f' and {1 - gpu.utilization:.0%} of its time free')
                   for gpu in gpus]
-        return f'has too little GPU ({"; ".join(states)})'
+        fitting = len(self._fitting_gpus(allocation))
+        if fitting >= allocation.gpus:          # they share the memory of the machine
+            return 'has too little memory for the job and its GPU'
+        return (f'has {fitting or "no"} such GPU{"s" * (fitting > 1)}{" free" * (not is_idle)} '
+                f'({"; ".join(states)})')
 
     def holder(self, allocation):
         """Return who holds the missing resource, as 'has 2 in use by others, 1 by this batch'."""
@@ -1752,12 +1760,22 @@ def room_for(capacity, allocation):
 
 def describe(allocation):
     """Return the allocation in words: '1 core and 2000 MB of memory and a GPU of its own …'."""
-    cores = f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
-    text = f'{cores} and {allocation.memory_mb} MB of memory'
+    text = f'{describe_cores(allocation)} and {describe_memory(allocation)}'
     if allocation.gpus:
         text += (f' and {describe_gpu(allocation)} and {allocation.gpu_utilization:.0%} of its '
                  'time free')
     return text + (' on a machine of its own' if allocation.reserve else '')
+
+
+def describe_cores(allocation):
+    """Return the cores in words: '1 core'."""
+    return f'{allocation.cores:g} core' + ('' if allocation.cores == 1 else 's')
+
+
+def describe_memory(allocation):
+    """Return the memory in words; also in GB where it was probably typed so."""
+    mb = allocation.memory_mb
+    return f'{mb} MB{f" ({mb // 1024} GB)" if mb and not mb % 1024 else ""} of memory'
 
 
 def describe_gpu(allocation):
@@ -1778,8 +1796,27 @@ def describe_briefly(allocation):
         return 'a machine of its own'
     if allocation.gpus:
         return name_gpu(allocation)
-    cores = f'{allocation.cores:g} core{"s" * (allocation.cores != 1)}'
-    return f'{cores}, {allocation.memory_mb} MB of memory'
+    return f'{describe_cores(allocation)}, {allocation.memory_mb} MB of memory'
+
+
+def describe_short(allocation, shorts):
+    """Return (what of the allocation is short, in words; the option for it, or '').
+
+    shorts: what short_of returned for each machine; if they differ, the words are of all needs
+    """
+    words, option = {
+        'memory': (describe_memory(allocation), '--memory-required'),
+        'cores': (describe_cores(allocation), '--num-cpus'),
+        'machine': ('a machine of its own' if allocation.reserve else '', '--reserve'),
+        'gpu': (describe_gpu(allocation), ''),
+    }.get(*shorts, ('', '')) if len(shorts) == 1 else ('', '')
+    return (words, option) if words else (describe(allocation), '')
+
+
+def needs_in_words(allocation, shorts):
+    """Return the words of describe_short, with the option."""
+    words, option = describe_short(allocation, shorts)
+    return f'{words} ({option})' if option else words
 
 
 # ---- Scheduler: what waits, and where there is room; starts nothing ----
@@ -2280,10 +2317,11 @@ class Fleet:
     def _look_at(self, worker, job):
         """Give up the machine if the job would not fit there even if nobody else used it."""
         best = books_of(idle(worker.capacity))
-        if best.short_of(job.allocation):
+        short = best.short_of(job.allocation)
+        if short:
             self.note_outcome(
-                worker, 'impossible', f'the job needs {describe(job.allocation)}, and '
-                f'{worker.name} {best.why_not(job.allocation, is_idle=True)}')
+                worker, 'impossible', f'the job needs {needs_in_words(job.allocation, {short})}, '
+                f'and {worker.name} {best.why_not(job.allocation, is_idle=True)}')
         else:
             worker.prepare(job.forwards)    # even if there is no room yet
 
@@ -3705,6 +3743,20 @@ def warnings_of(plan):
                         'evaluation: delete if you wish to rerun')
 
 
+def skipped_in_short(plan, batch):
+    """Yield the sentence that counts the lines with results, and names the option to run them.
+
+    batch: how the names of its jobs begin
+    """
+    done, failed = plan.lines.done, plan.failed_before
+    if done:
+        which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
+            f'. To run {"it" if len(done) == 1 else "them"} again: '
+            f'{rerun_of([job.name for job in done], batch)}')
+        yield (f'skipped: {count_of(len(done), "line")} that '
+               f'{"has" if len(done) == 1 else "have"} results{which if len(which) < 100 else ""}')
+
+
 def older_files(plan, results, files, path):
     """Return two pairs: (Jobs that an earlier run gave other files, the paths that differ).
 
@@ -3948,6 +4000,8 @@ class Summary:
             report.note(
                 f'partial results of {count_of(stopped, "cancelled job")} are in '
                 f'{self._results.inner}/cancelled. The same command runs these jobs from the start')
+        if not run.interrupts:
+            self._say_unused()
         self._say_failures()
         for text in advice:
             report.note(text)
@@ -4025,6 +4079,15 @@ class Summary:
             self._report.note(f'the results of {count_of(len(left), "line")} that '
                               f'{"is" if len(left) == 1 else "are"} no longer in the batch file '
                               f'stay in {self._results.folder}: {names_of(left)}')
+
+    def _say_unused(self):
+        """Name the machines that could not be used: what was printed of them is far above."""
+        workers = self._run.workers
+        if any(worker.was_ready for worker in workers):
+            for worker in workers:
+                if (worker.state == 'failed' and not worker.was_ready
+                        and 'the same account' not in worker.why):
+                    self._report.note(f'{worker.name}: was not used: {sentence(worker.why)}')
 
 
 class Pace:
@@ -4422,12 +4485,10 @@ def why_waiting(resources, allocation, count, is_own_news):
                 ].append(worker.name)
     if reasons and not is_own_news and all(map(FULL_OF_OWN.fullmatch, reasons)):
         return ''
-    what = {'gpu': describe_gpu(allocation), 'memory': f'{allocation.memory_mb} MB of memory',
-            'cores': count_of(allocation.cores, 'core'), 'machine': 'a machine of its own'
-            if allocation.reserve else ''}.get(*shorts) if len(shorts) == 1 else ''
+    what, _ = describe_short(allocation, shorts)
     machines = '; '.join(f'{"each of " * (len(names) > 1)}{names_of(names)} {reason}'
                          for reason, names in reasons.items())
-    return (f'waiting: {count_of(count, "job")} for {what or describe(allocation)}: '
+    return (f'waiting: {count_of(count, "job")} for {what}: '
             f'{machines or "no machine is left"}')
 
 
@@ -4544,14 +4605,17 @@ class BatchView(ToldView):
             why = '; '.join(f'{worker.name} {books.why_not(allocation, run.client.live)}'
                             for worker, books in empty)
             when = 'even when idle' if run.client.live else 'free'
-            raise DoesNotFit(f'{lines} needs {describe(allocation)}, and no machine has that '
-                             f'{when}: {sentence(why)}'
+            needs = needs_in_words(allocation, {books.short_of(allocation) for _, books in empty})
+            raise DoesNotFit(f'{lines} needs {needs}, and no machine has that {when}: '
+                             f'{sentence(why)}'
                              f'{without_gpu(queue[0], empty, self._options)}')
 
     def skipped(self):
         """Print which lines are not run."""
         for _, warning in warnings_of(self.plan):
             self._report.line(warning)
+        for line in skipped_in_short(self.plan, self.run.batch):
+            self._report.note(line)
 
     def changed_files(self, files):
         """Print which earlier jobs had other files than jobs get now.
@@ -4815,13 +4879,8 @@ class TerminalView(BatchView):
 
     def skipped(self):
         """Print in one line which lines are not run."""
-        done, failed = self.plan.lines.done, self.plan.failed_before
-        if done:
-            which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
-                f'. To run them again: {rerun_of([job.name for job in done], self.run.batch)}')
-            self._report.line(f'skipped: {count_of(len(done), "line")} that '
-                              f'{"has" if len(done) == 1 else "have"} results'
-                              f'{which if len(which) < 100 else ""}')
+        for line in skipped_in_short(self.plan, self.run.batch):
+            self._report.line(line)
         for job, warning in warnings_of(self.plan):
             if job.name in self.plan.elsewhere:
                 self._report.line(warning)
@@ -6150,7 +6209,7 @@ def machine_words(words):
         yield from lines
 
 
-HERE_TOO = ' Example: {} lab1.yaml' + (', or localhost to run here.' if LINUX else '.')
+HERE_TOO = ' Example: {} lab1' + (', or localhost to run here.' if LINUX else '.')
 
 
 def check_machines(options, positional=None):
@@ -9556,7 +9615,8 @@ class Connection:
         user's files name in theirs, which would come second.
         """
         machine, hops = self.machine, self.machine.hops
-        ignored = [words for path in self.user_configs() for words in ignored_options(path)]
+        ignored = [words for path in self.user_configs() for words in
+                   config_values(path, 'IgnoreUnknown')]
         lines = ['IgnoreUnknown ' + ','.join([*LATER_SSH_OPTIONS, *ignored])]
         lines += [f'Host {machine.host}', FORCED_SSH_OPTIONS.rstrip()]
         lines += ['  ControlMaster yes', f'  ControlPath "{self.socket_path}"']
@@ -9678,22 +9738,33 @@ def session_refused(complaint):
     return 'open refused by peer' in complaint
 
 
-def ignored_options(path, depth=0):
-    """Yield the values of IgnoreUnknown in an ssh_config and in the files that it includes."""
+def config_values(path, keyword, depth=0):
+    """Yield the values of a keyword in an ssh_config, and in the files that it includes."""
     import glob
     try:
         with open(path, encoding='utf-8', errors='surrogateescape') as file:
             text = file.read()
     except OSError:
         return
-    for word, value in re.findall(r'(?im)^[ \t]*(IgnoreUnknown|Include)[ \t=]+(\S.*)$', text):
-        if word.lower() == 'ignoreunknown':
+    for word, value in re.findall(rf'(?im)^[ \t]*({keyword}|Include)[ \t=]+(\S.*)$', text):
+        if word.lower() == keyword.lower():
             yield value.strip().strip('"')
         elif depth < 16:                    # the limit of ssh itself
             for pattern in value.split():
                 pattern = os.path.expanduser(pattern.strip('"'))
                 for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
-                    yield from ignored_options(inner, depth + 1)
+                    yield from config_values(inner, keyword, depth + 1)
+
+
+def known_names():
+    """Return the names of machines in ~/.ssh/config and of the machine files that are found."""
+    import glob
+    names = {name for value in config_values(os.path.expanduser('~/.ssh/config'), 'Host')
+             for name in value.split() if not set(name) & set('*?!"')}
+    for folder in ('', os.path.expanduser(MACHINE_FOLDER)):
+        names.update(os.path.basename(path).removesuffix('.yaml')
+                     for path in glob.glob(os.path.join(glob.escape(folder), '*.yaml')))
+    return names
 
 
 # (Pattern of ssh's message, when to try again, the sentence to show).  'again': at once, since sshd
@@ -9709,8 +9780,8 @@ SSH_COMPLAINTS = (
      'the host key of {at} is not known: log in once with ssh, and compare the key'),
     (r'Host key verification failed', 'never', 'the host key of {at} could not be verified'),
     (r'Could not resolve hostname (\S+): Temporary failure', 'later',
-     'no name server answered for the {kind} name {0}'),
-    (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown'),
+     'no name server answered for the {kind} name {0}{likely}'),
+    (r'Could not resolve hostname (\S+):', 'never', 'the {kind} name {0} is unknown{likely}'),
     (r'open failed: administratively prohibited', 'never',
      '{at} forbids connections to {next} (AllowTcpForwarding or PermitOpen in its sshd_config)'),
     (r'open failed: connect failed: Name or service not known', 'never',
@@ -9797,8 +9868,9 @@ def name_hops(machine, why, cuts):
     elif not port:
         host, port = who[2] if who else host, ''
     name = f'{kind} {host}'.rstrip() if kind == 'jump host' else host
+    likely = nearest(machine.host, known_names() - {machine.host}) if kind == 'host' else ''
     return {'user': who[1] if who else user or 'you', 'kind': kind, 'at': place_of(name, port),
-            'next': place_of(*hops[min(place + 1, len(ways))][1:])}
+            'likely': likely, 'next': place_of(*hops[min(place + 1, len(ways))][1:])}
 
 
 def place_of(host, port):
@@ -13535,8 +13607,20 @@ def find_past(word, path=None):
         if past:
             return past
     raise UsageError(f'no job {printable(name)} has started in this folder'
-                     f'{nearest(name, results.journal.jobs)}. The jobs of a batch: '
+                     f'{likely_job(name, results.journal.jobs)}. The jobs of a batch: '
                      f'{typed_for(path, "--status") if path else "execute_batch <batch> --status"}')
+
+
+def likely_job(word, names):
+    """Return ' (did you mean X?)' with the jobs that a word may mean, which is none of the names.
+
+    A number alone means the job of this line in any batch.
+    """
+    number = word.removeprefix('.')
+    if not number.isdigit():
+        return nearest(word, names)
+    likely = [name for name in names if name.endswith(f'.{number}')]
+    return f' (did you mean {" or ".join(likely)}?)' if 0 < len(likely) < 4 else ''
 
 
 def is_file_name(name):
@@ -13601,7 +13685,7 @@ def what_became(past):
         until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
         yield 'started', f'{clock_of(claimed["time"], now - 86400)}{until}'
     if claimed.get('attempt', 1) > 1:
-        yield 'attempt', str(claimed['attempt'])
+        yield 'attempt', f'{claimed["attempt"]}, counted from the first start of the job'
     if claimed.get('reproduces'):
         yield 'reproduces', printable(claimed['reproduces'])
 
@@ -13663,7 +13747,8 @@ def what_it_had(past, sent):
                 ('not in git', record['untracked'], '')):
             if paths:
                 yield head, f'{names_of([*map(printable, paths)])}{more}'
-    now = [path for path in manifest.files if differs_now(path, manifest)]
+    now = [path for path in manifest.files if differs_now(path, manifest)
+           and name_of_batch(path) != past.claimed.get('batch')]     # users add lines to that file
     yield 'since then', (f'{names_of([*map(printable, now)])} changed' if now else
                          'no file changed') + f': execute_batch --reproduce {past.name}'
 
@@ -14778,7 +14863,9 @@ class MachineCheck:
             return ' Try: ' + shlex.join(['ssh-copy-id', *key, *port, *jump, f'{user}@'
                                           f'{settings.get("hostname", machine.host)}'])
         if failed == 'host name':
-            return f' Correct {where.format("ip")}, or look it up: getent hosts {machine.host}'
+            add = '' if file else f', or put `Host {machine.host}` into ~/.ssh/config'
+            return (f' Correct {where.format("ip")}{add}. To look it up: getent hosts '
+                    f'{machine.host}')
         if failed == 'port' and 'nothing listens' in self.worker.why:
             return (f' Correct {where.format("port")}, or start sshd there: sudo systemctl start '
                     'ssh')
@@ -14848,7 +14935,7 @@ class MachineCheck:
     def _space(self):
         free_mb, _, _, kind = self._disk()
         if free_mb >= LOW_MB:
-            return 'ok', f'{free_mb} MB free ({kind})'
+            return 'ok', f'{free_mb / 1024:.1f} GB free ({kind})'
         return 'note', (f'only {free_mb} MB are free where jobs run. To see the largest files: '
                         f'du -sh {self._detail("folder")}')
 
@@ -14871,7 +14958,7 @@ class MachineCheck:
 
     def _memory(self):
         have = self.worker.capacity
-        return 'ok', f'{have.memory_mb} of {have.total_memory_mb} MB free'
+        return 'ok', f'{free_gb(have.memory_mb, have.total_memory_mb)} free'
 
     def _cores(self):
         have = self.worker.capacity
@@ -14882,8 +14969,8 @@ class MachineCheck:
         for gpu in have.gpus:
             users = f', used by {", ".join(map(printable, gpu.users))}' if gpu.users else ''
             jobs = f', {count_of(gpu.batch_jobs, "batch job")}' if gpu.batch_jobs else ''
-            lines.append(('ok', f'{gpu.index}: {printable(gpu.name)}, {gpu.memory_mb} of '
-                                f'{gpu.total_memory_mb} MB free{users}{jobs}'))
+            lines.append(('ok', f'{gpu.index}: {printable(gpu.name)}, '
+                          f'{free_gb(gpu.memory_mb, gpu.total_memory_mb)} free{users}{jobs}'))
         trouble = have.gpu_trouble or have.lost_gpus
         if trouble in (NO_NVIDIA_SMI, 'has an nvidia-smi, but no GPU'):
             return 'note', (f'{sentence(f"none: it {trouble}")} Jobs need --no-gpu-required to '
@@ -15134,10 +15221,12 @@ def job_that_runs(name, word=None):
     """
     known = {}
     for part in (f'commands/{name}', ''):
-        known = known or ResultStore('job_results', part).peek().journal.record(name)
+        jobs = ResultStore('job_results', part).peek().journal
+        known = known or jobs.record(name)
     if not known:
-        raise ResultsError(f'no job {name} has started in this folder. If it is one of a batch, '
-                           'it may wait: execute_batch <batch> --status shows that.')
+        raise ResultsError(f'no job {name} has started in this folder'
+                           f'{likely_job(name, jobs.jobs)}. If it is one of a batch, it may wait: '
+                           'execute_batch <batch> --status shows that.')
     if known['state'] == 'collected':
         raise ResultsError(f'the job {name} has ended, and its results are here: look at '
                            f'job_results/{name}')
@@ -15866,7 +15955,8 @@ class FoundMachine:
         room = sorted(((mb, folder) for mb, other, folder in self._disks('scratch')
                        if other not in NETWORK_DISKS and mb > free_mb), reverse=True)
         if room and (free_mb < SMALL_HOME_MB or kind in NETWORK_DISKS):
-            lines += [f'# The home has {free_mb} MB free ({kind}), this folder {room[0][0]} MB:',
+            lines += [f'# The home has {free_mb / 1024:.1f} GB free ({kind}), this folder '
+                      f'{room[0][0] / 1024:.1f} GB:',
                       f'# workdir: {as_yaml(room[0][1])}']
         gpus = self._check.worker.capacity.gpus
         lines += [f'# GPU {gpu.index}: {printable(gpu.name)}, {gpu.total_memory_mb} MB'
@@ -16092,13 +16182,18 @@ def table_widths(rows, columns):
 
 def free_memory(free_mb, total_mb):
     """Return the cell for memory."""
-    return f'{free_of(free_mb / 1024, total_mb / 1024)} GB', free_mb / max(total_mb, 1)
+    return free_gb(free_mb, total_mb), free_mb / max(total_mb, 1)
 
 
 def free_of(free, total):
     """Return 'FREE of TOTAL', in whole numbers if TOTAL is large."""
     places = 1 if total < 100 else 0
     return f'{free:.{places}f} of {round(total, places):g}'
+
+
+def free_gb(free_mb, total_mb):
+    """Return how much memory is free of all, as 15.6 of 31.2 GB."""
+    return f'{free_of(free_mb / 1024, total_mb / 1024)} GB'
 
 
 def table_line(row, widths, paint, columns):

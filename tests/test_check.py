@@ -78,9 +78,9 @@ def test_a_good_machine_is_all_ticks_in_the_order_in_which_things_go_wrong(lab, 
     assert facts['port'] == f'sshd answers at port {machine.port}'
     assert (facts['host key'], facts['login']) == ('known', 'as ben')
     assert facts['folder'] == f'{machine.home}/.ssh_scheduler'
-    assert facts['memory'] == '16000 of 32000 MB free'
-    assert facts['GPUs'] == '0: NVIDIA Rig 16GB, 16000 of 16000 MB free'
-    assert facts[''] == '1: NVIDIA Rig 16GB, 16000 of 16000 MB free'
+    assert facts['memory'] == '15.6 of 31.2 GB free'
+    assert facts['GPUs'] == '0: NVIDIA Rig 16GB, 15.6 of 15.6 GB free'
+    assert facts[''] == '1: NVIDIA Rig 16GB, 15.6 of 15.6 GB free'
     assert not list((machine.home / '.ssh_scheduler').iterdir()) and machine.logins() == 1
 
 
@@ -167,7 +167,21 @@ def test_a_host_name_that_is_unknown(check, lab):
     status, mark, text, rest = only(check, file, 'host name')
     assert (status, mark, rest[0]) == (1, 'WRONG', 'port')
     assert text == ('the host name no-such-machine.invalid is unknown. Correct `ip` in '
-                    f'{file}, or look it up: getent hosts no-such-machine.invalid')
+                    f'{file}. To look it up: getent hosts no-such-machine.invalid')
+
+
+def test_a_misspelt_name(run_cli, client_home, project):
+    (client_home / '.ssh').mkdir()
+    (client_home / '.ssh/config').write_text('Include more\nHost gpu-* lab7\n  User ben\n')
+    (client_home / '.ssh/more').write_text('Host "quoted" cluster\n  User ben\n')
+    (project / 'gpubox.yaml').write_text('ip: 127.0.0.1\n')
+    for word, likely in (('lba7', 'lab7'), ('clustre', 'cluster'), ('gpu-bxo', 'gpubox')):
+        done = run_cli('execute_batch', '--check', '--machines', word)
+        assert (f'the host name {word} is unknown (did you mean {likely}?). Correct the name, or '
+                f'put `Host {word}` into ~/.ssh/config. To look it up: getent hosts {word}'
+                in done.stdout)
+    done = run_cli('execute_batch', '--check', '--machines', 'another')
+    assert 'the host name another is unknown. Correct' in done.stdout
 
 
 def test_a_port_at_which_nothing_listens(check, lab):
@@ -304,7 +318,7 @@ def test_a_disk_that_is_nearly_full(check, lab):
     assert mark == 'note' and text.startswith('only 17 more files and folders fit')
     _, found, _ = check(with_disk(lab(), '600000 4096 0 0 btrfs'))
     (lines,) = found.values()
-    assert lines['space'] == [('ok', '2343 MB free (btrfs)')] and 'inodes' not in lines
+    assert lines['space'] == [('ok', '2.3 GB free (btrfs)')] and 'inodes' not in lines
 
 
 def test_a_full_disk(host, run_cli, project):
@@ -325,9 +339,9 @@ def test_gpus_as_a_job_sees_them(check, lab, gate):
         _, listed, _ = check(machine.yaml(gpus=[0]))
         gate.open('end')
     user = subprocess.run(['id', '-un'], capture_output=True, text=True).stdout.strip()
-    free = ('ok', '0: NVIDIA Rig 16GB, 16000 of 16000 MB free')
+    free = ('ok', '0: NVIDIA Rig 16GB, 15.6 of 15.6 GB free')
     assert found[str(machine.yaml())]['GPUs'] == [
-        free, ('ok', f'1: NVIDIA Rig 16GB, 4000 of 16000 MB free, used by {user}')]
+        free, ('ok', f'1: NVIDIA Rig 16GB, 3.9 of 15.6 GB free, used by {user}')]
     assert listed[str(machine.yaml())]['GPUs'] == [free]
 
 
@@ -482,7 +496,8 @@ def test_what_leaves_open_what_to_do_points_to_the_check_once_a_run(run_cli, lab
     off = [lab().yaml(port=rig.free_port()) for _ in range(2)]
     done = run_cli('execute_batch', 'batch.sh', '--no-gpu-required', '--machines', *off,
                    lab1.yaml())
-    lines = [line for line in done.stderr.splitlines() if 'nothing listens' in line]
+    lines = [line for line in done.stderr.splitlines()
+             if 'nothing listens' in line and 'was not used' not in line]
     (pointing,) = [line for line in lines if '--check' in line]
     name = pointing.partition(':')[0]
     assert len(lines) == 2 and pointing.endswith(
@@ -581,7 +596,7 @@ def test_a_small_home_beside_a_large_scratch(init, lab):
     _, path = init('gpu7', machine)
     lines = path.read_text().splitlines()
     assert '# workdir: /tmp' in lines and 'workdir' not in yaml.safe_load(path.read_text())
-    assert '# The home has 3906 MB free (nfs), this folder 351562 MB:' in lines
+    assert '# The home has 3.8 GB free (nfs), this folder 343.3 GB:' in lines
 
 
 def test_a_cluster_gets_its_engine(init, cluster):

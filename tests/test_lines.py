@@ -398,6 +398,15 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     assert result('batch.sh.1') == b'print(2)\n' and 'files changed' not in done.stderr
 
 
+def test_a_pipe_gets_the_option_that_runs_skipped_lines_again(run):
+    """The lines of the specification say only: delete."""
+    run('true', 'false', 'true')
+    said = run('true', 'false', 'true', options=('--dry-run',)).stderr.splitlines()
+    assert 'skipped: 3 lines that have results (1 of them failed: --rerun-failed)' in said
+    said = run('true', '#', 'true', 'echo').stderr.splitlines()
+    assert 'skipped: 2 lines that have results. To run them again: --rerun 1 3' in said
+
+
 def test_files_that_are_only_new_are_told_apart(run, project):
     lines = ['cat train.py', 'true']
     (project / 'train.py').write_text('print(1)\n')

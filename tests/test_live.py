@@ -292,9 +292,17 @@ def test_several_gpus_for_a_job(batches, lab, gate):
 def test_more_gpus_than_any_machine_has(batches, lab1):
     done = batches.run(['true'], [lab1], '--num-gpus=3')
     assert done.returncode == 2
-    assert ('line 1 needs 1 core and 2000 MB of memory and 3 GPUs of its own, each with 1000 MB '
-            'and 75% of its time free, and no machine has that even when idle: '
-            f'{lab1.yaml()} has 2 GPUs.') in done.stderr
+    assert ('line 1 needs 3 GPUs of its own, each with 1000 MB, and no machine has that even when '
+            f'idle: {lab1.yaml()} has 2 GPUs.') in done.stderr
+
+
+def test_more_memory_than_any_machine_has(batches, run_cli, lab1):
+    done = batches.run(['true'], [lab1], '--memory-required=9000G')
+    assert done.returncode == 2
+    assert ('line 1 needs 9216000 MB (9000 GB) of memory (--memory-required), and no machine has '
+            f'that even when idle: {lab1.yaml()} has 32000 MB of memory.') in done.stderr
+    done = run_cli('execute_remote', '--machine', str(lab1.yaml()), '--num-cpus=99', 'true')
+    assert f'the job needs 99 cores (--num-cpus), and {lab1.yaml()} has 8 cores.' in done.stderr
 
 
 # ---- Politeness ----

@@ -49,8 +49,9 @@ def add_tool(machine):
 
 
 def complaints(done, machine):
-    """Return the lines of stderr that name the machine."""
-    return [line for line in done.stderr.splitlines() if str(machine) in line]
+    """Return the lines of stderr that name the machine, without the reminder at the end."""
+    return [line for line in done.stderr.splitlines()
+            if str(machine) in line and ': was not used: ' not in line]
 
 
 # ---- The environment of an interactive login ----
@@ -505,6 +506,8 @@ def test_an_unreachable_machine_is_one_line_and_the_others_go_on(
     done = batches.run(['echo here'], [file, lab1], *NO_GPU)
     (complaint,) = complaints(done, file)
     assert complaint.startswith(f'{file}: cannot be used: ') and words in complaint
+    reminder = done.stderr.splitlines()[-1]
+    assert reminder.startswith(f'{file}: was not used: ') and words in reminder
     assert (done.returncode, result('batch.sh.1')) == (0, b'here\n')
     assert done.stdout.startswith(f"machine limits:  {{'{lab1.yaml()}': ")
 

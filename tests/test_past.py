@@ -544,6 +544,9 @@ def test_what_a_job_was(batches, ask, project, lab):
                               f'{digest_of("batch.sh.1")}/files']
     assert 'commit' not in found
     assert found['since then'] == ['no file changed: execute_batch --reproduce batch.sh.1']
+    with open(project / 'batch.sh', 'a') as lines:
+        lines.write('echo one more\n')
+    assert heads(ask('--what', 'batch.sh.1'))['since then'] == found['since then']
     (project / 'train.sh').write_text('echo loss: 0\n')
     assert heads(ask('--what', 'batch.sh.1'))['since then'] == [
         'train.sh changed: execute_batch --reproduce batch.sh.1']
@@ -578,6 +581,11 @@ def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
         done = ask('--what', word)
         assert done.returncode == 2 and done.stderr.startswith('execute_batch: no job '), done
         assert 'Traceback' not in done.stderr
+    for word in ('2', '.2'):
+        assert (f'no job {word} has started in this folder (did you mean batch.sh.2?). The jobs of '
+                'a batch: execute_batch <batch> --status') in ask('--what', word).stderr
+    assert heads(ask('--what', 'batch.sh.1'))['attempt'] == [
+        '2, counted from the first start of the job']
     assert ask('batch.sh', '--what', '1', '--status').returncode == 2
     (INNER / 'sent').rename(INNER / 'elsewhere')
     assert heads(ask('--what', 'batch.sh.2'))['files'] == ['not recorded']
@@ -824,9 +832,15 @@ def test_a_table_tells_of_different_files_and_leaves_out_what_is_reproduced(run,
     assert [row['loss'] for row in rows] == [1, 1, 2]
     assert len({row['files'] for row in rows}) == 2 == len({row['files'] for row in rows[:2]}) + 1
     assert 'results of 2 different sets of files are mixed: 2 jobs ran with' in said
+    (project / 'table.csv').write_text('a,b')
+    run('bash code a', 'bash code b', 'bash code c', 'bash code d')
+    rows, said = table('job_results/batch.sh.[34]')         # the pattern arrives as it is typed
+    assert [row['job'] for row in rows] == ['batch.sh.3', 'batch.sh.4']
+    assert '1 job ran without table.csv, which other jobs had' in said
+    assert 'different sets' in table('job_results/batch.sh')[1]
     rows, _ = table('--earlier')
     assert [row['job'] for row in rows] == ['batch.sh.1', 'batch.sh.1-again', 'batch.sh.2',
-                                            'batch.sh.3']
+                                            'batch.sh.3', 'batch.sh.4']
 
 
 def test_results_of_different_files_are_told_when_they_are_combined(run, project):
@@ -838,13 +852,18 @@ def test_results_of_different_files_are_told_when_they_are_combined(run, project
     run('echo 1 >a')
     run('echo 1 >a', 'echo 2 >b')                   # the batch file has changed
     assert combine('../one', *RESULTS.glob('batch.sh.?')) == ''
-    (project / 'code').write_text('2')
+    (project / 'table.csv').write_text('a,b')
     run('echo 1 >a', 'echo 2 >b', 'echo 3 >c')
+    assert combine('../more', *sorted(RESULTS.glob('batch.sh.?'))) == (
+        'note: 2 jobs ran without table.csv, which other jobs had\n')
+    (project / 'code').write_text('2')
+    (project / 'table.csv').unlink()
+    run('echo 1 >a', 'echo 2 >b', 'echo 3 >c', 'echo 4 >d')
     said = combine('../two', *sorted(RESULTS.glob('batch.sh.?')))
-    assert said == ('note: these results were made with 2 different sets of files, for example '
+    assert said == ('note: these results were made with 3 different sets of files, for example '
                     'batch.sh.1 and batch.sh.3. What each had: execute_batch --what batch.sh.1\n')
     shutil.rmtree(SENT)
-    assert '3 different sets' in combine('../three', *sorted(RESULTS.glob('batch.sh.?')))
+    assert '4 different sets' in combine('../three', *sorted(RESULTS.glob('batch.sh.?')))
 
 
 def test_a_list_of_files_is_read_once_for_all_jobs(tmp_path, monkeypatch):

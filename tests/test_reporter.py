@@ -217,6 +217,7 @@ job_results/example_batch_script.sh.4.err
 only a part of the results is left for line 5: job_results/example_batch_script.sh.5.out. To run \
 this line again: rm -r job_results/example_batch_script.sh.5.out
 the journal does not know which commands made example_batch_script.sh.5
+skipped: 1 line that has results. To run it again: --rerun 5
 ''')
 
 
@@ -396,8 +397,8 @@ def test_an_impossible_job_is_an_error_before_anything_starts(results):
     with pytest.raises(s.DoesNotFit) as error:
         lab.run()
     assert str(error.value) == (
-        'line 2 (and 1 more line) needs 1 core and 64000 MB of memory, and no machine has that '
-        'free: a has 16000 MB of memory free; b has 32000 MB of memory free.')
+        'line 2 (and 1 more line) needs 64000 MB of memory (--memory-required), and no machine has '
+        'that free: a has 16000 MB of memory free; b has 32000 MB of memory free.')
     assert [worker.history for worker in lab.workers] == [[], []]
     assert results.journal.jobs == {}
 

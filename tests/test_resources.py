@@ -463,7 +463,7 @@ MINE = Allocation(0.1, 100, gpus=1, gpu_utilization=0.1)
     (free(gpu_trouble='has no nvidia-smi, so no GPU is known'), [NO_GPU], Allocation(),
      'has no nvidia-smi, so no GPU is known'),
     (free(gpus=[Gpu(0, 500, 0.0, 500)]), [], Allocation(),
-     'has too little GPU (GPU 0 has 500 MB and 100% of its time free)'),
+     'has no such GPU free (GPU 0 has 500 MB and 100% of its time free)'),
     (free(reserved=True), [], NO_GPU, 'is in use by another batch'),
     (free(batch_jobs=1), [], NO_GPU._replace(reserve=True), 'is in use by another batch'),
     (free(), [NO_GPU, NO_GPU], NO_GPU._replace(reserve=True), 'runs 2 jobs of this batch'),
@@ -501,8 +501,13 @@ def test_max_jobs_is_a_limit_of_its_own():
     (Capacity(4, 8000, total_cores=4, gpu_trouble='has no nvidia-smi, so no GPU is known'),
      Allocation(), 'the machine has no nvidia-smi, so no GPU is known'),
     (Capacity(4, 8000, (Gpu(0, 500), Gpu(2, 9000, 0.8)), 4), Allocation(),
-     'the machine has too little GPU (GPU 0 has 500 MB and 100% of its time free; '
+     'the machine has no such GPU free (GPU 0 has 500 MB and 100% of its time free; '
      'GPU 2 has 9000 MB and 20% of its time free)'),
+    (Capacity(4, 8000, (Gpu(0, 500), Gpu(2, 9000)), 4), Allocation(gpus=2),
+     'the machine has 1 such GPU free (GPU 0 has 500 MB and 100% of its time free; '
+     'GPU 2 has 9000 MB and 100% of its time free)'),
+    (Capacity(4, 8000, (Gpu(0, 8000, unified=True),), 4), Allocation(gpu_memory_mb=7000),
+     'the machine has too little memory for the job and its GPU'),
     (Capacity(4, 8000, max_jobs=0, total_cores=4), Allocation(gpus=0),
      'the machine already has 0 jobs, its limit'),
     (Capacity(4, 8000, total_cores=4, reserved=True), NO_GPU,
@@ -568,6 +573,18 @@ def test_what_cuda_sees(allocation, gpus, visible):
 ])
 def test_an_allocation_in_words(allocation, expected):
     assert ssh_scheduler.describe(allocation) == expected
+
+
+@pytest.mark.parametrize(('shorts', 'expected'), [
+    ({'memory'}, '2048 MB (2 GB) of memory (--memory-required)'),
+    ({'cores'}, '0.5 cores (--num-cpus)'),
+    ({'machine'}, 'a machine of its own (--reserve)'),
+    ({'gpu'}, 'a GPU of its own with 1000 MB'),
+    ({'gpu', 'memory'}, '0.5 cores and 2048 MB (2 GB) of memory and a GPU of its own with 1000 MB '
+                        'and 75% of its time free on a machine of its own'),
+])
+def test_only_what_is_short_is_named(shorts, expected):
+    assert ssh_scheduler.needs_in_words(Allocation(0.5, 2048, True), shorts) == expected
 
 
 # ---- parse_probe ----

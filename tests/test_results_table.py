@@ -657,7 +657,7 @@ def test_what_is_no_result_is_named(made):
     Path('grid.sh').touch()
     Path('empty').mkdir()
     for word, sentence in (
-            ('grid.sh', 'grid.sh is not a result. Try: results_table job_results/grid.sh.*'),
+            ('grid.sh', 'grid.sh is not a result. Try: results_table job_results/grid.sh'),
             ('nothing', 'nothing does not exist.'),
             ('empty', 'empty has no results of jobs. Name a folder job_results, or results in '
                       'one.')):
@@ -683,7 +683,7 @@ def test_two_batches_are_told_apart(made):
     assert lines[:3] == ['eval.sh: bash eval.sh m …', 'grid.sh: python3 train.py …',
                          'batch    job  k  lr  loss  exit  time    where']
     assert said() == ['these are jobs of 2 batches. For one of them: '
-                      'results_table job_results/eval.sh.*']
+                      'results_table job_results/eval.sh']
     assert [(row['batch'], row['jobs']) for row in results_table(mean_over='lr')] == [
         ('eval.sh', 1), ('grid.sh', 2)]
 
