@@ -28,14 +28,14 @@ closes and the remote runner exits, but the jobs keep running and write their ex
 An Attempt is one start of a job on a machine.  The table LIFE has its states.  Only Lives.move
 changes the state: it asserts the order, and writes the journal before it calls anything else.
 
-     waiting -> placed -> claimed -> running -> ended -> collected   then its files there go
+     waiting -> placed -> claimed -> running -> ended -> collected   its files there are deleted
                   |          |          |         +----> kept        results could not be fetched
                   v          +----------+
                returned                 +-> refused, held, absent    it never began, for certain
                                         +-> lost, preempted     gone, for certain, without a result
                                         +-> abandoned   no contact for too long (--lost-after)
-                                        +-> stopping -> stopped -> cancelled    told to end
-                                                    +-> dropped     and not seen to end
+                                        +-> stopping -> stopped -> cancelled    told to stop
+                                                    +-> dropped     told to stop, unconfirmed
 
 At a cluster an attempt is `queued` between claimed and running, in the queue of its engine.
 After returned, refused, held, absent, lost, preempted or abandoned the job may wait again, as a new
@@ -48,11 +48,11 @@ The promises, and the functions that keep them:
     (take).
     A rerun, a reconnect and an attach work in the same way.  At contact, the client asks the
     machine about each attempt that is claimed or running there (JobControl.ask).  The same request
-    revokes a start that has not arrived, so that it never begins.
+    revokes a start that has not arrived: that attempt never begins.
     A result replaces nothing.  It arrives in a folder of its own, and appears by one rename
     (ResultStore.commit).  Only then may the original be deleted (Collector.clean).
-    Nothing of a contact outlives it.  Its processes and flows stop with it (Flows.close); a
-    reconnect makes a new Contact.
+    The processes and flows of a contact stop with the contact (Flows.close).  A reconnect makes a
+    new Contact.
     The client acts once on a request of another command.  It writes the effect and then the id to
     the journal before it answers (Desk.look, Inbox.answer).
     Results belong to the command and the files that made them.  A line of a batch file is looked
@@ -104,7 +104,7 @@ __version__ = '0.2.0'
 LINUX = sys.platform == 'linux'     # then jobs can run here, too; WSL counts as Linux
 
 
-# ---- Usage: these texts are what docopt parses, and where every default stands ----
+# ---- Usage: docopt parses these texts; every default is in them ----
 
 MACHINE_OPTIONS = """\
 Machines:
@@ -152,7 +152,7 @@ Files:
                                 [default: 20].
 """
 
-# What the options of all commands mean by a size and a time; see size_mb and seconds.
+# How to write a size and a time in the options of all commands; see size_mb and seconds.
 UNITS = """\
   A size is a number of MB, or has a unit: 500M, 8G, 1T. G is 1024 MB.
   A time is a number of seconds, or has units: 90s, 10m, 2h, 1h30m, 1d.
@@ -453,13 +453,13 @@ Example:
         EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)))
 
 
-# ---- Errors: each a sentence, with what to do; how sentences are written ----
+# ---- Errors: sentences that tell what to do, and the functions that write sentences ----
 
 TRANSPORT_FAILED = 125      # as docker, timeout and env return when they fail themselves
 
 
 class SchedulerError(Exception):
-    """Anything that a user can cause; shown without a traceback."""
+    """An error that a user can cause; main prints it without a traceback."""
     exit_code = 2
 
 
@@ -609,7 +609,7 @@ def size_of(size):
 
 # ---- Records: frozen ----
 
-USER = re.compile(r'[\w.+][\w.+@-]*')   # nothing special to a shell: a ProxyCommand may have %r
+USER = re.compile(r'[\w.+][\w.+@-]*')   # safe in the shell of a ProxyCommand that has %r
 JUMP = re.compile(rf'({USER.pattern}@)?([A-Za-z0-9_][A-Za-z0-9._-]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?')
 # Machines with the same host are different machines if these options differ.
 LEADING_SSH_OPTIONS = ('hostname', 'user', 'proxyjump', 'proxycommand')
@@ -704,9 +704,9 @@ class Partition(NamedTuple):
 class Capacity(NamedTuple):
     """A machine's resources: the totals, and what would be free without jobs of this batch.
 
-    A probe takes the free resources, adds the use by this batch's jobs, up to what they requested,
+    A probe takes the free resources, adds what this batch's jobs use, at most what they requested,
     and subtracts what other batches need.  MachineResources subtracts what it promised to this
-    batch's jobs.  So room in the books is room in the latest probe, and nothing is counted twice.
+    batch's jobs.  So each job of this batch is subtracted exactly once.
     """
     cores: float
     memory_mb: int
@@ -777,7 +777,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """How a job ended, and what it used; None is unknown, a peak is the most that was seen.
+    """How a job ended, and its use of resources.  None: unknown; peak: the most that was seen.
 
     started: when the client sent its start, in seconds since 1970 by this computer's clock
     """
@@ -792,7 +792,7 @@ class JobResult(NamedTuple):
     started: Optional[float] = None
 
 
-# ---- Life: how far each job is; the journal has it first ----
+# ---- Life: the states of a job; the journal gets each change first ----
 
 class State(NamedTuple):
     """One state of an attempt."""
@@ -832,7 +832,7 @@ LIFE = {
     'cancelled':  State((), 'cancelled'),       # its partial results are set aside
     'dropped':    State((), 'cancelled'),       # told to stop, unconfirmed: it may still run
 }
-UNSEEN = ('claimed', 'queued', 'running')   # as far as is known it runs or will: nobody stopped it
+UNSEEN = ('claimed', 'queued', 'running')   # it may run or begin to run: nobody stopped it
 ALIVE = (*UNSEEN, 'stopping')       # at contact the client asks its machine about it
 UNCOLLECTED = (*ALIVE, 'ended', 'stopped')     # its results may still arrive
 ARRIVING = ('ended', 'stopped', 'incomplete')       # its results are on their way
@@ -896,7 +896,7 @@ class Stream:
             self.show_rest([content[self.here:]])
 
     def show_rest(self, pieces):
-        """Pass on the bytes that did not arrive before; they are stored already."""
+        """Pass on the bytes that did not arrive before, without storing them."""
         for data in pieces if self._show else ():
             self.here += len(data)
             self._show(data)
@@ -925,7 +925,7 @@ class Attempt:
 
     def __init__(self, job, machine, key, record, how=None):
         self.job, self.machine, self.how = job, machine, how or How()
-        self.key = key                      # the name of its folder on the machine
+        self.key = key                      # the name of its files on the machine
         self.record = record                # its claim, as the journal has or will have it
         self.state, self.why = 'waiting', ''
         self.placement = None               # the room that it holds, from MachineResources
@@ -1019,9 +1019,9 @@ class Lives:
 
 
 class Record(collections.abc.MutableMapping):
-    """What the journal knows of a job: the facts of its last claim, and what became of it.
+    """The facts that the journal has about a job: its last claim, and the events after that claim.
 
-    There may be 50,000, so it takes a fifth of the memory of a dict with strings of its own.
+    There may be 50,000 records, so one takes a fifth of the memory of a dict with its own strings.
 
     state: the last event about the job's progress.  again: its results were put aside under the
     name `aside`; earlier: this record describes such results
@@ -1099,8 +1099,8 @@ class Journal:
     machines: address -> facts of the machine: kernel, driver, python, cores, memory_mb, gpus
     preface: events that are written before the next claim, if there is one
     identity: 8 random hex digits in the first line of this journal, and in the names of the files
-    of its jobs on a machine.  So a job of another journal, such as that of a job_results that was
-    removed, is never mistaken for a job of this one.
+    of its jobs on a machine.  So a job of another journal, for example of a removed job_results, is
+    never mistaken for a job of this journal.
     """
 
     def __init__(self, path):
@@ -1108,7 +1108,7 @@ class Journal:
         self.jobs, self.answered, self.unwanted = {}, set(), {}
         self.machines, self.preface = {}, []
         self.identity, self._noted_identity = '', False
-        self._remains = {}              # machine -> {key: state} of folders that may be on it
+        self._remains = {}              # machine -> {key: state} of jobs whose files may be on it
         self._fd = None
         self._lines = self._bytes = 0   # of the file, read so far
         self._unsynced = self._keeps_times = False
@@ -1200,7 +1200,7 @@ class Journal:
                                '--earlier=show --machines …')
 
     def _read(self, cut=True):
-        """Apply all new lines.  No client acted on a last line without an end of line: cut it."""
+        """Apply all new lines.  Cut a last line without an end of line: no client acted on it."""
         decode = json.JSONDecoder().raw_decode      # json.loads would take three times as long
         is_first = not self._lines
         with open(self._fd, 'rb', closefd=False) as file:
@@ -1286,7 +1286,7 @@ class Journal:
             raise KeyError(event)
         former = self.jobs.get(name, {})
         self.unwanted.pop(name, None)
-        if former.get('kept'):      # results were deleted here: delete the rest there, too
+        if former.get('kept'):      # deleted in job_results: also delete the rest on the machine
             self._remains.setdefault(former['machine'], {})[former['key']] = 'collected'
         record = self.jobs[name] = Record(event)
         record.state = 'claimed'
@@ -1305,7 +1305,7 @@ class Journal:
         return name in self.jobs and self.jobs[name].state in ('claimed', 'ended')
 
     def key(self, name, attempt):
-        """Return the name of the job's file on a machine, for an attempt that is to be claimed.
+        """Return the name of the job's files on a machine, for an attempt that is to be claimed.
 
         Attempts that a journal claimed before it had an identity have keys without one.
         """
@@ -1336,16 +1336,16 @@ class Journal:
         return record.get('attempt', 1) > 1 or bool(record.get('resumed'))
 
     def remains(self, machine):
-        """Return the keys of folders that may be on the machine and are useless, as two lists:
+        """Return the keys of jobs whose useless files may be on the machine, as two lists:
 
-        those of collected jobs, and those of jobs that may even run (lost, cancelled).
+        those of collected jobs, and those of jobs that may still run (lost, cancelled).
         """
         found = self._remains.get(machine, {})
         return ([key for key, state in found.items() if state == 'collected'],
                 [key for key, state in found.items() if state != 'collected'])
 
     def tidied(self, machine):
-        """Note that no such folder is on the machine any more."""
+        """Note that the files of all jobs in `remains` are gone from the machine."""
         if self._remains.get(machine):
             self.write(event='tidied', machine=machine)
 
@@ -1369,10 +1369,10 @@ def c_library():
         return None
 
 
-# ---- Resources: what a machine has left ----
+# ---- Resources: the books of what each machine has free ----
 
 CORES_OVERLOAD = 1.5        # processor time may be promised this many times ("a small overload")
-GPU_OVERLOAD = 1.2          # and so may a GPU's; memory never
+GPU_OVERLOAD = 1.2          # a GPU's time, too; memory is never promised twice
 NO_ROOM = -math.inf
 
 
@@ -1537,7 +1537,7 @@ class MachineResources:
     def why_not(self, allocation, is_idle=False):
         """Return why the allocation does not fit, as 'has 2 of 8 cores free'; '' if it fits.
 
-        is_idle: these are the books of the machine when nobody uses it, so it has but 8 cores
+        is_idle: nobody uses the machine of these books, so the text is 'has 8 cores'
         """
         have, short, free = self.available, self.short_of(allocation), ' free' * (not is_idle)
         if short == 'jobs':
@@ -1592,7 +1592,7 @@ class MachineResources:
 SPARE_PENDING = 5           # jobs that may wait in a queue, plus one for each that started lately
 LATELY_S = 600.0
 GROWTH, GROWTH_S = 10, 5.0  # a queue may grow by this many jobs in this time: two a second
-MOST_JOIN = 50              # in the same time, if as many have ended
+MOST_JOIN = 50              # the most in that time, when they replace jobs that left
 FULL_S = 30.0               # before a full queue is tried again, if no job of this batch ends
 LAST_RESORT = -10.0         # the score of a cluster: machines with room come first
 
@@ -1729,9 +1729,9 @@ def as_record(kind, value):
 def idle(capacity):
     """Return the Capacity that the machine would have if nobody used it.
 
-    It decides which jobs are impossible there; what is free now does not, since other people's
-    programs may end.  If less than 10 % of a GPU's memory is taken, the driver keeps that part, so
-    it stays subtracted.
+    This Capacity decides which jobs are impossible on the machine.  The free resources do not,
+    since other people's programs may end.  If less than 10 % of a GPU's memory is taken, the driver
+    has it: that part stays subtracted.
     """
     gpus = tuple(gpu._replace(
         memory_mb=gpu.memory_mb if gpu.memory_mb > 0.9 * gpu.total_memory_mb else
@@ -1819,7 +1819,7 @@ def needs_in_words(allocation, shorts):
     return f'{words} ({option})' if option else words
 
 
-# ---- Scheduler: what waits, and where there is room; starts nothing ----
+# ---- Scheduler: which jobs wait, and which machines have room; starts nothing ----
 
 PATIENCE = 20               # later jobs that may start before a job that waits for its room
 
@@ -1883,7 +1883,7 @@ class Scheduler:
         self._risen(machine)
 
     def remove_machine(self, machine):
-        """Place nothing there from now on."""
+        """Place no more jobs on this machine."""
         self.resources.pop(machine, None)
         self._versions.pop(machine, None)
         if self._hold and self._hold.machine == machine:
@@ -2008,7 +2008,7 @@ class Scheduler:
     def choose(self):
         """Take and place each job for which there is room; yield (job, machine, Placement)."""
         for machine in self.clusters:
-            self._risen(machine)            # by the time that has passed
+            self._risen(machine)            # time alone may raise its score
         held, begun = self._hold, False
         while not begun or (held and self._hold is not held):   # a hold has ended
             held, begun = self._hold, True
@@ -2098,9 +2098,9 @@ LIVE_S = 5.0                # between two looks at a machine while jobs wait
 REFRESH_S = 2.0             # between two looks at what running jobs write and use
 HASTY_S = 0.5               # the same at a cluster if jobs began or ended lately
 CALM_S = 30.0               # between two looks while no job waits, to see what jobs use
-ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a machine that failed gets no jobs; doubles each time
+ASIDE_S, LONGEST_ASIDE_S = 30.0, 1800.0     # a failed machine gets no jobs; doubled each time
 TROUBLES = 3                # lost jobs in a row after which a machine gets no more for a while
-PATIENT_TROUBLES = 6        # after this many, half an hour, a run does not wait for it alone
+PATIENT_TROUBLES = 6        # with more, after half an hour, a run does not wait for it alone
 
 
 class Policy(NamedTuple):
@@ -2132,7 +2132,7 @@ class Standing:
         self.troubles = 0           # failed jobs, or logins, in a row
         self.freed = False          # a job ended there, and none was placed since then
         self.is_given_back = False  # it gets no more jobs; closed when its jobs have ended
-        # (word, what): how its own job went, of which no Attempt is left; see Fleet.note_outcome.
+        # (word, what): how its own job went; the Attempt may be gone.  See Fleet.note_outcome.
         self.outcome = None
 
 
@@ -2191,7 +2191,7 @@ class Fleet:
                 worker.enter()
 
     def _begin(self, worker):
-        """Hand over what a machine can get before it answers: its own job, or files."""
+        """Give a machine its own job, or files, before it answers."""
         if worker in self.bound:
             self._begin_bound(worker, self.bound[worker])
         elif self._policy.forwards and self._run.waits_with_files():
@@ -2293,7 +2293,7 @@ class Fleet:
             self._view.came(worker)
         if self._run.is_open:
             worker.ask()
-        if again and self._run.interrupts:      # first it reports jobs that ended meanwhile
+        if again and self._run.interrupts:      # the machine first reports ended jobs
             self._client.processes.call_later(1, worker.stop)
 
     def _measured(self, worker):
@@ -2413,7 +2413,7 @@ class Fleet:
         self._client.processes.call_later(delay_s * random.uniform(0.8, 1.2), try_again)
 
     def bring_back(self, worker):
-        """Use a machine again that was to rest."""
+        """Use a machine again after its rest."""
         if worker.state == 'ready' and worker not in self._scheduler.resources:
             self._use(worker)
 
@@ -2443,7 +2443,7 @@ def by_address(workers):
 
 
 def check_books(run):
-    """Assert that every allocation of a Run was given back, or its machine is gone."""
+    """Assert that the books of each ready machine have just the placements of its attempts."""
     for worker, books in run.scheduler.resources.items():
         if worker.state == 'ready':
             out = sum(1 for attempt in run.lives.of(worker, *HOLDING) if attempt.placement)
@@ -2462,8 +2462,8 @@ class Wishes:
         self._run = run
 
     def take_up(self, attempt):
-        """Read from its record what people asked for an earlier run's attempt; return its state."""
-        if attempt.record.get('cancelling'):    # and the client was killed, or the machine was away
+        """Read people's requests from the record of an earlier run's attempt; return its state."""
+        if attempt.record.get('cancelling'):    # and the client died, or had no contact
             self.cancelled.add(attempt.name)
         if not attempt.record.get('stopping'):
             return 'claimed'
@@ -2522,9 +2522,9 @@ class Wishes:
         self.replace_waiting({job.name: job for job in (*waiting, *jobs)})
 
     def change(self, jobs):
-        """Replace the jobs with these names, which do not wait, by these, {name: Job}.
+        """Replace jobs that do not wait by these Jobs of the same names, {name: Job}.
 
-        A job without forwards, whose line is gone, never starts again; if it runs, it runs on.
+        A job without forwards, whose line is gone, never starts again; a running one keeps running.
         """
         self._run.jobs.update(jobs)
         for attempt in self._run.lives.all_of(*ALIVE):
@@ -2569,7 +2569,7 @@ class Clusters:
     def take_back(self):
         """Withdraw jobs from the queues of clusters for machines that have room now.
 
-        Those that were queued last come first.  A machine is chosen for one job at a time.
+        Jobs that were queued last are withdrawn first.  A machine gets one job at a time.
         """
         scheduler = self._run.scheduler
         queued = self._run.lives.all_of('queued') if scheduler.clusters else []
@@ -2627,7 +2627,7 @@ class Run:
         self.lives.restore(attempt, self.wishes.take_up(attempt))
 
     def open(self):
-        """Ask about the jobs of an earlier run, now that the lines before theirs are printed."""
+        """Ask about the jobs of an earlier run; the messages that precede theirs are printed."""
         self.is_open = True
         for worker in self.workers:
             if worker.state == 'ready':
@@ -2651,7 +2651,7 @@ class Run:
         check_books(self)
 
     def interrupt(self, number=signal.SIGTERM, _frame=None):
-        """Handle a signal: stop, in good order; at the second one stop now.
+        """Handle a signal: the first stops the run in good order, the second at once.
 
         At Ctrl-C the view asks first, if it can.
         """
@@ -2686,7 +2686,7 @@ class Run:
     def look_again(self):
         """Have the machines measured again: often while jobs wait, else rarely.
 
-        While jobs wait, that is at once where a job ended and no job could start in its place.
+        While jobs wait, measure a machine at once if a job ended there and none was placed since.
         """
         if not self.client.live:
             return
@@ -2794,11 +2794,11 @@ class Run:
                                     or 'another batch has the machine')
             return
         self.wait_again(attempt)
-        if worker.machine.engine and worker.queue.is_full:      # its room was given back above
+        if worker.machine.engine and worker.queue.is_full:      # after its room was given back
             self.scheduler.note_full(worker)
         elif not worker.machine.engine:     # an engine would have given its reason
             self.scheduler.update(worker, worker.capacity._replace(reserved=True))
-            worker.measure(random.uniform(1, 3))    # so that two do not give way for ever
+            worker.measure(random.uniform(1, 3))    # else two batches may yield for ever
 
     def _lost(self, attempt):
         """React to the failure of a machine: the job is gone for certain, without a result."""
@@ -2904,7 +2904,7 @@ def noted_of(job, machine):
 # ---- Phrases: times, commands, last lines and tables, as people read them ----
 
 LAST_BYTES = 20_000                 # the end of a file, in which last lines are searched
-FEW_BYTES = 2**10                   # that suffice for most last lines
+FEW_BYTES = 2**10                   # enough for most last lines
 LATER_LINES = 8                     # that may follow the line of an exception and explain it
 WIDEST_PADDED = 60                  # columns of a cell in a pipe; a wider one makes its row longer
 
@@ -2932,7 +2932,7 @@ NOISE = re.compile(r'''(?x)
     | make(\[[0-9]+\])?:\ .*(Error\ [0-9]+|directory\ .*)
     | logout | exit
     | .*:\ (cannot\ set\ terminal\ process\ group.*|no\ job\ control\ in\ this\ shell)
-    | (.*\ line\ [0-9]+:\s+[0-9]+\ )?Aborted\b.*    # whoever aborts says why before
+    | (.*\ line\ [0-9]+:\s+[0-9]+\ )?Aborted\b.*    # the reason is in a line before
 ''')
 
 
@@ -3090,7 +3090,7 @@ def in_ascii(text):
 
 
 def typed_for(path, *words):
-    """Return the command with these words for the batch file, as a shell reads it."""
+    """Return the execute_batch command for this batch file and these words, quoted for a shell."""
     import shlex
     return shlex.join(['execute_batch', path, *words])
 
@@ -3141,7 +3141,7 @@ def cut(text, width, mark='…', keeps_end=False):
         kept.append(character)
     if not keeps_end:
         return ''.join(kept) + mark
-    while kept and not width_of(kept[-1]):      # it belongs to the character that is cut off
+    while kept and not width_of(kept[-1]):      # an accent of the character that is cut off
         kept.pop()
     return mark + ''.join(reversed(kept))
 
@@ -3149,8 +3149,8 @@ def cut(text, width, mark='…', keeps_end=False):
 def padded_at_words(text, width):
     """Return the text with blanks between words where a terminal of this width would break a word.
 
-    It is still one line, so that a command in it can be copied whole.  A text with quotes is left
-    as it is: there blanks may matter.
+    The result is one line, so that people can copy a command whole.  A text with quotes does not
+    change, since blanks between quotes may matter.
     """
     if width_of(text) <= width or '"' in text or "'" in text:
         return text
@@ -3158,7 +3158,7 @@ def padded_at_words(text, width):
     shown, column = [first], width_of(first) % width
     for number, word in enumerate(words, 1):
         wide = 1 + width_of(word)
-        # A word that ended in the last column would leave its blank to the next line.
+        # After a word that ends in the last column, the blank would begin the next line.
         if wide <= width and column + wide + (number < len(words)) > width:
             shown.append(' ' * (width - column) + word)
             column = wide - 1
@@ -3172,7 +3172,7 @@ def in_columns(rows, width=None, mark='…', keep_ends=()):
     """Yield each row, a list of cells, with its cells cut or padded to columns.
 
     width: the columns of the terminal, to which the widest cells are cut; None: cut nothing
-    keep_ends: the numbers of the cells that are cut in front
+    keep_ends: the numbers of the cells that are cut at their beginning
     """
     widths = [max(map(width_of, cells)) for cells in zip(*rows)]
     most = WIDEST_PADDED
@@ -3203,8 +3203,8 @@ def shown_command(command, gpus):
 
 
 FRAME_S = 0.2                       # between two drawings of a screen
-ECHO = len('^C')                    # columns kept free beside the area: a terminal prints ^C there,
-                                    # and on a new line it would make a part of the area stay
+ECHO = len('^C')                    # columns kept free beside the area: a terminal prints ^C there.
+                                    # A ^C on a new line would make a part of the area stay
 
 
 class Screen:
@@ -3225,7 +3225,7 @@ class Screen:
 
     @staticmethod
     def is_possible(*streams):
-        """Tell whether these streams are a terminal that can be drawn on, and rich is here."""
+        """Tell whether these streams are a terminal that can be drawn on, and rich is installed."""
         if not all(stream.isatty() for stream in streams) or os.environ.get('TERM', 'dumb') in (
                 'dumb', 'unknown', ''):
             return False
@@ -3353,7 +3353,7 @@ class Reporter:
             self._silence(stream, error)
 
     def tint(self, text, number):
-        """Return the text in one of some colours, on a terminal."""
+        """Return the text in the colour of this number, on a terminal."""
         return self._coloured(text, 31 + number % 6)
 
     def sent(self, machine, stage):
@@ -3366,7 +3366,7 @@ class Reporter:
         self.note(f'{machine}: sent {count_of(files, "file")}, {size_of(size)}{time_text}{note}')
 
     def left(self, machine, name, text):
-        """Print that a job ended, and these processes that it started there did not."""
+        """Print that a job ended, but left these processes running."""
         self.note(f'{machine}: {name} has ended, but it left processes running: {text}')
 
     def survivors(self, machine, pids):
@@ -3404,7 +3404,7 @@ class Reporter:
         self.line(f'{"failed" if exit_code else "finished"}: {job.name}; {printable(job.command)}')
 
     def row(self, left, right='', style=''):
-        """Show a Row on the terminal that is drawn on."""
+        """Show a Row on the Screen, if one is open."""
         if self._screen:
             self._on_screen(self._screen.add, Row(left, right, style))
 
@@ -3453,7 +3453,7 @@ class Reporter:
         return self.legible('…')
 
     def legible(self, text):
-        """Return the text as stdout can show it: with escapes for what its encoding lacks."""
+        """Return the text with escapes for the characters that the encoding of stdout lacks."""
         try:
             if not text.isascii():
                 text.encode(self._out.encoding or 'utf-8')
@@ -3479,7 +3479,7 @@ class Reporter:
 
     @property
     def has_screen(self):
-        """Tell whether a terminal is drawn on."""
+        """Tell whether a Screen is open."""
         return self._screen is not None
 
     def draw(self):
@@ -3508,7 +3508,7 @@ class Reporter:
         try:
             stream.write(text + '\n')
             stream.flush()
-        except OSError as error:    # as in `| head`, or on a full disk: the jobs matter more
+        except OSError as error:    # as in `| head`, or on a full disk: the run continues
             self._silence(stream, error)
         except UnicodeEncodeError:
             stream.write(in_ascii(text) + '\n')
@@ -3546,7 +3546,7 @@ class OwnStreams:
         self._processes = processes
 
     def write(self, stream, data):
-        """Write all data to a slow reader, too; after an interrupt only what it reads at once."""
+        """Write all data, even to a slow reader; after an interrupt only bytes it takes at once."""
         self.passed[stream] += len(data)
         passed_over = min(self._left_out[stream], len(data))
         self._left_out[stream] -= passed_over
@@ -3603,7 +3603,7 @@ class Lines(NamedTuple):
     done: tuple                     # Jobs that have results
     gone: tuple                     # Jobs that were started, but whose line is gone from the file
     left: tuple                     # names of results whose line is gone
-    usual: dict                     # name of a Job's results -> its name by its line, if another
+    usual: dict                     # name of a Job's results -> its name by its line, if different
 
     @property
     def jobs(self):
@@ -3655,8 +3655,8 @@ def find_results(jobs, batch, results):
     """Return ({a job's name by its line: the name of its results, or None}, [unmatched names]).
 
     A line matches results of the same command.  Files and hardware that the line itself asks for
-    must be the same; those of the batch need not, since more memory for all lines must not run all
-    of them again.  First each line gets the results with its own number; the others are matched in
+    must be the same.  Those of the batch may differ: more memory for all lines does not run all of
+    them again.  First each line gets the results with its own number; the others are matched in
     the order of the journal, so that each of several equal lines has its own.
     """
     known = results.journal.jobs
@@ -3761,7 +3761,7 @@ def older_files(plan, results, files, path):
     """Return two pairs: (Jobs that an earlier run gave other files, the paths that differ).
 
     The first pair is for Jobs of which a file has changed or is gone, the second for Jobs that
-    lack nothing but new files.  Such a file is often a table or a log that somebody wrote here.
+    lack only new files.  A new file is often a table or a log that somebody wrote here.
 
     files: the Files that are sent; path: that of the batch file, whose lines are compared
     """
@@ -3772,7 +3772,7 @@ def older_files(plan, results, files, path):
             return set(), False
         before = results.sent.get(digest)
         if not before:
-            # A version of this program whose digests were others kept its lists in files/.
+            # An older version of this program, with other digests, kept its lists in files/.
             is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
             return (set(), False) if is_known else ({'(not recorded)'}, False)
         paths = set(now.changed(before)) - {os.path.normpath(path)}
@@ -3845,7 +3845,7 @@ class View:
         """--lost-after has passed for this number of jobs."""
 
     def rests(self, worker, why):
-        """Jobs failed by the fault of a machine, which gets no more for a while."""
+        """A machine that failed jobs gets no more jobs for a while."""
 
     def parted(self, worker):
         """The run no longer needs a machine."""
@@ -3918,7 +3918,7 @@ class EarlierView(QuietView):
                                   f'{printable(job.command)}')
 
     def summary(self, action, status):
-        """Print what was done; return the exit status, which is `status` if all went well."""
+        """Print what --earlier did; return the exit status: `status` if all machines answered."""
         for worker, jobs in self.found.items() if action == 'remove' else ():
             for job in jobs if worker.state == 'closed' else ():
                 self._report.line(f'removed: {job.name} on {worker.name}')
@@ -4018,7 +4018,7 @@ class Summary:
                         or counted['cancelled']))
 
     def _say_first(self):
-        """Print what stands above the counts."""
+        """Print the lines above the counts."""
 
     def _took(self, wall_s):
         return f'{wall_s:.1f} s'
@@ -4053,7 +4053,7 @@ class Summary:
         cancelled = {attempt.name for attempt in self._run.lives.all_of('cancelled', 'dropped')}
         for fate, names in (
                 ('skipped', [job.name for job in self._plan.lines.done]),
-                # Another attempt of such a job may have ended since.
+                # A cancelled job may have ended in a later attempt: the words below replace this.
                 ('cancelled', (cancelled | self._run.wishes.cancelled) & self._run.jobs.keys()),
                 ('failed', [job.name for job in self._run.failures]),
                 ('finished', [name for name, result in self._run.ended.items()
@@ -4081,7 +4081,7 @@ class Summary:
                               f'stay in {self._results.folder}: {names_of(left)}')
 
     def _say_unused(self):
-        """Name the machines that could not be used: what was printed of them is far above."""
+        """Name the machines that could not be used: the messages about them are far above."""
         workers = self._run.workers
         if any(worker.was_ready for worker in workers):
             for worker in workers:
@@ -4113,7 +4113,7 @@ class Pace:
     def left(self, running, waiting):
         """Return (least, most) seconds until all jobs have ended; None if that is unknown.
 
-        running: [(Allocation, machine, its age in seconds)], each in a place that others take over
+        running: [(Allocation, machine, its age in seconds)], whose places waiting jobs take
         waiting: {Allocation: how many jobs}
         """
         if self._count < self.LEAST or not running:
@@ -4192,8 +4192,8 @@ class Keys:
 
 
 class Board:
-    """What a terminal shows below the events: machines that connect, files on their way, which
-    jobs run, how far the batch is, and how long it may take.
+    """The part of a terminal below the events: machines that connect, files on their way, running
+    jobs, the counts of the batch, and the time left.
 
     done: how many jobs have results already, and are not run
     """
@@ -4447,7 +4447,7 @@ class ToldView(SpeakingView):
             other.changed(attempt, before)
 
     def lost(self, attempt, again):
-        """A machine lost a job; if it is not started again, that is its result."""
+        """A machine lost a job; the others are told if the job is not started again."""
         for other in self._told if attempt.result else ():
             other.lost(attempt)
 
@@ -4518,12 +4518,13 @@ def queue_news(attempt):
 
 
 def leaves_open(why):
-    """Tell whether the reason why a machine cannot be used leaves open what to do."""
+    """Tell whether the reason why a machine cannot be used lacks advice."""
     return not re.search('Try: |host key|was refused|too many keys|the same account', why)
 
 
 def how_to_check(worker, before):
-    """Return a blank and what to type to find what is wrong with a machine; only once in a run.
+    """Return a blank and the command that checks a machine; '' if a reason has advice, or if the
+    command was printed before.
 
     before: the reasons printed before
     """
@@ -4593,7 +4594,7 @@ class BatchView(ToldView):
         self._report.line(f'machine gpu choices: {choices}')
 
     def check_room(self):
-        """Raise if jobs wait that would not even fit on a machine that nobody uses."""
+        """Raise if jobs wait that fit on no ready machine, as Fleet.at_best measures it."""
         run = self.run
         empty = [(worker, books_of(run.fleet.at_best(worker)))
                  for worker in run.workers if worker.state == 'ready']
@@ -4775,7 +4776,7 @@ class BatchView(ToldView):
             self._report.note(advice)
 
     def rests(self, worker, why):
-        """Jobs failed by the fault of a machine, which gets no more for a while."""
+        """A machine that failed jobs gets no more jobs for a while."""
         self._report.note(f'{worker.name}: gets no more jobs for a while: {sentence(why)}')
 
     # While nothing happens
@@ -4833,7 +4834,7 @@ class TerminalView(BatchView):
     IS_OWN_NEWS = False         # the counts show it
     BESIDE_COMMAND = 48         # columns of a row beside the command; if a command is longer than
                                 # the rest, the words that all commands share are printed once
-    MOST_SPLIT = 20_000         # jobs for which that takes less than a second
+    MOST_SPLIT = 20_000         # up to this many jobs that takes less than a second
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -4896,7 +4897,7 @@ class TerminalView(BatchView):
         self._row(word, attempt, '', '')
 
     def _tell_end(self, attempt):
-        """Print that a job ended; why it failed is in its stderr, which may arrive later."""
+        """Print that a job ended; if it failed, only when its stderr, with the reason, is here."""
         result, stream, why = attempt.result, attempt.streams['err'], ''
         if result.exit_code:
             if attempt.state == 'ended' and stream.content is None:
@@ -4921,7 +4922,7 @@ class TerminalView(BatchView):
                          f'{place:{self._widest}}  {time_text:>7}', style)
 
     def ask(self):
-        """Ask what Ctrl-C should do, unless that is being asked; return whether it is asked now."""
+        """Ask what Ctrl-C should do, if the board can ask; return whether it asks."""
         if not self._board or not self._board.can_ask or not Keys.can_read():
             return False
         self._board.ask()
@@ -5016,7 +5017,7 @@ class BoundView(SpeakingView):
 def advise(run, peaks):
     """Yield a line for each kind of job that asked for far more memory than it used.
 
-    peaks: {Allocation: ([MB], [MB of a GPU])} that its jobs used at most
+    peaks: {Allocation: ([MB], [MB of a GPU])}, the most that each of its jobs used
     """
     for allocation, (memory, gpu_memory) in peaks.items():
         less = allocation._replace(
@@ -5050,7 +5051,7 @@ def advised_mb(asked_mb, seen_mb):
     return rounded if rounded <= asked_mb / 2 else asked_mb
 
 
-# ---- Status: how far a batch is, as its journal and its files tell; no machine is asked ----
+# ---- Status: the state of a batch from its journal and its files; asks no machine ----
 
 # How the last line counts states of jobs; all others count as waiting, also lost and cancelled.
 COUNTED_AS = {'finished': 'finished', 'failed': 'failed', 'running': 'on a machine',
@@ -5066,7 +5067,7 @@ class JobStatus(NamedTuple):
     job: Job
     state: str                      # see docs/watching.md, --json
     known: collections.abc.Mapping  # its Record; empty if it was never claimed
-    folder: str                     # where its output lies
+    folder: str                     # the folder of its output
     is_watched: bool = True         # a client runs the batch
 
     @property
@@ -5097,7 +5098,7 @@ class JobStatus(NamedTuple):
         return self.known.get('time') if self.counted != 'waiting' else None
 
     def output(self, stream):
-        """Return the path of what it wrote to stdout or stderr."""
+        """Return the path of its stdout or stderr; stream: 'out' or 'err'."""
         return os.path.join(self.folder, f'{self.job.name}.{stream}')
 
     def time(self, now):
