@@ -5098,11 +5098,11 @@ class JobStatus(NamedTuple):
         return self.known.get('time') if self.counted != 'waiting' else None
 
     def output(self, stream):
-        """Return the path of its stdout or stderr; stream: 'out' or 'err'."""
+        """Return the path of the file with the job's stdout ('out') or stderr ('err')."""
         return os.path.join(self.folder, f'{self.job.name}.{stream}')
 
     def time(self, now):
-        """Return how long it runs or took; if it may have ended, how long ago it started."""
+        """Return how long the job runs or took; if it may have ended, how long ago it started."""
         wall_s = self.known.get('wall_s')
         if self.state == 'running':
             return duration_of(now - self.began) if self.began else ''
@@ -5111,7 +5111,7 @@ class JobStatus(NamedTuple):
         return duration_of(wall_s) if self.exit_code is not None and wall_s is not None else ''
 
     def last_line(self):
-        """Return the last line of its output; of a failed job the line that best explains why."""
+        """Return the job's last line of output; for a failed job the line that best tells why."""
         if self.counted == 'waiting':
             return ''
         if self.exit_code:
@@ -5122,8 +5122,8 @@ class JobStatus(NamedTuple):
                                   for stream in ('out', 'err'))), '')
 
     def remark(self):
-        """Return the last line of its output; of a failed job the reason in words; of a waiting job
-        what it needs, or why it waits again after a start.
+        """Return the job's last line of output; for a failed job, why it failed, in words; for a
+        waiting job, the resources that it needs, or why it waits again after a start.
         """
         if self.exit_code:
             lines, _ = read_last_lines(self.output('err'), LAST_BYTES)
@@ -5144,7 +5144,7 @@ class JobStatus(NamedTuple):
         return f'{deleted}starts from the beginning'
 
     def as_json(self, client):
-        """Return it as a JSON object; client: the process that runs the batch, or None."""
+        """Return the job as JSON.  client: the id of the process that runs the batch, or None."""
         began, ended = self.began, self.known.get('ended_at')
         return json.dumps({
             'job': self.job.name, 'line': self.job.line or None, 'state': self.state,
@@ -5159,7 +5159,7 @@ class JobStatus(NamedTuple):
 
 
 class BatchStatus:
-    """How far all jobs of a batch are, at this moment.
+    """The states of all jobs of a batch at this moment.
 
     holder: the Holder of the folder's lock, or None
     """
@@ -5181,7 +5181,7 @@ class BatchStatus:
                      'running' if self._client else 'started')
         elif state != 'ended' and results.exists(job.name):
             state = 'failed' if known.get('exit_code') else 'finished'
-        elif known.get('command') != job.command:       # another command had its name
+        elif known.get('command') != job.command:       # another command had the job's name
             state, known = 'waiting', {}
         elif state in ('collected', 'again'):           # its results were deleted, or put aside
             state = 'waiting'
@@ -5201,7 +5201,7 @@ class BatchStatus:
         return not self._counts['on a machine'] and not self._counts['waiting']
 
     def chosen(self, options):
-        """Return the JobStatus of the jobs that the options ask for, by default of all."""
+        """Return the JobStatus of each job that the options ask for, by default of all jobs."""
         asked = {counted for option, counted in STATUS_OPTIONS.items() if options[option]}
         return [status for status in self.jobs if not asked or status.counted in asked]
 
@@ -5217,7 +5217,7 @@ class BatchStatus:
         yield opening
         shared, rests = differing_words([status.job.command for status in self.jobs])
         rest_of = {status.job.name: rest for status, rest in zip(self.jobs, rests)}
-        # Besides these two: the head, the line of shared words, and the line of the cursor.
+        # The terminal also needs 3 lines for the head, the shared words and the cursor.
         most = rows - 3 - sum(math.ceil(len(text) / columns) for text in (opening, end))
         shown = chosen if len(chosen) <= most else self._first(chosen, most - 1)
         if shown:
@@ -5229,7 +5229,7 @@ class BatchStatus:
         yield end
 
     def counts(self):
-        """Return the last line, which people and scripts know."""
+        """Return the last line.  Scripts read it, so its form must not change."""
         return f'{count_of(len(self.jobs), "job")}: ' + ', '.join(
             f'{self._counts[word]} {word}' for word in (
                 'finished', 'failed', 'on a machine', 'waiting'))
@@ -5277,8 +5277,8 @@ class BatchStatus:
         return f', {range_of(*left)} left' if left else ''
 
     def _first(self, chosen, count):
-        """Return the `count` JobStatus that matter most; of equal ones the last, but of waiting
-        ones the first.
+        """Return the `count` JobStatus that matter most, by FIRST_SHOWN.  Among jobs of one state
+        the last ones matter most, but among waiting jobs the first ones.
         """
         ranks = {counted: rank for rank, counted in enumerate(FIRST_SHOWN)}
         kept = sorted(range(len(chosen)), key=lambda at: (
@@ -5480,7 +5480,7 @@ def check_for_shell(shell):
         f'--completion must be bash, zsh or fish, not {shell!r}.')
 
 
-# ---- Options: argv -> dict; strings die here ----
+# ---- Options: argv -> dict; checks the texts and makes numbers of them ----
 
 DECIMAL = r'([0-9]+\.?[0-9]*|\.[0-9]+)'
 SIZE_TEXT = re.compile(rf'{DECIMAL} ?([KMGT])(?:i?B)?', re.ASCII | re.IGNORECASE)
@@ -5491,7 +5491,7 @@ UNITS_S = (86400, 3600, 60, 1)
 
 
 def plain_number(text):
-    """Return the number that the text is; nan if it is none."""
+    """Return the text as a number; nan if it is no number."""
     try:
         return float(text)
     except ValueError:
@@ -5760,8 +5760,8 @@ def parse_options(usage, argv, in_batch):
     docopt = library('docopt')
     try:
         if not positionals:
-            spelled.remove('--')        # docopt takes it for a word
-        # docopt and docopt-ng name these differently: no help, no version, options anywhere.
+            spelled.remove('--')        # docopt would take -- for a word
+        # No help, no version, options anywhere; docopt and docopt-ng name these differently.
         parsed = docopt.docopt(usage, spelled, False, None, False)
     except docopt.DocoptExit as error:
         unmatched = re.findall(r"Option\([^()]*'(--[a-z-]+)'", str(error))
@@ -5788,7 +5788,7 @@ HOST = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._%-]*|(?=.*:.*:)[0-9a-fA-F:.]+(%[A-Za
 
 
 def is_text(value):
-    """Tell whether the value is text that can cross to a machine."""
+    """Tell whether the value is text that can be sent to a machine."""
     return isinstance(value, str) and not re.search('[\0\ud800-\udfff]', value)
 
 
@@ -5803,7 +5803,7 @@ def fits_quotes(value):
 
 
 def is_whole_number(value, least=1, most=math.inf):
-    """Tell whether the value is an int (True is one of Python's) within the bounds."""
+    """Tell whether the value is an int within the bounds; a bool is no number here."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -5877,9 +5877,9 @@ def check_wrap(wrap, where):
 
 
 def why_no_placeholder(braces, before, behind):
-    """Return why a match of BRACES is neither a placeholder nor a brace; '' if it is.
+    """Return what is wrong with a match of BRACES; '' for a placeholder or a doubled brace.
 
-    before, behind: the text before it, and the text that begins with it
+    before, behind: the text before the match, and the text that begins with the match
     """
     name = braces[1:-1]
     if braces in ('{{', '}}'):
@@ -5900,7 +5900,7 @@ def why_no_placeholder(braces, before, behind):
 def why_no_words(text):
     """Return why bash would not read the text as the words of one command; '' if it would.
 
-    Only the machine knows what $(...) yields: its text is read only to find its end.
+    The text inside $(...) is read only to find its end: only the machine knows its output.
     """
     closers, index, begins = [], 0, True
     while index < len(text):
@@ -5954,7 +5954,7 @@ MACHINE_KEYS = {
 ENGINES = ('slurm',)
 OF_ENGINES = ('engine_options', 'gpu_types', 'node_folder')     # have a meaning with `engine` only
 NODE_FOLDER = re.compile(r'(/|\$\{?[A-Za-z_]\w*\}?)[\w./-]*', re.ASCII)
-QUEUED_JOBS = 20            # of one batch in the queue of a cluster, the default of max_jobs
+QUEUED_JOBS = 20            # the default of max_jobs: jobs of one batch in a cluster's queue
 # Options of sbatch that the runner sets itself, or that would change what a job is.
 ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
                 'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
@@ -6030,7 +6030,7 @@ def read_machine_value(loader, key, node, where):
 def explain_yaml(error, text):
     """Return (number of the line, the error) of a YAML error.
 
-    The parser notices a missing colon, quote or bracket only at what follows, often a line later.
+    The parser notices a missing colon, quote or bracket late, often on the next line.
     """
     yaml = library('yaml')
     mark, what = error.problem_mark or error.context_mark, f'this is not YAML: {error.problem}'
@@ -6191,7 +6191,7 @@ def machine_at(word):
 
 
 def machine_words(words):
-    """Yield the words, but the lines of the file in place of each @file."""
+    """Yield the words; in place of each @file, yield the lines of that file."""
     for word in words:
         if not word.startswith('@'):
             yield word
@@ -6236,8 +6236,8 @@ def find_machines(words):
     """Return (the Machines, sentences on wrong machine files); raise if all files are wrong.
 
     A machine whose file is wrong is left out, so that the others can work.  A word that names no
-    machine is an error, since a typing error should be seen before hours of work, and so is a
-    machine that is named twice.
+    machine is an error, since a typing error should be seen before hours of work.  A machine that
+    is named twice is an error, too.
     """
     machines, wrong = [], {}
     for word in machine_words(words):
@@ -6282,8 +6282,8 @@ def read_batch_text(path, stdin):
 def split_batch(text):
     """Yield (number of the first line, command) of each command of a batch file.
 
-    Blank lines and lines that begin with # count, but are no commands.  A backslash at the end of
-    a line continues the command; the command keeps it, since bash reads it in the same way.
+    Blank lines and lines that begin with # are counted, but are no commands.  A backslash at the
+    end of a line continues the command, which keeps the backslash, since bash needs it.
     """
     command, first = '', 0
     for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
@@ -6302,7 +6302,7 @@ def split_batch(text):
 
 
 def name_of_batch(path):
-    """Return how names of jobs begin: example/batch.sh -> example_batch.sh, - -> stdin."""
+    """Return the first part of job names: example/batch.sh -> example_batch.sh, - -> stdin."""
     if path == '-':
         return 'stdin'
     parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
@@ -6416,9 +6416,9 @@ def read_jobs(path, text, options, warn):
     return jobs
 
 
-# Options of a line that change the results of its job.  With its command they identify it in a
-# later run of the batch.  Memory is not among them, nor are the options of the whole batch: more
-# memory for all lines must not run 400 of them again.
+# Options of a line that change the results of its job.  The command and these options identify the
+# job in a later run of the batch.  The options for memory and those of the whole batch are left
+# out: a user who gives all lines more memory must not run 400 jobs again.
 DECISIVE_OPTIONS = ('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
                     '--num-gpus', '--no-gpu-required', '--reserve')
 
@@ -6473,9 +6473,10 @@ PLAIN_COMMAND = (r'(?!(?:if|then|elif|else|fi|for|select|while|until|do|done|cas
 PLAIN_LINE = re.compile(
     rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
 
-# Reads commands, each ended by a NUL; prints the number of each that bash refuses and why, also
-# with a NUL.  After set -n bash runs nothing.  Each command has a subshell, since two that are read
-# together could complete each other.  A bash before 4.0, as on macOS, refuses too much.
+# This program reads commands, each with a NUL behind it.  For each command that bash refuses it
+# prints the number and the reason, also with a NUL.  After set -n bash runs nothing.  Each command
+# has a subshell: two commands in one could complete each other.  A bash before 4.0, as on macOS,
+# would refuse correct commands, too.
 SYNTAX_CHECK = r"""
 ((BASH_VERSINFO[0] >= 4)) || exit
 number=0
@@ -6500,8 +6501,8 @@ def refuse_syntax(path, jobs, said):
             'with a backslash.')
 
 
-# Commands that change only the shell that runs them: (first words, pattern of the rest, whose group
-# is part of the command's name in messages, whether `setup` of a machine file can have them).
+# Commands that change only the shell that runs them: (first words, pattern of the rest, whether
+# `setup` of a machine file can have them).  Messages name the first word and the pattern's group.
 SETTINGS = (
     ('export source . declare typeset unset eval', '() .+', True),
     ('conda mamba micromamba pyenv', '( (?:activate|deactivate|shell))(?: .*)?', True),
@@ -6521,7 +6522,7 @@ def setting_of(command):
     import shlex
     first = re.match(r'\s*([\w./-]+)(?=\s|$)', command)      # unquoted, and no NAME=value
     if first and first[1] not in SETTING_WORDS:
-        return None                         # as most; shlex needs 50 us a line, or 2.5 s for 50,000
+        return None                         # most lines; shlex would take 2.5 s for 50,000 lines
     lexer = shlex.shlex(without_continuations(command), posix=True, punctuation_chars=';&|()<>')
     lexer.whitespace_split = True
     parts = [[]]
@@ -6714,7 +6715,7 @@ def read_filter_file(folder, path):
         only_receiver = 'r' in modifiers and 's' not in modifiers
         if kind == '!':
             rules, cleared = [], True
-        elif kind in '-+HS' and not only_receiver:      # P and R are the receiver's, too
+        elif kind in '-+HS' and not only_receiver:      # P and R are for the receiver only
             rules.append(compile_rule(pattern, kind in '+S', base))
     return rules, cleared
 
@@ -6810,7 +6811,7 @@ class Walk:
         if path in self._never:
             return False
         if name in NEVER_SENT:
-            if path != 'job_results':       # the one in this folder is never sent, and always there
+            if path != 'job_results':       # every project has this folder; do not mention it
                 self.left_out.add(name)
             return False
         text = bytes_as_text(path)
@@ -6849,8 +6850,8 @@ def scan_tree(paths, exclude, option='--copy-forwards', never=(), filtered=True)
     return Tree(tuple(walk.entries.values()), tuple(sorted(walk.left_out)))
 
 
-# A Manifest reads file contents while logins are under way, and only what fits into that time: the
-# CONTENTS smallest files, CONTENTS_BYTES in all.
+# A Manifest reads file contents while logins are under way.  To be done in that time, it reads only
+# the CONTENTS smallest files, at most CONTENTS_BYTES in all.
 CONTENTS, CONTENTS_BYTES = 5000, 32 * 2**20
 TO = '-> '                  # in front of the target of a link
 
@@ -6881,7 +6882,7 @@ class Manifest:
 
     @classmethod
     def of(cls, copy, link, linked=()):
-        """Return the Manifest of the files of the two Trees of Forwards; linked: their link."""
+        """Return the Manifest of the files of the two Trees of Forwards; linked: Forwards.link."""
         entries = [entry for entry in copy.entries if entry.kind != 'd']
         contents = {entry.path: TO + entry.target for entry in entries if entry.kind == 'l'}
         files, total = [entry for entry in entries if entry.kind == 'f'], 0
@@ -6975,7 +6976,7 @@ def lost_links(copy, link, linked):
     A link is lost if its target is not sent, or is a path of this computer; each machine has its
     own SYSTEM_FOLDERS.
     """
-    # Path on the machine -> None, or the target of the link there; a tuple is from the top.
+    # Path on the machine -> target of the link there, or None; a tuple is a path from the top.
     targets = {}
     for part, tree in (('copy', copy), ('link', link)):
         for entry in tree.entries:
@@ -6997,7 +6998,7 @@ def arrives(path, targets):
     while names:
         name = names.pop()
         if name == '..' and len(place) == 1:
-            return False                    # out of all that was sent
+            return False                    # the path leaves the sent files
         if name == '..':
             place.pop()
         if name in ('', '.', '..'):
@@ -7017,7 +7018,7 @@ def arrives(path, targets):
     return True
 
 
-LARGE_BYTES = 500e6         # to send to a machine: above this, advise
+LARGE_BYTES = 500e6         # give advice if more than this is sent to a machine
 
 
 def advise_on_size(tree, machines):
@@ -7032,7 +7033,7 @@ def advise_on_size(tree, machines):
             below[path] += entry.size
             path = os.path.dirname(path)
     top = ''
-    while True:                                 # down while one path holds more than half
+    while True:                                 # go down while one path holds more than half
         inside = [(size, path) for path, size in below.items() if os.path.dirname(path) == top]
         size, path = max(inside, default=(0, ''))
         if size <= (total if not top else below[top]) / 2 and top or not path:
@@ -7073,13 +7074,13 @@ def check_forwards(forwards):
         check_named(path, '--link-forwards')
 
 
-# ---- Archives: tar, for small trees, and where rsync is not at both ends ----
+# ---- Archives: tar, for small trees, and where one side has no rsync ----
 
 def archive(placed):
     """Yield a tar archive (POSIX pax) of (name in it, Entry) pairs, in pieces.
 
-    A file that shrinks while it is read is filled with zeros, one that grows is cut, and one that
-    is gone is left out: the archive stays whole, and rsync would not do better.
+    A file that shrinks while it is read is filled with zeros.  A file that grows is cut, and a file
+    that is gone is left out.  So the archive stays whole; rsync would not do better.
     """
     import tarfile
     for name, entry in placed:
@@ -7115,7 +7116,7 @@ def padded_file(file, size):
 
 
 def mtime_ns(member):
-    """Return the time of change of an archive's member in ns; tarfile itself has it as a float."""
+    """Return the time of change of an archive's member in ns; tarfile's float is less exact."""
     text = member.pax_headers.get('mtime', '')
     match = re.fullmatch(r'(-?)([0-9]{1,11})(?:\.([0-9]{1,9})[0-9]*)?', text)
     if not match:
@@ -7127,7 +7128,7 @@ def mtime_ns(member):
 def make_parents(folder, names):
     """Return the folder with these names below `folder`, made as needed; None if one is no folder.
 
-    Each is checked by itself: os.makedirs would go through a link, and out of the folder.
+    Each name is checked: os.makedirs would follow a link that leads out of `folder`.
     """
     for name in names:
         folder = os.path.join(folder, name)
@@ -7177,8 +7178,8 @@ def unpack_file(tar, member, target):
 def unpack_archive(path, folder):
     """Extract the tar file at `path` into `folder`, which is empty; return the refused names.
 
-    Only files, folders and links are made, all inside, and nothing through a link: tarfile's own
-    filter is no boundary (CVE-2025-4517 and its like).
+    It makes only files, folders and links, all inside `folder`, and follows no link.  tarfile's own
+    filter does not ensure that (CVE-2025-4517 and others).
     """
     import tarfile
     refused, folders = [], []
@@ -7191,7 +7192,7 @@ def unpack_archive(path, folder):
                 continue
             elif member.isdir():
                 folders.append((target, member))
-            elif not os.path.lexists(target):       # else it is named twice
+            elif not os.path.lexists(target):       # else the archive has this name twice
                 unpack_file(tar, member, target)
     for target, member in reversed(folders):        # last, since new files change a folder's time
         os.chmod(target, member.mode & 0o777)
@@ -7199,9 +7200,9 @@ def unpack_archive(path, folder):
     return refused
 
 
-# ---- Probe: what a machine said of itself -> Capacity ----
+# ---- Probe: the facts that a machine reports -> Capacity ----
 
-FEWEST_TICKS = 4            # fewer ticks (1/100 s) than these say nothing about load
+FEWEST_TICKS = 4            # fewer ticks (1/100 s) are too few to tell the load
 NO_NVIDIA_SMI = 'has no nvidia-smi, so no GPU is known'
 UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such a GPU is broken
 
@@ -7209,10 +7210,10 @@ UNKNOWN_WORDS = ('[n/a]', 'n/a', '[not supported]')      # and not 'ERR!': such 
 class Need(NamedTuple):
     """The resources that one job of any batch needs on a machine, and those it was seen to use.
 
-    The job's runner records it there, so that other batches see what is promised but not yet used.
+    The job's runner records the Need there, so that other batches see promised resources.
     """
-    key: str                        # job.attempt of this project's jobs, '' of others'
-    user: str                       # who runs a job of others; '' for the login's own user
+    key: str                        # job.attempt; '' for a job of another project
+    user: str                       # who runs a job of another project; '' for the login's user
     cores: float
     memory_mb: int
     reserve: bool
@@ -7222,7 +7223,7 @@ class Need(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The numbers of a probe that the next probe is compared with."""
+    """Numbers of one probe, with which the next probe is compared."""
     busy: int                       # processor ticks since boot, of all processors
     total: int
     ticks: dict                     # key of a Need -> ticks of its job; of others' jobs under ''
@@ -7232,11 +7233,11 @@ class Sample(NamedTuple):
 def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     """Return the Capacity that the probe's facts, a list of (key, text), give.
 
-    ours: the keys (job.attempt) of this batch's jobs there; what these use counts as free
+    ours: the keys (job.attempt) of this batch's jobs there; resources that they use count as free
     before: the Sample of the last probe
     ended_ticks: the ticks of this batch's jobs that have ended since then
 
-    Never raises: a fact that cannot be read is unknown, and nothing unknown is used.
+    Never raises.  A fact that cannot be read is unknown, and the batch uses no unknown resource.
     """
     values, needs = dict(facts), read_needs(facts)
     others = [need for need in needs if need.key not in ours]
@@ -7251,7 +7252,7 @@ def parse_probe(facts, machine, ours=(), before=None, ended_ticks=0):
     free_cores = max(all_cores - sum(need.cores for need in others) / CORES_OVERLOAD, 0.0)
     first_free_mb = before.gpu_free_mb if before else {}
     gpus, limits, trouble = parse_gpus(facts, machine, needs, ours, first_free_mb, free_mb)
-    for index in [gpu.index for gpu in gpus if gpu.unified]:     # others need the machine's memory
+    for index in [gpu.index for gpu in gpus if gpu.unified]:     # these share the machine's memory
         free_mb -= sum(need.gpus[index][0] for need in others if index in need.gpus)
     if machine.gpus is not None:
         gpus, trouble = only_listed(gpus, machine.gpus, trouble)
@@ -7268,7 +7269,7 @@ def parse_queue(facts, machine, known=None):
     """Return the Queue that the facts of a cluster's probe give, a list of (key, text).
 
     known: the Queue of an earlier probe, whose partitions are kept if these facts name none
-    Never raises: what cannot be read is unknown.
+    Never raises: a fact that cannot be read is unknown.
     """
     values = dict(facts)
     partitions = tuple(filter(None, (
@@ -7297,7 +7298,7 @@ def parse_partition(line):
 
 
 def use_in(facts, before):
-    """Return what all users of a machine use of it, as `Seen` has it.
+    """Return how much of a machine all its users use, as a sample for `Seen`.
 
     before: the Sample of the last probe, or None
     """
@@ -7319,7 +7320,7 @@ def use_in(facts, before):
 
 
 def read_size(facts):
-    """Return (processors, cores of them that its cgroups allow, MB in all, MB available)."""
+    """Return (processors, how many of them the cgroups allow, MB in all, MB available)."""
     values = dict(facts)
     processors = whole_number(values.get('cores'))
     total_mb = whole_number(values.get('MemTotal')) // 1024
@@ -7352,7 +7353,7 @@ def busy_cores(values, needs, processors, before, ended_ticks):
     load = decimal(values.get('load'), math.inf)
     begun = two_numbers(values.get('ticks_before')) if 'ticks_before' in values else now
     used, total = now[0] - begun[0], now[1] - begun[1]
-    # The time since the login began is short, and includes the work of the login itself; the load
+    # The ticks since the login began are few, and include the work of the login itself.  The load
     # of the last minute includes jobs that have just ended.  Real use of the machine shows in both.
     busy = min(load, used / total * processors) if total >= FEWEST_TICKS and used >= 0 else load
     busy = min(busy, processors) if math.isfinite(busy) else 0.0
@@ -7392,7 +7393,7 @@ def read_needs(facts):
 
 
 def whole_number(text):
-    """Return the number that the text is, 0 for anything else."""
+    """Return the text as a whole number; 0 if it is no such number."""
     return int(text) if text and re.fullmatch(r'[0-9]{1,18}', text) else 0
 
 
@@ -7403,7 +7404,7 @@ def two_numbers(text):
 
 
 def decimal(text, unknown):
-    """Return the non-negative decimal number that the text is, `unknown` for anything else."""
+    """Return the text as a non-negative decimal number; `unknown` if it is no such number."""
     return float(text) if text and re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,9})?', text) else unknown
 
 
@@ -7440,7 +7441,7 @@ def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
 def share_gpu(gpu, processes, needs, ours, first_free_mb):
     """Return (the Gpu as it is for this batch, its limits for all batches as text).
 
-    gpu: as nvidia-smi reports it; processes: those on it, as gpu_processes has them
+    gpu: as nvidia-smi reports it; processes: those on this GPU, as gpu_processes returns them
     """
     here = [need for need in needs if gpu.index in need.gpus]
     mine = [need.gpus[gpu.index] for need in here if need.key in ours]
@@ -7490,7 +7491,7 @@ def gpu_processes(facts):
 
 
 def gpu_trouble(values):
-    """Return why nothing is known of GPUs; '' if nvidia-smi answered."""
+    """Return why the GPUs of a machine are unknown; '' if nvidia-smi answered."""
     status = values.get('nvidia_smi')
     if status is None:
         return 'was not asked for its GPUs'
@@ -7514,7 +7515,7 @@ def parse_gpu(line, extended, memory_mb, listed):
     """Return the Gpu of a line of nvidia-smi, or why it cannot be used.
 
     extended: the line has compute and MIG mode, too
-    listed: the indices in the machine's file; a use that nvidia-smi does not report counts as 0
+    listed: the indices in the machine's file; such a GPU counts as idle if its use is not reported
     """
     fields = [field.strip() for field in line.split(',', 7 if extended else 5)]
     if len(fields) != (8 if extended else 6) or not (
@@ -7545,7 +7546,7 @@ def parse_gpu(line, extended, memory_mb, listed):
 
 
 def number_or_none(text):
-    """Return the number that a field of nvidia-smi is, or None."""
+    """Return a field of nvidia-smi as a number; None if it is no number."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else None
 
 
@@ -7559,18 +7560,18 @@ def explain_gpu_line(line):
 
 # ---- Results: the folder job_results ----
 
-ENDS = {'': 1, '.out': 2, '.err': 4}        # of the names of a job's results; for each a bit
+ENDS = {'': 1, '.out': 2, '.err': 4}        # end of the name of a job's result -> a bit for it
 
 
 class ResultStore:
-    """The folder job_results: its lock, and the files in it.  Replaces nothing.
+    """The folder job_results: its lock and its files.  It replaces no file of other programs.
 
     job_results/NAME.out, NAME.err    the streams; they grow while the job runs
     job_results/NAME/                 its results; appears by one rename
     job_results/.ssh_scheduler/       journal, lock, incoming results
 
-    part: a folder below .ssh_scheduler for these: commands/NAME for a job of execute_remote, so
-    that it runs beside a batch, and two clients of one job cannot both collect it.
+    part: a folder below .ssh_scheduler for these: commands/NAME for a job of execute_remote.  So
+    the job can run beside a batch, and two clients cannot both collect the same job.
     journal: the Journal of its jobs; partials: the Partials
     """
 
@@ -7584,7 +7585,7 @@ class ResultStore:
         self.partials = Partials(folder, self.inner)
         self.lock = Lock(folder, part, self.inner)
         self._grown = set()             # (name, stream) that this client began to write
-        self._growing = {}              # the one of these that grew last -> its open file
+        self._growing = {}              # the stream that grew last: (name, stream) -> open file
 
     # Opening it
 
@@ -7613,7 +7614,7 @@ class ResultStore:
         return self
 
     def peek(self, times=False):
-        """Only read what earlier runs did; another run may use the folder.  Return self."""
+        """Read the journal, and change nothing: another run may use the folder.  Return self."""
         try:
             self.journal.peek(times)
         except FileNotFoundError:
@@ -7662,18 +7663,18 @@ class ResultStore:
     def exists(self, name):
         """Tell whether there are results of the job that a new run would have to replace."""
         if self.journal.record(name).get('state') in ('claimed', 'ended', 'lost', 'cancelled'):
-            return os.path.lexists(self._path(name))    # its streams are left from that attempt
+            return os.path.lexists(self._path(name))    # streams of that attempt do not count
         return bool(self.present.of(name))
 
     def remnants(self, name):
-        """Return the paths of the results of a job that are here, if others of them are missing."""
+        """Return the paths of a job's results that are here, if some are missing; else []."""
         here = self.present.of(name)
         needed = ENDS if self.journal.record(name).get('inode') else ('.out', '.err')
         return [self._path(name, end) for end in ENDS if here & ENDS[end]
                 ] if any(not here & ENDS[end] for end in needed) else []
 
     def identities(self):
-        """Return the identities of all journals in the folder; '' if one had none at first."""
+        """Return the identities of all journals in the folder, and '' if one began without any."""
         top, found = os.path.join(self.folder, '.ssh_scheduler'), set()
         commands = os.path.join(top, 'commands')
         names = os.listdir(commands) if os.path.isdir(commands) else []
@@ -7683,7 +7684,7 @@ class ResultStore:
 
     def kept(self, machine):
         """Return {name: record} of the collected jobs with files that could not be fetched from
-        this machine; `kept` are their paths.
+        this machine; `kept` in the record has the paths of these files.
         """
         return {name: record for name, record in self.journal.jobs.items()
                 if record['machine'] == machine and record['state'] in ('collected', 'earlier')
@@ -7707,7 +7708,7 @@ class ResultStore:
                 data = data[file.write(data):]
         except OSError:
             self._stop_growing()
-            return False        # a copy at the end brings all of it, or reports a failure
+            return False        # at the end the whole stream is copied, or a failure reported
         return True
 
     def has(self, name, stream, size):
@@ -7756,9 +7757,9 @@ class ResultStore:
             raise ResultsError(f'another program made {target} while {name} ran: move it away')
         if not (folder and os.path.isdir(folder)):
             folder = self.incoming()
-        # On the machine it was private.  A folder that its owner may not write cannot be moved.
+        # The machine made the folder private.  One that its owner may not write cannot be moved.
         os.chmod(folder, new_folder_mode())
-        # If the client is killed after the rename, _end_commits finds that by the inode.
+        # If the client is killed after the rename, _end_commits finds the folder by its inode.
         self.journal.write(event='committing', job=name, inode=os.stat(folder).st_ino, kept=kept)
         os.rename(folder, target)
 
@@ -7768,7 +7769,7 @@ class ResultStore:
         ours = (name, stream) in self._grown or self.journal.may_have_streams(name)
         self._grown.discard((name, stream))
         if content is None:
-            return              # it grew in place, to its end
+            return              # the stream grew in place and is complete
         if not isinstance(content, bytes):
             if not ours and os.path.lexists(target):
                 raise ResultsError(f'another program made {target} while {name} ran: move it '
@@ -7815,14 +7816,14 @@ class ResultStore:
                     os.rename(old, new)
 
     def add(self, name, folder):
-        """Add files that a machine kept until now to a job's results; return paths in their way."""
+        """Add files that a machine kept to a job's results; return the paths in their way."""
         target = self._path(name)
         return [os.path.relpath(path, target) for path in merge(folder, target)] if folder else []
 
     def set_aside(self, name, streams=None, folder=None):
         """Move the files of a job that was cancelled out of the way of its next run.
 
-        streams, folder: what its machine sent of it, as for commit
+        streams, folder: the streams and files that its machine sent, as for commit
         """
         self._stop_growing()
         try:
@@ -7921,9 +7922,9 @@ class Lock:
         self._fd = None
 
     def take_over(self, run, note, look):
-        """Stop a client that has the lock for the same `run`, and wait; return what look() did.
+        """Stop a client that has the lock for the same `run`, and wait for its end.
 
-        note(text) prints that; look is called before the client stops
+        Return the value of look(), called before the stop, or None; note(text) prints a message.
         """
         with contextlib.suppress(FileNotFoundError), open(self.path) as lock:
             try:
@@ -7935,7 +7936,7 @@ class Lock:
                     seen = look()
                     stop_client(int(match[1]), match[2], run, lock, note)
                     return seen
-            except OSError:         # no locks there, so none is in the way
+            except OSError:         # a file system without locks: no client has one
                 pass
         return None
 
@@ -7955,12 +7956,12 @@ class Lock:
 
 
 class Partials:
-    """Files fetched from running jobs: job_results/NAME.partial, until their results are there.
+    """Files fetched from running jobs: job_results/NAME.partial, until the job's results are there.
 
-    .ssh_scheduler/partial/names/NAME      a link whose text is the inode of NAME.partial: only
-                                           what this program has made is removed
-    .ssh_scheduler/partial/from.NUMBER     the same files once more, only while rsync fetches from
-                                           a machine, since TensorBoard would show them twice
+    .ssh_scheduler/partial/names/NAME      a link whose text is the inode of NAME.partial: a folder
+                                           with another inode is the user's, and is not removed
+    .ssh_scheduler/partial/from.NUMBER     the same files again, only while rsync fetches them from
+                                           a machine: TensorBoard would show these files twice
     """
 
     def __init__(self, folder, inner):
@@ -8013,7 +8014,7 @@ class Partials:
             remove_tree(self._inner)
 
     def close(self):
-        """Remove them, unless jobs keep running: their files stay for the user to look at."""
+        """Tidy up.  If jobs keep running, their fetched files stay for the user to look at."""
         if not self._names():
             self.clear()
 
@@ -8053,8 +8054,8 @@ class Presence:
     def look(self):
         """Look for the results of all collected jobs at once: one by one costs three calls a job.
 
-        From now on `of` returns what was here at this moment, for each job until it is claimed
-        again and gets a new Record.
+        From now on `of` returns the results that this look found for a job, until the job is
+        claimed again and gets a new Record.
         """
         jobs = self._journal.jobs
         try:
@@ -8078,32 +8079,32 @@ class Presence:
             record.here |= ENDS[end]
 
 
-# Disk space for results, which copies of sent files, and files of running jobs, leave free.
+# Copies of sent files, and files of running jobs, leave this disk space free for results.
 SPARE_BYTES = 10**9
-KEPT_AT_ONCE = 64           # files kept between two looks at other events
+KEPT_AT_ONCE = 64           # files copied in one step, before other events are handled
 STALE_S = 3600.0            # no client takes that long to keep a set of files
 
 
 class Sent:
-    """The files that were sent with jobs: a folder for each set that has a digest of its own.
+    """The files that were sent with jobs: one folder for each set of files, named by its digest.
 
     sent/DIGEST/files.json      Manifest.files: what was sent
     sent/DIGEST/record.json     when, how much, how much of it is kept, and what git reports of it
-    sent/DIGEST/diff.patch      how what was sent differs from git's commit; see Keeper
+    sent/DIGEST/diff.patch      how the sent files differ from git's commit; see Keeper
     sent/DIGEST/files/PATH      the files that are kept: hard links into the store
     sent/store/HASH             their contents, each once; limit_bytes in all
 
-    The smallest files are kept first: code, and not data.  Several clients may write here at the
-    same time, so everything appears by one rename: a set when a job is about to use it, so that no
-    client removes a set that another may have found.  A copy can be read by no more people than the
-    original file.
+    The smallest files are kept first: they are code, and not data.  Several clients may write here
+    at the same time, so everything appears by one rename.  A set appears when a job is about to use
+    it, so no client removes a set that another one has found.  A copy is readable only for people
+    who can read the original file.
     """
 
     def __init__(self, folder):
         self.folder = os.path.join(folder, 'sent')
         self.limit_bytes = 0            # None: record nothing at all
         self._store = os.path.join(self.folder, 'store')
-        self._found = {}                # digest -> Manifest, or None if that is not known
+        self._found = {}                # digest -> Manifest, or None if it is not known
         self._under_way = {}            # digest -> the generator that makes the set
         self._claimed = set()           # digests of sets that jobs of this client use
         self._unclaimed = {}            # digest -> the folder of a set that no job uses yet
@@ -8212,7 +8213,7 @@ class Sent:
         self._found[digest] = manifest
 
     def _remove_stale(self):
-        """Remove what clients left that were killed while they stored a set.  Raises OSError."""
+        """Remove the files of clients that were killed while they stored a set.  Raises OSError."""
         before = time.time() - STALE_S
         for entry in os.scandir(self.folder):
             if entry.name.startswith('new-') and entry.stat().st_mtime < before:
@@ -8247,7 +8248,7 @@ class Sent:
     def _keep_file(self, path, content, target, mode):
         """Keep a file, or link, that has this content; return its size; None if it is not kept.
 
-        mode: who may read the copy, unless there is one already
+        mode: of a new copy; the store may already have a copy with another mode
         """
         if not self.limit_bytes:
             return None
@@ -8257,7 +8258,7 @@ class Sent:
             return 0
         try:
             return self._link(path, content, target, mode)
-        except FileNotFoundError:           # another client has just tidied the store up
+        except FileNotFoundError:           # another client has just removed that copy
             return self._link(path, content, target, mode)
 
     def _link(self, path, content, target, mode):
@@ -8277,7 +8278,7 @@ class Sent:
         return os.stat(kept).st_size
 
     def _used_bytes(self):
-        """Return how much is in the store."""
+        """Return the number of bytes in the store."""
         if self._used is None:
             self._used = sum(entry.stat().st_size for entry in os.scandir(self._store))
         return self._used
@@ -8292,7 +8293,7 @@ def free_bytes(folder):
 def readers_of(path, mode, folders):
     """Return the mode for a copy of the file at `path`: no more people can read it than the file.
 
-    mode: that of the file; folders: {folder: the mode for all files in it}, to be filled
+    mode: that of the file; folders: a cache, {folder: the mode for all files in it}
     """
     folder = os.path.dirname(path)
     if folder and folder not in folders:
@@ -8302,7 +8303,7 @@ def readers_of(path, mode, folders):
 
 
 def put_file(path, data, mode=0o666):
-    """Write a file so that it is never there in part.  Raises OSError."""
+    """Write a file and rename it into place, so nobody reads a part of it.  Raises OSError."""
     new = f'{path}.new-{os.getpid()}'
     try:
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), 'wb') as file:
@@ -8320,8 +8321,8 @@ SEEN_S, SEEN_SHARE = 5.0, 0.01      # between two samples: SEEN_S, or this share
 class Seen:
     """The file `seen`: samples of the use of machines, for a report.  A JSON object a line.
 
-    A machine has at most one sample every SEEN_S, and the fewer the longer the client runs: some
-    hundreds in a week.  Samples do not matter: a failure to write them is not reported.
+    A machine has at most one sample every SEEN_S, and fewer when the client has run for long: some
+    hundreds in a week.  No job needs the samples, so a failure to write them is not reported.
     """
 
     def __init__(self, inner, journal):
@@ -8382,7 +8383,7 @@ def unusable(folder, error):
 
 
 def identity_in(path):
-    """Return {the identity of the journal at this path}; '' too if its first lines had none."""
+    """Return {the identity of the journal at this path}, with '' if its first line has none."""
     found = set()
     with contextlib.suppress(OSError), open(path, 'rb') as file:
         for number, line in enumerate(file):
@@ -8423,8 +8424,8 @@ class Holder(NamedTuple):
 def read_holder(path):
     """Return the Holder of the lock at this path, or None.
 
-    The lock of a client on this computer is not tried: a client that starts at this moment would
-    take that for another client.
+    If the client is on this computer, the lock is not tried: a client that starts at this moment
+    would find it locked, and take that for another run.
     """
     try:
         with open(path, 'rb') as lock:
@@ -8530,8 +8531,8 @@ def new_folder_mode():
 
 
 def merge(source, target):
-    """Move what lies in the folder `source` into `target`; yield the paths there that are in its
-    way, except files that are the same already, such as those of an earlier try.
+    """Move all that lies in the folder `source` into `target`; yield the paths in `target` that are
+    in the way.  Files that are the same already, as after an earlier try, are not in the way.
     """
     for name in sorted(os.listdir(source)):
         new, old = os.path.join(source, name), os.path.join(target, name)
@@ -8557,7 +8558,7 @@ def merge(source, target):
 def mirror(source, target):
     """Make `target` a folder with the files of the folder `source`, as hard links, and no others.
 
-    So a program that has a file of `target` open sees at once what is added to it in `source`.
+    So a program that has a file of `target` open sees at once the data that `source` gets.
     """
     import shutil
     with os.scandir(source) as entries:
@@ -8601,14 +8602,14 @@ def make_removable(function, path, _):
 
 # ---- Processes: the one place that starts them and the one that waits ----
 
-TICK_S = 1.0                # notice an ended child this late if another process holds its pipe open
+TICK_S = 1.0                # the delay to notice an ended child whose pipe another process has open
 KEPT_STDERR = 64 * 1024
-PIPE_BYTES, WIDE_PIPE_BYTES = 2**16, 2**20      # what a pipe holds, and may hold on Linux
+PIPE_BYTES, WIDE_PIPE_BYTES = 2**16, 2**20      # the size of a pipe, and the most on Linux
 F_SETPIPE_SZ = 1031                 # fcntl has the name since Python 3.10
 
 
 class Process:
-    """A child process, passive: Processes handles its streams.  Done is: ended, and all read."""
+    """A child process, done when it has ended and all is read.  Processes handles its streams."""
 
     def __init__(self, popen, on_output, on_error, on_exit, feed, keep_stdin, deadline):
         self.popen = popen
@@ -8640,9 +8641,9 @@ class Process:
 
 
 def widen(fd):
-    """Enlarge a pipe, so that much output takes fewer turns of all programs that pass it on.
+    """Enlarge a pipe, so that programs pass on much output in fewer steps.
 
-    Only for a pipe that was found rather full: all pipes of a user may hold 64 MB.
+    Only for a pipe that was found rather full: the pipes of a user may hold 64 MB together.
     """
     if LINUX:
         with contextlib.suppress(OSError):
@@ -8660,7 +8661,7 @@ class Processes:
         # If SIGCHLD is ignored, as by inheritance, Popen reports success for every failure.
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # A script has its background commands ignore these; jobs on localhost would inherit that.
+        # Background commands of a script ignore these signals; jobs here would inherit that.
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
             if signal.getsignal(number) == signal.SIG_IGN:
                 with contextlib.suppress(ValueError):       # only the main thread can change it
@@ -8715,13 +8716,13 @@ class Processes:
         return process
 
     def pass_on(self, fd, process):
-        """Feed the bytes of a file descriptor of this program to the process, to their end."""
+        """Feed all bytes of a file descriptor of this program to the stdin of the process."""
         try:
             if stat.S_ISREG(os.fstat(fd).st_mode):      # kqueue does not report its end
                 raise PermissionError
             self._selector.register(fd, selectors.EVENT_READ, process)
             process.source = fd
-        except OSError:                     # it never has to be waited for
+        except OSError:                     # a file: reading it never has to wait
             process.feed = iter(lambda: os.read(fd, 2**16), b'')
 
     def call_later(self, delay_s, function):
@@ -8737,12 +8738,12 @@ class Processes:
         if fd not in self._outlets:
             kind = os.fstat(fd).st_mode
             free = fd
-            if LINUX and stat.S_ISFIFO(kind):   # a description of its own: others share this one
+            if LINUX and stat.S_ISFIFO(kind):   # open it anew: O_NONBLOCK of fd is shared
                 try:
                     free = os.open(f'/proc/self/fd/{fd}', os.O_WRONLY | os.O_NONBLOCK)
                 except OSError:
                     pass
-            # A ready pipe takes at least PIPE_BUF bytes; a stream that is none of these takes all.
+            # A ready pipe, socket or terminal takes at least PIPE_BUF bytes; a file takes all.
             slow = stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind) or os.isatty(fd)
             piece = select.PIPE_BUF if slow and free == fd else 2**20
             self._outlets[fd] = (free, piece)
@@ -8756,7 +8757,7 @@ class Processes:
             if free in ready:
                 data = data[os.write(free, data[:piece]):]
             else:
-                return bytes(data)          # woken, and nobody reads
+                return bytes(data)          # wake() was called, and nobody reads
         return b''
 
     def wake(self):
@@ -8819,7 +8820,7 @@ class Processes:
             os.close(fd)
 
     def _offer(self, process):
-        """Watch the child's stdin if there are bytes for it, else its source; else close it."""
+        """Watch the child's stdin if bytes wait for it, else its source; else close the stdin."""
         stdin = process.popen.stdin
         if not stdin or stdin.closed:
             process.unsent.clear()
@@ -8834,7 +8835,7 @@ class Processes:
             self._close_stdin(process)
 
     def _read_source(self, process):
-        """Read from its source; not again before these bytes are written."""
+        """Read from the child's source once; it is read again when these bytes are written."""
         try:
             data = os.read(process.source, 2**16)
         except BlockingIOError:
@@ -8905,7 +8906,7 @@ class Processes:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.popen.wait()
-        for fd in list(process.reads):      # what is in the pipes; another may hold them open
+        for fd in list(process.reads):      # only what is there: others may hold the pipes open
             while fd in process.reads and self._readable(fd):
                 self._read(process, fd)
         self._forget(process)
@@ -8979,12 +8980,12 @@ class Flows:
             for flow, process in waiting.items():
                 if process:
                     self._processes.end(process)
-                if not flow.gi_running:     # else it ends when it waits next
+                if not flow.gi_running:     # else _go_on closes it when it waits next
                     stack.callback(flow.close)
 
 
 def ignore(_data):
-    """Take bytes that nobody wants."""
+    """Discard the bytes."""
 
 
 PACKAGES = {'ssh': 'openssh-client', 'rsync': 'rsync', 'bash': 'bash'}
@@ -9058,7 +9059,7 @@ class JobLog:
         """The batch begins."""
 
     def changed(self, attempt, _before):
-        """The state of an attempt has changed: write a line if it has ended."""
+        """The state of an attempt has changed: write a line if the attempt has ended."""
         if attempt.state == 'ended':
             self._add(attempt)
 
@@ -9155,7 +9156,7 @@ class Hooks:
         self._interrupts += 1
 
     def await_failure(self):
-        """The batch has ended: wait for the command of --on-failure, but not for ever."""
+        """The batch has ended: wait for the command of --on-failure, for a limited time."""
         self._over = time.monotonic()
         if self._first:                     # if its results have not arrived
             self._tell_of(self._first)
@@ -9274,7 +9275,7 @@ class HtmlReport:
         """A machine lost a job, which is not started again."""
 
     def finish(self):
-        """The batch has ended, and its results are here: make the page, and wait for that."""
+        """The batch has ended, and its results are here: make the page, and wait for it."""
         self._processes = Processes()
         try:
             self._make()
@@ -9332,7 +9333,7 @@ class WireError(Exception):
 
 
 def request(verb, *fields):
-    """Return the bytes of a request: its verb, the number of its fields, and these."""
+    """Return the bytes of a request: its verb, the number of its fields, and the fields."""
     return nul_ended(verb, len(fields), *fields)
 
 
@@ -9381,7 +9382,7 @@ def stream_of(raw):
 
 
 def output_of(raw):
-    """Return (bytes, size) of a stream: =TEXT, or @SIZE, whose bytes are None."""
+    """Return (bytes, size) of a stream.  raw: =TEXT, or @SIZE without the bytes (None)."""
     return (raw[1:], len(raw) - 1) if raw[:1] == b'=' else (None, number_of(raw[1:]))
 
 
@@ -9397,7 +9398,7 @@ def folder_of(raw):
 
 
 def entry_of(raw):
-    """Return (mark, value) of an entry in the list of what a job left: see the remote runner.
+    """Return (mark, value) of an entry in the list of a job's files: see the remote runner.
 
     The value is a path; for 'w' the folder with the files, for 's' a number of bytes, for 'm'
     (mode, path).
@@ -9422,8 +9423,8 @@ class Fields(NamedTuple):
     rest: Optional[object] = None       # of all further ones
 
 
-# The events of the remote runner.  One with bytes is called data on the wire, and has its own name
-# here.  Each has a method on_EVENT in Worker, JobControl, Queued, Collector or Gauge.
+# The events of the remote runner.  On the wire, an event with bytes is `data SIZE WORD …`; here its
+# name is WORD.  Each has a method on_EVENT in Worker, JobControl, Queued, Collector or Gauge.
 EVENTS = {
     'account': Fields((bytes,)),
     'broken': Fields((text_of,), (bytes,)),
@@ -9459,7 +9460,7 @@ EVENTS = {
 
 
 def decode(fields):
-    """Return (event, values) of the fields of an event; raise WireError if they are none."""
+    """Return (event, values) of the fields of an event; raise WireError if they are no event."""
     word, *raw = (fields[1:] or [b'']) if fields[0] == b'data' else fields
     word = word.decode('ascii', 'replace')
     if word not in EVENTS:
@@ -9471,7 +9472,7 @@ def decode(fields):
             raise ValueError(f'{len(raw)} fields')
         if any(b'\0' in field for kind, field in zip(kinds, raw)
                if kind not in (bytes, list_of, output_of)):
-            raise ValueError('a NUL')       # a name with it could not be sent back
+            raise ValueError('a NUL')       # a name with a NUL could not be sent back
         return word, [kind(field) for kind, field in zip(kinds, raw)]
     except ValueError as error:
         raise WireError('it sent something that cannot be understood '
@@ -9594,16 +9595,16 @@ Host *
 class Connection:
     """The way to one machine: pure text and argument lists.
 
-    A copy (an rsync, a tar, a follower) is a session beside the channel: through its login, or
-    alone, with a login of its own.  Copies are alone if sshd allows one session a login: a tar
-    through the channel would need a second protocol for the same thing.
+    A copy (an rsync, a tar, a follower) is a session beside the channel.  It uses the channel's
+    login, or is alone, with a login of its own.  Copies are alone if sshd allows only one session
+    per login: a tar through the channel would need a second protocol.
     nice: an increment, as nice(1) has it
     """
 
     def __init__(self, machine, run_folder, number, nice=0):
         self.machine = machine
-        # nice is for the whole remote runner and each copy, so no job needs a process for it.
-        # Placement leaves others their cores; niceness counts at the moment when others come.
+        # nice starts the remote runner and each copy, so no job needs a process for it.  Placement
+        # leaves other users their cores; niceness helps at the moment when these users start more.
         self._nice = ['nice', '-n', str(nice)] if nice else []
         self.config_path = os.path.join(run_folder, f'{number}.config')
         self.jump_path = os.path.join(run_folder, f'{number}.jump')
@@ -9612,8 +9613,8 @@ class Connection:
     def config(self):
         """Return the text of the ssh_config.  ssh takes the first value of each option.
 
-        IgnoreUnknown names the options that an older ssh does not know, and repeats those that the
-        user's files name in theirs, which would come second.
+        IgnoreUnknown names the options that an older ssh does not know.  It also has the values of
+        IgnoreUnknown in the user's files, since ssh would not read a second IgnoreUnknown.
         """
         machine, hops = self.machine, self.machine.hops
         ignored = [words for path in self.user_configs() for words in
@@ -9643,16 +9644,16 @@ class Connection:
         return '\n'.join(lines)
 
     def jump_config(self):
-        """Return the text of the ssh_config of jump hosts: none of it is the machine's own."""
+        """Return the text of the ssh_config of jump hosts, without any option of the machine."""
         return COMMON_SSH_OPTIONS + '  Include ' + ' '.join(
             f'"{path}"' for path in self.user_configs()) + '\n'
 
     def _through(self, hops):
         """Return the ProxyCommand that does what ProxyJump would do.
 
-        With ProxyJump ssh gives a jump host the -F of the machine, and so the machine's `Host`
-        block, which matches the jump host, too, if both have the same address.  The first hop times
-        out first, so that its message, which tells most, is the one that arrives.
+        With ProxyJump, ssh would use the -F of the machine for the jump host, too.  The machine's
+        `Host` block would match the jump host if both have the same address.  The first hop times
+        out first: its message tells most, and would be lost if a later hop gave up before it.
         """
         *before, (user, host, port) = hops
         words = ['ssh', '-F', self.jump_path, '-o',
@@ -9706,7 +9707,7 @@ class Connection:
     def forward(self, here, there):
         """Return the argv that makes the master forward a port of the loopback address here.
 
-        It uses no configuration: the user's may have other ports, and `config` forbids all of them.
+        It uses no configuration: the user's may forward other ports; `config` clears all forwards.
         """
         return ['ssh', '-F', 'none', '-S', self.socket_path, '-O', 'forward',
                 '-L', f'127.0.0.1:{here}:localhost:{there}', '--', COPY_ALIAS]
@@ -9857,7 +9858,7 @@ def name_hops(machine, why, cuts):
 
     why: the complaint of its ssh; cuts: how many ssh behind it were cut off
     """
-    ways = machine.hops or ([('', '', '')] if cuts else [])     # or ~/.ssh/config has a way
+    ways = machine.hops or ([('', '', '')] if cuts else [])     # a jump host of ~/.ssh/config
     hops = [*ways, (machine.username, machine.host, machine.port)]
     place = max(len(ways) - cuts, 0)
     user, host, port = hops[place]
@@ -9884,9 +9885,9 @@ def place_of(host, port):
 class Client:
     """All that the machines of one run share; `close` kills its processes and removes its files.
 
-    live: while jobs wait, what the machines have free is measured again
+    live: while jobs wait, measure again how much the machines have free
     away_limit_s: how long to try to reconnect to a lost machine
-    max_result_bytes: of the results of a job; None: the free space here
+    max_result_bytes: limit for the results of a job; None: the free space here is the limit
     """
 
     def __init__(self, results=None, trace=None, *, nice=0, live=True, project=None,
@@ -9920,7 +9921,7 @@ class Client:
         return f'{self.results.part or "batch"} {self.journal.identity}'
 
     def rsync_env(self):
-        """Return the environment for rsync: nothing that changes what it does, nor a ~/.popt."""
+        """Return the environment for rsync: no RSYNC_* variables, and a HOME without .popt."""
         return {**{name: value for name, value in os.environ.items()
                    if not name.startswith('RSYNC_')}, 'HOME': self.run_folder}
 
@@ -9964,7 +9965,7 @@ class Files:
     """The files to send, by Forwards; scanned once for all machines.
 
     never: paths that are never sent, such as that of a file that this program writes
-    are_rebuilt: they were sent before, see Rebuilt; .rsync-filter and git do not apply to them
+    are_rebuilt: these files were sent before, see Rebuilt; .rsync-filter and git are ignored
     keeper: the Keeper, which keeps copies of the sent files
     """
 
@@ -10030,7 +10031,7 @@ class Files:
         return self._manifests[forwards]
 
     def small_archive(self, forwards):
-        """Return the files of the Forwards as one tar archive, for all machines the same."""
+        """Return the files of the Forwards as one tar archive, the same for all machines."""
         if forwards not in self._archives:
             for _ in range(3):
                 copy, link = trees = self.trees(forwards)
@@ -10040,7 +10041,7 @@ class Files:
                 self.look_again(forwards)
                 if self.trees(forwards) is trees:   # nothing changed while both were read
                     break
-            # What is recorded is what is sent, also if somebody edits the files all the time.
+            # The record must match the archive, even if somebody edits the files all the time.
             self._trees[forwards], self._manifests[forwards] = trees, manifest
             self._archives[forwards] = data
         return self._archives[forwards]
@@ -10082,7 +10083,7 @@ class Keeper:
             raise unwritable(self._client.results.sent.folder, error) from None
 
     def _keep(self, sent, manifest):
-        """A flow: keep the files, and then what git reports of them."""
+        """A flow: keep the files, and then record what git reports of them."""
         try:
             for _ in sent.keeping(manifest):
                 yield 0
@@ -10099,9 +10100,9 @@ class Keeper:
     def _ask_git(self, manifest, limit_bytes):
         """A flow: return (facts for the record, the differences to the commit as a patch).
 
-        They have no path that was not sent.  There is no patch if commit and patch might not give
-        what was sent: it is too large, a file was edited since, or git was told not to look.
-        Raises SchedulerError if git fails, since half an answer would be a wrong one.
+        Both have only paths that were sent.  The patch is empty if the commit with the patch may
+        differ from the sent files: the patch is too large, a file was edited since, or git was told
+        to ignore its changes.  Raises SchedulerError if git fails: half an answer would be wrong.
         """
         head = yield from self._git('rev-parse', 'HEAD', '--abbrev-ref', 'HEAD')
         commit, branch = os.fsdecode(head).split('\n')[:2]
@@ -10126,7 +10127,7 @@ class Keeper:
                 }, patch if whole else b''
 
     def _differences(self, manifest, differ, commit, changed, limit_bytes):
-        """A flow: return how changed files differ from the commit; None if that is too much."""
+        """A flow: return the patch from the commit to these files; None if it is too large."""
         patch = b''
         if not limit_bytes or sum(manifest.files[path][1] for path in changed) > DIFF_BYTES:
             return None
@@ -10140,7 +10141,7 @@ class Keeper:
         return patch
 
     def _git(self, *words, most=math.inf):
-        """A flow: return what git prints; kill it after `most` bytes.  It changes nothing.
+        """A flow: return the output of git; kill git after `most` bytes.  git changes nothing.
 
         Raises SchedulerError if git fails.
         """
@@ -10160,7 +10161,7 @@ class Keeper:
         return bytes(said)
 
 
-# Variables that, say, a hook of git sets: they name another repository, or a way to show it.
+# Variables that a hook of git may set: they name another repository, or change git's output.
 GIT_VARIABLES = {f'GIT_{word}' for word in (
     'DIR', 'WORK_TREE', 'INDEX_FILE', 'COMMON_DIR', 'OBJECT_DIRECTORY', 'NAMESPACE', 'PREFIX',
     'ALTERNATE_OBJECT_DIRECTORIES', 'DIFF_OPTS', 'EXTERNAL_DIFF', 'LITERAL_PATHSPECS',
@@ -10228,7 +10229,7 @@ def allow_files(machines):
 
 
 def project_name():
-    """Return the name of this folder's place on machines: readable, and of this folder only."""
+    """Return the name for this folder on machines: readable, and no other folder has it."""
     import hashlib
     here = os.path.realpath('.')
     who = f'{os.uname().nodename}\0{os.getuid()}\0{here}'
@@ -10261,7 +10262,7 @@ def carry(contact, worker, copy, is_allowed=True, trusts=False):
     copy(way) is a flow that returns the End of the child; is_allowed: rsync may be tried; trusts:
     rsync may trust the sender.  Return (Way, End).
 
-    Only its failure shows what the rsync here cannot do: to ask first would cost a process.
+    Only a failure shows which options the rsync here lacks: to ask first would cost a process.
     """
     while True:
         way = Way(is_allowed and contact.rsync_works, contact.alone, trusts)
