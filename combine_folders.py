@@ -4,44 +4,44 @@
 # requires-python = ">=3.9"
 # dependencies = []
 # ///
-"""Combine folders into one that has everything they have, or say exactly why not.
+"""Combine folders into one that has all their files, or report exactly why that is impossible.
 
     dest, src1, src2 ... --> Trees: a Cursor in each, with one descriptor
                               |
         walk: all cursors go through the same folder at the same time, depth first
                               |
     1 ComparePass --> troubles or conflicts: then nothing is written at all
-          |  Findings: 8 bytes a file, its look
-    2 WritePass ----> a new folder is filled under a temporary name beside its place, then renamed;
-          |           a file for a folder that dest has is made and renamed likewise
+          |  Findings: the look of each item, a hash of 8 bytes
+    2 WritePass ----> fills a new folder under a temporary name beside its place, then renames it;
+          |           makes and renames a file in the same way if dest has its folder
           |  with --move only
-    3 EmptyPass ----> sync, then each file of a source is compared once more with the one in dest,
-                      and removed
+    3 EmptyPass ----> syncs, then compares each file of a source once more with the file in dest,
+                      and removes it from the source
 
 All three passes see the same items of a folder in the same order.  An item is a name in dest and
-its versions, one for each tree that has it; dest is tree 0, so its version comes first, and the
-FIRST VERSION WINS: it gives the mode and the time of identical files, and of folders.
+its versions, one for each tree that has the name.  Dest is tree 0, so its version comes first.
+The FIRST VERSION WINS: it gives the mode and the time of identical files, and of folders.
 
-The program keeps no list of files in memory, only those 8 bytes for each: the second pass lists the
-folders again.  The program notices a source that changes: each item must look as it did in the
-first pass, and each file must look the same before and after the program reads it.
+The program keeps only these 8 bytes for each item in memory, so the second pass lists the folders
+again.  The program notices a source that changes: each item must look as it did in the first
+pass, and each file must look the same before and after the program reads it.
 
-As usual, some things make this less simple:
+Some things make the program less simple:
 
   * The program never opens a long path.  A cursor goes down by one name and up by `..`, because
-    a path may be longer than PATH_MAX and a tree deeper than there are descriptors.
+    a path may be longer than PATH_MAX, and a tree may have more levels than there are descriptors.
   * A killed run leaves temporaries.  The next run recognises their names and removes them.  Each
     run locks the folder that it writes to, so that no other run removes its temporaries.
   * Small files cost more in Python than in the kernel.  So if the sources have many files and the
-    computer has a second processor, a Helper does every other file.  It gets the open folders
-    through a socket.
+    computer has a second processor, a Helper, which is a second process, does every other file.
+    The Helper gets the open folders through a socket.
   * If a folder has two names that differ only in case, the program tries in dest whether both
     can exist.
 
 Sections: Usage, Words, Errors, Records, Looks; the passes: Compare, Write, Empty; their parts:
 Names, Origins, System, Cursor, Trees, Comparing, Copying, Helper, Making, Report; and the edge:
-Function, Completion, Options, Terminal, Command.  A section uses only what stands above it: the
-passes get their parts as arguments.
+Function, Completion, Options, Terminal, Command.  A section uses only the sections above it, so
+the passes get their parts as arguments.
 
 As a library: combine_folders() and the classes it mentions keep their documented behaviour;
 everything else may change.  Importing has no effect.
@@ -147,7 +147,7 @@ class Refused(CombineError):
 class ConflictsFound(CombineError):
     """The same path has different content; nothing was written.
 
-    conflicts: a tuple of Conflict.  result: the Result, with what could have been combined.
+    conflicts: a tuple of Conflict.  result: the Result, which counts the other files.
     """
     exit_code = 1
 
@@ -176,7 +176,7 @@ class Changed(Stopped):
 # is (tree, name, kind): how one tree has an item.  A member is (tree, name).
 FILE_KIND, FOLDER_KIND, OTHER_KIND = 1, 2, 3
 # A name has two bits for each tree: its kind in that tree, or 0.  The lowest two are dest's.
-ONLY_IN_DEST = 3            # the highest bits of a name that no source has
+ONLY_IN_DEST = 3            # no source has a name whose bits are at most this number
 
 BATCH = 512                 # files that the program compares, or copies, at a time
 
@@ -293,7 +293,7 @@ class Content:
 
 
 class Plan:
-    """The items of a folder that its names alone do not show: special files, renamed conflicts.
+    """How the items of a folder differ from its names: by special files and renamed conflicts.
 
     kept: {name: the versions that keep it, possibly none}.  extra: {new name: the versions that
     are renamed to it}.
@@ -466,8 +466,8 @@ class ComparePass:
     def glances(self, found):
         """Yield (names, (size, look) or None) of each item that a source has in the folder.
 
-        names: the names of the item, which are one name in dest.  None: a glance does not show
-        whether all versions of the item are one file.
+        names: the names of the item; it has several only where dest ignores case.  None: a glance
+        does not show whether all versions of the item are the same file.
         """
         in_sources = (names for names in self.trees.name_groups(found)
                       if any(found[name] > ONLY_IN_DEST for name in names))
@@ -486,7 +486,7 @@ class ComparePass:
     # -- One item --
 
     def compare_item(self, names, draft):
-        """Compare the versions of an item; its names are one name in dest.
+        """Compare the versions of an item, which may have several names where dest ignores case.
 
         The first content keeps its name.  Return the other Contents, for the caller to rename.
         """
@@ -817,8 +817,8 @@ def temporary_name(name):
 def left_out(sources):
     """Return {source: kind} of the sources that match job_results/* but are no results to combine.
 
-    A name alone is not enough, so that no file of the user is skipped: the other stream or
-    .ssh_scheduler must lie beside it.
+    To skip no file of the user, look at more than the name: the other stream or .ssh_scheduler
+    must lie beside the source.
     """
     named, found = {os.path.normpath(source) for source in sources}, {}
     for source in sources:
@@ -887,7 +887,7 @@ def exclusion(patterns):
     return lambda path, is_folder: (for_folders if is_folder else for_all).fullmatch(path)
 
 
-# ---- Origins: which files the jobs had whose results are combined ----
+# ---- Origins: the files with which the jobs of these results ran ----
 
 def mixed_files(sources):
     """Return a sentence if the sources are results of jobs that had different files; '' else.
@@ -965,9 +965,9 @@ def events_in(path):
 
 
 def what_they_had(folder, digest, batch):
-    """Return what identifies the files of a digest, without the batch file.
+    """Return a value that is equal for equal sets of sent files; ignore the batch file.
 
-    A frozenset of tuples that begin with the path; the digest if its files are not known.
+    It is a frozenset of tuples that begin with the path, or the digest if its files are unknown.
     """
     import json
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
@@ -1025,8 +1025,8 @@ def rename_new(folder, old, new):
 def sync_file_system(descriptor):
     """Wait until everything that was written to the file system is on disk.
 
-    One syncfs replaces an fsync for each file, each of which would cost a journal commit.  Since
-    Linux 5.8 it reports every failed write since the descriptor was opened.
+    One syncfs replaces an fsync for each file, because each fsync would cost a journal commit.
+    Since Linux 5.8 syncfs reports every failed write since the descriptor was opened.
     """
     import ctypes
     function = getattr(c_library(), 'syncfs', None)
@@ -1258,7 +1258,7 @@ class Trees:
         return {tree: self.cursors[tree].fd for tree, _ in self._way[-1].members}
 
     def refuse_loops(self):
-        """Refuse a folder that is dest and a source at once, as through a bind mount."""
+        """Refuse dest in a source, a source in dest, or a folder in both, as by a bind mount."""
         here = {tree: identity(self.cursors[tree].fd) for tree, _ in self._way[-1].members}
         for tree, folder in here.items():
             if tree and folder == self._base:
@@ -1338,7 +1338,7 @@ class Trees:
         return tuple([(tree, name, kind) for tree, kind in kinds])
 
     def items(self, found, plan):
-        """Yield (name in dest, versions) of each item of the sources, in each pass in one order."""
+        """Yield (name in dest, versions) of each item of the sources, always in the same order."""
         for name in sorted(found):
             if plan and name in plan.kept:
                 if plan.kept[name]:
@@ -1397,7 +1397,7 @@ def read_small(name, folder):
 
 
 def glance(members, folders, with_ctime):
-    """Return (size, look) if the members are one small file, or a single file of any size.
+    """Return (size, look) if the members are equal small files, or one file of any size.
 
     Return None if the caller has to look closer.
     """
@@ -1610,7 +1610,7 @@ class Copier:
                 except OSError as error:
                     if error.errno not in NOT_OFFERED:
                         raise
-            if not done:            # not offered, or the end of the file: only read() is sure
+            if not done:            # not offered, or the end of the file: read() tells which
                 in_kernel = False
                 content = os.read(source, min(count, SMALL))
                 if not content:
@@ -1657,10 +1657,10 @@ MOST_FOLDERS = 250          # descriptors that the kernel sends through a socket
 class Helper:
     """Owns a second process, which compares or copies files while this process does others.
 
-    It makes 20,000 small files faster than rsync does: a file costs 20 microseconds in Python,
-    more than in system calls.  Threads were slower than none, because the interpreter lock changes
-    hands around each call.  The second process is forked, so it holds the locks of this one: after
-    a kill, the next run waits until both processes have exited.
+    With a Helper the program makes 20,000 small files faster than rsync.  A file costs 20
+    microseconds in Python, and less in system calls.  Threads made the program slower, because the
+    interpreter lock changes hands around each call.  The second process is forked, so it holds the
+    locks of this one: after a kill, the next run waits until both processes have exited.
     """
 
     def __init__(self, with_ctime):
@@ -1675,7 +1675,7 @@ class Helper:
             other_end.close()
             return
         try:                        # only the second process runs this, and exits below
-            signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent gets it too, and kills us
+            signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent kills this process
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._channel.close()
             self._channel = other_end
@@ -1698,7 +1698,7 @@ class Helper:
 
     @staticmethod
     def can_help():
-        """Whether the computer has a second processor, and a fork would cut off no thread."""
+        """Whether there is a second processor, and no other thread, which a fork would lose."""
         threads = sys.modules.get('threading')
         return (hasattr(os, 'sched_getaffinity') and len(os.sched_getaffinity(0)) > 1
                 and (threads is None or threads.active_count() == 1))
@@ -1880,7 +1880,7 @@ class Maker:
     def make_link(self, name, source_folder, source_name):
         """Make a hard link; return False where that is not possible.
 
-        It needs no temporary name: a link is complete at once, and replaces nothing.
+        A link needs no temporary name: it is complete at once, and replaces nothing.
         """
         try:
             os.link(source_name, name, src_dir_fd=source_folder,
@@ -1905,7 +1905,7 @@ class Maker:
     def sync(self):
         """Wait until all new files are on disk.
 
-        Only --move needs that: without it the sources keep their files.
+        Only --move needs the sync: without --move the sources keep their files.
         """
         for descriptor in self._written.values():
             sync_file_system(descriptor)

@@ -6,7 +6,7 @@
 # ///
 """Make one table of the results of jobs: the parameters of their commands, and their metrics.
 
-    job_results, ... --> Jobs: what the journals tell of each        (Reading)
+    job_results, ... --> Jobs: the facts of each, from the journals  (Reading)
                            |
           commands ------> parameters: the words that differ         (Parameters)
           files, streams > metrics: numbers with names               (Numbers, Metrics)
@@ -21,13 +21,14 @@
 A Cell has a value, for programs, and a text, for people: 3720.4 and 1h 02m.  A Column may be only
 for programs (the whole command) or have another name for people (where).
 
-A journal has one JSON object a line, and batches only append to it.  So the program can read it
-while a batch runs; it ignores a last line without an end.  Of streams it reads only the ends,
-because a stream may have 100 MB.  It writes nothing below job_results.
+A journal has one JSON object a line, and batches only append lines.  So the program can read a
+journal while a batch runs; it ignores a last line without a newline.  A stream may have 100 MB, so
+the program reads only the end, or pieces for curves; only --metric may search all of it.
+The program writes nothing below job_results.
 
 Sections: Usage, Words, Errors, Records, Numbers, Reading, Parameters, Metrics, Columns, Means,
 Choosing, Forms, Screen, Report; the edge: Function, Completion, Options, Terminal, Command; and
-Page.  A section uses only what stands above it, but for the texts of Page, which stand last.
+Page.  A section uses only the sections above it, and the texts of Page, which stand last.
 
 As a library: results_table() and TableError keep their documented behaviour; everything else may
 change.  Importing has no effect.
@@ -327,7 +328,7 @@ def is_number(value):
 
 
 def is_finite(value):
-    """Tell whether a value of a file is a number that JSON has and that fits into 64 bits."""
+    """Tell whether a value of a file is a finite float, or an int that fits into 64 bits."""
     return (isinstance(value, int) and abs(value) < 2**63
             or isinstance(value, float) and math.isfinite(value))
 
@@ -367,13 +368,13 @@ def unified(readings):
                     '' if reading.unit else reading.text, family) for reading in readings]
 
 
-# ---- Reading: what the journals tell of each job ----
+# ---- Reading: the facts of each job, from the journals ----
 
 BOOKKEEPING = '.ssh_scheduler'
 MOST_SETS = 50                  # sets of files to compare at most
-PARTIAL = '.partial'            # ends the name of a folder with the files of a running job so far
+PARTIAL = '.partial'            # suffix of a folder that has the files of a running job so far
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
-NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # how a version without `batch` named jobs
+NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # for old journals without `batch`
 
 
 def find_places(words):
@@ -477,12 +478,12 @@ def with_equal_files(jobs, folder):
 
 
 def what_they_had(folder, digest, batch):
-    """Return what identifies the files of a digest, without the batch file."""
+    """Return a value that is equal for equal sets of sent files; ignore the batch file."""
     return frozenset(files_of(folder, digest, {batch}).items()) or digest
 
 
 def files_of(folder, digest, batches):
-    """Return {path: what identifies the file} of the files of a digest; {} if they are unknown.
+    """Return {path: text of its mode, size and content} of a digest's files; {} if unknown.
 
     batches: the names of the batches whose batch files are left out
     """
@@ -615,7 +616,7 @@ GLUED_FLAG = re.compile(r'-([A-Za-z])(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)')      # -n
 
 class Word(NamedTuple):
     """A word of a command, or a flag with its value."""
-    name: object                # of the parameter; a number if the word sets no named one
+    name: object                # of the parameter; a number for a word without a name
     value: str
     typed: str
 
@@ -829,7 +830,7 @@ def metrics_in(data, is_whole=True):
 
 
 def may_have_number(shape):
-    """Tell whether a line may have a number, nan or inf; its digits have become 0."""
+    """Tell whether a line may have a number, nan or inf; in its shape each number is 0."""
     lower = shape.lower()
     return b'0' in lower or b'nan' in lower or b'inf' in lower
 
@@ -1392,7 +1393,7 @@ def as_json(table):
 
 
 def is_numeric(table, column):
-    """Tell whether a column has only numbers, for people."""
+    """Tell whether a column has numbers and no texts; people see it aligned to the right."""
     cells = [row[column.key] for row in table.rows if column.key in row]
     return bool(cells) and all(is_number(cell.value) or cell.value is None for cell in cells)
 
@@ -1487,7 +1488,8 @@ def cut(text, width):
 def hiding_order(table, columns):
     """Return the columns that may be hidden, in the order in which to hide them.
 
-    Metrics are first: those that count or have only one value, then the last ones.
+    First all metrics but three, then facts, two more metrics, and all parameters but the first.
+    Metrics that count, or have only one value, come before the other metrics.
     """
     def is_dull(column):
         values = {identity(row[column.key]) for row in table.rows if column.key in row}
@@ -1667,7 +1669,7 @@ def span_of(one):
 
 
 def waited_since(one, former, story):
-    """Return the time since which a job had waited for this attempt, or None.
+    """Return the time at which a job began to wait for this attempt, or None.
 
     former: the job's previous attempt, or None
     """
@@ -1748,7 +1750,7 @@ def stream_sizes(job):
 
 
 def level(sizes, room):
-    """Return the number of bytes to which to cut each stream so that all fit into the room."""
+    """Return the most bytes to show of each stream, so that all streams fit into the room."""
     most = TAIL_BYTES
     while most > 1 and sum(min(size, most) for size in sizes) > room:
         most *= 0.9
@@ -2006,12 +2008,12 @@ def objects_in_whole(path):
 # -- All of it --
 
 def linker(folder):
-    """Return a function that returns the address of a path in a link of a page in the folder."""
+    """Return a function: path -> its address in the links of a page that lies in the folder."""
     from urllib.parse import quote
     folder = os.path.realpath(folder)
 
     def address(path):
-        # The last component may be a link to another place, so resolve only its folder.
+        # The last component may be a symlink to another place, so resolve only its folder.
         real = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
         return './' + quote(os.fsencode(os.path.relpath(real, folder)))
 
@@ -2080,7 +2082,7 @@ def job_data(jobs, stories, all_attempts, origin, machines, room):
 
 
 def window_of(stories, all_attempts, now):
-    """Return (the time of the first start or wait, that of the last end, the origin of times)."""
+    """Return (time of the first start or wait, time of the last end, origin of times)."""
     begins, ends = [], []
     for attempts in all_attempts:
         for one in filter(span_of, attempts):
@@ -2158,7 +2160,7 @@ UNSAFE = re.compile('[<>&\u007f-\u009f\u2028\u2029\ud800-\udfff\ufffe\uffff]')
 
 
 def safe_json(value):
-    """Return JSON that is safe in a page: it has no markup, and no character is unencodable."""
+    """Return JSON that is safe in a page: it has no markup, and UTF-8 can encode it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
     return UNSAFE.sub(lambda match: f'\\u{ord(match[0]):04x}', text)
 
@@ -2181,7 +2183,7 @@ def as_html(table, notes, folder, now):
 
 
 def page_of(title, data):
-    """Return the page with its data; the page permits no other style and script than its own."""
+    """Return the page with its data; the page permits only its own style and script."""
     import base64
     import hashlib
     import html
@@ -2613,7 +2615,7 @@ class Terminal:
         return text if is_plain else f'\x1b[{code}m{text}\x1b[0m'
 
     def say(self, sentence):
-        """Keep this sentence for end(): nobody would see it above a long table."""
+        """Keep this sentence for end(): a long table would push it out of sight."""
         self._sentences[sentence] = True
 
     def end(self):

@@ -7,9 +7,9 @@ README.md explains each figure.  The machines are those of the tests, tests/rig.
 loopback, here with OpenSSH's default key exchange and the start files of /etc/skel.  The compared
 programs run in turns, and the median of each counts.
 
-GNU parallel uses a ready ControlMaster, so its time includes no login, but that of ssh-scheduler
-does; the machine allows it more sessions than sshd does by default.  It and each version run with
-several numbers of jobs at a time, and the best one counts.
+GNU parallel uses an open ControlMaster, so its time includes no login; the time of ssh-scheduler
+does.  The machine allows more sessions than sshd does by default.  GNU parallel and each version
+run with several numbers of jobs at a time, and the best number counts.
 """
 import argparse
 import contextlib
@@ -283,7 +283,7 @@ def cost_per_job(bench):
         (folder / 'batch.sh').write_text('true\n' * jobs)
         with started(bench, folder, 'batch.sh', '--num-cpus=0.1') as client:
             client.stdout.read()
-            # The client's own time, without its children's: readable until somebody waits for it.
+            # Read the client's own time, without its children's, before wait() removes the process.
             os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
             stat = Path(f'/proc/{client.pid}/stat').read_text()
             if client.wait(SAFETY_NET_S):
@@ -371,7 +371,7 @@ def combine_large(bench):
         return took_s
 
     # Compare the best times: on a virtual machine the time to copy gigabytes in memory varies
-    # threefold, with the pages that the host has to find.
+    # threefold, because the host may have to find pages first.
     taken = [(copy([COMBINE_FOLDERS, '--quiet', ours, folder / 'src'], ours),
               copy(['cp', '-a', folder / 'src', theirs], theirs)) for _ in range(rounds)]
     our_s, their_s = map(min, zip(*taken))
@@ -612,7 +612,7 @@ def main():
     if not COMBINE_FOLDERS.exists():
         sys.exit(f'bench: there is no {COMBINE_FOLDERS}. Try: make bench')
     own_mounts()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # so that all is taken down
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # to run the finally blocks
     in_memory = os.access(MEMORY_FOLDER, os.W_OK)
     top = os.environ.setdefault('RIG_FOLDER', MEMORY_FOLDER if in_memory else '/tmp')
     with journalled_disk(top) as (disk, trouble):

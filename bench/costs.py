@@ -1,8 +1,8 @@
-"""The cost of a job, at both ends, compared with an earlier commit: see README.md.
+"""The cost of a job, for client and machine, compared with an earlier commit: see README.md.
 
 This commit and the earlier one run each kind of batch in turns, on each ground.  The cost of a job
-is that of a batch of 1,000, divided by 1,000, with the logins and the start of the batch.  If a
-batch has fewer jobs, a batch of one job shows which part does not grow with them.
+is the cost of a batch of 1,000 jobs, with its start and the logins, divided by 1,000.  The cost of
+a smaller batch is extrapolated: a batch of one job shows the part that does not grow with jobs.
 """
 import contextlib
 import functools
@@ -117,7 +117,7 @@ def plain_job(bench):
 
 
 def one_at_a_time(bench):
-    """Measure the same job on localhost, one at a time."""
+    """Measure a job that does nothing on localhost, one at a time."""
     jobs, kind = 100 if bench.quick else 500, PLAIN
     where = (f'--num-cpus={os.cpu_count()}', '--machines', 'localhost')
     costs = {}
@@ -252,7 +252,7 @@ def others_claims(bench):
                     bench.meter.watch(machine)
                     if case == 'crowded':
                         stack.enter_context(crowd(ground, version, machine))
-                    # Slightly less than 16 * 0.75, to leave room for the others' jobs.
+                    # 16 jobs request slightly less than all cores: the other user's jobs need some.
                     measures[version.name, case] = functools.partial(
                         run_batch, bench, ground, version, PLAIN,
                         where=(slots(AT_ONCE + 0.2), '--machines', machine.yaml()))
@@ -297,7 +297,7 @@ def many_accounts(bench):
                 f'; {jobs} jobs, {accounts} logins are in it')
 
 
-# ---- Round trips of a home on NFS: what is made, removed and opened there ----
+# ---- Round trips of a home on NFS: the files that are made, removed and opened in it ----
 
 TRACED = ('open,openat,creat,mkdir,mkdirat,mknod,mknodat,unlink,unlinkat,rmdir,rename,renameat,'
           'renameat2,link,linkat,symlink,symlinkat,chdir,fchdir,clone,clone3,fork,vfork')
@@ -306,7 +306,7 @@ WORD = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 class TracedMachine(rig.Machine):
-    """A machine with strace for its sshd and all that this starts: a file for each process."""
+    """A machine on which strace traces sshd and its children, into a file for each process."""
 
     def _launch(self, log):
         trace = [rig.program('strace'), '-D', '-ff', '-ttt', '-y', '-s', '4096', '-e',
@@ -317,7 +317,7 @@ class TracedMachine(rig.Machine):
 
 
 def traced_calls(prefix, pid):
-    """Return the successful calls of a process and those it started, in the order of time.
+    """Return the successful calls of a process and its descendants, in the order of time.
 
     Each is (time, name, words, path of the opened file, paths that it names).
     """

@@ -1,8 +1,8 @@
 """The base of the figures: disks, versions of the program, processor time, and the table.
 
-A Ground is a place for the files of both ends.  One lies in memory; the other, where root may
-mount it, is an ext4 with a journal, as most users have.  Its image also lies in memory, so that
-the figures do not depend on a device.
+A Ground is a place for the files of client and machines.  One Ground lies in memory.  The other is
+an ext4 with a journal, as most users have, which only root may mount.  Its image also lies in
+memory, so that the figures do not depend on a device.
 """
 import collections
 import contextlib
@@ -58,7 +58,7 @@ def bench_machine(name, completion=False, cores=CORES, env=None, kind=rig.Machin
                 sshd_options=options, env=env, **settings)
 
 
-# If the package is installed, /etc/profile loads it in each login without this variable.  The start
+# With this variable /etc/profile does not load an installed bash-completion in a login.  The start
 # files unset the variable, so that jobs have the environment of a machine without the package.
 NO_COMPLETION = {'BASH_COMPLETION_VERSINFO': '0'}
 
@@ -213,7 +213,7 @@ class Group:
         return {int(pid) for pid in (self.path / 'cgroup.procs').read_text().split()}
 
     def used_ms(self):
-        """Return the processor time that its processes have used."""
+        """Return the processor time that the processes of the group have used."""
         if self._kind == 1:
             return int((self.path / 'cpuacct.usage').read_text()) / 1e6
         return int(re.search(r'usage_usec (\d+)', (self.path / 'cpu.stat').read_text())[1]) / 1e3
@@ -235,7 +235,7 @@ def remove_dead(parent, name):
 
 
 def group_parents():
-    """Yield (version of cgroups, folder) of the places to try to make a group in."""
+    """Yield (version of cgroups, folder) for each folder in which to try to make a group."""
     own = dict(re.findall(r'^\d+:(.*?):(.*)$', Path('/proc/self/cgroup').read_text(), re.M))
     for name in ('cpuacct', 'cpu,cpuacct'):
         for path in (own.get(name), '/'):
@@ -247,7 +247,7 @@ def group_parents():
 
 
 class Cost(NamedTuple):
-    """A cost: seconds, and processor time at both ends, in ms."""
+    """A cost: seconds, and processor time of the client (here) and the machines, in ms."""
     seconds: float
     here_ms: float
     there_ms: float
@@ -272,7 +272,7 @@ class Meter:
 
     @property
     def is_whole(self):
-        """Tell whether it measures both ends, and not only the client."""
+        """Tell whether the meter measures the machines, too, and not only the client."""
         return not self.trouble
 
     def watch(self, *machines):
@@ -356,7 +356,7 @@ class Ground:
                     if not name.startswith(('SSH_', 'XDG_', 'CUDA_'))}
         self.env.update(HOME=str(self.home), TMPDIR=str(self.home / 'tmp'), SHELL='/bin/bash',
                         SSH_SCHEDULER_SHARED=str(self.shared_folder()), **NO_COMPLETION)
-        # Python compiles an installed program once; with these settings also this one.
+        # Python compiles an installed program once; with these settings this one, too.
         self.env.pop('PYTHONDONTWRITEBYTECODE', None)
         self.env['PYTHONPYCACHEPREFIX'] = str(self.home / 'tmp/compiled')
         self._folders = 0
@@ -433,7 +433,7 @@ class Goal(NamedTuple):
 
 
 class Bench(Ground):
-    """The shared state of all figures: grounds (itself is the one in memory), versions, table.
+    """The shared state of all figures: grounds (this object is the one in memory), versions, table.
 
     disk: the Ground with the journal, or None.  versions: this commit's first.
     """

@@ -98,7 +98,7 @@ def photograph(project, env):
     prompt = f"printf '\\033[1m$ %s\\033[m\\n' {shlex.quote(TYPED)}; exec {TYPED}"
     terminal = Terminal(['bash', '-c', prompt], COLUMNS, ROWS, env, project)
     try:
-        for count in 1, 2, 3, 4:      # one by one: each comes within the timeout of `until`
+        for count in 1, 2, 3, 4:      # one by one, so that `until` does not time out
             terminal.until(lambda text, count=count: text.count('finished: ') >= count)
         terminal.until(lambda text: 'failed: ' in text and ' left' in text and len(re.findall(
             r'(?m)^\.\d+ .*epoch \d', text)) == 3, 'jobs that run, and the time left')
