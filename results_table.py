@@ -3157,7 +3157,7 @@ function dateOf(time) {
 
 const formats = new Map();
 
-// To make a format takes a browser longer than to use it a hundred times.
+// Making a format takes a browser longer than using it a hundred times, so keep each format.
 function dateText(time, facts) {
   const key = JSON.stringify(facts);
   if (!formats.has(key)) formats.set(key, new Intl.DateTimeFormat('en', facts));
@@ -3170,7 +3170,7 @@ function timeOf(time, withDay = true) {
   return dateText(time, {...(withDay ? DAY : {}), ...CLOCK, second});
 }
 
-// Return 'Nov 27, 09:32:04 to 09:32:45'; the end of what still runs is null.
+// Return 'Nov 27, 09:32:04 to 09:32:45'. to: null if the job still runs.
 function rangeOfTimes(from, to) {
   if (to === null) return `${timeOf(from)} to now`;
   const day = time => dateOf(time).toDateString();
@@ -3218,7 +3218,7 @@ function readJobs(raw) {
 }
 
 function readColumns(raw) {
-  const isJob = column => column.key === 'job';       // it opens a row, and is its head
+  const isJob = column => column.key === 'job';       // it comes first, and opens the job
   return [...raw.filter(isJob), ...raw.filter(one => !isJob(one))].map(column => {
     const values = expand(column.values);
     const texts = column.texts ? expand(column.texts) : values.map(cellText);
@@ -3262,7 +3262,7 @@ function whereOf(one) {
   return `${name} GPU${one.gpus.length > 1 ? 's' : ''} ${one.gpus.join(', ')}`;
 }
 
-// Lines that tell of a job, and of one of its attempts; the first is its head.
+// Return the lines of a tip about a job and one of its attempts; the first line is the head.
 function tellJob(job, one = job.attempts.at(-1)) {
   const lines = [`${job.name}: ${one ? one.state : job.state}`
     + (one && !one.isLatest ? ', an earlier attempt' : '')];
@@ -3283,7 +3283,7 @@ function tellJob(job, one = job.attempts.at(-1)) {
   return lines;
 }
 
-// ---- What is chosen: the jobs that pass the filter, and who follows it ----
+// ---- The filter: the jobs that pass it, and the drawings that follow it ----
 
 const chosen = {text: '', states: new Set(), reason: null, jobs, passes: jobs.map(() => true)};
 const followers = [];
@@ -3327,7 +3327,7 @@ function choose() {
   later(followers);
 }
 
-// Do these one after the other, with time between for who types and scrolls; drop what still waits.
+// Call these functions in turn, with pauses to handle input; drop those of an earlier call.
 let waiting = [];
 
 function later(acts) {
@@ -3344,7 +3344,7 @@ function doNext() {
 
 // ---- The table of jobs ----
 
-// isPaper: it is being printed; a browser forgets buttons in the head of each page.
+// isPaper: the page is being printed. Its heads are texts: browsers do not repeat buttons.
 const table = {rows: [], isPaper: false, column: null, descending: false, page: 0, size: 50};
 const collator = new Intl.Collator('en', {numeric: true});
 
@@ -3534,7 +3534,7 @@ function openJob(job) {
   dialog.showModal();
 }
 
-// ---- Marks: what can be pointed at, focused and opened ----
+// ---- Marks: the parts of drawings that can be pointed at, focused and opened ----
 
 function hideTip() {
   byId('tip').hidden = true;
@@ -3554,7 +3554,7 @@ function showTip(lines, box) {
   tip.style.top = `${above > 4 ? above : below}px`;
 }
 
-// The page was scrolled: the focused mark keeps its tip, the pointer is at another place now.
+// After scrolling, show the tip of the focused mark again; hide a tip that the pointer opened.
 function followTip() {
   const one = document.activeElement, mark = one && one.closest('.mark');
   if (byId('tip').hidden) return;
@@ -3587,7 +3587,7 @@ function neighbour(mark, marks, key) {
   return best;
 }
 
-// Have the marks of a drawing tell what they stand for. tell(mark): lines; open(mark): on a click.
+// Show tips at the marks of a drawing. tell(mark): the lines; open(mark): called on a click.
 function bindMarks(area, tell, open) {
   const markOf = event => event.target.closest && event.target.closest('.mark');
   const show = (mark, box) => { hideTip(); mark.classList.add('on'); showTip(tell(mark), box); };
@@ -3741,7 +3741,7 @@ function laneName(lane) {
   return lane.gpu === null ? name : `${name} GPU ${lane.gpu}`;
 }
 
-// Spread the attempts of a lane over as few rows as it takes for none to overlap.
+// Spread the attempts of a lane over the fewest rows in which none overlap.
 function packed(attempts) {
   const rows = [], ends = [];
   attempts.sort((a, b) => a.began - b.began || a.job - b.job);
@@ -3754,7 +3754,7 @@ function packed(attempts) {
   return rows.length ? rows : [[]];
 }
 
-// Return for how much of the time at least one of the attempts ran.
+// Return the share of the time in which at least one of the attempts ran.
 function busyShare(attempts) {
   let busy = 0, until = -Infinity;
   for (const one of [...attempts].sort((a, b) => a.began - b.began)) {
@@ -3839,7 +3839,7 @@ function showTimeline() {
   showLanes();
 }
 
-// How many jobs waited, as steps: [[time, count]].
+// Return [[time, the number of jobs that wait from this time on]].
 function waitingSteps() {
   const changes = [];
   for (const job of jobs) {
@@ -3887,7 +3887,7 @@ function evenlyOf(list, most) {
   return Array.from({length: most}, (_, n) => list[Math.round(n * (list.length - 1) / (most - 1))]);
 }
 
-// Only the rows that can be seen are drawn; of bars that are too thin to be told apart, one.
+// Draw only the visible rows; draw one bar for neighbours that are too thin to tell apart.
 function showLanes() {
   if (!view.lanes.length) return;
   const area = byId('lanes'), {left, right, width} = gutters();
@@ -3968,7 +3968,7 @@ function openBar(mark) {
   return shift(0);
 }
 
-// Draw since when the job of this bar had waited.
+// Draw a line for the time that the job of this bar waited.
 function showWait(event) {
   const group = byId('wait-of'), mark = event.target.closest('.mark');
   if (!group || !mark) return;
@@ -3999,7 +3999,7 @@ function mostOf(values) {
   return there.length ? there.reduce((a, b) => Math.max(a, b)) : null;
 }
 
-// The machines and GPUs, each with its attempts and with what was seen of it.
+// Return a row for each machine and GPU, with its attempts and its recorded use.
 function useRows() {
   const of = data.machines.map(() => []);
   jobs.forEach(job => job.attempts.forEach(one => of[one.machine]?.push(one)));
@@ -4030,7 +4030,7 @@ function linePath(xs, ys) {
   return path;
 }
 
-// The parts of a series between which nothing was seen for long: [[from, to)].
+// Return [[from, to)] of the parts of a series; a null or a long time without samples ends one.
 function unbroken(times, values) {
   const steps = times.slice(1).map((time, at) => time - times[at]).sort((a, b) => a - b);
   const usual = steps[Math.floor(steps.length / 2)] || 1, parts = [];
@@ -4044,7 +4044,7 @@ function unbroken(times, values) {
   return parts;
 }
 
-// One sample alone would draw no line.
+// Return at least two points: a single point would draw no line.
 function atLeastTwo(xs, ys) {
   return xs.length > 1 ? [xs, ys] : [[xs[0] - 2, xs[0] + 2], [ys[0], ys[0]]];
 }
@@ -4120,7 +4120,7 @@ function bindCursor(chart, cursor, row, scale, width) {
 const unfolded = new Set();
 const MOST_ROWS = 300;
 
-// The name of a machine; where there are many, a button that shows its GPUs or hides them.
+// Return the name in a row; for a machine with GPUs, a button that shows or hides these.
 function foldButton(row) {
   if (row.isGpu) return el('span', {class: 'muted'}, row.name);
   if (!row.gpus) return el('span', {class: 'parameter'}, row.name);
@@ -4243,8 +4243,8 @@ function textOf(column, value) {
   return column.texts[column.values.indexOf(value)] || shown(value);
 }
 
-// Sort the values of a parameter into at most this number of grades: each value is one, or, of more
-// numbers, a range with as many jobs as the others; of more words, the last grade has the rest.
+// Sort the values of a parameter into at most `most` grades. If there are few values, each is one.
+// Many numbers become ranges with equally many jobs. Of many words, the last grade has the rest.
 function gradesOf(column, some, most) {
   const levels = levelsOf(column, some);
   if (levels.length <= most) {
@@ -4276,7 +4276,7 @@ function spreadOf(values) {
   return {mean, deviation: values.length > 1 ? Math.sqrt(square / (values.length - 1)) : null};
 }
 
-// Return the groups of good jobs that have the same value of a parameter (and of another one).
+// Return the groups of good jobs with one value of a parameter (and another one), and their means.
 function meansOf(some, metric, parameter, group = null) {
   const isWords = some.some(job => typeof parameter.values[job.n] === 'string');
   const found = new Map(), grades = gradesOf(parameter, some, isWords ? Infinity : MOST_MEANS);
@@ -4290,8 +4290,8 @@ function meansOf(some, metric, parameter, group = null) {
   return [...found.values()].map(one => ({...one, ...spreadOf(one.values)}));
 }
 
-// Return which share of the differences of a metric goes with a parameter, or null. It is adjusted:
-// many values, each with few jobs, explain nothing by that alone.
+// Return the share of a metric's variance that a parameter explains, or null. The share is the
+// adjusted R squared, which many values with few jobs each do not raise by themselves.
 function explainedBy(some, metric, parameter) {
   const groups = meansOf(some, metric, parameter), all = groups.flatMap(one => one.values);
   if (groups.length < 2 || all.length <= groups.length) return null;
@@ -4341,8 +4341,8 @@ function colour(at) {
   return `var(--c${Math.min(at, COLOURS - 1)})`;
 }
 
-// Return the values that a drawing has room for: those of jobs that finished well, if there are
-// some. What a job that explodes has printed would leave no room for all others.
+// Return the values that an axis must reach: those of good jobs, if there are any. The huge values
+// of a job that diverged would leave no room for the others.
 function rangeOf(some, valuesOf) {
   const good = some.filter(isGood).flatMap(valuesOf).filter(Number.isFinite);
   return good.length ? good : some.flatMap(valuesOf).filter(Number.isFinite);
@@ -4695,7 +4695,7 @@ function culprits(shared, good, mayPair) {
   return (good.length && candidates.find(settings => !good.some(job => has(job, settings)))) || [];
 }
 
-// Return what all jobs of a group share that no job which finished well has.
+// Return a text: settings that all these jobs share and no good job has, and a shared machine.
 function sharedBy(some) {
   const good = jobs.filter(isGood), said = [], shared = [];
   for (const column of parameters) {
@@ -4821,7 +4821,7 @@ function showNav() {
     one.querySelector('h2').textContent)));
 }
 
-// Return the sentence about machines and GPUs that had few jobs.
+// Return the sentence about the machines and GPUs that idled.
 function idleWords() {
   const rows = useRows(), gpus = rows.filter(row => row.isGpu && row.attempts.length);
   const some = rows.filter(row => row.isGpu || !rows.some(other => other.isGpu
@@ -4871,7 +4871,7 @@ function definePatterns() {
     pattern('is-cancelled', 4, 'var(--cancelled)', line('M0,2H4', 'var(--paper)', 1.2))));
 }
 
-// ---- A page of a batch that runs loads itself again ----
+// ---- Reloading: the page of a running batch loads itself again ----
 
 const RELOAD_S = 30;
 
@@ -4944,7 +4944,7 @@ function beginDrawings() {
   addEventListener('pagehide', remember);
 }
 
-// On paper nothing can be turned or scrolled: it has all rows, as far as that is readable.
+// Paper cannot turn pages or scroll: print up to 2,000 jobs, and all bar rows if at most 400.
 function printed(isPaper) {
   table.size = isPaper ? 2000 : 50;
   table.isPaper = isPaper;
