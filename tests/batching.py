@@ -1,7 +1,7 @@
 """Helpers of the tests with real batches: start one, follow it, and read its results.
 
-Witnesses order the jobs, never time: a job that has to wait reads from a FIFO of Gate; a job that
-has to be seen adds a line to a ledger, and the test waits for that line.
+Events order the jobs, never a sleep: a job that has to wait reads from a FIFO of Gate; a job that
+a test has to notice adds a line to a ledger, and the test waits for that line.
 """
 import json
 import os
@@ -81,7 +81,7 @@ class Follower:
             self._rest += data
 
     def end(self, timeout_s=60):
-        """Wait for its end, and return a CompletedProcess with its whole output."""
+        """Wait until the program ends, and return a CompletedProcess with its whole output."""
         said, complaint = self.process.communicate(timeout=timeout_s)
         self.lines += (self._rest.decode(errors='replace') + said).splitlines()
         self._rest = b''
@@ -128,13 +128,13 @@ class Gate:
         while True:
             try:
                 fd = os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:             # nobody reads it yet, and no event shows when a job does
+            except OSError:             # no job reads the FIFO yet; no event tells when one does
                 assert time.monotonic() < limit, f'no job waits at the gate {name}'
                 time.sleep(0.005)
                 continue
             os.write(fd, b'\n')
-            # Keep the FIFO open: without a writer all its readers get its end, so the other jobs
-            # that wait there would fail.
+            # Keep the FIFO open: without a writer all readers get the end of the file, and the
+            # other jobs that wait at this gate would fail.
             self._ends.append(fd)
             return
 
@@ -202,7 +202,7 @@ def tell(processes):
 def assert_clean(machine, cache=False):
     """Assert that no process and no file of this folder's batches is left on the machine.
 
-    With `cache`, sent files may be.  Ignore the projects of other tests on a shared machine.
+    With `cache`, sent files may stay in the cache.  Ignore the projects of other tests.
     """
     for pid, _ in machine.processes():
         assert rig.ends(pid), f'still on {machine.name}: {tell(machine.processes())}'

@@ -6,11 +6,11 @@ logins, each of which is a rig.Machine.  All of them see the same disk, as on re
     login node: sshd -> sbatch --> slurmctld --> slurmd of n1 -> job       the rig
     (rig.Machine)                            \\-> slurmd of n2 -> job
 
-libnss_wrapper is preloaded also into the logins' sessions and into Slurm: so all of them know the
-account, with the same number, name and home.  A job has the environment of its login.
+libnss_wrapper is also preloaded into the logins' sessions and into Slurm.  So all of them know the
+account by the same number, name and home.  A job has the environment of its login.
 
-A keeper, a process that reads from a pipe of the tests, removes a cluster.  So nothing stays if the
-tests are killed.
+A keeper, a process that reads from a pipe of the tests, removes a cluster when the pipe closes.  So
+nothing stays if the tests are killed.
 """
 import contextlib
 import functools
@@ -84,7 +84,7 @@ def clean_environment():
 # Each is the bash text of a program that precedes the real one of the same name in PATH: see
 # Cluster.wrap.  $REAL is the path of the real one; $0.* are paths for its own files.
 
-# Lines of the site surround the id, on both streams.
+# The site prints its own lines before and after the id, on both streams.
 BANNERS = r'''
 echo '==== 4711 jobs wait. Next maintenance: 2026-12-24 ===='
 echo "sbatch: info: your project has used 80 % of its hours" >&2
@@ -115,8 +115,8 @@ exit 1
 ACCEPTED_KILLED = '"$REAL" "$@" >/dev/null\nkill -KILL "$$"\n'
 LOST_KILLED = 'kill -KILL "$$"\n'
 
-# There are two jobs: the first request arrived, too, although the program took it for lost.  It
-# reads the script from its standard input.
+# Slurm has two jobs: the first request also arrived, although sbatch took it for lost.  The script
+# comes from the standard input.
 ACCEPTED_TWICE = r'''
 cat >"$0.script.$$"
 "$REAL" "$@" <"$0.script.$$" >/dev/null
@@ -126,17 +126,17 @@ rm -f "$0.script.$$"
 exit "$status"
 '''
 
-# It does nothing and prints nothing: a scancel without effect; a squeue or a sacct that does not
-# know the jobs yet.
+# The program does nothing and prints nothing: a scancel without effect; a squeue or a sacct that
+# does not know the jobs yet.
 NOTHING = 'exit 0\n'
 
-# It fails as all programs do while the controller is away; Cluster.halt is the real thing.
+# The program fails as if the controller were away; Cluster.halt really stops the controller.
 AWAY = '''
 echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2
 exit 1
 '''
 
-# It repeats its first answer to the same request.
+# The program repeats its first answer to the same request.
 LAGS = r'''
 kept=$0.$(printf '%s\0' "$@" | cksum | cut -d ' ' -f 1)
 if ! [ -e "$kept" ]; then
@@ -146,7 +146,7 @@ fi
 exec cat "$kept"
 '''
 
-# It holds its answer, or its request, until Cluster.release.
+# The program holds its answer, or its request, until Cluster.release.
 ANSWER_HELD = r'''
 "$REAL" "$@" >"$0.said.$$"
 status=$?
@@ -178,7 +178,7 @@ def says_id(number):
 def renamed(number, name):
     """Return a squeue that shows job `number` with another name, as if its id had been reused.
 
-    Its format must have the id as the first field and the name as the last, with | between.
+    The format of squeue must have the id first and the name last, with | between the fields.
     """
     script = f's/^({int(number)}[|].*[|])[^|]*$/\\1{name}/'
     return f'"$REAL" "$@" | sed -E {shlex.quote(script)}\nexit "${{PIPESTATUS[0]}}"\n'
@@ -191,7 +191,7 @@ printf '%s\n' "${{*@Q}}" >>"$0.calls"
 '''
 
 
-# ---- Login: one sshd, with the home of all ----
+# ---- Login: one sshd, with the home that all share ----
 
 class Login(Machine):
     """A login node of a cluster; a context manager.  As root, its name is also its host name."""
@@ -209,7 +209,7 @@ class Login(Machine):
     def _sshd_argv(self):
         argv = super()._sshd_argv()
         if os.getuid() == 0 and self.cluster.apart:
-            # The login node and the nodes must know its name: nodes call srun back by this name.
+            # All nodes must know the login node's name: they call srun back by this name.
             hosts = self.cluster.folder / 'slurm/hosts'
             with hosts.open('a') as file:
                 file.write(f'127.0.0.1 {self.name}\n')
@@ -240,8 +240,8 @@ class Listed(NamedTuple):
     name: str
 
 
-# $1: slurm_rig, $2: the folder of a cluster.  It reads the names of more folders, those of logins.
-# When the pipe closes, it kills the processes that mention these folders, and removes the folders.
+# $1: slurm_rig, $2: the folder of a cluster.  The keeper reads the names of the logins' folders.
+# When the pipe closes, it kills the processes that mention a folder, and removes all folders.
 KEEPER = r'''
 trap '' INT TERM HUP QUIT
 folders=("$2")
@@ -298,10 +298,10 @@ class Cluster:
     def __exit__(self, *_exception):
         self._belongings.close()
 
-    # -- what it consists of
+    # -- its parts
 
     def _hand_over(self):
-        """Start the keeper; return a function that lets it remove everything, and waits for it."""
+        """Start the keeper; return a function that lets it remove everything, and waits."""
         self._keeper = subprocess.Popen(['bash', '-c', KEEPER, 'keeper', SLURM_RIG, self.folder],
                                         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                         stderr=subprocess.DEVNULL, start_new_session=True)
@@ -409,7 +409,7 @@ class Cluster:
         """Start the controller again, with the jobs that it knew.  For 5 s it starts no new job."""
         self._rig('resume')
 
-    # -- to ask it as its administrator
+    # -- what an administrator can ask
 
     def command(self, name, *words, text=None):
         """Run a program of Slurm here, which must succeed; return its output."""
@@ -458,11 +458,11 @@ class Cluster:
         return (self.folder / 'slurm/log/slurmctld').read_text(errors='replace')
 
     def events(self):
-        """Return the lines of log() without those that it repeats each second."""
+        """Return the lines of log() without those that the controller repeats each second."""
         return '\n'.join(line for line in self.log().splitlines() if not EACH_SECOND.search(line))
 
     def records(self):
-        """What Slurm lists, and the small files in the workdir, each with the end of its text."""
+        """Return the jobs that Slurm lists, and the end of each small file in the workdir."""
         told = [str(job) for job in self.squeue()]
         for path in sorted(self.workdir.rglob('*')):
             with contextlib.suppress(OSError):
@@ -474,7 +474,7 @@ class Cluster:
     def rpcs(self):
         """Count the requests to the controller, as Counter(REQUEST_SUBMIT_BATCH_JOB=2, ...).
 
-        Leave out those of the nodes and of squeue() here, but not those of other methods here.
+        Requests of the nodes and of squeue() above do not count; those of other methods do.
         """
         asked = Counter(re.findall(r'Processing RPC: (\w+)', self.log()[self._log_before:]))
         for kind, count in LISTING_ASKS.items():

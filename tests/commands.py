@@ -38,7 +38,7 @@ class Running:
             assert self._read(limit), f'it did not say {text}: {self}'
 
     def size(self, number):
-        """Read until this many bytes have come on stdout."""
+        """Read until stdout has at least this many bytes."""
         limit = time.monotonic() + rig.SAFETY_NET_S
         while len(self.out) < number:
             assert self._read(limit), f'it did not say {number} bytes: {self}'
@@ -58,12 +58,12 @@ class Running:
         return self.end()
 
     def signal(self, number=signal.SIGINT):
-        """Send a signal to its group, as a terminal does."""
+        """Send a signal to the process group of the program, as a terminal does."""
         os.killpg(self.process.pid, number)
 
     @property
     def notes(self):
-        """The lines on stderr, as text."""
+        """Return the lines of stderr, as text."""
         return self.err.decode(errors='replace').splitlines()
 
     def __str__(self):
@@ -139,8 +139,8 @@ def at_terminal(scheduler, env, *argv, **size):
                     {**env, 'TERM': 'xterm'}, **size)
 
 
-# A tree of processes that is hard to kill; each notes its pid in the ledger.  The one with a wiped
-# environment can still be found by its inherited descriptors.
+# A tree of processes that is hard to kill; each notes its pid in the ledger.  The process with a
+# wiped environment can still be found by its inherited descriptors.
 NASTY_TREE = r'''
 note() {{ echo "$1 $BASHPID" >>{ledger}; }}
 (note plain; exec sleep 1000) &
@@ -161,7 +161,7 @@ def nasty_tree(ledger):
 
 
 def nasty_pids(ledger):
-    """Return {kind: pid} of the processes of such a tree, as soon as all have started."""
+    """Return {kind: pid} of the processes of nasty_tree(), as soon as all have started."""
     found = {}
 
     def look():

@@ -14,7 +14,7 @@ from batching import Batches, Gate, tell
 
 # ---- The session ----
 
-# In the background of a script, pytest inherits these signals as ignored, as would its children.
+# A script starts pytest in the background with these signals ignored; children would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
@@ -45,9 +45,9 @@ def pytest_make_parametrize_id(val):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Show the end of each machine's log below a failed test, and what runs on the machine.
+    """Show the end of each machine's log and its processes below a failed test.
 
-    These processes are killed, since other tests share the machine.
+    Kill these processes, since other tests share the machine.
     """
     report = (yield).get_result()
     if report.failed:
@@ -245,7 +245,7 @@ def run_cli(start_cli, client_home):
     return run
 
 
-# ---- Batches, and what orders their jobs ----
+# ---- Batches, and the gates and ledgers that order their jobs ----
 
 @pytest.fixture
 def batches(run_cli, start_cli, project):
@@ -271,7 +271,7 @@ def gate(outside):
 
 @pytest.fixture
 def ledger(outside):
-    """Make a file to which jobs of all machines add lines, which are too short to be mixed."""
+    """Make a file to which jobs of all machines add lines; short lines are never mixed."""
     file = outside / 'ledger'
     file.touch()
     file.chmod(0o666)

@@ -4,7 +4,7 @@ Points are the moments before and after each write to the journal or to a child,
 child, each rename and each new folder; for a write, also the moment when half of it is done.
 
 CRASH_AT        the number of the point, or
-CRASH_WHEN      a regular expression that matches its description; with neither it is not killed
+CRASH_WHEN      a regular expression that matches its description; with neither, no kill happens
 CRASH_AFTER     a file: wait at the point until it is not empty
 CRASH_SIGNAL    the signal that the program sends itself: SIGKILL
 CRASH_REQUEST   JSON: instead of a signal, leave this request of another command
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 try:
     import ssh_scheduler
-except KeyboardInterrupt:           # before the program has started; it exits with 130, too
+except KeyboardInterrupt:           # the program has not started; it also exits with 130
     sys.exit(130)
 
 LAST = int(os.environ.get('CRASH_AT', 0))

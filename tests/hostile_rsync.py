@@ -48,7 +48,7 @@ def write(data):
 
 
 def varlong(number, least):
-    """Return a number as rsync packs it: first its highest byte, with the number of others."""
+    """Return a number as rsync packs it: the first byte also tells how many bytes follow."""
     data = bytearray(number.to_bytes(8, 'little'))
     while len(data) > least and not data[-1]:
         data.pop()

@@ -204,7 +204,7 @@ class Disk:
         return self
 
     def __exit__(self, *_exception):
-        command('umount', '--lazy', self.root)      # it may be a process's current folder
+        command('umount', '--lazy', self.root)      # a process may still be in this folder
         if not self._at:
             rig.remove(self.root)
 
@@ -230,7 +230,7 @@ class Disk:
         shutil.rmtree(self._files, ignore_errors=True)
 
     def read_only(self, yes=True):
-        """Make it read-only; the kernel refuses that while a process has a file open to write."""
+        """Make the disk read-only; the kernel refuses while a process has a file open to write."""
         command('mount', '-o', f'remount,{"ro" if yes else "rw"}', self.root)
 
 
@@ -317,8 +317,8 @@ class Host(Machine):
     sees        folders of this computer in /tmp that it shares, such as those of gates
     clock       '+1d': the error of the clock in its sessions
 
-    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.  `init` is this
-    computer's pid of its pid 1; `link` and `disk` offer more faults.
+    Its home outlives a power cut; /tmp, /dev/shm and the processes do not.  `init` is the
+    pid that its pid 1 has on this computer; `link` and `disk` offer more faults.
     """
 
     def __init__(self, name='host1', *, disk=None, tmp='rw', sees=(), clock=None, **settings):
@@ -336,7 +336,7 @@ class Host(Machine):
         with self._belongings:
             super().__exit__(*exception)
 
-    # -- what it consists of
+    # -- its parts
 
     def _prepare(self):
         self.link = Link()
@@ -420,11 +420,11 @@ class Host(Machine):
     power_on = start
 
     def power_off(self):
-        """Cut the power: connections get no end, and /tmp and /dev/shm are empty afterwards."""
+        """Cut the power: connections are not closed, and /tmp and /dev/shm are empty afterwards."""
         if self._power is None:
             return
         self.link.plug('down')
-        self.link.forget_connections()      # the network stays, and with it these sockets
+        self.link.forget_connections()      # the network, with its sockets, outlives the host
         handle = os.pidfd_open(self.init) if self.init else None
         self._power.kill()
         if handle is not None:
@@ -518,7 +518,7 @@ class Host(Machine):
         self.sshd = None
 
     def _connections(self):
-        """Return the pids of all live sshds but the listener; its children may have lost it."""
+        """Return the pids of all live sshds but the listener, also those of a stopped listener."""
         return [pid for pid in self._pids() if is_sshd(pid) and parent_and_state(pid)[1] not in 'ZX'
                 and not (self.sshd and pid == self.sshd.pid)]
 
@@ -548,7 +548,7 @@ class Host(Machine):
         return pid_there(pid)
 
     def reuse_pid(self, there, line='sleep 1000'):
-        """Start a command with this pid on the host, which must be free."""
+        """Start a command on the host with this pid, which must be free."""
         got = self.spawn(f'{line} </dev/null >/dev/null 2>&1', pid=there)
         if got != there:
             raise OSError(f'{self.name} has given pid {got} instead of {there}')
@@ -556,7 +556,8 @@ class Host(Machine):
     def runner(self):
         """Return the pid of the runner, the bash that reads the channel, or None.
 
-        Its children have the same words; only it has its own pid in its folder run.NAME.PID.RANDOM.
+        Its children have the same command line.  Only the runner has its own pid in the name of
+        its folder run.NAME.PID.RANDOM.
         """
         for pid, _words in self.processes():
             mine = f'/run.{self.name}.{pid_there(pid)}.'

@@ -33,8 +33,8 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
     journal     the file; by default, the journal in `results`
     jobs        names of jobs that must have run and be reported; others may be missing
     backwards   whether the program fetched the jobs' folders
-    again       whether a job that has ended may run again, once the journal gave it up: as when
-                it was interrupted, or its machine lost its power, at that very moment
+    again       whether a job that has ended may run again if the journal gave up that attempt:
+                an interrupt or a power cut may hit a job at the moment of its end
     """
     if not isinstance(ledgers, dict):
         ledgers = ledgers_of(ledgers)
@@ -56,7 +56,7 @@ def check_exactly_once(ledgers, results='job_results', stdout='', journal=None, 
     assert not wrong, '\n'.join(wrong)
 
 
-# ---- What is read ----
+# ---- Readers ----
 
 def read_ledgers(ledgers):
     """Return {job: {(attempt, account): [words]}}."""
@@ -71,8 +71,8 @@ def read_ledgers(ledgers):
 def read_report(texts, again=False):
     """Return {job: 'started', 'skipped', 'finished' or 'failed'}, as last reported.
 
-    A run may report the end of a job only once, unless `again`: a user had jobs run again.
-    Skipped are jobs that have results already: a killed run may not have reported these.
+    A run may report the end of a job only once, unless `again`: a user may rerun jobs.
+    A job is skipped if it has results already: a killed run may not have reported these.
     """
     reported = {}
     for text in texts:
@@ -112,10 +112,10 @@ def read_journal(path):
     return events
 
 
-# ---- What is wrong.  Each yields sentences ----
+# ---- Checks: each yields a sentence for each error ----
 
 def check_runs(job, runs, events, again):
-    """Yield a sentence for each start too many: the journal must have given up the one before."""
+    """Yield sentences if the job started more often than once, plus once per attempt given up."""
     for (attempt, account), words in runs.items():
         if words.count('start') > 1:
             yield (f'{job} ran twice: attempt {attempt} was started {words.count("start")} times '

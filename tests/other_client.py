@@ -2,8 +2,8 @@
 
 CLIENT_LACKS    words: the names of the PARTS below to apply
 
-The use of something that differs from Linux there stops the program at once, with a sentence and
-the exit status 99.
+If the program makes a system call by number or reads /proc as on Linux, it stops at once with a
+sentence and the exit status 99.
 """
 import os
 import resource

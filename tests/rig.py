@@ -7,7 +7,7 @@ machines that log in as that user.
 Three tricks make one computer look like several:
 
 * libnss_wrapper, preloaded into sshd only, answers its getpwnam() from a passwd file of the rig.
-  That gives every machine its own home and login shell, and /etc stays unchanged.
+  So every machine has its own home and login shell, and /etc stays unchanged.
 * SetEnv in sshd_config names the machine in the environment of everything that runs on it, so that
   the rig finds its processes, whoever started them and however often they forked.
 * PidFile is a FIFO: sshd opens it once it listens, so that the rig can wait without polling.
@@ -209,7 +209,7 @@ def wait_readable(*fds, timeout_s=SAFETY_NET_S):
 def farm(folder, leave_out=('rsync', 'nvidia-smi'), only=None):
     """Fill `folder` with links to the programs of this computer, and return it.
 
-    With this folder as its PATH a machine has no rsync, or not the real nvidia-smi, which lie in
+    A machine with this folder as its PATH lacks the real rsync or nvidia-smi, although they lie in
     /usr/bin with all other programs.  If there is no python3, link the one that runs the tests.
     """
     programs = {}
@@ -388,7 +388,7 @@ RUNNING = []            # machines between enter and exit: conftest shows their 
 def free_port():
     """Return a free port below the range from which the kernel takes clients' ports.
 
-    So it is still free when a stopped machine starts again.
+    So the port is still free when a stopped machine starts again.
     """
     while True:
         port = random.randrange(10000, 32000)
@@ -471,7 +471,7 @@ class Machine:
         finally:
             remove(self.folder)
 
-    # -- what it consists of
+    # -- its parts
 
     def _prepare(self):
         for folder in (self.home, self.bin):
@@ -543,7 +543,7 @@ class Machine:
         """The name of the machine in the program's journal."""
         return f'{self.user}@{self.address}:{self.port}'
 
-    # -- what it claims to have
+    # -- its faked resources
 
     def set_load(self, cores=8, busy_cores=0.0, memory_mb=16000):
         """Write the machine's /proc.  It never changes, so only loadavg shows the busy cores.
@@ -630,7 +630,7 @@ exec {program('rsync')} "$@"
         """Kill sshd and its connections; everything else on the machine keeps running."""
         if self.sshd is None:
             return
-        self.sshd.send_signal(signal.SIGSTOP)       # or it would accept more connections meanwhile
+        self.sshd.send_signal(signal.SIGSTOP)       # else sshd would accept more connections now
         connections = self._connections()
         while connections:
             for pid in connections:
@@ -675,7 +675,7 @@ exec {program('rsync')} "$@"
                       and state not in 'ZX' and is_sshd(pid)]
         return found[1:]
 
-    # -- to look at it
+    # -- to observe it
 
     def yaml(self, **extra):
         """Write the machine's file as a user would, and return its path.  None omits a key."""

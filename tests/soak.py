@@ -187,8 +187,8 @@ def round_of(dice, machines, folder, happened):
 def forget(machine):
     """Remove the files of a round from a machine.
 
-    The next run in the same folder would remove those of a killed run, but there is none: after 50
-    rounds the disk would be full.
+    A killed run leaves files, which the next run in the same folder would remove.  But each round
+    has a new folder, so after 50 rounds the disk would be full.
     """
     machine.ledger.write_text('')
     shutil.rmtree(machine.home / '.ssh_scheduler', ignore_errors=True)
@@ -202,7 +202,7 @@ def forget(machine):
 def ask(dice, argv, how, happened):
     """Run another command that requests something of the client; return its output.
 
-    Without a client the command does it alone; then the same command again is the client.
+    If no client runs, the command acts by itself, and `the same again` becomes the client.
     """
     job, file = str(dice.randrange(1, JOBS + 1)), dice.choice(argv[argv.index('--machines') + 1:])
     name, options = dice.choice([

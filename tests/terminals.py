@@ -40,12 +40,12 @@ class Terminal:
 
     @property
     def shown(self):
-        """The lines that are on the screen."""
+        """Return the lines that are on the screen."""
         return [line.rstrip() for line in self._screen.display]
 
     @property
     def whole(self):
-        """The lines that scrolled up, and those on the screen."""
+        """Return the lines that scrolled up, and those on the screen."""
         scrolled = [''.join(line[x].data for x in range(self._screen.columns)).rstrip()
                     for line in self._screen.history.top]
         return [*scrolled, *self.shown]

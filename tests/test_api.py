@@ -1,4 +1,4 @@
-"""As a library: the file is copied into somebody else's package, and its two classes are used."""
+"""The program as a library: another package has a copy of the file, and uses its two classes."""
 import json
 import math
 import shutil
@@ -197,7 +197,7 @@ def test_many_jobs_with_the_defaults(run_jobs, project, machine):
 
 @pytest.mark.parametrize('command', ['echo short', 'seq 1000', 'echo made >made', 'exit 3'])
 def test_a_job_has_ended_before_it_is_collected(run_jobs, machine, command):
-    """Its results may come with the event that reports the end, or have to be fetched."""
+    """The results of a job may come with the event of its end, or have to be fetched."""
     said = run_jobs(machine, [[command], {'job_name': 'job'}])
     assert [words[0] for words in said if words[1:2] == ['job']] == [
         'started', 'ended', 'collected']
@@ -252,7 +252,7 @@ def test_spacing_is_the_least_time_between_starts(run_jobs, project, machine):
     run_jobs(machine, *[[['cut -d " " -f 1 /proc/uptime'], {'job_name': f'job{n}'}]
                         for n in range(3)], spacing_s=0.5)
     up_s = [float((project / f'job_results/job{n}.out').read_text()) for n in range(3)]
-    assert up_s[2] - up_s[0] > 0.7      # two spaces, less a delay of the first start
+    assert up_s[2] - up_s[0] > 0.7      # two intervals, less a delay of the first start
 
 
 @pytest.mark.parametrize('name', ['/', '../up', '-x', 'a b', '.hidden'])
@@ -361,7 +361,7 @@ def test_an_event_that_does_not_exist_is_refused(python, project, word):
 
 
 def test_spaced_jobs_wait_while_a_first_login_is_refused(python, project, lab):
-    """They keep their spaces, and all run."""
+    """The jobs still start at their intervals, and all run."""
     machine = lab(sshd_options='MaxStartups 1:100:1')
     said = python('''
         import socket, sys, time

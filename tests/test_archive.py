@@ -1,4 +1,4 @@
-"""Archives: GNU tar reads those of the program, and unpacking one from anybody does no harm."""
+"""Archives: GNU tar reads the program's, and the program unpacks hostile ones without harm."""
 import io
 import os
 import shutil
@@ -54,7 +54,7 @@ def make_tree():
 
 
 def what_lies_in(folder):
-    """Return {path: what an archive must preserve of it}."""
+    """Return {path: (type and mode, time, content)}: an archive must preserve these."""
     found = {}
     for parent, folders, files in os.walk(os.fsencode(folder)):
         for name in folders + files:
@@ -93,7 +93,7 @@ def unpack(data, folder):
     return ssh_scheduler.unpack_archive(path, str(folder))
 
 
-# ---- What we pack, GNU tar reads ----
+# ---- Archives of the program, read by GNU tar ----
 
 def test_a_nasty_tree_is_the_same_after_tar(here, tmp_path):
     make_tree()
@@ -192,12 +192,12 @@ def test_a_large_file_is_not_held_in_memory(here):
     assert max(sizes) <= 2**16 and sum(sizes) % 512 == 0 and sum(sizes) >= 50 * 2**20
 
 
-# ---- What GNU tar packs, we unpack ----
+# ---- Archives of GNU tar, unpacked by the program ----
 
 @pytest.mark.parametrize('format_', ['gnu', 'oldgnu', 'pax'])
 def test_an_archive_of_gnu_tar_is_unpacked(here, tmp_path, format_):
     make_tree()
-    if format_ != 'pax':                # the others have whole seconds
+    if format_ != 'pax':                # the other formats have whole seconds
         for path in what_lies_in(here):
             ns = max(os.lstat(path).st_mtime_ns, 0) // 10**9 * 10**9
             os.utime(path, ns=(0, ns), follow_symlinks=False)
@@ -228,7 +228,7 @@ def test_a_path_without_its_folder_is_unpacked(here, tmp_path):
     assert (tmp_path / 'there/a/b/c').read_bytes() == b'1'
 
 
-# ---- What may come from a machine that is not to be trusted ----
+# ---- Archives from a machine that is not trusted ----
 
 def member(name, kind=tarfile.REGTYPE, link='', content=b'', mode=0o777, **pax):
     info = tarfile.TarInfo(name)
@@ -238,7 +238,7 @@ def member(name, kind=tarfile.REGTYPE, link='', content=b'', mode=0o777, **pax):
 
 
 def packed(*members):
-    """Return an archive of these members, as they are: no check of any kind."""
+    """Return an archive of these members, without any check."""
     data = io.BytesIO()
     for info, content in members:
         data.write(info.tobuf(tarfile.PAX_FORMAT, 'utf-8', 'surrogateescape'))
@@ -248,7 +248,7 @@ def packed(*members):
 
 @pytest.fixture
 def outside(tmp_path):
-    """A folder that nothing may touch, with a file; unpack into its neighbour 'in'."""
+    """Make a folder that must stay unchanged; tests unpack into its neighbour 'in'."""
     folder = tmp_path / 'outside'
     (folder / 'sub').mkdir(parents=True)
     (folder / 'file').write_bytes(b'mine')

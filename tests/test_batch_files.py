@@ -177,7 +177,7 @@ def test_a_continued_command_means_what_it_means_to_bash(text):
     assert kept.stdout == expected.stdout
 
 
-# ---- What bash refuses, and what does nothing ----
+# ---- Lines that bash refuses, and lines that do nothing ----
 
 MULTI_LINE = """\
 true
@@ -250,7 +250,7 @@ PIECES = ['a', ' ', '"', "'", '$', '$b', '|', '&', '&&', ';', '>', '<', '2>&1', 
           'é', '\t', '-', '0', '$(', '"a $b"', "'a'"]
 
 
-@settings(ANY, max_examples=1000)      # of which some 200 are plain
+@settings(ANY, max_examples=1000)      # some 200 of them are plain
 @given(text=st.lists(st.sampled_from(PIECES), max_size=10).map(''.join))
 def test_a_plain_line_is_one_that_bash_can_read(text):
     if ssh_scheduler.PLAIN_LINE.fullmatch(text):
@@ -267,7 +267,7 @@ def test_usual_lines_are_plain(text):
 
 @pytest.mark.parametrize('command', ['true', './train --seed=3 >out', 'python3 a.py | tee "b c"'])
 def test_a_usual_line_is_not_split_to_know_that_it_is_no_setting(monkeypatch, command):
-    """Else the 50,000 lines of a large batch would take seconds."""
+    """To split all 50,000 lines of a large batch would take seconds."""
     monkeypatch.setattr(shlex, 'shlex', None)
     assert ssh_scheduler.setting_of(command) is None
 
@@ -535,7 +535,7 @@ def test_a_wrong_partial_command_is_named(line, expected):
 
 
 def test_help_in_a_partial_command_does_not_end_the_program(capsys):
-    """A line of a batch is not the place to ask for help."""
+    """--help in a batch file is an error, and prints no help."""
     complaint('execute_remote --help\n')
     assert capsys.readouterr().out == ''
 

@@ -147,7 +147,7 @@ def test_commands_are_printed_on_one_line_and_without_control_characters(batches
     assert result('batch.sh.1') == b'\x1b[31m \x07\n'
 
 
-# ---- What a job finds ----
+# ---- The surroundings of a job ----
 
 def test_gpus_are_in_the_jobs_environment(batches, lab):
     machine = lab(gpus=rig.fake_gpus(2), startup={'.bashrc': 'export CUDA_VISIBLE_DEVICES=7\n'})
@@ -258,7 +258,7 @@ def test_the_surroundings_of_a_job(batches, lab1):
     assert done.returncode == 0
     assert out[0] == 'batch.sh.1 1\n'
     assert out[1] == '0\n'
-    # 255: bash reads the command; one by which what the job starts is found, out of a script's way
+    # 255: bash reads the command.  alive: marks all processes of the job; scripts use 3 to 9
     *streams, alive, script = sorted(map(int, out[3].split()))
     assert (streams, alive > 9, script) == ([0, 1, 2], True, 255)
     path, folder, umask = out[4].splitlines()
@@ -266,7 +266,7 @@ def test_the_surroundings_of_a_job(batches, lab1):
     assert re.fullmatch(re.escape(f'{lab1.home}/.ssh_scheduler/') + r'[^/]+/jobs/work[.0-9]+',
                         folder)
     assert int(umask, 8) == int(lab1.run('umask').stdout, 8)
-    # bash-completion sets it
+    # bash-completion sets extglob
     extglob = lab1.run('bash -lic "shopt -p extglob" 2>/dev/null').stdout
     assert re.fullmatch(re.escape(extglob) + r'shopt -u expand_aliases\n'
                         r'\.\./batch\.sh\.6\.1-[0-9a-f]+ 0\n', out[5])
@@ -322,7 +322,7 @@ def test_odd_commands(batches, lab1):
     assert found == expected
 
 
-# A word of a shell holds no NUL; a newline, with a CR before it, ends the line of the batch.
+# A word of a shell cannot hold a NUL; a newline, with a CR before it, ends the line of the batch.
 any_text = st.text(st.characters(exclude_characters='\0\n', exclude_categories=['Cs']),
                    max_size=60)
 shell_text = st.text(' \t!"#$%&\'()*;<=>?[\\]^`{|}~ab\r\x1b\x7fé', max_size=30)
@@ -555,7 +555,7 @@ def test_all_starts_of_a_moment_share_one_fsync(watch, lab1, lab2):
 
 
 def test_no_start_is_sent_before_its_claim_is_on_the_disk(watch, lab1, lab2, project):
-    """Starts that wait for files, for an answer or for room are no exception."""
+    """This includes starts that wait for files, for an answer or for room."""
     (project / 'file').write_text('x')
     seen = watch(['true'] * 64, [lab1, lab2], '--no-gpu-required', '--memory-required=1',
                  '--num-cpus=2')

@@ -1,4 +1,4 @@
-"""execute_batch --check and execute_to --init: each thing that can be wrong has its sentence."""
+"""execute_batch --check and execute_to --init: each possible problem has its own sentence."""
 import json
 import os
 import re
@@ -59,7 +59,7 @@ def new_key(folder, *options):
     return path
 
 
-# ---- What is well ----
+# ---- Machines without problems ----
 
 def test_a_good_machine_is_all_ticks_in_the_order_in_which_things_go_wrong(lab, run_cli, project):
     machine = lab(gpus=rig.fake_gpus(2))
@@ -107,7 +107,7 @@ def test_this_computer_needs_no_login(check):
 
 
 def test_all_are_asked_at_once_and_told_in_the_order_of_the_user(check, lab, gate):
-    """The first answers only once the second has logged in."""
+    """The first machine answers only once the program has logged in to the second one."""
     meet = gate.meeting(2)
     machines = [lab(startup={'.bashrc': f'case $- in *i*) {meet[n]};; esac'}) for n in (0, 1)]
     status, found, _ = check(*machines)
@@ -216,7 +216,7 @@ def test_a_login_that_is_refused(check, lab, tmp_path):
     assert text.endswith(f' Try: ssh-copy-id -i {key} -p {machine.port} ben@127.0.0.1')
 
 
-# What each complaint of ssh is about; all others are about the login.
+# check: the complaints of ssh that belong to it; all others belong to the login
 ABOUT = {
     'host key': ['another machine', 'compare the key.', 'could not be verified.'],
     'host name': ['could be asked for the host name', 'no name server answered',
@@ -489,7 +489,7 @@ def test_a_queue_in_which_the_job_waits_too_long(check, cluster):
     assert [job.state for job in cluster.squeue()][1:] in ([], ['CANCELLED'])
 
 
-# ---- Other commands point to it ----
+# ---- Other commands point to --check ----
 
 def test_what_leaves_open_what_to_do_points_to_the_check_once_a_run(run_cli, lab, project, lab1):
     (project / 'batch.sh').write_text('true\n')
@@ -512,7 +512,7 @@ def test_what_says_what_to_type_does_not_point_to_it(run_cli, lab, project, tmp_
     assert 'was refused' in done.stderr and '--check' not in done.stderr
 
 
-# ---- A machine file is begun ----
+# ---- --init writes a new machine file ----
 
 @pytest.fixture
 def init(run_cli, client_home, project):

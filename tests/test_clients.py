@@ -1,5 +1,5 @@
-"""The client where there is no Linux, as far as one can test without a Mac: other_client.py takes
-away what a Mac lacks, one by one and together, and every command must work.
+"""The client on a computer without Linux, as far as one can test without a Mac: other_client.py
+removes the features that a Mac lacks, one by one and all at once, and every command must work.
 """
 import os
 import resource
@@ -52,7 +52,7 @@ exec {shutil.which("rsync")} "$@"
 
 
 def check_all_commands(run_cli, env, machine, project):
-    """Run each command, with files both ways too large for the channel; return what they trace."""
+    """Run each command; copy files too large for the channel both ways; return the traces."""
     data = os.urandom(300_000)
     (project / 'data').write_bytes(data)
     (project / 'batch.sh').write_text('cat data data >twice\nsleep 0.5; echo {1..900}\n')
@@ -88,7 +88,7 @@ def test_a_client_that_lacks_it(client, run_cli, lab1, project, lacks):
 @pytest.mark.parametrize('lacks', ['', MAC], ids=['Linux', 'a Mac'])
 @pytest.mark.parametrize('rsync', RSYNCS)
 def test_an_rsync_that_knows_less_is_started_once(client, run_cli, lab1, project, rsync, lacks):
-    """Then tar copies the files; a test of rsync beforehand would cost a process each time."""
+    """After rsync fails, tar copies; a test of rsync beforehand would cost a process each time."""
     for said in check_all_commands(run_cli, client(lacks, rsync), lab1, project):
         assert said.count('rsync ended with 1, now tar: ') == said.count('+ rsync ') == 1
 
@@ -168,7 +168,7 @@ def test_names_that_hfs_decomposes(tmp_path, monkeypatch):
 
 
 def test_names_that_differ_in_case_only_stay_there(client, run_cli, lab1, project, tmp_path):
-    """The file system here takes them for one, as on macOS, and on Windows below WSL."""
+    """The client's file system does not distinguish b and B, as on macOS or Windows below WSL."""
     env = client('case')
     rig.put(tmp_path / 'programs/rsync', f'''#!/bin/sh
 {shutil.which("rsync")} "$@" || exit

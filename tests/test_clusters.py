@@ -116,7 +116,7 @@ def test_with_accounting_sacct_knows_jobs(make_cluster):
     wait_until(lambda: cluster.login.run(ask).stdout == f'{number}|FAILED|7:0\n', 'sacct knows')
     cluster.freeze('slurmdbd')
     later = submitted(cluster, 'exit 8')
-    await_state(cluster, later, 'FAILED')       # Slurm works without it
+    await_state(cluster, later, 'FAILED')       # Slurm works without slurmdbd
     with subprocess.Popen([*cluster.login.ssh_argv(), f'sacct -X -n -P -j {number} -o State'],
                           text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as login:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -231,7 +231,7 @@ def test_another_login_node_has_the_same_home_and_slurm(cluster):
             assert login.run('hostname').stdout == 'login2\n'
 
 
-# ---- What is counted ----
+# ---- Counted requests ----
 
 def test_requests_of_logins_are_counted_and_others_are_not(cluster):
     assert cluster.rpcs() == Counter()

@@ -80,7 +80,7 @@ def temporaries(*roots):
 
 @pytest.fixture(autouse=True)
 def back():
-    """Go back to the current folder of before, for the other tests."""
+    """Return to the previous current folder, for the other tests."""
     before = os.getcwd()
     yield
     os.chdir(before)
@@ -145,7 +145,7 @@ def flat(tree, top=''):
 
 
 def model(trees):
-    """Return (merged, conflicts): first come, first kept; a conflict hides what is below it."""
+    """Return (merged, conflicts): the first version stays; a conflict hides those below it."""
     merged, conflicts = {}, set()
     for tree in trees:
         for path, what in tree.items():
@@ -204,7 +204,7 @@ def test_renaming_keeps_everything_of_everybody(sources, dest, move):
         assert result.files + result.duplicates == len(files)
         after = read(top / 'dest')
         for path, what in flat(dest or {}).items():
-            assert after[path] == what              # nothing that was there is touched
+            assert after[path] == what              # dest's own files are unchanged
         assert {what for what in after.values() if what} >= {what for what in files if what}
         if move:
             assert [read(path) for path in paths] == [{}] * len(paths)
@@ -246,7 +246,7 @@ def test_links_are_the_files_themselves(sources):
                 assert os.path.samefile(first, f'{folder}/dest/{path}')
 
 
-# ---- What is kept, and whose ----
+# ---- Modes, times and contents that are kept ----
 
 def test_the_first_of_identical_files_gives_mode_and_time(here, descriptors):
     for number, (mode, when) in enumerate([(0o751, 10**18 + 7), (0o600, 5)], 1):
@@ -294,7 +294,7 @@ def test_large_files_are_compared_and_copied(here, descriptors):
     assert combine_folders('dest', 'src1', 'src2') == Result(2, 5_999_999, 1, 0)
     assert read('dest') == read('src1')
     make('src2', {'big': content[:-1] + bytes([content[-1] ^ 1])})
-    os.utime('src2/big', ns=(1, os.stat('src1/big').st_mtime_ns))   # time and size say nothing
+    os.utime('src2/big', ns=(1, os.stat('src1/big').st_mtime_ns))   # same time and size
     with pytest.raises(ConflictsFound):
         combine_folders('dest2', 'src1', 'src2')
 
@@ -562,7 +562,7 @@ def test_paths_longer_than_path_max_and_trees_deeper_than_recursion(tmp_path, na
         assert os.listdir(dest) == []
     finally:
         folder = os.open(tmp_path, os.O_RDONLY)
-        for name in ('src1', 'src2', 'dest'):       # what pytest itself could not remove
+        for name in ('src1', 'src2', 'dest'):       # pytest itself could not remove these
             module.discard(folder, name)
         os.close(folder)
 
@@ -715,7 +715,7 @@ def test_after_a_kill_at_any_write_the_same_command_completes_it(tmp_path, monke
         old = read('dest', stats=True) if dest else {}
         if not killed_at(count, 'dest', sources, options, how == 'interrupted'):
             break
-        # Whatever has its final name is whole, and nothing is lost.
+        # Each file with its final name is whole, and no file is lost.
         found = read('dest') if os.path.exists('dest') else {}
         finals = {path: what for path, what in found.items() if '.combine_folders' not in path}
         assert finals.items() <= merged.items()
@@ -742,7 +742,7 @@ def test_after_a_kill_at_any_write_the_same_command_completes_it(tmp_path, monke
 
 
 def test_a_killed_parent_takes_its_helper_along(tmp_path, helped):
-    """The next run waits until the helper is gone, and removes what both left."""
+    """The next run waits until the helper is gone, and removes the files that both left."""
     os.chdir(tmp_path)
     for existing in (False, True):
         make('src', {f'd{folder}/{name}': str(name) for folder in range(4) for name in range(50)})
@@ -890,7 +890,7 @@ def test_a_file_that_changes_while_it_is_compared_is_noticed(here, monkeypatch, 
         make(f'src{number}', {'f': b'a' * size})
     changing(monkeypatch, 'read' if size < module.SMALL else 'readv',
              lambda: Path('src1/f').write_bytes(b'b' * size))
-    # A small file is looked at once more, and then there is a conflict.
+    # The program compares a small file once more, and then finds a conflict.
     with pytest.raises(ConflictsFound if size < module.SMALL else Changed, match='src1/f|1 conf'):
         combine_folders('dest', 'src1', 'src2')
     assert not os.path.exists('dest')
@@ -944,7 +944,7 @@ def test_what_appears_in_dest_meanwhile_is_not_replaced(here, monkeypatch, what,
         combine_folders('dest', 'src', link=what == 'hard link')
     except Stopped as error:
         assert 'dest/f: File exists' in str(error) or 'dest/f, or something' in str(error)
-    else:                                           # the run did not pass this moment
+    else:                                           # the run did not call this function
         assert not os.path.exists('dest/f') or b'theirs' not in read('dest').values()
         return
     assert read('dest') == {'f': b'theirs'}
@@ -1049,7 +1049,7 @@ def python_as_another_user():
     ('.', 0o555, ['new'], 'new cannot be made: Permission denied.'),
 ])
 def test_what_may_not_be_read_or_written_is_known_before(path, mode, options, sentence):
-    """As another user, where the tests run as root."""
+    """If the tests run as root, the command runs as another user."""
     with tempfile.TemporaryDirectory() as folder:       # pytest's own folders are for root alone
         top = make(f'{folder}/top', {'src/f': 'x', 'src/d/g': 'y', 'dest/d': None})
         shutil.copy(PROGRAM, folder)
@@ -1193,7 +1193,7 @@ def test_a_terminal_has_a_progress_bar(here):
     out, shown, status = on_terminal('dest', 'src')
     assert status == 0 and out.startswith('combined: 1 file, 30.0 MB')
     assert 'copying' in shown and '%' in shown and '[#' in shown
-    assert shown.endswith('\r\x1b[K')           # nothing of it stays
+    assert shown.endswith('\r\x1b[K')           # the bar is erased
     assert on_terminal('dest2', 'src', '--quiet')[1] == ''
 
 
@@ -1228,7 +1228,7 @@ def test_it_needs_no_library_and_no_environment(here):
     assert (done.returncode, done.stderr) == (0, '') and read('dest') == {'f': b'x'}
 
 
-# ---- What execute_batch left: its bookkeeping, and streams ----
+# ---- Results of execute_batch: its bookkeeping, and streams ----
 
 RESULTS = {'b.sh.1/model': 'one', 'b.sh.2/table': 'two', 'b.sh.1.out': 'x', 'b.sh.1.err': '',
            'b.sh.2.out': '', 'b.sh.2.err': 'y', 'b.sh.3.out': 'z', 'b.sh.3.err': ''}

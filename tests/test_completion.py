@@ -77,7 +77,7 @@ def in_bash(script, line, env):
 
 
 def in_zsh(script, line, env):
-    """zsh completes only in its line editor, so a second zsh at a terminal of its own completes."""
+    """Complete in a second zsh with its own terminal: zsh completes only in its line editor."""
     driver = r'''
 zmodload zsh/zpty
 zpty inner zsh -f -i
@@ -222,7 +222,7 @@ def test_a_man_page_has_the_whole_usage_text(command, tmp_path):
     # Headings lose their colon, and `-h --help` gets a comma.
     words = iter([word.rstrip(':,') for word in shown.stdout.partition('SYNOPSIS')[2].split()])
     for word in USAGES[command].partition('Usage:')[2].split():
-        assert word.rstrip(':,') in words, word         # `in` takes the words up to the match
+        assert word.rstrip(':,') in words, word         # `in` consumes the words up to the match
 
 
 @pytest.mark.parametrize('command', USAGES)

@@ -28,7 +28,7 @@ BIG = 300_000           # more than goes through the channel
 @pytest.fixture(params=['channel', 'rsync', 'tar', 'localhost', 'localhost rsync',
                         'localhost tar'])
 def way(request, lab, lab1, project, client_home, tmp_path):
-    """A way to copy files: (machine, its home, environment of the client); and padding for it."""
+    """Return (machine, its home, environment of the client); padding forces rsync or tar."""
     kind = request.param
     if kind in ('rsync', 'tar', 'localhost rsync', 'localhost tar'):
         (project / 'padding').write_bytes(random.Random(1).randbytes(BIG))
@@ -262,7 +262,7 @@ def test_a_job_cannot_spoil_the_files_of_the_next(batches, project, lab1):
     (project / 'data').write_bytes(b'good' + bytes(BIG))
     spoil = 'head -c 4 data; echo; printf evil | dd of=data conv=notrunc 2>&-; rm batch.sh; ls'
     machine = lab1.yaml(max_jobs=1)
-    for _ in range(2):          # nor through the cache
+    for _ in range(2):          # the second round uses the cache
         batches.run([spoil, spoil], [machine], *NO_GPU)
         assert [result(f'batch.sh.{n}') for n in (1, 2)] == [b'good\ndata\n'] * 2
         shutil.rmtree(RESULTS)
@@ -344,7 +344,7 @@ os._exit(status)
 
 @pytest.mark.parametrize('known', [True, False])
 def test_many_files_come_back_whatever_rsync_knows(batches, lab1, tmp_path, known):
-    """rsync checks so many names slowly, so the client turns this off where rsync knows how."""
+    """rsync checks many names slowly, so the client turns the check off if rsync has the option."""
     env = spy(tmp_path / 'spies', 'rsync', (
         'words=()\n'
         'for word; do\n'
@@ -524,7 +524,7 @@ def test_streams_grow_while_a_job_runs(batches, lab1, gate):
 
 @pytest.fixture
 def mask():
-    """Set the umask of the client; that of a machine is another."""
+    """Set the umask of the client; a machine has a different one."""
     before = os.umask(0o027)
     yield
     os.umask(before)
@@ -659,7 +659,7 @@ def test_results_that_cannot_come_stay_there_until_they_can(batches, lab):
 
 @pytest.mark.parametrize('mode', [0, 0o300, 0o400])
 def test_what_a_job_shut_comes_with_the_permissions_that_it_has(batches, lab, project, mode, way):
-    """Also where the login is root, which may read all; a user here could not open such files."""
+    """A job removes permissions from its files: they are fetched even if no login is root."""
     machine, _home, env = way
     if os.getuid() == 0 and isinstance(machine, rig.Machine):
         machine = lab(uid=20001, leave_out=machine.leave_out)
@@ -674,7 +674,7 @@ def test_what_a_job_shut_comes_with_the_permissions_that_it_has(batches, lab, pr
         folders = [RESULTS / f'batch.sh.1/{name}' for name in ('shut', 'shut/in', 'sent')]
         for folder in folders:
             now = oct(stat.S_IMODE(folder.stat().st_mode))[2:].rjust(3, '0')
-            assert now == mode or named and folder != folders[1]        # it lies above a named path
+            assert now == mode or named and folder != folders[1]        # above a named path
             folder.chmod(0o700)
         secret = RESULTS / 'batch.sh.1/secret'
         assert oct(stat.S_IMODE(secret.stat().st_mode))[2:].rjust(3, '0') in (mode, '300')

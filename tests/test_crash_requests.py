@@ -24,7 +24,7 @@ def new_life(lab, client_env, tmp_path):
 
 
 def test_a_job_is_cancelled_at_any_moment(new_life):
-    """The job has ended, or this client or the next one cancels it; then the third runs it."""
+    """The first or second run cancels the job, unless it has ended; a later run starts it again."""
     def live(point):
         life = new_life(point)
         first = life.run(point, CANCEL)

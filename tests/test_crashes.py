@@ -1,6 +1,6 @@
 """The program is killed at each point of its life at which it changes something: see crash.py.
 
-The usual run takes a third of the points, each test another one.  CRASHES=all takes all.
+By default, each test tries a third of the points, another third each.  CRASHES=all tries all.
 """
 import concurrent.futures
 import json
@@ -64,13 +64,13 @@ class Life:
         return runs if runs[-1].returncode == 0 else [*runs, self.run()]
 
     def ask(self, request):
-        """Do what another command does to ask something of the next client."""
+        """Leave a request for the next client, as another command does."""
         inbox = self.project / 'job_results/.ssh_scheduler/inbox'
         inbox.mkdir(0o700, parents=True, exist_ok=True)
         (inbox / f'{time.time_ns():020}-1.request').write_text(json.dumps(request))
 
     def check(self, machine_name, *runs):
-        """Raise unless each job ran once, as far as nobody asked for more."""
+        """Raise unless each job ran once, or again only because of a request."""
         check_exactly_once({machine_name: self.ledger}, self.project / 'job_results',
                            [run.stdout for run in runs], jobs=self.jobs, again=True)
 
@@ -95,7 +95,7 @@ class Life:
 
 
 def tried(points, third):
-    """Return the points of third 0, 1 or 2, in turns of two: amid a write, and after it."""
+    """Return the points of third 0, 1 or 2.  Pairs stay together: amid a write, and after it."""
     return [point for place, point in enumerate(points)
             if os.environ.get('CRASHES') == 'all' or place // 2 % 3 == third]
 
@@ -106,7 +106,7 @@ def test_each_job_runs_once_wherever_the_program_is_killed(lab, client_env, tmp_
     word, account, env = str(machine.yaml()), machine.account, client_env
     if where == 'localhost':
         word = account = 'localhost'
-        env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # it shows room
+        env = {**client_env, 'SSH_SCHEDULER_PROC': str(machine.proc)}   # its /proc shows free cores
 
     def live(point):
         """Kill a life at this point; return the fault that this causes, or ''."""

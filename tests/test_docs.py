@@ -11,8 +11,8 @@ A block of Markdown between ``` lines is one of these, or a test fails:
 
 A line that is `…` alone stands for any lines.  A block that shows no output has commands to type:
 they have to succeed.  `cat FILE` of a file that does not exist makes that file.
-Blocks of one page follow each other in one folder, until <!-- scene: NAME --> before a block begins
-in a new one, which is prepared by SCENES[NAME].
+The blocks of a page run in one folder, one after the other.  <!-- scene: NAME --> before a block
+begins a new folder, which SCENES[NAME] prepares.
 
 DOCS=write pytest -n0 tests/test_docs.py puts what was printed into the pages.
 """
@@ -57,7 +57,7 @@ class Block(NamedTuple):
     language: str
     lines: list
     why_not: str        # the reason not to run it; '' if it is run
-    scene: str          # the scene that begins with it; '' where it follows the block before
+    scene: str          # the scene that begins with this block; '' if the last one continues
 
     @property
     def place(self):
@@ -70,8 +70,8 @@ class Block(NamedTuple):
 
 class Command(NamedTuple):
     typed: str
-    shown: list         # what stands below it
-    line: int           # of the first line that is shown, in the page
+    shown: list         # the lines below the command
+    line: int           # of the first of these lines, in the page
 
 
 def blocks_of(page):
@@ -127,7 +127,7 @@ def scenes():
     return found
 
 
-# ---- What is shown, without what differs from run to run ----
+# ---- Output without the parts that differ from run to run ----
 
 DIFFERS = [
     (r'\d{4}-\d\d-\d\d \d\d:\d\d(:\d\d)?', 'DAY'), (r'\b\d\d:\d\d\b', 'CLOCK'),
@@ -176,7 +176,7 @@ def is_shown(printed, shown, any_order):
 
 
 def has_any_order(printed):
-    """Tell whether several machines print this, each in its own time."""
+    """Tell whether several machines print these lines, so that their order may differ."""
     machines = {line[:4] for line in printed if re.match(r'lab[12]: ', line)}
     return len(machines) > 1 or any(re.match('(done|interrupted): ', line) for line in printed)
 
@@ -190,7 +190,7 @@ class Place:
         self.folder, self.machines, self.status = folder, machines, 0
         programs = folder.parent / 'bin'
         programs.mkdir()
-        for name in HELP:       # as installed: commands to type begin with its name
+        for name in HELP:       # as if installed: the pages type these names
             module = name if name in ('results_table', 'combine_folders') else 'ssh_scheduler'
             (programs / name).symlink_to(ROOT / f'{module}.py')
         python = Path(sys.executable).parent
@@ -220,7 +220,7 @@ class Place:
         return done.stdout.splitlines()
 
     def _on_terminal(self, typed):
-        """Type a command at a terminal, as it would print CSV in a pipe."""
+        """Type a command at a terminal, since it prints CSV in a pipe."""
         terminal = Terminal(['bash', '-c', typed], columns=100, env=self.env, cwd=self.folder)
         try:
             self.status = terminal.end()
@@ -270,7 +270,7 @@ def example(place):
 
 @contextlib.contextmanager
 def running(place):
-    """Of the four, one has finished and one has failed, one runs, and one waits."""
+    """Of the four experiments, one has finished, one has failed, one runs, and one waits."""
     gate = Gate(place.folder.parent / 'gate')
     code = (ROOT / 'example/train.py').read_text()
     held = f'if args.lr == 0.01:\n    open({str(gate.path("hold"))!r}).read()\n'
@@ -322,9 +322,9 @@ def place(project, client_env, machines):
 
 @pytest.fixture(scope='module')
 def changes():
-    """{page: output that the page does not show}, which DOCS=write puts into the pages.
+    """{page: output that differs from the page}; DOCS=write puts it into the pages.
 
-    It writes at the end, since the numbers of the lines are those of before.
+    The pages are written at the end, so that line numbers stay valid until then.
     """
     changes = collections.defaultdict(list)
     yield changes
@@ -390,7 +390,7 @@ def test_a_machine_file_is_one(project, block):
     try:
         ssh_scheduler.read_machine_file('lab.yaml', 'lab')
     except ssh_scheduler.MachineFileError as error:
-        assert 'id_ssh_key' in str(error), error        # the key of the example is not here
+        assert 'id_ssh_key' in str(error), error        # this computer lacks the key of the example
 
 
 @pytest.mark.parametrize('printed, shown, any_order', [

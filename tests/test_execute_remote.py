@@ -87,7 +87,7 @@ def clean(machine, client_home):
     return check
 
 
-# ---- What it says, and how it ends ----
+# ---- Output and exit status ----
 
 def test_the_example_of_the_usage(run, machine, clean):
     done = run(machine, 'echo out; echo err >&2; exit 7', '--job-name', 'first')
@@ -203,7 +203,7 @@ def test_one_login_is_enough(run, lab):
     assert machine.logins() == 1
 
 
-# ---- As it comes ----
+# ---- Output while the command runs ----
 
 @pytest.mark.parametrize('stream', ['out', 'err'])
 @pytest.mark.parametrize('text', [b'line\n', b'no end of line: ', b'\0\xff'])
@@ -223,7 +223,7 @@ def test_what_is_said_arrives_while_the_command_runs(start, machine, gate, strea
 
 
 def test_nobody_notices_a_delay(start, machine, gate):
-    gates = gate.path('0'), gate.path('1')          # one alone could be passed twice
+    gates = gate.path('0'), gate.path('1')          # a job could pass a single gate twice
     running = start(machine, f'for n in {{1..15}}; do read -r <{gates[0].parent}/$((n % 2)); '
                     'echo $n; done')
     taken = []
@@ -233,11 +233,11 @@ def test_nobody_notices_a_delay(start, machine, gate):
         running.until(b'%d\n' % number)
         taken.append(time.monotonic() - began)
     assert running.end().status == 0
-    assert statistics.median(taken) < 0.4, taken        # a look each second would take 0.5 s
+    assert statistics.median(taken) < 0.4, taken        # polling each second would take 0.5 s
 
 
 def test_what_is_said_arrives_where_copying_its_files_took_long(start, lab, project, gate):
-    """The follower arrives before the streams of the job exist."""
+    """The follower of the output starts before the streams of the job exist."""
     machine = lab()
     (project / 'data').write_text('data')
     (machine.bin / 'cp').write_text(
@@ -276,7 +276,7 @@ def test_memory_is_bounded_however_much_comes(start, lab1, gate, scheduler):
 
 
 def test_a_slow_reader_gets_everything(start_cli, lab1, project, scheduler, client_env):
-    """The pipe stays full for a long time; then its reader takes small pieces."""
+    """The pipe stays full for a long time; then the test reads small pieces."""
     process = start_cli('execute_remote', '--job-name', 'slow', '--machine', lab1.yaml(), '--',
                         f"python3 -c '{NUMBERED % 300_000}'", binary=True)
     journal = project / 'job_results/.ssh_scheduler/commands/slow/journal'
@@ -457,7 +457,7 @@ def test_it_runs_beside_a_batch_of_the_same_folder(run, run_cli, start_cli, lab1
     assert_clean(lab1, cache=True)
 
 
-# ---- It goes on without us ----
+# ---- The command outlives its client ----
 
 def test_detach_attach(run, start, machine, gate, clean):
     done = run(machine, f'echo one; {gate.wait("a")}; echo two; exit 5', '--job-name', 'far',
@@ -518,7 +518,7 @@ def test_who_attaches_only_watches(run, start, machine, gate, clean, how, number
     attached.signal(number)
     told = time.monotonic()
     assert (attached.end().status, attached.notes[-1]) == (130, return_note('far', machine))
-    assert time.monotonic() - told < 20     # of FAREWELL_S, after which ssh is killed
+    assert time.monotonic() - told < 20     # below FAREWELL_S, after which ssh is killed
     again = start(None, None, '--attach', 'far')
     again.until(b'one\n')
     gate.open('a')
@@ -636,7 +636,7 @@ def test_the_same_command_attaches(run, start, machine, gate, ledger, clean):
 
 
 def test_killed_again_and_again_the_output_is_whole_and_once(start, machine, ledger, gate, clean):
-    """Each client is killed while megabytes come; the last one has all of them, in order."""
+    """Each client is killed amid megabytes of output; the last one prints all, in order."""
     count = 400_000
     command = (f'echo start >>{ledger}; python3 -uc "\nimport sys\nfor n in range({count}):\n'
                f'    sys.stdout.write(\'%07d\\\\n\' % n)\n    n % 40000 or sys.stdout.flush()\n'
@@ -808,13 +808,13 @@ def test_after_its_results_were_deleted_it_runs_again(run, lab1, ledger):
     assert ledger.read_text() == 'run\nrun\n'
 
 
-# ---- It is ended ----
+# ---- The command is stopped ----
 
 @with_constants
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_whole_tree(start, machine, ledger, number, clean):
     running = start(machine, nasty_tree(ledger), '--job-name', 'tree',
-                    env=constants(INTERRUPT_S=30.0))    # one ignores SIGTERM, and gets 5 s
+                    env=constants(INTERRUPT_S=30.0))    # a process that ignores SIGTERM gets 5 s
     pids = nasty_pids(ledger)
     running.until(b'started\n')
     running.signal(number)
@@ -1072,7 +1072,7 @@ def test_files_reach_a_machine_whose_first_login_is_refused_for_the_moment(
 
 
 def test_a_machine_that_allows_one_session(run, start, lab, gate):
-    """Then the output and the files use logins of their own."""
+    """The output and the files need logins of their own."""
     machine = lab(sshd_options='MaxSessions 1')
     running = start(machine, f'echo one; {gate.wait("a")}; echo two; exit 3', '--job-name', 'one')
     running.until(b'one\n')

@@ -62,7 +62,7 @@ def test_ten_machines_at_once(run, named, gate):
     assert sorted(done.notes) == sorted(f'{f"node{n}:":<8}there' for n in range(1, 11))
     assert [machine.logins() for machine in machines] == [1] * 10
     assert_all_clean(machines)
-    assert not os.listdir('.')          # nothing is left here, either
+    assert not os.listdir('.')          # nothing is left on the client, either
 
 
 @pytest.mark.parametrize('fanout, most', [(1, 1), (3, 3), (64, 6)])
@@ -210,7 +210,7 @@ def test_one_line_for_each_kind_of_failure(run, named):
     assert_all_clean([good, bad1, bad2, worse, noisy])
 
 
-# Like `yes`, but with a limit: all other tests would wait for a full disk.
+# Like `yes`, but with a limit: a full disk would stop all other tests.
 SAYS_MUCH = 'yes | head -c 500000000; sleep 1000'
 
 
@@ -240,7 +240,7 @@ def test_a_machine_that_hangs_while_it_runs(start, named):
 
 
 def test_all_that_fail_are_not_success(run, named):
-    """clush would exit with 0."""
+    """The exit status is 1; that of clush would be 0."""
     _, files = named('a', 'b')
     done = run(files, 'exit 9')
     assert (done.status, done.out, done.notes) == (1, b'', ['failed: a, b (exit code 9)'])
@@ -364,7 +364,7 @@ def test_results_come_back_to_a_folder_for_each_machine(run, named, project):
     (project / 'big').write_bytes(bytes(300_000))
     done = run(files, 'cat data; wc -c <big; hostname >name; echo $SSH_SCHEDULER_JOB >made/job',
                '--copy-forwards', 'data', '--copy-backwards', 'made', '--job-name', 'r')
-    assert done.status == 1             # there is no folder made
+    assert done.status == 1             # the folder `made` is missing
     for path in RESULTS.glob('r_*'):
         path.unlink() if path.is_file() else path.rmdir()
     done = run(files, 'cat data; ls; mkdir made; echo $SSH_SCHEDULER_JOB >made/job',
@@ -407,7 +407,7 @@ def test_what_the_login_cannot_read_is_not_removed_at_the_end(start, lab, gate):
     done = running.end()
     assert done.status == 0 and 'may not read shut' in done.notes[-1], done
     for pid, _ in machine.processes():
-        assert rig.ends(pid)            # also one that would remove it
+        assert rig.ends(pid)            # also a process that would remove the folder
     assert (shut / 'model').read_text() == 'm'
 
 
@@ -443,11 +443,11 @@ def test_machines_from_a_file(run, run_cli, named, project):
     assert (RESULTS / 'batch.sh.1.out').read_text() == 'batch\n'
 
 
-# ---- It is ended ----
+# ---- execute_to is stopped ----
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_its_end_is_that_of_what_it_started(start, named, tmp_path, number):
-    """Killing clush leaves the remote processes running."""
+    """Unlike clush, execute_to stops its remote processes even if it is killed."""
     machines, files = named('a', 'b')
     ledgers = []
     for machine in machines:
@@ -528,7 +528,7 @@ def test_an_interrupt_names_those_it_waited_for(start, named, gate):
 
 
 def test_what_has_no_reader_at_all(start_cli, lab1, project):
-    """Its stdout can only be read, so nothing can be printed."""
+    """The stdout of the program is open for reading only, so nothing can be printed."""
     null = os.open(os.devnull, os.O_RDONLY)
     process = start_cli('execute_to', '--machines', lab1.yaml(), '--', 'echo x', stdout=null,
                         binary=True)

@@ -63,7 +63,7 @@ QUICK = {'ServerAliveInterval': 1, 'ServerAliveCountMax': 2, 'ConnectTimeout': 2
 
 
 def quick(machine, options=None, **extra):
-    """The machine's file, with keepalives that notice a loss within 3 s."""
+    """Write the machine's file, with keepalives that notice a loss within 3 s."""
     known = {'UserKnownHostsFile': str(machine.known_hosts)}
     return machine.yaml(ssh_options={**known, **(QUICK if options is None else options)}, **extra)
 
@@ -91,7 +91,7 @@ class Watched:
         assert text in self._errors.read_text()
 
     def stopped(self):
-        """Wait until it has stopped itself; see CRASH_SIGNAL."""
+        """Wait until the program has stopped itself; see CRASH_SIGNAL."""
         wait_until(lambda: rig.parent_and_state(self.process.pid)[1] == 'T', 'it has stopped')
 
     def go_on(self):
@@ -274,7 +274,7 @@ def test_08_a_cut_for_ever(hosts, watch, gate):
     wait_until(lambda: dead.ledger.read_text().count('start'), 'a job')
     dead.cut()
     first = batch.end()
-    if first.returncode:        # else all of its jobs had ended before
+    if first.returncode:        # else the jobs of `dead` had ended before the cut
         assert 'run the same command again' in first.stdout and dead.name in first.stderr
     dead.restore()
     last = watch(lines, [quick(dead), quick(alive)]).end()
@@ -400,7 +400,7 @@ def test_17_few_logins_at_a_time(lab, run):
 
 
 def test_17_a_login_that_is_refused_for_the_moment(lab, watch):
-    """Another connection has the one place for logins that are not complete."""
+    """Another connection occupies the only slot for incomplete logins."""
     machine = lab(sshd_options='MaxStartups 1:100:1')
     with socket.create_connection((machine.address, machine.port)) as other:
         assert other.recv(100).startswith(b'SSH-')
@@ -426,7 +426,7 @@ def test_19_sshd_is_stopped_and_started(lab, watch, gate):
     assert_clean(machine)
 
 
-# ---- What happens over there ----
+# ---- Faults on the machine ----
 
 @pytest.mark.parametrize('retries', [0, 1])
 def test_20_a_reboot(host, watch, gate, outside, retries):
@@ -452,7 +452,7 @@ def test_21_a_wrapper_that_is_killed(host, watch, gate, outside):
         has_begun(machine, f'batch.sh.{number}')
         machine.kill_wrapper(f'batch.sh.{number}')
     gate.open('a')
-    assert 'batch.sh.1' in batch.until('failed: ')          # when all its processes have ended
+    assert 'batch.sh.1' in batch.until('failed: ')          # after its last process has ended
     assert machine.job_processes('batch.sh.2')
     batch.process.send_signal(signal.SIGINT)
     done = batch.end()
@@ -502,7 +502,7 @@ def test_25_a_damaged_record(host, watch, gate, outside, record):
     has_begun(machine)
     first = batch.kill()
     file, = (path for path in machine.home.glob('.ssh_scheduler/*/jobs/batch.sh.1.1-*')
-             if path.name.count('.') == 3)          # not its streams
+             if path.name.count('.') == 3)          # not the streams of the job
     machine.kill_wrapper('batch.sh.1')
     command, mark, _ = file.read_bytes().rpartition(b'#')
     assert mark
@@ -569,7 +569,7 @@ def test_26_a_disk_over_there_that_a_job_fills(host, run):
 
 @pytest.mark.parametrize('files', [1, 200])
 def test_26_a_disk_over_there_that_is_full_when_a_job_ends(host, watch, gate, outside, files):
-    """Its files are fetched, though the machine cannot write the list of them."""
+    """The files of the job are fetched, though the machine cannot write the list of them."""
     machine = host(disk={'size': 4 << 20, 'inodes': 1000}, sees=(outside,))
     line = ledger_line(f'for n in {{1..{files}}}; do echo $n >file.$n; done; echo >{outside}/made; '
                        f'{gate.wait("a")}')
@@ -603,7 +603,7 @@ def test_27_a_home_that_cannot_be_written(host, run, fault):
 
 @pytest.mark.parametrize('how', ['tar', 'rsync'])
 def test_27_no_inodes_for_the_files(host, run, project, how):
-    """The disk has free bytes, and the last line of tar never has the reason."""
+    """The disk has free bytes but no inode; the last line of tar never names the reason."""
     bad, good = host(disk={'size': 4 << 20, 'inodes': 60}), host()
     for n in range(100):
         (project / f'file.{n}').write_bytes(b'x' * (4000 if how == 'rsync' else 10))
@@ -689,7 +689,7 @@ def test_27_no_more_processes_while_jobs_start_and_end(lab, batches, crowd, gate
 @pytest.mark.parametrize(('number', 'jobs'), [
     (signal.SIGTERM, 1), (signal.SIGTERM, 3), (signal.SIGKILL, 3)])
 def test_27_a_login_whose_processes_are_all_ended_with_it(host, watch, number, jobs):
-    """As logind does with KillUserProcesses=yes: the boot id is the same."""
+    """All processes end but the boot id stays, as with KillUserProcesses=yes of logind."""
     machine = host()
     batch = watch([ledger_line('sleep 1000')] * jobs, [quick(machine)])
     for n in range(1, jobs + 1):
@@ -739,7 +739,7 @@ def test_40_one_lost_gpu_among_several(lab, batches, run_cli, to):
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Let the rig make its folders outside /tmp, and a new current folder there."""
+    """Make the folders of the rig and a new current folder outside /tmp."""
     monkeypatch.setenv('RIG_FOLDER', '/var/tmp')
     folder = rig.temporary_folder('project')
     monkeypatch.chdir(folder)
@@ -763,7 +763,7 @@ def test_27_a_machine_without_any_tmp(elsewhere, host, lab, run_cli, gate):
     assert_clean(machine, cache=True)
 
 
-# ---- What happens here ----
+# ---- Faults on the client ----
 
 @pytest.mark.parametrize('how', ['ro', 'nr_inodes=1', 'size=4096', 'absent'])
 def test_27_no_temporary_folder_here(elsewhere, host, lab, client_env, how):
@@ -858,7 +858,7 @@ def test_29_an_interrupt_ends_a_hundred_jobs_on_five_machines(host, batches):
         return [line for machine in machines for _, line in machine.processes()
                 if line.startswith('sleep 100')]
 
-    # 25 of each kind; the third and the fourth have two each
+    # 25 jobs of each kind; jobs of the third and fourth kind have two sleeps each
     wait_until(lambda: len(sleepers()) == 150, 'all of them sleep')
     assert all(machine.ledger.read_text().count('start') == 20 for machine in machines)
     began = time.monotonic()
@@ -911,7 +911,7 @@ def test_28_job_results_goes_away_while_it_is_in_use(host, watch, batches, gate,
         last = watch(lines, [quick(machine)]).end()
         assert last.returncode == 0, last.stderr
         once([machine], first, last, jobs=2)
-    else:                   # a new job_results knows and takes no job of the old one
+    else:                   # a new job_results does not know the jobs of the old one
         batch = watch(lines, [quick(machine)])
         gate.open('a')
         last = batch.end()
@@ -922,7 +922,7 @@ def test_28_job_results_goes_away_while_it_is_in_use(host, watch, batches, gate,
 
 
 def test_30_a_machine_that_comes_back_while_an_interrupt_waits_for_another(lab, watch, outside):
-    """Its job, which ended meanwhile, is collected, or set aside and run again."""
+    """Its job has ended meanwhile, and is collected, or set aside and run again."""
     away, there = lab(), lab()
     line = ledger_line(f'[ -e {outside}/go ] || until [ -e {outside}/end ]; do sleep 0.05; done')
     deaf = ledger_line(f'[ -e {outside}/go ] || {{ trap "" TERM; while :; do sleep 1; done; }}')
@@ -963,7 +963,7 @@ def test_31_signals(host, watch, outside, numbers):
     (outside / 'go').touch()
     last = watch(None, [quick(machine)]).end()
     assert last.returncode == 0, last.stderr
-    # a job that the first run was stopping may have ended before the next run came
+    # a job that the first run was stopping may have ended before the next run started
     once([machine], first, last, jobs=2, again=len(numbers) > 1)
     assert_clean(machine, cache=True)
 
@@ -1088,7 +1088,7 @@ def test_44_a_slow_line_that_loses_packets(host, run):
     once([machine], done, jobs=6)
 
 
-# ---- What may be asked for ----
+# ---- Options that change what follows a fault ----
 
 def test_a_machine_that_comes_back_after_its_jobs_went_elsewhere(host, watch, gate, outside):
     machines = host(sees=(outside,)), host(sees=(outside,))

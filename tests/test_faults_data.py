@@ -27,7 +27,7 @@ MUCH_MB = 150           # the program takes some 40 MB; no input may make it tak
 
 
 PROGRAM = Path(__file__).with_name('crash.py')
-# The program's limits, shorter
+# Shorter limits of the program
 HASTY = {'CRASH_SETTINGS': json.dumps({
     'CONNECT_LIMIT_S': 5.0,
     'REMOTE_RUNNER': s.REMOTE_RUNNER.replace('GPU_LIMIT_S=20 ', 'GPU_LIMIT_S=2 ')})}
@@ -242,7 +242,7 @@ MADE = '{work}/made'
 
 @pytest.fixture
 def canary(project):
-    """A folder beside job_results, that nothing may touch."""
+    """Make a folder beside job_results; the test fails if anything changes it."""
     folder = project / 'canary'
     folder.mkdir()
     (folder / 'file').write_text('alive')
@@ -296,7 +296,7 @@ def sends(entries):
     return meddle
 
 
-# What the machine sends, and the complaint: of rsync, or of the client if rsync lets it pass
+# The entries that the machine sends, and the complaint: of rsync, or of the client if rsync accepts
 ATTACKS = {
     '..': ([['../../../canary/evil', FILE, '']], r'\.\./canary/evil'),
     '.. inside': ([[f'{MADE}/../../../../../canary/evil', FILE, '']], r'\.\./canary/evil|made'),
@@ -324,7 +324,7 @@ def test_35_a_hostile_rsync_writes_nothing_outside(fetch, canary, attack):
     folder, said, _ = fetch(sends(entries))
     assert re.search(words, said), said
     assert set(tree_of(folder)) <= {b'made'}
-    for what in tree_of(folder).values():       # fetched by tar, or as the machine sent it
+    for what in tree_of(folder).values():       # good from tar, evil from the hostile rsync
         assert what[0] == 'file' and what[-1] in (b'good\n', b'evil\n')
 
 
@@ -388,7 +388,7 @@ def test_35_a_hostile_tar_writes_nothing_outside(fetch, canary):
     folder, said, _ = fetch(meddle, line='touch made link hard fifo device', leave_out=('rsync',))
     tree = tree_of(folder)
     assert tree.pop(b'made')[:2] == ('file', 0o755)
-    assert set(tree) <= {b'hard'}           # a new file: the second of that name
+    assert set(tree) <= {b'hard'}           # the second entry of that name, a file
     for name in ('canary/evil', 'link/evil', 'hard', 'fifo', 'device'):
         assert re.search(f'refused the file [^W]*{name}', said), (name, said)
     assert 'link' in said and '[31mevil' in said
@@ -412,7 +412,7 @@ def test_35_a_link_in_the_place_of_a_folder_or_a_stream_is_not_followed(batches,
 
 
 def test_35_names_of_jobs_of_others_are_names(run_cli, lab, project, tmp_path):
-    """--earlier=collect makes files with these names here."""
+    """--earlier=collect makes files with these names on the client."""
     machine = lab()
     keys = ['../../evil.1-deadbeef', '/tmp/evil.1-deadbeef', '.evil.1-deadbeef', 'e/vil.1-deadbeef',
             'good.1-deadbeef', 'good.1-deadbeef']
@@ -443,7 +443,7 @@ def test_35_a_folder_that_its_job_has_shut_and_that_has_a_link_out(batches, lab,
 
 @pytest.mark.parametrize('how', ['rm -rf job_results', 'mv job_results moved'])
 def test_35_job_results_that_go_while_results_come_are_a_sentence(batches, lab, outside, how):
-    """With tar, whose archive lies in job_results."""
+    """tar fetches the results; its archive lies in job_results."""
     machine = lab(leave_out=('rsync',))
     put(machine, 'tar', f'''#!/bin/bash
 [[ " $* " != *" -c "* ]] || {{
@@ -470,7 +470,7 @@ def test_35_five_thousand_files_come(batches, lab1):
     assert len(os.listdir(RESULTS / 'batch.sh.1/d')) == 5000
 
 
-# ---- 36: what is said without an end, or to deceive ----
+# ---- 36: output without an end, or output that deceives ----
 
 MUCH = 'head -c 1000000000 /dev/zero | tr "\\0" x'       # a line of 1 GB
 
@@ -574,7 +574,7 @@ def test_36_a_job_that_says_a_line_without_an_end(batches, lab1, gate):
 
 
 def test_36_words_that_look_like_something_else(batches, lab1):
-    """A job may print what ssh, rsync and the runner print of troubles: it is output of the job."""
+    """A job prints error messages of ssh, rsync and the runner: they are only output of the job."""
     text = ('kex_exchange_identification: Connection closed by remote host\n'
             'mux_client_request_session: session request failed: Session open refused by peer\n'
             'Connection closed\nSSH_SCHEDULER_NO_MASTER\nrsync error: (code 12)\n'
@@ -598,7 +598,7 @@ def test_36_words_that_look_like_something_else(batches, lab1):
 
 @pytest.mark.parametrize('way', ['channel', 'rsync', 'tar'])
 def test_37_names_of_any_bytes_go_and_come(batches, lab, project, way):
-    """Copied, linked one by one, and brought back."""
+    """The names are copied, linked one by one, and fetched."""
     make_nasty_tree(project)
     (project / 'sets').mkdir()
     (project / 'files').rename('sets/files')
@@ -690,12 +690,12 @@ def test_40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run(batch
     assert_clean(machine)
 
 
-# ---- What was told to end, and was not seen to end ----
+# ---- Jobs whose end was not confirmed ----
 
 @hasty
 def test_a_job_that_was_not_seen_to_end_is_remembered_and_ended_by_the_next_run(
         batches, lab, ledger):
-    """The machine gets the request only after this run stopped waiting, and is tidied up then."""
+    """The machine answers only after the first run gave up waiting; the next run tidies up."""
     machine = lab()
     batch = batches.start([f"trap '' TERM; echo begun >>{ledger}; exec sleep 1000"], [machine],
                           *NO_GPU, env={'CRASH_SETTINGS': json.dumps({'INTERRUPT_S': 0.5})},

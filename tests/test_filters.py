@@ -176,7 +176,7 @@ def test_a_line_is_a_rule_as_for_rsync_or_is_named(spare, line):
         assert ours == by_rsync(())
 
 
-# ---- What is said of it, and what is never sent ----
+# ---- Messages about files, and files that are never sent ----
 
 def test_what_was_left_out_is_said(spare):
     spare()
@@ -349,6 +349,6 @@ def test_links_that_lead_nowhere_on_a_machine_are_found(spare):
     assert lost(link=('sets/data',), exclude=('left',)) == bad
     assert lost(link=('sets/data', 'sets/other'), exclude=('left',)) == bad - {
         'sets/data/unlinked'}
-    # without --link-forwards all of it lies in one folder
+    # without --link-forwards all sent files lie in one folder
     assert lost() == bad - {'excluded', 'sets/data/back', 'sets/data/unlinked'}
     assert lost(copy=('in',)) == {'in'} and lost(copy=('in', 'd/file')) == set()

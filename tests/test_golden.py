@@ -24,9 +24,9 @@ from terminals import Terminal
 GOLDEN = Path(__file__).parent / 'golden'
 SIZES = (80, 24), (60, 20), (200, 50)
 HELD = ('1', '2', '3', 'last')      # gates at which jobs wait while screens are taken
-HOLDS = {5: 5, 50: 21, 400: 40}     # number of jobs -> the job that waits, with three others
+HOLDS = {5: 5, 50: 21, 400: 40}     # number of jobs -> the job that waits, as jobs 1 to 3 do
 
-# What a job does depends on its number.  Until the gates open, all others use one GPU in turn.
+# What a job does depends on its number.  Until the gates open, all other jobs share one GPU.
 TRAIN = r'''
 n=${SSH_SCHEDULER_JOB##*.}
 case $n in
@@ -89,7 +89,7 @@ def steady(line, columns):
 def steady_order(lines):
     """Return the lines, with neighbours sorted if their order differs from run to run.
 
-    These are jobs that start at once, and running jobs, of which the last to write is first.
+    They belong to jobs that start at once, or to running jobs: the last to write comes first.
     """
     def number(line):
         return int(re.search(r'\.(\d+) ', line)[1])
@@ -116,7 +116,7 @@ class Scene:
         self.project, self.programs = folder / 'project', folder / 'bin'
         for path in (folder, self.outside, self.project, self.programs):
             path.mkdir()
-        # As installed: commands to type begin with its name.
+        # As if installed: the commands that the program shows begin with this name.
         (self.programs / 'execute_batch').symlink_to(scheduler)
         self.env = {**env, 'PATH': f'{self.programs}:{env["PATH"]}'}
         self.gate = Gate(folder / 'gate')
@@ -124,7 +124,7 @@ class Scene:
             self.gate.path(name)
         for machine in machines:
             known = {'UserKnownHostsFile': str(machine.known_hosts)}
-            # The client gives the silent machine up after ConnectTimeout, 15 s by default.
+            # The client gives up on the silent machine after ConnectTimeout, 15 s by default.
             shutil.copy(machine.yaml(ssh_options={**known, 'ConnectTimeout': 100}), self.project)
         for machine in machines[:2]:
             script = HALF.replace('RSYNC', rig.program('rsync'))
@@ -265,7 +265,7 @@ class Scene:
             shown.close()
 
     def _end(self, shown):
-        if self.count > 5:              # else the end names it, since it has not answered
+        if self.count > 5:              # else the last screen names lab4
             self.machines[3].stop()
             shown.until(lambda text: 'lab4: cannot be used' in text)
         for name in HELD:

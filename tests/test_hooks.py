@@ -67,7 +67,7 @@ def test_a_job_log_has_the_columns_of_gnu_parallel_and_ours(run):
                                      'Name', 'GPUs', 'PeakGPUMemoryMB', 'Attempt')] == [
         'localhost', '0', '7', '0', '0', 'echo abc; echo de >&2', 'batch.sh.1', '', '', '1']
     ends = [(found[n]['Exitval'], found[n]['Signal']) for n in '2345']
-    assert ends == [('3', '0'), ('0', '9'), ('145', '0'), ('0', '0')]      # no end by SIGCHLD
+    assert ends == [('3', '0'), ('0', '9'), ('145', '0'), ('0', '0')]      # SIGCHLD kills nothing
     assert found['5']['Command'] == r"echo 'a\tb' '\\c'"
     assert found['6']['Command'] == r'echo x;\\\necho y'
     for row in found.values():

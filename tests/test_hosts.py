@@ -1,4 +1,4 @@
-"""A Host causes the faults that it promises, on which all tests of faults rely.  With plain ssh."""
+"""A Host causes the faults that it promises, tried with plain ssh.  Fault tests rely on this."""
 import contextlib
 import errno
 import os
@@ -76,7 +76,7 @@ def until_filtered(host, packets=1):
     wait_until(lambda: host.link.filtered() >= packets, 'a packet that is dropped')
 
 
-# ---- What it has for itself ----
+# ---- What a host has for itself ----
 
 def test_a_host_is_a_computer_of_its_own(hosts):
     look = ('hostname; cat /proc/sys/kernel/random/boot_id; pwd; cut -d. -f1 /proc/uptime; '
@@ -253,7 +253,7 @@ def test_a_listener_that_is_stopped_leaves_sessions(host, session):
     assert line.goes_on
     machine.start()
     assert login(machine).returncode == 0 and line.goes_on
-    machine.stop()          # also sessions of an earlier listener
+    machine.stop()          # also ends sessions of an earlier listener
     assert line.breaks()
 
 
@@ -386,7 +386,7 @@ def test_runner_and_wrapper_are_found_and_killed_alone(batches, host, outside, g
     batch.until('started: batch.sh.2')
     wait_until(lambda: machine.wrapper('batch.sh.1') and machine.wrapper('batch.sh.2'), 'both')
     wrapper, runner = machine.wrapper('batch.sh.1'), machine.runner()
-    assert rig.cmdline(wrapper) == rig.cmdline(runner)      # so the words do not tell them apart
+    assert rig.cmdline(wrapper) == rig.cmdline(runner)      # so their command lines do not differ
     assert rig.is_sshd(rig.parent_and_state(runner)[0])
     assert rig.parent_and_state(wrapper)[0] == runner
     assert wrapper != machine.wrapper('batch.sh.2')
@@ -399,7 +399,7 @@ def test_runner_and_wrapper_are_found_and_killed_alone(batches, host, outside, g
     batch.end()
 
 
-# ---- What is left of it ----
+# ---- What is left of a host ----
 
 def test_nothing_is_left_of_a_host(host):
     with pytest.raises(KeyError), host_rig.Host('gone', disk={}) as machine:
