@@ -10303,7 +10303,7 @@ class Stage:
         self.id = '' if self.ready else stage_id
         self.by_rsync = False
         self.looks = 0                      # how often files changed while they were copied
-        self.amount = amount_of(trees)      # how many files these are, and how many bytes
+        self.amount = amount_of(trees)      # (number of files, number of bytes)
         self.began = time.monotonic()
         self.carrier = None                 # the Process that sends a Tree, or the last that did
         self.arrived = 0                    # bytes of the Trees that are sent in full
@@ -10312,8 +10312,8 @@ class Stage:
     def sent_bytes(self):
         """Return about how many bytes were sent; None if that is not known.
 
-        Linux counts the bytes that the sending process has written.  Other systems do not, and to
-        print its progress rsync needs an option that the one of macOS does not know.
+        Linux counts the bytes that the sending process has written, other systems do not.  rsync
+        could print its progress, but the rsync of macOS lacks the option for that.
         """
         with contextlib.suppress(OSError, AttributeError, TypeError):
             if LINUX:
@@ -10334,7 +10334,7 @@ class Stage:
         return is_small(self.copy, self.link)
 
     def changed(self):
-        """Look at the local files again; return whether any changed, True at most three times."""
+        """Look at the local files again; return whether any changed, but True only 3 times."""
         trees = [tree._replace(entries=tuple(present(tree.entries)))
                  for tree in (self.copy, self.link)]
         if self.looks > 2 or trees == [self.copy, self.link]:
@@ -10416,7 +10416,7 @@ class Stages:
             why = yield from self._send_parts(stage)
             if stage.looks:
                 stage.manifest = Manifest.of(stage.copy, stage.link, stage.forwards.link)
-            if not stage.changed():         # also not while the Manifest read them
+            if not stage.changed():         # nor did files change while the Manifest read them
                 break
         if why:
             self._contact.send('unsent', f'the files could not be sent: {why}')
@@ -10450,8 +10450,8 @@ class Stages:
         contact, folder = self._contact, f'stage/{stage.id}/{part}'
         target, output = f'{contact.home}/{folder}', bytearray()
         if way.by_rsync:
-            # rsync reads this client's list of files, so that it carries the same as tar.  It
-            # writes into a new folder beside the cache, so nothing has to be deleted there.
+            # rsync reads this client's list of files, so it sends the same files as tar.  It
+            # writes into a new folder beside the cache, so it never has to delete old files.
             contact.send('folder', folder)
             paths = b''.join(b'./' + os.fsencode(entry.path) + b'\0' for entry in tree.entries)
             bases = [f'../../../cache/{part}', *(f'../../{other.id}/{part}' for other in
@@ -10467,7 +10467,7 @@ class Stages:
         stage.carrier = contact.start(argv, output.extend, feed=feed, deadline_s=COPY_LIMIT_S,
                                       env=self._worker.client.rsync_env())
         end = yield stage.carrier
-        # The exit status of a login shell proves nothing, so the script that runs tar confirms it.
+        # A login shell may exit with any status, so the script that runs tar prints tar's status.
         confirmed = output.rpartition(f'\n{contact.token} '.encode())[2] == b'0\n'
         if way.by_rsync or confirmed or end.status not in (0, 24):
             return end
@@ -10489,7 +10489,7 @@ def fetch_tree(contact, worker, names, folder, receiver, way):
     listed = b''.join(os.fsencode(name) + b'\0' for name in names)
     confined = confine(folder) if way.by_rsync else None
     if way.by_rsync:
-        # rsync compares each name with all requested names; vet does the same, but faster.
+        # --trust-sender: rsync compares each name with all requested names; vet does so faster.
         limit = client.max_result_bytes
         options = [*([] if limit is None else [f'--max-size={limit}']),
                    *(['--trust-sender'] if way.trusting and confined else [])]
@@ -10521,11 +10521,11 @@ def vet(folder, wanted, modes=None, whole=()):
     """Remove what must not be in a folder fetched from a machine; yield (path, why) of each.
 
     wanted: the paths './a' that were requested.  If one of them did not arrive, why is ''.
-    modes: {path: mode} of paths whose mode on the machine is not the one they arrived with.
+    modes: {path: mode that it had before the machine made it readable, to send it}.
     whole: paths that may arrive, with all that is below them.
-    Only folders are opened and followed here.  A file that stays keeps the permissions that its job
-    gave it, less those that the umask here takes: as with cp, and not as with git, since a file of
-    mode 0600 must not become public.
+    This function opens folders only, and follows no link.  A file that stays keeps the permissions
+    that its job gave it, less those that the umask here removes, as with cp: a file of mode 0600
+    must not become public.
     """
     missing = {spelled_here(path): path for path in map(os.path.normpath, wanted)}
     below = {spelled_here(path) for path in map(os.path.normpath, whole)}
@@ -10548,7 +10548,7 @@ def vet(folder, wanted, modes=None, whole=()):
                     why = f'leads out of its folder, to {printable(os.readlink(path))}'
             elif is_folder or stat.S_ISREG(info.st_mode):
                 mode = (modes or {}).get(inner, has) & usual
-                if is_folder and mode & 0o700 != 0o700:     # open, until all below it was seen
+                if is_folder and mode & 0o700 != 0o700:     # opened until its content is checked
                     shut.append((path, mode))
                     mode |= 0o700
                 if mode != has:
@@ -10588,9 +10588,9 @@ def spelled_here(path):
 
 
 def take_out_twins(folder, missing, wanted):
-    """Remove files that have one name here, and had several there; return all these paths.
+    """Remove files whose names differ on the machine, but are one name here; return their paths.
 
-    Where a file system ignores case, A and a are one file, with the content that arrived last.
+    On a file system that ignores case, A and a are one file: the one that arrived last.
     """
     lost = {path.casefold() for path in missing if os.path.lexists(os.path.join(folder, path))}
     twins = [path for path in wanted if path.casefold() in lost]
@@ -10608,8 +10608,8 @@ PR_SET_NO_NEW_PRIVS = 38
 
 
 def confine(folder):
-    """Return a function by which a new process confines its writing to this folder; None if the
-    kernel cannot do that."""
+    """Return a function that a new process calls to be able to write in this folder only; None if
+    the kernel cannot do that."""
     import struct
     libc = c_library() if LINUX and not os.uname().machine.startswith(OTHER_NUMBERS) else None
     if not hasattr(libc, 'prctl'):
@@ -10635,16 +10635,16 @@ def confine(folder):
 
 
 class AfterToken:
-    """Keeps the bytes behind the line with the token; before it, a login may print anything."""
+    """Separates the bytes behind the line with the token from the noise of a login before it."""
 
     def __init__(self, token):
         self.found = False
         self.head = b''
-        self.count = 0                      # of the bytes behind the token so far
+        self.count = 0                      # how many bytes behind the token came so far
         self._mark = f'\n{token}\n'.encode()
 
     def receive(self, data):
-        """Return those of these bytes that are behind the token."""
+        """Return the part of these bytes that is behind the token."""
         data = data if self.found else self._behind(data)
         self.count += len(data)
         return data
@@ -10686,7 +10686,7 @@ class TarReceiver:
         self._file.close()
         try:
             return unpack_archive(self._path, folder)
-        except Exception as error:      # the bytes may be anything, and so is what tarfile raises
+        except Exception as error:      # of any type: the bytes may be anything
             self.trouble = self.trouble or printable(str(error)) or type(error).__name__
         finally:
             self._remove()
@@ -10708,11 +10708,11 @@ def is_plain_file(path):
     return os.path.isfile(path) and not os.path.islink(path)
 
 
-# ---- Contact: one login, and all that was begun over it ----
+# ---- Contact: one login, and all that uses it ----
 
 CONNECT_LIMIT_S = 60.0              # login, start files, environment and probe
-SLOW_LOGIN_S = 10.0                 # after which a warning says why there is no answer
-BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # how often a silent machine is asked, and for how long
+SLOW_LOGIN_S = 10.0                 # after this time a warning says why there is no answer
+BEAT_S, SILENCE_LIMIT_S = 20.0, 90.0    # between two pings; until a silent machine counts as lost
 
 
 def is_program(name):
@@ -10744,12 +10744,12 @@ def runner_for(engine):
 class Contact:
     """One login to a machine, from connecting to its loss.
 
-    Its ssh is the channel: requests go down to the remote runner, events come up.  Copies,
-    followers and timers that were begun over it are its flows, and end with it.  To reconnect,
-    the Worker makes a new Contact, so no event of an old one is ever heard.
+    Its ssh is the channel: requests go to the remote runner, events come back.  Copies, followers
+    and timers are flows of a Contact, and end with it.  To reconnect, the Worker makes a new
+    Contact, and gets no more events of the old one.
 
-    worker: worker.hear(event, values) is called for each event, worker.contact_lost(why, retry)
-    once, when no more events come; retry is 'again', 'later' or 'never', see SSH_COMPLAINTS.
+    worker: worker.hear(event, values) is called for each event.  worker.contact_lost(why, retry)
+    is called once, after the last event; retry: 'again', 'later' or 'never', see SSH_COMPLAINTS.
     """
 
     def __init__(self, worker, number, former=()):
@@ -10817,7 +10817,7 @@ class Contact:
         self._process.close_stdin()
 
     def end(self):
-        """Kill its ssh and close its flows now, without a call of the Worker."""
+        """Kill its ssh and close its flows now; do not tell the Worker."""
         self.is_over = True
         self.flows.close()
         if self._process and self._process.popen.poll() is None:
@@ -10865,7 +10865,7 @@ class Contact:
                 f'{FORCED}?')
 
     def _warn_of_silence(self):
-        """A flow: warn of why the machine does not answer, if that is known."""
+        """A flow: warn that the machine does not answer, if the reason is known."""
         worker = self._worker
         yield SLOW_LOGIN_S
         if worker.state == 'connecting' and self.hindrance():
@@ -10919,7 +10919,7 @@ class Contact:
 
 # ---- Results on their way: from the machine into job_results ----
 
-GATHER_S = 1.0                      # for which results wait for others, to share one copy
+GATHER_S = 1.0                      # how long results wait for others, to share one copy
 GATHER_JOBS = 200
 CLEAN_JOBS = 50
 
@@ -10931,8 +10931,8 @@ class Leavings:
         self.folder = None                  # where they lie, below jobs/
         self.back = []                      # paths './a' to fetch
         self.modes = {}                     # {path: mode} of paths made readable to be fetched
-        self.kept = []                      # paths that could not be fetched, and stay there
-        self.size = 0                       # in bytes, if that is much
+        self.kept = []                      # paths that could not be fetched: they stay there
+        self.size = 0                       # in bytes; 0 if it is below 1 MB
         self.too_large = ''                 # why its files stay on the machine
         self.odd = []                       # (mark, path): '!' does not exist, '?' is no file
 
@@ -10960,8 +10960,8 @@ def read_leavings(entries):
 class Collector:
     """Fetches the results of one machine: those of many attempts with one copy.
 
-    It fetches the attempts that ended and whose files were listed.  If contact is lost, the copy
-    ends with it, and they are still to be fetched.
+    It fetches the results of attempts that ended and whose list of files has arrived.  If contact
+    is lost, the copy ends too; after the next login these results are fetched again.
     """
 
     def __init__(self, worker):
@@ -10973,7 +10973,7 @@ class Collector:
     # Lists of what attempts left
 
     def add(self, attempt, entries):
-        """Collect an attempt that ended; entries: its list, or only @ if it must be asked for."""
+        """Collect an attempt that ended; entries: its list, or only @ if the list comes later."""
         if entries == [('@', '')]:
             self._ask(attempt)
         else:
@@ -11003,7 +11003,7 @@ class Collector:
             self._worker.contact.send('list', attempt.key)
 
     def on_back(self, key, entries):
-        """Take the list of an attempt that arrived apart from its end, if it is still missing."""
+        """Use the list of an attempt that came after the event of its end, if it has none yet."""
         attempt = self._unlisted(key)
         if attempt:
             self._list_came(attempt, entries)
@@ -11034,7 +11034,7 @@ class Collector:
         self.go_on(attempt)
 
     def go_on(self, attempt):
-        """Put an attempt in place, or have it fetched, if it is listed and no follower runs."""
+        """Put results in place or have them fetched, if their list is here and no follower runs."""
         if attempt.leavings is None or attempt.state not in ARRIVING or (
                 self._worker.jobs.is_followed(attempt)):
             return
@@ -11067,7 +11067,7 @@ class Collector:
             f'{attempt.name}: {sentence(what)} It is kept on {self._worker.name}, in '
             f'{self._worker.contact.home}/jobs/{attempt.leavings.folder}')
 
-    # Fetching it
+    # Fetching results
 
     def fetch_if_due(self):
         """Fetch waiting results if they waited long enough, are many, or no more can come soon."""
@@ -11083,7 +11083,7 @@ class Collector:
             worker.contact.flows.start(self._fetch(waiting))
 
     def _fetch(self, attempts):
-        """A flow: fetch what these attempts left into an empty folder, then put it in place."""
+        """A flow: fetch the files of attempts into an empty folder, then put them in place."""
         worker, results = self._worker, self._client.results
         names = [name for attempt in attempts for name in self._names(attempt)]
         folders, receivers = [], []
@@ -11096,7 +11096,7 @@ class Collector:
 
         try:
             try:
-                # Only Linux can confine rsync; that of macOS writes wherever a machine tells it.
+                # Only Linux can confine rsync; rsync on macOS writes wherever a machine tells it.
                 way, end = yield from carry(worker.contact, worker, copy, LINUX,
                                             len(names) > MANY_NAMES)
             except OSError as error:        # no folder can be made
@@ -11107,7 +11107,7 @@ class Collector:
             if end.full:
                 trouble = 'the disk here is full'
             for attempt in [one for one in attempts if one.state in ARRIVING]:
-                if trouble:         # files that arrived may be cut off, and others are missing
+                if trouble:         # files that arrived may be incomplete, others are missing
                     self._keep(attempt, trouble)
                 else:
                     self._collect(attempt, folders[-1], complaint_line(end.text))
@@ -11135,7 +11135,7 @@ class Collector:
                 if stream.content is None and not self._has_grown(attempt, name, stream)]
 
     def _has_grown(self, attempt, name, stream):
-        """Tell whether all of a stream was shown, and lies in job_results if it belongs there."""
+        """Tell whether a whole stream was shown, and is in job_results if it is to be kept."""
         return stream.here == stream.size and (not attempt.how.keep or (
             stream.stored and self._client.results.has(attempt.name, name, stream.size)))
 
@@ -11144,7 +11144,7 @@ class Collector:
         return [*(f'./{attempt.key}.{stream}' for stream in self._missing_streams(attempt)),
                 *(f'./{attempt.leavings.folder}/{path[2:]}' for path in attempt.leavings.back)]
 
-    # Putting it in place
+    # Putting results in place
 
     def _collect(self, attempt, folder, complaint):
         """Put in place the files of one attempt that arrived in `folder`."""
@@ -11152,7 +11152,7 @@ class Collector:
                    for stream in self._missing_streams(attempt)}
         complaint = complaint or 'it did not arrive'
         left = attempt.leavings
-        work = os.path.join(folder, left.folder or 'work')      # without one nothing was listed
+        work = os.path.join(folder, left.folder or 'work')      # without one no file was listed
         # A machine may send anything: a link here could lead to files of the user.
         if os.path.islink(work):
             self._keep(attempt, 'a link arrived in the place of its folder')
@@ -11187,7 +11187,7 @@ class Collector:
         self._commit(attempt, streams, work)
 
     def _commit(self, attempt, arrived, work):
-        """Put the results in their final place; then have the originals removed, unless kept.
+        """Put the results in place; have them removed from the machine, unless it keeps some.
 
         arrived: {stream: path} of the streams that a copy fetched
         """
@@ -11208,7 +11208,7 @@ class Collector:
             self.clean(CLEAN_JOBS)
 
     def _put_in_place(self, attempt, streams, work, kept):
-        """Move what arrived to its place, and note that; return what stays on the machine."""
+        """Move the files to their place, and note that; return which ones stay on the machine."""
         results, lives, name = self._client.results, self._worker.lives, attempt.name
         if attempt.state == 'stopped':
             lives.move(attempt, 'cancelled', kept=kept)
@@ -11225,8 +11225,8 @@ class Collector:
         return kept
 
     def _add(self, attempt, work):
-        """Add files that an earlier run could not fetch to the results; return those in the way.
-        """
+        """Add files that an earlier run could not fetch to the results; return the paths of those
+        that stay on the machine, since job_results has other files there."""
         others = self._client.results.add(attempt.name, work)
         if others:
             self._warn_of(attempt, f'job_results/{attempt.name} has another '
@@ -11248,7 +11248,7 @@ class Collector:
     # Tidying up
 
     def forget(self, *keys):
-        """Have the results of these jobs removed from the machine: nobody wants them."""
+        """Have the results of these jobs removed from the machine: nobody needs them."""
         self._cleanable += keys
 
     def clean(self, least=0):
@@ -11261,18 +11261,18 @@ class Collector:
 
 # ---- Worker: one machine, its contact and its jobs ----
 
-SETTLED_S = 5.0                     # for a machine to report how jobs ended that ran before
-ENDING_S = 1.0                      # to hear that a job has ended, after its input has failed
-FOLLOW_AFTER_S = 0.08               # the output of a job that ends sooner comes with its end
+SETTLED_S = 5.0                     # for a machine to report how jobs of earlier logins ended
+ENDING_S = 1.0                      # to learn that a job has ended, after its input has failed
+FOLLOW_AFTER_S = 0.08               # if a job ends sooner, the event of its end has the output
 BEYOND = 2**62                      # more bytes than any stream has
 KILL_GRACE_S = 5
 MEASURE_LEAST_S = 1.0               # between two looks at a machine's free resources
 MEASURE_SHARE = 0.01                # of a core, at most, for such looks
-MEASURE_LIMIT_S = 60.0              # a look unanswered for longer has failed; also the most delay
+MEASURE_LIMIT_S = 60.0              # for the answer to a look; also the longest pause after one
 DRAIN_S = 10.0                      # a follower silent this long after the end of its job is dead
 FACTS_S = 1.0                       # for a machine to report its facts, at the end
 FAREWELL_S = 30.0                   # for tidying up on the machine
-RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before reconnecting; it doubles
+RETRY_S, LONGEST_RETRY_S = 1.0, 60.0    # before reconnecting; doubles each time
 
 
 class Gauge:
@@ -11287,10 +11287,10 @@ class Gauge:
         self._worker = worker
         self._facts = []                    # what the probe has reported so far
         self._is_asked = False              # a look is under way
-        self._sample = None                 # the last one, to compare the next one with
+        self._sample = None                 # the last Sample, to compare with the next one
         self._ended_keys = set()            # of jobs that ended since the last sample
-        self._ended_ticks = 0               # processor time that those used since then
-        self._number, self._asked_at = 0, 0.0       # of the current look, or the last one
+        self._ended_ticks = 0               # processor time that those jobs used since then
+        self._number, self._asked_at = 0, 0.0       # of the current look, else of the last one
         self._due = None                    # when the next look is due, or None
         self._cost_s = 0.0                  # seconds of a core that the last look took
         self._facts_since = None            # when a job was first claimed over this contact
@@ -11309,7 +11309,7 @@ class Gauge:
             self._facts.append((key, value))
 
     def ended(self, key, cpu_ticks):
-        """Note that a job has ended, after this processor time (1/100 s)."""
+        """Note that a job has ended; cpu_ticks: the processor time that it used, in 1/100 s."""
         self._ended_keys.add(key)
         known = self._sample.ticks.get(key, 0) if self._sample else 0
         self._ended_ticks += max(cpu_ticks - known, 0)
@@ -11407,9 +11407,9 @@ class Gauge:
                              self._facts_since or time.time())
 
     def on_measured(self, number, cost_cs):
-        """Use the facts of a look, which are complete; it took this much of a core (1/100 s)."""
+        """Use the facts of a look that is complete; cost_cs: its processor time, in 1/100 s."""
         if number != self._number:
-            self._facts = []                # of a look that was given up
+            self._facts = []                # they are of a look that was given up
         elif self._is_asked:
             self._cost_s, self._due, self._is_asked = cost_cs / 100, None, False
             self.understand()
@@ -11420,7 +11420,7 @@ class Terms(NamedTuple):
     """How to log in to a machine."""
     want_gpus: bool = True          # nvidia-smi is asked
     tied: bool = False              # the jobs end with the contact
-    checks: bool = False            # the machine reports more than a probe has
+    checks: bool = False            # the machine also reports facts for --check
 
 
 class Seeking:
@@ -11429,8 +11429,8 @@ class Seeking:
     def __init__(self, terms):
         self.terms = terms
         self.asks = True                    # the machine is asked for its resources
-        self.retry = 'never'                # when to try again, after it failed; see SSH_COMPLAINTS
-        self.began = time.monotonic()       # when it was first tried
+        self.retry = 'never'                # when to try again after a failure: see SSH_COMPLAINTS
+        self.began = time.monotonic()       # when the first login began
         self.was_ready = False              # there was contact
         self.contacts = 0
         self.tries = 0                      # since the last contact
@@ -11462,8 +11462,8 @@ class Followers:
     """Sessions beside the channel, each of which brings the output of one attempt byte for byte.
 
     They are flows of one contact.  A job writes to files on its machine, and its follower reads
-    these: so execute_remote can be killed at any byte and attach again, and neither a slow reader
-    nor a broken link holds up a job.  The price is disk space on both sides.
+    these files.  So execute_remote can be killed at any byte and attach again, and a slow reader
+    or a broken link never delays a job.  The price is disk space on both sides.
     """
 
     def __init__(self, worker):
@@ -11475,7 +11475,7 @@ class Followers:
         return attempt.key in self._processes
 
     def start(self, attempt):
-        """Begin to bring its output; an attempt that soon ends needs no session for that."""
+        """Begin to bring the output of an attempt, unless it ends within FOLLOW_AFTER_S."""
         if not self.has(attempt):
             self._worker.contact.flows.start(self._follow(attempt))
 
@@ -11551,8 +11551,8 @@ KILLED_WITH_GROUP = b'with its whole process group'
 def await_look(worker, is_busy):
     """A flow: wait before the next look at the jobs of a machine.
 
-    is_busy: tells whether jobs began or ended lately.  At a cluster only a look shows that, and
-    other jobs follow them soon.
+    is_busy: tells whether jobs began or ended lately.  A cluster is then looked at again sooner:
+    other jobs will follow, and only a look shows that.
     """
     pause_s = REFRESH_S + len(worker.lives.of(worker, *ALIVE)) / 100
     if not worker.machine.engine:
@@ -11565,7 +11565,7 @@ def await_look(worker, is_busy):
 
 
 class JobControl:
-    """The attempts on one machine: starts and stops them, and hears what becomes of them."""
+    """The attempts on one machine: starts and stops them, and handles the events about them."""
 
     def __init__(self, worker):
         self._stops = 0                     # requests to stop jobs that have no answer yet
@@ -11580,7 +11580,7 @@ class JobControl:
         self._stops, self._followers = 0, Followers(self._worker)
         for attempt in self._worker.lives.of(self._worker, 'placed'):
             if attempt.stage:
-                self._prepare(attempt)      # its files are not on the machine
+                self._prepare(attempt)      # the new contact has not sent its files
 
     def close(self):
         """Stop bringing output: the contact is about to close, and the jobs keep running."""
@@ -11608,7 +11608,7 @@ class JobControl:
     def claim_placed(self):
         """Claim in the journal the placed Attempts whose files are on the machine; return these.
 
-        Starts has their starts sent once the journal is on the disk.
+        Starts has them started once the journal is on the disk.
         """
         worker, results, claimed = self._worker, self._client.results, []
         for attempt in worker.lives.of(worker, 'placed') if worker.state == 'ready' else ():
@@ -11650,7 +11650,7 @@ class JobControl:
                 self._followers.start(attempt)
             if attempt.state in ('claimed', 'queued'):
                 self._worker.lives.move(attempt, 'running')
-            # A request to stop it had no contact to be sent over, or may not have arrived.
+            # There was no contact to send a request to stop it, or the request may be lost.
             if attempt.state == 'stopping' or self._worker.run.wishes.unwanted(attempt):
                 self.end([attempt])
 
@@ -11662,7 +11662,7 @@ class JobControl:
     # Asking, after contact was lost or this program was started again
 
     def ask(self):
-        """Ask about each attempt that may run there; a start that has not arrived is revoked."""
+        """Ask about each attempt that may run there; the machine revokes starts not arrived yet."""
         worker = self._worker
         attempts = worker.lives.of(worker, *ALIVE)
         self._inherited, self._killed = {attempt.key for attempt in attempts}, set()
@@ -11674,7 +11674,7 @@ class JobControl:
             worker.contact.flows.start(self._await_ends())
 
     def _await_ends(self):
-        """A flow: once it is known how jobs ended, warn of what may have killed them."""
+        """A flow: wait until the machine has reported how jobs ended, then see _explain_killed."""
         yield SETTLED_S
         self._explain_killed()
 
@@ -11698,7 +11698,7 @@ class JobControl:
     # Output and input
 
     def watch(self):
-        """A flow: ask again and again what the jobs have written, and whether they live."""
+        """A flow: ask repeatedly for the new output of the jobs, and whether they live."""
         worker = self._worker
         while True:
             yield from await_look(worker, lambda: self._heard + REFRESH_S > time.monotonic())
@@ -11712,7 +11712,7 @@ class JobControl:
                 worker.contact.send('watch', *fields)
 
     def on_growth(self, key, stream, offset, data):
-        """Take what a job has written, from this byte on."""
+        """Take new output of a job; offset: that of its first byte in the stream."""
         attempt = self.alive(key)
         if attempt and not self.is_followed(attempt):
             attempt.streams[stream].bring(offset, data)
@@ -11753,10 +11753,10 @@ class JobControl:
         """Note that a job has ended; back: the list of what it left."""
         attempt = self.alive(key)
         if not attempt:
-            return      # it was reported already, or is another run's
+            return      # its end was reported before, or another run has the job
         worker, self._heard = self._worker, time.monotonic()
         worker.gauge.ended(key, cpu_cs)
-        # If only its record is left on the machine, the processor time is not known.
+        # The processor time is unknown if the machine has nothing but the record of the end.
         was_seen = cpu_cs > 0 or time_cs > 0 and key not in self._inherited
         result = attempt.result = JobResult(
             attempt.name, worker.name, status, time_cs / 100, attempt.gpus,
@@ -11764,7 +11764,7 @@ class JobControl:
             self._client.journal.started(attempt.name))
         attempt.streams['out'].complete(*out)
         attempt.streams['err'].complete(*err)
-        # Before its results are put in place, so that `ended` always comes before `collected`.
+        # The results are put in place after this, so `ended` always comes before `collected`.
         if attempt.state == 'stopping':
             worker.lives.move(attempt, 'stopped')
         else:
@@ -11781,7 +11781,7 @@ class JobControl:
         self._followers.ended(attempt)
 
     def on_used(self, key, peak_kb):
-        """Note the size that the memory of a job's processes was seen at."""
+        """Note how much memory the processes of a job use; keep the highest value."""
         attempt = self.alive(key)
         if attempt:
             attempt.peaks_mb[0] = max(peak_kb // 1024, attempt.peaks_mb[0] or 0)
@@ -11798,7 +11798,7 @@ class JobControl:
             self._worker.report.left(self._worker.name, attempt.name, text)
 
     def on_held(self, key):
-        """Note that another batch took the room of a job first; the job is not on the machine."""
+        """Note that a job was not started, since another batch took its room first."""
         attempt = self.alive(key)
         if attempt:
             self._worker.lives.move(attempt, 'held')
@@ -11826,7 +11826,7 @@ class JobControl:
         return self._stops > 0
 
     def end(self, attempts):
-        """Stop these attempts, with all that they started; those not started are returned."""
+        """Stop these attempts, with all that they started; those not started become `returned`."""
         worker, keys = self._worker, []
         for attempt in attempts:
             if attempt.state == 'placed':
@@ -11840,7 +11840,7 @@ class JobControl:
             worker.contact.send('cancel', KILL_GRACE_S, *keys)
 
     def on_cancelled(self, pids):
-        """Note that jobs were stopped, but for these processes."""
+        """Note that jobs were stopped; pids: processes of theirs that could not be killed."""
         self._stops = max(self._stops - 1, 0)
         if pids:
             self._worker.report.survivors(self._worker.name, pids)
@@ -11865,7 +11865,7 @@ class Queued:
     def __init__(self, worker):
         self.refusals = {}
         self.refusal = ''                   # why the engine last took no job
-        self.is_full = False                # it was because there are too many in its queue
+        self.is_full = False                # the reason was that its queue has too many jobs
         self._worker = worker
 
     def ask_fits(self):
@@ -11900,7 +11900,7 @@ class Queued:
         if not attempt or attempt.state not in ('claimed', 'queued'):
             return
         before = attempt.place or Place('')
-        # Without a reason it answers `start` or `adopt`, and an earlier `withdraw` may be lost.
+        # Without `why` this event answers `start` or `adopt`; an earlier `withdraw` may be lost.
         attempt.place = before._replace(number=number or before.number, why=why or before.why,
                                         start=start, moves_to=before.moves_to if why else None)
         if attempt.state == 'claimed' or attempt.place[:2] != before[:2]:
@@ -11910,11 +11910,11 @@ class Queued:
             worker.jobs.end([attempt])
 
     def on_preempted(self, key, why):
-        """Note that a job is gone, by no fault of its own or of the machine."""
+        """Note that a job is gone, and that neither the job nor the machine caused this."""
         self._worker.jobs.gone('preempted', key, why)
 
     def withdraw(self, attempt, machine):
-        """Take an attempt back, for another Worker that has room; it may have begun meanwhile."""
+        """Ask for an attempt back, to run it on another machine, unless it has begun meanwhile."""
         if self._worker.state == 'ready':
             attempt.place = attempt.place._replace(moves_to=machine)
             self._worker.contact.send('withdraw', attempt.key)
@@ -11923,8 +11923,8 @@ class Queued:
 class Worker:
     """A machine at work for a run: the contact with it, and the jobs on it.
 
-    state: new, connecting, ready, away (contact was lost, and it tries to reconnect), closing,
-    closed or failed; `why` has the reason.
+    state: new, connecting, ready, away (contact was lost, and the Worker tries to reconnect),
+    closing, closed or failed; `why` has the reason.
 
     report: called with news: warning(text), sent(name, stage), left(name, job, text), survivors(…)
     run: its owner, which has `lives`, `policy` and `wishes`, and hears machine_changed(worker,
@@ -11973,7 +11973,7 @@ class Worker:
 
     @property
     def retry(self):
-        """Return when to try again, after it failed: see SSH_COMPLAINTS."""
+        """Return when to try again after a failure: see SSH_COMPLAINTS."""
         return self._seeking.retry
 
     @property
@@ -11989,7 +11989,7 @@ class Worker:
     # Contact
 
     def connect(self, want_gpus=True, tied=False, checks=False):
-        """Begin to log in.  tied: the jobs end with the connection; checks: see Terms."""
+        """Begin to log in; for want_gpus, tied and checks see Terms."""
         self._seeking = Seeking(Terms(want_gpus, tied, checks))
         self._log_in()
 
@@ -12001,7 +12001,7 @@ class Worker:
         self.contact.open(self._seeking.terms)
 
     def reconnect(self):
-        """Log in once more, after it failed or contact was lost."""
+        """Log in again, after a failed login or a loss of contact."""
         if self.state in ('closing', 'closed') or not self.contact.is_over:
             return
         self.gauge.renew()
@@ -12025,15 +12025,15 @@ class Worker:
         self.contact.send('enter')
 
     def unanswered(self, so=''):
-        """Return what to print behind its name: it has not answered yet, `so`, and why."""
+        """Return the text to print behind its name: no answer yet, then `so`, then the reason."""
         why = self.contact.hindrance() or (self.why if self._seeking.tries else '')
         return (f'did not answer within {time.monotonic() - self._seeking.began:.0f} s{so}'
                 + (f': {why}' if why else ''))
 
     def contact_lost(self, why, retry):
-        """Note that contact is lost: starts not sent are returned; jobs keep running, unseen.
+        """Note that contact is lost.  Attempts not started become `returned`; jobs keep running.
 
-        If there was contact before, it tries to reconnect for the client's away_limit_s.
+        If there was contact before, the Worker tries to reconnect for the client's away_limit_s.
         """
         if self.state == 'closing':
             self.state = 'closed'
@@ -12051,7 +12051,7 @@ class Worker:
 
     def _after_loss(self, retry):
         """Reconnect after a while, unless contact is lost for good; return the next state."""
-        # Only time awake counts (CLOCK_MONOTONIC): a laptop may sleep as long as it likes.
+        # CLOCK_MONOTONIC does not count the time that a laptop sleeps.
         seeking, now = self._seeking, time.monotonic()
         if seeking.away_since is None:
             seeking.away_since = now
@@ -12100,7 +12100,7 @@ class Worker:
         self.jobs.start(attempt)
 
     def ask(self):
-        """Ask what became of each attempt that may run there."""
+        """Ask about each attempt that may run there."""
         self.jobs.ask()
 
     def measure(self, within_s=0.0):
@@ -12116,16 +12116,16 @@ class Worker:
     def hear(self, event, values):
         """Act on an event of the remote runner."""
         if self.state == 'closing' and event != 'finished':
-            return          # no request can follow any more: the next run hears of it
+            return          # no request can be sent any more; the next run learns of this
         # Exactly one of these parts has the handler: tests/test_structure.py.
         (handler,) = filter(None, (getattr(part, f'on_{event}', None) for part in (
             self, self.jobs, self.collector, self.gauge, self.queue)))
         handler(*values)
 
     def on_account(self, which):
-        """Note which account it is.  If two names are of one account, use only one of them.
+        """Note the account of this machine.  If two names are of one account, use one of them.
 
-        That is the first in the user's order, unless the other is at work or has done its work.
+        Use the first in the user's order, unless the one connected earlier has jobs or is closed.
         """
         other = self.client.accounts.get(which, self)
         self.client.accounts[which] = self
@@ -12141,7 +12141,7 @@ class Worker:
 
     @property
     def is_at_work(self):
-        """Tell whether this run has started a job there, or heard of one."""
+        """Tell whether this run has started a job there, or got news of one."""
         return self._seeking.was_ready and any(
             not attempt.is_inherited or attempt.state not in ('claimed', 'stopping')
             for attempt in self.lives.of(self, *UNCOLLECTED))
@@ -12155,7 +12155,7 @@ class Worker:
         self.report.warning(f'{self.name}: {text}')
 
     def on_ready(self, home, rsync):
-        """Use the machine from now on; all facts that were asked for have arrived."""
+        """Use the machine from now on: all requested facts have arrived."""
         if self.state != 'connecting':
             raise WireError('it reported twice that it is ready')
         if self._seeking.asks:
@@ -12172,7 +12172,7 @@ class Worker:
         self.client.starts.soon(self.jobs)
 
     def _resume(self):
-        """Take up what earlier runs, or earlier contacts, have left on the machine."""
+        """Deal with the jobs and results that earlier runs or contacts left on the machine."""
         useless, stray = self.client.journal.remains(self.machine.address)
         self.collector.forget(*useless)     # of runs that were killed before they could tidy up
         if stray:
@@ -12191,7 +12191,7 @@ class Worker:
         self.contact.lose(f'the machine could not store the files: {why}')
 
     def on_others(self, listed=b''):
-        """Show jobs that other journals claimed, but for the journals of this job_results."""
+        """Show jobs that journals of other job_results claimed."""
         if not self.run.policy.wants_others:
             raise WireError('it reported jobs of others, unasked')
         fields = listed.split(b'\0')[:-1]
@@ -12209,16 +12209,16 @@ class Worker:
         self.run.view.others(self, jobs)
 
     def on_pong(self, _number):
-        """Do nothing: that the event has arrived is enough."""
+        """Do nothing: Contact has noted that the machine answers."""
 
     def on_finished(self):
-        """Kill ssh, now that the machine is tidy: to let it log out would take 40 ms."""
+        """Kill ssh, now that the machine is tidy: a regular logout would take 40 ms."""
         if self.state != 'closing':
             raise WireError('it reported that it has finished, unasked')
         self.state = 'closed'
         self.contact.end()
         if self.client.results:
-            with contextlib.suppress(ResultsError):     # then the next run tidies it again
+            with contextlib.suppress(ResultsError):     # then the next run tidies up again
                 self.client.journal.tidied(self.machine.address)
 
 
@@ -12237,7 +12237,7 @@ def need_of(attempt, machine):
                      str(int(wanted.reserve)), *gpus])
 
 
-# The remote runner replaces these: by what the machine has, and on a node by the job's GPUs.
+# The remote runner replaces these by the machine's cores and MB, on a node by the job's GPUs.
 ALL_CORES, ALL_MEMORY, ITS_GPUS = '\2', '\3', '\4'
 
 
@@ -12271,7 +12271,7 @@ def gpu_memory(facts):
 # ---- Visits: into a job while it runs ----
 
 class Ports:
-    """Ports of a machine, reached at the loopback address here as long as a login lasts.
+    """Ports of a machine, reached at the loopback address of this computer while a login lasts.
 
     pairs: (port here, port of the machine) of each
     """
@@ -12281,7 +12281,7 @@ class Ports:
         self.are_open = False           # or were before contact was lost
 
     def check(self, machine):
-        """Raise if a port here cannot be used; the ports of localhost are here already."""
+        """Raise if the machine is a cluster, or if a port here cannot be used."""
         import socket
         if machine.engine and self.pairs:
             here, there = self.pairs[0]
@@ -12302,7 +12302,7 @@ class Ports:
                                          + f' Try: --forward {other}:{there}') from None
 
     def open(self, login):
-        """A flow: have the ssh of a login, a Contact or a Visit, forward them; print that once."""
+        """A flow: have the ssh of a login (Contact or Visit) forward the ports; print each once."""
         connection = login.connection
         for here, there in self.pairs:
             if connection.machine.host:
@@ -12362,8 +12362,8 @@ HINTS = 3                   # times that a shell gets SIGHUP before it is killed
 class Visit:
     """A separate login to a machine where a job runs, for a shell beside the job and for ports.
 
-    It needs no client and disturbs none.  Its processes have neither the marks nor the open files
-    by which the remote runner knows which processes belong to a job.
+    It needs no client, and does not disturb one that runs.  The remote runner knows the processes
+    of a job by marks and open files; the processes of a Visit have neither.
     """
 
     def __init__(self, machine, name, key, client):
@@ -12382,7 +12382,7 @@ class Visit:
         return self._client.processes.start(argv, on_output, None)
 
     def open(self):
-        """Log in and find the job; raise if there is no way in."""
+        """Log in and find the job; raise if the shell cannot be opened."""
         machine, processes = self._machine, self._client.processes
         if machine.host:
             write_configurations(self.connection)
@@ -12426,13 +12426,13 @@ class Visit:
         self._shell = processes.start(
             self.connection.shell(self._path, os.isatty(0), alone), None,
             lambda status, _: ended.append(status), terminal=True)
-        # It has no pipes, whose end would show that it has ended.
+        # The shell has no pipes, so only SIGCHLD shows that it has ended.
         before = signal.signal(signal.SIGCHLD, lambda *_: processes.wake())
         hints = 0
         try:
             while not ended:
                 processes.wait(TICK_S)
-                if self._told and not ended:    # bash misses a signal as it begins to read a line
+                if self._told and not ended:    # bash may miss a signal when it starts to read
                     hints += 1
                     self._shell.popen.send_signal(signal.SIGHUP if hints < HINTS else
                                                   signal.SIGKILL)
@@ -12441,7 +12441,7 @@ class Visit:
         return ended[0]
 
     def _is_unused(self):
-        """Ask the machine whether the shell has not begun; return False without an answer."""
+        """Tell whether the machine reports that the shell never began; False without an answer."""
         self._said = b''
         self._process.write(b'\n')
         self._client.wait_while(lambda: not (self._end or b'\n' in self._said),
@@ -12449,13 +12449,13 @@ class Visit:
         return self._said.startswith(b'unused')
 
     def interrupt(self, number, _frame):
-        """Leave Ctrl-C to a shell that has the terminal; else, and on SIGTERM, end the shell."""
+        """Stop the shell on SIGTERM, and on Ctrl-C unless the shell has the terminal."""
         if self._shell and (number == signal.SIGTERM or not os.isatty(0)):
             self._told = number
             self._shell.popen.send_signal(signal.SIGHUP)    # a bash at a terminal ignores SIGTERM
 
     def close(self):
-        """Have the machine remove files that the shell has left, and log out."""
+        """Have the machine remove the files of the shell, and log out."""
         if self._process:
             self._process.close_stdin()
             self._client.wait_while(lambda: not self._end, time.monotonic() + TICK_S)
@@ -12478,11 +12478,11 @@ class Visit:
         self._end = end
 
 
-MOST_PARTS = 10_000         # files and folders of a machine: more would hold up all else here
+MOST_PARTS = 10_000         # files and folders of a machine: more would block this client
 
 
 class SyncBack:
-    """Fetches some paths of all running jobs again and again (--sync-back): one rsync a machine.
+    """Fetches some paths of all running jobs at intervals (--sync-back): one rsync a machine.
 
     Results go first: when a job ends, the rsync of its machine is killed, and none begins while
     results are on their way.  The next rsync brings the rest of a file.  rsync writes in place:
@@ -12502,7 +12502,7 @@ class SyncBack:
         self._client.flows.start(self._keep(view.run))
 
     def changed(self, attempt, _before):
-        """Kill the rsync, or remove its files, if the new state of an attempt requires that."""
+        """Kill the rsync when a job ends; remove partial files of the job that are obsolete."""
         worker = attempt.machine
         if attempt.state in ('ended', 'stopped') and worker in self._rsyncs:
             self._rsyncs[worker].kill()
@@ -12515,7 +12515,7 @@ class SyncBack:
         """Do nothing for a job that is gone without a result, and is not started again."""
 
     def _keep(self, run):
-        """A flow: at each interval fetch what the jobs of all machines have written."""
+        """A flow: at each interval fetch the paths from all machines."""
         while True:
             yield self._every_s
             for worker in run.workers:
@@ -12523,7 +12523,7 @@ class SyncBack:
                     worker.contact.flows.start(self._serve(worker))
 
     def _serve(self, worker):
-        """A flow: fetch the paths once from a machine, after results that are on their way."""
+        """A flow: wait for results that are on their way, then fetch the paths once."""
         self._busy.add(worker)
         try:
             while worker.lives.any_of(worker, *ARRIVING):
@@ -12682,7 +12682,7 @@ class MachineRunner:
 
     Further signals: register(event, callback), with the events of SIGNALS.
 
-    It does not wait by itself: call Processes.wait of its session, or its wait(), for callbacks.
+    It does not wait by itself: to get events, call its wait(), or Processes.wait of its session.
     spacing_s is the least time between two starts, in seconds.  The default is 0, since a start
     over the channel is no login.
 
@@ -12703,7 +12703,7 @@ class MachineRunner:
         'held': ('job_name',),                          # another batch took its room first
         'lost': ('job_name', 'reason'),                 # it is gone without a result
         'absent': ('job_name',),                        # its start never arrived
-        'left': ('job_name', 'text'),                   # processes that it started outlive it
+        'left': ('job_name', 'text'),                   # its processes run after its end
         'survivors': ('text',),                         # processes that could not be killed
         'sent': ('stage',), 'warning': ('text',),
     }
@@ -12726,7 +12726,7 @@ class MachineRunner:
         self._callbacks = {event: [] for event in self.SIGNALS}
         self._spacing_s, self._next_start = spacing_s, 0.0
         self._queue = collections.deque()   # Attempts that the Worker does not have yet
-        self._unheard = set()               # keys of those that ended before their sink had all
+        self._unheard = set()               # keys of attempts that ended before their sink had all
 
     def __enter__(self):
         self.connect()
@@ -12865,11 +12865,11 @@ class MachineRunner:
             raise SchedulerError(f'{self.name}: {sentence(self.reason)}')
 
     def cancel(self):
-        """Stop all jobs there, with all that they started; return those not started.
+        """Stop all jobs there, with all that they started; signal `returned` for those not started.
 
-        Without contact, only return those not started.
-        What stopped jobs leave is set aside, and their end is no signal.  survivors(text) is, if
-        a process could not be killed.
+        Without contact, jobs that run are not stopped.  The partial results of stopped jobs are set
+        aside.  The end of a stopped job is no signal; a process that could not be killed is one:
+        survivors(text).
         """
         self._worker.stop()
 
@@ -12883,10 +12883,10 @@ class MachineRunner:
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         placement              its Placement by MachineResources: other batches then respect it
-        sink                   called with 'out' or 'err' and bytes, as they come, from the first on
+        sink                   called with ('out' or 'err', bytes) as output arrives, from byte 0 on
         keep                   put its streams into job_results, even though they have a sink
-        mode                   'stdin': its input is what comes from the file descriptor `source`,
-                               else it is empty
+        mode                   'stdin': its input comes from the file descriptor `source`, else it
+                               has none
         timeout_s              stop it after this many seconds, with exit status 124
         """
         job_name = job_name or f'job.{os.getpid()}.{time.time_ns()}'
@@ -12960,10 +12960,10 @@ class Inbox:
     ID.taken      the same, once the client acts on it
     ID.answer     {"lines": [a sentence, …], "error": "", "status": 0}
 
-    They are written beside their place and renamed, so that none is read in part.  IDs sort by
-    time.  The command that asks waits for the answer; if the client ends before it acts, the
-    command takes the request back and acts alone.  If both were killed, the next client acts on
-    it.  The journal has the id before the answer is there, so that no request is acted on twice.
+    Each file is written under another name and renamed, so nobody reads a part of one.  IDs sort
+    by time.  The command that asks waits for the answer.  If the client ends before it acts, the
+    command removes the request and acts alone.  If both were killed, the next client acts on the
+    request.  An id is in the journal before its answer, so no client acts twice on a request.
     """
 
     def __init__(self, results, batch):
@@ -12974,9 +12974,9 @@ class Inbox:
     # The command that asks
 
     def ask(self, action, **facts):
-        """Return the Answer of the client; None if none runs the batch, or it ended first.
+        """Return the Answer of the client; None if no client runs the batch, or it ended first.
 
-        Raises ResultsError if it does not answer in time.
+        Raises ResultsError if the client does not answer in time.
         """
         number = f'{time.time_ns():020}-{os.getpid()}'
         holder = self._results.lock.holder
@@ -13017,7 +13017,7 @@ class Inbox:
         return None
 
     def _take_back(self, number, end='request'):
-        """Remove a request; return whether it was still there.  Else the client acts on it now."""
+        """Remove a request; return False if it is gone: then the client acts on it."""
         try:
             os.unlink(os.path.join(self.folder, f'{number}.{end}'))
         except FileNotFoundError:
@@ -13132,14 +13132,14 @@ def workers_for(machines, client, reporter, first=0):
 
 
 class Editions:
-    """Gives lines that are added to a running batch the files as they are at that moment.
+    """Gives lines that are added to a running batch the files of that moment.
 
     batch_file: its path; a change of this file changes nothing for the jobs
     """
 
     def __init__(self, files, batch_file):
         self._files, self._batch_file = files, os.path.normpath(batch_file)
-        self._newest = {}               # Forwards -> the same with the edition that was sent last
+        self._newest = {}               # Forwards -> the same, with the edition sent last
         self._count = 0
 
     def of_now(self, jobs):
@@ -13183,7 +13183,7 @@ class Desk:
         return number in self._results.lock.asked_before
 
     def open(self, is_dry=False):
-        """Act on requests that a killed client left, and from now on on all new ones."""
+        """Act on requests that a killed client left; from now on, act on new ones."""
         if not is_dry:
             self._inbox.tidy()
             self.look()
@@ -13246,7 +13246,7 @@ class Desk:
                              ('fetching', ('ended', 'incomplete')), ('kept', ('kept',))):
             for attempt in run.lives.all_of(*states):
                 is_away = word == 'running' and attempt.machine.state != 'ready'
-                # An earlier run may have heard of its end, without fetching its results.
+                # An earlier run may have noted the end of the job without fetching its results.
                 has_ended = self._results.journal.record(attempt.name).get('state') == 'ended'
                 places[attempt.name] = ('fetching' if has_ended else 'away' if is_away else word,
                                         attempt.machine.name)
@@ -13395,7 +13395,7 @@ class Desk:
             if worker:
                 run.fleet.take_back(worker)
             else:
-                for former in same:         # else the new one would be taken for a second name
+                for former in same:         # else on_account would refuse the new Worker
                     run.client.accounts = {which: other for which, other
                                            in run.client.accounts.items() if other is not former}
                 (worker,) = workers_for([machine], run.client, self._report, len(run.workers))
@@ -13408,7 +13408,7 @@ class Desk:
         return joined
 
     def _take_up(self, worker):
-        """Collect jobs that an earlier run has begun on a machine that was not named until now."""
+        """Take up jobs that an earlier run began on this machine, which is in use only now."""
         run, plan = self._run, self._run.view.plan
         there = {name for name, address in plan.elsewhere.items()
                  if address == worker.machine.address}
@@ -13459,7 +13459,7 @@ class Edit(NamedTuple):
     gone: frozenset                 # names of other Jobs whose lines are gone
     back: dict                      # name -> Job of other lines that were gone and have returned
     added: tuple                    # Jobs to run, too
-    done: tuple                     # Jobs that an earlier run has run
+    done: tuple                     # Jobs that have results of an earlier run
     changed: int                    # how many of those kept have other options
 
 
@@ -13467,13 +13467,13 @@ def edit_of(jobs, known, waiting, idle, left, is_taken):
     """Return the Edit by which the batch of the `known` Jobs becomes that of these `jobs`.
 
     known, waiting: {name: Job} of all jobs of the batch, and of those that wait
-    idle: names of cancelled jobs: among equal lines, theirs are the first to be gone
+    idle: names of cancelled jobs, which are matched last
     left: {(command, own): [names of results of earlier runs that no known job has]}
     is_taken: tells whether a job or results other than those of `known` have a name
 
     Two lines are the same if they have the same command and the same options of their own.  Among
-    equal lines, those that have started are matched first, and first by the same line number.  A
-    job whose line is gone keeps running if it has started.
+    equal lines, jobs that have started are matched first, then those that wait; each first by line
+    number.  A job whose line is gone keeps running if it has started.
     """
     pairs = pair_jobs(
         jobs, [job for name, job in known.items() if name not in waiting and name not in idle],
@@ -13532,7 +13532,7 @@ def results_left(results, batch, known):
 
 
 def put_aside(results, names):
-    """Keep the results of these jobs under other names; return {name: that name}."""
+    """Keep the results of these jobs under other names; return {name: new name}."""
     for name in names:
         if name not in results.journal.jobs and results.exists(name):
             raise ResultsError(f'the journal does not know which command made job_results/{name}: '
@@ -13583,8 +13583,8 @@ class Past(NamedTuple):
     """One start of a job, as its journal has it."""
     name: str
     claimed: dict                   # the journal's event
-    ended: dict                     # the same; empty as long as no end was heard of
-    state: str                      # the journal's word for what became of it
+    ended: dict                     # the event of its end; empty if the journal has none
+    state: str                      # claimed, ended, …: its last event in the journal
     machine: dict                   # facts of the machine at that time: see Journal.machines
 
     @property
@@ -13594,7 +13594,7 @@ class Past(NamedTuple):
 
 
 def find_past(word, path=None):
-    """Return the Past of a job, of a batch or not: NAME, NAME~1, or with the batch 57 or .57.
+    """Return the Past of a job; word: its name, such as NAME or NAME~1; with a path also 57 or .57.
 
     path: of the batch file, or None
     """
@@ -13614,7 +13614,7 @@ def find_past(word, path=None):
 
 
 def likely_job(word, names):
-    """Return ' (did you mean X?)' with the jobs that a word may mean, which is none of the names.
+    """Return ' (did you mean X?)' with the jobs that an unknown name may mean, or ''.
 
     A number alone means the job of this line in any batch.
     """
@@ -13693,7 +13693,7 @@ def what_became(past):
 
 
 def where_it_ran(past):
-    """Yield (head, text) of the machine of a job, of what it asked for, and of what it used."""
+    """Yield (head, text) of the machine of a job, and of the resources it asked for and used."""
     claimed, ended, facts = past.claimed, past.ended, past.machine
     gpus = gpus_of(claimed.get('gpus'))
     models = {gpu['index']: gpu['model'] for gpu in facts.get('gpus', ())}
@@ -13840,7 +13840,7 @@ class Rebuilt:
         return None
 
     def _take(self, path, target):
-        """Link or copy the current file: it is only read there, to be sent."""
+        """Link or copy the current file, which is only read and sent."""
         try:
             os.link(path, target)
         except OSError:                     # another file system, or the file of another person
@@ -13919,7 +13919,7 @@ def other_files(past, again, sent):
 
 
 def tell_likeness(past, name, unlike, sent, reporter):
-    """Print what could not be the same in the job that reproduces a Past; compare the outputs.
+    """Print what differed for the job that reproduces a Past; compare the outputs.
 
     unlike: sentences on files and input
     """
@@ -13997,7 +13997,7 @@ def execute_batch(argv):
 
 
 def past_in(options, option):
-    """Return the Past of the job that an option names, which may be a number of <batch>."""
+    """Return the Past of the job that an option names, by its name or its number in <batch>."""
     return find_past(options[option], options['<batch>'])
 
 
@@ -14055,7 +14055,7 @@ def reproduce(options, reporter):
 
 
 class BatchCall(NamedTuple):
-    """A call of execute_batch, as far as it was read."""
+    """A call of execute_batch whose options and batch file were read."""
     options: Options
     text: str                       # of the batch file
     jobs: list                      # the Jobs in it, by these options
@@ -14103,7 +14103,7 @@ def read_keep_files(options):
 
 
 def open_or_hand_over(results, name, options, text):
-    """Open the results for this batch.  If a client runs it, hand the command to that one.
+    """Open the results for this batch.  If a client runs it, hand the command to that client.
 
     Return the Answer of that client; None if the results are open.
     """
@@ -14112,7 +14112,7 @@ def open_or_hand_over(results, name, options, text):
             open_results(results, name, hardware_words(options))
             return None
         except FolderInUse:
-            # Lines from a pipe are no new edition of the lines from another pipe.
+            # Lines from stdin are not an edit of the running batch, which came from another pipe.
             if options['--dry-run'] or options['<batch>'] == '-':
                 raise
             answer = ask_for_rerun(options, name) if options.given & RERUNS else (
@@ -14125,7 +14125,7 @@ def open_or_hand_over(results, name, options, text):
 
 
 def open_results(results, run='', asks=()):
-    """Open the results; commands that only follow a job make way.
+    """Open the results; ask a command that only follows a job to release them.
 
     run, asks: as for ResultStore.open.  Raises FolderInUse.
     """
@@ -14133,7 +14133,7 @@ def open_results(results, run='', asks=()):
         with contextlib.suppress(FolderInUse):
             return results.open(run, asks)
         holder = results.lock.holder
-        if holder and holder.lives is False:    # its successor has not written its own lines yet
+        if holder and holder.lives is False:    # the new holder has not written its lines yet
             time.sleep(0.02)
         elif holder and holder.run.endswith(FOLLOWED):
             Inbox(results, holder.run).ask('let go')        # with or without an answer
@@ -14167,7 +14167,7 @@ def tell_answer(answer, reporter, head='', command='execute_batch'):
 def run_told(options, client, reporter, hooks, run):
     """Run a batch with its job log and its command of --on-failure; return the exit status.
 
-    run(told): runs it; told: objects that are called with what happens
+    run(told): runs the batch; told: objects with methods that are called at its events
     """
     log, report = None, read_report(options, client, reporter)
     others = (hooks, *report, *read_sync_back(options, client, reporter))
@@ -14363,9 +14363,9 @@ def finish_batch(run, view, reporter, has_work):
 def jobs_as_asked(options, text, jobs, words):
     """Return the Jobs of a batch file with the hardware that its client asks for.
 
-    text: of the batch file; jobs: the Jobs by these options, which are right if any of them is for
-    hardware; words: the options of the client that ran it last, or None.  If it is unknown what
-    hardware the jobs ask for, their allocation is None.
+    text: of the batch file; jobs: the Jobs by these options: right if an option is for hardware
+    words: the options of the client that ran the batch last, or None.  If they cannot be read, the
+    allocation of each Job is None.
     """
     if hardware_words(options):
         return jobs
@@ -14376,7 +14376,7 @@ def jobs_as_asked(options, text, jobs, words):
 
 
 def show_status(call, reporter):
-    """Show how far each job is (--status), once or again and again until all have ended.
+    """Show how far each job is (--status), once, or repeatedly until all have ended.
 
     Return the exit status: 0 if all have finished.
     """
@@ -14470,7 +14470,7 @@ def cancel_claimed(run, claimed, named, reporter):
     claimed: {job name: its record in the journal}; named: {job name: Job} of the batch file
     """
     journal = run.client.journal
-    # The client that was asked to cancel these may not have heard of their end.
+    # The journal has these as cancelled or lost, but their machine may not have confirmed it.
     unsure = {name for name, known in claimed.items()
               if known['key'] in journal.remains(known['machine'])[1]}
     worker_at = by_address(run.workers)
@@ -14554,9 +14554,9 @@ class JobWatch:
     """Shows what a job of a batch prints, until it has ended.
 
     While a client runs the batch, only that client has contact with the machine.  It fetches the
-    output into job_results, where this class reads it.  If no client runs, this one connects.
+    output into job_results, where this class reads it.  If no client runs, a JobWatch connects.
 
-    ports: Ports to open then; processes: the Processes to wait with, its own by default
+    ports: Ports to open if it connects; processes: the Processes to wait with, its own by default
     """
 
     def __init__(self, name, batch, results, reporter, ports=None, processes=None):
@@ -14584,7 +14584,7 @@ class JobWatch:
         streams = OwnStreams(processes)
         try:
             while True:
-                # In this order: a client that has ended has written all before this look.
+                # In this order: if the client has ended, `_look` finds all that it wrote.
                 client_lives, known = self.client_lives, self._look()
                 state = known.get('state')
                 if state in ('claimed', 'ended', 'collected'):
@@ -14649,7 +14649,7 @@ class JobWatch:
                     streams.write(stream, data)
 
 
-# The options of execute_batch that do something else with a batch than run it.
+# The options of execute_batch that do not run the batch, but act on it: option -> function.
 ASKED = {'--status': show_status, '--cancel': cancel_batch, '--follow': follow_job,
          '--wait': wait_for_batch, '--drop-machine': drop_machines}
 
@@ -14704,15 +14704,15 @@ def collect_others(run, worker, jobs):
     worker.ask()
 
 
-# What --check looks at, in the order in which things fail.  If one of CHECKS makes the rest
-# pointless, the list of the machine ends with it.
+# The checks of --check, in the order in which they can fail.  If a machine cannot be used, its
+# list ends with the check that failed, one of CHECKS or 'engine'.
 CHECKS = ('machine file', 'key file', 'host name', 'port', 'host key', 'login', 'start files',
           'bash', 'folder', 'account', 'login shell', 'space', 'inodes', 'rsync')
 OF_MACHINES = ('memory', 'cores', 'GPUs', 'logout')
 OF_CLUSTERS = ('engine', 'partition', 'job')
 LAST_CHECKS = ('clock', 'shared folder')
 OVER_SSH = CHECKS[1:7]              # not of localhost
-# Patterns of this program's own messages -> the check that failed; all others mean the login.
+# (Pattern of a message of this program, the check that failed); no pattern fits: the login.
 FAILED_CHECKS = (
     (r'host name .* is unknown|name server|finds no address|host name that', 'host name'),
     (r'the host key of', 'host key'),
@@ -14722,7 +14722,7 @@ FAILED_CHECKS = (
     (r'start files', 'start files'),
     (r'no bash|bash has version', 'bash'),
 )
-# The same for messages of the remote runner.
+# The same for messages of the remote runner; no pattern fits: the login shell.
 FAILED_THERE = (
     (r'bash has version', 'bash'),
     (r'the same account', 'account'),
@@ -14743,7 +14743,7 @@ class Finding(NamedTuple):
 
 
 class MachineCheck:
-    """What --check finds out about one machine; the `report` of its Worker.
+    """The check of one machine (--check); it is the `report` of the machine's Worker.
 
     word: as the user named it; error: why there is no Machine, a MachineFileError
     """
@@ -14755,7 +14755,7 @@ class MachineCheck:
         self.settings = {}                  # of ssh for this host: option -> value
         self._knows_key = False             # the host key was known before
         self._notes = []                    # what the remote runner warned of
-        self._job_since = self._waits_for = None    # of a cluster; why the job was taken back
+        self._job_since = self._waits_for = None    # when a cluster got ready; why its job ended
 
     def warning(self, text):
         """Keep a warning of the Worker."""
@@ -14795,7 +14795,7 @@ class MachineCheck:
             self._knows_key = self._knows_key or end.status == 0
 
     def go_on(self, run):
-        """On a cluster, run a job as soon as there is contact; withdraw it if it does not begin."""
+        """On a cluster, run a job as soon as there is contact; stop it if it does not begin."""
         worker, job = self.worker, worker_job(run, self.worker)
         if not job or worker.state != 'ready':
             return
@@ -15047,7 +15047,7 @@ def worker_job(run, worker):
 
 
 def ssh_settings(machine, client, number):
-    """A flow: return {option: value} that ssh would use for a machine; of several values the first.
+    """A flow: return {option: value} that ssh would use for a machine: the first value of each.
 
     number: one that no other Connection of this run has
     """
@@ -15115,7 +15115,7 @@ def check_each_machine(options, reporter):
 
 
 def await_checks(checks, run, reporter, as_json):
-    """Show each check once it and those before it are done; tell whether anything is wrong."""
+    """Show the checks in order, each when it is done; tell whether anything is wrong."""
     for check in checks:
         if check.worker:
             run.client.flows.start(check.begin())
@@ -15136,7 +15136,7 @@ def await_checks(checks, run, reporter, as_json):
 
 
 def show_check(check, reporter, as_json):
-    """Print what was found about a machine; tell whether anything is wrong."""
+    """Print the findings about a machine; tell whether anything is wrong."""
     findings, unchecked = check.findings()
     wrong = any(finding.mark == 'WRONG' for finding in findings)
     if as_json:
@@ -15154,7 +15154,7 @@ def show_check(check, reporter, as_json):
     return wrong
 
 
-# The same for options that do without a batch file.
+# The options of execute_batch that need no batch file: option -> function.
 WITHOUT_BATCH = {'--earlier': earlier_jobs, '--what': show_what, '--reproduce': reproduce,
                  '--check': check_each_machine}
 
@@ -15217,7 +15217,7 @@ def execute_remote(argv):
 
 
 def job_that_runs(name, word=None):
-    """Return (record, Machine) of a job that may run, of a batch or not, even if a client runs it.
+    """Return (record, Machine) of any job that may run, even while a client runs it.
 
     word: the machine, as the user named it, or None
     """
@@ -15271,7 +15271,7 @@ def batch_of(name):
     known, holder = results.journal.record(name), results.lock.holder
     if known:
         return known.get('batch') or name.rpartition('.')[0]
-    # Only its client knows a job that waits.
+    # The journal does not have jobs that wait: only the client of their batch knows these.
     return holder.run if holder and holder.lives and name.startswith(f'{holder.run}.') else None
 
 
@@ -15298,7 +15298,7 @@ def watch_batch_job(name, batch, ports, reporter):
     watch = JobWatch(name, batch, results, reporter, ports)
     if not (ports.pairs and watch.client_lives):
         return watch.run()
-    # The client has the contact, and forwards no ports for other commands.
+    # The client has the contact, but forwards no ports for other commands: so log in separately.
     known, machine = job_that_runs(name)
     ports.check(machine)
     client = Client(trace=reporter.trace)
@@ -15336,7 +15336,7 @@ def attach_to_batch_job(name, reporter, shown, ports=None):
         results.close()
 
 
-# The word of a command that shows what it does: the name of a script, or of a module of Python.
+# The most telling word of a command: the name of a script, or of a Python module.
 TELLING = re.compile(
     r"""(?:^|[\s/=('"])(\w[\w-]*)\.(?:py|sh|bash|R|r|jl|pl|rb|js|lua|m)(?![\w.])"""
     r'|\bpython[0-9.]*(?:\s+-\w+)*?\s+-m\s+(?:\w+\.)*(\w+)', re.ASCII)
@@ -15351,7 +15351,7 @@ def new_name(command):
 
 
 def first_program(command):
-    """Return the name of the first program in a command that does more than change the shell."""
+    """Return the first program of a command, after those that only change the shell, as cd."""
     for part in re.split(r'[;&|()\n]+', command):
         words = re.sub(r"""(?:^|(?<=\s))\w+=(?:"[^"]*"|'[^']*'|\S)*""", '', part).split()
         if words and words[0] not in SETTING_WORDS:
@@ -15360,10 +15360,10 @@ def first_program(command):
 
 
 class CommandOrder:
-    """One call of execute_remote: it starts a job, attaches to it, shows it again or cancels it.
+    """One call of execute_remote: it starts, attaches to, shows again or cancels a job.
 
-    shown: how many bytes of its output were shown already, see OwnStreams
-    inbox: an Inbox or None; this call makes way for a command that has a request in it
+    shown: how many bytes of the job's output were shown already, see OwnStreams
+    inbox: an Inbox or None; this call releases job_results for a command that has a request in it
     """
 
     def __init__(self, name, options, results, reporter, ports, shown=None, inbox=None):
@@ -15381,10 +15381,10 @@ class CommandOrder:
         """Return the name of the job to watch or cancel; None if one is to start."""
         return self._options['--attach'] or self._options['--cancel']
 
-    # Without asking the machine
+    # Answers without contact to the machine
 
     def answer_from_journal(self, stopped):
-        """Return the exit status if the journal suffices, else None; raise if it forbids this call.
+        """Return the exit status if the journal suffices; None if not; raise if the call is wrong.
 
         stopped: another client of this job was stopped, to cancel it
         """
@@ -15414,7 +15414,7 @@ class CommandOrder:
         return None
 
     def _fetch_kept(self):
-        """Try to fetch files that could not be fetched when the job had ended."""
+        """Try again to fetch files that could not be fetched after the end of the job."""
         word = self._options['--machine'] or self._known['where']
         machine = find_machine(word)._replace(word=word)
         client = Client(self._results, self._report.trace)
@@ -15451,10 +15451,10 @@ class CommandOrder:
             return self._unread()
         return self._known.get('exit_code', TRANSPORT_FAILED)
 
-    # With the machine
+    # Work on the machine
 
     def run(self):
-        """Do what the call asks for on the machine; return the exit status."""
+        """Start, watch or cancel the job on the machine; return the exit status."""
         options, known = self._options, self._known
         word = options['--machine'] or known['where']
         machine = find_machine(word)._replace(word=word)
