@@ -1064,7 +1064,6 @@ RESERVED = {name for column in (*LEADING, JOBS, *TRAILING) for name in column[:2
 DIGEST = 8                          # characters of a digest to show
 
 
-
 def make_table(jobs, wishes, report, now):
     """Return the Table with a row for each Job.  now: seconds since 1970."""
     parameters, values, shared = find_parameters(

@@ -13946,6 +13946,7 @@ LEAST_REPORT_S = 1.0        # between two pages of a report
 LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
 WATCH_S = 0.1               # between two looks at the output of a job in job_results
 
+
 def execute_batch(argv):
     """Run a batch file, or do what the options ask for instead; return the exit status."""
     options = read_options(EXECUTE_BATCH_USAGE, argv)
