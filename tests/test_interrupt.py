@@ -29,7 +29,7 @@ from batching import (
 
 @pytest.fixture
 def batches(run_cli, start_cli, project, lab1):
-    """localhost, too, has room for a few jobs, even while these tests take all processors."""
+    """Batches on a localhost with room for a few jobs, even while tests take all processors."""
     return Batches(run_cli, start_cli, env={'SSH_SCHEDULER_PROC': str(lab1.proc)})
 
 
@@ -75,7 +75,7 @@ def test_jobs_ignore_no_signal_that_we_were_started_with_ignored(batches, lab, w
     if who == 'sshd':
         batch = batches.start(SIGNAL_LINES, [machine], *NO_GPU)
     assert batch.end().returncode == 1
-    assert int(result('batch.sh.1').split()[1], 16) & 0x4007 == 0       # make adds number 32
+    assert int(result('batch.sh.1').split()[1], 16) & 0x4007 == 0       # make also ignores 32
     assert [result(f'batch.sh.{n}') for n in (2, 3)] == [b'', b'']
     assert 'exit code 130' in str(batch.lines) or 'signal 2' in str(batch.lines)
 
@@ -85,7 +85,7 @@ SIGNAL_LINES = ['grep ^SigIgn: /proc/self/status', 'kill -INT $$; echo survived'
 
 
 def test_a_client_that_was_started_with_interrupts_ignored_ignores_them(batches, gate):
-    """Ctrl-C at a terminal is not meant for what a script runs in the background."""
+    """Ctrl-C at a terminal must not stop a client that a script runs in the background."""
     with ignored(signal.SIGINT):
         batch = batches.start([f'{gate.wait("job")}; echo fine'], ['localhost'], *NO_GPU)
     batch.until('started: batch.sh.1')
@@ -96,14 +96,14 @@ def test_a_client_that_was_started_with_interrupts_ignored_ignores_them(batches,
 
 
 def test_these_tests_may_run_in_the_background_of_a_script():
-    """A script lets all that it starts in the background ignore interrupts."""
+    """A background process of a script ignores interrupts; importing conftest undoes this."""
     show = 'import conftest, subprocess; subprocess.run(["grep", "SigIgn", "/proc/self/status"])'
     done = subprocess.run(['sh', '-c', '"$@" & wait', 'sh', sys.executable, '-c', show],
                           cwd=Path(__file__).parent, capture_output=True, text=True)
     assert int(done.stdout.split()[1], 16) & 0b110 == 0, done.stderr
 
 
-# ---- Interrupted: the jobs end ----
+# ---- Interrupted: the jobs are stopped ----
 
 @with_constants
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -119,7 +119,7 @@ def test_an_interrupt_ends_all_jobs(patient, run_cli, machine, ledger, outside, 
     batch.until('finished: batch.sh.1')
     wrote(ledger, *'12345')
     began = time.monotonic()
-    os.killpg(batch.process.pid, number)        # as a terminal does
+    os.killpg(batch.process.pid, number)        # a terminal signals the whole group
     done = batch.end()
     assert time.monotonic() - began < 30
     assert done.returncode == 130
@@ -216,7 +216,7 @@ def test_a_second_interrupt_waits_for_no_machine(batches, lab, ledger, outside, 
     machine.freeze()
     began = time.monotonic()
     batch.process.send_signal(signal.SIGINT)
-    batch.process.send_signal(signal.SIGTERM)       # two of one kind could arrive as one
+    batch.process.send_signal(signal.SIGTERM)       # two equal signals could merge
     done = batch.end()
     assert (done.returncode, time.monotonic() - began < 20) == (130, True)
     assert f'may still run on {machine.yaml()}' in done.stderr
@@ -289,7 +289,7 @@ def test_cancel_of_another_batch_of_the_same_folder_stops_no_client(batches, run
 
 @pytest.mark.parametrize('computer', ['this one', 'elsewhere'])
 def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, project, computer):
-    """The pid in the lock file may be another program's by now, or be of another computer."""
+    """The pid in the lock file may belong to another program by now, or to another computer."""
     own = project / 'job_results/.ssh_scheduler'
     own.mkdir(parents=True)
     (project / 'batch.sh').write_text('true\n')
@@ -345,7 +345,7 @@ def test_what_the_client_could_not_confirm_is_not_said_to_have_ended(batches, ru
     machine.thaw()
 
 
-# ---- Killed: the jobs go on, and the same command finds them ----
+# ---- Killed: the jobs keep running, and the same command finds them ----
 
 def kill(batch):
     batch.process.kill()

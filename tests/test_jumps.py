@@ -35,7 +35,7 @@ def asked(machine):
     return machine.log.read_text().count('Connection from')
 
 
-# ---- They work ----
+# ---- Jump hosts that work ----
 
 @pytest.mark.parametrize('sessions', ['', 'MaxSessions 1'])
 @pytest.mark.parametrize('chain', [1, 2])
@@ -43,7 +43,7 @@ def test_a_jump_host_at_the_machine_s_own_address(batches, lab, ssh_config, chai
     machine, *hops = lab(sshd_options=sessions), *(lab() for _ in range(chain))
     ssh_config(*hops)
     with open('data', 'wb') as file:
-        file.write(bytes(400_000))          # this much goes by rsync
+        file.write(bytes(400_000))          # rsync copies a file of this size
     jump = ','.join(map(at, hops))
     done = batches.run(['cp data copy; echo here'], [machine.yaml(proxy_jump=jump)], *NO_GPU)
     assert (done.returncode, result('batch.sh.1')) == (0, b'here\n'), done.stderr
@@ -63,7 +63,7 @@ def test_one_account_direct_and_by_a_jump_host(run_cli, lab, ssh_config, tmp_pat
     assert 'are the same account, ' in done.stderr and done.stderr.count('\n') == 1
 
 
-# ---- They do not ----
+# ---- Jump hosts that fail ----
 
 def broken(why, machine, jump, lab, ssh_config):
     """Return a jump that fails, and how its error message begins."""
@@ -182,7 +182,7 @@ def test_a_jump_host_that_hangs_is_named(run_cli, lab, ssh_config):
     assert f'(jump host {place(jump)} did not answer in time' in done.stderr
 
 
-# ---- What ssh said, and what is made of it ----
+# ---- Messages of ssh, and the error messages made of them ----
 
 CLOSED = 'kex_exchange_identification: Connection closed by remote host\n'
 DIRECT = Machine('a', 'a', 'me', 22)

@@ -1,4 +1,4 @@
-"""The checker finds each way in which a job may not have run exactly once."""
+"""The checker finds each way in which a job can fail to run exactly once."""
 import json
 
 import pytest
@@ -9,7 +9,7 @@ JOB, LAB1, LAB2 = 'batch.sh.1', 'ben@lab1:22', 'ben@lab2:22'
 
 
 class Story:
-    """What a batch leaves whose only job ran on lab1 as it should; the tests spoil it."""
+    """The files of a batch whose only job ran correctly on lab1; the tests spoil them."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -50,7 +50,7 @@ def story(tmp_path):
     return Story(tmp_path)
 
 
-# ---- What is right ----
+# ---- Correct runs ----
 
 def test_a_job_that_ran_once(story):
     story.check()
@@ -90,7 +90,7 @@ def test_a_torn_last_line_of_the_journal_says_nothing(story):
     check_exactly_once(story.ledgers, story.results, story.stdout)
 
 
-# ---- What is wrong ----
+# ---- Runs with an error ----
 
 def spoil_runs_twice_there(story):
     story.ran(LAB1)

@@ -36,7 +36,7 @@ PIECES = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 25), st.booleans(
 
 
 class Watched:
-    """A Stream, with what it stored and showed, and a model of it: `here`, `kept` and `lags`."""
+    """A Stream, the bytes that it stored and showed, and a model: `here`, `kept` and `lags`."""
 
     def __init__(self, stores, shows):
         self.stores, self.shows = stores, shows
@@ -106,7 +106,7 @@ def test_a_look_and_a_follower_bring_all_of_a_stream(first, sizes, turns, shows)
     sizes = iter(sizes * 2)
     for turn in turns:
         if not turn and at[False] == 0:
-            at[False] = min(first, watched.here)        # the follower is begun
+            at[False] = min(first, watched.here)        # the follower starts
         size = next(sizes)
         watched.bring(CONTENT, at[turn], size, True)
         at[turn] += size
@@ -118,7 +118,7 @@ def test_a_look_and_a_follower_bring_all_of_a_stream(first, sizes, turns, shows)
 # ---- The table ----
 
 def ways(starts, closed=()):
-    """Return {state: the shortest way there, from one of the starts} without the closed states."""
+    """Return {state: the shortest way to it from one of the starts}, avoiding closed states."""
     found = {start: (start,) for start in starts}
     todo = collections.deque(starts)
     while todo:
@@ -141,14 +141,14 @@ def test_the_table_names_its_own_states_and_each_can_be_reached():
 
 
 def test_no_state_comes_twice():
-    """Except `queued`: the reason why a job is queued may change."""
+    """`queued` is the exception: the reason why a job is queued may change."""
     for state, row in LIFE.items():
         then = set(row.then) - ({'queued'} if state == 'queued' else set())
         assert state not in ways(then), state
 
 
 def test_nothing_follows_what_the_journal_has_not_claimed():
-    """A job may run once the journal has its claim, and never before."""
+    """A job may run only after its claim is in the journal."""
     assert ways(['waiting'], closed=['claimed']).keys() == {'waiting', 'placed', 'returned'}
     assert not any(LIFE[state].written for state in ('waiting', 'placed', 'returned'))
     assert [state for state in LIFE if LIFE[state].written == 'claimed'] == ['claimed']
@@ -178,7 +178,7 @@ def test_what_is_over_is_not_awaited_and_only_what_a_person_is_told_of_is_kept_i
 
 
 def test_the_next_run_knows_of_all_that_is_over():
-    """Else it would ask for it again.  A job never claimed, or not fetched, is as it was before."""
+    """Else the run would ask for the job again.  `returned` and `unfetched` write no event."""
     over = {state for state, row in LIFE.items() if not row.then or state in s.FORGOTTEN}
     assert {state for state in over if not LIFE[state].written} == {'returned', 'unfetched'}
 
@@ -206,7 +206,7 @@ def test_the_journal_understands_the_words_of_the_table(journal):
         again = s.Journal(journal.path)
         again.peek()
         for known in (journal, again):
-            # A job that is being stopped is not known to have ended.
+            # A job that is being stopped may still run.
             assert known.record(word)['state'] == (
                 'claimed' if word in ('stopping', 'queued') else word)
             assert known.record(word).get('queued') == (
@@ -219,7 +219,7 @@ def test_the_journal_understands_the_words_of_the_table(journal):
             assert (known.key(word, 1) in others) == (word in ('lost', 'cancelled'))
 
 
-# ---- Lives: each move, and every other ----
+# ---- Lives: the moves of the table, and all others ----
 
 def attempt_of(name='job', machine='lab1', key=None, record=None):
     return s.Attempt(s.Job(name, 'true', 1, None, None), machine, key or f'{name}.1-0',
@@ -227,7 +227,7 @@ def attempt_of(name='job', machine='lab1', key=None, record=None):
 
 
 class Notes:
-    """A fake Journal: the events that were written, and whether it can be written."""
+    """A fake Journal: it keeps the written events, or refuses them if not `works`."""
 
     def __init__(self):
         self.events, self.works = [], True
@@ -291,7 +291,7 @@ def test_what_is_over_takes_no_memory(state):
     assert gone() is None
 
 
-# ---- Lives and the Journal, on any walk ----
+# ---- Lives and the Journal, in any order of moves ----
 
 NAMES, MACHINES = ('a', 'b', 'c'), ('lab1', 'lab2')
 KEPT = ((), ('x',), True)
@@ -315,7 +315,7 @@ def plain(jobs):
 
 
 class AnyLife(RuleBasedStateMachine):
-    """Attempts begin, move as LIFE has it, and are taken up by the next run.
+    """Attempts begin, move as LIFE allows, and the next run takes them up.
 
     The model notes the state of each attempt, and what the journal must know.
     """
@@ -324,7 +324,7 @@ class AnyLife(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.mkdtemp()
         self.path = os.path.join(self.folder, 'journal')
-        self.known = {}                 # job name -> (its word, key, machine, what was kept)
+        self.known = {}                 # job name -> (its last event, key, machine, kept)
         self.remains = collections.defaultdict(dict)    # machine -> {key: word}
         self.told = []
         self.open()
@@ -347,7 +347,7 @@ class AnyLife(RuleBasedStateMachine):
                 self.places[attempt] = attempt.machine, state
 
     def changed(self, attempt, before):
-        """Hear of a change: by now, all questions have their new answers."""
+        """Check a change: Lives must already answer with the new state."""
         state, word = attempt.state, LIFE[attempt.state].written
         if word:
             with open(self.path) as file:
@@ -359,7 +359,7 @@ class AnyLife(RuleBasedStateMachine):
         assert before == state or attempt not in self.lives.of(attempt.machine, before)
         self.told.append((attempt, before))
 
-    # What happens
+    # Rules
 
     @rule(name=st.sampled_from(NAMES), machine=st.sampled_from(MACHINES))
     def a_job_begins(self, name, machine):
@@ -469,7 +469,7 @@ class AnyLife(RuleBasedStateMachine):
         assert events.count('journal') == bool(events) and events[:1] in ([], ['journal'])
 
     def notes(self, word, attempt, kept):
-        """Note what the journal must know: the event, and folders of no use on the machine."""
+        """Note what the journal must record: the event, and useless folders on the machine."""
         if word == 'claimed':
             _, key, machine, before = self.known.get(attempt.name, ('', '', '', ()))
             if before:
@@ -482,7 +482,7 @@ class AnyLife(RuleBasedStateMachine):
         if word != 'ended' and not kept:
             self.remains[machine][key] = word
 
-    # What must be so
+    # Invariants
 
     def here(self, machine, *states):
         return [attempt for state in states for attempt, place in self.places.items()
@@ -553,7 +553,7 @@ class Lab:
         return self.child(step) if isinstance(step, str) else step
 
     def flow(self, name, *steps):
-        """A flow that notes the result of each step, and its end, after that of its children."""
+        """Note the result of each step, then the end of the flow, which follows its child's end."""
         awaited = None
         try:
             for step in steps:
@@ -564,7 +564,7 @@ class Lab:
             self.seen.append((name, 'finally'))
 
     def wait(self, count, passes_s=0):
-        """Wait until this much was noted; passes_s: the time that passes at each look."""
+        """Wait for this number of notes; passes_s: the seconds that pass at each look."""
         until = time.monotonic() + rig.SAFETY_NET_S
         while len(self.seen) < count:
             assert time.monotonic() < until, self.seen
@@ -689,11 +689,11 @@ def test_other_flows_and_children_go_on(lab):
     assert ended == [(2, b'')]
 
 
-@pytest.mark.parametrize('first', [None, 'exit 3', 1])          # what it waited for before
+@pytest.mark.parametrize('first', [None, 'exit 3', 1])          # awaited before the close
 @pytest.mark.parametrize('after', [None, 'exec sleep 1000', 1])
 @pytest.mark.parametrize('is_nested', [False, True])
 def test_a_flow_may_close_its_own_flows(lab, first, after, is_nested):
-    """As a copy that finds its contact lost: the flow continues until it waits or returns."""
+    """A copy does so if its contact is lost; the flow continues until it waits or returns."""
     def closing():
         try:
             if first is not None:

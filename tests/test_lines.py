@@ -176,7 +176,7 @@ def test_results_of_which_a_part_was_deleted_are_told_as_they_are(run, left):
     (note,) = [line for line in done.stderr.splitlines() if 'only a part' in line]
     paths = [f'job_results/batch.sh.1{end}' for end in ('', '.out', '.err') if end in left]
     assert f'line 1: {" and ".join(paths)}. ' in note
-    os.system(note.partition('again: ')[2])             # it tells exactly what to delete
+    os.system(note.partition('again: ')[2])             # the note has the exact command
     done = run('echo a >made', 'true')
     assert (started(done), 'only a part' in done.stderr) == (['batch.sh.1'], False)
 
@@ -224,7 +224,7 @@ def test_a_job_whose_line_is_gone_is_collected_and_not_run_again(batches, lab, g
 
 
 def test_a_job_that_never_began_and_whose_line_is_gone_is_not_run(batches, lab, client_env, ledger):
-    """Its client was killed between the journal and the start."""
+    """The client was killed after it wrote the claim and before it started the job."""
     machine, options = lab(), [*NO_GPU, '--copy-forwards']
     argv = argv_of([f'echo gone >>{ledger}'], [machine], options)
     cut = subprocess.run(
@@ -266,7 +266,7 @@ def job_files(machine, name=''):
 
 
 def record_of(file):
-    """The words of the record of a job, such as starting PID START BOOT_ID FOLDER."""
+    """Return the words of the record of a job, such as starting PID START BOOT_ID FOLDER."""
     return file.read_text().rpartition('#')[2].split()
 
 
@@ -353,7 +353,7 @@ def test_a_collection_that_is_killed_is_completed_by_the_next(batches, client_en
 
 
 def test_a_command_of_another_journal_is_none_of_this(run_cli, batches, lab, gate):
-    """As after `rm -r job_results`, or as the error of another command advises."""
+    """The user ran `rm -r job_results`, as the error of another command advises, too."""
     machine = lab()
     argv = ['execute_remote', '--machine', machine.yaml(), '--job-name', 'n', '--copy-forwards']
     run_cli(*argv, '--detach', '--', f'{gate.wait("a")}; echo old')
@@ -383,8 +383,8 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (project / 'large').write_bytes(bytes(200_000))
     lines = ['cat train.py', 'true', 'exit 1']
     run(*lines[:2])
-    assert 'files changed' not in run(*lines).stderr            # only the batch file has
-    os.utime(project / 'train.py')                              # its content is as it was
+    assert 'files changed' not in run(*lines).stderr            # only the batch file changed
+    os.utime(project / 'train.py')                              # its content stays the same
     assert 'files changed' not in run(*lines).stderr
     (project / 'train.py').write_text('print(2)\n')
     (project / 'more').touch()
@@ -399,7 +399,7 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
 
 
 def test_a_pipe_gets_the_option_that_runs_skipped_lines_again(run):
-    """The lines of the specification say only: delete."""
+    """The warnings of the specification only advise to delete the results."""
     run('true', 'false', 'true')
     said = run('true', 'false', 'true', options=('--dry-run',)).stderr.splitlines()
     assert 'skipped: 3 lines that have results (1 of them failed: --rerun-failed)' in said
@@ -456,7 +456,7 @@ def test_files_that_change_before_they_are_copied_are_told(batches, project, lab
     assert 'gone/file, train.py changed after this run began, so jobs there have the newer files' \
         in err
     again = batches.run(None, [machine], *options)
-    assert warnings(again) and 'files changed' not in again.stderr     # the note is true
+    assert warnings(again) and 'files changed' not in again.stderr     # the jobs had the new files
 
 
 @pytest.mark.parametrize('new', ['news', 'a much longer text', ''])
@@ -560,7 +560,7 @@ def edit(lines, edits):
 @given(st.lists(COMMANDS, min_size=1, max_size=6),
        st.lists(st.tuples(EDITS, st.integers(0, 9)), max_size=5))
 def test_any_edits_against_a_model(first, rounds):
-    """The model: each command has as many results as it ever had lines at one time."""
+    """The model: a command has as many results as the most lines that it had at one time."""
     class Known(s.ResultStore):
         """A job_results in memory, whose jobs have begun or are collected."""
 
@@ -583,7 +583,7 @@ def test_any_edits_against_a_model(first, rounds):
             assert known.get(job.name, {}).get('state') is None
             usual = f'b.{job.line}'
             assert job.name == usual or usual in known
-        # as if the client was killed: some jobs begin, and some of all that began end
+        # The client is killed: some jobs have begun, and some of the begun jobs end.
         for number, job in enumerate(found.waiting):
             known[job.name] = s.Record({'command': job.command, 'state': 'claimed', 'own': '',
                                         'batch': 'b'})
@@ -637,7 +637,7 @@ def test_any_edits_kills_and_reruns_of_real_batches(run, outside, first, rounds)
 
 
 def assert_true_results(done, lines):
-    """Assert that all lines have results, which are those that the journal and the screen name."""
+    """Assert that all lines have results, and that journal and screen name the right commands."""
     journal = s.ResultStore('job_results').peek().journal
     made = collections.Counter()
     for name, record in journal.jobs.items():

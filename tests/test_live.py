@@ -1,6 +1,6 @@
 """Shared machines: other people and other batches use them, and no machine is overbooked.
 
-The nvidia-smi and /proc/loadavg of the rig show what the test wants at the moment.
+The nvidia-smi and /proc/loadavg of the rig show the values that the test has set.
 """
 import json
 import os
@@ -62,7 +62,7 @@ def watched(start_cli, project, tmp_path, scheduler):
 
 
 def exclusive(ledger):
-    """Assert that no two jobs had one GPU at a time; return the most jobs that ran at a time."""
+    """Assert that no GPU had two jobs at a time; return the highest number of jobs at a time."""
     in_use, most = set(), 0
     for line in ledger.read_text().splitlines():
         word, _, gpu = line.partition(' ')
@@ -106,7 +106,7 @@ def test_two_batches_share_the_gpus_of_a_machine(batches, lab, ledger, tmp_path,
 
 def test_two_batches_do_not_promise_memory_twice(batches, lab, ledger, gate, tmp_path,
                                                  monkeypatch):
-    """Even if the first job has not taken it yet, so that no look at the machine shows it."""
+    """The first job does not use its memory yet, so no look at the machine shows it."""
     machine = lab(memory_mb=10000)
     in_folder(tmp_path, monkeypatch, 'one')
     first = batches.start([f'echo one >>{ledger}; {gate.wait("one")}'], [machine],
@@ -155,7 +155,7 @@ def test_the_claim_of_what_was_killed_claims_nothing(batches, lab, ledger, gate,
     in_folder(tmp_path, monkeypatch, 'two')
     second = batches.start(['true'], [machine])
     assert second.until('machine limits') == f"machine limits:  {{'{machine.yaml()}': 0}}"
-    os.killpg(int(ledger.read_text()), signal.SIGKILL)      # the job, and what records its end
+    os.killpg(int(ledger.read_text()), signal.SIGKILL)      # the worker, which records the end
     assert second.end().returncode == 0
 
 
@@ -328,7 +328,7 @@ def test_a_wrong_niceness(batches, lab1, value):
     assert not RESULTS.exists()
 
 
-# ---- What it used ----
+# ---- Resources that a job used ----
 
 def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(batches, lab):
     machine = lab(memory_mb=8000)

@@ -36,7 +36,7 @@ def batches(run_cli, start_cli, project):
 
 @pytest.fixture
 def big_file(project):
-    """A file so large that rsync copies it, where there is one."""
+    """Return the content of a file so large that rsync, if installed, copies it."""
     data = bytes(range(256)) * 1200
     (project / 'data').write_bytes(data)
     return data
@@ -69,7 +69,7 @@ def test_what_an_interactive_login_exports_reaches_the_jobs(batches, lab, shell)
     assert done.returncode == 0, done.stderr
     assert result('batch.sh.1').decode() == f'tool\n{shell} {machine.home}\n'
     assert result('batch.sh.2') == b'tool\n'
-    assert done.stderr.count('\n') == 1         # the note of what was sent, and nothing else
+    assert done.stderr.count('\n') == 1         # only the note of the sent files
 
 
 def test_functions_of_bashrc_can_be_called(batches, lab):
@@ -111,7 +111,7 @@ def test_a_job_does_not_know_of_the_connection(batches, lab1):
 
 
 def test_two_jobs_that_share_a_machine_do_not_share_a_name_of_the_login(batches, lab, gate):
-    """The names of variables that the runner has, or could have."""
+    """The login exports variables whose names the runner uses, or could use."""
     names = {'gpus': '0,1', 'dir': '/data', 'program': '/data/cmd', 'mask': '0777', 'name': 'x',
              'project': 'y', 'status': '3', 'environment': 'z', 'run': '/data', 'home': '/data',
              'setup': 'false', 'shell': '/bin/false', 'functions': 'f', 'entry': 'e', 'id': '7'}
@@ -129,7 +129,7 @@ def test_two_jobs_that_share_a_machine_do_not_share_a_name_of_the_login(batches,
 
 
 def test_functions_behind_one_with_extended_patterns_are_there(batches, lab):
-    """As bash-completion has them."""
+    """bash-completion has functions with such patterns."""
     machine = lab(startup={'.bashrc': """
         case $- in *i*) ;; *) return;; esac
         shopt -s extglob
@@ -247,7 +247,7 @@ def test_readonly_variables_make_no_noise(batches, lab, startup, env):
     ('bash', 'zsh'), ('bash', 'fish'), ('dash', 'bash'), ('tcsh', 'bash'), ('zsh', 'fish'),
     ('fish', 'zsh'), ('bash', 'tcsh')])
 def test_a_start_file_that_puts_another_shell_in_its_place(batches, lab, first, second):
-    """As where chsh is not allowed; the exports of the first shell hold, too."""
+    """Users do so where chsh is not allowed.  The exports of the first shell are kept, too."""
     program = rig.program(second) + (' -l' if second == 'fish' else '')
     hand_over = {
         'bash': f'export FIRST=1\ncase $- in *i*) exec {program};; esac\n',
@@ -292,7 +292,7 @@ def test_of_a_locale_that_is_not_there_bash_warns_once(batches, lab):
 
 @pytest.mark.parametrize('way', ['login', 'setup', 'env'])
 def test_an_nvidia_smi_that_only_the_login_or_setup_finds(batches, lab, way):
-    """As on WSL2, or where a module has it."""
+    """WSL2 and environment modules have nvidia-smi in such folders."""
     lines = 'export PATH=~/tools:$PATH LIBRARY=here\n'
     guarded = f'case $- in *i*) {lines};; esac\n'
     machine = lab(gpus=rig.fake_gpus(2), startup={'.bashrc': guarded if way == 'login' else ''})
@@ -311,7 +311,7 @@ def test_an_nvidia_smi_that_only_the_login_or_setup_finds(batches, lab, way):
 
 
 def test_an_nvidia_smi_that_needs_what_the_login_exports(batches, lab):
-    """Such as LD_LIBRARY_PATH: without its library it exits with 12."""
+    """LD_LIBRARY_PATH, for example: without its library nvidia-smi exits with 12."""
     machine = lab(gpus=rig.fake_gpus(1), startup={
         '.bashrc': 'case $- in *i*) export LIBRARY=here;; esac\n'})
     machine._script('nvidia-smi.real', rig.NVIDIA_SMI)
@@ -408,7 +408,7 @@ def test_an_account_that_runs_something_else(batches, lab, command):
     assert 'login' in complaint
 
 
-# ---- What the machine's file says ----
+# ---- Settings of the machine's file ----
 
 def test_setup_and_env_of_the_machines_file(batches, lab1):
     file = lab1.yaml(
@@ -437,7 +437,7 @@ def test_a_setup_that_fails(batches, lab, lab2, setup, status):
     (complaint,) = complaints(done, f'{file}: cannot')
     assert 'setup failed' in complaint and (status is None or f'({status})' in complaint)
     assert ('cannot do it' in complaint) == ('cannot' in setup)
-    assert done.returncode == 0             # on the other machine
+    assert done.returncode == 0             # the other machine ran the job
     assert_clean(machine)
 
 
@@ -474,7 +474,7 @@ def new_key(folder, *options):
 
 
 def unreachable(machine, why, folder):
-    """Return the machine's file, made wrong, and words of the explanation."""
+    """Return a machine file with this error, and words of the expected explanation."""
     place = f'{machine.address} port {machine.port}'
     if why == 'nothing listens':
         port = rig.free_port()
@@ -557,7 +557,7 @@ def test_a_key_that_ssh_could_not_use_is_found_before_any_login(
 
 @pytest.fixture
 def broken(tmp_path):
-    """A machine file that has a line without a colon, as one of *.yaml may have."""
+    """A machine file with a line that lacks its colon; *.yaml may name such a file."""
     (tmp_path / 'broken.yaml').write_text('username ben\nip: gpu7\n')
     return tmp_path / 'broken.yaml'
 
@@ -647,7 +647,7 @@ def test_a_machine_that_hangs_alone_is_given_up(batches, lab):
 
 # ---- Each complaint is a sentence ----
 
-# What ssh or a login shell prints, and the sentence for it.  OpenSSH 9.2, but for the last four.
+# Messages of ssh or a login shell, and the sentence for each.  All but the last four: OpenSSH 9.2.
 CLOSED = 'kex_exchange_identification: Connection closed by remote host'
 SAID_BY_SSH = [
     ('@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @',
@@ -800,7 +800,7 @@ def by_another_name(machine, folder, **more):
 
 
 def held_back(machine, folder, gate):
-    """Return such a file, whose login begins when the gate `login` is opened."""
+    """Return a file by another name, whose login begins when the gate `login` is opened."""
     connect = (f"bash -c '{gate.wait('login')}; exec 3<>/dev/tcp/{machine.address}/{machine.port}; "
                "cat <&3 & exec cat >&3'")
     return by_another_name(machine, folder, ProxyCommand=connect)
@@ -839,7 +839,7 @@ def test_a_name_that_answers_late_is_left_out(batches, lab, tmp_path, gate, late
     while 'cannot be used' not in line:
         line = batch.process.stderr.readline()
     assert line == f'{names[1]}: cannot be used: {same(machine, *names)}.\n'
-    machine.stop()                              # the name in use is connected again, with its job
+    machine.stop()                              # the client reconnects by the name in use
     machine.start()
     while 'connected again' not in line:
         line = batch.process.stderr.readline()

@@ -59,7 +59,7 @@ def complaint(text):
     return str(caught.value)
 
 
-# ---- What a file says ----
+# ---- Content of a file ----
 
 def test_the_file_of_the_spec(home, key):
     (home / '.ssh').mkdir()
@@ -168,7 +168,7 @@ def test_a_bad_value_is_named(home, key_, values):
     for value in values:
         values = {'name': 'a', 'ip': 'a', key_: value}
         expected, _ = ssh_scheduler.MACHINE_KEYS[key_]
-        # escaped: YAML accepts some characters in no other form
+        # YAML accepts some characters only in escaped form
         text = '\n'.join(f'{name}: {json_like(values[name])}' for name in values)
         line = list(values).index(key_) + 1
         assert complaint(text) == (
@@ -193,7 +193,7 @@ def json_like(value):
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
     ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
     ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpu_types or gpus?)."),
-    ('hostname: a', "line 1: unknown key 'hostname'."),        # not username, which differs
+    ('hostname: a', "line 1: unknown key 'hostname'."),        # username is too different
     ('zebra: a', "line 1: unknown key 'zebra'."),
     ('1: a', "line 1: unknown key '1'."),
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
@@ -522,7 +522,7 @@ def test_the_key_of_a_file_is_checked(home, key):
     assert read('ip: a\nssh_key_path: key').ssh_key_path == 'key'
 
 
-# ---- What ssh makes of the configuration ----
+# ---- How ssh reads the configuration ----
 
 @pytest.fixture
 def ssh_sees(home, tmp_path):
@@ -607,7 +607,7 @@ def test_the_user_s_configuration_cannot_change_what_is_forced(ssh_sees, tmp_pat
 
 
 def test_an_ssh_that_does_not_know_all_options_reads_the_configuration(ssh_sees, monkeypatch):
-    """As before OpenSSH 8.7: the later options get names here that no ssh knows."""
+    """An ssh before OpenSSH 8.7: the later options get names here that no ssh knows."""
     for name in ('FORCED_SSH_OPTIONS', 'LATER_SSH_OPTIONS'):
         value = getattr(ssh_scheduler, name)
         for option in ssh_scheduler.LATER_SSH_OPTIONS if name[0] == 'F' else ():
@@ -619,7 +619,7 @@ def test_an_ssh_that_does_not_know_all_options_reads_the_configuration(ssh_sees,
 
 
 def test_what_the_user_has_ssh_ignore_stays_ignored(ssh_sees, home):
-    """As in a ~/.ssh/config that is shared with macOS: IgnoreUnknown UseKeychain."""
+    """A ~/.ssh/config that is shared with macOS has it: IgnoreUnknown UseKeychain."""
     (home / 'included').write_text('ignoreunknown=Two*,Three\n')
     seen = ssh_sees(Machine('a', 'a'), user_config=(
         f'IgnoreUnknown "UseKeychain"\nInclude {home}/includ*\nInclude none\nUseKeychain yes\n'

@@ -136,7 +136,7 @@ def test_what_is_named_is_installed_and_nothing_else(metadata):
 
 @pytest.fixture(scope='session')
 def distributions(tmp_path_factory):
-    """What `python -m build` makes: {'.gz': the sdist, '.whl': the wheel that is made of it}."""
+    """Return the files of `python -m build`: {'.gz': the sdist, '.whl': the wheel made of it}."""
     pytest.importorskip('build', reason='build is not installed: make venv does it')
     clone = copy_project(tmp_path_factory.mktemp('release') / 'clone')
     must_run(sys.executable, '-m', 'build', cwd=clone)

@@ -1,4 +1,4 @@
-"""--what shows what a job was, --reproduce runs it again; and the files kept for both."""
+"""--what describes a past job, --reproduce runs it again; and the files kept for both."""
 import json
 import os
 import re
@@ -92,7 +92,7 @@ def heads(done):
     return found
 
 
-# ---- What is kept ----
+# ---- Files that are kept ----
 
 def test_a_checkout_leaves_its_commit_and_what_differs(run, git, project, tmp_path):
     (project / 'train.py').write_text('one\n')
@@ -269,7 +269,7 @@ def test_a_copy_is_for_no_more_people_than_the_file(run, project):
 
 @pytest.fixture
 def clients(project):
-    """The Sent of two clients, which keep the files that they send, and a Manifest."""
+    """Return the Sent of two clients that keep the files that they send, and a Manifest."""
     (project / 'a').write_text('a')
     manifest = s.Manifest.of(s.scan_tree(['.'], ()), s.scan_tree((), ()))
     one, two = (s.Sent(str(INNER)) for _ in range(2))
@@ -345,7 +345,7 @@ def test_the_files_are_those_that_were_sent_though_a_job_waits(batches, project,
 
 
 def test_a_manifest_has_what_the_archive_has(project, monkeypatch):
-    """Also if a file changes after the one has read it and before the other reads it."""
+    """Also if a file changes right before the client reads it for the archive."""
     (project / 'a').write_text('then')
     real = s.read_file
 
@@ -413,13 +413,13 @@ def test_a_disk_that_cannot_take_the_copies_stops_no_job(run, project):
     assert run('cat a').returncode == 0
 
 
-# ---- What the journal tells ----
+# ---- Content of the journal ----
 
 KEYS = re.compile(r'`([a-z_]+)`')
 
 
 def test_the_journal_is_as_the_docs_have_it(run, batches, ask, lab1, gate):
-    """With a reader of its own: each event and key is documented, each documented event seen."""
+    """Each event and key of a journal is documented, and each documented event occurs."""
     text = (ROOT / 'docs/results.md').read_text().partition('## The journal')[2]
     text = text.partition('\n## ')[0]
     documented = {word: set(KEYS.findall(keys)) | {'event', 'time'}

@@ -5,8 +5,8 @@ and the runner is the bash of REMOTE_RUNNER with real jobs.  The test stands bet
 each request and each answer, and delivers, delays, repeats, tears or loses them as Hypothesis
 chooses.  The test also sets the client's clock, so nothing here waits for real seconds.
 
-Whatever fails, once everything works again each job has run once from its start to its end, and
-its result is here and is the one that the job had.
+Once everything works again, each job must have run once from its start to its end, and its result
+must have arrived here unchanged.
 """
 import collections
 import contextlib
@@ -40,7 +40,7 @@ from hypothesis.stateful import (
 
 import ssh_scheduler as s
 
-HELD = ['the channel']      # the argv of a channel: not started, the test handles its bytes
+HELD = ['the channel']      # the argv of a channel that the test plays instead of starting it
 OURS = 10**9                # the first number of the pings that the test sends
 LIMIT_S = 2 * rig.SAFETY_NET_S
 KINDS = ('short', 'long', 'files')
@@ -65,7 +65,7 @@ exit "$code"
 
 
 def written(kind, name, attempt, ended):
-    """What such a job writes to its stdout."""
+    """Return the text that such a job writes to its stdout."""
     many = 1500 if kind == 'long' else 0
     return 'x' * many + ('y' * many + f'{name} {attempt}\n' if ended else '')
 
@@ -82,7 +82,7 @@ class Client:
     def __init__(self, world):
         self.world, self.lines = world, []
         self.out, self.err = io.StringIO(), io.StringIO()
-        self.inbox = collections.deque()        # calls of its callbacks, for its next wait()
+        self.inbox = collections.deque()        # callbacks to call in its next wait()
         self.processes = None
         self.killed, self.status, self.crash = False, None, None
         self.reported = False
@@ -179,11 +179,11 @@ class Line:
         self.popen, self.status = self, None
         self.unread = bytearray()
         self.requests = collections.deque()     # (fields, bytes), not delivered
-        self.head = None                        # the bytes that make a bash a remote runner
+        self.head = None                        # the bytes that turn a bash into a remote runner
         self.closed = False                     # no more requests follow
         self.runner = None
 
-    # What the client calls
+    # Called by the client
 
     def write(self, data):
         if not self.client.killed:
@@ -198,7 +198,7 @@ class Line:
     def kill(self):
         self.end(-signal.SIGKILL)
 
-    # What the test calls
+    # Called by the test
 
     @property
     def is_open(self):
@@ -417,10 +417,10 @@ class World:
             for pid in left:
                 rig.kill(pid, lambda pid: pid in rig.knowing(self.home))
 
-    # ---- What happens over there ----
+    # ---- The machine ----
 
     def until(self, happened, what):
-        """Wait for this, and meanwhile read what jobs and remote runners write."""
+        """Wait until this has happened; meanwhile read the output of jobs and remote runners."""
         until = time.monotonic() + LIMIT_S
         while not happened():
             assert time.monotonic() < until, f'there never was {what}'
@@ -444,7 +444,7 @@ class World:
             self.take_note(*line.decode().split())
 
     def take_note(self, name, number, word, *pids):
-        """Note that a job began or ended: only once, and while no other attempt of the job runs."""
+        """Note that a job began or ended; assert that no other attempt ran when it began."""
         number, others = int(number), self.attempts[name]
         self.ledger.append(f'{name} {number} {word}')
         if word == 'end':
@@ -498,7 +498,7 @@ class World:
             self.is_over(name, number, attempt)
 
     def is_over(self, name, number, attempt):
-        """Wait until the attempt's processes are gone, and for the record of its end."""
+        """Wait until the attempt's processes are gone and its end is recorded."""
         assert rig.ends(attempt.pid, LIMIT_S)
         attempt.over = True
         if not attempt.broken:
@@ -513,14 +513,14 @@ class World:
             self.is_over(name, number, attempt)
             return
         attempt.broken = True
-        rig.kill(attempt.worker, lambda pid: True)      # first, so that it records nothing
+        rig.kill(attempt.worker, lambda pid: True)      # killed first: it must record nothing
         if how == 'group':
             os.killpg(attempt.pid, signal.SIGKILL)
             self.is_over(name, number, attempt)
         assert rig.ends(attempt.worker, LIMIT_S)
 
     def reboot(self):
-        """The machine loses its power."""
+        """Cut the power of the machine, and boot it again."""
         for remote in self.remotes:
             remote.process.kill()
         self.kill_all()
@@ -544,7 +544,7 @@ class World:
         elif claim.exists():
             rig.remove(claim.parent)
 
-    # ---- What other commands ask ----
+    # ---- Requests of other commands ----
 
     def ask(self, action, name):
         """Put a request for the job into the client's inbox, and let the client act on it."""
@@ -561,7 +561,7 @@ class World:
         if self.client.lives:
             self.client.settle()
 
-    # ---- What happens on the way ----
+    # ---- The way between client and machine ----
 
     def connect(self, line):
         """Let a connection that the client began reach the machine."""
@@ -615,7 +615,7 @@ class World:
             line.end(0 if line.runner.process.wait(LIMIT_S) == 0 else 255)
         return gone
 
-    # ---- What happens here ----
+    # ---- The client ----
 
     def write_batch(self, kinds):
         self.kinds += kinds
@@ -641,10 +641,10 @@ class World:
     def journal(self):
         return ledgers.read_journal(self.project / 'job_results/.ssh_scheduler/journal')
 
-    # ---- When all is well ----
+    # ---- Without further faults ----
 
     def come_into_contact(self):
-        """Let the client try until it has a connection, and let that reach the machine."""
+        """Let the client try until it has a connection; let the connection reach the machine."""
         for _ in range(100):
             if not self.client.lives:
                 return
@@ -676,7 +676,7 @@ class World:
         raise AssertionError(f'the client does not send {verb}')
 
     def finish(self):
-        """No more faults: run the batch until there is nothing to do."""
+        """Run the batch without further faults until nothing is left to do."""
         self.take_room(False)
         for _ in range(8):
             until = time.monotonic() + LIMIT_S
@@ -707,7 +707,7 @@ class World:
         return [f'batch.sh.{number}' for number, _ in enumerate(self.kinds, 1)]
 
     def check_ends(self):
-        """Assert that each job has ended whose end is in the journal."""
+        """Assert that each job whose end is in the journal has ended."""
         self.note_cancelled()
         for name, events in self.journal.items():
             if events[-1]['event'] in ('ended', 'collected'):
@@ -715,13 +715,13 @@ class World:
                 assert self.attempts[name][number].over, f'{name} {number} has not ended'
 
     def check_starts(self):
-        """Assert that each job has started whose start was printed."""
+        """Assert that each job whose start was printed has started."""
         for line in self.client.out.getvalue().splitlines() if self.client else ():
             name = line.partition(': ')[2].partition(';')[0]
             assert not line.startswith('started: ') or self.attempts[name], line
 
     def check_streams(self):
-        """Assert that each output, as far as it arrived, is the beginning of that of an attempt."""
+        """Assert that each output fetched so far is the beginning of the output of an attempt."""
         for name, kind in zip(self.names, self.kinds):
             path = self.project / f'job_results/{name}.out'
             here = path.read_text() if path.exists() else ''
@@ -762,7 +762,7 @@ class World:
         assert not wrong, '\n'.join(wrong)
 
 
-# ---- What may happen, in any order ----
+# ---- All events, in any order ----
 
 few = st.integers(1, 6)
 index = st.integers(0, 9)
@@ -815,7 +815,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(back=st.integers(1, 3), count=few, torn=st.none() | st.integers(1, 60))
     def late_requests_arrive(self, back, count, torn):
-        """On a connection that has ended for the client; if torn, it ends within a request."""
+        """Deliver requests on a connection that the client has lost; torn: cut the last one."""
         lines = [line for line in self.world.lines if not line.is_open and line.runner]
         if lines[-back:]:
             line = lines[-back:][0]
@@ -834,14 +834,14 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(back=st.integers(1, 20))
     def an_answer_arrives_again(self, back):
-        """The last one or an older one, of this connection or of an earlier one."""
+        """Repeat the last answer or an older one, of this connection or of an earlier one."""
         if self.client.line and self.world.heard:
             self.client.line.hear(self.world.heard[-back:][0])
             self.client.settle()
 
     @rule(back=st.integers(1, 3), count=few)
     def late_answers_arrive(self, back, count):
-        """On a connection that has ended for the client."""
+        """Deliver answers on a connection that has ended for the client."""
         lines = [line for line in self.client.lines if not line.is_open and line.runner]
         if self.client.lives and lines[-back:]:
             self.world.hear(lines[-back:][0], count)
@@ -906,7 +906,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 3))
     def the_client_is_killed(self, count):
-        """Right after some answers arrived, if count is not 0."""
+        """Kill the client, right after this many answers have arrived."""
         if count and self.client.line:
             self.world.hear(self.client.line, count)
             self.client.turn()
@@ -941,7 +941,7 @@ class Protocol(RuleBasedStateMachine):
             self.world.close()
 
 
-EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # this many other examples, at random
+EXAMPLES = os.environ.get('PROTOCOL_EXAMPLES')      # run this many random examples
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 900)    # many examples, each with a dozen processes
@@ -952,7 +952,7 @@ def test_no_fault_of_the_channel_makes_a_job_run_twice_or_loses_a_result():
         phases=[Phase.generate, *([Phase.shrink] if EXAMPLES else [])]))
 
 
-# ---- What was found so, or could have been ----
+# ---- Faults that such examples found, or could have found ----
 
 @pytest.fixture
 def world():
@@ -1023,7 +1023,7 @@ def test_that_a_job_never_began_is_said_again_where_that_was_lost(world):
     world.write_batch(['short'])
     world.start_client()
     world.come_into_contact()
-    world.exchange()                        # its start is under way, and never arrives
+    world.exchange()                        # its start is on the way, and never arrives
     for _ in range(2):
         world.client.line.end(255)
         world.client.settle()
@@ -1052,7 +1052,7 @@ def test_a_machine_that_takes_leave_unasked_is_none_that_has_finished(world):
 
 
 def test_what_is_removed_while_it_is_said_is_said_whole(world):
-    """As when the last job ends, and the runner removes all files, while the writer sends one."""
+    """When the last job ends, the runner may remove all files while the writer sends one."""
     program = world.folder / 'bin/stat'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\n{rig.program("stat")} "$@"\n'
@@ -1077,7 +1077,7 @@ def break_and_connect(world):
 
 
 def test_a_start_that_arrives_after_it_was_asked_about_never_begins(world):
-    """The runner is on another computer with the same home, so nobody here can kill it."""
+    """The runner is on another computer with the same home, so no process here can kill it."""
     world.write_batch(['short'])
     world.start_client()
     world.come_into_contact()
@@ -1097,7 +1097,7 @@ def test_a_start_that_arrives_after_it_was_asked_about_never_begins(world):
 
 
 def test_how_a_job_ended_is_recorded_before_it_is_said(world):
-    """The process that would report it is killed when it measures the output."""
+    """The process that would report the end is killed while it measures the output."""
     program, victim = world.folder / 'bin/stat', world.folder / 'victim'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\ncase "$*" in "-c %s -- "*.out) kill -9 $(cat {victim});; esac\n'
@@ -1128,7 +1128,7 @@ def test_that_a_job_is_lost_is_said_again_where_that_was_lost(world):
 
 
 def test_nothing_is_believed_that_a_contact_says_when_it_is_over(world):
-    """For example that the machine is ready: the next contact has not heard that yet."""
+    """The old contact's answer that the machine is ready must not count for the next contact."""
     begin(world, 'short')
     break_and_connect(world)
     former = world.client.line

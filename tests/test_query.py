@@ -1,4 +1,4 @@
-"""query_machines: what is free, on real machines."""
+"""query_machines: the free resources of real machines."""
 import json
 import os
 import pty
@@ -76,7 +76,7 @@ def test_how_many_jobs_fit(query, lab):
         assert json.loads(done.stdout).get('jobs_fit') == fit
         table = query([machine], *options).stdout
         said = [f'{fit} such job{"" if fit == 1 else "s"} fit'] * (fit is not None)
-        assert re.findall(r'\d+ such jobs? fit', table) == said * 2        # its own, and in all
+        assert re.findall(r'\d+ such jobs? fit', table) == said * 2        # per machine, and in all
 
 
 def test_json_for_programs(query, lab, lab1):

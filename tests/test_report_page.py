@@ -37,7 +37,7 @@ def browser():
     if not program:
         pytest.skip('the tests of the page need a browser: sudo apt-get install chromium')
     with playwright.sync_playwright() as driver:
-        # A container allows no sandbox; the pages are the tests' own.
+        # A container allows no sandbox.  The tests open only their own pages.
         browser = driver.chromium.launch(executable_path=program, args=['--no-sandbox'])
         yield browser
         browser.close()
@@ -56,7 +56,7 @@ class Opened:
         page.set_default_timeout(1000 * rig.SAFETY_NET_S)
 
     def open(self, path):
-        """Load a page as one that was never loaded before."""
+        """Load a page under an address that was never loaded before."""
         self.page.goto(f'{Path(path).resolve().as_uri()}?{next(self.opened)}')
         self.ready()
         return self
@@ -83,7 +83,7 @@ class Opened:
         return self.texts('#rows button')
 
     def filter(self, text):
-        """Type into the filter, and wait until the table shows what passes."""
+        """Type into the filter, and wait until the table shows the matching jobs."""
         self.page.evaluate('''() => { window.changed = new Promise(done => new MutationObserver(
             done).observe(document.getElementById('rows'), {childList: true})); }''')
         self.page.fill('#filter', text)
@@ -91,7 +91,7 @@ class Opened:
         self.until('!waiting.length')           # the drawings follow the table
 
     def until(self, test):
-        """Wait until a test of the page holds; its policy forbids Playwright's own way."""
+        """Wait until a JavaScript test holds; the page's policy forbids Playwright's own wait."""
         self.page.evaluate(f'''async () => {{
             while (!({test})) await new Promise(requestAnimationFrame); }}''')
 
@@ -164,7 +164,7 @@ def data_of(path):
     return json.loads(re.search('<script type="application/json" id="data">(.*)</script>', text)[1])
 
 
-# ---- What a page opens with ----
+# ---- A page when it opens ----
 
 def test_it_opens_with_counts_time_and_the_table(page):
     assert page.page.title() == 'grid.sh: results'
@@ -208,7 +208,7 @@ def test_a_click_on_a_head_sorts_and_says_so(page):
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'descending'
     assert [float(text) for text in page.column(8) if text] == values[::-1]
-    assert page.column(8)[-4:] == [''] * 4                  # missing values are last both ways
+    assert page.column(8)[-4:] == [''] * 4                  # missing values last in both orders
     page.page.click('#heads th[data-key=test_loss] button')
     assert head.get_attribute('aria-sort') == 'none' and page.jobs()[0] == '.1'
 
@@ -305,7 +305,7 @@ def test_an_attempt_that_another_claim_follows_is_lost(project):
     assert [(began, ended, data['states'][state], names[machine])
             for _, began, ended, state, machine, _, _ in data['jobs']['attempts'][0]] == [
         (1, 50, 'lost', 'lab1'), (50, 110, 'finished', 'lab2')]
-    assert [since for since, *_ in data['jobs']['attempts'][0]] == [0, 50]     # when it waited
+    assert [since for since, *_ in data['jobs']['attempts'][0]] == [0, 50]     # start of each wait
 
 
 def test_bars_that_overlap_lie_in_rows_of_their_own(project, opened):
@@ -1073,7 +1073,7 @@ def test_results_of_two_folders_are_in_one_page(project, opened):
 def test_whatever_jobs_write_the_page_stays_small(project, monkeypatch):
     folder = reports.Folder().begin()
     for number in range(30):
-        folder.job(f'grid.sh.{number}', f'./a {number}', out='<' * 10**5)   # each is six bytes
+        folder.job(f'grid.sh.{number}', f'./a {number}', out='<' * 10**5)   # 6 bytes per <
     folder.close()
     results_table(html='report.html')
     whole = os.path.getsize('report.html')

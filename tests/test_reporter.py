@@ -1,4 +1,4 @@
-"""What a batch prints, in which order and where to; and the scheduling, with fake workers.
+"""The output of a batch, its order and its streams; and the scheduling, with fake workers.
 
 A FakeWorker records which jobs would start and ends those that the test names (the idea is
 ninja's), so the real Run is followed step by step without a process.  The last tests run the
@@ -72,13 +72,13 @@ class Lab:
         return [attempt for worker in self.workers for attempt in worker.attempts]
 
     def started(self):
-        """Report that every job has started whose start was requested."""
+        """Report the start of every job whose start was requested."""
         for attempt in self.running:
             if attempt.state == 'claimed':
                 self.batch.lives.move(attempt, 'running')
 
     def end(self, name, exit_code=0, collected=True):
-        """End the job whose name ends with this."""
+        """End the job whose name has this suffix."""
         attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
         attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
         self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
@@ -101,7 +101,7 @@ class FakeWorker:
         self.run, self.state, self.why = None, 'new', ''
         self.retry, self.same_as = 'never', None
         self.history = []                   # names in the order of their starts
-        self.asked = 0                      # how often it was asked what is free
+        self.asked = 0                      # how often it was asked for free resources
 
     @property
     def attempts(self):
@@ -155,8 +155,8 @@ NO_GPUS = s.Capacity(cores=8, memory_mb=16000, total_cores=8, gpu_trouble='has n
 
 # ---- The spec's sample ----
 
-# Step 5 of the spec, without the remarks.  There the warning names line 3, which starts all the
-# same; here the line with results is a fifth one.
+# Step 5 of the spec, without the remarks.  The warning of the spec names line 3, yet line 3 starts;
+# here a fifth line is the one that has results.
 SAMPLE = '''\
 machine limits:  {'my_machine.yaml': 2}
 machine gpu choices: [[0, 1]]
@@ -250,7 +250,7 @@ def test_a_job_is_counted_once_though_its_results_are_not_here(results):
 
 
 def test_what_an_earlier_run_started_is_announced_as_such(results):
-    """Not like a job that starts now."""
+    """It is printed as `running`, and a job that starts now as `started`."""
     results.journal.write(event='claimed', job='batch.sh.1', attempt=1, machine='m', gpus=None,
                           command='true', where='m', batch='batch.sh')
     lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\n', ['--no-gpu-required'], path='batch.sh')
@@ -361,7 +361,7 @@ capacities = st.builds(
 @given(st.lists(options_of_a_job, min_size=1, max_size=15), st.lists(
     capacities, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_no_machine_idles_while_a_waiting_job_fits_it(tmp_path_factory, options, machines, chance):
-    """In whatever order jobs end; and each job runs once, and no machine is ever overbooked."""
+    """Jobs end in any order.  Each job runs once, and no machine is ever overbooked."""
     folder = tmp_path_factory.mktemp('batch')
     results = s.ResultStore(str(folder / 'job_results')).open()
     text = ''.join(PARTIAL.format(name=f'job{n}', options=words) + '\n'
@@ -410,7 +410,7 @@ def test_an_impossible_job_is_an_error_before_anything_starts(results):
      'execute_batch --no-gpu-required --machines a example/batch_script.sh'),
     ([], 'execute_remote --num-gpus 2 true', 'a has no GPU. If the job needs no GPU: '
      '--no-gpu-required instead of --num-gpus in its line.'),
-    (['--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.'),       # that option would not help
+    (['--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.'),       # no option would help
     (['--no-gpu-required', '--num-cpus=9'], 'true', 'a has 8.0 of 8 cores free.')])
 def test_the_error_of_an_impossible_job_names_the_way_out(results, words, line, why):
     lab = Lab(results, {'a': NO_GPUS}, f'{line}\n', words)
@@ -467,7 +467,7 @@ def test_a_machine_that_starts_nothing_rests_also_after_contact_was_lost(results
     assert lab.err.getvalue().count('gets no more jobs for a while') == 2
 
 
-# ---- Where it is printed to ----
+# ---- stdout and stderr ----
 
 JOB = s.Job('name', 'command', 1, s.Allocation(), s.Forwards())
 
@@ -564,7 +564,7 @@ def test_a_pipe_gets_plain_lines_only(run_cli, project):
         assert re.match(r'machine |started: |finished: |failed: |done: |batch\.sh\.6: ', line)
 
 
-# ---- What is said once ----
+# ---- Messages that are printed once ----
 
 def test_why_a_machine_cannot_be_used_is_said_when_it_is_news(results):
     lab = Lab(results, {'m': NO_GPUS, 'dead': NO_GPUS}, 'true\n', ['--no-gpu-required'])

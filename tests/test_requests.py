@@ -63,7 +63,7 @@ def test_single_jobs_are_cancelled(batches, ask, lab, held, gate, ledger):
     assert re.search(r'^\.3 +cancelled .* the next run starts it, not this one$', done.stdout, re.M)
     done = ask('--follow', '3')
     assert (done.returncode, done.stderr) == (1, 'batch.sh.3 was cancelled\n')
-    batch.until('finished: batch.sh.4')         # it gets the room of the first job
+    batch.until('finished: batch.sh.4')         # job 4 takes the place of job 1
     said(ask('--cancel', '3', '4'), 'batch.sh.3: was cancelled before', 'batch.sh.4: has ended')
     gate.open('b')
     done = batch.end()
@@ -160,7 +160,7 @@ def test_jobs_whose_files_are_on_their_way(batches, ask, lab, outside, project):
     (outside / 'fetched').touch()
     done = batch.end()
     assert 'done: 2 jobs: 1 finished, 0 failed, 1 cancelled' in done.stdout, done.stderr
-    assert 'cancelled job' not in done.stderr           # that one left no files
+    assert 'cancelled job' not in done.stderr           # the cancelled job left no files
     assert (RESULTS / 'batch.sh.2/made').stat().st_size == 300_000
     assert_clean(machine, cache=True)
 
@@ -252,7 +252,7 @@ def test_a_kill_while_results_are_put_aside(batches, lab, client_env, project, w
 
 
 def test_each_action_on_jobs_in_each_state(batches, ask, lab, held, gate, ledger):
-    """Ended, running on a machine that is given back, running, waiting; with a client, without."""
+    """Jobs: ended, running on a dropped machine, running, waiting.  With a client, and without."""
     machines = [lab(), lab()]
     files = [machine.yaml(max_jobs=1) for machine in machines]
     batch = batches.start(['true', held('a'), held('b'), 'echo w'], files, '--reserve', *NO_GPU)
@@ -342,7 +342,7 @@ def test_a_machine_joins_and_another_is_given_back(batches, ask, lab, held, gate
     said(batches.run(lines, [second], *NO_GPU), f'{handed}it has these lines and machines already')
     said(batches.run(lines, [first], *NO_GPU), f'{handed}{first} joins',
          f'{second} stays in use. To give it back: execute_batch batch.sh --drop-machine {second}')
-    batch.until('finished: batch.sh.4')                 # on the first: the second has no room
+    batch.until('finished: batch.sh.4')                 # on the first machine: the second is full
     gate.open('b')
     assert batch.end().returncode == 0
     assert_clean(one, cache=True)
@@ -659,7 +659,7 @@ def test_waiting_goes_on_when_the_batch_is_changed(batches, start_cli, lab, held
 
 
 def test_a_client_of_another_computer_that_has_ended(batches, ask, lab):
-    """The lock, in a home that computers share, has its exit status, or nobody holds the lock."""
+    """The lock in the shared home has the client's exit status, or no process holds the lock."""
     machine = lab()
     assert batches.run(['false', 'true'], [machine], *NO_GPU).returncode == 1
     lock = RESULTS / '.ssh_scheduler/lock'
@@ -780,7 +780,7 @@ def test_requests_that_cannot_be_understood(batches, lab, held, gate, ledger, co
 
 
 def test_files_in_the_inbox_that_are_no_requests(batches, ask, lab, held, gate, ledger, outside):
-    with open(outside / 'stderr', 'w') as stderr:           # too much for a pipe
+    with open(outside / 'stderr', 'w') as stderr:           # a pipe is too small
         batch = batches.start([held('a')], [lab()], *NO_GPU, stderr=stderr)
     wrote(ledger, 'a')
     INBOX.mkdir(0o700)
@@ -852,7 +852,7 @@ def test_a_client_that_does_not_answer(batches, start_cli, lab, held, gate, ledg
     assert not [*INBOX.iterdir()]
 
 
-# ---- How another text changes a batch ----
+# ---- Edits of a batch file ----
 
 def test_lines_that_come_back_are_as_before():
     (job,) = jobs_of('a')

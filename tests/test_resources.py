@@ -18,7 +18,7 @@ NO_GPU = Allocation(1, 1000, gpus=0)
 
 # ---- MachineResources: any sequence ----
 
-# Not whole numbers: their sums would not show the effects of rounding.
+# Fractions: sums of whole numbers would not show the effects of rounding.
 CORES = st.integers(1, 12_000).map(lambda number: number / 1000) | st.floats(0.001, 4)
 SHARES = st.integers(1, 1000).map(lambda number: number / 1000) | st.floats(0.001, 0.4)
 ROUNDING = 0.0006               # of one job: the use is counted in thousandths
@@ -126,7 +126,7 @@ def test_a_score_is_of_what_is_out_and_not_of_how_it_came(capacity, steps, data)
     try:
         for placement in data.draw(st.permutations(out)):
             again.allocate(placement.allocation)
-    except DoesNotFit:      # the one job that may always run came first the other time, not now
+    except DoesNotFit:      # the job that may always run was first before, not now
         assume(False)
     assert scores(again) == scores(resources)
 
@@ -134,7 +134,7 @@ def test_a_score_is_of_what_is_out_and_not_of_how_it_came(capacity, steps, data)
 @ANY
 @given(capacity=CAPACITIES, steps=STEPS)
 def test_a_score_with_gpus_is_of_what_is_out(capacity, steps):
-    """The same placements on the same GPUs, some of them after a detour."""
+    """A job that was placed and given back leaves the scores as they were."""
     resources = MachineResources(capacity)
     for out in walk(resources, steps):
         before = scores(resources)
@@ -160,9 +160,9 @@ def test_the_order_of_gpus_in_the_capacity_does_not_matter(capacity, order, allo
         assert one.allocate(allocation) == two.allocate(allocation)
 
 
-# ---- MachineResources: any sequence, while what is there changes ----
+# ---- MachineResources: any sequence, while the machine changes ----
 
-# With the use by others, too.  No machine has cards with and cards without memory of their own.
+# Others use the machine, too.  No machine mixes cards with and without memory of their own.
 def machines_of(unified):
     gpus = st.lists(st.builds(
         Gpu, index=st.integers(0, 5), memory_mb=st.integers(0, 9000), others=st.sampled_from(
@@ -191,7 +191,7 @@ STORIES = st.booleans().flatmap(lambda unified: st.tuples(
 
 
 def fitting_gpus(capacity, out, wanted):
-    """Return {index: Gpu} of the GPUs that can take a part of the job: the rules, slowly."""
+    """Return {index: Gpu} of the GPUs that can take a part of the job, by the plain rules."""
     fitting = {}
     for gpu in capacity.gpus:
         there = [p.allocation for p in out if gpu.index in p.gpus]
@@ -209,7 +209,7 @@ def fitting_gpus(capacity, out, wanted):
 
 
 def has_room(capacity, out, wanted):
-    """Tell whether the job fits beside those placements: the rules, slowly."""
+    """Tell whether the job fits beside those placements, by the plain rules."""
     shared = [gpu.index for gpu in capacity.gpus if gpu.unified]
     taken_mb = sum(p.allocation.memory_mb + p.allocation.gpu_memory_mb * sum(
         index in shared for index in p.gpus) for p in out)
@@ -228,7 +228,7 @@ def has_room(capacity, out, wanted):
 @settings(ANY, max_examples=200)
 @given(story=STORIES)
 def test_a_job_is_taken_if_and_only_if_the_rules_allow_it(story):
-    """Whatever was taken, adopted and given back, and however often the machine changed."""
+    """The rules hold after any jobs were taken, adopted or given back, and the machine changed."""
     capacity, steps = story
     resources, out = MachineResources(capacity), []
     for step in steps:
@@ -259,7 +259,7 @@ def test_a_job_is_taken_if_and_only_if_the_rules_allow_it(story):
             assert len(placement.gpus) == step.gpus
             with_others = sum(fitting[index].others > 0 for index in placement.gpus)
             free_ones = sum(not gpu.others for gpu in fitting.values())
-            assert with_others == max(step.gpus - free_ones, 0)     # only where no free one is left
+            assert with_others == max(step.gpus - free_ones, 0)     # only if no free GPU is left
             out.append(placement)
         assert resources.jobs == len(out) == len({p.number for p in out})
     for placement in out:
@@ -799,7 +799,7 @@ def test_what_nvidia_smi_does_not_tell_the_machines_file_may_vouch_for(line, mac
 @pytest.mark.parametrize('memory', ['ERR!, ERR!', '[Unknown Error], [Unknown Error]', '9000, [N/A]',
                                     '[N/A], 9000', 'ERR!, 9000'])
 def test_a_broken_card_is_not_vouched_for(memory):
-    """It does not count as unified, nor as working though the machine file lists it."""
+    """It does not count as unified.  It does not count as working, though the file lists it."""
     gpu, trouble = card(f'0, GPU-a, {memory}, 0, Default, Disabled, A', machine=LISTED)
     assert gpu is None and 'GPU 0' in trouble
     assert 'nevertheless' not in trouble         # the file lists the GPU already
@@ -827,7 +827,7 @@ def test_max_jobs_goes_along():
     assert probe(machine=LAB._replace(max_jobs=3)).max_jobs == 3
 
 
-# ---- Who uses it: claims and processes ----
+# ---- Use of a machine: claims and processes ----
 
 def claim(used_mb=0, ticks=0, key='job.1', cores=1000, memory_mb=1000, reserve=0, gpus=''):
     """Return the fact of a claim; cores in thousandths, gpus as INDEX:MB:THOUSANDTHS:ALONE."""
@@ -844,7 +844,7 @@ def test_memory_that_our_jobs_took_is_ours_and_memory_promised_to_others_is_gone
 
     assert free_mb(claim(0), claim(0, key='two.1')) == 8000     # MachineResources counts these
     assert free_mb(claim(600), claim(500, key='two.1')) == 9100
-    assert free_mb(claim(5000)) == 9000             # the 4000 above its claim are gone
+    assert free_mb(claim(5000)) == 9000             # the 4000 above its claim are in use
     assert free_mb(claim(0, key='-')) == 7000       # promised, and not yet used
     assert free_mb(claim(400, key='-')) == 7400
     assert free_mb(claim(1000, key='-')) == 8000    # all of it used: counted once
@@ -894,7 +894,7 @@ def test_between_two_probes_our_jobs_processor_time_is_not_others_load():
         return probe(('load', '7.9'), ('ticks', f'{1000 + busy}/10800'), *claims, ours=OURS,
                      before=before, ended_ticks=ended_ticks).cores
 
-    assert cores(0) == 8                                # whatever the load of the last minute was
+    assert cores(0) == 8                                # the load of the last minute does not count
     assert cores(400) == 4
     assert cores(400, claim(ticks=300)) == 4            # the job slept
     assert cores(400, claim(ticks=600)) == 7            # 300 of the 400 are the job's
@@ -969,7 +969,7 @@ def test_memory_of_a_card_that_others_claim_is_gone_and_counted_once():
 
 
 def test_memory_is_not_given_twice_where_several_others_claim_a_card():
-    """It is unknown which of their processes belongs to which claim."""
+    """It is unknown which process of the others belongs to which claim."""
     theirs = [claim(key='-', gpus='0:4000:100:0')] * 2
     (one, _) = cards(3000, 10000, 0, 0, *theirs, process(0, 4000, 'ann', 'other'),
                      process(0, 3000, 'bob'))
@@ -979,7 +979,7 @@ def test_memory_is_not_given_twice_where_several_others_claim_a_card():
 
 
 def test_where_no_process_is_listed_what_went_since_we_came_is_ours():
-    """As in a container, which does not see the processes of its cards."""
+    """A container does not see the processes of its cards."""
     first = [(key, line.format(9000, 6000, 0, 0)) for key, line in TWO_CARDS]
     before = ssh_scheduler.read_sample(first)
     assert before.gpu_free_mb == {0: 9000, 1: 6000}
@@ -1051,7 +1051,7 @@ FACT = st.one_of(
 
 
 def number_in(text):
-    """Return the number that a text is, else 0."""
+    """Return the text as a number, or 0 if it is none."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
 
 

@@ -1,4 +1,4 @@
-"""The folder job_results: nothing in it is ever replaced, and its journal forgets nothing."""
+"""The folder job_results: no file in it is ever replaced, and its journal loses no event."""
 import contextlib
 import json
 import os
@@ -283,14 +283,14 @@ def test_a_full_disk_under_the_journal_is_one_sentence(store, monkeypatch):
     journal = store.journal
     os.close(journal._fd)
     journal._fd = os.open('/dev/full', os.O_WRONLY)
-    monkeypatch.setattr(journal, 'check', lambda: None)     # it would notice the other file
+    monkeypatch.setattr(journal, 'check', lambda: None)     # check() would notice the other file
     with pytest.raises(ResultsError, match='cannot be written: No space left on device'):
         claim(store)
     assert journal.jobs == {}               # as a new reader finds it
 
 
 def test_what_could_not_be_noted_has_not_happened(store, monkeypatch):
-    """Else a folder on a machine would be removed although its results count as kept in it."""
+    """Else a folder on a machine would be removed although the journal expects results in it."""
     claim(store)
     real, journal = store.journal._fd, store.journal
     store.journal._fd = os.open('/dev/full', os.O_WRONLY)
@@ -418,7 +418,7 @@ def test_a_job_that_is_claimed_anew_is_looked_for_anew(store, folder):
     assert store.remnants('job') == [f'{folder}/job.err']
 
 
-# ---- Names that are made up ----
+# ---- Generated names ----
 
 TAKER = """
 import os, sys

@@ -67,7 +67,7 @@ class Results:
         return self
 
     def sweep(self, *words, out='loss: 0.5\n'):
-        """Add a job for each word, which ends its command."""
+        """Add a job for each word, whose command has the word at its end."""
         for number, word in enumerate(words, 1):
             self.add(f'grid.sh.{number}', f'python3 train.py {word}'.strip(), out)
         return self
@@ -307,7 +307,7 @@ def test_units_that_differ_between_jobs_are_made_the_same(made):
         made.add(f'grid.sh.{number}', f'./run {number}', words)
     assert column('took') == [41, 62] and column('acc') == [0.91, 0.9]
     assert column('mem') == [512, 1536] and column('n') == [2000, 1500]
-    made.add('grid.sh.3', './run 3', 'acc: 5s')         # of another kind: all stay as they are
+    made.add('grid.sh.3', './run 3', 'acc: 5s')         # another unit: no value is converted
     assert column('acc') == [91, 0.9, 5]
 
 
@@ -692,7 +692,7 @@ def test_two_batches_are_told_apart(made):
 
 @pytest.fixture
 def sweep(made):
-    """2 learning rates, 3 seeds; two jobs have not finished well, and one has no val_acc."""
+    """2 learning rates, 3 seeds; one job failed, one still runs, and one has no val_acc."""
     for number, (lr, seed) in enumerate(((lr, seed) for lr in ('0.1', '1e-1', '1')
                                          for seed in (1, 2, 3)), 1):
         out = f'loss: {float(lr) * seed}\n' + f'val_acc: 0.{seed}\n' * (number != 5)
@@ -822,7 +822,7 @@ def test_columns_are_chosen(sweep):
 
 
 def test_equal_files_are_named_after_the_first_job_that_had_them(made):
-    """Whatever order Python gives to a set."""
+    """The order that Python gives to a set must not matter."""
     for number, digest in enumerate(('a' * 16, 'b' * 16, 'c' * 16), 1):
         made.add(f'grid.sh.{number}', f'true {number}', files_sent=digest)
         sent = made.folder / '.ssh_scheduler/sent' / digest
@@ -835,7 +835,7 @@ def test_equal_files_are_named_after_the_first_job_that_had_them(made):
         assert [row['files'][0] for row in rows] == ['a', 'a', 'c'], seed
 
 
-# ---- Forms ----
+# ---- Output formats ----
 
 def test_a_pipe_gets_csv(sweep):
     done = command()
@@ -1093,7 +1093,7 @@ def test_a_closed_stdout_is_no_traceback(made, words):
 
 
 def test_a_closed_stdin_loses_no_metric(made):
-    """Then the first file that is opened has the descriptor 0."""
+    """Without a stdin, the first file that is opened gets the descriptor 0."""
     made.sweep('1')
     words = [sys.executable, PROGRAM, '--metric=best=loss: (.*)']
     shown = [subprocess.run(['bash', '-c', f'"$@" {stdin}', 'bash', *words], timeout=60,

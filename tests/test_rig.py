@@ -28,7 +28,7 @@ def test_the_login_shell_is_the_one_asked_for_and_keeps_path(lab, shell):
     machine = lab(shell=rig.program(shell))
     name = machine.run("sh -c 'ps -o comm= -p $PPID'; true")
     assert (name.stdout.strip(), name.stderr) == (shell, '')
-    login = '-ic' if shell == 'tcsh' else '-ilc'        # tcsh accepts -l only alone
+    login = '-ic' if shell == 'tcsh' else '-ilc'        # tcsh accepts -l only as its sole option
     assert machine.run(f'exec $SHELL {login} env').stdout.count(f'PATH={machine.bin}:') == 1
 
 
@@ -88,7 +88,7 @@ def test_rsync_works_with_a_machine(lab, tmp_path):
     assert (machine.home / 'a b').read_text() == 'text'
 
 
-# ---- What it claims to have ----
+# ---- Its GPUs, load and programs ----
 
 def test_gpus_answer_in_the_order_asked(lab1):
     answer = lab1.run(QUERY.format('memory.free,index,uuid,mig.mode.current'))

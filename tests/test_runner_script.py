@@ -31,7 +31,7 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason='only root can mount a sma
 
 # ---- The text itself ----
 
-# shellcheck takes 10 s for each of the long ones.  The last of them holds `slurm` and `visit`.
+# shellcheck takes 10 s for each long script.  `visit of a cluster` contains `slurm` and `visit`.
 @pytest.mark.parametrize('name', sorted(SCRIPTS.keys() - {'slurm', 'visit'}))
 def test_shellcheck_finds_nothing(name):
     # A function of an engine replaces one above it, which is then never called.
@@ -87,7 +87,7 @@ def test_the_page_has_each_word_of_a_record():
 
 
 def test_the_page_has_each_file():
-    """The files beside the file of a job, and those in the folder `more` beside it."""
+    """It lists the files beside the file of a job, and those in the folder `more` beside it."""
     source = Path(s.__file__).read_text()
     table = source.split('\n# The files of a job', 1)[1].split('\n# What a worker has', 1)[0]
     beside = ' '.join(re.findall(r'^#   (\.\S+(?: \.\S+)*)', table, re.M))
@@ -106,7 +106,7 @@ class Channel:
 
     def __init__(self, env, *, bash='bash', project=None, owner='', client='1.0.1',
                  workdir='', setup='', gpus=False, variables=(), functions='', gpu_limit_s=20):
-        project = project or os.path.basename(env['HOME'])      # no other test's
+        project = project or os.path.basename(env['HOME'])      # of this test alone
         self.folder = os.path.join(env['HOME'], '.ssh_scheduler', project)
         self.events = []                    # all so far, as lists of text, except the account
         self.account = None
@@ -299,7 +299,7 @@ kill "$!"
     assert done.stdout == 'begun\n', done
 
 
-# ---- What it says of the machine ----
+# ---- Facts about the machine ----
 
 def test_a_probe_tells_what_is_here_and_then_ready(channel):
     runner = channel()
@@ -1081,7 +1081,7 @@ def test_more_jobs_run_at_once_than_a_login_may_have_files_open(channel, gate, t
 
 def test_what_stays_in_the_group_of_a_job_is_not_hit_when_a_later_one_is_cancelled(
         runner, tmp_path):
-    """The process has closed all its files, so only its process group shows whose it is."""
+    """The process has closed all its files, so only its process group shows its job."""
     close = 'for f in /proc/self/fd/*; do f=${f##*/}; ((f < 3)) || eval "exec $f>&-"; done'
     runner.start('first', f'bash -c \'{close}; echo $$ >{tmp_path}/pid; exec env -i sleep 1000\' '
                  f'>/dev/null 2>&1 </dev/null & until [[ -s {tmp_path}/pid ]]; do :; done')
@@ -1129,7 +1129,7 @@ def test_signals_to_the_worker_do_not_change_what_a_job_ends_with(runner):
 
 
 def test_signals_to_the_worker_at_the_moment_when_its_job_ends(runner):
-    """Many, since bash loses the status of a child only about once in twenty of these moments."""
+    """60 jobs, since bash loses the status of a child in about one of twenty such moments."""
     for number in range(60):
         runner.start(f'job{number}', 'for signal in TERM HUP INT; do kill -$signal $PPID & done; '
                      'kill -KILL $$')
@@ -1161,7 +1161,7 @@ def test_jobs_of_a_version_that_made_folders_are_left_alone(channel, env):
     assert why.startswith('jobs of an older ssh-scheduler are there') and folder.exists()
 
 
-# ---- Watching and ending them ----
+# ---- Watching and cancelling jobs ----
 
 def test_watch_tells_what_was_added_to_streams(runner, gate, tmp_path):
     # Two gates: with one, a job that is still there would also read the line for its second wait.
@@ -1187,7 +1187,7 @@ def test_where_tells_the_folders_of_jobs(runner, gate):
     runner.until('started', 'job.1')
     with open(gate.path, 'w') as fifo:
         runner.send('where', 'none.1', 'job.1')
-        key, folder = runner.until('place')     # the first one: none.1 has none
+        key, folder = runner.until('place')     # none.1 has no place
         assert key == 'job.1'
         assert os.path.exists(os.path.join(runner.folder, 'jobs', folder, 'here'))
         fifo.write('go\n')
@@ -1351,7 +1351,7 @@ def test_follow_shows_streams_as_they_grow_and_from_any_byte(runner, env, gate):
 
 
 def test_after_finish_nothing_is_tidied_twice(channel, env, tmp_path):
-    """Nor does the runner look for old folders of others where there are no others."""
+    """The runner also does not look for old folders of others if no other folder exists."""
     called = tmp_path / 'called'
     (tmp_path / 'bin').mkdir()
     for name in ('rmdir', 'find'):
@@ -1366,7 +1366,7 @@ def test_after_finish_nothing_is_tidied_twice(channel, env, tmp_path):
 
 
 def test_what_is_there_already_is_brought_in_large_blocks(env, tmp_path):
-    """By cat, since tail reads 8 KB at a time; tail continues after it."""
+    """cat sends the existing output, since tail reads 8 KB at a time; tail sends the rest."""
     much = os.urandom(300_000)
     (tmp_path / 'job.out').write_bytes(much)
     (tmp_path / 'job.err').write_text('')
@@ -1526,7 +1526,7 @@ def test_without_a_boot_id_jobs_are_known_too(channel, nameless, gate):
         second.send('adopt', 'job.1', 'long.1')
         second.until('started', 'job.1')
         second.until('started', 'long.1')
-        assert first.process.wait(rig.SAFETY_NET_S) == -9       # as always with the same owner
+        assert first.process.wait(rig.SAFETY_NET_S) == -9       # killed: its owner has a new runner
         assert [c.key for c in s.read_needs(measured(second))] == ['job.1', 'long.1']
         second.send('cancel', 5, 'long.1')
         second.until('cancelled', '')
@@ -2033,7 +2033,7 @@ def test_the_exit_status_survives_a_full_disk(channel, small_disk, status):
 
 
 def test_a_start_meets_a_job_with_another_command(channel):
-    """As after the user restores an older journal: neither job may be taken for the other."""
+    """The user may restore an older journal.  Neither job may be taken for the other."""
     runner = channel()
     runner.start('job', 'exit 3')
     assert runner.ended('job')[0] == 3
@@ -2085,10 +2085,10 @@ def test_pack_gives_exactly_the_named_paths(env, tmp_path):
         assert [member.name for member in tar] == ['./-x', './new\nline', './folder']
 
 
-# ---- What the environment holds changes nothing ----
+# ---- The environment does not affect the runner ----
 
-# Each name in the runner, and each that bash has; without those that describe the session or the
-# job, which no job may get from another, and those that a login shell itself needs.
+# Each name in the runner and each variable of bash.  Left out are those that describe the session
+# or the job, which no job may get from another, and those that a login shell itself needs.
 NAMES = sorted(
     {*re.findall(r'[A-Za-z_]\w*', s.REMOTE_RUNNER),
      *subprocess.run(['bash', '-c', 'compgen -v'], capture_output=True, text=True).stdout.split()}
@@ -2109,7 +2109,7 @@ def shown(data):
 
 @pytest.mark.parametrize('way', ['the process', 'the login', 'setup', 'env'])
 def test_no_name_in_the_environment_is_special(channel, env, tmp_path, way):
-    """A job has the environment of the same bash, called by a shell with these variables."""
+    """A job has the environment of a bash that is started by a shell with these variables."""
     if way == 'the process':        # sshd's, or on localhost the calling shell's
         extra = dict.fromkeys([*NAMES, *ODD_NAMES], '1')
     else:                           # a shell cannot set the others
@@ -2206,7 +2206,7 @@ def test_a_runner_that_is_not_spoken_to_does_not_mind_tmout(channel, env):
 
 
 def test_tar_is_told_nothing_by_the_environment(env, tmp_path):
-    """Where tar unpacks and packs files, beside the channel."""
+    """The scripts that unpack and pack files beside the channel run tar."""
     env = {**env, 'TAR_OPTIONS': '--exclude=*', 'TMOUT': '1'}
     data = tar_of({'folder/file': 'text\n'})
     run_script(s.REMOTE_UNPACK, bytes(s.nul_ended(TOKEN, tmp_path)) + data, env)

@@ -1,4 +1,4 @@
-"""Which waiting job starts where, and when: the Scheduler against the rules in slow motion.
+"""Which waiting job starts where, and when: the Scheduler against a plain version of its rules.
 
 The last tests run the whole Run of a batch, with fake machines that the test controls.
 """
@@ -38,7 +38,7 @@ def job_of(line, allocation):
     return s.Job(f'job{line}', 'true', line, allocation, s.Forwards())
 
 
-# ---- The Scheduler, whatever happens ----
+# ---- The Scheduler, in any order of events ----
 
 class AnyDay(RuleBasedStateMachine):
     """Jobs arrive and end, machines join, change and leave.
@@ -53,7 +53,7 @@ class AnyDay(RuleBasedStateMachine):
         self.running = {}                   # job -> (machine, Placement, Placement in the books)
         self.waiting = collections.defaultdict(list)        # Allocation -> jobs
         self.begun, self.lines = set(), 0
-        self.hold, self.there_before = None, set()          # what ran when the hold began
+        self.hold, self.there_before = None, set()          # jobs that ran when it began
 
     @initialize(rooms=st.lists(st.sampled_from(ROOMS), min_size=1, max_size=3),
                 jobs=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 40)), max_size=6))
@@ -125,7 +125,7 @@ class AnyDay(RuleBasedStateMachine):
 
     @rule()
     def choose(self):
-        free = self.scheduler._hold is None         # then each choice is simply the best
+        free = self.scheduler._hold is None         # without a hold, each choice is the best
         self.hold = self.scheduler._hold
         for job, machine, placement in self.scheduler.choose():
             kind = job.allocation
@@ -186,7 +186,7 @@ TestAnyDay = AnyDay.TestCase
 TestAnyDay.settings = WALKS
 
 
-# ---- Clusters, whatever happens ----
+# ---- Clusters, in any order of events ----
 
 AFTER_S = 30.0
 QUEUES = (Capacity(0, 0, queue=s.Queue('Slurm', 3)), Capacity(0, 0, queue=s.Queue('Slurm', 40)),
@@ -196,7 +196,7 @@ QUEUED_KINDS = (*KINDS[:5], Allocation(1, 100, gpu_memory_mb=4000),
 
 
 class Books:
-    """The test's own copy of what a queue was given."""
+    """The test's own record of the jobs given to a queue."""
 
     def __init__(self, now):
         self.jobs, self.begun = {}, set()           # job -> its Placement
@@ -212,7 +212,7 @@ class Books:
         return len(self.jobs) - (before[-1] if before else 0)
 
     def joined(self, now):
-        """Return how many jobs came into it within GROWTH_S."""
+        """Return how many jobs joined the queue within the last GROWTH_S."""
         return sum(size > before for (_, before), (when, size) in zip(self.sizes, self.sizes[1:])
                    if when > now - s.GROWTH_S)
 
@@ -313,7 +313,7 @@ class AnyQueue(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(QUEUED_KINDS), times=st.integers(2, 4))
     def jobs_begin_at_once(self, kind, times):
-        """So more jobs may join, up to the limit of growth of a queue."""
+        """Let many jobs begin, so more may join, up to the limit of growth of a queue."""
         self.submit(kind, 30)
         for _ in range(times):
             self.jobs_begin(0, 40)
@@ -322,7 +322,7 @@ class AnyQueue(RuleBasedStateMachine):
     @precondition(lambda self: self.there or any(books.jobs for books in self.books.values()))
     @rule(number=st.integers(0, 99), count=st.integers(1, 12), again=st.booleans())
     def jobs_end(self, number, count, again):
-        """Jobs in a queue that have not begun may go, too: they were taken back."""
+        """End some jobs.  Jobs that a queue has not begun may leave, too: they were taken back."""
         jobs = [*self.there, *(job for books in self.books.values() for job in books.jobs)]
         jobs = sorted(jobs, key=lambda job: job.line)[number % len(jobs):][:count]
         for job in jobs:
@@ -440,7 +440,7 @@ def test_a_queue_grows_no_faster_than_its_controller_likes():
     now[0] = s.GROWTH_S - 0.1
     assert not joined(own)
     now[0] = s.GROWTH_S
-    assert len(joined(own)) == s.SPARE_PENDING      # beyond those that have begun, five
+    assert len(joined(own)) == s.SPARE_PENDING      # five more than have begun
     now[0] = 2 * s.LATELY_S
     for placement in waiting:
         own.deallocate(placement)
@@ -659,7 +659,7 @@ def test_what_was_kept_back_starts_as_soon_as_it_is_in_nobodys_way():
     assert started == [(2, 'n'), *((line, 'm') for line in (1, *range(23, 33)))]
 
 
-# ---- What a placement costs ----
+# ---- The cost of a placement ----
 
 def calls_of_score(machines, waiting, rounds):
     """Return how often score() was called: in the first filling, and per placement after that."""
@@ -706,7 +706,7 @@ def test_a_placement_costs_hardly_more_among_many_machines():
     assert many <= 25                       # ten kinds, each with the scores that changed
 
 
-# ---- The Run of a batch, whatever its machines say ----
+# ---- The Run of a batch, with any answers of its machines ----
 
 WORDS = ('--num-cpus=4', '--num-cpus=0.5', '--memory-required=3000', '--memory-required=500',
          '--reserve')

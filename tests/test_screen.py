@@ -1,4 +1,4 @@
-"""What a person sees of a batch on a terminal: rows, the area below them, Ctrl-C, and the end."""
+"""A batch on a terminal: its rows, the area below them, Ctrl-C, and the end."""
 import io
 import os
 import re
@@ -176,7 +176,7 @@ def test_the_area_follows_the_size_of_the_terminal(terminal, lab, gate):
 
 
 def test_ctrl_c_leaves_no_part_of_the_area_behind(terminal, lab, gate):
-    """Not even if the terminal's own ^C follows a row that is as wide as rows may be."""
+    """The terminal's own ^C may follow a row that has the greatest width."""
     shown = terminal(['sleep 0.1'] * 3 + [gate.wait('a')] + ['true'] * 30,
                      [lab().yaml(max_jobs=1)], size=(80, 12))
     shown.until(has('3/34', ' left', '1 running'))
@@ -384,7 +384,7 @@ exec {rig.program('tar')} "$@"
         shown.close()
 
 
-# ---- How long it may take ----
+# ---- The time that is left ----
 
 def test_nothing_is_said_before_three_jobs_have_ended():
     pace = s.Pace()
@@ -462,7 +462,7 @@ def test_names_are_short(count, words):
     assert s.names_in_short([f'g.sh.{n}' for n in range(1, count + 1)]) == words
 
 
-# ---- What is large ----
+# ---- Large files and folders ----
 
 def sparse(path, size):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def assert_gone(cluster):
     assert not left, left
 
 
-# ---- What a job has ----
+# ---- Jobs on a node ----
 
 def test_a_job_runs_on_a_node_and_its_files_come_back(cluster, batches):
     Path('input.txt').write_text('from here\n')
@@ -129,7 +129,7 @@ def test_a_node_folder_that_is_not_there_is_named(cluster, batches):
     assert_gone(cluster)
 
 
-# ---- What goes wrong ----
+# ---- Failures ----
 
 TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'LAG_S': 4, 'CANCEL_S': 2}
 
@@ -485,7 +485,7 @@ def test_no_more_jobs_are_in_the_queue_than_max_jobs(cluster, batches):
     assert done.returncode == 0, done.stderr
 
 
-# ---- What is said ----
+# ---- Messages ----
 
 def test_what_slurm_refuses_is_said_before_anything_starts(cluster, batches):
     done = batches.run(['true'], [cluster_of(cluster, engine_options='--partition=nope')], *NO_GPU)
@@ -527,7 +527,7 @@ def test_what_a_cluster_has_is_shown(cluster, run_cli, project):
     assert found['partitions'][0]['cores_total'] == 8 and found['own_jobs_running'] == 1
 
 
-# ---- Ending jobs ----
+# ---- Stopping jobs ----
 
 @with_constants
 def test_jobs_are_cancelled_that_run_and_that_wait(cluster, batches, run_cli, ledger):
@@ -663,7 +663,7 @@ def test_the_transcript_of_the_page(make_cluster, lab, start_cli, project):
     assert {*keys} <= {*ssh_scheduler.MACHINE_KEYS}
 
 
-# ---- What it costs ----
+# ---- Load on Slurm ----
 
 def test_slurm_is_asked_once_for_each_job(cluster, batches):
     before = cluster.rpcs()

@@ -144,7 +144,7 @@ class Case:
 # ---- The faults ----
 
 class Fault(NamedTuple):
-    """What happens to a job in a state, and what must become of it."""
+    """A fault that hits a job in a state, and the outcome that it must have."""
     state: str                              # handed, queued or running
     act: Callable
     status: int = STATUS                    # of the job, as the journal has it
@@ -188,7 +188,7 @@ def take_controller_away(case):
 
 
 def list_is(script, times=3):
-    """Return an act() during which squeue is this script, for this many calls."""
+    """Return an act() that replaces squeue by this script for this many calls."""
     def act(case):
         case.cluster.wrap('squeue', script)
         case.calls('squeue', times)
@@ -274,7 +274,7 @@ def end_its_time(case):
 
 
 def end_its_time_in_another_order(case):
-    """Its script hears TERM, and then the signal that comes before the time limit."""
+    """The job's script gets TERM first, and then the signal that announces the time limit."""
     number = case.number
     case.cluster.command('scancel', '--batch', '--signal=TERM', number)
     wait_until(lambda: case.ledger.with_suffix('.told').exists(), 'it is told to stop')
@@ -338,7 +338,7 @@ FAULTS = {
 
 
 def live(case, fault, moment):
-    """Bring the job through the fault; the client is killed at the moment, unless that is ''."""
+    """Bring the job through the fault; kill the client at this moment, unless it is ''."""
     comes_first = moment == 'claimed' or moment in ('queued', 'running')[:(
         2 if fault.state == 'running' else 1)]
     if fault.before:
@@ -403,7 +403,7 @@ def test_a_fault_of_a_cluster(make_cluster, batches, gate, ledger, name, moment)
 # ---- While a job is handed over ----
 
 HANDED = Fault('handed', go)
-# Before that, the runner asks Slurm with --test-only whether it would refuse such jobs.
+# Before it submits, the runner asks with --test-only whether Slurm would refuse such jobs.
 LATER = '[[ " $* " != *" --test-only "* ]] || exec "$REAL" "$@"\n'
 
 
@@ -513,7 +513,7 @@ def test_where_no_node_has_the_folder_each_is_named(make_cluster, batches, gate,
     check(case, HANDED, '')
 
 
-# ---- Limits, and numbers that come again ----
+# ---- Limits, and job numbers that Slurm uses again ----
 
 @with_constants
 def test_an_account_that_may_have_few_jobs_in_the_queue(make_cluster, batches, gate, ledger):

@@ -1,4 +1,4 @@
-"""execute_batch --status: what it shows of a batch, and the small functions behind it."""
+"""execute_batch --status: the text that it shows, and the small functions behind it."""
 import fcntl
 import json
 import os
@@ -92,7 +92,7 @@ def test_what_is_no_file_has_no_last_line(tmp_path):
         assert s.last_line_of(tmp_path / name) == s.told_by(tmp_path / name) == ''
 
 
-# ---- What a stderr tells ----
+# ---- The reason in a stderr ----
 
 TRACEBACK = '''\
 Traceback (most recent call last):
@@ -111,7 +111,7 @@ Traceback (most recent call last):
     (f'{TRACEBACK}KeyError: 1\n\nDuring handling of the above exception, another exception '
      f'occurred:\n\n{TRACEBACK}ValueError: 2\n', 'ValueError: 2'),
     (f'{TRACEBACK}RuntimeError: caught\n' + 'going on\n' * 9 + 'disk full\n', 'disk full'),
-    (f'starting\n{TRACEBACK}', 'starting'),                     # it was killed in the middle
+    (f'starting\n{TRACEBACK}', 'starting'),                     # killed within the traceback
     (TRACEBACK, 'raise RuntimeError(why)'),
     (''.join(f'[rank0]: {line}\n' for line in (TRACEBACK + '\nOSError: 5').splitlines()),
      'OSError: 5'),
@@ -270,7 +270,7 @@ def test_a_batch_while_it_runs_after_a_kill_and_at_the_end(batches, run_cli, lab
     wait_until(lambda: '"collected"' in journal.read_text(), 'the results of the first job')
     where = f'{machine.yaml()} GPU 0'
     def tree():
-        """All files but that to which the client itself adds as time passes."""
+        """Return all files except `seen`, to which the client adds as time passes."""
         return {path: what for path, what in tree_of('.').items() if not path.endswith(b'/seen')}
 
     before = tree()
@@ -488,7 +488,7 @@ def test_a_client_elsewhere_and_one_that_has_ended(made, run_cli):
     with made.hold(computer='lab9'):
         assert re.fullmatch(rf'a client runs on lab9 since \d\d:\d\d \(process {os.getpid()}\), '
                             '1 running, 3 waiting', status_of(run_cli)[1][0])
-    # The lock is free, as where locks do not cross the network.
+    # The lock looks free, as on a network that passes no locks on.
     assert re.fullmatch(
         rf'a client was started on lab9 at \d\d:\d\d \(process {os.getpid()}\); only --status '
         f'on that computer tells whether it still runs{rest}', status_of(run_cli)[1][0])
@@ -530,7 +530,7 @@ def test_the_time_left_is_told_as_by_the_client_while_it_runs(project, run_cli):
     (['--of-a-later-version'], (), ['', '']), ('x', (), ['', '']), (None, (), ['', '']),
     (None, ('--num-gpus=3',), ['3 GPUs of its own', '2 GPUs of its own'])])
 def test_a_job_that_waits_tells_what_it_needs(project, run_cli, asked, options, needs):
-    """By the options of the client that runs the batch, or ran it last."""
+    """Its needs follow the options of the client that runs the batch, or ran it last."""
     made = Made('a', "execute_remote --num-gpus 2 'b'")
     for _ in range(2):
         with made.hold(run=f'\nbatch.sh\n{json.dumps(asked)}\n'):
@@ -617,7 +617,7 @@ def test_ten_thousand_jobs(project, run_cli):
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 2
 
 
-# ---- Again and again ----
+# ---- --watch ----
 
 def test_watch_shows_what_has_changed_and_ends_with_the_batch(made, scheduler, client_env):
     argv = ('execute_batch', 'batch.sh', '--status', '--watch', '0.5')

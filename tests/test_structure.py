@@ -26,7 +26,7 @@ def test_nothing_is_above_the_limits(name):
 
 @pytest.mark.parametrize('name', ['ssh_scheduler.py', 'combine_folders.py', 'results_table.py'])
 def test_no_name_of_a_file_has_two_meanings(name):
-    """The second meaning would hold in all functions, also in those above it."""
+    """A second definition would hold in all functions, also in those above it."""
     bound = collections.Counter()
     for node in ast.parse((ROOT / name).read_text(encoding='utf-8')).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -44,7 +44,7 @@ def test_each_fault_that_is_planted_has_its_place(fault):
     assert planted.plant(text, changes) != text
 
 
-# --- The measures find what they are to find -----------------------------------------------------
+# --- The measures find the faults of made-up sources ---------------------------------------------
 
 
 def measured(text, starter='Inner', writer='Outer'):

@@ -54,7 +54,7 @@ def nothing_left():
 
 
 def fetches(machine):
-    """Make a machine note each rsync that fetches; return the file with their arguments."""
+    """Make a machine note each rsync that fetches; return the file with the arguments."""
     log = machine.folder / 'fetches'
     log.touch()
     machine._script('rsync', f'#!/bin/bash\n[[ " $* " != *" --sender "* ]] || echo "$*" >>{log}\n'
@@ -62,7 +62,7 @@ def fetches(machine):
     return log
 
 
-# ---- What comes ----
+# ---- Files that are fetched ----
 
 def test_files_appear_and_grow_and_are_replaced_by_the_results(batches, machine, gate):
     batch = batches.start([f'mkdir -p runs/a; echo one >runs/a/log; echo no >other; '
@@ -175,7 +175,7 @@ def test_files_that_were_sent_are_not_among_them_unless_named(batches, project, 
     assert batch.end().returncode == 0
 
 
-# ---- When it goes ----
+# ---- When the copies are removed ----
 
 def test_of_a_job_that_fails_and_one_that_is_cancelled(batches, lab1, gate):
     lines = [f'mkdir runs; echo x >runs/log; {gate.wait(name)}; exit 3'
@@ -248,7 +248,7 @@ def test_contact_that_is_lost_and_found(batches, lab, gate):
     nothing_left()
 
 
-# ---- It holds nothing up ----
+# ---- --sync-back delays nothing ----
 
 def slow_fetches(machine, awaited):
     """Make each rsync of --sync-back on a machine hang; `awaited` appears when one does."""
@@ -416,7 +416,7 @@ def test_a_disk_that_fills_while_files_come(batches, disk, project, lab, gate):
         nothing_left()
 
 
-# ---- What means harm ----
+# ---- Attacks ----
 
 def test_links_that_lead_out_and_what_is_no_file(batches, lab1, gate):
     batch = batches.start([

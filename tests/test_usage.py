@@ -69,7 +69,7 @@ def call_main(*argv):
     return stdout.getvalue(), stderr.getvalue(), caught.value.code
 
 
-# ---- Tables: command line -> what it says ----
+# ---- Tables: command line -> its options ----
 
 SPEC = [
     ('execute_batch example/batch_script.sh --machines example/machine.yaml example/machine2.yaml',
@@ -256,7 +256,7 @@ def test_a_command_line_of_the_pages_is_understood(line):
         ssh_scheduler.read_allocation(options)
 
 
-# ---- What is wrong is named ----
+# ---- Errors name their cause ----
 
 @pytest.mark.parametrize(('words', 'expected'), [
     (['b', '--machnes', 'a'], 'unknown option --machnes (did you mean --machines?).'),
@@ -639,7 +639,7 @@ def test_each_help_ends_with_an_example_that_is_read():
 
 @pytest.mark.parametrize('option', ['--timeout', '--nice', '--cancel', '--copy-forwards'])
 def test_the_help_gives_the_reason_where_commands_differ(option):
-    """Each command's help gives its own reason; execute_to's also where it lacks the option."""
+    """Each help gives the reason of its command; that of execute_to also if it lacks the option."""
     reasons = {'--timeout': ('counts as failed', 'its exit code', 'no machine delays'),
                '--nice': ('people at the machine', 'a person waits', 'a person waits'),
                '--cancel': ('Without a name: all', 'may have many', 'nothing to cancel'),
@@ -679,7 +679,7 @@ def test_a_word_that_the_list_of_machines_lost_may_be_meant_for_it(command, end)
         '', 2, f'{command}: --machines names no machine{end}')
 
 
-# ---- Where it is started ----
+# ---- The current folder ----
 
 WORDS = {'execute_batch': ['batch.sh', '--machines', 'localhost'],
          'execute_remote': ['--machine', 'localhost', 'true'],

@@ -1,4 +1,4 @@
-"""Into a job while it runs: a shell beside it, and ports; with real sshds, ptys and servers."""
+"""Access to a running job: a shell beside it, and ports; with real sshds, ptys and servers."""
 import contextlib
 import os
 import re
@@ -235,7 +235,7 @@ def test_beside_jobs_of_other_kinds(command, shell, scheduler, client_env, lab1,
     with_job(command, lab1, *([text] if how == 'exec' else [
         f'echo $$ >>{ledger}; sleep 1000', '--timeout=1h']))
     wait_until(lambda: ledger.read_text(), 'the job')
-    if how == 'exec':       # until then it is bash, with its environment
+    if how == 'exec':       # wait until bash has become `sleep`
         pid = int(ledger.read_text())
         wait_until(lambda: rig.read_proc(pid, 'comm') == b'sleep\n', 'the other program')
     visit = shell('echo "$OF_JOB $SSH_SCHEDULER_JOB"')
@@ -347,7 +347,7 @@ def test_a_machine_without_room_for_the_files_of_a_shell(command, shell, lab):
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root has machines of another uid')
 def test_a_job_whose_environment_is_closed(command, shell, lab, ledger):
-    """As that of a program that has become another user."""
+    """A program that has become another user has such an environment."""
     machine = lab(uid=12345)
     with_job(command, machine, 'exec python3 -c "import ctypes, time; ctypes.CDLL(None).prctl('
              f"4, 0, 0, 0, 0); open('{ledger}', 'a').write('up\\n'); time.sleep(1000)\"")

@@ -57,7 +57,7 @@ def run(start):
     return lambda *words, **streams: start(*words, **streams).end()
 
 
-# ---- What the file may say ----
+# ---- Values in the file ----
 
 @pytest.fixture
 def read(project):
@@ -201,7 +201,7 @@ PARTS = st.lists(st.tuples(
 @ANY
 @given(words=st.lists(PARTS, min_size=1, max_size=4), values=VALUES)
 def test_values_are_text_wherever_they_stand(words, values):
-    """They pass through bash unchanged; so does all other text, with its braces."""
+    """The values pass through bash unchanged; so does all other text, with its braces."""
     wrap, expected = '', []
     for word in words:
         expected.append('')
@@ -463,7 +463,7 @@ def test_a_cancel_in_a_wrapper_that_tells_nobody(start, lab1, ledger):
     assert_clean(lab1)
 
 
-# ---- What is told of it ----
+# ---- Where a wrapper is shown ----
 
 def test_where_it_is_seen(batches, ask, lab1):     # noqa: F811
     yaml = lab1.yaml(wrap='nice -n {gpus}\n  env "A={name}"')
