@@ -2337,7 +2337,7 @@ def advise(table, report):
 
 # ---- Completion: this section is the same in all three modules, each of which works alone ----
 
-# What may stand for a value, by its name in the usage text.  What has `files` also is any path.
+# The name of a value in the usage text -> the kinds of words that complete it; `files`: any path.
 VALUES = {'machine': 'machines files', 'job': 'jobs', 'name': 'jobs', 'path': 'files',
           'file': 'files', 'shell': 'bash zsh fish', 'action': 'show collect remove',
           'what': 'error rename'}

@@ -1056,7 +1056,7 @@ def test_what_is_removed_while_it_is_said_is_said_whole(world):
     program = world.folder / 'bin/stat'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\n{rig.program("stat")} "$@"\n'
-                       'case "$*" in *%n*) exit ;; esac     # not what looks for what has grown\n'
+                       'case "$*" in *%n*) exit ;; esac     # of the files that a watch looks at\n'
                        f'rm -f {world.home}/.ssh_scheduler/*/run.*/chunk.*\n')
     program.chmod(0o755)
     world.env['PATH'] = f'{program.parent}:{world.env["PATH"]}'

@@ -374,7 +374,7 @@ def check(case, fault, moment):
 
 
 # The moments at which the client is killed; '': it is not killed.  SLURM_FAULTS=all tries each
-# fault with all of them, which takes 10 minutes.  tests/test_slurm.py has cases of the others.
+# fault with all of them, which takes 10 minutes.  tests/test_slurm.py tries further faults.
 MATRIX = {
     'runner killed': ('queued',), 'controller frozen': ('collected',), 'list empty': ('',),
     'node lost, then back': ('',), 'preempted': ('running',),
