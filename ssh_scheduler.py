@@ -15523,7 +15523,7 @@ class CommandOrder:
             self._report.running(self._name, attempt.machine.name, self._known.get('time'))
 
     def _give_terminal(self, attempt):
-        """A flow: give the command this terminal; note if the machine has none free."""
+        """A flow: give the command this terminal; note if the machine has no free terminal."""
         yield from attempt.machine.jobs.terminal(attempt)
         # The end of a job on a node of a cluster is reported later.
         yield 10 if attempt.machine.machine.engine else 2
@@ -15739,7 +15739,7 @@ def plain_name(name):
 
 
 def check_new(jobs, results):
-    """Raise unless each job has a name of its own under which there are no results."""
+    """Raise if two jobs have the same name, or if there are results of a job already."""
     names = collections.Counter(job.name for job in jobs)
     for name, count in names.items():
         check_job_name(name, '--job-name', 200)
@@ -15773,7 +15773,7 @@ def gather(jobs, outcomes, results, reporter, differences):
 
 
 def print_group(head, stream, pieces, reporter):
-    """Print a head, then the output, and end its last line; print nothing if it is empty."""
+    """Print a head and the output, with a newline at its end; print nothing without output."""
     printed = b''
     for piece in pieces:
         if not printed:
@@ -15814,9 +15814,9 @@ def summary_of(outcomes, reporter):
     return sum(map(len, kinds.values()))
 
 
-SMALL_HOME_MB = 20_000              # a home with less free than this is no place for results
+SMALL_HOME_MB = 20_000              # suggest another workdir if the home has less free
 NETWORK_DISKS = ('nfs', 'nfs4', 'lustre', 'gpfs', 'smb', 'smb2', 'cifs', 'ceph', 'fuseblk')
-# Options of ~/.ssh/config that the machine file keeps if its other keys would not bring them.
+# Options to copy from ~/.ssh/config, unless the other keys of the machine file imply them.
 KEPT_SSH_OPTIONS = ('proxycommand', 'hostkeyalias', 'userknownhostsfile', 'certificatefile',
                     'hostkeyalgorithms', 'kexalgorithms', 'ciphers')
 ACCEPTED_KEY = re.compile(r'debug1: Server accepts key: (.+) \S+ SHA256:\S+')
@@ -15880,8 +15880,8 @@ class FoundMachine:
     def __init__(self, check, name):
         self.is_whole = False
         self._check, self._name = check, name
-        self._key = self._offered = ''      # the accepted key, and its file if that works alone
-        self._options = {}                  # those that only ~/.ssh/config has
+        self._key = self._offered = ''      # _offered: the accepted key; _key: its file, if usable
+        self._options = {}                  # of ssh, which only ~/.ssh/config sets
 
     def look_closer(self):
         """A flow: find out which key ssh used, and which options the file needs."""
@@ -15938,7 +15938,7 @@ class FoundMachine:
             yield whole_number(free), kind, folder.rstrip()
 
     def _engine_lines(self):
-        """Return the lines for a cluster; none if no Slurm answers there."""
+        """Return the lines for a cluster; none if the machine has no Slurm that answers."""
         parts = self._details('partition')
         if not parts:
             return []
@@ -16048,7 +16048,7 @@ def close_all(workers, client, hurried=lambda: False):
 
 
 def json_lines(workers, allocation):
-    """Yield one JSON object for each machine; memory in MB, times as shares."""
+    """Yield one JSON object for each machine; memory in MB, utilization from 0 to 1."""
     for worker in workers:
         found = {'machine': worker.name}
         if worker.state != 'ready':
@@ -16085,7 +16085,7 @@ def queue_as_json(queue):
                  'gpus_of_a_node': part.gpus or None} for part in queue.partitions]}
 
 
-SHORTEST_NAME = 12              # a machine's name is shortened to no less
+SHORTEST_NAME = 12              # characters: no name of a machine is cut to fewer
 
 
 class TableRow(NamedTuple):
@@ -16251,12 +16251,12 @@ def is_free(gpu):
 
 
 def open_streams():
-    """Open closed standard streams, or the next file to be opened would be taken for one."""
+    """Open closed standard streams: else the next file that is opened would become one."""
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)      # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)      # gets the lowest free number, fd
         if getattr(sys, name) is None:
             setattr(sys, name, open(fd, 'w' if fd else 'r', closefd=False))
 
@@ -16267,7 +16267,7 @@ def check_surroundings():
         os.getcwd()
     except OSError:
         raise SchedulerError('the current folder was removed: cd to another folder.') from None
-    if sys.getfilesystemencoding() != 'utf-8':      # names and commands would get other bytes there
+    if sys.getfilesystemencoding() != 'utf-8':      # machines would get names with other bytes
         raise SchedulerError('the locale here is not UTF-8. Try: export PYTHONUTF8=1')
 
 
@@ -16316,44 +16316,46 @@ def main(argv=None):
     os._exit(status)
 
 
-# ---- The remote runner: runs there ----
+# ---- The remote runner: runs on the machine ----
 
 # One runner serves one contact with a machine: it reads requests, gives jobs to workers, and
 # reports what becomes of the jobs.  A worker is a process beside the runner; it runs one job after
-# the other and records how each ends.  A worker does not need the runner: if that is killed, each
-# worker runs its job to the end, and exits.  So all that must outlive the runner is in files.
+# the other and records how each ends.  A worker does not need the runner: if the runner is killed,
+# each worker runs its job to the end, and exits.  So all that must outlive the runner is in files.
 #
 # The folder of a project, WORKDIR/PROJECT:
 #
 #   jobs/       the files of jobs and of workers
 #   stage/ID/   copy/ and link/ as they were sent (`unpack`, or `folder` and rsync).  freeze makes
-#               links in copy/ to link/, and the file list, of all in copy/.  `finish` removes it
-#   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync compares the
-#               next stage with it (--link-dest), so nothing is ever deleted in it
-#   run.HOST.PID.RANDOM/        one runner; the next one removes what a killed one left (tidy):
+#               links in copy/ to link/, and the file `list`, which names all in copy/.  `finish`
+#               makes the stage the cache, or removes it
+#   cache/      copy/ and link/ of the last batch that went well (`finish`).  rsync writes
+#               the next stage beside it, with hard links to its unchanged files (--link-dest)
+#   run.HOST.PID.RANDOM/        of one runner; a later runner removes that of a killed one (tidy):
 #     self                      PID START BOOT_ID; its owner; the contact, BATCH.MACHINE.NUMBER
-#     events, signals, log      FIFOs: events; which tasks of look_around are done; error messages
+#     events, signals           FIFOs: events; which tasks of look_around are done
+#     log                       a file: error messages
 #     kills                     how many processes the kernel had killed for lack of memory (look)
-#     to.WORKER, idle           FIFOs: the jobs for each worker; which workers are free
+#     to.NUMBER, idle           FIFOs: the jobs for each worker; which workers are free
 #     environment*              what the login and the setup leave (capture_login, sort_functions)
 #     functions, functions.all  what the bash of a job reads first (load_functions)
 #     login*, setup.*, gpus.*   what the login, the setup and nvidia-smi printed
 #     back.*, chunk.*, others.*, again.KEY        bytes on their way to the client
-#     cache/, claims/           the former cache, until it is removed; claims if /dev/shm has none
+#     cache/, claims/           the former cache, until it is removed; claims that are not shared
 #
 # The files of a job, in jobs/, and who writes what.  KEY is NAME.ATTEMPT-IDENTITY.  IDENTITY names
 # the journal that claimed the job, since numbers of attempts begin anew when a job_results is
 # removed:
 #
-#   KEY         the command, which bash runs from this file, and after it, as a comment, the record:
-#               see below.  The runner that creates this file begins the job (take).  A runner that
-#               creates it without a command prevents the job (revoke).  If a full disk refuses the
-#               record of the end, the name of the file has it: KEY ended STATUS
-#   .out .err   the output of the job; both exist from its beginning on.  .err also has a line of
-#               the runner if that stopped the job (launch)
+#   KEY         the command, which bash runs from this file; after it, as a comment, the record (see
+#               below).  The runner that creates this file begins the job (take).  A runner that
+#               creates it without a command prevents the job (revoke).  If the disk is too full for
+#               the record of the end, the file is renamed to KEY ended STATUS WALL...  (record)
+#   .out .err   the output of the job; both exist once it begins (launch).  .err also has the lines
+#               of ssh-scheduler, such as why it stopped the job
 #   .back       the list of what the job left, if it left anything (list_results)
 #   .more/      what only some jobs have:
-#     in, eof     with --stdin: FIFOs, of the input and of its end (keep_input)
+#     in, eof     with --stdin: FIFOs: the input; and a line once it is complete (keep_input)
 #     wait, tty   with a terminal: scripts.  wait runs in place of the job; tty runs the job in the
 #                 session that has the terminal (prepare_tty)
 #     exports     with a terminal: the environment of the job, its folder, and the arguments of
@@ -16376,15 +16378,15 @@ def main(argv=None):
 #   PROJECT.KEY.back        the list of what the job left, if the disk of jobs/ is full
 #                           (list_results)
 #
-# The record of a job, and (->) which one may follow.  It ends with the folder where the job runs:
+# The record of a job, and (->) which records may follow.  A record ends with the job's folder:
 #
-#   starting PID START BOOT_ID    the worker has the job, or will (take); once the job has begun,
-#                                 .out exists  -> ended, lost
+#   starting PID START BOOT_ID    the worker has the job, or will get it (take); once the job has
+#                                 begun, .out exists  -> ended, lost
 #   ended STATUS WALL             its exit status, 137 if its processes were killed with the worker;
 #                                 how long it ran, in hundredths of a second, if known; then `left`
 #                                 if processes of the job still run, with the worker's FIFO open; or
-#                                 `untold` if the runner was not told
-#   lost                          the job is gone, and nobody knows how (ask_about, last_words_of)
+#                                 `untold` if the worker exited before it reported the end
+#   lost                          the job is gone, its end unknown (ask_about, last_words_of)
 #   revoked                       it never began, and never will (revoke)
 #   queued                        an engine has it: see REMOTE_ENGINE
 #   damaged                       read_record returns this word for an incomplete record  -> lost
@@ -16401,7 +16403,7 @@ def main(argv=None):
 #   fits NEED LIMIT...      report which of these needs the engine would refuse  -> unfit
 #   measure NUMBER          report again what the machine has  -> probe, measured
 #   facts                   report versions: of kernel, GPU driver and Python  -> facts
-#   limits CORES MB GPU:MB:TIME...      start no job that exceeds these, all batches together
+#   limits CORES MB GPU:MB:TIME...      start a job only if all batches together stay within these
 #   unpack ID BYTES         unpack BYTES bytes of tar, which follow  -> stage_failed, broken
 #   folder PATH             make a folder that rsync will fill
 #   unsent WHY              report why files could not be sent, and if the disk is full  -> broken
@@ -16410,8 +16412,8 @@ def main(argv=None):
 #                           start a job.  MODE: '', stdin or tty; LIMIT: '' or seconds; BACK: none,
 #                           changed or paths; NEED: as in a claim, or for an engine CORES MB RESERVE
 #                           GPUS KIND  -> started, queued, held, refused, left, note, and as `adopt`
-#   wrap KEY WORDS          the next `start` of KEY runs the job in WORDS, which bash reads; in
-#                           them \2 and \3 stand for the cores and the MB of the machine
+#   wrap KEY WORDS          the next `start` of KEY runs the job in the wrapper WORDS, which bash
+#                           reads; in WORDS, \2 and \3 stand for the cores and the MB of the machine
 #   cancel SECONDS KEY...   stop jobs; kill them after the seconds  -> ended, cancelled
 #   adopt KEY...            prevent a job that has not begun, or report its state
 #                           -> absent, queued, started, ended, lost
@@ -16424,7 +16426,7 @@ def main(argv=None):
 #   watch (KEY OUT ERR)...  look at jobs; the client has OUT and ERR bytes of their streams
 #                           -> used, data, and as `adopt`
 #   list KEY                send the list of what a job left  -> data, unlistable
-#   again KEY PATH...       send a list of what these paths have now  -> data, unlistable
+#   again KEY PATH...       send a list of these paths, as they are now  -> data, unlistable
 #   clean KEY...            remove jobs whose results are safe
 #   finish STAGE STAGE...   make the first, if it is not '', the cache; remove the rest  -> finished
 #
@@ -16435,25 +16437,26 @@ def main(argv=None):
 #   note TEXT               a warning
 #   probe NAME VALUE        something that the machine has
 #   ready HOME RSYNC        jobs can start; HOME is the project's folder, RSYNC 1 or 0
-#   measured NUMBER COST    `measure` is answered; that took COST hundredths of a second
+#   measured NUMBER COST    `measure` is answered; it took COST hundredths of a second, apart from
+#                           nvidia-smi
 #   facts KERNEL DRIVER PYTHON      versions, from /proc and python3; first with - as PYTHON
 #   staged ID               jobs can have this stage
 #   stage_failed ID WHY     the stage could not be stored
 #   started KEY...          jobs run
 #   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
-#                           WHY, in words, and TIME, when it expects to; each may be empty
+#                           WHY, in words; TIME, when the job is expected to run; both may be empty
 #   unfit NEED WHY          the engine refuses jobs with this need
 #   full WHY                the engine takes no more jobs before one of this account has ended
 #   held KEY                a job did not start: other batches, or the engine, leave no room
 #   refused KEY WHY         a job did not start
 #   absent KEY              a job never began, and never will
 #   lost KEY WHY            a job is gone without a result
-#   preempted KEY WHY       the same, and neither the job nor the machine failed
+#   preempted KEY WHY       the same, but neither the job nor the machine failed
 #   ended KEY STATUS WALL CPU OUT ERR ENTRY...
 #                           a job has ended.  WALL, CPU: hundredths of a second; CPU is 0 if only a
 #                           record is left, and WALL is 0 if the record does not have it; OUT, ERR:
 #                           =TEXT or @BYTES; ENTRY: as in the list of what the job left, or only @
-#                           if that is long
+#                           if the list is long
 #   left KEY PIDS           processes of an ended job that still run
 #   place KEY FOLDER        a job runs in this folder, below jobs/
 #   used KEY KB             the most memory that a running job had
@@ -16461,17 +16464,17 @@ def main(argv=None):
 #   unlistable KEY          the list is too long to be sent
 #   others                  no job of other journals is on this machine
 #   pong NUMBER             the runner lives
-#   finished                everything that nobody needs is removed
+#   finished                all files that are no longer needed are removed
 #   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
 #                           SIZE bytes follow: a list; new bytes of a stream; for each job of
 #                           another journal KEY, word, number and command.  A NUL ends each
 #
-# A list begins with wFOLDER, which holds everything in it; then +PATH, made by the job; -PATH, not
-# readable; mMODE PATH, the former mode of what was made readable; !PATH, missing; ?PATH, no file,
-# folder or link; sBYTES, the size of all files, if large.
+# A list begins with wFOLDER, the folder of all its paths; then +PATH, made by the job; -PATH, not
+# readable; mMODE PATH, the mode of a path before it was made readable; !PATH, missing; ?PATH,
+# neither file nor folder nor link; sBYTES, the size of all files together, if large.
 
-# These variables change what bash, or a program that the scripts below use, does.  All other
-# variables of the login stay: on some machines programs work only with LD_* and the like.
+# These variables change the behaviour of bash, or of programs that the scripts below use.  All
+# other variables of the login stay: on some machines programs work only with LD_* and the like.
 REMOTE_CLEAN = r'''
 set +o posix
 unset -v POSIXLY_CORRECT TMOUT FUNCNEST GLOBIGNORE EXECIGNORE BASH_COMPAT CDPATH LANG "${!LC_@}" \
@@ -16487,7 +16490,7 @@ REMOTE_RUNNER = r'''
 # stdout: one event a line, fields between tabs (\t, \n and \\ escaped), raw bytes after a line
 # "data".  Only `writer` writes to it, so that events never mix.
 #
-# shellcheck disable=SC2015     # A && B || continue: either is a reason to
+# shellcheck disable=SC2015     # A && B || continue: continue if A or B fails
 # shellcheck disable=SC2016     # $ in single quotes: for another bash to expand
 ''' + REMOTE_CLEAN + r'''
 JOB_OOM_SCORE=500           # when memory is short, the kernel kills a job before other processes
@@ -16498,8 +16501,8 @@ LONGEST_LIST=60000000       # bytes: the names of what a job left, about a milli
 # changes when the clock is set.
 NO_BOOT_ID=00000000-0000-0000-0000-000000000000
 
-# A variable that came with the environment stays exported, even if it gets another value.  The
-# variables below have names in lowercase.
+# A variable of the environment stays exported when it gets another value.  So this unsets all whose
+# names are in lowercase, as the names of the variables below are.
 while IFS= read -rd '' entry; do
   entry=${entry%%=*}
   [[ $entry == *[!a-z0-9_]* || $entry == _ ]] || unset -v "$entry"
@@ -16521,24 +16524,25 @@ requests='' events='' signals='' waiting=0 capturing=''
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
 # The assignments of BASH_ENV for a usual job and for one that gets all functions.  A job gets all
-# if its command has $x, `x` or ". x" in the place of a command, or one of these words.
+# if its command has $x, `x` or ". x" in the place of a command, or a word that `named` matches.
 functions='' all_functions='' named=''
 by_value=$'[;&|(){`!\n][ \t]*("?[$`]|\\.[ \t])'
-# What a stage contains, so that no job made it: "STAGE ENTRY" and "STAGE ./PATH".
+# The files and links of the stages, which no job made: "STAGE ENTRY" and "STAGE ./PATH".
 declare -A sent=() linked=()
 tied=''                     # 1 if the jobs are stopped when the channel ends
 finished=''                 # 1 if `finish` has removed all unused files
 engine_name=''              # of a cluster: see REMOTE_ENGINE
 arrived=()                  # the stages that were sent
 removing=()                 # the pids of processes that remove files
-looking=''                  # the last process of `look`, as `identify` prints it
+looking=''                  # the last process of `look`, as `identify` returns it
 survivors=''                # the pids that end_processes could not kill
 declare -A claimant_seen=() # PID START BOOT_ID of a claim -> when that process was seen
 declare -A begun=()         # the jobs that began under this runner and were not removed
 sane_need=''                # the need of the last valid claim
-# The workers by number: what `identify` prints for each, the pipe to it, the folder where its next
+# The workers by number: what `identify` returns for each, the pipe to it, the folder where its next
 # job runs ("gone" if it takes no more), its stage, its processor time, and its age: how many stages
-# had arrived when it started.  Then the free workers; how many there were; their FIFO; their name.
+# had arrived when it started.  Then the free workers; how many workers and stages there were so
+# far; the descriptor of the FIFO of free workers; how the names of all workers begin.
 worker_self=() worker_fd=() worker_folder=() worker_stage=() worker_ticks=() worker_age=()
 free=() hired=0 age=0 idle='' prefix=''
 file_limit=''               # how many files the login may have open
@@ -16582,7 +16586,7 @@ apart_from_workers() {      # runs $@ without the pipes to workers, which would 
 }
 
 complaint() {               # REPLY: the last error in the log, without "line 7: " in front
-  # If no process can be started, it fails with that in REPLY, and starts none itself.
+  # If no process can be started, this function fails, with the text of no_process in REPLY.
   local line said=
   while IFS= read -r line; do           # tar's summary never has the reason
     case $line in
@@ -16635,7 +16639,7 @@ read_clocks() {             # REPLY: hundredths of a second since boot; clock: t
 
 # bash makes the assignments of a line NAME=VALUE ... COMMAND after it has expanded the command.  So
 # no name can collide with a variable of this shell.  Unlike env(1) this costs no process (0.45 ms a
-# job), and ps shows the values to nobody.
+# job), and ps does not show the values to other users.
 enter() {                   # becomes the program $@ in the environment that `assign` prepared
   exec 3>&2 2>/dev/null     # hides a warning of bash: the program warns of a missing locale, too
   export -n SSH_SCHEDULER_CAPTURE "${dropped[@]}"
@@ -16649,7 +16653,7 @@ assign() {                  # sets assignments, by_env, dropped, inherited, apar
   for entry in "${environment[@]}"; do
     name=${entry%%=*}
     case $name in
-      # bash cannot assign to these, or an assignment does more than that
+      # bash cannot assign to these, or an assignment has further effects
       [0-9]* | *[!A-Za-z0-9_]* | BASHOPTS | SHELLOPTS | UID | EUID | PPID | GROUPS | \
         FUNCNAME | BASH_[!E]* | POSIXLY_CORRECT) by_env+=("$entry") ;;
       *)
@@ -16698,7 +16702,7 @@ read_environment() {        # environment: the entries of $1, without those that
       PWD | OLDPWD | SHLVL | _ | CUDA_VISIBLE_DEVICES | SSH_CLIENT | SSH_CONNECTION) continue ;;
       SSH_SCHEDULER_CAPTURE | SSH_SCHEDULER_JOB | SSH_SCHEDULER_ID) continue ;;
       SLURM_CONF) ;;
-      # On a cluster: not for the job, or they would change what the engine is asked for.
+      # On a cluster neither jobs nor the engine's programs get these: they change its requests.
       SLURM_* | SQUEUE_* | SACCT_* | SCANCEL_* | SINFO_* | SBATCH_WAIT | SBATCH_ARRAY_INX | \
         SSH_TTY | DISPLAY) [[ ! $engine_name ]] || continue ;;
       BASH_FUNC_*'%%' | BASH_FUNC_*'()') [[ ! -s $1.functions ]] || continue ;;
@@ -16798,14 +16802,14 @@ or starts another program. So jobs have the environment of a command over ssh"
 # only an interactive shell calls are set aside, until a job names one: completion functions, known
 # by `complete` or by the file that defines them; those of git's prompt; and their helpers, whose
 # names begin with _.  Exported functions, and those that any other function names, stay.
-sort_functions() (          # for capture_login: writes their names, and the text of the others
+sort_functions() (          # for capture_login: writes the names set aside, and all other functions
   local line lines names name word text more=1 ends=$' \t\n!"#$%&\'()*+,-./:;<=>?@[\\]^`{|}~'
   local -A known=() aside=()
   mapfile -t lines < <(cat "$run/"*.completion)
   mapfile -t names < <(compgen -A function)
   unset -f "${names[@]}"    # only the functions of the login count
   # shellcheck disable=SC1091
-  . "$run/environment.functions"        # from here on, one of them may have the name of a builtin
+  . "$run/environment.functions"        # from here on, a function may have the name of a builtin
   set -f
   IFS=$ends                 # separates the words of a text
   while IFS=' ' builtin read -r _ word name; do         # declare -f NAME, or -fx if it is exported
@@ -16829,7 +16833,7 @@ sort_functions() (          # for capture_login: writes their names, and the tex
     done
   done
   more=1
-  while [[ $more ]]; do                 # what the other functions name is not set aside
+  while [[ $more ]]; do                 # a function that the others name is not set aside
     more='' text=$(builtin unset -f "${!aside[@]}"; builtin declare -f)
     for word in $text; do
       [[ ! $word || ! ${aside[$word]-} ]] || { builtin unset -v "aside[$word]"; more=1; }
@@ -16855,12 +16859,12 @@ load_functions() {          # for load_environment: sets functions, all_function
   named="[^A-Za-z0-9_./-](-?_|$named|(do|then|else)[[:blank:]]+\"?[\$\`])"
 }
 
-offer_functions() {         # for load_functions: REPLY: makes bash read $2, made of the text $1
+offer_functions() {         # for load_functions: REPLY: makes bash read file $2, made of file $1
   REPLY=$(<"$run/$1")
   [[ $bash_env || ($REPLY && $REPLY != $'shopt -s extglob\nshopt -u extglob') ]] ||
     { REPLY=; return; }
   {
-    if [[ $bash_env ]]; then            # it may choose GPUs, as .bashrc may: undo that
+    if [[ $bash_env ]]; then            # $bash_env may choose GPUs, as .bashrc may: undo that
       printf 'export BASH_ENV=%q ssh_scheduler_gpus=${CUDA_VISIBLE_DEVICES-none}\n' "$bash_env"
       printf '. "$BASH_ENV"\nexport CUDA_VISIBLE_DEVICES=$ssh_scheduler_gpus\n'
       printf '[[ $ssh_scheduler_gpus != none ]] || unset -v CUDA_VISIBLE_DEVICES\n'
@@ -16890,7 +16894,7 @@ count_cores() {             # REPLY: the cores that this login may use
   local line count=0
   while read -r line _; do [[ $line == cpu[0-9]* ]] && count=$((count + 1)); done <"$proc/stat"
   REPLY=$count
-  # nproc knows about affinity, but believes OMP_NUM_THREADS
+  # nproc respects affinity, but would also obey OMP_NUM_THREADS
   [[ $proc != /proc ]] || REPLY=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 }
 
@@ -16907,8 +16911,8 @@ nvidia() {                  # asks nvidia-smi $1; its answer goes to gpus.$2, it
   return "$status"
 }
 
-# nvidia-smi may hang so that no kill ends it.  So nothing waits for it without a deadline, and its
-# pid is in a file: after the deadline it is killed, and while it is still there nobody asks again.
+# nvidia-smi may hang so that not even SIGKILL ends it.  So each wait for it has a deadline, after
+# which the process in gpus.pid is killed.  While that process exists, no other one is started.
 query_gpus() {              # writes the answers of nvidia-smi to $run/gpus.*
   local core=index,uuid,memory.total,memory.free,utilization.gpu status total free busy
   type -P "$smi" >/dev/null || { echo absent >"$run/gpus.status"; return; }
@@ -16970,7 +16974,7 @@ say_gpus() {                # reports what query_gpus found; say_claims must hav
   esac
 }
 
-say_other_gpus() {          # reports GPUs of other makers; those of bus 0 drive the screen
+say_other_gpus() {          # reports GPUs of other makers, but not of bus 0: those drive a screen
   local card vendor cards=
   for card in "$sys"/class/drm/card*/device; do
     [[ $card != */card*-*/* && $(readlink -f "$card") != */0000:00:* ]] || continue
@@ -16980,7 +16984,7 @@ say_other_gpus() {          # reports GPUs of other makers; those of bus 0 drive
   [[ ! $cards ]] || say_text probe other_gpus "${cards# }"
 }
 
-say_gpu_processes() {       # reports who uses how much of which GPU
+say_gpu_processes() {       # reports the memory and the user of each process on a GPU
   local uuid pid used user pids=() users=()
   while IFS=', ' read -r uuid pid used; do
     [[ $pid == [1-9]* && $pid != *[!0-9]* ]] && pids+=("/proc/$pid") || continue
@@ -17002,7 +17006,7 @@ say_cgroups() {             # reports what control groups (version 1 or 2) leave
       *) continue ;;
     esac
     [[ $controllers || ! -d $folder/unified ]] || folder+=/unified
-    while :; do             # a container does not see the folders above its own
+    while :; do             # upwards; a container does not see the groups above its own
       say_cgroup "$folder$path"
       [[ $path == /?* ]] || break
       path=${path%/*}
@@ -17030,8 +17034,8 @@ say_cgroup() {              # for say_cgroups: reports what the group with the f
   say_text probe cgroup_memory "$((limit > used - cache ? limit - used + cache : 0))/$limit"
 }
 
-# Forked processes share memory: the job certainly uses that of the largest process (rss), and may
-# need at most the sum (peak).  Too low an rss only holds back other jobs; too high an rss would
+# Forked processes share memory: a job certainly uses the memory of its largest process (rss), and
+# at most the sum of all (peak).  Too low an rss only holds back other jobs; too high an rss would
 # promise memory twice.
 use_of() {                  # sets pids, rss, peak (kB), ticks of process $1 and its descendants
   local pid stat fields lines line file index
@@ -17057,7 +17061,7 @@ use_of() {                  # sets pids, rss, peak (kB), ticks of process $1 and
   done
 } 2>/dev/null
 
-measure() {                 # reports what the machine has, and what of it is free
+measure() {                 # reports what the machine has, and how much of that is free
   local key value busy total
   local -A claim_of=()      # pid -> the key of the job, or "other"
   read_ticks
@@ -17078,10 +17082,10 @@ say_python() {              # $1 $2: kernel, driver; finding python3 may take lo
   say_text facts "$1" "$2" "$(enter timeout 10 python3 -V)"
 } 2>/dev/null
 
-measure_again() {           # answers `measure` $1; beside the loop, since nvidia-smi may be slow
+measure_again() {           # answers `measure` $1; in the background, since nvidia-smi may be slow
   local began line pid
   if [[ $want_gpus == 1 ]]; then
-    # if the last nvidia-smi still hangs, not even a kill has helped
+    # do not ask again if the last nvidia-smi still hangs: even SIGKILL did not end it
     { read -r pid <"$run/gpus.pid" && kill -0 "$pid"; } ||
       read -r -t "$GPU_LIMIT_S" line < <(query_gpus; echo) || give_up_gpus
   fi
@@ -17092,7 +17096,7 @@ measure_again() {           # answers `measure` $1; beside the loop, since nvidi
   say_text measured "$1" "$((REPLY - began))"
 } 2>/dev/null
 
-probe() {                   # reports what is here and free, if $1 is not empty, then "ready"
+probe() {                   # waits for the login; measures if $1 is not empty; then reports "ready"
   local rsync word deadline=$((SECONDS + GPU_LIMIT_S)) missing=()
   while ((waiting > 0 && SECONDS < deadline)) &&
     read -r -t $((deadline - SECONDS)) word <&"$signals"; do
@@ -17124,7 +17128,7 @@ say_unstored() {            # reports why the files of stage $1 could not be sto
   if complaint; then say_text stage_failed "$1" "$REPLY"; else say_text broken "$REPLY" later; fi
 }
 
-freeze() {                  # $1: a stage that has arrived; the rest: its linked paths
+freeze() {                  # makes links and list of the stage $1; the rest: its linked paths
   local stage=$home/stage/$1 id=$1 path entry
   shift
   {
@@ -17144,8 +17148,8 @@ freeze() {                  # $1: a stage that has arrived; the rest: its linked
 } 2>>"$run/log"
 
 # An unreadable file is made readable, if the login may do that, since rsync and tar must read it;
-# an "m" entry with its former mode comes first.  A file that stays unreadable is "-": otherwise an
-# empty folder would stand for all its contents.
+# an "m" entry with its former mode comes first.  A file or folder that stays unreadable gets the
+# entry "-": otherwise such a folder would look empty.
 listing() {                 # prints what is below $1, with type, size and time as for rsync
   ${at_once:+exec} find "$1" -mindepth "${2:-1}" "${@:3}" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
@@ -17155,10 +17159,10 @@ listing() {                 # prints what is below $1, with type, size and time 
     -type d -printf 'd %p\0' -o -printf '%y %s %T@ %p\0'
 }
 
-# A job has no separate folder for results: at its end it lists what it made or changed in the
-# folder where it ran, and one rsync with a list of files fetches the results of many jobs.
+# A job has no separate folder for results: at its end the worker lists the files that the job made
+# or changed in its folder, and one rsync with a list of files fetches the results of many jobs.
 # $1: folder below jobs/, $2: stage, $3: file of the list, the rest: paths (none: what changed)
-list_back() {               # writes no list if there is nothing to list; fails if it cannot
+list_back() {               # writes the list, unless it would be empty; fails if it cannot
   local folder=$1 id=$2 to=$3 entry path kind list='' found size=0
   shift 3
   [[ -r $home/jobs/$folder && -x $home/jobs/$folder ]] || chmod u+rwx -- "$home/jobs/$folder"
@@ -17187,7 +17191,7 @@ list_back() {               # writes no list if there is nothing to list; fails 
   ((size >= 0))
 }
 
-entries_of() {              # prints the paths $@, or all, as `listing` does; ! is a missing one
+entries_of() {              # prints the paths $@, or all, as `listing` does; a missing one with !
   local path above rest at_once=
   (($#)) || { at_once=1; listing .; }
   for path; do
@@ -17200,7 +17204,7 @@ entries_of() {              # prints the paths $@, or all, as `listing` does; ! 
       listing .
     elif [[ -e $path || -L $path ]]; then
       listing "./$path" 0
-    elif [[ ! -d $above || -x $above ]]; then   # in a folder that stays shut it may exist
+    elif [[ ! -d $above || -x $above ]]; then   # else a closed folder may contain the path
       printf '!%s\0' "$path"
     fi
   done
@@ -17268,7 +17272,7 @@ start_pending() {           # starts the jobs requested since the last call
       release
     fi
   done
-  [[ ! $said ]] || say "started$said"   # before the first can report its end
+  [[ ! $said ]] || say "started$said"   # before the first job can report its end
   for key in "${taken[@]}"; do hand_over; done
   forget_pending
 }
@@ -17308,9 +17312,9 @@ is_taken() {                # for start_pending: succeeds if the job $key was be
   [[ -e $file && (! $text || $text == '#'* || $text == "${command_of[$key]}") ]]
 } 2>/dev/null
 
-# A terminal is an ssh session of its own beside the channel, and runs `tty`.  The worker runs
-# `wait` in place of the job; `wait` learns from a FIFO the exit status, or that the session was cut
-# off.  So the end of a job is recorded in one way, with or without a terminal.
+# The terminal of a job is a separate ssh session beside the channel, which runs `tty`.  The worker
+# runs `wait` in place of the job; `wait` reads from a FIFO the exit status, or that the session was
+# cut off.  So the end of a job is recorded in the same way with and without a terminal.
 prepare_tty() {             # for take: writes both scripts, if the job $key wants a terminal
   [[ ${mode_of[$key]} == tty ]] || return 0
   mkdir -- "$file.more" && cat >"$file.more/wait" <<'END' && cat >"$file.more/tty" <<'END'
@@ -17335,15 +17339,14 @@ END
 # ---- Workers ----
 
 # A worker is a process that runs one job after the other, so that a job costs one fork.  A job
-# cannot notice the one before: it has a bash and a process group of its own, and its folder is as
-# it was sent (prepare_folder).  A worker exits when the runner has, and after a job that left
-# anything behind: a process, a changed priority, or what only a few jobs have (stdin, terminal,
-# time limit).
+# cannot notice the job before it: each has its own bash and process group, and its folder is as it
+# was sent (prepare_folder).  A worker exits when the runner has exited.  It also exits after a job
+# that left a process behind, changed the priority, or had stdin, a terminal or a time limit.
 hire_all() {                # for start_pending: finds each job a worker, a free or a new one
   local key slot new=() pipes=() folders=("$home/jobs")
   hear_workers
   for key in "${pending[@]}"; do
-    [[ ! -e $home/jobs/$key && ! ${worker_for[$key]-} ]] || continue    # requested twice
+    [[ ! -e $home/jobs/$key && ! ${worker_for[$key]-} ]] || continue    # begun, or requested twice
     find_free "${stage_of[$key]}" || {
       slot=$((hired += 1))
       new+=("$slot")
@@ -17388,7 +17391,7 @@ hire() {                    # for hire_all: starts the worker $slot; if it canno
   ! identify "$!" || worker_self[slot]=$REPLY
 }
 
-hear_workers() {            # notes which workers are free, and dismisses those that are of no use
+hear_workers() {            # notes which workers are free; dismisses exited and outdated ones
   local slot folder ticks
   while read -r -t 0 -u "$idle" && read -r -u "$idle" slot folder ticks; do
     worker_folder[slot]=$folder worker_ticks[slot]=$ticks
@@ -17421,21 +17424,21 @@ release() {                 # for start_pending: frees the worker of $key, which
 
 hand_over() {               # for start_pending: gives the job $key to its worker
   local command=${command_of[$key]}
-  ((${#command} < 2000)) || command=    # a pipe holds 64 KiB; the worker reads the file
+  ((${#command} < 2000)) || command=    # else the worker reads the file: a pipe holds 64 KiB
   printf 'key=%q stage=%q gpus=%q mode=%q limit=%q back=%q paths=%q wrap=%q command=%q\0' "$key" \
     "${stage_of[$key]}" "${gpus_of[$key]}" "${mode_of[$key]}" "${limit_of[$key]}" \
     "${back_of[$key]}" "${paths_of[$key]}" "${wrap_of[$key]-}" "$command" \
     >&"${worker_fd[${worker_for[$key]}]}"
-  unset -v "wrap_of[$key]"              # not in forget_pending: it may be that of a later start
+  unset -v "wrap_of[$key]"              # not in forget_pending: later starts keep theirs
 }
 
-# Its variables are not local: it is a process of its own, and bash searches for a name in each
-# function that has called the present one.
+# The variables of a worker are global: no other code runs in its process, and the functions that
+# `work` calls would see its local variables, too.
 work() {                    # a worker, in a process and a group of its own; $1: its number
   # `hire` opened `orders`
   slot=$1 folder=${worker_folder[$1]} claim=$claims/$project.$prefix.$1
   pipe=$home/jobs/$prefix.$1.alive
-  gpus='' mode='' limit='' back='' paths='' wrap=''     # and what else an order sets
+  gpus='' mode='' limit='' back='' paths='' wrap=''     # and further variables of an order
   has='' fresh=1 baseline='' ticks=0 login_folder=$PWD
   trap : TERM INT HUP PIPE
   ulimit -Sn "$file_limit"
@@ -17486,11 +17489,12 @@ run_job() {                 # for work: runs the job $key; fails if the worker c
   conclude
 }
 
-# The streams go to files, so that no job waits for a slow reader or a broken link, and a client can
-# be killed at any byte and come back.  The price is disk on both sides.
+# The output goes to files: so no job waits for a slow reader or a broken connection, and a client
+# can be killed at any byte and come back.  The price is disk space on both sides.
 #
-# The job has a process group of its own: "kill 0", which is common in scripts, does not reach the
-# worker, which must live to record how the job ended; and what stays in the group is seen.
+# The job has a process group of its own.  So "kill 0", which is common in scripts, does not reach
+# the worker, which has to record how the job ended.  And the worker sees if the job left processes
+# in the group.
 launch() {                  # for run_job: runs the bash of the job to its end; sets pid and status
   program=("../$key")
   printf -v own '%s=%q ' SSH_SCHEDULER_JOB "${key%.*}" SSH_SCHEDULER_ID "$project.$key"
@@ -17535,8 +17539,8 @@ wrap_program() {            # for launch: changes program and own; $1: the assig
 }
 
 # A trapped signal would interrupt `wait`, and if it comes as the job ends, bash loses the status of
-# the job (and reports -1).  So the worker ignores signals while it waits, but only after it has
-# started the job, which would inherit that.
+# the job (and reports -1).  So the worker ignores signals while it waits.  It does so only after it
+# has started the job, which would inherit ignored signals.
 await() {                   # for launch: waits for the job; sets status
   trap '' TERM INT HUP PIPE
   wait "$pid"
@@ -17544,8 +17548,8 @@ await() {                   # for launch: waits for the job; sets status
   trap : TERM INT HUP PIPE
 }
 
-# The input is a FIFO that a process beside the job holds open until `eof` reports that it is
-# complete: so a broken connection is no end of file.
+# The input is a FIFO.  A process beside the job holds the FIFO open until `eof` reports that the
+# input is complete: so the job does not take a broken connection for the end of its input.
 keep_input() {              # for run_job: sets input and keeper
   mkdir -- "$file.more"
   mkfifo -- "$file.more/eof" "$file.more/in.new"
@@ -17574,14 +17578,14 @@ keep_time() {               # for run_job: sets watchdog, which stops the job as
   watchdog=$!
 }
 
-end_keepers() {             # for run_job: stops them; sets status if the time of the job was over
+end_keepers() {             # for run_job: stops keeper and watchdog; sets status after a time limit
   if [[ $mode == stdin ]]; then
     exec {input}<&-
     kill -KILL "$keeper"
   fi
   if [[ -e $file.more/late ]]; then
     wait "$watchdog"
-    status=124              # as timeout(1) has it
+    status=124              # as that of timeout(1)
   elif [[ $limit ]]; then
     kill -KILL "$watchdog"
     wait "$watchdog"
@@ -17595,11 +17599,11 @@ conclude() {                # for run_job: records and reports how the job ended
   read_ticks_of_jobs
   used=$((ticks - before))
   ((status != 137)) || tell_lack_of_memory
-  [[ ! -e $file ]] || list_results      # else it was cancelled, and is removed already
-  [[ ! -e $claim ]] || : >"$claim"      # first: a reader of the record may remove the claim
+  [[ ! -e $file ]] || list_results      # else the job was revoked, and its files removed
+  [[ ! -e $claim ]] || : >"$claim"      # before the record, whose reader may remove the claim
   record "$file" "ended $status $wall $folder" "$command"
   if leaves_nothing && [[ $niceness == "$nice" && ! $mode$limit ]]; then
-    [[ ! -e $file.back ]] || { next_folder; read_ticks_of_jobs; }       # not charged to the next
+    [[ ! -e $file.back ]] || { next_folder; read_ticks_of_jobs; }       # do not charge the next job
     next=$folder
   elif [[ -e $file && ! -e $file.back ]]; then
     printf 'w%s\0' "$folder" >"$file.back"      # so that the folder is removed with the job
@@ -17611,7 +17615,7 @@ conclude() {                # for run_job: records and reports how the job ended
   [[ $next != gone ]]
 }
 
-read_ticks_of_jobs() {      # for conclude: sets niceness, and ticks, of the ended children
+read_ticks_of_jobs() {      # for conclude: sets niceness; sets ticks to those of ended children
   read -r _ _ _ _ _ _ _ _ _ _ _ _ _ _ _ user_ticks system_ticks _ niceness _ </proc/self/stat
   ticks=$((user_ticks + system_ticks))
 }
@@ -17643,7 +17647,7 @@ list_results() {            # for conclude: lists what the job left; a failure s
   ! list_back "$folder" "$stage" "$file.back" "${listed[@]}" || return
   printf 'note\t%s: the disk of the machine is full; its output may be incomplete\n' "${key%.*}" \
     1<>"$run/events"
-  # The claims lie in memory.
+  # The folder of claims is usually in memory.
   list_back "$folder" "$stage" "$claims/$project.$key.back" "${listed[@]}" || ((status)) ||
     status=125
 }
@@ -17671,7 +17675,7 @@ say_left() {                # for leaves_nothing: records and reports that proce
   ((count == 0)) || printf 'left\t%s\t%s\n' "$key" "$text" 1<>"$run/events"
 }
 
-last_words_of() {           # of worker $1 with the folder $2; its job $3 ended with $4, if known
+last_words_of() {           # records the end of job $3 of worker $1; $2: folder; $4: status or ''
   : >"$claims/$project.$prefix.$1"
   if [[ $4 ]]; then
     record "$home/jobs/$3" "ended $4 untold $2"         # the next look at the job reports it
@@ -17687,9 +17691,9 @@ last_words_of() {           # of worker $1 with the folder $2; its job $3 ended 
 # Each job has its own copy of what was sent.  If a job leaves its copy untouched, the next one gets
 # it, since copying and removing costs more than a job.  A copy is untouched if the latest change
 # (ctime) of anything in it is the same as before: whatever a job does to a file, its mode or its
-# folder renews the ctime, and no program can set it.  A du stays beside the worker and prints the
-# latest, when asked through a pipe.  A kernel notes times in steps of up to 10 ms: so du is
-# believed only when the copy is older than that, and was compared with what was sent.
+# folder renews the ctime, and no program can set it.  A du runs beside the worker and prints the
+# latest ctime when asked through a pipe.  A kernel notes times in steps of up to 10 ms: so an
+# answer of du counts only if the copy was older than that, and compared with what was sent.
 prepare_folder() {          # for run_job: enters a folder that is as it was sent
   [[ $has == "$stage" ]] && { [[ $fresh$baseline ]] || is_as_sent; } || make_folder || return
   fresh=
@@ -17697,7 +17701,7 @@ prepare_folder() {          # for run_job: enters a folder that is as it was sen
   OLDPWD=$login_folder
 }
 
-make_folder() {             # fails if the files cannot be copied
+make_folder() {             # copies the stage into a new folder; fails if that is impossible
   [[ ! -e $home/jobs/$folder ]] || remove "$home/jobs/$folder"
   has=$stage fresh=1 baseline=''
   if [[ $stage ]]; then
@@ -17709,7 +17713,7 @@ make_folder() {             # fails if the files cannot be copied
   made=$REPLY
 }
 
-next_folder() {             # leaves the present one to the job that has run
+next_folder() {             # leaves the present folder to the job that has run
   folder=${folder%.*}.$((${folder##*.} + 1)) has=none baseline=''
 }
 
@@ -17761,7 +17765,7 @@ end_du() {                  # stops du, whose answer was not the expected one
 # The record is the last line of the file of a job, after the command: a comment, for the bash that
 # runs the file.  A new record is written over the old one, not renamed into its place.  A rename
 # costs a process, and a full disk refuses a new file, but not these 128 bytes, which have been
-# there since the job was taken.  An incomplete record counts for nothing.
+# there since the job was taken.  An incomplete record reads as `damaged`.
 record() {                  # $1: the file of a job, $2: its record, $3: its command, if known
   local text=${3-}$'\n'
   [[ -e $1 ]] || return                 # the job was removed; the redirection would create it again
@@ -17789,7 +17793,7 @@ read_record() {             # $1: the file of a job; sets word, value, more and 
   [[ $line =~ ^#($other)( untold| left)?( (work[.0-9]+))?$ ]] || return 0
   folder=${BASH_REMATCH[5]} more=${BASH_REMATCH[3]# }
   word=${BASH_REMATCH[1]%% *} value=${BASH_REMATCH[1]#* }
-  if [[ $value == *" $NO_BOOT_ID" ]]; then      # a start after now is from before a restart
+  if [[ $value == *" $NO_BOOT_ID" ]]; then      # a start in the future was before a restart
     line=${value#* }
     read -r now _ </proc/uptime
     ((10#${line%% *} <= 10#${now/./})) || value=${value%% *}" ${line%% *} ${NO_BOOT_ID//0/f}"
@@ -17836,9 +17840,9 @@ stream_text() {             # REPLY: "=TEXT" of the file $1 if it is a short tex
   fi
 }
 
-# The state of a job is decided once: if it runs, `look` notices its end, at most 2 s later.  Asking
-# in a loop took 1.6 % of a core for each job.  One process asks about all, since a search of /proc
-# is expensive, and many at the same time bring a busy machine down.
+# The state of a job is reported once: if the job runs, `look` notices its end, at most 2 s later.
+# Asking in a loop took 1.6 % of a core for each job.  One process asks about all jobs, since a
+# search of /proc is expensive, and many searches at once would overload a busy machine.
 ask_about() {               # reports the state of the jobs $@, which were begun before
   local key file word value more folder tries asked=("$@") later lost=()
   local -A why=()
@@ -17855,7 +17859,7 @@ ask_about() {               # reports the state of the jobs $@, which were begun
   done
   lost+=("${asked[@]}")
   ((${#lost[@]})) || return
-  for key in "${lost[@]}"; do           # so that nobody takes the job for a killed one
+  for key in "${lost[@]}"; do           # first: else another process may record a kill
     read_record "$home/jobs/$key"
     record "$home/jobs/$key" "lost${folder:+ $folder}"
   done
@@ -17891,7 +17895,7 @@ file the line \`engine:\` again" ;;
 }
 
 # A job has begun if its file `out` exists: the worker creates that and then begins the job.
-is_left_told() {            # for is_told: the same for a job whose worker is gone
+is_left_told() {            # for is_told: reports the state of $key, whose worker has exited
   if [[ ! -e $file.out ]]; then
     lost+=("$key")          # its worker never began it
   elif [[ $(holders "$key") ]]; then
@@ -17974,12 +17978,12 @@ runs_still() {              # for list_others: succeeds if the job of $file, whi
 
 # ---- Needs of others ----
 
-# Batches see each other by claims.  For each job a file names the process that stands for it and
-# what it needs, in a folder of the machine where no user can change another's files.  A start
-# claims first and looks then; if all claims together exceed the limits of the last probe, it takes
-# its claim back.  Of two that start at once, at least one sees the other: so no lock is needed,
-# which a killed batch could leave behind.  A claim is ignored if its process is gone, if it is
-# empty, or if it makes no sense.
+# Batches see each other's jobs by claims.  The claim of a job is a file with its worker's pid and
+# its need, in a folder of the machine where no user can change another's files.  A runner claims
+# first, then adds up all claims; if these exceed the limits from the client, the runner empties its
+# claim again.  Of two runners that claim at once, at least one sees the claim of the other: so no
+# lock is needed, which a killed batch could leave behind.  A claim is ignored if its process is
+# gone, if it is empty, or if it makes no sense.
 own_claims() {              # makes the folder of claims; uses none that belongs to another user
   [[ -e $claims || -L $claims ]] || mkdir -m 755 -- "$claims"
   [[ -d $claims && ! -L $claims && -O $claims ]] || { claims=$run/claims; mkdir -p -- "$claims"; }
@@ -18050,8 +18054,8 @@ read_claim() {              # sets process, need, key, base of the claim $1; fai
   is_there
 }
 
-# Looking for a process costs more than reading its claim.  So a process that was seen is believed
-# for two seconds: a start may be held for that much longer, and no machine is overfilled.
+# A search for a process costs more than reading its claim.  So a process that was seen counts as
+# alive for two seconds more: this may delay a start, but never overfills a machine.
 is_there() {                # for read_claim: succeeds if the process of the claim exists
   local claimant="$pid $start $boot" error
   ((SECONDS - ${claimant_seen[$claimant]:--9} > 2)) || return 0
@@ -18070,7 +18074,7 @@ is_sane() {                 # for read_claim: checks the need, since another use
   [[ $need =~ ^$number\ $number\ [01](\ $number:$number:$number:[01])*$ ]] && sane_need=$need
 }
 
-say_claims() {              # reports what each job, of whatever batch, claims and uses
+say_claims() {              # reports what each job of any batch claims and uses
   local file process need key base pids rss peak ticks pid
   local -A user_of=()       # folder of claims -> the name of its user; '' for this user
   for file in "$shared"/ssh_scheduler.*/*; do
@@ -18093,7 +18097,7 @@ name_claimant() {           # for say_claims: sets user_of for the folder of cla
 
 # ---- Ending ----
 
-revoke() {                  # takes the job $1 itself, so that it never begins; fails if it did
+revoke() {                  # takes the job $1, so that it never begins; fails if it was taken
   local file=$home/jobs/$1 word value more folder revoked=''
   read_record "$file"       # the name of the file may have the record of an end
   [[ $word != ended ]] || return
@@ -18106,9 +18110,9 @@ revoke() {                  # takes the job $1 itself, so that it never begins; 
 
 # The client that holds the lock of a job_results owns its runners.  An old runner, of an earlier
 # client or of a contact that this client lost (sshd keeps it for minutes), must not act on requests
-# that are left in its pipe: the jobs that it would start are placed again.  A runner of the same
-# client under another name of this account stays: `account` tells the client, which drops one name.
-end_old_runners() {         # kills such runners; the jobs that they started keep running
+# that are left in its pipe: the client places those jobs again.  A runner of the same client under
+# another name of this account stays: `account` tells the client, which drops one name.
+end_old_runners() {         # kills old runners; the jobs that they started keep running
   local dir runner who which tries
   for dir in "$home/run.${HOSTNAME:-here}."*; do
     which=                  # BATCH.MACHINE.NUMBER
@@ -18138,9 +18142,9 @@ end_jobs() {                # stops the jobs $2...: TERM, after $1 seconds KILL;
 record_killed() {           # records the end of the job $1, whose worker is gone
   local key=$1 file=$home/jobs/$1 word value more folder
   read_record "$file"
-  if [[ $word != ended ]]; then         # nobody else was faster
+  if [[ $word != ended ]]; then         # no other process was faster
     echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
-    # all: what was sent is no longer known
+    # list all files: it is no longer known which were sent
     [[ ! $folder ]] || (list_back "$folder" '' "$file.back" .)
     value=137
     record "$file" "ended 137${folder:+ $folder}"
@@ -18148,7 +18152,7 @@ record_killed() {           # records the end of the job $1, whose worker is gon
   say_recorded_end "$key"
 }
 
-end_processes() {           # end_jobs without a record: kills all that the jobs started
+end_processes() {           # as end_jobs, but without records: stops all that the jobs started
   local until=$((SECONDS + $1)) signal=TERM tries=0 clear=0 pause=5 seconds awaited
   local -A workers=() groups=()         # pid of a worker -> the key of its job; groups of jobs
   local living=()
@@ -18176,7 +18180,7 @@ end_processes() {           # end_jobs without a record: kills all that the jobs
   survivors=${living[*]}
 } 2>/dev/null
 
-say_killed() {              # for end_processes: writes that to the stderr of jobs, before they end
+say_killed() {              # for end_processes: notes the kill in the stderr of the jobs
   local key
   for key in "${workers[@]}"; do
     echo 'ssh-scheduler: the job did not stop after SIGTERM, and was killed' \
@@ -18197,7 +18201,7 @@ find_living() {             # sets living: the pids of what the jobs $@ started,
   for pid in "${!parent[@]}"; do
     [[ ! ${workers[${parent[$pid]}]-} || ${group[$pid]} != "$pid" ]] || groups[$pid]=1
   done
-  for ((index = 1; index;)); do         # until no more child of theirs is found
+  for ((index = 1; index;)); do         # until no further child is found
     index=0
     for pid in "${!parent[@]}"; do
       [[ ! ${mine[$pid]-} ]] || continue
@@ -18267,7 +18271,7 @@ in_groups() {               # calls $1 with the rest, at most 1,000 at a time
   done
 }
 
-# Each process is named, since a bare wait waits for all, and for ever for a <(...) that just ended.
+# Each process is named: a bare `wait` waits for all, and never returns if a <(...) has just ended.
 wait_removed() {            # waits until all removals are done
   ((${#removing[@]} == 0)) || wait "${removing[@]}"
   removing=()
@@ -18295,9 +18299,9 @@ is_unused() {               # succeeds if no job is left: jobs/ has only files o
   done
 }
 
-# A runner that starts meanwhile makes its own folder first.  So either that folder is seen, or what
-# the runner makes later is not in the list.  A folder that all share goes only if it is empty.
-tidy() {                    # removes $@, and what nobody needs any more
+# A runner that starts meanwhile makes its own folder first.  So either that folder is seen here, or
+# `common` lacks the files that the runner makes later.  Shared folders are removed only if empty.
+tidy() {                    # removes $@, and all files that are no longer needed
   local dir value others='' gone=("$@" "$run") common
   dismiss_free
   gone+=("${leftovers[@]}")
@@ -18410,7 +18414,7 @@ read_header() {             # reads the header; fails if the channel was cut
 
 find_home() {               # sets the folders, and the identity of this runner
   local field
-  # A container may have better numbers elsewhere, and so do the machines of the tests.
+  # A container may have the right numbers in other folders, and so do the machines of the tests.
   proc=${SSH_SCHEDULER_PROC:-/proc} sys=${SSH_SCHEDULER_SYS:-/sys}
   shared=${SSH_SCHEDULER_SHARED:-/dev/shm}
   workdir=${workdir:-'~/.ssh_scheduler'}
@@ -18423,7 +18427,7 @@ find_home() {               # sets the folders, and the identity of this runner
   done </proc/self/status
   prefix=work.$$.$RANDOM$RANDOM         # pids begin anew after a restart
   run=$home/run.${HOSTNAME:-here}.${prefix#work.}
-  mask=${mask:-$(umask)}    # Linux has it since 4.7; asking bash costs a process
+  mask=${mask:-$(umask)}    # /proc has Umask since Linux 4.7; asking bash costs a process
   umask 077
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
   boot_id=${boot_id:-$NO_BOOT_ID}
@@ -18482,7 +18486,7 @@ open_events() {             # from now on `writer` writes all events, and errors
   exec {events}<>"$run/events" {signals}<>"$run/signals" {idle}<>"$run/idle"
   printf '%s\n%s\n%s\n' "$self" "$owner" "$client" >"$run/self"
   set -m                    # every background process in a process group of its own
-  # The writer does not hold its own pipe open: so it exits when nobody is left who could write.
+  # The writer does not hold its own pipe open: so it exits when no other process can write.
   writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {idle}>&- {requests}<&- &
   disown "$!"
   exec >/dev/null 2>>"$run/log"
@@ -18527,7 +18531,7 @@ last_words() {              # reports why the runner exits, and which jobs it di
   say_text broken "$REPLY" later
 }
 
-look_around() {             # starts what takes long, before anybody asks for it
+look_around() {             # starts the slow tasks, before the client asks for their results
   read_ticks
   busy_before=$busy total_before=$total
   { capture_login; echo environment >&"$signals"; } {events}>&- {idle}>&- {requests}<&- &
@@ -18769,7 +18773,7 @@ do_finish() {               # STAGE that becomes the cache, or "", STAGE... to r
 
 main
 '''
-REMOTE_CALL = 'main\n'       # the last line; others use the functions without it
+REMOTE_CALL = 'main\n'       # the last line; other programs use the functions without it
 
 REMOTE_ENGINE = r'''
 # ---- The engine of a cluster ----
@@ -18783,16 +18787,16 @@ REMOTE_ENGINE = r'''
 #
 # A job runs once, whatever the engine reports or does.  Its script makes a file with a name of its
 # own, and then a link `begun` to it.  If the engine has the script twice, only one of the two can
-# make the link, and that one runs the job (FENCE).  To prevent a job, the runner makes it.
+# make the link, and that one runs the job (FENCE).  To prevent a job, the runner makes the link.
 #
 # Files of the login node and of the nodes, in jobs/KEY.more, on a file system that all of them see:
 #
 #   script        the batch script for the engine; written last
 #   orders        the variables that the script reads (write_orders)
 #   functions     what the bash of the job reads first
-#   terminal      with a terminal: a script that takes it to the node
+#   terminal      with a terminal: a script that takes the terminal to the node
 #   submitting    PID START BOOT_ID HOST of the process that is about to submit the job, or empty
-#   unsure        what the engine printed, if that was no clear answer; its time: the last try
+#   unsure        the last answer of the engine, if it was unclear; its time: the last try
 #   tries         how often the job was submitted again, after no clear answer
 #   engine        the number of the job in the engine
 #   claim.RUN, begun    see above; the text is RUN NODE, or "cancel"
@@ -18811,12 +18815,13 @@ REMOTE_ENGINE = r'''
 #   KEY.ended.STATUS.TOLD.WALL.CPU.OUT.ERR.BACK
 #                         the job has ended.  TOLD: no, or why the script was told to stop it: told,
 #                         limit or cancel.  WALL, CPU: as in the event `ended`.  OUT, ERR, BACK:
-#                         sizes in bytes of what it left.  The name has all, so a listing is enough
+#                         sizes in bytes of what the job left.  The name has all this, so it is
+#                         enough to list the folder
 #
 # Beside jobs/ are
 #
 #   lib/RUNNER/library    all these functions, for the nodes
-#   lib/RUNNER/enter      becomes a program, such as one of the engine, in the login's environment
+#   lib/RUNNER/enter      runs a program, such as one of the engine, in the login's environment
 #   excluded              NODE TIME WHY of nodes that could not start a job
 #
 # The record of such a job, see above, is at first
@@ -18826,15 +18831,15 @@ REMOTE_ENGINE = r'''
 # and `starting` once it runs on a node, with PID START BOOT_ID of the process there.
 
 ENGINE_LIMIT_S=30           # for the engine to answer a question
-SUBMIT_LIMIT_S=150          # and to accept a job, which may wait for room in its tables
-SUBMITTED_S=2               # for some jobs to be handed over, before they are listed
+SUBMIT_LIMIT_S=150          # for the engine to accept a job, which may wait for room in its tables
+SUBMITTED_S=2               # for the submission of jobs, before the next list
 LISTING_S=15                # between two lists of all jobs, at least
 LONGEST_LISTING_S=120
-SILENCE_S=120               # without an answer, after which a note is sent
+SILENCE_S=120               # without an answer, until a note is sent
 MISSING_S=60                # how long a job must be unlisted before the engine is asked why
 LAG_S=270                   # until this node surely sees a file that another node wrote
 CANCEL_S=20                 # for a script to stop its job, before the engine is told to
-MOST_EXCLUDED=3             # with this many nodes that could not begin a job, jobs are refused
+MOST_EXCLUDED=3             # refuse a job once this many nodes could not begin jobs
 EXCLUDED_S=3600             # how long a node gets no job after it could not start one
 
 node_folder='' engine_words=()          # of the machine file
@@ -18918,7 +18923,7 @@ start_pending() {           # queues the jobs requested since the last call
   done
   if ((${#taken[@]})); then
     beside submit_all "${taken[@]}"
-    # A list that comes at once would not have them, and the next one would come LISTING_S later.
+    # A list made now would lack these jobs, and the next list would come only LISTING_S later.
     ((judge_due > SECONDS)) || judge_due=$((SECONDS + SUBMITTED_S))
   fi
   for key in "${pending[@]}"; do unset -v "wrap_of[$key]"; done
@@ -18941,7 +18946,8 @@ take() {                    # for start_pending: begins the job $key; fails if i
   return 1
 }
 
-# Jobs that wait need it after this runner.  No other runner writes it: a node may be reading it.
+# Waiting jobs need the library after this runner has exited.  Each runner writes its own library,
+# since a node may be reading that of another.
 write_library() {           # for write_orders: sets lib
   local to=$home/lib/${run##*/run.}
   mkdir -p -- "$to" "$home/news" && write_enter >"$to/enter" && cp -- "$run/library" "$to" &&
@@ -18969,7 +18975,7 @@ write_orders() {            # for take: writes all files of the job $key
   write_script >"$more/script"
 }
 
-write_enter() {             # for write_library: prints what starts a program in that environment
+write_enter() {             # for write_library: prints `exec $@` with the login's environment
   local words=''
   ((${#by_env[@]} == 0)) || printf -v words '%q ' "${by_env[@]}"
   printf 'eval %q\n' "${assignments}exec $words\"\$@\""
@@ -19093,7 +19099,7 @@ hear_end() {                # for hear_news: acts on $file, the end of a job
     [[ ${hurried[$key]-} ]] || { hurried[$key]=1 judge_due=0; }
     return
   fi
-  # Wait until this node sees all that the other node has written.
+  # Wait until this node sees all that the node of the job has written.
   if ((${sizes["$home/jobs/$key.out"]:-0} < out || ${sizes["$home/jobs/$key.err"]:-0} < err ||
     ${sizes["$home/jobs/$key.back"]:-0} < back)); then
     is_younger "$file" "$LAG_S" && return
@@ -19139,7 +19145,7 @@ judge_when_due() {          # asks the engine about all jobs, unless that was do
   identify "$!" && judging=$REPLY
 }
 
-# ---- Judging: what the engine says, and what follows ----
+# ---- Judging: acting on the state of jobs in the engine ----
 
 judge_all() {               # beside the runner: acts on the state of all jobs, from one list
   local line key name file began ids=() states=() reasons=() starts=() nodes=() list
@@ -19215,7 +19221,7 @@ judge_begun() {             # for judge: the job $key has begun as $owner
   id=${owner%.*}
   for at in "${alive[@]}"; do
     if [[ ${ids[at]} != "$id" ]]; then
-      engine_cancel "$key" "${ids[at]}" waiting         # a second one of its name, too late
+      engine_cancel "$key" "${ids[at]}" waiting         # a second submission, too late
     elif [[ ${states[at]} != PENDING ]]; then
       listed=1
     fi
@@ -19261,7 +19267,7 @@ judge_unseen() {            # for judge: the job has not begun, and does not wai
     { read -r id <"$more/engine"; } || id=${ids[over[0]]-}
     settle
   elif [[ ! -e $more/engine ]]; then
-    # If an earlier submission still arrives, only that or the next one can begin (FENCE).
+    # If an earlier submission still arrives, only that or the new one can begin (FENCE).
     is_younger "$more/script" "$((2 * engine_timeout))" && return
     [[ -e $more/unsure ]] && is_younger "$more/unsure" "$((2 * engine_timeout))" && return
     { IFS= read -r said <"$more/unsure"; read -r tries <"$more/tries"; }
@@ -19289,7 +19295,7 @@ is_missing() {              # succeeds if the engine has not listed the job for 
   ! is_younger "$more/missing" "$1"
 }
 
-# engine_fate sets fate, code, node, by and because:
+# engine_fate sets fate, code, node, by and because.  The values of fate:
 #   alive, gone (nothing is known), ended (code: its status), killed, memory, time, cancelled,
 #   node_failed, preempted, unstarted (the node could not begin), unwritable (the node cannot write
 #   in the workdir), requeued
@@ -19301,7 +19307,8 @@ settle() {                  # for judge: reports how a job without a record of i
     settle_unbegun
     return
   fi
-  # The engine forgets; and a node may have written a record that this node cannot see yet.
+  # The engine forgets jobs: so a file keeps its answer.  A node may have written a record that this
+  # node cannot see yet: so wait for that.
   case $fate in
     gone) { IFS=$'\t' read -r fate code node by because <"$more/fate"; } 2>/dev/null || fate=gone ;;
     *) printf '%s\t%s\t%s\t%s\t%s\n' "$fate" "${code:--}" "${node:--}" "${by:--}" \
@@ -19320,7 +19327,7 @@ settle() {                  # for judge: reports how a job without a record of i
   esac
 }
 
-end_by_fate() {             # for settle, settle_told: fails if the engine did not end the job
+end_by_fate() {             # for settle, settle_told: reports an end by the engine; else fails
   case $fate in
     time) end_untold 124 'the job reached the time limit of the cluster' ;;
     cancelled) end_untold 143 "the job was cancelled${by:+ by $by}" ;;
@@ -19397,7 +19404,7 @@ refuse_queued() {           # fences and refuses the job; $1: why it could not b
   give_up_queued
 }
 
-without_node() {            # $1: why $node could not begin the job, which others may
+without_node() {            # excludes $node, which could not begin the job $key; $1: why
   local nodes
   printf '%s %(%s)T %s\n' "${node:-?}" -1 "$1" >>"$home/excluded"
   read_excluded
@@ -19456,7 +19463,7 @@ ask_about() {               # reports the state of the jobs $@, which were queue
   [[ ! $unknown ]] || judge_all
 } 2>/dev/null
 
-do_withdraw() {             # KEY...: take back what has not begun
+do_withdraw() {             # KEY...: take back jobs that have not begun
   start_pending
   beside withdraw_all "$@"
 }
@@ -19514,7 +19521,7 @@ revoke_all() {              # KEY...: prevents or stops these jobs, and removes 
   remove_jobs "$@"
 }
 
-# The file of each job goes first: see run_on_node.
+# The file of each job is removed first: see run_on_node.
 remove_jobs() {             # removes all files of the jobs $@
   local key gone=() word value more folder
   cd -- "$home/jobs" || return
@@ -19540,12 +19547,12 @@ runs_still() {              # for list_others: succeeds if the job of $file, whi
 
 # ---- On a node ----
 
-run_on_node() {             # what the batch script does once it has the fence, in KEY.more
+run_on_node() {             # runs the job, once the batch script has the fence, in KEY.more
   local worker watcher told='' forwarded='' status='' wall='' used='' grace kill_wait=30
   shopt -s nullglob dotglob
   eval "$(<orders)"
   umask 077
-  # remove_jobs removes this first.  So no job begins whose link `begun` is removed already.
+  # remove_jobs removes this file first.  So no job begins after its link `begun` was removed.
   [[ -e $home/jobs/$key ]] || exit 0
   file=$home/jobs/$key more=$home/jobs/$key.more shared=/tmp proc=/proc sys=/sys
   { IFS= read -r boot_id <"$proc/sys/kernel/random/boot_id"; } 2>/dev/null
@@ -19553,10 +19560,10 @@ run_on_node() {             # what the batch script does once it has the fence, 
   run=$more pipe=$home/jobs/${folder%.*}.alive
   mkfifo -- "$pipe" "$run/events" "$run/quiet" || exit 121
   exec {events}<>"$run/events" {quiet}<>"$run/quiet"
-  claims=/dev/null          # write no list there, where nobody would find it
+  claims=/dev/null          # no list is written there: the login node would not find it
   ! count_kills || echo "$REPLY" >"$run/kills"
   trap 'told=told' TERM
-  # Slurm may send this one after TERM.  Then the runner asks the engine why, as usual.
+  # Slurm may send USR1 after TERM.  Then the runner still asks the engine why (told).
   trap 'told=${told:-limit}' USR1
   trap 'told=${told:-cancel}' HUP
   until read -r -t 1 -u "$quiet"; do [[ ! -e $more/cancel ]] || kill -HUP "$$"; done &
@@ -19623,7 +19630,7 @@ work_on_node() {            # the worker of this one job
   run_job
 } 2>/dev/null
 
-make_folder() {             # the job's copy of the files; with node_folder on the node's own disk
+make_folder() {             # makes the job's copy of the files; with node_folder on the node's disk
   local to=$home/jobs/$folder disk=''
   has=$stage fresh=1 baseline=''
   if [[ $node_folder ]]; then
@@ -19671,7 +19678,7 @@ copy_home() (               # for bring_home: copies what the list of the job na
     tar -xpf - -C "$to.new" && rm -- "$to" && mv -- "$to.new" "$to"
 )
 
-freeze_record() {           # the runner records the end, after it has asked why
+freeze_record() {           # leaves the record of the end to the runner, which first asks why
   record() { :; }
   say_left() { :; }         # a cluster kills what is left when the script exits
   say_ended() { printf '%s\n' "$2 $3 $4" >"$run/result"; }
@@ -19694,7 +19701,7 @@ tell_end() {                # for run_on_node: writes the end where the login no
     if [[ -s $file.$path ]]; then name+=.$(stat -c %s -- "$file.$path"); else name+=.0; fi
   done
   : >"$home/news/$name"
-  # Of a job that was lost and removed, because its node was away, nobody reads the news.
+  # Nobody reads the news of a job that was lost and removed because its node was unreachable.
   [[ -e $file ]] || rm -f -- "$home/news/$name"
 }
 
@@ -19753,7 +19760,7 @@ bring_input() {             # for keep_input: writes the input as it grows, unti
 REMOTE_SLURM = r'''
 # ---- Slurm ----
 
-# Facts behind this: sbatch(1), squeue(1), scontrol(1), sacct(1), and what Slurm 22.05 does.
+# The sources: sbatch(1), squeue(1), scontrol(1), sacct(1), and what Slurm 22.05 does.
 # Another engine is a section like this one; see docs/internals.md, "Another engine".
 
 engine_name=Slurm engine_version=''
@@ -19918,7 +19925,7 @@ engine_reason() {           # REPLY: why a job waits, in words.  $1: its state, 
   esac
 }
 
-# It reports nothing: the next list shows what became of the job.
+# engine_cancel reports nothing: the next list shows what became of the job.
 engine_cancel() {           # cancels the key $1, or number $2 if known; $3: only if it waits
   engine_name_of "$1"
   if [[ $2 ]]; then
@@ -19985,7 +19992,7 @@ ask_slurm() {               # for engine_fate: sets state, reason, status, resta
   [[ ! $engine_accounting ]] || [[ $state && $state != CANCELLED ]] || ask_accounting
 }
 
-ask_accounting() {          # for ask_slurm: the same from the database, some seconds later
+ask_accounting() {          # for ask_slurm: the same from the database, which lags by seconds
   local number said code nodes known
   IFS='|' read -r number said code nodes known < <(slurm "$ENGINE_LIMIT_S" sacct -X -n -P \
     --format=JobIDRaw,State,ExitCode,NodeList,JobName -j "$id") || return 0
@@ -20005,7 +20012,7 @@ REMOTE_ENGINES = {'slurm': REMOTE_SLURM}
 # Runs on the machine while a shell is open beside a job: finds the job, and writes the files that
 # the shell reads.  The functions of the remote runner stand in front of it.
 REMOTE_VISIT = r'''
-visit() {                   # stdin: token, workdir, project, key of the job; exits when it ends
+visit() {                   # stdin: token, workdir, project, key of the job; exits when stdin ends
   local key field word value more folder process='' to=''
   local -A parent=() group=() mine=()
   exec {requests}<&0 </dev/null
@@ -20030,7 +20037,7 @@ visit() {                   # stdin: token, workdir, project, key of the job; ex
   [[ ! $to ]] || remove "$to" "$to.pid"
 } 2>/dev/null
 
-find_job() {                # sets word; and process, to that of the job $key, if it has one
+find_job() {                # sets word; and process: the bash of the job $key, if there is one
   local tries
   for ((tries = 0; tries < 20; tries++)); do
     ((tries == 0)) || sleep 0.1
@@ -20051,8 +20058,8 @@ find_job() {                # sets word; and process, to that of the job $key, i
   fi
 }
 
-# It is the first process of the job, usually a child of its worker.  The watchdog of a time limit
-# has the FIFO open, too, but is in the process group of the worker.
+# The bash of a job is its first process, usually a child of its worker.  The watchdog of a time
+# limit has the FIFO open, too, but is in the process group of the worker.
 find_process() {            # sets process to the bash of the job; fails while there is none
   local pid worker=${value%% *} since=()
   parent=() group=() mine=() process=''
@@ -20095,7 +20102,7 @@ write_shell() {             # writes three files for bash to read: shell, enviro
   write_environment >"$to/environment" && write_rc >"$to/rc" && write_start >"$to/shell"
 }
 
-write_environment() {       # for write_shell: prints what gives a bash the environment of the job
+write_environment() {       # for write_shell: prints what sets the environment of the job in a bash
   printf '%s\n' 'for ssh_scheduler_name in $(compgen -e); do case $ssh_scheduler_name in'
   printf '  PWD | OLDPWD | SHLVL | _ | TERM | SSH_* %s) ;;\n' "$known"
   printf '%s\n' '  *) unset -v "$ssh_scheduler_name" ;; esac; done' 'unset -v ssh_scheduler_name'
@@ -20104,7 +20111,7 @@ write_environment() {       # for write_shell: prints what gives a bash the envi
 
 # A start file may choose GPUs or a Python, as the login of the job did before its `setup`.  So the
 # environment of the job is set again after the start file.
-write_rc() {                # for write_shell: prints what the shell reads first
+write_rc() {                # for write_shell: prints the commands that the shell reads first
   local to_read=''
   for entry in "${entries[@]}"; do [[ $entry != BASH_ENV=* ]] || to_read=${entry#*=}; done
   printf '[[ $- != *i* || ! -r ~/.bashrc ]] || . ~/.bashrc\n. %q 2>/dev/null\n' "$to/environment"
@@ -20117,7 +20124,7 @@ write_rc() {                # for write_shell: prints what the shell reads first
   printf 'PROMPT_COMMAND="ssh_scheduler_tell;${PROMPT_COMMAND-}"\nfi\n'
 }
 
-write_start() {             # for write_shell: prints what becomes the shell
+write_start() {             # for write_shell: prints the commands that start the shell
   printf 'echo "$$" >%q\n' "$to.pid"
   printf 'rm -f -- %q\ncd -- %q || exit\n' "$to/shell" "$home/jobs/$folder"
   printf '. %q 2>/dev/null\n' "$to/environment"
@@ -20174,7 +20181,7 @@ main() {                    # stdin: token, file of the job, known bytes of out 
     return
   printf '\n%s\n' "$token"
   printf '\n%s\n' "$token" >&2
-  until [[ -e $file.out && -e $file.err ]]; do    # both appear once its files are copied
+  until [[ -e $file.out && -e $file.err ]]; do    # both exist when the job begins
     read -r -t 0.02
     (($? > 128)) || return
   done
@@ -20197,7 +20204,7 @@ set -m
 main
 '''
 
-# Runs on the machine, beside a job: passes what comes to the standard input of the job.
+# Runs on the machine, beside a job: passes its own standard input on to the job.
 REMOTE_FEED = REMOTE_CLEAN + r'''
 main() {                    # stdin: file of the job, then its input
   local file
@@ -20207,7 +20214,8 @@ main() {                    # stdin: file of the job, then its input
     [[ -e $file ]] || return
     sleep 0.02
   done
-  # Opened for both, it does not block.  Then this is closed, so that cat fails when nobody reads.
+  # Opened to read and write, a FIFO does not block.  Then this descriptor is closed, so that cat
+  # fails when the job does not read any more.
   exec {both}<>"$file.more/in"
   exec 1>"/dev/fd/$both" {both}<&-
   exec cat
