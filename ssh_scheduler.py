@@ -18845,6 +18845,7 @@ EXCLUDED_S=3600             # how long a node gets no job after it could not sta
 node_folder='' engine_words=()          # of the machine file
 wanted=()                   # what do_fits got before look_at_engine
 declare -A ours=()          # the jobs that this client has begun or asked about
+declare -A started=()       # jobs whose start was reported: their news may stay until a job ends
 declare -A hurried=()       # jobs for which the engine was asked at once why they were stopped
 is_looked_at=''             # 1 if look_at_engine was called
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
@@ -19072,7 +19073,7 @@ hear_news() {               # reports what the nodes have written
         key=${name%.began}
         [[ ${ours[$key]-} ]] || continue        # it is a job of another client
         gone+=("$file")
-        say "started"$'\t'"$key" ;;
+        [[ ${started[$key]-} ]] || { started[$key]=1; say "started"$'\t'"$key"; } ;;
       *.ended.*)
         key=${name%.ended.*}
         [[ ${ours[$key]-} ]] || continue

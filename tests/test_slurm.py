@@ -451,6 +451,16 @@ def test_a_job_that_has_begun_does_not_come_back(cluster, lab, batches, ledger, 
 
 
 @with_constants
+def test_a_start_is_reported_once(cluster, batches):
+    """The node's note of the start stays on the login node until a job ends."""
+    done = batches.run(['for i in 1 2 3 4 5 6; do echo $i; sleep 0.5; done'],
+                       [cluster_of(cluster)], *NO_GPU, '--verbose', env=hasty())
+    assert done.returncode == 0
+    assert len(re.findall(r'(?m): data  growth  batch\.sh\.1\b', done.stderr)) > 2, done.stderr
+    assert len(re.findall(r'(?m): started  batch\.sh\.1\b', done.stderr)) == 1
+
+
+@with_constants
 def test_machines_come_before_a_cluster(cluster, lab, batches, gate):
     machine = lab()
     run = batches.start([f'hostname; {gate.wait("one")}', 'hostname', 'hostname'],
