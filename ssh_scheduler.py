@@ -4191,6 +4191,63 @@ class Keys:
         termios.tcsetattr(0, termios.TCSADRAIN, self._before)
 
 
+ANSWERS = ('  d      detach: jobs keep running; same command continues',
+           '  c      cancel: stop all running jobs and exit',
+           '  Enter  continue')
+
+
+class Question:
+    """What should Ctrl-C do?  Asked at the terminal of a client whose stdout is a pipe or a file.
+
+    The client writes to the terminal itself: in `| tee log`, Ctrl-C has ended tee, too.
+    """
+
+    POLL_S = 0.1                # between two looks at the keys
+
+    def __init__(self, run):
+        self._run = run
+        self._keys = None       # of the terminal, while the question waits for an answer
+        self._is_asked = False
+
+    def ask(self):
+        """Ask, if a person can answer; return whether it asks.  Runs in a signal handler."""
+        if self._is_asked or not Keys.can_read():
+            return False
+        self._is_asked = True
+        self._run.client.processes.call_later(0, self._await)
+        return True
+
+    def _await(self):
+        if not self._is_asked:
+            return
+        if not self._keys:
+            self._keys = Keys()
+            self._say('Ctrl-C: press a key:', *ANSWERS)
+        key = self._keys.read()
+        if not key:
+            self._run.client.processes.call_later(self.POLL_S, self._await)
+            return
+        self.close()
+        if key == 'd':
+            self._say('The jobs keep running.')
+            self._run.leave()
+        elif key == 'c':
+            self._say('The jobs are being stopped.')
+            self._run.interrupts += 1
+
+    @staticmethod
+    def _say(*lines):
+        with contextlib.suppress(OSError), open('/dev/tty', 'w', encoding='utf-8') as terminal:
+            terminal.write('\n' + ''.join(f'{line}\n' for line in lines))
+
+    def close(self):
+        """Ask no more, and restore the terminal."""
+        self._is_asked = False
+        if self._keys:
+            self._keys.close()
+            self._keys = None
+
+
 class Board:
     """The part of a terminal below the events: machines that connect, files on their way, running
     jobs, the counts of the batch, and the time left.
@@ -4294,9 +4351,7 @@ class Board:
         """Return the Rows that ask what Ctrl-C should do, shown instead of the counts."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
-                Row('  d      leave: jobs keep running; same command continues'),
-                Row('  c      cancel: stop all running jobs and exit'),
-                Row('  Enter  continue')]
+                *map(Row, ANSWERS)]
 
     def _alive_and_waiting(self):
         """Return how many jobs run, and how many wait, here or at a cluster."""
@@ -4452,6 +4507,21 @@ class ToldView(SpeakingView):
             other.lost(attempt)
 
 
+def why_impossible(jobs, empty, is_idle):
+    """Return why these jobs of one Allocation fit on no machine.
+
+    empty: (worker, its MachineResources if nobody used it) of each machine; if not is_idle, these
+    are the resources that are free now
+    """
+    allocation = jobs[0].allocation
+    more = f' (and {count_of(len(jobs) - 1, "more line")})' if len(jobs) > 1 else ''
+    needs = needs_in_words(allocation, {books.short_of(allocation) for _, books in empty})
+    why = '; '.join(f'{worker.name} {books.why_not(allocation, is_idle)}'
+                    for worker, books in empty)
+    return (f'line {jobs[0].line}{more} needs {needs}, and no machine has that '
+            f'{"even when idle" if is_idle else "free"}: {sentence(why)}')
+
+
 def without_gpu(job, empty, options):
     """Return what to type if this job, which fits on no machine, would fit without a GPU.
 
@@ -4517,6 +4587,17 @@ def queue_news(attempt):
         yield f'queued: {attempt.name} at {printable(attempt.machine.name)} ({words})'
 
 
+def what_is_left(run):
+    """Return which jobs of a Run keep running, and how many lines have not started, in words."""
+    running, waits = run.lives.all_of(*ALIVE), run.scheduler.waits
+    machines = sorted({attempt.machine.name for attempt in running})
+    parts = [f'{count_of(len(running), "job")} {"keeps" if len(running) == 1 else "keep"} '
+             f'running on {names_of(machines)}'] * bool(running)
+    parts += [f'{count_of(waits, "line")} {"has" if waits == 1 else "have"} not started'
+              ] * bool(waits)
+    return '; '.join(parts) or 'nothing runs'
+
+
 def leaves_open(why):
     """Tell whether the reason why a machine cannot be used lacks advice."""
     return not re.search('Try: |host key|was refused|too many keys|the same account', why)
@@ -4554,6 +4635,7 @@ class BatchView(ToldView):
         self._peaks = {}                        # Allocation -> [[peak MB], [peak MB of a GPU]]
         self._lost_gpus = {}                    # worker -> the last message about its lost GPUs
         self._said_halt = False
+        self._question = None                   # the Question of Ctrl-C
 
     def replan(self, plan):
         """Use this Plan from now on."""
@@ -4563,6 +4645,11 @@ class BatchView(ToldView):
 
     def open(self):
         """The run is about to log in."""
+        self._question = Question(self.run)
+
+    def ask(self):
+        """Ask what Ctrl-C should do, if a person is at the terminal; return whether it asks."""
+        return bool(self._question) and self._question.ask()
 
     def names(self):
         """Print which results get another name, are incomplete, or are not in the journal."""
@@ -4601,15 +4688,8 @@ class BatchView(ToldView):
         for allocation, queue in run.scheduler.kinds().items():
             if any(not books.short_of(allocation) for _, books in empty):
                 continue
-            lines = f'line {queue[0].line}' + (
-                f' (and {count_of(len(queue) - 1, "more line")})' if len(queue) > 1 else '')
-            why = '; '.join(f'{worker.name} {books.why_not(allocation, run.client.live)}'
-                            for worker, books in empty)
-            when = 'even when idle' if run.client.live else 'free'
-            needs = needs_in_words(allocation, {books.short_of(allocation) for _, books in empty})
-            raise DoesNotFit(f'{lines} needs {needs}, and no machine has that {when}: '
-                             f'{sentence(why)}'
-                             f'{without_gpu(queue[0], empty, self._options)}')
+            raise DoesNotFit(why_impossible(queue, empty, run.client.live)
+                             + without_gpu(queue[0], empty, self._options))
 
     def skipped(self):
         """Print which lines are not run."""
@@ -4811,10 +4891,17 @@ class BatchView(ToldView):
 
     def end(self):
         """The run is over; the summary follows."""
+        if self._question:
+            self._question.close()
 
     def stopping(self):
         """Print that an interrupt stops all jobs."""
         self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit, jobs keep running)')
+
+    def leaving(self):
+        """Print which jobs keep running, and how many lines have not started."""
+        self._report.note(f'left: {what_is_left(self.run)}. The same command fetches results and '
+                          'starts the rest')
 
     @property
     def outcome(self):
@@ -4933,18 +5020,6 @@ class TerminalView(BatchView):
         self._board.end()
         for attempt in list(self._untold.values()):
             self._tell_end(attempt)
-
-    def leaving(self):
-        """Print which jobs keep running, and how many lines have not started."""
-        running = self.run.lives.all_of(*ALIVE)
-        machines = sorted({attempt.machine.name for attempt in running})
-        parts = [f'{count_of(len(running), "job")} {"keeps" if len(running) == 1 else "keep"} '
-                 f'running on {names_of(machines)}'] * bool(running)
-        parts += [f'{count_of(self.run.scheduler.waits, "line")} '
-                  f'{"has" if self.run.scheduler.waits == 1 else "have"} not started'
-                  ] * bool(self.run.scheduler.waits)
-        self._report.note(f'left: {"; ".join(parts) or "nothing runs"}. The same command fetches '
-                          'results and starts the rest')
 
 
 class BoundView(SpeakingView):
@@ -14287,6 +14362,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
                 view.changed_files(client.files)
             return finish_batch(run, view, reporter, has_work)
         finally:
+            view.end()
             desk.close()
             reporter.close_screen()
             close_all(run.workers, client, lambda: run.interrupts > 1)

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import other_client
@@ -215,7 +216,7 @@ def test_ctrl_c_asks_and_enter_continues(terminal, lab, gate):
     shown = terminal([gate.wait('a')], [lab()])
     shown.until(has('1 running'))
     shown.press('\x03')
-    shown.until(has('Press a key', 'leave', 'cancel', 'continue'))
+    shown.until(has('Press a key', 'detach', 'cancel', 'continue'))
     shown.press('x\r')
     shown.until(lambda text: 'Press a key' not in text and '1 running' in text)
     gate.open('a')
@@ -255,6 +256,36 @@ def test_ctrl_c_and_d_leave_the_jobs_running(terminal, lab, gate, batches, ledge
     done = batches.run(lines, where, *NO_GPU)
     assert done.returncode == 0, done.stderr
     assert 'finished: batch.sh.1' in done.stdout and 'finished: batch.sh.2' in done.stdout
+
+
+PIPED = ('trap : INT; execute_batch batch.sh --no-gpu-required --machines {} 2>&1 | tee log; '
+         'echo "status ${{PIPESTATUS[0]}}"; stty -a | tr " " "\\n" | grep -x -e icanon -e echo')
+
+
+@pytest.mark.parametrize('keys, status, ended', [
+    ('d', 130, False), ('c', 130, True), ('\x03', 130, True), ('\r', 0, False)])
+def test_ctrl_c_asks_also_where_the_output_goes_through_a_pipe(
+        client_env, project, lab, gate, ledger, keys, status, ended):
+    """Ctrl-C ends tee, too, so the question goes to the terminal itself."""
+    (project / 'batch.sh').write_text(f'echo $$ >>{ledger}; {gate.wait("a")}\n')
+    programs = project.parent / 'bin'
+    programs.mkdir()
+    (programs / 'execute_batch').symlink_to(Path(s.__file__).resolve())
+    python = Path(sys.executable).parent
+    shown = Terminal(['bash', '-c', PIPED.format(lab().yaml())], cwd=project,
+                     env={**client_env, 'PATH': f'{programs}:{python}:{client_env["PATH"]}'})
+    try:
+        wait_until(ledger.read_text, 'the job')
+        shown.press('\x03')
+        shown.until(has('press a key', 'detach', 'cancel', 'continue'))
+        shown.press(keys)
+        if keys == '\r':
+            gate.open('a')
+        shown.until(has(f'status {status}', 'icanon', 'echo'))
+        assert rig.ends(int(ledger.read_text())) if ended or keys == '\r' else (
+            not os.kill(int(ledger.read_text()), 0))
+    finally:
+        shown.close()
 
 
 def test_ctrl_c_while_a_machine_is_connected_to(terminal, lab):
