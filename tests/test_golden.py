@@ -213,8 +213,8 @@ class Scene:
             shown.close()
 
     def _waits(self, text):
-        """Tell whether the machines are shown, and then the progress of the batch."""
-        return 'choices' in text and f' 0/{self.count} ' in text
+        """Tell whether the machines are shown, lab3 has failed, and then the progress is shown."""
+        return 'choices' in text and 'lab3: cannot' in text and f' 0/{self.count} ' in text
 
     def _start(self, shown):
         first, second = self.machines[:2]
