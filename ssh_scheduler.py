@@ -3713,6 +3713,7 @@ class Plan(NamedTuple):
     lines: Lines
     failed_before: tuple            # JobResults of jobs that failed in an earlier run
     elsewhere: dict                 # name of a begun job -> machine, which this run does not use
+    again: tuple = ()               # names of jobs that have results, and are to run once more
 
 
 def plan_lines(lines, results, addresses):
@@ -13608,11 +13609,16 @@ def results_left(results, batch, known):
 
 def put_aside(results, names):
     """Keep the results of these jobs under other names; return {name: new name}."""
+    check_known(results, names)
+    return {name: results.put_aside(name) for name in names if results.is_done(name)}
+
+
+def check_known(results, names):
+    """Raise if the journal does not have one of these results: it would not be kept."""
     for name in names:
         if name not in results.journal.jobs and results.exists(name):
             raise ResultsError(f'the journal does not know which command made job_results/{name}: '
                                'move its files away.')
-    return {name: results.put_aside(name) for name in names if results.is_done(name)}
 
 
 def without_results(plan, names):
@@ -14358,6 +14364,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
             if dry:
                 view.dry_run()
                 return 0
+            keep_earlier(plan, results, reporter)
             with contextlib.suppress(*[FilesError] * (not has_work)):
                 view.changed_files(client.files)
             return finish_batch(run, view, reporter, has_work)
@@ -14384,13 +14391,20 @@ def plan_reruns(plan, options, results, reporter):
         raise UsageError(f'{names_of(begun)} may still run. First: '
                          f'{typed_for(options["<batch>"], "--cancel", *begun)}')
     again = [job for job in lines.done if job.name in names]
-    if again and not options['--dry-run']:
-        kept = put_aside(results, [job.name for job in again])
-        reporter.note(f'{count_of(len(again), "job")} run{"s" * (len(again) == 1)} again; earlier '
-                      f'results are kept: {names_of([*kept.values()])}')
+    if not options['--dry-run']:
+        check_known(results, [job.name for job in again])
     plan = without_results(plan, names)
     waiting = tuple(sorted((*lines.waiting, *again), key=lambda job: job.line))
-    return plan._replace(lines=plan.lines._replace(waiting=waiting))
+    return plan._replace(lines=plan.lines._replace(waiting=waiting),
+                         again=tuple(job.name for job in again))
+
+
+def keep_earlier(plan, results, reporter):
+    """Give the results of jobs that run again their other names: now these jobs can start."""
+    if plan.again:
+        kept = put_aside(results, plan.again)
+        reporter.note(f'{count_of(len(kept), "job")} run{"s" * (len(kept) == 1)} again; earlier '
+                      f'results are kept: {names_of([*kept.values()])}')
 
 
 def take_up_lines(run, plan):

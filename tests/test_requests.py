@@ -231,6 +231,19 @@ def test_failed_jobs_run_again_without_a_client(batches, ask, lab, outside):
     assert (done.returncode, 'no job of the batch has failed' in done.stderr) == (0, True)
 
 
+def test_results_stay_where_no_machine_can_run_the_job_again(batches, lab):
+    machine = lab()
+    batches.run(['echo fine', 'exit 3'], [machine], *NO_GPU)
+    before = {path.name for path in RESULTS.iterdir()}
+    for where, *options in ((lab().yaml(port=rig.free_port()),),
+                            (machine.yaml(), '--memory-required=9000G')):
+        done = batches.run(None, [where], '--rerun', '1', '2', *options, *NO_GPU)
+        assert done.returncode == 2 and 'earlier results' not in done.stderr
+        assert {path.name for path in RESULTS.iterdir()} == before
+    done = batches.run(None, [machine], *NO_GPU)
+    assert 'done: 2 jobs: 0 finished, 0 failed, 2 skipped (1 of them failed)' in done.stdout
+
+
 @pytest.mark.parametrize('when', [
     "before write to journal: b'.*renamed", "after write to journal: b'.*renamed",
     'after rename .*batch.sh.1$', 'after rename .*batch.sh.1.out',
