@@ -3639,7 +3639,7 @@ def match_lines(jobs, batch, results):
             name = job.name
             done.append(job)
         else:
-            name = free_name(job.name, functools.partial(is_taken, job=job))
+            name = name_to_run(job, known, functools.partial(is_taken, job=job))
             taken.add(name)
             waiting.append(job._replace(name=name))
         if name != job.name:
@@ -3684,6 +3684,23 @@ def find_results(jobs, batch, results):
             found[job.name] = name
             del unmatched[name]
     return found, list(unmatched)
+
+
+def name_to_run(job, known, is_taken):
+    """Return the name of a job without results: its own, or the next free one, as free_name does.
+
+    If an attempt of its command was cancelled or lost, it is the name of that attempt.
+    known: {name: its record}
+    """
+    fallback = free_name(job.name, is_taken)
+    for number in itertools.count(1):
+        name = job.name if number == 1 else f'{job.name}-{number}'
+        record = known.get(name)
+        if record is None:
+            return fallback
+        if (record['command'] == job.command and record.get('own', job.own) == job.own
+                and not is_taken(name)):
+            return name
 
 
 def free_name(name, is_taken):
@@ -3744,16 +3761,17 @@ def warnings_of(plan):
                         'evaluation: delete if you wish to rerun')
 
 
-def skipped_in_short(plan, batch):
+def skipped_in_short(plan, batch, journal):
     """Yield the sentence that counts the lines with results, and names the option to run them.
 
     batch: how the names of its jobs begin
     """
     done, failed = plan.lines.done, plan.failed_before
+    names = [job.name for job in done if job.name in journal.jobs]      # --rerun refuses others
     if done:
         which = f' ({len(failed)} of them failed: --rerun-failed)' if failed else (
-            f'. To run {"it" if len(done) == 1 else "them"} again: '
-            f'{rerun_of([job.name for job in done], batch)}')
+            f'. To run {"it" if len(done) == 1 else "them"} again: {rerun_of(names, batch)}'
+            if len(names) == len(done) else '')
         yield (f'skipped: {count_of(len(done), "line")} that '
                f'{"has" if len(done) == 1 else "have"} results{which if len(which) < 100 else ""}')
 
@@ -4124,7 +4142,8 @@ class Pace:
         places = []
         for index, (allocation, machine, age_s) in enumerate(running):
             typical = self._typical(allocation, machine)
-            heapq.heappush(places, (max(typical - age_s, typical / 10), index, machine))
+            # A job that exceeds the typical time by a minute may take another minute, or an hour.
+            heapq.heappush(places, (max(abs(typical - age_s), typical / 10), index, machine))
         longest = max(place[0] for place in places)
         for allocation, count in waiting.items():
             for _ in range(math.ceil(count * share)):
@@ -4656,7 +4675,7 @@ class BatchView(ToldView):
         """Print which results get another name, are incomplete, or are not in the journal."""
         lines, results = self.plan.lines, self._results
         renamed = [f'line {job.line}: {job.name}' for job in lines.waiting
-                   if job.name in lines.usual]
+                   if job.name in lines.usual and job.name not in results.journal.jobs]
         if renamed:
             self._report.note('new names for results, because other commands have the usual ones: '
                               f'{names_of(renamed)}')
@@ -4696,7 +4715,7 @@ class BatchView(ToldView):
         """Print which lines are not run."""
         for _, warning in warnings_of(self.plan):
             self._report.line(warning)
-        for line in skipped_in_short(self.plan, self.run.batch):
+        for line in skipped_in_short(self.plan, self.run.batch, self._results.journal):
             self._report.note(line)
 
     def changed_files(self, files):
@@ -4968,7 +4987,7 @@ class TerminalView(BatchView):
 
     def skipped(self):
         """Print in one line which lines are not run."""
-        for line in skipped_in_short(self.plan, self.run.batch):
+        for line in skipped_in_short(self.plan, self.run.batch, self._results.journal):
             self._report.line(line)
         for job, warning in warnings_of(self.plan):
             if job.name in self.plan.elsewhere:
@@ -5215,7 +5234,8 @@ class JobStatus(NamedTuple):
         if self.known.get('aside'):
             return f'runs again; earlier results: {self.known["aside"]}'
         if not self.known:
-            return describe_briefly(self.job.allocation) if self.job.allocation else ''
+            is_told = self.is_watched and self.job.allocation       # else it waits for a client
+            return describe_briefly(self.job.allocation) if is_told else ''
         deleted = 'its results were deleted: ' * (self.state == 'waiting')
         return f'{deleted}starts from the beginning'
 
@@ -6388,14 +6408,17 @@ def name_of_batch(path):
 def jobs_named(words, names, path):
     """Return the names of the jobs that the words mean: 57, .57, or the whole name.
 
-    names: the names of all jobs; path: of the batch file
+    names: {name: Job} of all jobs; path: of the batch file
     """
     found, batch = {}, name_of_batch(path)
     for word in words:
         name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
                      if name in names), None)
         if name is None:
-            likely = '' if word.strip('.').isdigit() else nearest(word, names)
+            number = word.strip('.')
+            likely = nearest(word, names) if not number.isdigit() else next(
+                (f' (line {number} is job {name})' for name, job in names.items()
+                 if job.line == int(number)), '')
             raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
                              f'{typed_for(path, "--status")}')
         found[name] = None
@@ -13504,6 +13527,7 @@ class Desk:
                        results_left(results, run.batch, run.jobs),
                        lambda name: results.exists(name) or results.journal.is_begun(name))
         self._check_gpus(edit.added)
+        rest = sorted(name for name in edit.gone & alive if run.jobs[name].may_start)
         added, notes = self._editions.of_now(edit.added)
         run.wishes.replace_waiting({**edit.kept, **{job.name: job for job in added}})
         run.jobs.update({job.name: job for job in edit.done})
@@ -13516,7 +13540,8 @@ class Desk:
             (len(added), 'line', 'added'), (len(edit.dropped), 'waiting line', 'dropped'),
             (edit.changed, 'waiting line', 'changed'),
             (len(edit.done), 'line', 'had results before'),
-        ) if count], notes
+        ) if count] + [f'{names_of(rest)} {"keeps" if len(rest) == 1 else "keep"} running, without '
+                       'a line in the batch file'] * bool(rest), notes
 
     def _check_gpus(self, jobs):
         """Raise if one of these Jobs needs a GPU, and the machines were not asked for GPUs."""
@@ -14537,8 +14562,8 @@ def cancel_alone(results, batch, named, reporter, words=None, before=None, chose
                and (chosen is None or job in chosen)}
     for job in sorted((chosen or set()) - claimed.keys()):
         reporter.line(f'{job}: ' + ('has ended' if results.is_done(job) else
-                                    'does not run, and no client runs the batch. The next run '
-                                    'starts it, unless its line is taken out of the batch file'))
+                                    'does not run, since no client runs the batch. The same '
+                                    'command starts it, unless you delete its line'))
     if chosen and not claimed:
         return 0
     words = words or dict.fromkeys(known['where'] for job, known in claimed.items()
@@ -14621,11 +14646,14 @@ def wait_for_batch(call, reporter):
     if first and first.run == name and first.lives is None:
         raise ResultsError(f'{name} was started on {printable(first.computer)} (process '
                            f'{first.pid}): wait on that computer.')
-    now = first
+    now, is_run = first, bool(first and first.run == name and first.lives)
     while now and now.run == name and now.lives and now.pid == first.pid:
         time.sleep(WATCH_S)
         now = results.lock.holder
     found = BatchStatus(call.jobs, name, ResultStore('job_results').peek(), None)
+    if not is_run and not found.is_over:
+        reporter.note('no client runs this batch, so there is nothing to wait for. To continue it, '
+                      'type the command that started it')
     reporter.line(found.counts())
     noted = results.lock.noted_status if first and first.run == name else None
     return found.exit_status if noted is None else noted

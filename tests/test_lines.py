@@ -407,6 +407,32 @@ def test_a_pipe_gets_the_option_that_runs_skipped_lines_again(run):
     assert 'skipped: 2 lines that have results. To run them again: --rerun 1 3' in said
 
 
+def test_a_line_that_was_cancelled_keeps_its_name(run, batches, gate, run_cli):
+    """Its command has a second name, since it replaced one that ran."""
+    batch = batches.start([gate.wait('a')], ['localhost'], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    done = batches.run([f'true; {gate.wait("a")}'], ['localhost'], *NO_GPU)
+    assert '1 line added, batch.sh.1 keeps running, without a line in the batch file' in done.stdout
+    batch.until('started: batch.sh.1-2')
+    run_cli('execute_batch', 'batch.sh', '--cancel', '1', '1-2')
+    assert batch.end().returncode == 1
+    shown = run_cli('execute_batch', 'batch.sh', '--status').stdout.splitlines()
+    assert [line.split()[0] for line in shown if line.startswith('.')] == ['.1-2']
+    again = batches.start(None, ['localhost'], *NO_GPU)
+    again.until('started: batch.sh.1-2')
+    gate.open('a')
+    assert again.end().returncode == 0
+
+
+def test_a_job_of_another_line_is_named(run, batches):
+    run('true', 'echo')
+    done = run('#', 'true', 'echo', options=('--rerun', '3'))
+    assert ('batch.sh has no job 3 (line 3 is job batch.sh.2). To see its jobs: execute_batch '
+            'batch.sh --status') in done.stderr
+    done = run('#', 'true', 'echo', options=('--rerun', '2'))
+    assert 'new names' not in done.stderr and started(done) == ['batch.sh.2']
+
+
 def test_files_that_are_only_new_are_told_apart(run, project):
     lines = ['cat train.py', 'true']
     (project / 'train.py').write_text('print(1)\n')

@@ -217,7 +217,7 @@ job_results/example_batch_script.sh.4.err
 only a part of the results is left for line 5: job_results/example_batch_script.sh.5.out. To run \
 this line again: rm -r job_results/example_batch_script.sh.5.out
 the journal does not know which commands made example_batch_script.sh.5
-skipped: 1 line that has results. To run it again: --rerun 5
+skipped: 1 line that has results
 ''')
 
 

@@ -449,6 +449,14 @@ def test_a_slow_machine_and_a_long_kind_are_counted_as_such():
     assert least <= 600 <= most
 
 
+def test_a_job_that_exceeds_what_is_typical_may_take_as_long_again():
+    pace = s.Pace()
+    for _ in range(20):
+        pace.ended('kind', 'lab1', 10)
+    least, most = pace.left([('kind', 'lab1', 60)], {})
+    assert least <= 50 <= most
+
+
 @pytest.mark.parametrize('least, most, words', [
     (17000, 22000, '5h–7h'), (17900, 18100, '5h–6h'), (65, 110, '65s–110s'), (100, 170, '2m–3m'),
     (0.2, 0.9, '1s'), (200000, 300000, '2d–4d'), (3, 3, '3s')])
