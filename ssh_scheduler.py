@@ -475,6 +475,10 @@ class UsageError(SchedulerError):
         self.usage = usage              # the text that says how to write the command line
 
 
+class WordMissing(UsageError):
+    """A word is missing that the usage text has, such as <batch>."""
+
+
 class MachineFileError(SchedulerError):
     """A machine is described wrongly, or not at all."""
 
@@ -5796,6 +5800,136 @@ def read_option(word, unread, kinds, before):
     return name, [value]
 
 
+# Words that begin a command, though this computer may have no program with such a name: bash runs
+# the first ones itself, and machines of a lab have the others.
+BASH_WORDS = frozenset(
+    '. [ [[ { ! alias case cd command declare echo eval exec exit export for function if kill let '
+    'popd printf pushd pwd read set source test time trap type ulimit umask unset until wait '
+    'while'.split())
+LAB_PROGRAMS = frozenset(
+    'accelerate apt apt-get bash conda docker git julia jupyter make mamba module mpirun nohup '
+    'nvidia-smi nvcc pip pip3 python python3 Rscript sbatch scancel screen sh sinfo squeue srun '
+    'sudo systemctl tmux torchrun uv'.split())
+
+
+def begins_command(word):
+    """Tell whether the word begins a command of bash: a program that is here, cd, NAME=value."""
+    import shutil
+    return bool(word in BASH_WORDS | LAB_PROGRAMS or re.match(r'[A-Za-z_]\w*=', word, re.ASCII)
+                or not word.endswith(('.yaml', '.yml')) and shutil.which(word))
+
+
+def part_words(argv, kinds, machines):
+    """Return (words for this program, words of the command) of argv, whose command has no quotes.
+
+    A list ends where a command seems to begin, but the first word of a list of machines is one.
+    machines: other words that are machines for certain
+    """
+    kinds = {**dict.fromkeys(MACHINE_FORMS, 'list'), **kinds}
+    own, command, unread = [], [], collections.deque(argv)
+    name, listed = None, []             # the option whose list may take the next word, and its list
+
+    def fits(word):
+        """Tell whether the list may have the word."""
+        is_right = (not listed or word in machines if name in MACHINE_FORMS else
+                    os.path.lexists(word))
+        return is_right or not (word.startswith('-') or begins_command(word))
+
+    while unread:
+        word = unread.popleft()
+        option, equals, value = word.partition('=')
+        if word == '--':
+            own += [word] * (not command)
+            command += unread
+            break
+        if option in kinds:
+            own.append(word)
+            name, listed = (option, [value] * bool(equals)) if kinds[option] == 'list' else (
+                None, [])
+            if kinds[option] == 'value' and not equals and unread:
+                own.append(unread.popleft())
+        elif name and fits(word):
+            own.append(word)
+            listed.append(word)
+        else:
+            # No option here is a minus and a letter: -l belongs to the word before it.
+            if re.match('-[A-Za-z]', word) and len(listed) > (name in MACHINE_FORMS):
+                command.append(own.pop())
+            name, listed = None, []
+            command.append(word)
+    return own, command
+
+
+def in_quotes(command):
+    """Return the words of a command as one word for a shell, which people can read."""
+    import shlex
+    text = shlex.join(command)
+    is_plain = "'" in text and not set(text) & set('"\\$`!')
+    return f'"{text}"' if is_plain else shlex.quote(text)
+
+
+def are_machines(words):
+    """Tell whether all words but the last seem to be machines, and the last a command."""
+    *machines, command = words
+    return not any(begins_command(word) or os.path.exists(word)
+                   or re.search(r'[\s/]|^-|\.(py|sh|R|jl)$', word) for word in machines) and (
+        bool(re.search(r'\s', command)) or begins_command(command))
+
+
+def missing_quotes(usage, argv, why='', in_batch=False, machines=()):
+    """Return the advice to put the command in quotes, with the line to type.
+
+    Return '' if other words are wrong.  why: the error; machines: as for part_words
+    """
+    import shlex
+    name = pattern_of(usage).split()[0]
+    own, command = part_words(argv, option_kinds(usage), machines)
+    before = len([*itertools.takewhile(lambda word: not word.startswith('-'), command)])
+    has_blank = any(re.search(r'\s', word) for word in command)
+    if not before or len(command) < 2 or has_blank and not begins_command(command[0]) or (
+            are_machines(command) or before == 1 and re.search('option --.*did you mean', why)):
+        return ''
+    try:
+        parse_options(usage, [*own, shlex.join(command)], in_batch)
+    except (UsageError, HelpAsked):
+        return ''                       # quotes alone are no remedy
+    start = [name] if in_batch else typed_start(name)
+    return printable(' Put the command in quotes. Try: '
+                     f'{" ".join([shlex.join([*start, *own]), in_quotes(command)])}')
+
+
+def refuse_words(words, positionals, spelled, command, alone):
+    """Raise, since the command line has more words than positionals; tell what they may mean.
+
+    spelled: of spell_out; alone: those options in it that replace the positionals
+    """
+    import shlex
+    given = {word.partition('=')[0] for word in spelled[:spelled.index('--')]}
+    extra, hint = words[len(positionals):], ''
+    is_job = re.fullmatch(r'\.?[0-9]+', extra[0])
+    option = '--machine' if command == 'execute_remote' else '--machines'
+    if not positionals and alone:
+        noun = 'batch file' if command == 'execute_batch' else 'command'
+        hint = f' {" and ".join(sorted(alone))} takes no {noun}.'
+    elif positionals == ['batch'] and is_job and '--rerun-failed' in given:
+        hint = f' For one job: --rerun {extra[0]}.'
+    elif positionals == ['batch'] and is_job:
+        hint = f' For one job: --what {extra[0]}, or --follow {extra[0]} for its output.'
+    elif positionals == ['batch'] and begins_command(words[0]) and not os.path.exists(words[0]):
+        hint = (' <batch> is a file with one command on each line. For one command: '
+                'execute_remote.')
+    elif positionals == ['command'] and are_machines(words):
+        extra = words[:-1]
+        if option in given and command == 'execute_remote':
+            refuse_more_machines([word.partition('=')[2] for word in spelled
+                                  if word.startswith(f'{option}=')] + extra)
+        hint = f' To name {"a machine" if option == "--machine" else "machines"}: {option} '
+        hint += f'{printable(shlex.join(extra))}.'
+    elif positionals != ['command'] and option not in given:
+        hint = f' To name machines: {option} {printable(shlex.join(extra))}.'
+    raise UsageError(f'unexpected word {extra[0]!r}.{hint}')
+
+
 def check_for_help(usage, command, words):
     """Raise HelpAsked if the words ask for help or the version."""
     if {'-h', '--help'} & {*words}:
@@ -5822,14 +5956,19 @@ def read_options(usage, argv, in_batch=False):
     try:
         return parse_options(usage, argv, in_batch)
     except UsageError as error:
-        error.usage = usage
-        raise
+        is_for_command = re.search('(?<!=)<command>', pattern_of(usage))
+        hint = missing_quotes(usage, argv, str(error), in_batch) if is_for_command else ''
+        raise type(error)(f'{error}{hint}', usage) from None
+
+
+def pattern_of(usage):
+    """Return the lines of a usage text that docopt reads as patterns."""
+    return usage.partition('Usage:')[2].partition('\n\n')[0]
 
 
 def parse_options(usage, argv, in_batch):
     """Return the Options of argv; a UsageError does not have the usage text yet."""
-    kinds = option_kinds(usage)
-    pattern = usage.partition('Usage:')[2].partition('\n\n')[0]
+    kinds, pattern = option_kinds(usage), pattern_of(usage)
     command = pattern.split()[0]
     positionals = list(dict.fromkeys(re.findall(r'(?<![=\w])<(\w+)>', pattern)))
     # Options that replace a word, as in (<word> | --this=<x> | --that).
@@ -5846,13 +5985,9 @@ def parse_options(usage, argv, in_batch):
         spelled = keep_one_machine(spelled, in_batch)
     words = spelled[spelled.index('--') + 1:]
     if len(words) < len(positionals):
-        raise UsageError(f'<{positionals[len(words)]}> is missing.')
+        raise WordMissing(f'<{positionals[len(words)]}> is missing.')
     if len(words) > len(positionals):
-        hint = '' if in_batch else {
-            ('command',): ' The command is one word, in quotes.',
-            ('batch',): ' Machines stand behind --machines.' * ('--machines' not in given),
-        }.get(tuple(positionals), '')
-        raise UsageError(f'unexpected word {words[len(positionals)]!r}.{hint}')
+        refuse_words(words, positionals, spelled, command, given & instead)
     docopt = library('docopt')
     try:
         if not positionals:
@@ -14055,7 +14190,7 @@ WATCH_S = 0.1               # between two looks at the output of a job in job_re
 
 def execute_batch(argv):
     """Run a batch file, or do what the options ask for instead; return the exit status."""
-    options = read_options(EXECUTE_BATCH_USAGE, argv)
+    options = read_batch_options(argv)
     reporter = Reporter(options['--verbose'])
     check_asked(options)
     alone = next((option for option in WITHOUT_BATCH if options[option]), None)
@@ -14101,6 +14236,20 @@ def execute_batch(argv):
     with interruptible(hooks.interrupt):    # the command may start another batch in this folder
         hooks.finish(status)
     return status
+
+
+def read_batch_options(argv):
+    """Return the Options of execute_batch; if <batch> is missing, name the batches known here."""
+    try:
+        return read_options(EXECUTE_BATCH_USAGE, argv)
+    except WordMissing as error:
+        names = set()
+        with contextlib.suppress(SchedulerError):
+            known = ResultStore('job_results').peek().journal.jobs
+            names = {record.get('batch') or name.rpartition('.')[0]
+                     for name, record in known.items()}
+        hint = f' Batches of this folder: {", ".join(sorted(map(printable, names)))}.'
+        raise WordMissing(f'{error}{hint if names else ""}', error.usage) from None
 
 
 def past_in(options, option):
@@ -16397,6 +16546,16 @@ COMMANDS = {
 }
 
 
+def usage_beside(error):
+    """Return the few lines on usage that follow a UsageError: all of it would hide the error."""
+    import shlex
+    if error.usage == OVERVIEW:
+        return error.usage.partition('\n\n')[2].partition('\n\n')[0]
+    example = error.usage.rpartition('\n\nExample:\n')[2].strip()
+    return (f'Example: {example}\n' * ('Try: ' not in str(error)) +
+            f'All options: {shlex.join([*typed_start(example.split()[0]), "--help"])}')
+
+
 def main(argv=None):
     """Run the command that argv (sys.argv) names by its first or second word; exit with its status.
 
@@ -16424,7 +16583,7 @@ def main(argv=None):
         reporter = Reporter()
         reporter.note(f'{name if name in COMMANDS else "ssh_scheduler"}: {error}')
         if isinstance(error, UsageError) and error.usage:
-            reporter.note(error.usage.partition('\n\n')[2].partition('\n\n')[0])
+            reporter.note(usage_beside(error))
         status = error.exit_code
     except KeyboardInterrupt:
         status = 130

@@ -220,7 +220,7 @@ def test_localhost_needs_no_ssh(query):
     (['--machines', 'localhost', '--num-gpus=1', '--no-gpu-required'], 'give one of them'),
     (['--machnes', 'localhost'], 'did you mean --machines'),
     (['--watch', '5x', '--machines', 'localhost'], "not '5x'. Examples: 90 (seconds), 10m, 1h30m."),
-    (['localhost'], "unexpected word 'localhost'")])
+    (['localhost'], "unexpected word 'localhost'. To name machines: --machines localhost.")])
 def test_wrong_usage(run_cli, project, argv, complaint):
     done = run_cli('query_machines', *argv)
     assert done.returncode == 2 and complaint in done.stderr and not done.stdout

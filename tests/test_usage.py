@@ -274,8 +274,17 @@ def test_a_command_line_of_the_pages_is_understood(line):
     (['--machines='], '<batch> is missing.'),
     (['--machines', 'a', '--copy-forwards'], '<batch> is missing.'),
     (['--machines', 'a', '--'], None),
-    (['a', 'b'], "unexpected word 'b'. Machines stand behind --machines."),
-    (['a', '--reserve', 'b'], "unexpected word 'b'. Machines stand behind --machines."),
+    (['a', 'b'], "unexpected word 'b'. To name machines: --machines b."),
+    (['a', '--reserve', 'b', 'c d'], "unexpected word 'b'. To name machines: --machines b 'c d'."),
+    (['a', '--status', '3'],
+     "unexpected word '3'. For one job: --what 3, or --follow 3 for its output."),
+    (['a', '--failed', '.3', '--status'],
+     "unexpected word '.3'. For one job: --what .3, or --follow .3 for its output."),
+    (['a', '--rerun-failed', '3'], "unexpected word '3'. For one job: --rerun 3."),
+    (['a', '--check'], "unexpected word 'a'. --check takes no batch file."),
+    (['--earlier', 'show', 'a'], "unexpected word 'a'. --earlier takes no batch file."),
+    (['bash', 'a'], "unexpected word 'a'. <batch> is a file with one command on each line. For one "
+     'command: execute_remote.'),
     (['--machines', 'a', '--reserve', 'b', 'c'], "unexpected word 'c'."),
     (['--machines', 'a', '--', 'b', 'c'], "unexpected word 'c'."),
     (['b', '--num-cpus'], '--num-cpus needs a value.'),
@@ -460,6 +469,78 @@ def test_a_wrong_size_or_time_is_one_sentence(run_cli, project, words, complaint
     done = run_cli(words[0], machine, 'localhost', *words[1:])
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith(f'{words[0]}: {complaint}') and 'Traceback' not in done.stderr
+
+
+# ---- A command without quotes ----
+
+def advice(line):
+    """Return (the error up to the advice, the line to type) for a command line."""
+    with pytest.raises(ssh_scheduler.UsageError) as caught:
+        read(line)
+    error, _, typed = str(caught.value).partition(' Put the command in quotes. Try: ')
+    return error, typed
+
+
+@pytest.mark.parametrize(('words', 'typed'), [
+    ('execute_remote --machine a python3 train.py --lr 0.2',
+     "execute_remote --machine a 'python3 train.py --lr 0.2'"),
+    ('execute_remote --machine a ./train 3', "execute_remote --machine a './train 3'"),
+    ('execute_remote --machine a -- ./train --lr 3',
+     "execute_remote --machine a -- './train --lr 3'"),
+    ('execute_remote --machine a ls -l', "execute_remote --machine a 'ls -l'"),
+    ('execute_remote --machine a bash -c "b c"', """execute_remote --machine a "bash -c 'b c'\""""),
+    # options of this program may stand among the words of the command
+    ('execute_remote --stdin ./train 3 --machine a --lr 3 --num-gpus 2',
+     "execute_remote --stdin --machine a --num-gpus 2 './train 3 --lr 3'"),
+    # an option of the command may be like one of this program
+    ('execute_remote --machine a ./train 3 --num-gpuz 2',
+     "execute_remote --machine a './train 3 --num-gpuz 2'"),
+    # a list ends where the command begins
+    ('execute_remote --machine a --copy-forwards b python3 t.py --lr 3',
+     "execute_remote --machine a --copy-forwards b 'python3 t.py --lr 3'"),
+    ('execute_remote --machines a python3 t.py', "execute_remote --machines a 'python3 t.py'"),
+    ('execute_to --machines a b ls -l', "execute_to --machines a b 'ls -l'"),
+    ('execute_to --machines=a A=1 ./x --lr 3', "execute_to --machines=a 'A=1 ./x --lr 3'"),
+    ('execute_to --machines a b strange -l', "execute_to --machines a b 'strange -l'"),
+    ('execute_to --machines a --gather -- b c', "execute_to --machines a --gather -- 'b c'")])
+def test_a_command_without_quotes_is_shown_with_them(words, typed):
+    error, shown = advice(words)
+    assert error.endswith('.') and shown == typed
+    assert read(typed)['<command>']
+
+
+@pytest.mark.parametrize(('words', 'error'), [
+    ("execute_remote --machine a 'b c' --lr 3", 'unknown option --lr.'),
+    ("execute_remote --machine a 'b c' d", "unexpected word 'd'."),
+    ("execute_remote --machin a 'b c'", 'unknown option --machin (did you mean'),
+    ('execute_remote ./x --machin a', 'unknown option --machin (did you mean'),
+    ('execute_remote --lr 3', 'unknown option --lr.'),
+    ('execute_remote --attach a ./b c', "unexpected word './b'. --attach takes no command."),
+    ('execute_to --init a b', "unexpected word 'b'. --init takes no command."),
+    ('execute_to --machines a b --zebra', 'unknown option --zebra.'),
+    # machines, and no words of a command
+    ("execute_remote a 'b c'", "unexpected word 'a'. To name a machine: --machine a."),
+    ("execute_to a b 'b c'", "unexpected word 'a'. To name machines: --machines a b."),
+    ('execute_to a bash', "unexpected word 'a'. To name machines: --machines a."),
+    *[(f'execute_remote --machine a b {command}', 'the command runs on one machine, and 2 are '
+       'named: a, b. For many machines: execute_to or execute_batch.')
+      for command in ("'c d'", 'bash')],
+    # other commands take none
+    ('execute_batch a --lr 3 b c', 'unknown option --lr.'),
+    ('query_machines a b', "unexpected word 'a'. To name machines: --machines a b.")])
+def test_quotes_are_advised_only_where_they_are_missing(words, error):
+    shown, typed = advice(words)
+    assert shown.startswith(error) and typed == ''
+
+
+@ANY
+@given(words=st.lists(WORDS.filter(bool), min_size=2, max_size=5))
+def test_the_shown_line_has_the_words_as_they_were(words):
+    """Any arguments of a program: quotes, variables and blanks in them are still theirs."""
+    argv = ['execute_remote', '--machine', 'a', '--', 'bash', *words]
+    _, typed = advice(argv)
+    if all(word.isprintable() for word in words):
+        assert shlex.split(read(typed)['<command>']) == ['bash', *words]
 
 
 # ---- Both forms of --machines ----
@@ -654,13 +735,33 @@ def test_version_is_shown():
     assert call_main('execute_batch', '--version') == (shown, '', 0)
 
 
-def test_a_wrong_option_is_named_before_the_usage_line():
-    out, err, status = call_main('execute_batch', 'b', '--machne', 'a')
-    said, usage = err.split('\n', 1)
-    assert said == 'execute_batch: unknown option --machne (did you mean --machine?).'
-    assert usage.startswith('Usage:\n  execute_batch [options] ') and usage in (
-        ssh_scheduler.EXECUTE_BATCH_USAGE)
-    assert (out, status) == ('', 2)
+@pytest.mark.parametrize('command', ssh_scheduler.COMMANDS)
+def test_a_wrong_option_is_named_before_an_example(command):
+    """The whole usage would scroll the error away."""
+    out, err, status = call_main(command, '--machne', 'a')
+    said, example, more = err.splitlines()
+    assert said == f'{command}: unknown option --machne (did you mean --machine?).'
+    assert example.startswith(f'Example: {command} ') and example[9:] in HELP[command]
+    assert (more, out, status) == (f'All options: {command} --help', '', 2)
+
+
+def test_a_line_to_type_needs_no_example_beside_it():
+    _, err, _ = call_main('execute_to', '--machines', 'a', 'ls', '-l')
+    said, more = err.splitlines()
+    assert said.endswith("Try: execute_to --machines a 'ls -l'")
+    assert more == 'All options: execute_to --help'
+
+
+def test_the_batches_of_the_folder_are_named_where_one_is_missing(run_cli, project):
+    words = ['--machines', 'localhost', '--no-gpu-required', '--memory-required=1']
+    for name in ('b.sh', 'a.sh'):
+        (project / name).write_text('true\n')
+        assert run_cli('execute_batch', '--status').stderr.splitlines()[0].endswith(
+            'missing.' if name == 'b.sh' else 'missing. Batches of this folder: b.sh.')
+        assert run_cli('execute_batch', name, *words).returncode == 0
+    done = run_cli('execute_batch', '--status')
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2, 'execute_batch: <batch> is missing. Batches of this folder: a.sh, b.sh.')
 
 
 def test_no_machines_are_an_error():
