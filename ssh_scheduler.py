@@ -15924,6 +15924,43 @@ class CommandOrder:
         return ended.exit_code if ended and ended.exit_code else TRANSPORT_FAILED
 
 
+def is_known_machine(word):
+    """Tell whether a machine file or a Host of ~/.ssh/config, also a pattern, has this name."""
+    import fnmatch
+    if any(map(os.path.isfile, machine_paths(word))):
+        if not os.access(word, os.X_OK):
+            return True
+        with contextlib.suppress(MachineFileError):     # else a script, such as ./train.sh
+            return bool(find_machine(word))
+        return False
+    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
+    patterns = [pattern for value in values for pattern in value.replace('"', ' ').split()]
+    # A pattern such as * names no machine.
+    return any(re.search(r'\w', pattern) and fnmatch.fnmatchcase(word, pattern)
+               for pattern in patterns)
+
+
+def refuse_programs(options):
+    """Raise if a word of --machines begins the command: without quotes, only its end would run.
+
+    The words `--machines lab1 sudo reboot` are two machines and the command `reboot`.
+    """
+    import shutil
+    argv, words = options.argv[1:], options['--machines']
+    if '--' in argv or argv[-1] != options['<command>']:
+        return                          # the list of machines has a clear end
+    machines = {words[0], *filter(is_known_machine, words)}
+    wrong = next((word for word in words if word not in machines and begins_command(word)), None)
+    if wrong is not None:
+        is_bash = wrong in BASH_WORDS and not shutil.which(wrong)
+        what = 'a variable' if '=' in wrong else 'a word of bash' if is_bash else 'a program'
+        raise UsageError(
+            f'{printable(wrong)} is {what}, not a machine. (If a machine has this name, write -- '
+            'between the machines and the command.)' + (
+                missing_quotes(EXECUTE_TO_USAGE, argv, machines=machines)
+                or ' Put the command in quotes.'))
+
+
 def execute_to(argv):
     """Run one command on many machines; return the exit status."""
     options = read_options(EXECUTE_TO_USAGE, argv)
@@ -15931,6 +15968,7 @@ def execute_to(argv):
     if options['--init'] is not None:
         return begin_machine_file(options, reporter)
     check_machines(options, 'command')
+    refuse_programs(options)
     timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)

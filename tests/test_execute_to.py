@@ -12,6 +12,8 @@ import rig
 from batching import RESULTS, assert_clean, constants, places, wait_until, with_constants
 from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree, peak_mb, word
 
+import ssh_scheduler
+
 
 @pytest.fixture
 def start(start_cli, project):
@@ -296,8 +298,66 @@ def test_a_daemon_is_named_with_its_machine(run, lab1, ledger):
 def test_a_wrong_command_line_is_named_and_nothing_is_made(start_cli, project, words):
     done = Running(start_cli('execute_to', *words, binary=True)).end()
     assert (done.status, done.out) == (2, b'')
-    assert done.notes[0].startswith('execute_to: ') and done.notes[0].endswith(('.', '?'))
+    assert done.notes[0].startswith('execute_to: ')
+    assert done.notes[0].endswith(('.', '?', " execute_to --machines nowhere -- 'true x'"))
     assert not [*project.iterdir()]
+
+
+# ---- A command without quotes, whose first words would be machines ----
+
+@pytest.mark.parametrize(('words', 'what', 'typed'), [
+    ('lab1 lab2 echo hi', 'echo is a program', "lab1 lab2 'echo hi'"),
+    ('lab1 lab2 sudo reboot', 'sudo is a program', "lab1 lab2 'sudo reboot'"),
+    ('lab1 cd data', 'cd is a word of bash', "lab1 'cd data'"),
+    ('lab1 A=1 sh run.sh', 'A=1 is a variable', "lab1 'A=1 sh run.sh'"),
+    ('lab1 ./run.sh 3', './run.sh is a program', "lab1 './run.sh 3'"),
+    ('lab1 --gather lab2 echo hi', None, None),         # an unexpected word in any case
+    ('lab1 bash --timeout 5 echo', 'bash is a program', "lab1 --timeout 5 'bash echo'")])
+def test_a_program_among_the_machines_is_refused(run_cli, project, words, what, typed):
+    (project / 'run.sh').write_text('#!/bin/sh\n')
+    (project / 'run.sh').chmod(0o755)
+    done = run_cli('execute_to', '--machines', *words.split())
+    assert (done.returncode, done.stdout) == (2, '')
+    if what:
+        said, _, shown = done.stderr.splitlines()[0].partition(' Try: ')
+        assert said == (f'execute_to: {what}, not a machine. (If a machine has this name, write -- '
+                        'between the machines and the command.) Put the command in quotes.')
+        assert shown.endswith(f' execute_to --machines {typed}')
+
+
+@pytest.mark.parametrize(('words', 'config'), [
+    ('bash true', ''),                          # the first word is a machine
+    ('lab1 bash -- true', ''), ('lab1 bash --gather -- true', ''),
+    ('lab1 sh true', ''), ('lab1 ./sh true', ''),       # machine files
+    ('lab1 bash true', 'Host bash other\n'), ('lab1 bash true', 'Host=lab3 ba*\n'),
+    ('lab1 bash true', 'Host *\nInclude more\n'), ('lab1 localhost true', ''),
+    ('lab1 lab2 bash', '')])
+def test_a_machine_with_the_name_of_a_program_is_known(home_here, words, config):
+    (home_here / '.ssh' / 'config').write_text(config)
+    (home_here / '.ssh' / 'more').write_text('Host "bash"\n')
+    for name in ('sh', 'sh.yaml'):
+        Path(name).write_text('ip: h\n')
+        Path(name).chmod(0o755)
+    ssh_scheduler.refuse_programs(ssh_scheduler.read_options(
+        ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', *words.split()]))
+
+
+@pytest.mark.parametrize('config', ['Host *\n', 'Host ?* !bash\n', 'Host ba\n', ''])
+def test_a_pattern_for_all_hosts_makes_no_program_a_machine(home_here, config):
+    (home_here / '.ssh' / 'config').write_text(config)
+    with pytest.raises(ssh_scheduler.UsageError) as caught:
+        ssh_scheduler.refuse_programs(ssh_scheduler.read_options(
+            ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', 'lab1', 'bash', 'x']))
+    assert str(caught.value).endswith("Try: execute_to --machines lab1 'bash x'")
+
+
+@pytest.fixture
+def home_here(tmp_path, monkeypatch):
+    """An empty HOME with a folder .ssh, which is the current folder, too."""
+    (tmp_path / '.ssh').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 # ---- Gathered ----
