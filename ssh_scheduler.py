@@ -6204,7 +6204,9 @@ def read_machine_file(path, name):
         if not isinstance(key, str):
             raise MachineFileError(f'{where}: a key must be a word.')
         if key not in MACHINE_KEYS:
-            raise MachineFileError(f'{where}: unknown key {key!r}{nearest(key, MACHINE_KEYS)}.')
+            likely = nearest(key, MACHINE_KEYS)
+            known = '' if likely else f' The keys are {", ".join(MACHINE_KEYS)}.'
+            raise MachineFileError(f'{where}: unknown key {key!r}{likely}.{known}')
         if key in values:
             raise MachineFileError(f'{where}: {key} is given twice.')
         values[key] = read_machine_value(loader, key, value_node, where)
@@ -6407,7 +6409,14 @@ def find_machine(word):
             return read_machine_file(path, word)
     if word.endswith(('.yaml', '.yml')) or '/' in word:
         raise MachineFileError(f'there is no machine file {word}, nor {candidates[2]}.')
-    return machine_at(word)
+    try:
+        return machine_at(word)
+    except MachineFileError as error:
+        names = re.findall(r'[^\s,]+', word)
+        if names in ([], [word]) or not all(re.fullmatch(r'[\w.@:%-]+', name) for name in names):
+            raise
+        raise MachineFileError(f'{error} Separate machines with blanks, without commas: --machines '
+                               f'{" ".join(names)}.') from None
 
 
 def machine_at(word):
@@ -6417,15 +6426,21 @@ def machine_at(word):
     host, port = (match[1] or match[3], match[2] or match[4]) if match else (host, None)
     if not HOST.fullmatch(host) or at and not USER.fullmatch(user) or (
             port and not 1 <= int(port) <= 65535):
-        raise MachineFileError(f'{word!r} is neither a machine file nor [user@]host[:port].')
+        raise MachineFileError(f'{word!r} is neither a machine file, a name from ~/.ssh/config, '
+                               'nor [user@]host[:port].')
     return Machine(name=word, host=host, username=user or None, port=int(port) if port else None)
 
 
 def machine_words(words):
     """Yield the words; in place of each @file, yield the lines of that file."""
+    return (word for word, _ in placed_words(words))
+
+
+def placed_words(words):
+    """Yield (word, '') for each word; for each line of an @file, (line, 'file, line 3: ')."""
     for word in words:
         if not word.startswith('@'):
-            yield word
+            yield word, ''
             continue
         try:
             with open(word[1:], encoding='utf-8') as file:
@@ -6435,9 +6450,14 @@ def machine_words(words):
                                    f'{reason_of(error)}.') from None
         except UnicodeDecodeError:
             raise MachineFileError(f'the list of machines {word} is not UTF-8 text.') from None
-        lines = [line for line in lines if line and not line.startswith('#')]
+        lines = [(line, f'{word[1:]}, line {number}: ') for number, line in enumerate(lines, 1)
+                 if line and not line.startswith('#')]
         if not lines:
             raise MachineFileError(f'the list of machines {word} names no machine.')
+        for line, where in lines:
+            if re.search(r'[\s,]', line) and not any(map(os.path.isfile, machine_paths(line))):
+                raise MachineFileError(f'{where}{line!r} is not one machine. Write one machine on '
+                                       'each line.')
         yield from lines
 
 
@@ -6471,13 +6491,13 @@ def find_machines(words):
     is named twice is an error, too.
     """
     machines, wrong = [], {}
-    for word in machine_words(words):
+    for word, where in placed_words(words):
         try:
             machine = find_machine(word)._replace(word=word)
         except MachineFileError as error:
             if not any(os.path.lexists(path) and not os.path.isdir(path)
                        for path in machine_paths(word)):
-                raise
+                raise MachineFileError(f'{where}{error}') from None
             machine = Machine(word, f'file of {word}')      # an address that no other has
             wrong[word] = str(error)
         refuse_again(machine, machines)

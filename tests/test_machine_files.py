@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import ssh_scheduler
-from ssh_scheduler import Machine, MachineFileError
+from ssh_scheduler import MACHINE_KEYS, Machine, MachineFileError
 
 ANY = settings(deadline=None, derandomize=True, max_examples=300,
                suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,8 +193,9 @@ def json_like(value):
     ('\n\nip: a\nssh_key: x', "line 4: unknown key 'ssh_key' (did you mean ssh_key_path?)."),
     ('IP: a', "line 1: unknown key 'IP' (did you mean ip?)."),
     ('gpu: [0]', "line 1: unknown key 'gpu' (did you mean gpu_types or gpus?)."),
-    ('hostname: a', "line 1: unknown key 'hostname'."),        # username is too different
-    ('zebra: a', "line 1: unknown key 'zebra'."),
+    # username is too different
+    ('hostname: a', "line 1: unknown key 'hostname'. The keys are ip, username, port, "),
+    ('zebra: a', f"line 1: unknown key 'zebra'. The keys are {', '.join(MACHINE_KEYS)}."),
     ('1: a', "line 1: unknown key '1'."),
     ('"\\e[m": a', r"line 1: unknown key '\x1b[m'."),
     ('? [a, b]\n: c', 'line 1: a key must be a word.'),
@@ -367,7 +368,40 @@ def test_this_machine_needs_no_ssh(home):
 def test_a_word_that_names_no_machine(home, word):
     with pytest.raises(MachineFileError) as caught:
         ssh_scheduler.find_machine(word)
-    assert str(caught.value) == f'{word!r} is neither a machine file nor [user@]host[:port].'
+    assert str(caught.value).partition(' Separate')[0] == NO_MACHINE.format(repr(word))
+
+
+NO_MACHINE = '{} is neither a machine file, a name from ~/.ssh/config, nor [user@]host[:port].'
+
+
+@pytest.mark.parametrize(('word', 'machines'), [
+    ('lab1,lab2', 'lab1 lab2'), ('lab1,', 'lab1'), (',', None), ('me@lab1:22, lab2', 'me@lab1:22 '
+     'lab2'), ('lab1 lab2', 'lab1 lab2'), ('lab1,l*', None), ('lab*', None)])
+def test_several_machines_in_one_word_are_shown_apart(home, word, machines):
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machine(word)
+    hint = f' Separate machines with blanks, without commas: --machines {machines}.'
+    assert str(caught.value) == NO_MACHINE.format(repr(word)) + hint * bool(machines)
+
+
+@pytest.mark.parametrize(('line', 'expected'), [
+    ('lab1 lab2', "hosts, line 3: 'lab1 lab2' is not one machine. Write one machine on each line."),
+    ('lab1,lab2', "hosts, line 3: 'lab1,lab2' is not one machine. Write one machine on each line."),
+    ('lab*', 'hosts, line 3: ' + NO_MACHINE.format("'lab*'")),
+    ('no.yaml', 'hosts, line 3: there is no machine file no.yaml, nor ')])
+def test_the_line_of_a_list_that_names_no_machine_is_named(home, line, expected):
+    with open('hosts', 'w') as file:
+        file.write(f'# mine\nlab0\n{line}\n')
+    with pytest.raises(MachineFileError) as caught:
+        ssh_scheduler.find_machines(['other', '@hosts'])
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_machine_file_in_a_list_may_have_a_blank_in_its_name(home):
+    for name, text in (('my lab, one.yaml', 'ip: a'), ('hosts', 'my lab, one\n')):
+        with open(name, 'w') as file:
+            file.write(text)
+    assert ssh_scheduler.find_machines(['@hosts'])[0][0].host == 'a'
 
 
 def test_machines_are_named_once(home):
@@ -415,7 +449,7 @@ def test_files_that_are_all_wrong_are_an_error(home):
 @pytest.mark.parametrize(('words', 'expected'), [
     (['key.yaml', 'good', 'key.yaml'], 'the machine key.yaml is named twice.'),
     (['good', 'key.yaml', 'good'], 'the machine good is named twice.'),
-    (['key.yaml', 'good', 'me@good:0'], "'me@good:0' is neither a machine file nor "),
+    (['key.yaml', 'good', 'me@good:0'], "'me@good:0' is neither a machine file, "),
     (['key.yaml', 'good', 'none.yaml'], 'there is no machine file none.yaml, nor '),
     (['key.yaml', 'good', '*.yml'], 'there is no machine file *.yml, nor '),
     (['key.yaml', 'good', '.'], "'.' is neither "), (['key.yaml', 'good', ''], "'' is neither "),
