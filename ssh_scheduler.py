@@ -603,6 +603,12 @@ def names_of(names):
     return ', '.join(names) if len(names) < 4 else f'{names[0]} and {len(names) - 1} more'
 
 
+def first_of(complaints, most=5):
+    """Return the first of many complaints, each on its own line, and how many lines follow."""
+    more = [f'and {count_of(len(complaints) - most, "more line")}.'] * (len(complaints) > most)
+    return '\n'.join([*complaints[:most], *more])
+
+
 def size_of(size):
     """Return a number of bytes as people read it: 512 bytes, 3.4 MB."""
     for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
@@ -6647,18 +6653,18 @@ def read_jobs(path, text, options, warn):
     """Return the Jobs of a batch file's text.  warn: called with a sentence."""
     stem, whole = name_of_batch(path), read_allocation(options)
     forwards, backwards = read_forwards(options), read_backwards(options)
-    jobs, lines = [], {}
+    jobs, lines, wrong = [], {}, []
     for line, command in split_batch(text):
-        where = f'{path}, line {line}'
         job = Job(f'{stem}.{line}', command, line, whole, forwards, backwards)
-        if re.match(r'\s*execute_remote(\s|$)', command):
-            job = read_partial(job, where, warn)
-        check_job_name(job.name, where)
-        if job.name in lines:
-            raise BatchFileError(f'{path}: the lines {lines[job.name]} and {line} have the same '
-                                 f'job name {job.name}; give one of them another --job-name.')
+        try:
+            job = read_job(job, path, lines, warn)
+        except BatchFileError as error:
+            wrong.append(str(error))
+            continue
         lines[job.name] = line
         jobs.append(job)
+    if wrong:
+        raise BatchFileError(first_of(wrong))
     if not jobs:
         raise BatchFileError(f'the batch file {path} has no command.')
     for name in lines:
@@ -6668,6 +6674,21 @@ def read_jobs(path, text, options, warn):
                                  f'would lie where {stem}, line {lines[stem]}, has a stream; give '
                                  'one of them another --job-name.')
     return jobs
+
+
+def read_job(job, path, lines, warn):
+    """Return the Job of a line; raise if the line is wrong.
+
+    job: as the options of the batch have it; lines: {name: line} of the jobs before it
+    """
+    where = f'{path}, line {job.line}'
+    if re.match(r'\s*execute_remote(\s|$)', job.command):
+        job = read_partial(job, where, warn)
+    check_job_name(job.name, where)
+    if job.name in lines:
+        raise BatchFileError(f'{path}: the lines {lines[job.name]} and {job.line} have the same '
+                             f'job name {job.name}; give one of them another --job-name.')
+    return job
 
 
 # Options of a line that change the results of its job.  The command and these options identify the
@@ -6692,6 +6713,10 @@ def read_partial(job, where, warn):
     import shlex
     try:
         words = shlex.split(without_continuations(job.command))
+    except ValueError:                  # bash itself would wait for more lines
+        raise BatchFileError(f'{where}: execute_remote: a quote is missing, or a word behind the '
+                             'last backslash.') from None
+    try:
         options = read_options(EXECUTE_REMOTE_USAGE, words[1:], in_batch=True)
         if options['--machine'] is not None:
             warn(f'{where}: --machine is ignored: machines are allocated automatically')
@@ -6707,9 +6732,8 @@ def read_partial(job, where, warn):
             backwards=job.backwards if backwards is None else read_backwards(options),
             own=' '.join(f'{name}={json.dumps(options[name])}' for name in DECISIVE_OPTIONS
                          if name in options.given))
-    except (SchedulerError, ValueError) as error:
-        raise BatchFileError(f'{where}: execute_remote: {sentence(str(error))} '
-                             'The command is one word, in quotes.') from None
+    except SchedulerError as error:
+        raise BatchFileError(f'{where}: execute_remote: {error}') from None
 
 
 def read_backwards(options):
@@ -6741,18 +6765,35 @@ done
 """
 
 
+# What bash reports if a line is only a part of an if, a loop or a function.
+UNFINISHED = re.compile(r'unexpected end of file|unexpected token .(then|do|done|fi|else|elif|esac|'
+                        r'\}|\)|;;).$')
+
+
+def advice_on_syntax(why):
+    """Return what to type where bash refuses a command, or ''.  why: the words of bash"""
+    unclosed = re.search(r'EOF while looking for matching .(.)', why)
+    if unclosed:
+        what = 'quote is missing: write another' if unclosed[1] in '"\'`' else (
+            'bracket is missing: write')
+        return f' A {what} {unclosed[1]} on the same line. Each line runs by itself.'
+    return (' Each line runs by itself: write an if, a loop or a function on one line, or end each '
+            'of its lines but the last with a backslash.') if UNFINISHED.search(why) else ''
+
+
 def refuse_syntax(path, jobs, said):
     """Raise if bash refuses a command of the jobs.  said: what SYNTAX_CHECK printed (bytes)."""
-    complaints = [text.split(' ', 1) for text in said.decode('utf-8', 'replace').split('\0')[:-1]]
-    if complaints:
-        first_line = complaints[0][1].split('\n')[0]       # bash: eval: line 2: why
+    kinds = collections.defaultdict(list)       # the advice, or the reason -> (reason, job)
+    for text in said.decode('utf-8', 'replace').split('\0')[:-1]:
+        number, complaint = text.split(' ', 1)
+        first_line = complaint.split('\n')[0]           # bash: eval: line 2: why
         why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
-        where = lines_of([jobs[int(number)] for number, _ in complaints])
-        raise BatchFileError(
-            sentence(f'{path}, {where}: bash refuses this command: {why}') + ' Each line runs '
-            'by itself: '
-            'write an if, a loop or a function on one line, or end each of its lines but the last '
-            'with a backslash.')
+        kinds[advice_on_syntax(why) or why].append((why, jobs[int(number)]))
+    if kinds:
+        raise BatchFileError(first_of([
+            sentence(f'{path}, {lines_of([job for _, job in found])}: bash refuses this command: '
+                     f'{found[0][0]}') + advice_on_syntax(found[0][0])
+            for found in kinds.values()]))
 
 
 # Commands that change only the shell that runs them: (first words, pattern of the rest, whether
@@ -7326,6 +7367,25 @@ def check_forwards(forwards):
         check_named(path, '--copy-forwards')
     for path in forwards.link:
         check_named(path, '--link-forwards')
+
+
+def check_files(path, jobs, usual):
+    """Raise unless all files that the jobs send exist; name the lines that have other files.
+
+    path: of the batch file; usual: the Forwards of the batch
+    """
+    lines, wrong = collections.defaultdict(list), []
+    for job in jobs:
+        lines[job.forwards].append(job)
+    for forwards, same in lines.items():
+        try:
+            check_forwards(forwards)
+        except FilesError as error:
+            if forwards == usual:
+                raise
+            wrong.append(f'{path}, {lines_of(same)}: {error}')
+    if wrong:
+        raise FilesError(first_of(wrong))
 
 
 # ---- Archives: tar, for small trees, and where one side has no rsync ----
@@ -14236,8 +14296,7 @@ def execute_batch(argv):
     check_hooks(options)
     warn_of_settings(options['<batch>'], jobs, reporter.warning)
     machines, wrong = usable_machines(options['--machines'], reporter)
-    for forwards in {job.forwards for job in jobs}:
-        check_forwards(forwards)
+    check_files(options['<batch>'], jobs, read_forwards(options))
     policy, settings = read_policy(options), read_settings(options)
     results = ResultStore('job_results')
     results.sent.limit_bytes = read_keep_files(options)

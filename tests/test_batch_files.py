@@ -197,7 +197,6 @@ def batch_of(run_cli, project, text, *words):
     (MULTI_LINE, 'lines 2 and 4', 'syntax error: unexpected end of file'),
     (MULTI_LINE.replace('\n', '\r\n'), 'lines 2 and 4', 'syntax error: unexpected end of file'),
     ('f() {\n  echo a\n}\nf\n', 'lines 1 and 3', 'syntax error: unexpected end of file'),
-    ('echo a\necho "b\nc" d\n', 'lines 2 and 3', 'unexpected EOF while looking for matching `"\''),
     ('true\n\nthen echo\n', 'line 3', 'syntax error near unexpected token `then\''),
     ("execute_remote --job-name x -- 'if true; then'\n", 'line 1', 'syntax error: unexpected end '),
     ('}; touch harm; {\n', 'line 1', 'syntax error near unexpected token `}\''),
@@ -210,6 +209,24 @@ def test_what_bash_refuses_is_named_before_anything_starts(run_cli, project, tex
         f'execute_batch: batch.sh, {lines}: bash refuses this command: {words}')
     assert 'Each line runs by itself: write an if, a loop or a function on one line' in done.stderr
     assert [path.name for path in project.iterdir()] == ['batch.sh']
+
+
+@pytest.mark.parametrize(('text', 'complaints'), [
+    ('echo a\necho "b\nc" d\n', [
+        'lines 2 and 3: bash refuses this command: unexpected EOF while looking for matching `"\'. '
+        'A quote is missing: write another " on the same line. Each line runs by itself.']),
+    ("a 'b\na $(b\n", [
+        "line 1: bash refuses this command: unexpected EOF while looking for matching `''. "
+        "A quote is missing: write another ' on the same line. Each line runs by itself.",
+        'line 2: bash refuses this command: unexpected EOF while looking for matching `)\'. '
+        'A bracket is missing: write ) on the same line. Each line runs by itself.']),
+    ('a (b)\n', [
+        "line 1: bash refuses this command: syntax error near unexpected token `b'."])])
+def test_what_bash_misses_is_named(run_cli, project, text, complaints):
+    done = batch_of(run_cli, project, text)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.removeprefix('execute_batch: ').splitlines() == [
+        f'batch.sh, {complaint_}' for complaint_ in complaints]
 
 
 FINE = """\
@@ -519,10 +536,14 @@ def test_words_of_a_continued_line_are_bash_s(text):
 
 
 @pytest.mark.parametrize(('line', 'expected'), [
-    ('execute_remote', '<command> is missing. The command is one word, in quotes.'),
-    ('execute_remote python test.py',
-     "unexpected word 'test.py'. The command is one word, in quotes."),
-    ("execute_remote 'a", 'No closing quotation. The command is one word, in quotes.'),
+    ('execute_remote', '<command> is missing.'),
+    ('execute_remote --num-gpus=2 python test.py --lr 3', 'unknown option --lr. Put the command in '
+     "quotes. Try: execute_remote --num-gpus=2 'python test.py --lr 3'"),
+    ('execute_remote python test.py', "unexpected word 'test.py'. Put the command in quotes. Try: "
+     "execute_remote 'python test.py'"),
+    ("execute_remote --num-gpuz 1 'a b'", 'unknown option --num-gpuz (did you mean --num-gpus?).'),
+    ("execute_remote --detach 'a b'", '--detach has no meaning in a batch file.'),
+    ("execute_remote 'a", 'a quote is missing, or a word behind the last backslash.'),
     ('execute_remote --job-nam x y', 'unknown option --job-nam (did you mean --job-name?).'),
     ('execute_remote --num-cpus=0 y', "--num-cpus must be a number above 0, not '0'."),
     ('execute_remote --memory-required=8X y', "--memory-required must be a size of at least 0 MB, "
@@ -531,7 +552,33 @@ def test_words_of_a_continued_line_are_bash_s(text):
     ('execute_remote --copy-forwards ../x -- y', '--copy-forwards ../x: this lies outside '),
 ])
 def test_a_wrong_partial_command_is_named(line, expected):
-    assert complaint(f'true\n{line}\n').startswith(f'batch.sh, line 2: execute_remote: {expected}')
+    said = complaint(f'true\n{line}\n')
+    assert said.startswith(f'batch.sh, line 2: execute_remote: {expected}')
+    assert line.startswith('execute_remote --copy') or said.endswith(expected)
+
+
+def test_all_wrong_lines_are_named_up_to_five():
+    assert complaint('execute_remote\ntrue\nexecute_remote --detach a\n'
+                     'execute_remote --job-name a b\nexecute_remote --job-name a c') == (
+        'batch.sh, line 1: execute_remote: <command> is missing.\n'
+        'batch.sh, line 3: execute_remote: --detach has no meaning in a batch file.\n'
+        'batch.sh: the lines 4 and 5 have the same job name a; give one of them another '
+        '--job-name.')
+    for count, end in ((5, 'line 5: execute_remote: <command> is missing.'),
+                       (6, 'and 1 more line.'), (9, 'and 4 more lines.')):
+        assert complaint('execute_remote\n' * count).splitlines()[-1].endswith(end)
+
+
+def test_the_lines_whose_files_are_not_there_are_named(run_cli, project):
+    text = 'true\n' + 'execute_remote --copy-forwards none -- true\n' * 2
+    text += 'execute_remote --copy-forwards --link-forwards other -- true\n'
+    done = batch_of(run_cli, project, text)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2, '', 'execute_batch: batch.sh, lines 2 and 3: --copy-forwards none: there is no such '
+        'file or folder.\nbatch.sh, line 4: --link-forwards other: there is no such file or '
+        'folder.\n')
+    done = batch_of(run_cli, project, text, '--copy-forwards', 'some')
+    assert done.stderr == 'execute_batch: --copy-forwards some: there is no such file or folder.\n'
 
 
 def test_help_in_a_partial_command_does_not_end_the_program(capsys):
