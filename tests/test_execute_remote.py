@@ -992,7 +992,8 @@ def test_a_login_that_fails(run, lab):
 def test_a_wrong_command_line_is_named_and_nothing_is_made(start_cli, project, words):
     done = Running(start_cli('execute_remote', *words, binary=True)).end()
     assert (done.status, done.out) == (2, b'')
-    assert done.notes[0].startswith('execute_remote: ') and done.notes[0].endswith(('.', '?'))
+    assert done.notes[0].startswith('execute_remote: ')
+    assert done.notes[0].endswith(('.', '?', " execute_remote --machine localhost 'a b'"))
     assert not [*project.iterdir()]
 
 
