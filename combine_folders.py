@@ -65,7 +65,8 @@ from typing import NamedTuple
 USAGE = """\
 Combine folders into one that has all their files. The same path with the same
 content becomes one file. The same path with different content is a conflict:
-combine_folders lists all conflicts and writes nothing.
+combine_folders lists all conflicts and writes nothing. If each job wrote files
+of the same names, such as metrics.json, take --prefix or --on-conflict=rename.
 
 Usage:
   combine_folders [options] [--exclude=<pattern>]... [--] <dest> <source>...
@@ -77,7 +78,8 @@ Usage:
   combine_folders skips the files of execute_batch: .ssh_scheduler in a
   <source>, and, where a pattern such as job_results/* names them, streams
   (NAME.out, NAME.err), earlier results (NAME~1) of jobs that are named, too,
-  and files of jobs that run (NAME.partial).
+  files of jobs that run (NAME.partial), and tables and pages of results_table.
+  <dest> must not be a folder of results or lie in one.
 
 Options:
   --dry-run               Compare all files and show the outcome; write nothing.
@@ -85,8 +87,9 @@ Options:
                           '*.ckpt', '/top' or 'tmp/'. ONE pattern; for more give
                           the option again.
   --on-conflict=<what>    error: list conflicts and write nothing. rename: keep
-                          all versions; the first keeps its name, the others get
-                          .SOURCE behind their names [default: error].
+                          all versions; each gets .SOURCE behind its name. Only
+                          a file of <dest>, and a folder that is the first
+                          version, keep their names [default: error].
   --prefix                Put each source into a folder of its own in <dest>,
                           named after the source.
   --move                  Empty the sources when all files are in <dest>. The
@@ -105,7 +108,7 @@ used: nothing was written; 3 failed halfway (full disk, a source that changed),
 130 interrupted: the same command completes the work.
 
 Example:
-  combine_folders all_results job_results/*
+  combine_folders --prefix all_results job_results/*
 """
 
 
@@ -153,7 +156,8 @@ class ConflictsFound(CombineError):
 
     def __init__(self, conflicts, result):
         super().__init__(f'{many(len(conflicts), "conflict")}; nothing was written. '
-                         'Try: --on-conflict rename, which keeps all of them, or --prefix.')
+                         'Try: --prefix, which puts each source into a folder of its own, or '
+                         '--on-conflict rename, which puts .SOURCE behind their names.')
         self.conflicts, self.result = conflicts, result
 
 
@@ -488,7 +492,8 @@ class ComparePass:
     def compare_item(self, names, draft):
         """Compare the versions of an item, which may have several names where dest ignores case.
 
-        The first content keeps its name.  Return the other Contents, for the caller to rename.
+        Return the Contents for the caller to rename.  A single Content keeps its name, and the
+        first of several does if it is in dest or is a folder.
         """
         contents = []
         for name in names:
@@ -501,6 +506,10 @@ class ComparePass:
         is_plain = len(names) == len(contents) == 1 and len(contents[0].found) == len(versions)
         if not is_plain:
             draft.plan.kept.update(dict.fromkeys(names, ()))
+        if len(contents) > 1:
+            (tree, _, kind), _ = contents[0].found[0]
+            if tree and kind != FOLDER_KIND:        # so that each name shows whose file it is
+                return contents
         if contents:
             (_, name, _), _ = contents[0].found[0]
             if not is_plain:
@@ -602,8 +611,12 @@ class ComparePass:
         tree, name, _ = first
         for number in itertools.count(1):
             new = f'{name}.{trees.short_names[tree]}' + (f'.{number}' if number > 1 else '')
-            holder = plan.extra.get(new) or plan.kept.get(new) or (
-                trees.versions(draft.found, new) if new in draft.found else None)
+            holder = plan.extra.get(new)
+            if holder is None and new in draft.found:
+                holder = plan.kept.get(new) if new in plan.kept else (
+                    trees.versions(draft.found, new))
+            if holder == ():                # the versions of that name get other names, too
+                continue
             if holder is None:
                 plan.extra[new] = content.versions()
                 self.add_item(new, content, draft)
@@ -804,6 +817,7 @@ class EmptyPass:
 # ---- Names: of temporaries, streams and sources; patterns ----
 
 BOOKKEEPING = '.ssh_scheduler'          # a folder of execute_batch, in job_results
+WRITTEN = ('.csv', '.html', '.json', '.md', '.tex')     # tables and pages of results_table
 TEMPORARY = re.compile(r'\.combine_folders\.[0-9a-f]{16}\.tmp')
 
 
@@ -832,7 +846,36 @@ def left_out(sources):
             found[source] = 'earlier result'
         elif is_beside and end == '.partial' and os.path.isdir(path):
             found[source] = 'partial result'
+        elif is_beside and end in WRITTEN and os.path.isfile(path):
+            found[source] = 'results_table file'
     return found
+
+
+def results_above(path):
+    """Return the folder of results that a path is or lies in, with a journal, or ''."""
+    folder = os.path.realpath(path)
+    while folder != os.path.dirname(folder):
+        if any(os.path.exists(os.path.join(folder, BOOKKEEPING, name))
+               for name in ('journal', 'commands')):
+            return folder
+        folder = os.path.dirname(folder)
+    return ''
+
+
+def refusal_of(dest, sources):
+    """Return why dest must not be changed, since it has results of execute_batch, or ''.
+
+    Users swap the words, or forget dest before job_results/*.
+    """
+    folder = results_above(dest)
+    if not folder:
+        return ''
+    if os.path.realpath(dest) == folder:
+        where, words = 'is a folder', f'{sources[0]} {dest}'
+    else:
+        where, words = 'lies in a folder', f'all_results {os.path.relpath(folder)}/*'
+    return (f'{printable(dest)} {where} of results of execute_batch, to which combine_folders '
+            f'adds nothing. Name the destination first: combine_folders {printable(words)}')
 
 
 def case_key(name):
@@ -1970,8 +2013,8 @@ def combine_folders(dest, *sources, dry_run=False, link=False, move=False, on_co
     others = left_out(sources)
     folders = [source for source in sources if source not in others]
     if not folders:
-        raise Refused('no <source> is a folder of results: all are streams of jobs (.out, .err) '
-                      'or files of jobs that run (.partial).')
+        raise Refused('no <source> is a folder of results: all are streams of jobs (.out, .err), '
+                      'files of jobs that run (.partial), or tables and pages.')
     options = Options(dry_run, link, move, on_conflict, tuple(exclude), prefix, skip_special)
     report = report or Report()
     with contextlib.ExitStack() as opened:
@@ -2013,7 +2056,7 @@ def open_folders(dest, sources, move, opened):
 
     opened: an ExitStack, which closes them.
     """
-    troubles, cursors, earlier = [], [], {}
+    troubles, cursors, earlier = [*filter(None, [refusal_of(dest, sources)])], [], {}
     for path in sources:
         try:
             cursor = Cursor(path, os.open(path, FOLDER))
@@ -2319,6 +2362,9 @@ def nearest(word, known):
 
 # ---- Terminal: the only printer ----
 
+MOST_LINES = 20             # about conflicts; of more than these a summary is shown
+
+
 def size_in_words(count):
     """Return '0 bytes', '1.5 kB', '2.0 GB'."""
     if count < 1000:
@@ -2391,6 +2437,26 @@ def show(text):
     print(text, end='')
 
 
+def lines_of(conflicts):
+    """Yield the lines about all conflicts: a line for each version, or, if these would be many,
+    a line for each path, below the sources that have it.
+    """
+    if sum(1 + len(conflict.versions) for conflict in conflicts) <= MOST_LINES:
+        for conflict in conflicts:
+            yield from conflict_lines(conflict)
+        return
+    groups = {}                     # sources -> the conflicts between them
+    for conflict in conflicts:
+        sources = tuple(version.source for version in conflict.versions)
+        groups.setdefault(tuple(dict.fromkeys(sources)), []).append(conflict)
+    for sources, members in groups.items():
+        names = [*map(printable, sources[:3]), *[f'{len(sources) - 3:,} more'] * (len(sources) > 3)]
+        yield f'{many(len(members), "conflict")} between {", ".join(names[:-1])} and {names[-1]}:'
+        for conflict in members:
+            contents = len({version.content for version in conflict.versions})
+            yield f'  {printable(conflict.path)}  {many(contents, "different version")}'
+
+
 def conflict_lines(conflict):
     """Yield the lines about a conflict; versions with the same content have the same number."""
     yield f'conflict: {printable(conflict.path)}'
@@ -2441,9 +2507,8 @@ def run(argv, terminal):
     try:
         result = combine_folders(dest, *sources, report=terminal, **keywords)
     except ConflictsFound as found:
-        for conflict in found.conflicts:
-            for line in conflict_lines(conflict):
-                terminal.complain(line)
+        for line in lines_of(found.conflicts):
+            terminal.complain(line)
         terminal.say(summary('not combined', found.result, dest, len(found.conflicts),
                              folders))
         raise

@@ -373,12 +373,54 @@ conflict: d/b
   src1  file, 1 byte, 1970-01-02 00:00:00, content 1
   src2  file, 1 byte, 1970-01-03 00:00:00, content 1
   src3  file, 1 byte, 1970-01-04 00:00:00, content 2
-combine_folders: 2 conflicts; nothing was written. Try: --on-conflict rename, which keeps all of \
-them, or --prefix.
+combine_folders: 2 conflicts; nothing was written. Try: --prefix, which puts each source into a \
+folder of its own, or --on-conflict rename, which puts .SOURCE behind their names.
 """
     assert done.stdout == ('not combined: 2 files, 1 byte from 3 folders, 1 duplicate collapsed, '
                            '2 conflicts -> dest\n')
     assert not os.path.exists('dest')
+
+
+def test_many_conflicts_are_a_line_each(here):
+    names = [f'job_results/b.sh.{number}' for number in range(12)]
+    for number, name in enumerate(names):
+        make(name, {'metrics.json': str(number), 'log': str(number // 6), 'same': 's'})
+    make(names[0], {'more': '1'})
+    make(names[1], {'more': '2'})
+    out, err, status = call('all', *names)
+    assert (out.count('\n'), status) == (1, 1)
+    assert err.splitlines() == [
+        '2 conflicts between job_results/b.sh.0, job_results/b.sh.1, job_results/b.sh.2 and 9 '
+        'more:', '  log  2 different versions', '  metrics.json  12 different versions',
+        '1 conflict between job_results/b.sh.0 and job_results/b.sh.1:',
+        '  more  2 different versions',
+        'combine_folders: 3 conflicts; nothing was written. Try: --prefix, which puts each source '
+        'into a folder of its own, or --on-conflict rename, which puts .SOURCE behind their names.']
+    assert call('all', *names, '--prefix')[2] == 0
+    assert Path('all/b.sh.7/metrics.json').read_text() == '7'
+
+
+def test_each_renamed_file_shows_its_source_and_a_file_of_dest_keeps_its_name(here):
+    for number in (1, 2, 3):
+        make(f'src{number}', {'metrics.json': str(number), 'log': 'a' if number < 3 else 'b'})
+    expected = {'metrics.json.src1': b'1', 'metrics.json.src2': b'2', 'metrics.json.src3': b'3',
+                'log.src1': b'a', 'log.src3': b'b'}
+    for _ in range(2):
+        assert call('dest', 'src1', 'src2', 'src3', '--on-conflict=rename')[1:] == ('', 0)
+        assert read('dest') == expected
+    make('other', {'log': 'c'})
+    call('other', 'src1', 'src3', '--on-conflict=rename')
+    assert read('other') == {name: what for name, what in {
+        **expected, 'log': b'c'}.items() if 'src2' not in name}
+
+
+def test_a_name_whose_versions_get_other_names_is_not_given_again(here):
+    make('src1', {'a': '1', 'a.src2': ''})
+    make('src2', {'a': '', 'a.src2': '1'})
+    for _ in range(2):
+        assert call('dest', 'src1', 'src2', '--on-conflict=rename')[1:] == ('', 0)
+        assert read('dest') == {'a.src1': b'1', 'a.src2.2': b'', 'a.src2.src1': b'',
+                                'a.src2.src2': b'1'}
 
 
 def test_renamed_files_have_the_name_of_their_source(here):
@@ -386,9 +428,10 @@ def test_renamed_files_have_the_name_of_their_source(here):
     make('run/2/out', {'log': 'two', 'd': 'a file', 'k': 'k'})
     out, err, status = call('dest', 'run/1/out', 'run/2/out', '--on-conflict', 'rename')
     assert (err, status) == ('', 0)
-    assert read('dest') == {'log': b'one', 'log.2_out': b'two', 'd': None, 'd/x': b'1',
+    assert read('dest') == {'log.1_out': b'one', 'log.2_out': b'two', 'd': None, 'd/x': b'1',
                             'd.2_out': b'a file', 'k': b'k'}
-    assert out == ('renamed: run/2/out/d -> d.2_out\nrenamed: run/2/out/log -> log.2_out\n'
+    assert out == ('renamed: run/2/out/d -> d.2_out\nrenamed: run/1/out/log -> log.1_out\n'
+                   'renamed: run/2/out/log -> log.2_out\n'
                    'combined: 5 files, 14 bytes from 2 folders, 1 duplicate collapsed, '
                    '2 conflicts -> dest\n')
 
@@ -418,7 +461,8 @@ def test_names_that_differ_only_in_case_are_conflicts_there(here, ignores_case):
     make('src2', {'B': '2', 'a': '2'})
     combine_folders('dest', 'src1', 'src2', on_conflict='rename')
     assert sorted(read('dest')) == sorted([
-        'A', 'Data', 'a.src2', 'b', 'B.src2', 'd', 'd/same', 'data.src2', 'e\u0301.src2', 'É'])
+        'A.src1', 'Data.src1', 'a.src2', 'b.src1', 'B.src2', 'd', 'd/same', 'data.src2',
+        'e\u0301.src2', 'É.src1'])
 
 
 def test_elsewhere_they_are_not_and_asking_changes_nothing(here):
@@ -512,7 +556,7 @@ def test_any_file_name_comes_through_and_is_shown_safely(here):
                               capture_output=True, env={**os.environ, 'PYTHONIOENCODING': encoding})
         assert done.returncode == 1
         lines = done.stderr.decode(encoding).split('\n')
-        assert len(lines) == 3 * len(names) + 2
+        assert len(lines) == len(names) + 3
         assert all(line.isprintable() for line in lines)
 
 
@@ -554,11 +598,11 @@ def test_paths_longer_than_path_max_and_trees_deeper_than_recursion(tmp_path, na
         result = combine_folders(dest, src1, src2, on_conflict='rename')
         assert (result.files, result.conflicts) == (2, 1)
         folder = deep_enter(os.open(dest, os.O_RDONLY), names)
-        assert sorted(os.listdir(folder)) == ['f', 'f.src2']
+        assert sorted(os.listdir(folder)) == ['f.src1', 'f.src2']
         descriptor = os.open('g', os.O_WRONLY | os.O_CREAT, dir_fd=folder)
         os.close(descriptor)
         os.close(folder)
-        assert combine_folders(src1, dest, move=True).files == 2
+        assert combine_folders(src1, dest, move=True).files == 3
         assert os.listdir(dest) == []
     finally:
         folder = os.open(tmp_path, os.O_RDONLY)
@@ -1167,7 +1211,7 @@ def test_a_dry_run_says_what_would_happen(here):
     make('src1', {'f': 'x' * 1500})
     make('src2', {'f': 'y'})
     assert call('dest', 'src1', 'src2', '--dry-run', '--on-conflict=rename') == (
-        'would rename: src2/f -> f.src2\n'
+        'would rename: src1/f -> f.src1\nwould rename: src2/f -> f.src2\n'
         'would combine: 2 files, 1.5 kB from 2 folders, 0 duplicates collapsed, 1 conflict '
         '-> dest\n', '', 0)
     assert not os.path.exists('dest')
@@ -1251,14 +1295,14 @@ def test_the_bookkeeping_of_a_source_is_left_out(here, descriptors, options, exi
     make(where, {**RESULTS, **KEPT})
     source, below = where.split('/')[0], where.partition('/')[2]
     if existing:
-        make('all', {'.ssh_scheduler/journal': 'of dest'})
+        make('all', {'.ssh_scheduler/note': 'of dest'})
     done = command('all', source, *options)
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.splitlines()[0] == 'left out: 1 .ssh_scheduler folder'
     assert done.stdout.splitlines()[1].startswith('combined: 8 files, 9 bytes from 1 folder, ')
     top = Path('all', *[source] * ('--prefix' in options), below)
     found = files('all')
-    own = found.pop('.ssh_scheduler/journal', None)
+    own = found.pop('.ssh_scheduler/note', None)
     assert own == (b'of dest' if existing else None)
     assert found == {str(top.relative_to('all') / path): what
                      for path, what in content(RESULTS).items()}
@@ -1302,6 +1346,40 @@ def test_earlier_and_partial_results_are_left_out_where_all_are_named(here):
     assert files('two').keys() == {'a', 'b', 'c'}
 
 
+def test_tables_and_pages_beside_results_are_left_out(here):
+    tables = {'table.csv': 'a', 'report.html': 'b'}
+    make('job_results', {**RESULTS, **KEPT, **tables})
+    names = [f'job_results/{path.name}' for path in Path('job_results').glob('[!.]*')]
+    done = command('all', *names)
+    assert (done.returncode, done.stderr) == (0, '')
+    assert {*done.stdout.splitlines()[0].removeprefix('left out: ').split(', ')} == {
+        '6 stream files', '2 results_table files'}
+    assert files('all').keys() == {'model', 'table'}
+    make('.', tables)
+    assert command('two', 'table.csv').stderr == (
+        'combine_folders: the source table.csv is not a folder.\n')
+
+
+@pytest.mark.parametrize(('words', 'told'), [
+    ('job_results all', 'job_results is a folder of results of execute_batch, to which '
+     'combine_folders adds nothing. Name the destination first: combine_folders all job_results'),
+    ('job_results/b.sh.1 job_results/b.sh.2', 'job_results/b.sh.1 lies in a folder of results of '
+     'execute_batch, to which combine_folders adds nothing. Name the destination first: '
+     'combine_folders all_results job_results/*'),
+    ('job_results/all job_results/b.sh.1', 'job_results/all lies in a folder of results of '
+     'execute_batch, to which combine_folders adds nothing. Name the destination first: '
+     'combine_folders all_results job_results/*')])
+@pytest.mark.parametrize('options', [(), ('--dry-run',), ('--prefix',)])
+def test_nothing_is_added_to_results(here, words, told, options):
+    make('job_results', {**RESULTS, **KEPT})
+    make('all', {'a': 'b'})
+    before = read('.', stats=True)
+    assert call(*words.split(), *options) == ('', f'combine_folders: {told}\n', 2)
+    assert read('.', stats=True) == before
+    make('work', {'.ssh_scheduler/jobs/x': ''})         # the workdir of a machine
+    assert call('work', 'all')[2] == 0
+
+
 def test_the_results_of_a_real_batch_are_combined_without_its_bookkeeping(run_cli, project):
     (project / 'batch.sh').write_text('echo 1 >a\necho 2 >b\ntrue\n')
     batch = run_cli('execute_batch', 'batch.sh', '--no-gpu-required', '--memory-required=1',
@@ -1341,8 +1419,8 @@ def test_a_user_s_own_files_are_no_bookkeeping(here):
 
 @pytest.mark.parametrize(('words', 'sentence'), [
     (['job_results/b.sh.1.out', 'job_results/b.sh.1.err'],
-     'no <source> is a folder of results: all are streams of jobs (.out, .err) or files of jobs '
-     'that run (.partial).'),
+     'no <source> is a folder of results: all are streams of jobs (.out, .err), files of jobs '
+     'that run (.partial), or tables and pages.'),
     (['job_results/b.sh.1', 'own.out'], 'the source own.out is not a folder.'),
     (['job_results/b.sh.1', 'job_results/notes.txt'],
      'the source job_results/notes.txt is not a folder.'),
