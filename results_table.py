@@ -24,7 +24,7 @@ for programs (the whole command) or have another name for people (where).
 A journal has one JSON object a line, and batches only append lines.  So the program can read a
 journal while a batch runs; it ignores a last line without a newline.  A stream may have 100 MB, so
 the program reads only the end, or pieces for curves; only --metric may search all of it.
-The program writes nothing below job_results.
+Below job_results the program writes only tables and pages that the user names there.
 
 Sections: Usage, Words, Errors, Records, Numbers, Reading, Parameters, Metrics, Columns, Means,
 Choosing, Forms, Screen, Report; the edge: Function, Completion, Options, Terminal, Command; and
@@ -38,6 +38,7 @@ import collections
 import contextlib
 import csv
 import fnmatch
+import functools
 import glob
 import itertools
 import json
@@ -61,15 +62,17 @@ Usage:
   results_table [options] [--] [<results>...]
   results_table --help | --completion=<shell>
 
-  <results> is a folder job_results, or in one a batch (job_results/grid.sh) or
+  <results> is a folder job_results, or one that has it, a batch (grid.sh), or
   results (job_results/grid.sh.*); by default ./job_results. The batch may still
-  run. Nothing in it is changed.
+  run. Results are never changed.
   On a terminal the table is cut to its width. In a pipe it is CSV.
 
 Columns:
   The words that differ: --lr=0.1, --lr 0.1 and lr=0.1 are lr, words without a
   name arg1, arg2, a flag is yes. Then the metrics, exit (… while the job runs),
-  time, MB and GPU MB (the peak of the memory in use), and where.
+  time, MB and GPU MB (the peak of the memory in use; empty if a job ended
+  before the first look at it, as after 1 s), and where. A job that has not
+  started has no row.
   Metrics are the numbers of metrics.json or results.json in the job's folder
   and of the files of --from. For jobs without these: the last `name: number`,
   `name=number`, and JSON object on a line, of their stdout, and the numbers of
@@ -81,8 +84,8 @@ Options:
                           lr,val_acc,exit.
   --where=<test>          Show only rows for which this holds: 'lr>0.001',
                           'exit=0', 'loss!=nan', 'time<1h'. The operators are
-                          = != < <= > >=. May be given several times; all must
-                          hold.
+                          = != < <= > >=. ONE test; for more give the option
+                          again, and all must hold.
   --mean-over=<names>     Show mean, sample standard deviation and number of
                           jobs that differ in these parameters only: seed, or
                           seed,fold. Takes jobs that finished with exit 0. Time
@@ -100,14 +103,17 @@ Options:
 
 Output:
   --wide                  Print the whole table, also in a pipe.
-  --csv=<file>            Write CSV to this file; - is stdout.
+  --csv=<file>            Write CSV to this file; - is stdout. A file in
+                          job_results is not sent with the next batch:
+                          job_results/table.csv.
   --json                  Write a JSON object for each row, one a line. Numbers
                           that JSON lacks are the strings nan, inf and -inf.
   --markdown              Write a table for Markdown.
   --latex                 Write a tabular for LaTeX, which needs booktabs.
   --html=<file>           Write a page for a browser, without network: table,
                           timeline, use of the machines, plots, curves, causes
-                          of failures, last lines of outputs, and commands.
+                          of failures, last lines of outputs, and commands:
+                          job_results/report.html.
   -h --help               Show this help.
   --completion=<shell>    Print the script by which bash, zsh or fish completes
                           this command; the shell reads it at its start.
@@ -169,6 +175,26 @@ def width_of(text):
                2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in text)
 
 
+def some_of(names):
+    """Return 'a, b and c', or 'a, b, c and 7 more'."""
+    return names_of([*names[:3], *[f'{len(names) - 3:,} more'] * (len(names) > 3)])
+
+
+def alike(word, known):
+    """Return ' (did you mean X?)' with the known name that is most like the word, or ''.
+
+    Names that differ from the word in digits only are no proposals: grid.sh.9 for grid.sh.99.
+    """
+    import difflib
+
+    def letters(text):
+        return re.sub('[0-9]+', '', text)
+
+    spelled = {name.lower(): name for name in known if letters(name) != letters(word)}
+    found = difflib.get_close_matches(word.lower(), spelled, 1, 0.7)
+    return f' (did you mean {printable(spelled[found[0]])}?)' if found else ''
+
+
 def naturally(text):
     """Return a key that sorts grid.sh.9 before grid.sh.10."""
     return [(0, int(part), '') if part.isdecimal() else (1, 0, part)
@@ -184,6 +210,10 @@ class TableError(Exception):
 
 class UsageError(TableError):
     """The command line is wrong."""
+
+
+class NoSuchResults(TableError):
+    """No job has the results that the user named."""
 
 
 # ---- Records: frozen ----
@@ -370,7 +400,10 @@ def unified(readings):
 
 # ---- Reading: the facts of each job, from the journals ----
 
-BOOKKEEPING = '.ssh_scheduler'
+RESULTS, BOOKKEEPING = 'job_results', '.ssh_scheduler'
+# Files that this program writes beside results.  No other file with such a name is a result.
+WRITTEN = ('.csv', '.html', '.json', '.md', '.tex')
+UNSTARTED = 'unstarted'         # the state of a job that was cancelled before it started
 MOST_SETS = 50                  # sets of files to compare at most
 PARTIAL = '.partial'            # suffix of a folder that has the files of a running job so far
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
@@ -392,25 +425,58 @@ def find_places(words):
 
 
 def find_place(word):
-    """Return (the folder job_results, the name of a result in it or None for all)."""
+    """Return (the folder job_results, the name of a result in it or None for all).
+
+    The word may also be a folder that has a job_results, or the file of a batch.
+    """
     path = word.rstrip('/') or word
     folder, name = os.path.split(path)
     folder = folder or '.'
+    inner = RESULTS if path == '.' else os.path.join(path, RESULTS)
     may_be_partial = name.endswith(PARTIAL) and has_journals(folder)
     if is_results_folder(path) and not may_be_partial:
-        return path, None
+        return (inner if has_journals(inner) and not has_journals(path) else path), None
     if has_journals(folder) or os.path.exists(f'{path}.out') or (
             STREAM.fullmatch(name) and os.path.lexists(path)):
         return folder, name
+    if is_results_folder(inner):
+        return inner, None
+    found = find_in_project(path)
+    if found:
+        return found
     if not os.path.lexists(path):
         advice = ('Start in the folder of the batch, or name one: results_table FOLDER'
-                  if path == 'job_results' else '')
-        raise TableError(f'{printable(word)} does not exist. {advice}'.rstrip())
-    if glob.glob(os.path.join('job_results', glob.escape(name) + '.*')):
-        raise TableError(f'{printable(word)} is not a result. Try: '
-                         f'results_table job_results/{printable(name)}')
+                  if path == RESULTS else '')
+        raise TableError(f'{printable(word)} does not exist{proposed_for(path)}. {advice}'.rstrip())
     raise TableError(f'{printable(word)} has no results of jobs. Name a folder job_results, or '
                      'results in one.')
+
+
+def find_in_project(path):
+    """Return (job_results, name) if that folder has such a batch or job; else None.
+
+    The path is that of a batch file, or a name without its folder.  Look into the job_results of
+    the current folder, and into the one beside the file.
+    """
+    folder, name = os.path.split(path)
+    for results, one in ((RESULTS, name_of_batch(path)), (os.path.join(folder, RESULTS), name)):
+        if one and is_results_folder(results) and named_by(one, *read_catalogue(results)[:2]):
+            return results, one
+    return None
+
+
+def proposed_for(path):
+    """Return ' (did you mean X?)' with the batch or job that the user may have meant, or ''."""
+    if not is_results_folder(RESULTS):
+        return ''
+    known, batches, _ = read_catalogue(RESULTS)
+    return alike(path, [RESULTS, *filter(None, batches), *known])
+
+
+def name_of_batch(path):
+    """Return the name that execute_batch gives to a batch: example_grid.sh for example/grid.sh."""
+    parts = [part for part in os.path.normpath(path).split('/') if part not in ('', '..')]
+    return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', '_'.join(parts)).lstrip('.-')[-150:]
 
 
 def has_journals(folder):
@@ -429,38 +495,95 @@ def is_results_folder(path):
         and glob.glob(os.path.join(glob.escape(path), '*.out')))
 
 
-def read_jobs(place, report):
-    """Return the Jobs of a Place in the order of their names, without deleted results."""
-    known = read_journals(place.folder)
-    present = set(os.listdir(place.folder))
+def read_all(places, report):
+    """Return the Jobs of all Places; raise NoSuchResults if no job has any of the results."""
+    jobs, missing = [], []
+    for place in places:
+        try:
+            jobs += read_jobs(place, report)
+        except NoSuchResults as error:
+            missing.append(error)
+    if missing and len(missing) == len(places):
+        raise missing[0]
+    for error in missing:
+        report(str(error))
+    return jobs
+
+
+def read_catalogue(folder):
+    """Return ({name: facts} of all jobs, {batch: [names]}, the names in the folder)."""
+    known, present = read_journals(folder), set(os.listdir(folder))
     streams = {match[1] for match in map(STREAM.fullmatch, present.difference(known)) if match}
-    if place.names is None:
-        names = streams.union(known)
-    else:
-        batches = collections.defaultdict(list)
-        for name, facts in known.items():
-            batches[batch_of(name, facts)].append(name)
-        names, strange = {}, []
-        for name in place.names:
-            match = STREAM.fullmatch(name)
-            stem = name if name in known or not match else match[1]
-            if name not in known and is_partial(place.folder, name, known):
-                continue
-            if stem in known or stem in streams:
-                names[stem] = True
-            elif name in batches:
-                names.update(dict.fromkeys(batches[name]))
-            elif found := fnmatch.filter({**known, **dict.fromkeys(streams)}, name):
-                names.update(dict.fromkeys(found))      # of a pattern in quotes
-            else:
-                strange.append(printable(os.path.join(place.folder, name)))
-        if strange:
-            report(f'left out, since no job has such results: {names_of(strange)}')
-    jobs = [job_from(name, known.get(name, {}), place.folder)
-            for name in sorted(names, key=naturally)]
+    present.update(streams)
+    for name in streams.difference(known):
+        known[name] = {}
+    batches = collections.defaultdict(list)
+    for name, facts in known.items():
+        batches[batch_of(name, facts)].append(name)
+    return known, batches, present
+
+
+def named_by(name, known, batches):
+    """Return the names of the jobs that a job's name, a stream, a batch or a pattern names."""
+    match = STREAM.fullmatch(name)
+    stem = name if name in known or not match else match[1]
+    if stem in known:
+        return [stem]
+    return batches.get(name) or fnmatch.filter(known, name)
+
+
+def read_jobs(place, report):
+    """Return the Jobs of a Place in the order of their names, without deleted results.
+
+    Raise NoSuchResults if the folder has jobs and none of the named ones.
+    """
+    known, batches, present = read_catalogue(place.folder)
+    names = known if place.names is None else choose_names(place, known, batches, report)
+    chosen = sorted(names, key=naturally)
+    unstarted = [name for name in chosen if known[name].get('state') == UNSTARTED]
+    if unstarted:
+        report(f'left out, since cancelled before the start: {printable(some_of(unstarted))}')
+    jobs = [job_from(name, known[name], place.folder) for name in chosen
+            if known[name].get('state') != UNSTARTED]
     return [job for job in with_equal_files(jobs, place.folder)
-            if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present
-            or job.name in streams]
+            if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present]
+
+
+def choose_names(place, known, batches, report):
+    """Return {name} of the jobs that the user named in a Place; report names of no job."""
+    names, strange, written = {}, [], []
+    for name in place.names:
+        if name not in known and is_partial(place.folder, name, known):
+            continue
+        path = os.path.join(place.folder, name)
+        if found := named_by(name, known, batches):
+            names.update(dict.fromkeys(found))
+        else:
+            is_written = name.endswith(WRITTEN) and os.path.isfile(path)
+            (written if is_written else strange).append(name)
+    if not names:
+        strange += written          # job_results/* also names them, and nobody asks for them
+    if not strange:
+        return names
+    paths = [printable(os.path.join(place.folder, name)) for name in strange]
+    if not names and known:
+        is_near = batch_of(strange[0], {}) in batches      # the batch is right, the number is not
+        proposal = '' if is_near else alike(strange[0], [*filter(None, batches), *known])
+        raise NoSuchResults(f'no job has such results: {some_of(paths)}{proposal}. '
+                            f'{printable(place.folder)} has {inventory(batches)}.')
+    report(f'left out, since no job has such results: {names_of(paths)}')
+    return names
+
+
+def inventory(batches):
+    """Return '7 jobs of grid.sh (grid.sh.2 to grid.sh.8)' of {batch: [names of its jobs]}."""
+    parts = []
+    for batch, names in sorted(batches.items(), key=lambda item: (not item[0], item)):
+        first, *_, last = sorted([*names, *names], key=naturally)
+        span = first if first == last else f'{first} to {last}'
+        parts.append(f'{many(len(names), "job")} of {batch} ({span})' if batch else
+                     f'{many(len(names), "job")} of execute_remote ({span})')
+    return printable(some_of(parts))
 
 
 def with_equal_files(jobs, folder):
@@ -566,6 +689,13 @@ def apply(event, known):
         known[event['job']] = {**event, 'state': 'running'}
     elif word == 'renamed':
         known[event['to']] = {**known.pop(event['job']), 'state': 'earlier'}
+    elif word == 'unwanted':
+        for name in event['jobs']:
+            known.setdefault(name, {'state': UNSTARTED})
+    elif word == 'wanted':
+        for name in event['jobs']:
+            if known.get(name, {}).get('state') == UNSTARTED:
+                del known[name]
     elif word == 'running':             # the job has left the queue of a cluster
         known[event['job']]['time'] = event.get('time')
     elif word == 'ended':
@@ -1150,9 +1280,13 @@ def find_column(table, name):
     for column in table.columns:
         if name in (column.key, column.head):
             return column
-    names = [printable(column.head) for column in table.columns if column.readers != PROGRAMS]
-    raise UsageError(f'there is no column {printable(name)}. Columns: {", ".join(names[:40])}'
-                     f'{", …" * (len(names) > 40)}')
+    heads = [column.head for column in table.columns if column.readers != PROGRAMS]
+    known = {*heads, *(column.key for column in table.columns)}
+    parts, advice = name.split(), alike(name, known)
+    if len(parts) > 1 and known.issuperset(parts):
+        advice = f' (join names by commas: {printable(",".join(parts))})'
+    raise UsageError(f'there is no column {printable(name)}{advice}. '
+                     f'Columns: {", ".join(map(printable, heads[:40]))}{", …" * (len(heads) > 40)}')
 
 
 # ---- Means: rows that differ in some parameters only, as one ----
@@ -1263,15 +1397,72 @@ def mean_text(mean, deviation):
 
 # ---- Choosing: which rows and columns, and in which order ----
 
+TEST = re.compile(r'(?s)\s*(.+?)\s*(<=|>=|==|!=|<|>|=)\s*(.*?)\s*')
+JOINED = re.compile(r'(?i)\s+(and|or|&&?|\|\|?)\s+|\s*[,;]\s*')
+MISSPELT = {'=>': '>=', '=<': '<=', '<>': '!=', '=!': '!='}
+NOT_ENDED = ('…', 'ended', 'lost', 'cancelled')     # texts of exit_cell for jobs without a status
 TESTS = {'<': operator.lt, '<=': operator.le, '>': operator.gt, '>=': operator.ge}
 
 
 def filtered(table, tests):
     """Return the Table with the rows for which all tests (column, sign, operand) hold."""
+    for name, sign, operand in tests:
+        column = find_column(table, name)
+        cells = [row.get(column.key, EMPTY) for row in table.rows]
+        check_test(column._replace(head=name), sign, operand, cells)
     tests = [(find_column(table, name), sign, operand) for name, sign, operand in tests]
     kept = [(row, job) for row, job in zip(table.rows, table.jobs) if all(
         holds(row.get(column.key, EMPTY), sign, operand) for column, sign, operand in tests)]
     return table._replace(rows=[row for row, _ in kept], jobs=tuple(job for _, job in kept))
+
+
+def check_test(column, sign, operand, cells):
+    """Raise UsageError if a test can hold for no value of its column, whatever rows there are.
+
+    A text that a Cell has is right in any case.  The head of the column is its name as typed.
+    """
+    if not operand or any(operand in (cell.text, str(cell.value)) for cell in cells):
+        return
+    name = printable(column.head)
+    check_joined(column, sign, operand)
+    typed = f'--where {printable(column.head + sign + operand)}'
+    if right := MISSPELT.get(sign + operand[:1]):
+        raise UsageError(f"{typed}: the operator is {right}. Type: "
+                         f"--where '{name}{right}{printable(operand[1:].strip())}'")
+    is_exit = column.key == EXIT.key
+    numbers = [cell for cell in cells if is_number(cell.value)]
+    has_texts = any(isinstance(cell.value, str) for cell in cells)
+    is_plain = plain_number(operand) is not None
+    quantity = None if is_plain else QUANTITY.fullmatch(operand)
+    if not is_plain and not quantity:
+        is_state = is_exit and sign not in TESTS and operand in NOT_ENDED
+        is_numeric = numbers or is_exit or column.key in (
+            TIME.key, MEMORY.key, GPU_MEMORY.key)
+        if is_numeric and not has_texts and not is_state:
+            advice = ' For the states of jobs: --where state=failed' * is_exit
+            raise UsageError(f'{typed}: {printable(operand)} is not a number, and {name} has only '
+                             f'numbers.{advice}')
+    elif sign in TESTS and has_texts and not numbers:
+        raise UsageError(f'{typed}: {name} has no numbers, so none is above or below '
+                         f'{printable(operand)}.')
+    elif quantity and numbers and all(
+            in_unit(reading_of(quantity), cell.unit) is None for cell in numbers):
+        raise UsageError(f'{typed}: {name} is in {numbers[0].unit}, so give '
+                         f'{printable(operand)} in that unit.')
+
+
+def check_joined(column, sign, operand):
+    """Raise UsageError if an operand goes on with another test: 'lr>0.1 and loss<0.5'."""
+    joints = JOINED.finditer(operand) if column.key != COMMAND.key else ()
+    for joint in joints:
+        rest = operand[joint.end():]
+        if TEST.fullmatch(rest):
+            first = printable(column.head + sign + operand[:joint.start()])
+            if (joint[1] or '').lower() in ('or', '|', '||'):
+                raise UsageError(f"--where has no {joint[1]}. Make a table for each test: "
+                                 f"--where '{first}', then --where '{printable(rest)}'")
+            raise UsageError('--where takes one test. Give it again for each: '
+                             f"--where '{first}' --where '{printable(rest)}'")
 
 
 def in_unit(reading, unit):
@@ -1434,15 +1625,24 @@ def as_latex(table):
 
 
 def check_output(option, path):
-    """Raise UsageError if the path is inside a folder of results or is a folder itself."""
-    folder = os.path.realpath(os.path.dirname(path) or '.')
+    """Raise UsageError if the path is a folder, or lies where only results of jobs may be.
+
+    A table or a page may lie in job_results itself, which is never sent to machines.
+    """
+    given = f'{option} {printable(path)}'
+    if os.path.isdir(path):
+        raise UsageError(f'{given}: this is a folder. Name a file.')
+    place, name = os.path.split(os.path.realpath(path))
+    folder = place
     while folder != os.path.dirname(folder):
         if has_journals(folder):
-            raise UsageError(f'{option} {printable(path)}: results_table writes nothing into a '
-                             'folder of results. Name another file.')
+            is_beside = folder == place and name.endswith(WRITTEN)
+            if is_beside and name not in read_journals(folder):
+                return
+            raise UsageError(f'{given}: results_table does not write where results of jobs may '
+                             'be. Name another file, such as job_results/'
+                             f'{"report.html" if option == "--html" else "table.csv"}.')
         folder = os.path.dirname(folder)
-    if os.path.isdir(path):
-        raise UsageError(f'{option} {printable(path)}: this is a folder. Name a file.')
 
 
 def write_file(path, text):
@@ -2197,9 +2397,6 @@ def page_of(title, data):
 
 # ---- Function ----
 
-TEST = re.compile(r'(?s)\s*(.+?)\s*(<=|>=|==|!=|<|>|=)\s*(.*?)\s*')
-
-
 def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinished=False,
                   sort=(), columns=(), earlier=False, report=None, html=None):
     """Return the table of the results of jobs as a list of dictionaries, a row each.
@@ -2285,20 +2482,20 @@ def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earl
 
 def read_table(results, wishes, report):
     """Return the Table of the results, filtered, averaged and sorted by the Wishes."""
-    places = find_places([os.fsdecode(path) for path in results] or ['job_results'])
     try:
-        jobs = [job for place in places for job in read_jobs(place, report)]
+        places = find_places([os.fsdecode(path) for path in results] or [RESULTS])
+        jobs = read_all(places, report)
     except OSError as error:
         raise TableError(f'{printable(str(error.filename))} cannot be read: '
                          f'{reason_of(error)}.') from None
     earlier = [job for job in jobs if job.state == 'earlier' or job.copy_of]
     if earlier and not wishes.earlier:
         jobs = [job for job in jobs if job.state != 'earlier' and not job.copy_of]
-        if any(place.names for place in places):
+        if any(place.names for place in places) or not jobs:
             report(f'left out: {many(len(earlier), "result")} of jobs that were run again '
                    '(--earlier shows them)')
     if not jobs:
-        report('there are no results yet.')
+        report('there are no other results.' if earlier else 'there are no results yet.')
         return Table((JOB,), [], (), ())
     table = filtered(make_table(jobs, wishes, report, time.time()), wishes.tests)
     if not table.rows:
@@ -2515,6 +2712,7 @@ def check_for_shell(shell):
 # ---- Options: from argv to the arguments of the function ----
 
 SEVERAL = ('--metric', '--from', '--where')
+LISTS = ('--sort', '--columns', '--mean-over')
 FORMS = {'--csv': as_csv, '--json': as_json, '--markdown': as_markdown, '--latex': as_latex}
 
 
@@ -2554,6 +2752,40 @@ def read_options(argv):
             else:
                 options[name] = value
     return words, options
+
+
+def check_lists(argv):
+    """Raise UsageError if words behind an option, which are no results, seem to belong to it.
+
+    Users type --columns lr acc, --sort lr -acc and --where 'lr>1' 'loss<2'.
+    """
+    words = argv[:argv.index('--')] if '--' in argv else argv
+    for at, word in enumerate(words):
+        name, equals, value = word.partition('=')
+        if name not in (*LISTS, '--where'):
+            continue
+        value, *ahead = [value, *words[at + 1:]] if equals else words[at + 1:] or ['']
+        more = list(itertools.takewhile(functools.partial(is_stray, name), ahead))
+        if more and name == '--where':
+            tests = ' '.join(f"--where '{printable(test)}'" for test in (value, *more))
+            raise UsageError(f'--where takes one test. Give it again for each: {tests}')
+        if more:
+            names = ','.join(one.strip(',') for one in (value, *more))
+            raise UsageError(f'{name} takes names that are joined by commas: '
+                             f'{name}={printable(names)}')
+
+
+def is_stray(option, word):
+    """Tell whether a word behind the value of an option is a further value, and no results."""
+    if word.startswith('-'):            # descending, as in --sort
+        return option == '--sort' and word[1:2] not in ('', '-') and word not in option_kinds()
+    if '/' in word or option == '--where' and not TEST.fullmatch(word):
+        return False
+    try:
+        find_place(word)
+    except TableError:
+        return not os.path.lexists(word)
+    return False
 
 
 def nearest(word, known):
@@ -2658,6 +2890,7 @@ def show(text):
 
 def run(argv, terminal):
     """Run the command line."""
+    check_lists(argv)
     words, options = read_options(argv)
     if '--completion' in options:
         shell = options['--completion']
@@ -4437,6 +4670,7 @@ function showPlot() {
   const spread = found.isLogY ? [] : found.means.flatMap(
     one => [one.mean - (one.deviation || 0), one.mean + (one.deviation || 0)]);
   byId('plot-log').checked = found.isLogY;
+  byId('plot-log-of').textContent = metric.head;
   if (!found.drawn.length) {
     put('plot', el('p', {}, 'No chosen job has numbers of both.'));
     put('plot-table');
@@ -4476,8 +4710,8 @@ function showPlotWords(found) {
   others ? ` Hollow marks failed or still run: ${others}.` : '',
   found.outside ? ` At the edge, since they lie beyond it: ${found.outside}.` : '',
   strange ? ` Not drawn, since they are no finite numbers: ${strange}.` : '',
-  found.isLogX || found.isLogY ? ` Logarithmic: ${[found.isLogX && parameter.head,
-    found.isLogY && metric.head].filter(Boolean).join(' and ')}.` : '', ` ${cut}`].join('');
+  found.isLogX ? ` The axis of ${parameter.head} is logarithmic, since its values span decades.`
+    : '', ` ${cut}`].join('');
   const rows = [...found.means].sort((a, b) => a.mean - b.mean).slice(0, 500).map(one => [
     ...(group ? [found.parts.all[one.part].text] : []), one.text, one.values.length,
     one.mean, one.deviation, Math.min(...one.values), Math.max(...one.values)]);
@@ -4515,7 +4749,7 @@ function beginPlot() {
     el('label', {}, el('input', {type: 'checkbox', id: 'plot-log', change: event => {
       plot.log = event.target.checked;
       redraw();
-    }}), 'logarithmic'));
+    }}), 'logarithmic axis of ', el('span', {id: 'plot-log-of'})));
   bindMarks(byId('plot'), mark => [...tellJob(jobs[mark.dataset.job]),
     `${plot.metric.head} ${plot.metric.texts[mark.dataset.job]}`],
   mark => openJob(jobs[mark.dataset.job]));
@@ -4587,6 +4821,7 @@ function drawCurves() {
   const positive = ys.every(value => value > 0);
   const isLog = positive && (curve.log ?? spansDecadesOf(ys, 1000));
   byId('curve-log').checked = isLog;
+  byId('curve-log-of').textContent = curve.name;
   const width = widthOf('curve-plot'), height = 340, left = 66, bottom = height - 46;
   const xs = some.flatMap(job => of(job)[0]);
   const x = scaleFor(xs, false, left, width - 10, 0), y = scaleFor(ys, isLog, bottom, 26);
@@ -4659,7 +4894,7 @@ function beginCurves() {
     el('label', {}, el('input', {type: 'checkbox', id: 'curve-log', change: event => {
       curve.log = event.target.checked;
       showCurves();
-    }}), 'logarithmic'));
+    }}), 'logarithmic axis of ', el('span', {id: 'curve-log-of'})));
   const few = data.looked >= jobs.length ? '' : ` The outputs of ${many(data.looked, 'job')}, from `
     + `all over the ${jobs.length.toLocaleString('en')}, were read for this.`;
   byId('curve-hint').textContent = 'Numbers that stand in several lines of an output under one '

@@ -542,7 +542,10 @@ def test_a_plot_of_numbers_is_logarithmic_over_decades_and_has_means(page):
     steps = [b - a for a, b in zip(centres, centres[1:])]
     assert steps[0] == pytest.approx(steps[2], rel=0.1)         # 0.0003 to 0.001, 0.003 to 0.01
     assert 'lr explains 9' in page.text('#explained')
-    assert 'Logarithmic: lr.' in page.text('#plot-hint')
+    assert 'The axis of lr is logarithmic, since its values span decades.' in (
+        page.text('#plot-hint'))
+    assert page.text('label:has(#plot-log)') == 'logarithmic axis of test_loss'
+    assert page.page.is_checked('#plot-log') is page.page.evaluate('plotData().isLogY')
     page.page.click('#plot-details summary')
     rows = page.page.eval_on_selector_all(
         '#plot-table tbody tr', 'all => all.map(row => [...row.cells].map(one => one.textContent))')
@@ -1070,6 +1073,15 @@ def test_results_of_two_folders_are_in_one_page(project, opened):
         page.page.keyboard.press('Escape')
 
 
+def test_a_page_beside_the_results_leads_to_them(project, opened):
+    reports.Folder().begin().job('grid.sh.1', './a', out='one\n').close()
+    results_table(html='job_results/report.html')
+    page = opened('job_results/report.html')
+    page.page.click('#rows button')
+    links = page.page.eval_on_selector_all('#details a', 'all => all.map(one => one.href)')
+    assert 'one\n' in [path_of(link).read_text() for link in links if path_of(link).is_file()]
+
+
 def test_whatever_jobs_write_the_page_stays_small(project, monkeypatch):
     folder = reports.Folder().begin()
     for number in range(30):
@@ -1089,8 +1101,9 @@ def test_whatever_jobs_write_the_page_stays_small(project, monkeypatch):
     (['--html', 'a.html', '--csv', 'b'], '--csv and --html: give one of them.'),
     (['--html', 'a.html', '--mean-over=n'], '--html shows all jobs, and their means over any '
                                             'parameter: leave --mean-over out.'),
-    (['--html', 'job_results/a.html'], '--html job_results/a.html: results_table writes nothing '
-                                       'into a folder of results. Name another file.'),
+    (['--html', 'job_results/grid.sh.1.out'],
+     '--html job_results/grid.sh.1.out: results_table does not write where results of jobs may be. '
+     'Name another file, such as job_results/report.html.'),
     (['--html', '.'], '--html .: this is a folder. Name a file.'),
     (['--html', 'no/a.html'], 'no/a.html cannot be written: No such file or directory.')])
 def test_a_page_that_cannot_be(project, words, sentence):

@@ -295,7 +295,7 @@ def test_400_jobs_with_10_mb_each_are_quick(made):
     ('mem: 1.5 GB', 'mem>1.4', True), ('elapsed: 90 min', 'elapsed<1h', False),
     ('elapsed: 90 min', 'elapsed=1h 30m', True), ('acc: 50%', 'acc>40%', True),
     ('acc: 50%', 'acc>60%', False), ('acc: 0.5', 'acc>60%', False), ('acc: 0.5', 'acc>40%', True),
-    ('n: 2k', 'n<1M', True), ('mem: 2 GB', 'mem>1h', False)])
+    ('n: 2k', 'n<1M', True)])
 def test_tests_are_in_the_unit_of_the_column(made, out, test, holds):
     made.add('grid.sh.1', './a', out)
     assert len(results_table(where=test)) == holds
@@ -633,7 +633,8 @@ def test_what_a_job_has_written_so_far_is_no_result(made):
     paths = sorted(map(str, made.folder.glob('[!.]*')))
     assert said(*paths) == [] and len(results_table(*paths)) == 3
     (made.folder / 'new.partial').mkdir()
-    assert 'new.partial' in said('job_results/new.partial')[0]
+    with pytest.raises(TableError, match='new.partial'):
+        results_table('job_results/new.partial')
 
 
 def test_results_with_and_without_a_journal_are_rows(made):
@@ -654,16 +655,94 @@ def test_what_is_no_result_is_named(made):
     (made.folder / 'mine.txt').touch()
     assert said('job_results/grid.sh.1', 'job_results/mine.txt') == [
         'left out, since no job has such results: job_results/mine.txt']
-    Path('grid.sh').touch()
+    Path('eval.sh').touch()
     Path('empty').mkdir()
     for word, sentence in (
-            ('grid.sh', 'grid.sh is not a result. Try: results_table job_results/grid.sh'),
+            ('eval.sh', 'eval.sh has no results of jobs. Name a folder job_results, or results in '
+                        'one.'),
             ('nothing', 'nothing does not exist.'),
             ('empty', 'empty has no results of jobs. Name a folder job_results, or results in '
                       'one.')):
         with pytest.raises(TableError) as raised:
             results_table(word)
         assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['job_results/grid.sh.1'], 'no job has such results: job_results/grid.sh.1. job_results has '
+     '2 jobs of grid.sh (grid.sh.2 to grid.sh.10) and 1 job of execute_remote (single).'),
+    (['job_results/gird.sh.2'], 'no job has such results: job_results/gird.sh.2 (did you mean '
+     'grid.sh.2?). job_results has 2 jobs of grid.sh (grid.sh.2 to grid.sh.10) and 1 job of '
+     'execute_remote (single).'),
+    (['job_results/table.csv'], 'no job has such results: job_results/table.csv. job_results has '
+     '2 jobs of grid.sh (grid.sh.2 to grid.sh.10) and 1 job of execute_remote (single).'),
+    (['gird.sh'], 'gird.sh does not exist (did you mean grid.sh?).'),
+    (['job_result'], 'job_result does not exist (did you mean job_results?).')])
+def test_results_that_no_job_has_are_an_error(made, words, sentence):
+    made.add('grid.sh.2', './a 2').add('grid.sh.10', './a 3')
+    made.add('single', './b', journal=made.folder / '.ssh_scheduler/commands/single/journal',
+             batch=None)
+    (made.folder / 'table.csv').touch()
+    done = command(*words)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr == f'results_table: {sentence}\n'
+
+
+def test_results_that_one_of_two_folders_lacks_are_told(made):
+    made.sweep('1')
+    Results('other').add('eval.sh.1', './b', batch='eval.sh')
+    assert column('job', 'job_results', 'other/x.1') == ['grid.sh.1']
+    assert said('job_results', 'other/x.1')[0] == (
+        'no job has such results: other/x.1. other has 1 job of eval.sh (eval.sh.1).')
+
+
+def test_a_project_or_a_batch_file_stands_for_its_results(made):
+    made.sweep('1', '2').add('deep_eval.sh.1', './b', batch='deep_eval.sh').add(
+        'single', './c', batch=None)
+    for path in ('grid.sh', 'deep/eval.sh'):
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).touch()
+    for word in ('grid.sh', './grid.sh', 'grid.sh.*', os.path.abspath('grid.sh')):
+        assert column('job', word) == ['grid.sh.1', 'grid.sh.2'], word
+    assert column('job', 'grid.sh.2') == ['grid.sh.2'] and column('job', 'single') == ['single']
+    assert column('job', 'deep/eval.sh') == ['deep_eval.sh.1']
+    assert len(results_table('.')) == 4
+    Results('exp7/job_results').add('sweep.sh.1', './d', batch='sweep.sh')
+    Path('exp7/slurm.out').touch()              # alone, this would make it a folder of results
+    assert column('job', 'exp7') == column('job', 'exp7/') == column('job', 'exp7/sweep.sh') == [
+        'sweep.sh.1']
+    os.chdir('deep')
+    assert column('job', '../grid.sh') == ['grid.sh.1', 'grid.sh.2'] and len(
+        results_table('..')) == 4
+
+
+def test_tables_and_pages_lie_beside_results_and_are_no_results(made):
+    made.sweep('1', '2').add('odd.csv', './b', state='claimed')
+    before = tree_of('job_results')
+    for option, path in (('--csv', 'job_results/table.csv'), ('--html', 'job_results/page.html')):
+        done = command(option, path)
+        assert done.returncode == 0 and f'wrote {path}' in done.stderr
+    assert tree_of('job_results').keys() - before.keys() == {b'table.csv', b'page.html'}
+    everything = sorted(map(str, made.folder.glob('[!.]*')))
+    assert 'job_results/table.csv' in everything and said(*everything) == said()
+    assert len(results_table(*everything)) == 3
+    (made.folder / 'grid.sh.1').mkdir()
+    for path in ('grid.sh.1/a.csv', 'grid.sh.1.out', '.ssh_scheduler/a.csv', 'notes', 'odd.csv'):
+        done = command('--csv', f'job_results/{path}')
+        assert done.returncode == 2 and 'Name another file, such as job_results/table.csv.' in (
+            done.stderr), path
+
+
+def test_a_job_that_was_cancelled_before_its_start_is_told(made):
+    made.sweep('1')
+    made.event(event='unwanted', jobs=['grid.sh.1', 'grid.sh.2', 'grid.sh.10'], client=1)
+    told = 'left out, since cancelled before the start: '
+    assert column('job') == ['grid.sh.1'] and said() == [f'{told}grid.sh.2 and grid.sh.10']
+    made.event(event='wanted', jobs=['grid.sh.10'], client=1)
+    assert said('job_results/grid.sh') == [f'{told}grid.sh.2']
+    assert said('job_results/grid.sh.1') == []
+    made.add('grid.sh.2', 'python3 train.py 2', 'loss: 1')
+    assert said() == [] and len(results_table()) == 2
 
 
 def test_several_folders_are_told_apart(project):
@@ -755,7 +834,8 @@ def test_a_mean_is_rounded_by_its_deviation(mean, deviation, text):
 
 @pytest.mark.parametrize('name, sentence', [
     ('loss', '--mean-over takes a parameter, in which commands differ; loss is not one.'),
-    ('sed', 'there is no column sed. Columns: job, lr, seed, loss, val_acc, exit, time, where')])
+    ('sed', 'there is no column sed (did you mean seed?). Columns: '
+            'job, lr, seed, loss, val_acc, exit, time, where')])
 def test_a_mean_over_no_parameter_is_an_error(sweep, name, sentence):
     with pytest.raises(UsageError) as raised:
         results_table(mean_over=name)
@@ -777,7 +857,7 @@ def test_means_of_one_job_each_are_told(made):
     ('lr!=1', '123456'), ('seed<2', '147'), ('seed<=1', '147'), ('exit=1', '8'),
     ('exit!=0', '89'), ('state=running', '9'), ('val_acc=', '5'), ('val_acc!=', '12346789'),
     ('job=.3', '3'), ('job=grid.sh.3', '3'), ('where=lab1', '123456789'), ('time>1h', '9'),
-    ('time<=1m', '12345678'), ('machine<lab2', '123456789'), ('machine<3', ''), ('lr=x', '')])
+    ('time<=1m', '12345678'), ('machine<lab2', '123456789'), ('exit=…', '9'), ('exit=lost', '')])
 def test_rows_are_chosen(sweep, test, jobs):
     assert ''.join(job[-1] for job in column('job', where=test)) == jobs
 
@@ -785,6 +865,49 @@ def test_rows_are_chosen(sweep, test, jobs):
 def test_all_tests_have_to_hold(sweep):
     assert column('job', where=['lr<1', 'seed=2', 'val_acc>0']) == ['grid.sh.2']
     assert said(where='lr>9') == ['none of 9 jobs fits --where']
+
+
+@pytest.mark.parametrize('test, sentence', [
+    ('lr>0.1 and loss<0.5', "--where takes one test. Give it again for each: --where 'lr>0.1' "
+                            "--where 'loss<0.5'"),
+    ('lr>0.1, loss<0.5', "--where takes one test. Give it again for each: --where 'lr>0.1' "
+                         "--where 'loss<0.5'"),
+    ('lr<1 && time>2m', "--where takes one test. Give it again for each: --where 'lr<1' "
+                        "--where 'time>2m'"),
+    ('lr<1 OR lr>2', "--where has no OR. Make a table for each test: --where 'lr<1', then "
+                     "--where 'lr>2'"),
+    ('lr=>0.1', "--where lr=>0.1: the operator is >=. Type: --where 'lr>=0.1'"),
+    ('lr=<0.1', "--where lr=<0.1: the operator is <=. Type: --where 'lr<=0.1'"),
+    ('lr<>1', "--where lr<>1: the operator is !=. Type: --where 'lr!=1'"),
+    ('time<abc', '--where time<abc: abc is not a number, and time has only numbers.'),
+    ('lr>=abc', '--where lr>=abc: abc is not a number, and lr has only numbers.'),
+    ('lr=x', '--where lr=x: x is not a number, and lr has only numbers.'),
+    ('lr!=x', '--where lr!=x: x is not a number, and lr has only numbers.'),
+    ('exit=failed', '--where exit=failed: failed is not a number, and exit has only numbers. '
+                    'For the states of jobs: --where state=failed'),
+    ('machine<3', '--where machine<3: machine has no numbers, so none is above or below 3.'),
+    ('los<3', 'there is no column los (did you mean loss?). Columns: job, lr, seed, loss, '
+              'val_acc, exit, time, where'),
+    ('zebra=3', 'there is no column zebra. Columns: job, lr, seed, loss, val_acc, exit, time, '
+                'where')])
+def test_a_test_that_can_hold_for_no_row_is_an_error(sweep, test, sentence):
+    with pytest.raises(UsageError) as raised:
+        results_table(where=test)
+    assert str(raised.value) == sentence
+
+
+def test_a_value_that_a_job_has_is_right_in_any_test(made):
+    made.sweep('--opt "a and b>1"', '--opt ">2"', '--opt "a, c=1"')
+    assert column('job', where='opt=a and b>1') == ['grid.sh.1']
+    assert column('job', where='opt=>2') == ['grid.sh.2']
+    assert column('job', where='opt!=a, c=1') == ['grid.sh.1', 'grid.sh.2']
+
+
+def test_a_unit_of_another_kind_is_an_error(made):
+    made.add('grid.sh.1', './a', 'mem: 2 GB')
+    with pytest.raises(UsageError) as raised:
+        results_table(where='mem>1h')
+    assert str(raised.value) == '--where mem>1h: mem is in GB, so give 1h in that unit.'
 
 
 @pytest.mark.parametrize('test', ['lr>', 'lr<= '])
@@ -847,7 +970,7 @@ def test_a_pipe_gets_csv(sweep):
     assert rows[8]['exit'] == '' and rows[4]['val_acc'] == '' and rows[0]['loss'] == '0.1'
 
 
-def test_csv_goes_to_a_file_and_never_into_results(sweep):
+def test_csv_goes_to_a_file_and_never_over_results(sweep):
     before = tree_of('job_results')
     done = command('--csv', 'out.csv', '--mean-over=seed')
     assert (done.stdout, done.returncode) == ('', 0)
@@ -855,7 +978,7 @@ def test_csv_goes_to_a_file_and_never_into_results(sweep):
     assert Path('out.csv').read_text().startswith('lr,jobs,loss,loss std,val_acc,')
     assert command('--csv', '-', '--mean-over=seed').stdout == Path('out.csv').read_text()
     assert sorted(os.listdir()) == ['job_results', 'out.csv']
-    for path, why in (('job_results/grid.sh.1.out', 'writes nothing into a folder of results'),
+    for path, why in (('job_results/grid.sh.1.out', 'not write where results of jobs may be'),
                       ('.', 'this is a folder'), ('no/a.csv', 'cannot be written: No such file')):
         done = command('--csv', path)
         assert done.returncode == 2 and why in done.stderr
@@ -1009,6 +1132,14 @@ def test_nothing_in_a_command_or_output_moves_the_cursor(made):
         assert all(line.isprintable() for line in screen(*form, env={'NO_COLOR': '1'}))
 
 
+def test_results_behind_an_option_are_results(sweep):
+    assert command('--columns', 'lr', 'job_results').returncode == 0
+    done = command('--columns', 'lr acc', 'job_results')
+    assert 'there is no column lr acc' in done.stderr
+    done = command('--columns', 'lr seed')
+    assert 'there is no column lr seed (join names by commas: lr,seed). Columns: ' in done.stderr
+
+
 def test_a_terminal_without_unicode(sweep):
     done = command('--wide', '--mean-over', 'seed',
                    env={**os.environ, 'PYTHONIOENCODING': 'ascii'})
@@ -1028,6 +1159,15 @@ def test_a_terminal_without_unicode(sweep):
                            "--metric 'acc=best accuracy (\\S+)', not loss."),
     (['--metric', 'loss=('], '--metric loss=(: this regular expression is wrong: missing ), '
                              'unterminated subpattern at position 0.'),
+    (['--columns', 'lr', 'acc'], '--columns takes names that are joined by commas: '
+                                 '--columns=lr,acc'),
+    (['--columns=lr,', 'acc', '--wide'], '--columns takes names that are joined by commas: '
+                                         '--columns=lr,acc'),
+    (['--sort', 'lr', '-acc'], '--sort takes names that are joined by commas: --sort=lr,-acc'),
+    (['--mean-over', 'seed', 'fold', '--json'], '--mean-over takes names that are joined by '
+                                                'commas: --mean-over=seed,fold'),
+    (['--where', 'lr>1', 'loss<2'], "--where takes one test. Give it again for each: "
+                                    "--where 'lr>1' --where 'loss<2'"),
     (['--from', '../x'], "--from ../x: name files in the folders of jobs, such as 'runs/*.csv'."),
 ])
 def test_a_wrong_command_line(made, words, sentence):
