@@ -20,6 +20,6 @@ execute_batch example/grid.sh --machines localhost --no-gpu-required --memory-re
     >batch.log 2>&1 || true         # its last line fails
 show results_table
 show results_table job_results --mean-over seed --sort test_loss
-show results_table job_results --mean-over seed --sort test_loss --csv sweep.csv
-show cat sweep.csv
-show results_table job_results --html report.html
+show results_table job_results --mean-over seed --sort test_loss --csv job_results/table.csv
+show cat job_results/table.csv
+show results_table job_results --html job_results/report.html

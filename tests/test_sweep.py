@@ -57,8 +57,8 @@ def test_from_a_batch_file_to_a_table_a_page_and_the_same_again(shell, project):
     assert failed and all('--lr 10 ' in line for line in failed)
 
     shown = shell(lines[2])
-    assert (shown.returncode, 'wrote sweep.csv' in shown.stderr) == (0, True), shown
-    rows = list(csv.DictReader(Path('sweep.csv').read_text().splitlines()))
+    assert (shown.returncode, 'wrote job_results/table.csv' in shown.stderr) == (0, True), shown
+    rows = list(csv.DictReader(Path('job_results/table.csv').read_text().splitlines()))
     assert [row['lr'] for row in rows][:2] == ['0.1', '0.01'] and rows[0]['jobs'] == '3'
     assert float(rows[0]['val_acc']) > 0.9 > float(rows[-1]['val_acc'])
 
@@ -67,7 +67,7 @@ def test_from_a_batch_file_to_a_table_a_page_and_the_same_again(shell, project):
 
     page = shell(lines[4])
     assert page.returncode == 0, page
-    text = Path('report.html').read_text()
+    text = Path('job_results/report.html').read_text()
     assert 'the loss explodes' in text and 'val_acc' in text and 'digits.sh.7' in text
 
     then = (RESULTS / 'digits.sh.4.out').read_bytes()

@@ -19,10 +19,10 @@ show() {
 
 bash example/digits/grid.sh >digits.sh
 show execute_batch digits.sh --machines "$@" --no-gpu-required --memory-required=200M
-show results_table job_results --mean-over seed --sort -val_acc --csv sweep.csv
-show cat sweep.csv
+show results_table job_results --mean-over seed --sort -val_acc --csv job_results/table.csv
+show cat job_results/table.csv
 show results_table job_results --mean-over seed --sort -val_acc --columns lr,jobs,val_acc --latex
-show results_table job_results --html report.html
+show results_table job_results --html job_results/report.html
 echo "# Somebody changes the code: fewer neurons."
 sed -i 's/MLPClassifier((32,)/MLPClassifier((8,)/' example/digits/train.py
 show execute_batch digits.sh --what 4
