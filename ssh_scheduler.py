@@ -18585,13 +18585,16 @@ say_killed() {              # for end_processes: notes the kill in the stderr of
 # Processes get the signal in the order in which they began: a shell that gets it only after its
 # child has ended continues with its next command.  No SIGSTOP comes first: if the runner died in
 # between, the processes would stay stopped for ever.
+#
+# Workers are found after all processes were read: a worker that still has the job then had no other
+# job before.  In the other order, its next job could be taken for this one, and be killed.
 find_living() {             # sets living: the pids of what the jobs $@ started, without workers
   local pid key index since=()          # by start time and pid
   local -A parent=() group=() mine=()
-  living=() awaited=''
+  living=() awaited='' workers=()
+  read_processes
   for key; do find_worker; done
   for pid in "${!workers[@]}" $(holders "$@"); do mine[$pid]=1; done
-  read_processes
   for pid in "${!parent[@]}"; do
     [[ ! ${workers[${parent[$pid]}]-} || ${group[$pid]} != "$pid" ]] || groups[$pid]=1
   done
@@ -18637,22 +18640,32 @@ holders() {                 # prints the pids of what the jobs $@ started
 }
 
 holders_of_some() {
-  local key pattern tests=() marks=() word value more folder
+  local key pattern tests=() marks=() keys=() word value more folder found path link
+  local -A left=()
   for key; do
     marks+=(-e "SSH_SCHEDULER_ID=$project.$key")
     read_record "$home/jobs/$key"
     # If an ended job left no process, its worker uses the FIFO for the next job.
     [[ $folder && ($word != ended || $more == left) ]] || continue
+    keys+=("$key")
     pattern=$home/jobs/${folder%.*}.alive
     pattern=${pattern//\\/\\\\}
     pattern=${pattern//\[/\\[}
     pattern=${pattern//\*/\\*}
-    tests+=(-o -lname "${pattern//\?/\\?}" -print)
+    tests+=(-o -lname "${pattern//\?/\\?}" -printf '%p %l\n')
   done
-  {
+  found=$(
     ((${#tests[@]} == 0)) || find /proc/[1-9]*/fd "${tests[@]:1}"
     grep -lzsxF "${marks[@]}" /proc/[1-9]*/environ
-  } | while IFS=/ read -r _ _ key _; do printf '%s\n' "$key"; done
+  )
+  for key in "${keys[@]}"; do           # a job may have ended while `find` ran
+    read_record "$home/jobs/$key"
+    [[ $word == ended && $more != left ]] || left[$home/jobs/${folder%.*}.alive]=1
+  done
+  while read -r path link; do
+    path=${path#/proc/}
+    [[ ! $path || ($link && ! ${left[$link]-}) ]] || printf '%s\n' "${path%%/*}"
+  done <<<"$found"
 } 2>/dev/null
 
 # A program takes 2 MB of arguments: too few for the names of 25,000 jobs.

@@ -1216,6 +1216,23 @@ def test_cancel_kills_what_ignores_to_be_ended(runner, gate):
     assert all(map(rig.ends, members))
 
 
+def test_cancel_spares_the_next_job_of_the_same_worker(runner, gate, tmp_path):
+    """The worker begins that job while the runner still looks for processes of the other one."""
+    runner.start('job', f"trap 'sleep 0.15; exit 1' TERM; echo $PPID >{tmp_path}/worker; "
+                 'while :; do sleep 0.01; done')
+    wait_until((tmp_path / 'worker').exists, 'the job')
+    runner.send('cancel', 3, 'job.1')
+    assert runner.ended('job')[0] == 1
+    runner.start('next', f'echo $PPID >{tmp_path}/next; echo $$ >{tmp_path}/pid; {gate.wait}; '
+                 'exit 3')
+    runner.until('cancelled', '')
+    wait_until((tmp_path / 'pid').exists, 'the next job')
+    os.kill(int((tmp_path / 'pid').read_text()), 0)
+    gate.open()
+    assert runner.ended('next')[0] == 3
+    assert (tmp_path / 'worker').read_text() == (tmp_path / 'next').read_text()
+
+
 def test_what_waits_is_told_to_end_before_what_it_waits_for(channel, tmp_path):
     """The runner has a `kill` that notes its arguments."""
     begun, told = tmp_path / 'begun', tmp_path / 'told'
