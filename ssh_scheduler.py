@@ -4744,9 +4744,12 @@ class BatchView(ToldView):
             within = f', wrapped in {printable(wrap)}' if wrap else ''
             self._report.line(f'would start: {job.name} on {worker.name}{within};  '
                               f'{shown_command(job.command, placement.visible_gpus)}')
-        for queue in self.run.scheduler.kinds().values():
+        books = self.run.scheduler.resources
+        for allocation, queue in self.run.scheduler.kinds().items():
             for job in queue:
                 self._report.line(f'would wait: {job.name};  {printable(job.command)}')
+            if books:
+                self._report.note(why_waiting(books, allocation, len(queue), True))
 
     def unanswered(self):
         """Name each machine that has not answered, if nothing was printed about it yet."""
@@ -7984,8 +7987,12 @@ class ResultStore:
         """Return the paths of a job's results that are here, if some are missing; else []."""
         here = self.present.of(name)
         needed = ENDS if self.journal.record(name).get('inode') else ('.out', '.err')
-        return [self._path(name, end) for end in ENDS if here & ENDS[end]
-                ] if any(not here & ENDS[end] for end in needed) else []
+        return self.paths_of(name) if any(not here & ENDS[end] for end in needed) else []
+
+    def paths_of(self, name):
+        """Return the paths of a job's results that are here."""
+        here = self.present.of(name)
+        return [self._path(name, end) for end in ENDS if here & ENDS[end]]
 
     def identities(self):
         """Return the identities of all journals in the folder, and '' if one began without any."""
@@ -8194,14 +8201,16 @@ class Lock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = printable(read_lock(self._fd)[0])
+            holder, batch, _ = map(printable, (*read_lock(self._fd)[:2], ''))
             self.close()
             if self._part:
                 raise ResultsError(f'{os.path.basename(self._part)} is in use by another run '
                                    f'({holder}). Wait for it, or stop it with Ctrl-C or with '
                                    'kill -9; after kill -9 the job keeps running.') from None
-            raise FolderInUse(f'{self._folder} is in use by another run ({holder}). '
-                              'Wait for it, or start from another folder.') from None
+            runs = f' It runs the batch {batch}.' * bool(batch)
+            raise FolderInUse(f'{self._folder} is in use by another run ({holder}).{runs} Wait for '
+                              'it, add your lines to its batch file, or start from another folder.'
+                              ) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):     # some network file systems
                 raise
@@ -15236,7 +15245,8 @@ class MachineCheck:
                                         'none: ~/.ssh/config and ssh decide how to log in')
 
     def _key_file(self):
-        return 'ok', self.machine.ssh_key_path or 'none named: ssh uses ssh-agent and your own keys'
+        return 'ok', self.machine.ssh_key_path or (
+            'none in a machine file: ssh uses those of ~/.ssh/config and ssh-agent')
 
     def _host_name(self):
         way = f', over {self.machine.jump}' if self.machine.jump else ''
@@ -15706,6 +15716,21 @@ def first_program(command):
     return ''
 
 
+def to_delete(results, name, with_journal=False):
+    """Return the command that deletes the results of a job, and its own journal if asked for."""
+    import shlex
+    paths = results.paths_of(name) + [os.path.dirname(results.journal.path)] * with_journal
+    return shlex.join(['rm', '-r', *paths])
+
+
+def changed_since(results, known):
+    """Yield a sentence on the files that a job had, if these differ now.  known: its Record."""
+    sent = results.sent.get(known.get('files'))
+    changed = [path for path in sent.files if differs_now(path, sent)] if sent else []
+    if changed:
+        yield f'files changed since: {names_of([*map(printable, changed)])}'
+
+
 class CommandOrder:
     """One call of execute_remote: it starts, attaches to, shows again or cancels a job.
 
@@ -15741,17 +15766,19 @@ class CommandOrder:
             raise ResultsError(f'no job {name} was started from this folder: job_results knows '
                                'nothing of it.')
         if not self._by_name and known and known['command'] != options['<command>']:
+            instead = (f'cancel it: execute_remote --cancel={name}'
+                       if state in ('claimed', 'ended') else
+                       f'delete it: {to_delete(self._results, name, True)}')
             raise ResultsError(f'the job {name} exists, with another command: '
                                f'{printable(known["command"])}. Choose another --job-name, or '
-                               'delete its results and job_results/.ssh_scheduler/commands/'
-                               f'{name}.')
+                               f'{instead}')
         if state == 'collected' and there:
             if self._results.kept(known['machine']) and not options['--cancel']:
                 self._fetch_kept()
             return self._show_again()
         if there:
-            raise ResultsError(f'there are results of {name} already: job_results/{name}. Choose '
-                               'another --job-name, or delete them.')
+            raise ResultsError(f'there are results of {name} already. Choose another --job-name, '
+                               f'or delete them: {to_delete(self._results, name)}')
         if stopped and state == 'cancelled':
             return self._tell_cancelled(
                 known['where'],
@@ -15783,7 +15810,9 @@ class CommandOrder:
         if self._options['--detach']:
             return self._print_name()
         self._report.warning(f'job results already exists for {self._name}, showing them: delete '
-                             'if you wish to rerun')
+                             f'if you wish to rerun: {to_delete(self._results, self._name)}')
+        for note in changed_since(self._results, self._known):
+            self._report.note(note)
         processes = Processes()
         streams = self._streams = OwnStreams(processes)
         try:
@@ -16131,7 +16160,7 @@ def check_new(jobs, results):
             raise MachineFileError(f'two machines have results of the same name {name}.')
         if results.exists(name) or results.journal.record(name):
             raise ResultsError(f'there are results of {name} already. Choose another --job-name, '
-                               'or delete them.')
+                               f'or delete them: {to_delete(results, name)}')
 
 
 def gather(jobs, outcomes, results, reporter, differences):

@@ -126,6 +126,8 @@ def test_dry_run_starts_nothing(batches, lab1, ledger):
         *(f'would start: batch.sh.{n} on {lab1.yaml()};  export CUDA_VISIBLE_DEVICES={n - 1} && '
           f'{lines[n - 1]}' for n in (1, 2)),
         f'would wait: batch.sh.3;  {lines[2]}']
+    assert (f'waiting: 1 job for a GPU of its own with 1000 MB: {lab1.yaml()} has 2 in use by this '
+            'batch') in done.stderr
     assert (done.returncode, ledger.read_text()) == (0, '')
     assert not [path for path in RESULTS.glob('*') if path.name != '.ssh_scheduler']
     assert_clean(lab1)

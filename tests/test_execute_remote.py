@@ -628,7 +628,8 @@ def test_the_same_command_attaches(run, start, machine, gate, ledger, clean):
     third = run(machine, command, '--job-name', 'twice')
     assert (third.status, third.out) == (9, b'one\ntwo\n')
     assert third.notes == ['WARNING: job results already exists for twice, showing them: delete if '
-                           'you wish to rerun', 'e']
+                           'you wish to rerun: rm -r job_results/twice.out job_results/twice.err',
+                           'e']
     assert ledger.read_text() == 'start\n'
     assert (run(None, None, '--attach', 'twice').out, run(None, None, '--attach', 'twice').status
             ) == (b'one\ntwo\n', 9)
@@ -749,9 +750,29 @@ def test_another_command_of_the_same_name_is_refused(start, run, lab1, gate):
     done = run(lab1, 'echo other', '--job-name', 'name')
     assert (done.status, done.out) == (2, b'')
     assert 'the job name exists, with another command: echo one' in done.notes[0]
+    assert done.notes[0].endswith('or cancel it: execute_remote --cancel=name')
     gate.open('a')
     assert run(lab1, command, '--job-name', 'name').status == 0
-    assert run(lab1, 'echo other', '--job-name', 'name').status == 2
+    done = run(lab1, 'echo other', '--job-name', 'name')
+    assert done.status == 2
+    subprocess.run(['bash', '-c', done.notes[0].rpartition('delete it: ')[2]], check=True)
+    assert run(lab1, 'echo other', '--job-name', 'name').status == 0
+
+
+def test_a_job_with_files_of_then_is_shown_with_what_changed(run, lab1, project):
+    """Somebody repairs a file, types the same command, and gets the former output."""
+    (project / 'code').write_text('echo wrong; exit 3\n')
+    order = [lab1, 'bash code', '--job-name', 'fix', '--copy-forwards', 'code']
+    assert run(*order).status == 3
+    (project / 'code').write_text('echo right\n')
+    done = run(*order)
+    assert (done.status, done.out, done.notes[1]) == (3, b'wrong\n', 'files changed since: code')
+    warning, _, command = done.notes[0].rpartition(': ')
+    assert warning == ('WARNING: job results already exists for fix, showing them: delete if you '
+                       'wish to rerun')
+    subprocess.run(['bash', '-c', command], check=True)
+    done = run(*order)
+    assert (done.status, done.out) == (0, b'right\n')
 
 
 def test_another_machine_is_refused(start, run, lab1, lab2, gate):
@@ -771,13 +792,15 @@ def test_results_that_are_there_are_not_replaced(run, lab1, project):
     (RESULTS / 'mine.out').write_text('precious')
     done = run(lab1, 'echo new', '--job-name', 'mine')
     assert (done.status, done.out) == (2, b'')
+    assert done.notes[0].endswith('or delete them: rm -r job_results/mine.out')
     assert (RESULTS / 'mine.out').read_text() == 'precious'
 
 
 def test_results_that_are_shown_again_where_nobody_reads(run, scheduler, client_env, lab1):
     command = 'head -c 1000000 /dev/zero; exit 3'
     assert run(lab1, command, '--job-name', 'again').status == 3
-    again = 'job results already exists for again, showing them: delete if you wish to rerun'
+    again = ('job results already exists for again, showing them: delete if you wish to rerun: rm '
+             '-r job_results/again job_results/again.out job_results/again.err')
     with open('/dev/full', 'wb') as full:
         done = run(lab1, command, '--job-name', 'again', stdout=full)
     assert (done.status, done.notes) == (125, [

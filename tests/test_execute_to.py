@@ -475,7 +475,8 @@ def test_results_that_are_there_are_not_replaced(run, lab1, project):
     assert run([file_of(lab1)], 'echo 1', '--job-name', 'x').status == 0
     done = run([file_of(lab1)], 'echo 2', '--job-name', 'x')
     assert (done.status, done.out) == (2, b'')
-    assert 'there are results of x_lab1 already' in done.notes[0]
+    assert ('there are results of x_lab1 already. Choose another --job-name, or delete them: rm -r '
+            'job_results/x_lab1.out job_results/x_lab1.err') in done.notes[0]
     assert (RESULTS / 'x_lab1.out').read_text() == '1\n'
 
 

@@ -305,7 +305,8 @@ def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, proj
             bystander.kill()
     assert done.stderr == (
         f'execute_batch: job_results is in use by another run (process {bystander.pid} on {where}).'
-        ' Wait for it, or start from another folder.\n' if computer == 'this one' else
+        ' It runs the batch batch.sh. Wait for it, add your lines to its batch file, or start from '
+        'another folder.\n' if computer == 'this one' else
         f'execute_batch: batch.sh is run by process {bystander.pid} on elsewhere: type the same '
         'command on that computer, in this folder.\n')
 
