@@ -104,7 +104,11 @@ def kqueue():
 def zombies():
     """Refuse a signal to a process group of which only a zombie is left."""
     def send(pid, number):
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        try:
+            has_ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:       # it was awaited already, so it is no zombie
+            has_ended = None
+        if has_ended:
             raise PermissionError(1, 'Operation not permitted')
         killpg(pid, number)
     killpg, os.killpg = os.killpg, send

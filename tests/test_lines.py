@@ -409,16 +409,17 @@ def test_a_pipe_gets_the_option_that_runs_skipped_lines_again(run):
 
 def test_a_line_that_was_cancelled_keeps_its_name(run, batches, gate, run_cli):
     """Its command has a second name, since it replaced one that ran."""
-    batch = batches.start([gate.wait('a')], ['localhost'], *NO_GPU)
+    options = [*NO_GPU, '--num-cpus=0.1']
+    batch = batches.start([gate.wait('a')], ['localhost'], *options)
     batch.until('started: batch.sh.1')
-    done = batches.run([f'true; {gate.wait("a")}'], ['localhost'], *NO_GPU)
+    done = batches.run([f'true; {gate.wait("a")}'], ['localhost'], *options)
     assert '1 line added, batch.sh.1 keeps running, without a line in the batch file' in done.stdout
     batch.until('started: batch.sh.1-2')
     run_cli('execute_batch', 'batch.sh', '--cancel', '1', '1-2')
     assert batch.end().returncode == 1
     shown = run_cli('execute_batch', 'batch.sh', '--status').stdout.splitlines()
     assert [line.split()[0] for line in shown if line.startswith('.')] == ['.1-2']
-    again = batches.start(None, ['localhost'], *NO_GPU)
+    again = batches.start(None, ['localhost'], *options)
     again.until('started: batch.sh.1-2')
     gate.open('a')
     assert again.end().returncode == 0

@@ -324,7 +324,7 @@ def test_to_leave_the_jobs_does_not_wait_for_it(
         at.until(lambda _: awaited.exists())
         hanging, began = rsyncs(client_home), time.monotonic()
         at.press('\x03')
-        at.until(lambda text: 'leave' in text)
+        at.until(lambda text: 'detach' in text)
         at.press('d')
         assert at.end() == 130
         assert hanging and time.monotonic() - began < 25        # FAREWELL_S is 30
