@@ -46,9 +46,10 @@ esac
 echo 'epoch 90: loss 0.31'
 '''
 
-# An rsync that reads the first 10 MB, and the rest once the file FREE exists.
+# An rsync that reads the first 10 MB, and the rest once the file FREE exists.  So does tar, which
+# brings the files if the session of rsync fails, as on a busy computer.
 HALF = '''#!/bin/bash
-exec RSYNC "$@" < <({
+exec PROGRAM "$@" < <({
     dd bs=64k count=10000000 iflag=count_bytes status=none
     until [ -e FREE ]; do sleep 0.02; done
     cat
@@ -127,8 +128,9 @@ class Scene:
             # The client gives up on the silent machine after ConnectTimeout, 15 s by default.
             shutil.copy(machine.yaml(ssh_options={**known, 'ConnectTimeout': 100}), self.project)
         for machine in machines[:2]:
-            script = HALF.replace('RSYNC', rig.program('rsync'))
-            machine._script('rsync', script.replace('FREE', str(self.free(machine))))
+            for name in ('rsync', 'tar'):
+                script = HALF.replace('PROGRAM', rig.program(name))
+                machine._script(name, script.replace('FREE', str(self.free(machine))))
         machines[2].stop()
         machines[3].freeze()
         (self.project / 'train.sh').write_text(TRAIN.replace(
