@@ -870,10 +870,12 @@ def refusal_of(dest, sources):
     folder = results_above(dest)
     if not folder:
         return ''
-    if os.path.realpath(dest) == folder:
-        where, words = 'is a folder', f'{sources[0]} {dest}'
-    else:
-        where, words = 'lies in a folder', f'all_results {os.path.relpath(folder)}/*'
+    import shlex
+    where = 'is a folder' if os.path.realpath(dest) == folder else 'lies in a folder'
+    # Are the words swapped, or is the destination missing?
+    words = shlex.join([sources[0], dest]) if (
+        where == 'is a folder' and not results_above(sources[0])) else (
+            f'all_results {shlex.quote(os.path.relpath(folder))}/*')
     return (f'{printable(dest)} {where} of results of execute_batch, to which combine_folders '
             f'adds nothing. Name the destination first: combine_folders {printable(words)}')
 

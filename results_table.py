@@ -1425,6 +1425,8 @@ def check_test(column, sign, operand, cells):
         return
     name = printable(column.head)
     check_joined(column, sign, operand)
+    if sign == '!=':
+        return                          # it holds for all values of another kind
     typed = f'--where {printable(column.head + sign + operand)}'
     if right := MISSPELT.get(sign + operand[:1]):
         raise UsageError(f"{typed}: the operator is {right}. Type: "
@@ -2781,11 +2783,9 @@ def is_stray(option, word):
         return option == '--sort' and word[1:2] not in ('', '-') and word not in option_kinds()
     if '/' in word or option == '--where' and not TEST.fullmatch(word):
         return False
-    try:
-        find_place(word)
-    except TableError:
-        return not os.path.lexists(word)
-    return False
+    return not os.path.lexists(word) and not any(
+        os.path.lexists(path) for path in (f'{word}/job_results', f'job_results/{word}')
+    ) and not glob.glob(os.path.join('job_results', glob.escape(word) + '.*'))
 
 
 def nearest(word, known):

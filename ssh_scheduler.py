@@ -2465,11 +2465,32 @@ class Wishes:
 
     cancelled: names of jobs that the run neither starts nor keeps running
     moving: keys of attempts that are stopped, so that their jobs start on other machines
+    again: names of jobs that run again, and whose results still have the names of the jobs
     """
 
     def __init__(self, run):
-        self.cancelled, self.moving = set(), set()
+        self.cancelled, self.moving, self.again = set(), set(), set()
         self._run = run
+
+    def make_way(self, job):
+        """Give the results of jobs that run again other names, when the first of these starts.
+
+        Jobs that are cancelled before, or that fit on no machine, keep their results.
+        """
+        if job.name not in self.again:
+            return
+        run, results = self._run, self._run.client.results
+        best = [books_of(run.fleet.at_best(worker)) for worker in run.workers
+                if worker.state == 'ready']
+        able = {waiting.name for allocation, queue in run.scheduler.kinds().items()
+                if not all(books.short_of(allocation) for books in best) for waiting in queue}
+        names = [name for name in run.jobs
+                 if name in self.again and (name == job.name or name in able)]
+        self.again.difference_update(names)
+        kept = [results.put_aside(name) for name in names if results.is_done(name)]
+        if kept:
+            run.view.tell(f'{count_of(len(kept), "job")} run{"s" * (len(kept) == 1)} again; '
+                          f'earlier results are kept: {names_of(kept)}')
 
     def take_up(self, attempt):
         """Read people's requests from the record of an earlier run's attempt; return its state."""
@@ -2612,8 +2633,7 @@ class Run:
         self.fleet = Fleet(self, workers, bound or {})
         self.ended = {}                     # job name -> JobResult; exit code -1: it is lost
         self.failures = []                  # those of them that failed
-        self.interrupts = 0
-        self.leaves = False                 # its jobs keep running when it stops
+        self.interrupts, self.leaves = 0, False     # leaves: its jobs keep running when it stops
         self.wishes = Wishes(self)
         self.is_open = not policy.asks_late
         self._lost_by = collections.Counter()       # job name -> how often it was lost
@@ -2680,6 +2700,7 @@ class Run:
 
     def start(self, job, worker, placement=None):
         """Start one job; the starts of one moment are sent together."""
+        self.wishes.make_way(job)
         attempt = self.client.journal.new_attempt(
             job, worker, self._how(worker), placement and placement.visible_gpus,
             own=job.own, backwards=job.backwards, **noted_of(job, worker.machine),
@@ -4206,7 +4227,7 @@ class Keys:
     def read(self):
         """Return the next pressed key that has a meaning, in lower case; '' if there is none."""
         import select
-        while select.select([0], [], [], 0)[0]:
+        while self.can_read() and select.select([0], [], [], 0)[0]:
             data = os.read(0, 1)
             if not data:
                 return '\r'                     # the terminal is gone
@@ -4216,9 +4237,12 @@ class Keys:
         return ''
 
     def close(self):
-        """Restore the terminal's settings."""
+        """Restore the terminal's settings, also from the background or if the terminal is gone."""
         import termios
-        termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+        with contextlib.suppress(OSError, termios.error):
+            termios.tcsetattr(0, termios.TCSADRAIN, self._before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 ANSWERS = ('  d      detach: jobs keep running; same command continues',
@@ -4237,18 +4261,19 @@ class Question:
     def __init__(self, run):
         self._run = run
         self._keys = None       # of the terminal, while the question waits for an answer
-        self._is_asked = False
+        self._is_asked = self._has_ended = False
 
     def ask(self):
         """Ask, if a person can answer; return whether it asks.  Runs in a signal handler."""
-        if self._is_asked or not Keys.can_read():
+        if self._is_asked or self._has_ended or not Keys.can_read():
             return False
         self._is_asked = True
         self._run.client.processes.call_later(0, self._await)
         return True
 
     def _await(self):
-        if not self._is_asked:
+        if not self._is_asked or self._run.interrupts:      # the second Ctrl-C is an answer, too
+            self._close()
             return
         if not self._keys:
             self._keys = Keys()
@@ -4257,25 +4282,28 @@ class Question:
         if not key:
             self._run.client.processes.call_later(self.POLL_S, self._await)
             return
-        self.close()
+        self._close()
         if key == 'd':
             self._say('The jobs keep running.')
             self._run.leave()
         elif key == 'c':
             self._say('The jobs are being stopped.')
-            self._run.interrupts += 1
+            self._run.interrupts = 1
 
     @staticmethod
     def _say(*lines):
         with contextlib.suppress(OSError), open('/dev/tty', 'w', encoding='utf-8') as terminal:
             terminal.write('\n' + ''.join(f'{line}\n' for line in lines))
 
-    def close(self):
-        """Ask no more, and restore the terminal."""
-        self._is_asked = False
-        if self._keys:
-            self._keys.close()
-            self._keys = None
+    def end(self):
+        """Ask no more."""
+        self._has_ended = True
+        self._close()
+
+    def _close(self):
+        self._is_asked, keys, self._keys = False, self._keys, None
+        if keys:
+            keys.close()
 
 
 class Board:
@@ -4312,7 +4340,8 @@ class Board:
 
     def answer(self):
         """Return the key that answers the question, in lower case; '' if there is none yet."""
-        if not self._is_asking:
+        if not self._is_asking or self._run.interrupts:     # the second Ctrl-C is an answer, too
+            self._stop_asking()
             return ''
         self._keys = self._keys or Keys()
         key = self._keys.read()
@@ -4675,7 +4704,8 @@ class BatchView(ToldView):
 
     def open(self):
         """The run is about to log in."""
-        self._question = Question(self.run)
+        if not self._options['--dry-run']:
+            self._question = Question(self.run)
 
     def ask(self):
         """Ask what Ctrl-C should do, if a person is at the terminal; return whether it asks."""
@@ -4739,16 +4769,15 @@ class BatchView(ToldView):
     def dry_run(self):
         """Print which jobs would start now, and on which machine."""
         self.unanswered()
-        for job, worker, placement in self.run.scheduler.choose():
-            wrap = worker.machine.wrap
-            within = f', wrapped in {printable(wrap)}' if wrap else ''
-            self._report.line(f'would start: {job.name} on {worker.name}{within};  '
+        books, starts = self.run.scheduler.resources, [*self.run.scheduler.choose()]
+        for job, worker, placement in starts:
+            wrap = worker.machine.wrap and f', wrapped in {printable(worker.machine.wrap)}'
+            self._report.line(f'would start: {job.name} on {worker.name}{wrap};  '
                               f'{shown_command(job.command, placement.visible_gpus)}')
-        books = self.run.scheduler.resources
         for allocation, queue in self.run.scheduler.kinds().items():
             for job in queue:
                 self._report.line(f'would wait: {job.name};  {printable(job.command)}')
-            if books:
+            if books and not starts:
                 self._report.note(why_waiting(books, allocation, len(queue), True))
 
     def unanswered(self):
@@ -4883,10 +4912,10 @@ class BatchView(ToldView):
         """Show a warning."""
         self._report.warning(text)
 
-    def large(self, advice):
-        """Print the advice on large files to send, if any."""
-        if advice:
-            self._report.note(advice)
+    def tell(self, text):
+        """Print a sentence, if there is one."""
+        if text:
+            self._report.note(text)
 
     def rests(self, worker, why):
         """A machine that failed jobs gets no more jobs for a while."""
@@ -4925,7 +4954,7 @@ class BatchView(ToldView):
     def end(self):
         """The run is over; the summary follows."""
         if self._question:
-            self._question.close()
+            self._question.end()
 
     def stopping(self):
         """Print that an interrupt stops all jobs."""
@@ -4995,7 +5024,7 @@ class TerminalView(BatchView):
             if key == 'd':
                 self.run.leave()
             elif key == 'c':
-                self.run.interrupts += 1
+                self.run.interrupts = 1
             self._report.draw()
 
     def skipped(self):
@@ -6579,10 +6608,10 @@ def jobs_named(words, names, path):
         name = next((name for name in (word, f'{batch}.{word.removeprefix(".")}')
                      if name in names), None)
         if name is None:
-            number = word.strip('.')
-            likely = nearest(word, names) if not number.isdigit() else next(
+            number = word.removeprefix('.')
+            likely = nearest(word, names) if not number.isdecimal() else next(
                 (f' (line {number} is job {name})' for name, job in names.items()
-                 if job.line == int(number)), '')
+                 if f'{job.line}' == number != '0'), '')
             raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
                              f'{typed_for(path, "--status")}')
         found[name] = None
@@ -14606,6 +14635,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
     view = kind(reporter, results, plan, allocation, options, path, told)
     workers = workers_for(machines, client, reporter)
     run = Run((*lines.jobs, *lines.gone), workers, client, view, policy)
+    run.wishes.again.update(plan.again)
     desk = Desk(run, options, Inbox(results, name_of_batch(path)), reporter)
     with interruptible(run.interrupt):
         try:
@@ -14626,7 +14656,6 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
             if dry:
                 view.dry_run()
                 return 0
-            keep_earlier(plan, results, reporter)
             with contextlib.suppress(*[FilesError] * (not has_work)):
                 view.changed_files(client.files)
             return finish_batch(run, view, reporter, has_work)
@@ -14661,14 +14690,6 @@ def plan_reruns(plan, options, results, reporter):
                          again=tuple(job.name for job in again))
 
 
-def keep_earlier(plan, results, reporter):
-    """Give the results of jobs that run again their other names: now these jobs can start."""
-    if plan.again:
-        kept = put_aside(results, plan.again)
-        reporter.note(f'{count_of(len(kept), "job")} run{"s" * (len(kept) == 1)} again; earlier '
-                      f'results are kept: {names_of([*kept.values()])}')
-
-
 def take_up_lines(run, plan):
     """Give the jobs of a Plan to the scheduler; take up those that an earlier run has begun."""
     journal, lines = run.client.journal, plan.lines
@@ -14688,7 +14709,7 @@ def begin_batch(run, files, lines):
         if run.policy.forwards:
             files.manifest(job.forwards)
     for forwards in {job.forwards for jobs in run.scheduler.kinds().values() for job in jobs}:
-        run.view.large(forwards and advise_on_size(files.trees(forwards)[0], len(run.workers)))
+        run.view.tell(forwards and advise_on_size(files.trees(forwards)[0], len(run.workers)))
     lost = run.policy.forwards and files.lost_links({
         job.forwards for jobs in run.scheduler.kinds().values() for job in jobs})
     if lost:
@@ -16160,7 +16181,7 @@ def check_new(jobs, results):
             raise MachineFileError(f'two machines have results of the same name {name}.')
         if results.exists(name) or results.journal.record(name):
             raise ResultsError(f'there are results of {name} already. Choose another --job-name, '
-                               f'or delete them: {to_delete(results, name)}')
+                               f'or delete them: {to_delete(results, name, True)}')
 
 
 def gather(jobs, outcomes, results, reporter, differences):
@@ -18576,7 +18597,7 @@ record_killed() {           # records the end of the job $1, whose worker is gon
 }
 
 end_processes() {           # as end_jobs, but without records: stops all that the jobs started
-  local until=$((SECONDS + $1)) signal=TERM tries=0 clear=0 pause=5 seconds awaited
+  local until=$((SECONDS + $1)) signal=TERM tries=0 clear=0 pause=5 seconds awaited ended
   local -A workers=() groups=()         # pid of a worker -> the key of its job; groups of jobs
   local living=()
   shift
@@ -18584,7 +18605,13 @@ end_processes() {           # as end_jobs, but without records: stops all that t
   while ((clear < 2 && tries < 40)); do
     find_living "$@"
     if ((${#living[@]} == 0)); then
-      [[ $awaited ]] && ((SECONDS < until + 20)) && sleep 0.02 || clear=$((clear + 1))
+      if [[ $awaited ]] && ((SECONDS < until + 20)); then
+        sleep 0.02
+        continue
+      fi
+      # Only some time after the end of a job, its record tells that processes of the job are left.
+      ((clear || ! tries)) || [[ ! $ended ]] || sleep 0.2
+      clear=$((clear + 1))
       continue
     fi
     clear=0
@@ -18620,7 +18647,7 @@ say_killed() {              # for end_processes: notes the kill in the stderr of
 find_living() {             # sets living: the pids of what the jobs $@ started, without workers
   local pid key index since=()          # by start time and pid
   local -A parent=() group=() mine=()
-  living=() awaited='' workers=()
+  living=() awaited='' ended='' workers=()
   read_processes
   for key; do find_worker; done
   for pid in "${!workers[@]}" $(holders "$@"); do mine[$pid]=1; done
@@ -18643,6 +18670,7 @@ find_living() {             # sets living: the pids of what the jobs $@ started,
 find_worker() {             # for find_living: adds the worker of $key, if that has not ended
   local word value more folder
   read_record "$home/jobs/$key"
+  [[ $word != ended || $more == left ]] || ended=1
   [[ $word == starting ]] && is_alive "$value" || return
   workers[${value%% *}]=$key
   [[ -e $home/jobs/$key.out ]] || awaited=1     # it is about to begin the job
@@ -18694,7 +18722,7 @@ holders_of_some() {
   while read -r path link; do
     path=${path#/proc/}
     [[ ! $path || ($link && ! ${left[$link]-}) ]] || printf '%s\n' "${path%%/*}"
-  done <<<"$found"
+  done < <(printf '%s\n' "$found")     # a here-string needs a file, and the disk may be full
 } 2>/dev/null
 
 # A program takes 2 MB of arguments: too few for the names of 25,000 jobs.

@@ -628,8 +628,8 @@ def test_the_same_command_attaches(run, start, machine, gate, ledger, clean):
     third = run(machine, command, '--job-name', 'twice')
     assert (third.status, third.out) == (9, b'one\ntwo\n')
     assert third.notes == ['WARNING: job results already exists for twice, showing them: delete if '
-                           'you wish to rerun: rm -r job_results/twice.out job_results/twice.err',
-                           'e']
+                           'you wish to rerun: rm -r job_results/twice job_results/twice.out '
+                           'job_results/twice.err', 'e']
     assert ledger.read_text() == 'start\n'
     assert (run(None, None, '--attach', 'twice').out, run(None, None, '--attach', 'twice').status
             ) == (b'one\ntwo\n', 9)

@@ -236,10 +236,18 @@ def test_results_stay_where_no_machine_can_run_the_job_again(batches, lab):
     batches.run(['echo fine', 'exit 3'], [machine], *NO_GPU)
     before = {path.name for path in RESULTS.iterdir()}
     for where, *options in ((lab().yaml(port=rig.free_port()),),
-                            (machine.yaml(), '--memory-required=9000G')):
+                            (machine.yaml(), '--num-cpus=999')):
         done = batches.run(None, [where], '--rerun', '1', '2', *options, *NO_GPU)
         assert done.returncode == 2 and 'earlier results' not in done.stderr
+        assert 'no machine' in done.stderr, done.stderr
         assert {path.name for path in RESULTS.iterdir()} == before
+    off = lab()                         # it does not answer for a while, and could be larger
+    off.freeze()
+    batch = batches.start(None, [machine, off], '--rerun', '1', '--num-cpus=999', *NO_GPU)
+    batch.until('machine limits')
+    batch.process.send_signal(signal.SIGINT)
+    assert 'earlier results' not in batch.end().stderr
+    assert {path.name for path in RESULTS.iterdir()} == before
     done = batches.run(None, [machine], *NO_GPU)
     assert 'done: 2 jobs: 0 finished, 0 failed, 2 skipped (1 of them failed)' in done.stdout
 

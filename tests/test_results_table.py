@@ -882,7 +882,6 @@ def test_all_tests_have_to_hold(sweep):
     ('time<abc', '--where time<abc: abc is not a number, and time has only numbers.'),
     ('lr>=abc', '--where lr>=abc: abc is not a number, and lr has only numbers.'),
     ('lr=x', '--where lr=x: x is not a number, and lr has only numbers.'),
-    ('lr!=x', '--where lr!=x: x is not a number, and lr has only numbers.'),
     ('exit=failed', '--where exit=failed: failed is not a number, and exit has only numbers. '
                     'For the states of jobs: --where state=failed'),
     ('machine<3', '--where machine<3: machine has no numbers, so none is above or below 3.'),
@@ -901,6 +900,12 @@ def test_a_value_that_a_job_has_is_right_in_any_test(made):
     assert column('job', where='opt=a and b>1') == ['grid.sh.1']
     assert column('job', where='opt=>2') == ['grid.sh.2']
     assert column('job', where='opt!=a, c=1') == ['grid.sh.1', 'grid.sh.2']
+
+
+def test_unlike_a_text_are_all_numbers(made):
+    """A script may ask so of batches of which only some have the text."""
+    made.sweep('--lr 1', '--lr 2')
+    assert column('job', where='lr!=auto') == ['grid.sh.1', 'grid.sh.2']
 
 
 def test_a_unit_of_another_kind_is_an_error(made):
