@@ -124,8 +124,8 @@ Hardware that each job needs:
   --num-gpus=<number>           GPUs, all on one machine [default: 1].
   --gpu-memory-required=<size>  Memory on each GPU: 8G, 500M, or a number of MB
                                 [default: 1000].
-  --gpu-utilization=<share>     Share of each GPU's time, up to 1
-                                [default: 0.75].
+  --gpu-utilization=<share>     Share of a GPU's time that must be free for the
+                                job, up to 1 [default: 0.75].
   --no-reserve-gpu              Jobs may share a GPU, as far as its memory and
                                 time suffice.
 """
