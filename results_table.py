@@ -562,7 +562,7 @@ def choose_names(place, known, batches, report):
             is_written = name.endswith(WRITTEN) and os.path.isfile(path)
             (written if is_written else strange).append(name)
     if not names:
-        strange += written          # job_results/* also names them, and nobody asks for them
+        strange += written          # the user typed job_results/*, and wants no row for them
     if not strange:
         return names
     paths = [printable(os.path.join(place.folder, name)) for name in strange]

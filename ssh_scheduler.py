@@ -4251,49 +4251,37 @@ ANSWERS = ('  d      detach: jobs keep running; same command continues',
 
 
 class Question:
-    """What should Ctrl-C do?  Asked at the terminal of a client whose stdout is a pipe or a file.
+    """What should Ctrl-C do?  A key at the terminal answers.
 
-    The client writes to the terminal itself: in `| tee log`, Ctrl-C has ended tee, too.
+    While the question is open, its view calls `answer` again and again.
     """
-
-    POLL_S = 0.1                # between two looks at the keys
 
     def __init__(self, run):
         self._run = run
         self._keys = None       # of the terminal, while the question waits for an answer
-        self._is_asked = self._has_ended = False
+        self.is_open = self._has_ended = False
 
     def ask(self):
         """Ask, if a person can answer; return whether it asks.  Runs in a signal handler."""
-        if self._is_asked or self._has_ended or not Keys.can_read():
+        if self.is_open or self._has_ended or not Keys.can_read():
             return False
-        self._is_asked = True
-        self._run.client.processes.call_later(0, self._await)
+        self.is_open = True
         return True
 
-    def _await(self):
-        if not self._is_asked or self._run.interrupts:      # the second Ctrl-C is an answer, too
+    def answer(self):
+        """Do what the pressed key means; return that key, or '' if there is none yet."""
+        if not self.is_open or self._run.interrupts:        # the second Ctrl-C is an answer, too
             self._close()
-            return
-        if not self._keys:
-            self._keys = Keys()
-            self._say('Ctrl-C: press a key:', *ANSWERS)
+            return ''
+        self._keys = self._keys or Keys()
         key = self._keys.read()
-        if not key:
-            self._run.client.processes.call_later(self.POLL_S, self._await)
-            return
-        self._close()
+        if key:
+            self._close()
         if key == 'd':
-            self._say('The jobs keep running.')
             self._run.leave()
         elif key == 'c':
-            self._say('The jobs are being stopped.')
             self._run.interrupts = 1
-
-    @staticmethod
-    def _say(*lines):
-        with contextlib.suppress(OSError), open('/dev/tty', 'w', encoding='utf-8') as terminal:
-            terminal.write('\n' + ''.join(f'{line}\n' for line in lines))
+        return key
 
     def end(self):
         """Ask no more."""
@@ -4301,9 +4289,42 @@ class Question:
         self._close()
 
     def _close(self):
-        self._is_asked, keys, self._keys = False, self._keys, None
+        self.is_open, keys, self._keys = False, self._keys, None
         if keys:
             keys.close()
+
+
+class PipedQuestion(Question):
+    """The Question of a client whose stdout is a pipe or a file.
+
+    The client writes to the terminal itself: in `| tee log`, Ctrl-C has ended tee, too.
+    """
+
+    POLL_S = 0.1                # between two looks at the keys
+    SAID = {'d': 'The jobs keep running.', 'c': 'The jobs are being stopped.'}
+
+    def ask(self):
+        """Ask, if a person can answer; return whether it asks.  Runs in a signal handler."""
+        asks = super().ask()
+        if asks:
+            self._run.client.processes.call_later(0, self._show)
+        return asks
+
+    def _show(self):
+        self._say('Ctrl-C: press a key:', *ANSWERS)
+        self._await()
+
+    def _await(self):
+        key = self.answer()
+        if self.is_open:
+            self._run.client.processes.call_later(self.POLL_S, self._await)
+        elif key in self.SAID:
+            self._say(self.SAID[key])
+
+    @staticmethod
+    def _say(*lines):
+        with contextlib.suppress(OSError), open('/dev/tty', 'w', encoding='utf-8') as terminal:
+            terminal.write('\n' + ''.join(f'{line}\n' for line in lines))
 
 
 class Board:
@@ -4311,17 +4332,16 @@ class Board:
     jobs, the counts of the batch, and the time left.
 
     done: how many jobs have results already, and are not run
+    question: shown instead of the counts while it is open
     """
 
     MOST_JOBS = 10              # running jobs shown
     PACE_S = 1.0                # between two estimates of the time left
 
-    def __init__(self, run, done):
-        self._run, self.done = run, done
+    def __init__(self, run, done, question):
+        self._run, self.done, self._question = run, done, question
         self._pace, self._left, self._left_at = Pace(), '', -math.inf
         self._since = {}        # connecting Worker, or Stage being sent -> when it was first seen
-        self._is_asking = False
-        self._keys = None       # of the terminal, while the board waits for an answer
         self.shows_counts, self._has_ended = False, False
 
     def changed(self, attempt):
@@ -4329,36 +4349,10 @@ class Board:
         if attempt.state == 'ended' and attempt.result.wall_s:
             self._pace.ended(attempt.job.allocation, attempt.machine, attempt.result.wall_s)
 
-    @property
-    def can_ask(self):
-        """Tell whether `ask` may be called: the board is shown, and asks nothing yet."""
-        return not self._is_asking and not self._has_ended
-
-    def ask(self):
-        """Ask what Ctrl-C should do.  Runs in a signal handler: `answer` does the rest."""
-        self._is_asking = True
-
-    def answer(self):
-        """Return the key that answers the question, in lower case; '' if there is none yet."""
-        if not self._is_asking or self._run.interrupts:     # the second Ctrl-C is an answer, too
-            self._stop_asking()
-            return ''
-        self._keys = self._keys or Keys()
-        key = self._keys.read()
-        if key:
-            self._stop_asking()
-        return key
-
-    def _stop_asking(self):
-        self._is_asking = False
-        if self._keys:
-            self._keys.close()
-            self._keys = None
-
     def end(self):
         """Show nothing any more."""
         self._has_ended = True
-        self._stop_asking()
+        self._question.end()
 
     def rows(self, width, height):
         """Return the Rows for a terminal of this size."""
@@ -4366,7 +4360,7 @@ class Board:
             return []
         rows = [*self._machines(width), *self._jobs(min(self.MOST_JOBS, max(height // 2 - 4, 1)))]
         rows = rows[:max(height - 5, 1)]
-        end = self._question() if self._is_asking else (
+        end = self._choices() if self._question.is_open else (
             [self._counts(width)] if self.shows_counts else [])
         return [Row('─' * (width - 1)), *rows, *end] if rows or end else []
 
@@ -4406,8 +4400,8 @@ class Board:
             'claimed', 'running', 'stopping') else None
         return time.time() - since if since else 0.0
 
-    def _question(self):
-        """Return the Rows that ask what Ctrl-C should do, shown instead of the counts."""
+    def _choices(self):
+        """Return the Rows that ask what Ctrl-C should do."""
         running, waiting = self._alive_and_waiting()
         return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
                 *map(Row, ANSWERS)]
@@ -4705,7 +4699,7 @@ class BatchView(ToldView):
     def open(self):
         """The run is about to log in."""
         if not self._options['--dry-run']:
-            self._question = Question(self.run)
+            self._question = PipedQuestion(self.run)
 
     def ask(self):
         """Ask what Ctrl-C should do, if a person is at the terminal; return whether it asks."""
@@ -4994,7 +4988,8 @@ class TerminalView(BatchView):
 
     def open(self):
         """Begin to draw, before the first login."""
-        self._board = Board(self.run, len(self.plan.lines.done))
+        self._question = Question(self.run)
+        self._board = Board(self.run, len(self.plan.lines.done), self._question)
         self._report.open_screen(self._board.rows)
         self._draw()
         done = {job.name for job in self.plan.lines.done}
@@ -5020,11 +5015,7 @@ class TerminalView(BatchView):
     def _draw(self):
         if self._report.has_screen:
             self.run.client.processes.call_later(FRAME_S, self._draw)
-            key = self._board.answer()
-            if key == 'd':
-                self.run.leave()
-            elif key == 'c':
-                self.run.interrupts = 1
+            self._question.answer()
             self._report.draw()
 
     def skipped(self):
@@ -5069,13 +5060,6 @@ class TerminalView(BatchView):
         name = name_in_batch(attempt.name, self.run.batch if is_narrow else '')
         self._report.row(f'{word + ":":10}{name}  {command}',
                          f'{place:{self._widest}}  {time_text:>7}', style)
-
-    def ask(self):
-        """Ask what Ctrl-C should do, if the board can ask; return whether it asks."""
-        if not self._board or not self._board.can_ask or not Keys.can_read():
-            return False
-        self._board.ask()
-        return True
 
     def end(self):
         """Close the board, and print the failed jobs whose stderr has not arrived."""
@@ -10110,11 +10094,16 @@ def config_values(path, keyword, depth=0):
                     yield from config_values(inner, keyword, depth + 1)
 
 
+def host_patterns():
+    """Return the patterns of all `Host` lines of ~/.ssh/config, most of which are plain names."""
+    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
+    return [pattern for value in values for pattern in value.replace('"', ' ').split()]
+
+
 def known_names():
     """Return the names of machines in ~/.ssh/config and of the machine files that are found."""
     import glob
-    names = {name for value in config_values(os.path.expanduser('~/.ssh/config'), 'Host')
-             for name in value.split() if not set(name) & set('*?!"')}
+    names = {pattern for pattern in host_patterns() if not set(pattern) & set('*?!')}
     for folder in ('', os.path.expanduser(MACHINE_FOLDER)):
         names.update(os.path.basename(path).removesuffix('.yaml')
                      for path in glob.glob(os.path.join(glob.escape(folder), '*.yaml')))
@@ -13644,7 +13633,9 @@ class Desk:
         ready, kept, trouble = {}, {}, ''
         for job in again:
             try:
-                kept.update(put_aside(self._results, [job.name]))
+                check_known(self._results, [job.name])
+                if self._results.is_done(job.name):
+                    kept[job.name] = self._results.put_aside(job.name)
             except ResultsError as error:
                 trouble = str(error)
                 break
@@ -13885,12 +13876,6 @@ def results_left(results, batch, known):
     return left
 
 
-def put_aside(results, names):
-    """Keep the results of these jobs under other names; return {name: new name}."""
-    check_known(results, names)
-    return {name: results.put_aside(name) for name in names if results.is_done(name)}
-
-
 def check_known(results, names):
     """Raise if the journal does not have one of these results: it would not be kept."""
     for name in names:
@@ -14089,6 +14074,15 @@ def allocation_of(claimed):
                          if name in Allocation._fields})
 
 
+def changed_since(manifest, batch=None):
+    """Return the paths of a Manifest whose files here differ now, or are gone; of None, none.
+
+    batch: the name of a batch, whose own file does not count, since users add lines to it
+    """
+    return [path for path in (manifest.files if manifest else ())
+            if differs_now(path, manifest) and (batch is None or name_of_batch(path) != batch)]
+
+
 def what_it_had(past, sent):
     """Yield (head, text) of the files that a job had, and of how they differ from today's."""
     digest = past.claimed.get('files')
@@ -14108,8 +14102,7 @@ def what_it_had(past, sent):
                 ('not in git', record['untracked'], '')):
             if paths:
                 yield head, f'{names_of([*map(printable, paths)])}{more}'
-    now = [path for path in manifest.files if differs_now(path, manifest)
-           and name_of_batch(path) != past.claimed.get('batch')]     # users add lines to that file
+    now = changed_since(manifest, past.claimed.get('batch'))
     yield 'since then', (f'{names_of([*map(printable, now)])} changed' if now else
                          'no file changed') + f': execute_batch --reproduce {past.name}'
 
@@ -15744,14 +15737,6 @@ def to_delete(results, name, with_journal=False):
     return shlex.join(['rm', '-r', *paths])
 
 
-def changed_since(results, known):
-    """Yield a sentence on the files that a job had, if these differ now.  known: its Record."""
-    sent = results.sent.get(known.get('files'))
-    changed = [path for path in sent.files if differs_now(path, sent)] if sent else []
-    if changed:
-        yield f'files changed since: {names_of([*map(printable, changed)])}'
-
-
 class CommandOrder:
     """One call of execute_remote: it starts, attaches to, shows again or cancels a job.
 
@@ -15832,8 +15817,9 @@ class CommandOrder:
             return self._print_name()
         self._report.warning(f'job results already exists for {self._name}, showing them: delete '
                              f'if you wish to rerun: {to_delete(self._results, self._name)}')
-        for note in changed_since(self._results, self._known):
-            self._report.note(note)
+        changed = changed_since(self._results.sent.get(self._known.get('files')))
+        if changed:
+            self._report.note(f'files changed since: {names_of([*map(printable, changed)])}')
         processes = Processes()
         streams = self._streams = OwnStreams(processes)
         try:
@@ -16062,11 +16048,9 @@ def is_known_machine(word):
         with contextlib.suppress(MachineFileError):     # else a script, such as ./train.sh
             return bool(find_machine(word))
         return False
-    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
-    patterns = [pattern for value in values for pattern in value.replace('"', ' ').split()]
     # A pattern such as * names no machine.
     return any(re.search(r'\w', pattern) and fnmatch.fnmatchcase(word, pattern)
-               for pattern in patterns)
+               for pattern in host_patterns())
 
 
 def refuse_programs(options):
