@@ -556,7 +556,7 @@ def test_the_area_is_this(results, project, width):
 
     def steps():
         lab.started()
-        board = s.Board(lab.batch, 0)
+        board = s.Board(lab.batch, 0, s.Question(lab.batch))
         board.shows_counts, board.MOST_JOBS = True, 3
         lab.batch.fleet.workers.append(silent)
         silent.run, silent.state = lab.batch, 'connecting'
