@@ -58,9 +58,11 @@ clean:  ## delete what make made; results of batches stay
 	rm -rf .venv build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# A .venv that is a link belongs to another checkout: --clear would empty the folder behind it.
 $(RUNS): setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash .ci/install python3 python3-venv
 	@echo 'Making .venv with the program, which takes some seconds.'
+	@[ ! -L .venv ] || rm .venv
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e .
 	@touch $@

@@ -267,9 +267,10 @@ Other:
                                 programs of people at the machine come first.
   --no-live                     Check the free cores, memory and GPUs only once,
                                 at the start, not again while jobs wait.
-  --report=<file>               Write an HTML page on all results in job_results
-                                when the batch has ended; with --watch=<time>
-                                also at that interval while the batch runs.
+  --report=<file>               Write an HTML page on all results when the batch
+                                has ended; with --watch=<time> also at that
+                                interval while the batch runs. A good place is
+                                job_results/report.html.
 
 For other programs:
   --joblog=<file>               Append a line for each job that ends, with tabs:
@@ -304,10 +305,12 @@ Usage:
   execute_remote --help | --version | --completion=<shell>
 
   <command> is a bash command in quotes. execute_remote shows its output and
-  exits with its exit code. Results are in ./job_results, under the name of the
-  job. A line of a batch file may be such a command, too, for a job with other
-  files, another name or other hardware than the rest of the batch. An option
-  with several values takes all words up to the next option or up to --.
+  exits with its exit code. Ctrl-C stops the command with all processes that it
+  started; if the connection is lost, the command keeps running. Results are in
+  ./job_results, under the name of the job. A line of a batch file may be such
+  a command, too, for a job with other files, another name or other hardware
+  than the rest of the batch. An option with several values takes all words up
+  to the next option or up to --.
 {units}
 The job:
   --machine=<machine>           A machine file (as given, with .yaml, or in
@@ -5250,6 +5253,8 @@ class JobStatus(NamedTuple):
             lines, _ = read_last_lines(self.output('err'), LAST_BYTES)
             said = lines or [last_line_of(self.output('out'))]
             return failure_words(self.exit_code, self.machine, said)
+        if self.state == 'finished' and not self.known:
+            return 'the journal does not know which command made these results'
         if self.counted != 'waiting':
             return self.last_line()
         if self.state == 'queued':
@@ -6531,6 +6536,13 @@ def find_machines(words):
 
 # ---- Batch files ----
 
+def one_command(machine, words):
+    """Return what to type in place of execute_batch, to run one command on a machine."""
+    import shlex
+    return printable(' A batch file has one command on each line. To run one command: '
+                     f'execute_remote --machine {shlex.quote(machine)} {in_quotes(words)}')
+
+
 def read_batch_text(path, stdin):
     """Return the text of the batch file; '-' is `stdin` (a binary stream)."""
     try:
@@ -6539,6 +6551,9 @@ def read_batch_text(path, stdin):
         else:
             with open(path, 'rb') as file:
                 data = file.read()
+        if re.search(r'\.(py|ipynb)$', path) or re.match(rb'#!.*python', data):
+            raise BatchFileError(f'{path} is a Python program.' + one_command(
+                'MACHINE', ['python3', path]))
     except OSError as error:
         raise BatchFileError(f'the batch file {path} cannot be read: {reason_of(error)}.') from None
     try:
@@ -9585,11 +9600,15 @@ class HtmlReport:
         self._program = find_results_table()
         self._child = None
         folder, name = os.path.split(path)
-        if not os.path.isdir(folder or '.') or not name or os.path.isdir(path):
+        # The folder job_results is made when the batch begins.
+        below = os.path.relpath(self.path_here, 'job_results')
+        is_beside_results = re.fullmatch(r'[^/]+\.html', below)
+        if not (is_beside_results or below.startswith('..')):
+            raise UsageError(f'--report {path} lies where results of jobs may be. Name another '
+                             'file, such as job_results/report.html.')
+        has_folder = is_beside_results or os.path.isdir(folder or '.')
+        if not has_folder or not name or os.path.isdir(path):
             raise UsageError(f'--report {path}: this is no file in a folder that exists.')
-        if is_below(self.path_here, ('job_results',)):
-            raise UsageError(f'--report {path}: job_results has only results. Name a file beside '
-                             'it.')
         if os.path.isfile(path) and not is_page(path):
             raise UsageError(f'--report {path} is a file that this program did not write. '
                              'Name another file, or remove this one.')
@@ -14299,6 +14318,50 @@ LEAST_REDRAW_S = 0.5        # between two looks at how far a batch is
 WATCH_S = 0.1               # between two looks at the output of a job in job_results
 
 
+def is_known_machine(word):
+    """Tell whether a machine file or a Host of ~/.ssh/config, also a pattern, has this name."""
+    import fnmatch
+    if any(map(os.path.isfile, machine_paths(word))):
+        if not os.access(word, os.X_OK):
+            return True
+        with contextlib.suppress(MachineFileError):     # else a script, such as ./train.sh
+            return bool(find_machine(word))
+        return False
+    # A pattern such as * names no machine.
+    return any(re.search(r'\w', pattern) and fnmatch.fnmatchcase(word, pattern)
+               for pattern in host_patterns())
+
+
+def refuse_programs(options, last):
+    """Raise if a word of --machines begins a command: without quotes, only its end would run.
+
+    The words `--machines lab1 sudo reboot` are two machines and the command `reboot`.  The words
+    `--machines lab1 bash run.sh` are two machines and the batch file run.sh.
+
+    last: the word behind the machines, '<command>' or '<batch>'
+    """
+    import shutil
+    argv, words = options.argv[1:], options['--machines']
+    follows = (words[-1], options[last]) in zip(argv, argv[1:])
+    if '--' in argv or not follows and argv[-1] != options[last]:
+        return                          # the list of machines has a clear end
+    machines = {words[0], *filter(is_known_machine, words)}
+    wrong = next((word for word in words if word not in machines and begins_command(word)), None)
+    if wrong is None:
+        return
+    is_bash = wrong in BASH_WORDS and not shutil.which(wrong)
+    what = 'a variable' if '=' in wrong else 'a word of bash' if is_bash else 'a program'
+    if last == '<batch>':
+        noun = 'batch file'
+        advice = one_command(words[0], [*words[words.index(wrong):], options[last]])
+    else:
+        noun = 'command'
+        advice = (missing_quotes(EXECUTE_TO_USAGE, argv, machines=machines)
+                  or ' Put the command in quotes.')
+    raise UsageError(f'{printable(wrong)} is {what}, not a machine. (If a machine has this name, '
+                     f'write -- between the machines and the {noun}.){advice}')
+
+
 def execute_batch(argv):
     """Run a batch file, or do what the options ask for instead; return the exit status."""
     options = read_batch_options(argv)
@@ -14311,6 +14374,7 @@ def execute_batch(argv):
     reruns = options.given & RERUNS
     if not (asked or reruns):
         check_machines(options, 'batch')
+        refuse_programs(options, '<batch>')
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
     name = name_of_batch(options['<batch>'])
@@ -14917,7 +14981,7 @@ def follow_job(call, reporter):
     lines = match_lines(jobs, name, results)
     (job,) = jobs_named([options['--follow']], {job.name: job for job in (
         *lines.jobs, *lines.gone)}, options['<batch>'])
-    return JobWatch(job, name, results, reporter).run()
+    return JobWatch(job, name, results, reporter, path=options['<batch>']).run()
 
 
 class JobWatch:
@@ -14927,10 +14991,11 @@ class JobWatch:
     output into job_results, where this class reads it.  If no client runs, a JobWatch connects.
 
     ports: Ports to open if it connects; processes: the Processes to wait with, its own by default
+    path: the batch file that the user named, if any
     """
 
-    def __init__(self, name, batch, results, reporter, ports=None, processes=None):
-        self._name, self._batch = name, batch
+    def __init__(self, name, batch, results, reporter, ports=None, processes=None, path=None):
+        self._name, self._batch, self._path = name, batch, path
         self._results, self._report = results, reporter
         self._ports, self._processes = ports, processes
         self._shown = {'out': 0, 'err': 0}      # how many bytes of each stream
@@ -14972,7 +15037,8 @@ class JobWatch:
             if not self._processes:
                 processes.close()
         if state in ('claimed', 'ended') and not client_lives:
-            return attach_to_batch_job(self._name, self._report, self._shown, self._ports)
+            return attach_to_batch_job(self._name, self._report, self._shown, self._ports,
+                                       self._path)
         self._report.note(f'{self._name} was cancelled' if client_lives else
                           f'{self._name} waits, and no client runs {self._batch}. To run it, type '
                           'the command that started the batch')
@@ -15683,11 +15749,12 @@ def watch_batch_job(name, batch, ports, reporter):
         client.close()
 
 
-def attach_to_batch_job(name, reporter, shown, ports=None):
+def attach_to_batch_job(name, reporter, shown, ports=None, path=None):
     """Show the output of a job of a batch that no client runs, and fetch its results at the end.
 
     Return its exit status; None if another command has the folder, or wants it.
     shown: {'out' or 'err': how many bytes were shown before}; updated if the command makes way
+    path: the batch file that the user named, if any
     """
     results = ResultStore('job_results')
     inbox = Inbox(results, f'{name}{FOLLOWED}')
@@ -15696,8 +15763,10 @@ def attach_to_batch_job(name, reporter, shown, ports=None):
             results.open(f'{name}{FOLLOWED}')
         except FolderInUse:
             return None                 # a client has just begun, or another command follows, too
-        order = CommandOrder(name, read_options(EXECUTE_REMOTE_USAGE, [f'--attach={name}']),
-                             results, reporter, ports or Ports((), reporter), shown, inbox)
+        options = read_options(EXECUTE_REMOTE_USAGE, [f'--attach={name}'])
+        options['<batch>'] = path
+        order = CommandOrder(name, options, results, reporter, ports or Ports((), reporter), shown,
+                             inbox)
         answer = order.answer_from_journal(stopped=False)
         status = order.run() if answer is None else answer
         return None if order.makes_way else status
@@ -15735,6 +15804,21 @@ def to_delete(results, name, with_journal=False):
     import shlex
     paths = results.paths_of(name) + [os.path.dirname(results.journal.path)] * with_journal
     return shlex.join(['rm', '-r', *paths])
+
+
+def typed_for_job(option, name, path=None):
+    """Return the command that attaches to a job or cancels it.  path: its batch file, if named"""
+    if not path:
+        return f'execute_remote {option}={name}'
+    number = name_in_batch(name, name_of_batch(path)).removeprefix('.')
+    return typed_for(path, option.replace('attach', 'follow'), number)
+
+
+def print_name(name):
+    """Print a job's name on stdout; return the exit status."""
+    reporter = Reporter()
+    reporter.line(name)
+    return TRANSPORT_FAILED if reporter.trouble else 0
 
 
 class CommandOrder:
@@ -15814,7 +15898,7 @@ class CommandOrder:
             self._report.note(f'{self._name}: it has ended already')
             return 0
         if self._options['--detach']:
-            return self._print_name()
+            return print_name(self._name)
         self._report.warning(f'job results already exists for {self._name}, showing them: delete '
                              f'if you wish to rerun: {to_delete(self._results, self._name)}')
         changed = changed_since(self._results.sent.get(self._known.get('files')))
@@ -15985,10 +16069,14 @@ class CommandOrder:
         name, state = self._name, self._results.journal.record(self._name).get('state')
         if state == 'ended':
             self._report.note(f'{name}: it has ended, and its results are on {machine}: '
-                              f'execute_remote --attach={name} fetches them')
+                              f'{self._typed("--attach")} fetches them')
         elif state == 'claimed':
-            self._report.note(f'{name} runs on {machine}. To watch it again: execute_remote '
-                              f'--attach={name}  To cancel it: execute_remote --cancel={name}')
+            self._report.note(f'{name} runs on {machine}. To watch it again: '
+                              f'{self._typed("--attach")}  To cancel it: '
+                              f'{self._typed("--cancel")}')
+
+    def _typed(self, option):
+        return typed_for_job(option, self._name, self._options.get('<batch>'))
 
     def _unread(self):
         """Return the exit status for output that cannot be written; print why, if that is known."""
@@ -15996,12 +16084,6 @@ class CommandOrder:
             return 128 + signal.SIGPIPE
         self._report.note(f'{self._name}: {sentence(self._streams.trouble)}')
         return TRANSPORT_FAILED
-
-    def _print_name(self):
-        """Print the job's name on stdout; return the exit status."""
-        reporter = Reporter()
-        reporter.line(self._name)
-        return TRANSPORT_FAILED if reporter.trouble else 0
 
     def _exit_status(self, run, worker):
         """Return the exit status, and report what went wrong."""
@@ -16016,10 +16098,10 @@ class CommandOrder:
         word, what = run.fleet.standing[worker].outcome or ('started', 0)
         if word == 'lost' and self._results.journal.record(name)['state'] == 'ended':
             what = (f'{worker.name}: connection lost: {sentence(what)} The job has ended; '
-                    f'execute_remote --attach={name} fetches its results')
+                    f'{self._typed("--attach")} fetches its results')
         elif word == 'lost':
             what = (f'{worker.name}: connection lost: {sentence(what)} The job keeps running; '
-                    f'execute_remote --attach={name} shows its output')
+                    f'{self._typed("--attach")} shows its output')
         elif word == 'unreachable':
             what = f'{worker.name} cannot be used: {what}'
         if options['--cancel']:
@@ -16029,7 +16111,7 @@ class CommandOrder:
             unsure = any(attempt.name == name for attempt in self._unconfirmed)
             return int(unsure or word not in ('started', 'ended', 'absent'))
         if word == 'started' or options['--detach'] and word == 'ended':
-            return self._print_name()
+            return print_name(self._name)
         if word == 'ended':
             return what
         self._report.note(f'{name}: {sentence(what)}')
@@ -16039,41 +16121,6 @@ class CommandOrder:
         return ended.exit_code if ended and ended.exit_code else TRANSPORT_FAILED
 
 
-def is_known_machine(word):
-    """Tell whether a machine file or a Host of ~/.ssh/config, also a pattern, has this name."""
-    import fnmatch
-    if any(map(os.path.isfile, machine_paths(word))):
-        if not os.access(word, os.X_OK):
-            return True
-        with contextlib.suppress(MachineFileError):     # else a script, such as ./train.sh
-            return bool(find_machine(word))
-        return False
-    # A pattern such as * names no machine.
-    return any(re.search(r'\w', pattern) and fnmatch.fnmatchcase(word, pattern)
-               for pattern in host_patterns())
-
-
-def refuse_programs(options):
-    """Raise if a word of --machines begins the command: without quotes, only its end would run.
-
-    The words `--machines lab1 sudo reboot` are two machines and the command `reboot`.
-    """
-    import shutil
-    argv, words = options.argv[1:], options['--machines']
-    if '--' in argv or argv[-1] != options['<command>']:
-        return                          # the list of machines has a clear end
-    machines = {words[0], *filter(is_known_machine, words)}
-    wrong = next((word for word in words if word not in machines and begins_command(word)), None)
-    if wrong is not None:
-        is_bash = wrong in BASH_WORDS and not shutil.which(wrong)
-        what = 'a variable' if '=' in wrong else 'a word of bash' if is_bash else 'a program'
-        raise UsageError(
-            f'{printable(wrong)} is {what}, not a machine. (If a machine has this name, write -- '
-            'between the machines and the command.)' + (
-                missing_quotes(EXECUTE_TO_USAGE, argv, machines=machines)
-                or ' Put the command in quotes.'))
-
-
 def execute_to(argv):
     """Run one command on many machines; return the exit status."""
     options = read_options(EXECUTE_TO_USAGE, argv)
@@ -16081,7 +16128,7 @@ def execute_to(argv):
     if options['--init'] is not None:
         return begin_machine_file(options, reporter)
     check_machines(options, 'command')
-    refuse_programs(options)
+    refuse_programs(options, '<command>')
     timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)
     nice = options.whole_number('--nice', least=0, most=19)

@@ -68,6 +68,36 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, make, reason):
     assert str(caught.value) == f'the batch file {path} cannot be read: {reason}.'
 
 
+@pytest.mark.parametrize(('name', 'text'), [
+    ('train.py', 'import numpy\n'), ('a b.ipynb', '{}'), ('train', '#!/usr/bin/env python3\n')])
+def test_a_python_program_is_no_batch_file(tmp_path, monkeypatch, name, text):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(text)
+    with pytest.raises(BatchFileError) as caught:
+        ssh_scheduler.read_batch_text(name, None)
+    said, _, typed = str(caught.value).partition(' To run one command: ')
+    assert said == f'{name} is a Python program. A batch file has one command on each line.'
+    *start, command = shlex.split(typed)
+    assert start == ['execute_remote', '--machine', 'MACHINE']
+    assert shlex.split(command) == ['python3', name]
+
+
+@pytest.mark.parametrize(('words', 'said'), [
+    ('--machines lab1 bash run.sh', "'bash run.sh'"),
+    ('--machines lab1 bash run.sh --retries 2', "'bash run.sh'"),
+    ('--timeout 2h --machines lab1 sudo nice run.sh', "'sudo nice run.sh'")])
+def test_a_program_among_the_machines_of_a_batch_is_refused(run_cli, project, words, said):
+    (project / 'run.sh').write_text('true\n')
+    done = run_cli('execute_batch', *words.split())
+    assert (done.returncode, done.stdout) == (2, '')
+    program = said.strip("'").split()[0]
+    assert done.stderr.splitlines() == [
+        f'execute_batch: {program} is a program, not a machine. (If a machine has this name, write '
+        '-- between the machines and the batch file.) A batch file has one command on each line. '
+        f'To run one command: execute_remote --machine lab1 {said}']
+    assert not (project / 'job_results').exists()
+
+
 @pytest.mark.parametrize(('data', 'line'), [
     (b'\xff', 1), (b'a\nb\nc\xe9d\ne', 3), ('a\n\n\u00e9'.encode('latin-1'), 3),
     (b'\xef\xbb\xbfa\n\xc3', 2), ('a\nb'.encode('utf-16'), 1)])

@@ -339,7 +339,7 @@ def test_a_machine_with_the_name_of_a_program_is_known(home_here, words, config)
         Path(name).write_text('ip: h\n')
         Path(name).chmod(0o755)
     ssh_scheduler.refuse_programs(ssh_scheduler.read_options(
-        ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', *words.split()]))
+        ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', *words.split()]), '<command>')
 
 
 @pytest.mark.parametrize('config', ['Host *\n', 'Host ?* !bash\n', 'Host ba\n', ''])
@@ -347,7 +347,7 @@ def test_a_pattern_for_all_hosts_makes_no_program_a_machine(home_here, config):
     (home_here / '.ssh' / 'config').write_text(config)
     with pytest.raises(ssh_scheduler.UsageError) as caught:
         ssh_scheduler.refuse_programs(ssh_scheduler.read_options(
-            ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', 'lab1', 'bash', 'x']))
+            ssh_scheduler.EXECUTE_TO_USAGE, ['--machines', 'lab1', 'bash', 'x']), '<command>')
     assert str(caught.value).endswith("Try: execute_to --machines lab1 'bash x'")
 
 

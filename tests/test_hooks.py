@@ -421,13 +421,19 @@ def test_a_page_at_the_end_and_while_the_batch_runs(start, gate, project):
     assert 'batch.sh' in sent.read_text() and 'report.html' not in sent.read_text()
 
 
+def test_a_page_beside_the_results(run):
+    done = run('true', options=['--report', 'job_results/report.html'])
+    assert (done.returncode, states_in(RESULTS / 'report.html')) == (0, {'finished': 1}), done
+
+
 def test_a_page_that_cannot_be_written(run):
     for path in ('no/report.html', '.'):
         done = run('true', options=['--report', path])
         assert (done.returncode, f'--report {path}: this is no file' in done.stderr) == (2, True)
     assert not RESULTS.exists()
-    for path, why in (('job_results/x', 'job_results has only results'), ('', 'this is no file'),
-                      ('batch.sh', 'is a file that this program did not write')):
+    for path, why in (('job_results/x', 'such as job_results/report.html'),
+                      ('job_results/.ssh_scheduler/x.html', 'lies where results of jobs may be'),
+                      ('', 'this is no file'), ('batch.sh', 'this program did not write')):
         done = run('true', options=['--report', path])
         assert (done.returncode, f'{why}' in done.stderr) == (2, True), done
     assert Path('batch.sh').read_text() == 'true\n'

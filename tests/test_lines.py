@@ -163,6 +163,10 @@ def test_results_without_a_journal_are_kept_and_told(run):
     assert ('the journal does not know which commands made batch.sh.1, batch.sh.2'
             in done.stderr.splitlines())
     assert result('batch.sh.1') == b'a\n'
+    rows = run('echo changed', 'echo b', options=['--status']).stdout.splitlines()[2:4]
+    assert [re.sub('  +', '|', row) for row in rows] == [
+        f'.{number}|finished|{rest}|the journal does not know which command made these results'
+        for number, rest in ((1, 'changed'), (2, 'b'))]
 
 
 @pytest.mark.parametrize('left', [['.err'], [''], ['.out', '.err'], ['', '.out']])

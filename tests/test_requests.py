@@ -607,7 +607,9 @@ def test_a_job_is_followed_when_its_client_was_killed(batches, start_cli, ask, r
     assert process.stdout.readline() == 'two\n'
     process.send_signal(signal.SIGINT)
     _, notes = process.communicate(timeout=rig.SAFETY_NET_S)
-    assert process.returncode == 130 and 'batch.sh.1 runs on' in notes
+    assert process.returncode == 130 and notes.endswith(
+        f'batch.sh.1 runs on {machine.yaml()}. To watch it again: execute_batch batch.sh --follow 1'
+        '  To cancel it: execute_batch batch.sh --cancel 1\n')
     process = start_cli('execute_remote', '--attach', 'batch.sh.1')
     assert (process.stdout.readline(), process.stdout.readline()) == ('one\n', 'two\n')
     gate.open('b')
