@@ -9811,6 +9811,7 @@ EVENTS = {
     'others': Fields((), (bytes,)),
     'pong': Fields((bytes,)),
     'finished': Fields(),
+    'parted': Fields(),
 }
 
 
@@ -11818,6 +11819,16 @@ class OtherJob(NamedTuple):
         return self.key.rpartition('.')[2].partition('-')[2]
 
 
+def listed_jobs(listed):
+    """Return the OtherJobs of the event `others`.  listed: bytes, see REMOTE_RUNNER"""
+    fields = listed.split(b'\0')[:-1]
+    jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
+                     whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
+            for key, word, status, command in zip(*(iter(fields),) * 4)]
+    # Keys become names of files here.
+    return list({job.key: job for job in jobs if KEY.fullmatch(job.key)}.values())
+
+
 class Followers:
     """Sessions beside the channel, each of which brings the output of one attempt byte for byte.
 
@@ -12475,7 +12486,7 @@ class Worker:
 
     def hear(self, event, values):
         """Act on an event of the remote runner."""
-        if self.state == 'closing' and event != 'finished':
+        if self.state == 'closing' and event not in ('finished', 'parted'):
             return          # no request can be sent any more; the next run learns of this
         # Exactly one of these parts has the handler: tests/test_structure.py.
         (handler,) = filter(None, (getattr(part, f'on_{event}', None) for part in (
@@ -12554,12 +12565,7 @@ class Worker:
         """Show jobs that journals of other job_results claimed."""
         if not self.run.policy.wants_others:
             raise WireError('it reported jobs of others, unasked')
-        fields = listed.split(b'\0')[:-1]
-        jobs = [OtherJob(os.fsdecode(key), word.decode('ascii', 'replace'),
-                         whole_number(status.decode('ascii', 'replace')), os.fsdecode(command))
-                for key, word, status, command in zip(*(iter(fields),) * 4)]
-        # Keys become names of files here.
-        jobs = list({job.key: job for job in jobs if KEY.fullmatch(job.key)}.values())
+        jobs = listed_jobs(listed)
         if jobs:
             results = self.client.results
             known = results.identities()
@@ -12575,11 +12581,15 @@ class Worker:
         """Kill ssh, now that the machine is tidy: a regular logout would take 40 ms."""
         if self.state != 'closing':
             raise WireError('it reported that it has finished, unasked')
-        self.state = 'closed'
-        self.contact.end()
+        self.contact.lose('')
         if self.client.results:
             with contextlib.suppress(ResultsError):     # then the next run tidies up again
                 self.client.journal.tidied(self.machine.address)
+
+    def on_parted(self):
+        """Kill ssh: a program that .bashrc started may hold the runner's session open."""
+        if self.state == 'closing':
+            self.contact.lose('')
 
 
 def need_of(attempt, machine):
@@ -15342,12 +15352,13 @@ class MachineCheck:
         return 'ok', f'as {self.settings.get("user") or "you"}'
 
     def _start_files(self):
-        noise = self.worker.contact.noise
-        if not noise:
-            return 'ok', 'print nothing'
-        return 'note', (f'print {noise[:60]!r}, which rsync cannot stand, so files are sent with '
-                        'tar. Let them print in terminals only, in ~/.bashrc behind this line: '
-                        '[[ $- == *i* ]] || return')
+        noise, holder = self.worker.contact.noise, self._detail('holder')
+        advice = ' in terminals only, in ~/.bashrc behind this line: [[ $- == *i* ]] || return'
+        if holder:
+            return 'WRONG', (f'start {holder}, which holds each connection open, so rsync waits '
+                             f'for its end. Let them start it{advice}')
+        return ('note', f'print {noise[:60]!r}, which rsync cannot stand, so files are sent with '
+                f'tar. Let them print{advice}') if noise else ('ok', 'print nothing')
 
     def _bash(self):
         return 'ok', f'version {self._detail("bash").partition("(")[0]}'
@@ -16940,6 +16951,7 @@ def main(argv=None):
 #   others                  no job of other journals is on this machine
 #   pong NUMBER             the runner lives
 #   finished                all files that are no longer needed are removed
+#   parted                  the runner exits, since the channel was closed
 #   data SIZE back KEY, data SIZE growth KEY STREAM OFFSET, data SIZE others
 #                           SIZE bytes follow: a list; new bytes of a stream; for each job of
 #                           another journal KEY, word, number and command.  A NUL ends each
@@ -16993,8 +17005,8 @@ home='' run='' claims='' proc='' sys='' shared=''
 self='' uid='' account='' boot_id='' mask=''
 # File descriptors: of the requests, of the events, and of the FIFO that reports the end of the
 # login shell or nvidia-smi.  How many of these two the runner waits for; the process group of the
-# login shell.
-requests='' events='' signals='' waiting=0 capturing=''
+# login shell; the pid of `writer`.
+requests='' events='' signals='' waiting=0 capturing='' writing=''
 # What the machine has: the numbers of a probe, the limits for new jobs, the environment of jobs.
 cores='' busy='' total='' busy_before='' total_before='' smi=nvidia-smi limits=()
 environment=() assignments='' by_env=() dropped=()
@@ -18893,7 +18905,7 @@ main() {
   start_pending
   farewell
   trap - EXIT
-  say bye
+  say parted
 }
 
 read_header() {             # reads the header; fails if the channel was cut
@@ -18983,6 +18995,7 @@ open_events() {             # from now on `writer` writes all events, and errors
   set -m                    # every background process in a process group of its own
   # The writer does not hold its own pipe open: so it exits when no other process can write.
   writer <"$run/events" 2>>"$run/log" {events}>&- {signals}>&- {idle}>&- {requests}<&- &
+  writing=$!
   disown "$!"
   exec >/dev/null 2>>"$run/log"
   trap last_words EXIT
@@ -19003,7 +19016,9 @@ writer() {                  # the only writer to the channel; reads events from 
             cat
         } <"$file"
         rm -f -- "$file" ;;
-      bye) break ;;
+      parted)               # the last event
+        ready+=$line$'\n'
+        break ;;
       *)                    # events that come together cross the network together
         ready+=$line$'\n'
         if ((${#ready} > 8000)) || ! read -r -t 0; then
@@ -19076,6 +19091,7 @@ do_check() {                # the client sends this before `probe`
   say_disk check_disk "$home"
   find_logind
   say_text probe check_logout "$REPLY"
+  say_holders
   for file in "$home"/run.*/self; do    # also of other machines that share this folder
     { read -r _ && read -r _ && read -r value; } <"$file"
     [[ $value == "$client" ]] || say_text probe check_beside "$value"
@@ -19087,6 +19103,17 @@ do_check() {                # the client sends this before `probe`
   while read -r value; do say_text probe check_partition "$value"; done < <(
     timeout 10 sinfo -h -o %P)
 } 2>/dev/null
+
+# sshd ends a session only when no process can write to it any more.  Copies by rsync, for example,
+# would wait for a program that a start file began in the background.
+say_holders() {             # reports the programs that hold the session open
+  local folder name
+  for folder in /proc/[0-9]*; do
+    if [[ $folder/fd/1 -ef /proc/$writing/fd/1 && ${folder#/proc/} != "$writing" ]]; then
+      read -r name <"$folder/comm" && say_text probe check_holder "$name"
+    fi
+  done
+}
 
 say_disk() {                # reports as fact $1 the MB and inodes that are left in the folder $2
   local free size inodes all kind

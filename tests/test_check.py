@@ -248,6 +248,10 @@ def test_start_files(check, lab):
     assert (status, mark) == (0, 'note')
     assert text.startswith("print 'Welcome to lab9', which rsync cannot stand") and text.endswith(
         'in ~/.bashrc behind this line: [[ $- == *i* ]] || return')
+    held = lab(startup={'.bashrc': 'sleep 1000 &\n'})
+    status, mark, text, _ = only(check, held, 'start files')
+    assert (status, mark) == (1, 'WRONG') and text.startswith(
+        'start sleep, which holds each connection open, so rsync waits for its end. Let them')
     status, mark, text, rest = only(check, lab(startup={'.bashrc': 'exit 3\n'}), 'start files')
     assert (status, mark, rest[0]) == (1, 'WRONG', 'bash')
     assert 'is there an exit in one of its start files' in text

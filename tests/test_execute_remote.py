@@ -386,6 +386,17 @@ def test_the_environment_is_that_of_a_batch(run, lab1):
     assert run(lab1, 'nice', '--nice=7').out == b'%d\n' % min(os.nice(0) + 7, 19)
 
 
+def test_a_program_that_holds_each_session_open_is_not_waited_for(run, lab, gate):
+    """sshd ends a session when no process has its pipes, so such a program would hold up ssh."""
+    machine = lab(startup={'.bashrc': 'sleep 1000 &\n'})
+    begin = time.monotonic()
+    assert run(machine, gate.wait('a'), '--job-name', 'd', '--detach').out == b'd\n'
+    gate.open('a')
+    assert run(machine, 'echo ok').out == b'ok\n'
+    assert time.monotonic() - begin < s.FAREWELL_S
+    assert run(None, None, '--attach', 'd').status == 0
+
+
 def test_a_noisy_login_is_no_trouble(run, start, lab, gate):
     machine = lab(startup={'.bashrc': 'echo noise; echo complaint >&2; printf "no end"\n'})
     running = start(machine, f'echo one; {gate.wait("a")}; head -c 700000 /dev/zero; echo e >&2',

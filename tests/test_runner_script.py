@@ -71,7 +71,7 @@ def test_the_page_has_each_request():
 
 
 def test_the_page_has_each_event():
-    said = set(re.findall(r'\b(?:say|say_text) "?([a-z_]+)', code('slurm'))) - {'bulk', 'bye'}
+    said = set(re.findall(r'\b(?:say|say_text) "?([a-z_]+)', code('slurm'))) - {'bulk'}
     said |= set(re.findall(r"(?:printf '|event=)([a-z]+)(?:\\t|\$)", code('slurm')))
     assert page('Events.', 'A list').keys() == said
     assert said - {'data'} | {'back', 'growth', 'others'} == s.EVENTS.keys()     # the kinds of data
@@ -1258,7 +1258,7 @@ def test_cancel_of_a_job_that_ended_or_never_was_touches_nothing(runner):
     runner.send('cancel', 5, 'job.1')
     runner.send('cancel', 5, 'unknown.1')
     runner.finish()
-    assert {event[0] for event in runner.events} <= {'started', 'cancelled'}
+    assert {event[0] for event in runner.events} <= {'started', 'cancelled', 'parted'}
 
 
 @pytest.mark.parametrize('record', [
@@ -1595,7 +1595,7 @@ def test_what_is_adopted_and_runs_needs_no_process_of_ours(channel, env, gate):
         fifo.write(b'.' * len(names))
         for name in names:
             assert second.ended(name, adopted=True)[0] == 0
-    assert {event[0] for event in second.close()} <= {'probe', 'used', 'started', 'ended', 'bye'}
+    assert {event[0] for event in second.close()} <= {'probe', 'used', 'started', 'ended', 'parted'}
 
 
 def test_a_look_at_what_began_here_leaves_its_end_to_be_told_once(runner, tmp_path):
@@ -1919,7 +1919,7 @@ def test_a_job_runs_on_without_the_channel(runner, gate, cut, env):
         job = group_members(group_of(runner, 'job'))
         cut(runner)
         runner.process.wait(rig.SAFETY_NET_S)
-        assert cut is killed or not [event for event in runner.rest() if event[0] != 'probe']
+        assert cut is killed or {event[0] for event in runner.rest()} <= {'probe', 'parted'}
         others = set(rig.knowing(env['HOME'])) - {worker, *job}
         assert all(rig.ends(pid) for pid in others)
         fifo.write('go\n')
