@@ -18786,7 +18786,10 @@ wait_removed() {            # waits until all removals are done
 
 farewell() {                # without a `finish`: stops tied jobs, removes stages no job needs
   wait_removed
-  [[ ! $finished ]] || return 0
+  if [[ $finished ]]; then              # what asks the login or nvidia-smi may write into $run late
+    [[ ! -e $run ]] || rm -rf -- "$run"
+    return 0
+  fi
   give_up_gpus
   if [[ $tied ]] && ((${#begun[@]})); then
     end_begun

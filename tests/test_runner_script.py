@@ -1899,6 +1899,17 @@ def test_a_run_of_another_login_node_keeps_what_is_shared_until_it_leaves(runner
     assert left == ({other.name, 'stage'} if is_left else {other.name})
 
 
+def test_a_file_that_is_written_late_leaves_no_folder(runner):
+    runner.ready()
+    (folder,) = Path(runner.folder).glob('run.*')
+    runner.send('finish', '')
+    runner.until('finished')
+    folder.mkdir(parents=True)
+    (folder / 'late').write_text('')
+    runner.close()
+    assert not folder.exists()
+
+
 # ---- When the channel ends, and another one comes ----
 
 def ending(runner):
