@@ -47,6 +47,11 @@ def must_run(*argv, cwd, environment=None):
     return done.stdout
 
 
+def developing(program):
+    """Return the path of a program of requirements-dev.txt."""
+    return Path(sys.executable).parent / program
+
+
 def assert_helps(done, command):
     """Assert that the command showed its usage on stdout and nothing else happened."""
     assert (done.returncode, done.stderr) == (0, ''), f'{done.args}\n{done.stderr}'
@@ -71,8 +76,8 @@ def copied_file(tmp_path):
 
 
 @pytest.fixture(scope='session')
-def installed(tmp_path_factory):
-    """A fresh virtual environment with the project installed from a git clone, as README says."""
+def clone(tmp_path_factory):
+    """A git repository with the project, the source of the installations that README shows."""
     if not shutil.which('git'):
         pytest.skip('git is missing, and the installation that README shows starts from a clone')
     folder = tmp_path_factory.mktemp('packaging')
@@ -81,7 +86,13 @@ def installed(tmp_path_factory):
     must_run('git', 'init', '-q', cwd=clone)
     must_run('git', 'add', '-A', cwd=clone)
     must_run('git', *somebody, 'commit', '-q', '--no-verify', '-m', 'all of it', cwd=clone)
+    return clone
 
+
+@pytest.fixture(scope='session')
+def installed(clone):
+    """A fresh virtual environment with the project installed."""
+    folder = clone.parent
     must_run(sys.executable, '-m', 'venv', folder / 'venv', cwd=folder)
     python = folder / 'venv/bin/python'
     must_run(python, '-m', 'pip', 'install', f'git+file://{clone}', cwd=folder)
@@ -109,6 +120,19 @@ def metadata(installed):
 @pytest.mark.parametrize('command', EXECUTABLES)
 def test_an_installed_executable_shows_its_help(installed, tmp_path, command):
     assert_helps(run(installed / 'bin' / command, '--help', cwd=tmp_path), command)
+
+
+@pytest.mark.parametrize('words', [['uv', 'tool', 'install'], ['pipx', 'install']])
+def test_the_installations_of_readme(clone, tmp_path, words):
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert f'\n$ {" ".join(words)} git+https://' in readme
+    folders = {'UV_TOOL_DIR': 'tools', 'UV_TOOL_BIN_DIR': 'bin', 'UV_CACHE_DIR': 'cache',
+               'PIPX_HOME': 'tools', 'PIPX_BIN_DIR': 'bin', 'PIPX_MAN_DIR': 'man'}
+    environment = {name: str(tmp_path / folder) for name, folder in folders.items()}
+    must_run(developing(words[0]), *words[1:], '--python', sys.executable, f'git+file://{clone}',
+             cwd=tmp_path, environment={**environment, 'UV_PYTHON_DOWNLOADS': 'never'})
+    for command in EXECUTABLES:
+        assert_helps(run(tmp_path / 'bin' / command, '--help', cwd=tmp_path), command)
 
 
 def test_the_version_is_the_one_in_the_file(metadata):
@@ -328,12 +352,10 @@ def test_uv_runs_the_copied_file(copied_file, words):
     folder = copied_file.parent
     for name in ALONE:
         shutil.copy2(ROOT / f'{name}.py', folder)
-    if not shutil.which('uv') or run('uv', '--version', cwd=folder).returncode != 0:
-        pytest.skip('uv is not installed')
     # uv may not use this machine's cache, and may not download a Python.
     environment = {'UV_CACHE_DIR': str(folder / 'cache'), 'UV_PYTHON_DOWNLOADS': 'never'}
     done = run(
-        'uv', 'run', '--quiet', '--python', sys.executable, *words, '--help',
+        developing('uv'), 'run', '--quiet', '--python', sys.executable, *words, '--help',
         cwd=folder, environment=environment,
     )
     assert_helps(done, words[-1].replace('.py', ''))
