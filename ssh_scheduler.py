@@ -5890,7 +5890,12 @@ def part_words(argv, kinds, machines):
 def in_quotes(command):
     """Return the words of a command as one word for a shell, which people can read."""
     import shlex
-    text = shlex.join(command)
+    return one_word(shlex.join(command))
+
+
+def one_word(text):
+    """Return the text as one word for a shell, which people can read."""
+    import shlex
     is_plain = "'" in text and not set(text) & set('"\\$`!')
     return f'"{text}"' if is_plain else shlex.quote(text)
 
@@ -5925,6 +5930,9 @@ def missing_quotes(usage, argv, why='', in_batch=False, machines=()):
                      f'{" ".join([shlex.join([*start, *own]), in_quotes(command)])}')
 
 
+ONE_BATCH_FILE = 'execute_batch takes one batch file: put all lines into one.'
+
+
 def refuse_words(words, positionals, spelled, command, alone):
     """Raise, since the command line has more words than positionals; tell what they may mean.
 
@@ -5942,6 +5950,8 @@ def refuse_words(words, positionals, spelled, command, alone):
         hint = f' For one job: --rerun {extra[0]}.'
     elif positionals == ['batch'] and is_job:
         hint = f' For one job: --what {extra[0]}, or --follow {extra[0]} for its output.'
+    elif positionals == ['batch'] and all(map(os.path.isfile, words)):
+        hint = f' {ONE_BATCH_FILE}'
     elif positionals == ['batch'] and begins_command(words[0]) and not os.path.exists(words[0]):
         hint = (' <batch> is a file with one command on each line. For one command: '
                 'execute_remote.')
@@ -6536,11 +6546,11 @@ def find_machines(words):
 
 # ---- Batch files ----
 
-def one_command(machine, words):
-    """Return what to type in place of execute_batch, to run one command on a machine."""
+def one_command(machine, command):
+    """Return what to type in place of execute_batch.  command: as one word for a shell"""
     import shlex
     return printable(' A batch file has one command on each line. To run one command: '
-                     f'execute_remote --machine {shlex.quote(machine)} {in_quotes(words)}')
+                     f'execute_remote --machine {shlex.quote(machine)} {command}')
 
 
 def read_batch_text(path, stdin):
@@ -6553,9 +6563,12 @@ def read_batch_text(path, stdin):
                 data = file.read()
         if re.search(r'\.(py|ipynb)$', path) or re.match(rb'#!.*python', data):
             raise BatchFileError(f'{path} is a Python program.' + one_command(
-                'MACHINE', ['python3', path]))
+                'MACHINE', in_quotes(['python3', path])))
     except OSError as error:
-        raise BatchFileError(f'the batch file {path} cannot be read: {reason_of(error)}.') from None
+        is_command = re.search(r'\S\s', path) and begins_command(path.split()[0])
+        advice = one_command('MACHINE', one_word(path)) if is_command else ''
+        raise BatchFileError(f'the batch file {path} cannot be read: {reason_of(error)}.'
+                             f'{advice}') from None
     try:
         text = data.decode().removeprefix('\ufeff')
     except UnicodeDecodeError as error:
@@ -14363,13 +14376,22 @@ def refuse_programs(options, last):
     what = 'a variable' if '=' in wrong else 'a word of bash' if is_bash else 'a program'
     if last == '<batch>':
         noun = 'batch file'
-        advice = one_command(words[0], [*words[words.index(wrong):], options[last]])
+        advice = one_command(words[0], in_quotes([*words[words.index(wrong):], options[last]]))
     else:
         noun = 'command'
         advice = (missing_quotes(EXECUTE_TO_USAGE, argv, machines=machines)
                   or ' Put the command in quotes.')
     raise UsageError(f'{printable(wrong)} is {what}, not a machine. (If a machine has this name, '
                      f'write -- between the machines and the {noun}.){advice}')
+
+
+def refuse_batch_files(options):
+    """Raise if a word of --machines seems to be a second batch file."""
+    ending = os.path.splitext(options['<batch>'])[1]
+    for word in options['--machines'] if ending not in ('', '.yaml', '.yml') else ():
+        if word.endswith(ending) and os.path.isfile(word):
+            raise UsageError(f'{printable(word)} is a file like {printable(options["<batch>"])}, '
+                             f'not a machine. {ONE_BATCH_FILE}')
 
 
 def execute_batch(argv):
@@ -14385,6 +14407,7 @@ def execute_batch(argv):
     if not (asked or reruns):
         check_machines(options, 'batch')
         refuse_programs(options, '<batch>')
+        refuse_batch_files(options)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
     jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
     name = name_of_batch(options['<batch>'])

@@ -98,6 +98,27 @@ def test_a_program_among_the_machines_of_a_batch_is_refused(run_cli, project, wo
     assert not (project / 'job_results').exists()
 
 
+@pytest.mark.parametrize(('words', 'said'), [
+    ('--machines lab1 a.sh b.sh', 'a.sh is a file like b.sh, not a machine. '),
+    ('a.sh b.sh --machines lab1', "unexpected word 'b.sh'. ")])
+def test_a_second_batch_file_is_refused(run_cli, project, words, said):
+    for name in ('a.sh', 'b.sh'):
+        (project / name).write_text('true\n')
+    done = run_cli('execute_batch', *words.split())
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.splitlines()[0] == (
+        f'execute_batch: {said}execute_batch takes one batch file: put all lines into one.')
+    assert not (project / 'job_results').exists()
+
+
+def test_a_command_in_the_place_of_the_batch_file(run_cli, project):
+    done = run_cli('execute_batch', 'echo "a b"', '--machines', 'lab1')
+    assert (done.returncode, done.stderr) == (2, (
+        'execute_batch: the batch file echo "a b" cannot be read: No such file or directory. '
+        'A batch file has one command on each line. To run one command: '
+        "execute_remote --machine MACHINE 'echo \"a b\"'\n"))
+
+
 @pytest.mark.parametrize(('data', 'line'), [
     (b'\xff', 1), (b'a\nb\nc\xe9d\ne', 3), ('a\n\n\u00e9'.encode('latin-1'), 3),
     (b'\xef\xbb\xbfa\n\xc3', 2), ('a\nb'.encode('utf-16'), 1)])
