@@ -3352,7 +3352,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
-        self.nobody_reads = False    # nobody reads the output any more
+        self._unread = set()        # the streams that nobody reads any more
         self.trouble = ''           # or why stdout cannot be written
 
     def line(self, text):
@@ -3548,14 +3548,37 @@ class Reporter:
             stream.write(in_ascii(text) + '\n')
             stream.flush()
 
+    @property
+    def nobody_reads(self):
+        """Tell whether nobody reads stdout or stderr any more."""
+        return bool(self._unread)
+
+    def move_to_terminal(self):
+        """Print on the terminal what nobody would read on stdout or stderr; tell if it is so."""
+        self._unread.update(stream for stream in (self._out, self._err)
+                            if has_no_reader(stream.fileno()))
+        moved = self.nobody_reads
+        with contextlib.suppress(OSError), open('/dev/tty', 'wb') as terminal:
+            while self._unread:
+                os.dup2(terminal.fileno(), self._unread.pop().fileno())
+        return moved and not self.nobody_reads
+
     def _silence(self, stream, error):
-        self.nobody_reads = True
+        self._unread.add(stream)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
         if stream is self._out and error.errno not in (errno.EPIPE, errno.EIO):
             self.trouble = reason_of(error)
             self.warning(f'stdout cannot be written: {self.trouble}')
+
+
+def has_no_reader(fd):
+    """Tell whether a file descriptor is a pipe that nobody reads any more."""
+    import select
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def flush_streams():
@@ -3759,19 +3782,30 @@ def as_paths(value):
 EXPLAIN_S = 5.0             # without a start, before the view prints why nothing starts
 
 
+class Elsewhere(NamedTuple):
+    """A machine on which an earlier run began a job, and which this run does not use."""
+    address: str
+    word: str                       # its name in that run; its address if that names another now
+
+
 class Plan(NamedTuple):
     """The lines of a batch file, and what a run will do with each."""
     lines: Lines
     failed_before: tuple            # JobResults of jobs that failed in an earlier run
-    elsewhere: dict                 # name of a begun job -> machine, which this run does not use
+    elsewhere: dict                 # name of a begun job -> Elsewhere
     again: tuple = ()               # names of jobs that have results, and are to run once more
 
 
-def plan_lines(lines, results, addresses):
-    """Return the Plan for the Lines on machines with these addresses."""
+def plan_lines(lines, results, machines):
+    """Return the Plan for the Lines on these Machines."""
     records = [(job, results.journal.record(job.name)) for job in (*lines.begun, *lines.gone)]
-    elsewhere = {job.name: known['machine'] for job, known in records
-                 if known['machine'] not in addresses}
+    addresses = {machine.address for machine in machines}
+    taken = {None, *(machine.word for machine in machines)}     # the word may have a new address
+    elsewhere = {}
+    for job, known in records:
+        address, word = known['machine'], known.get('where')
+        if address not in addresses:
+            elsewhere[job.name] = Elsewhere(address, address if word in taken else word)
     failed_before = []
     for job in lines.done:
         known = results.journal.record(job.name)
@@ -3787,8 +3821,8 @@ def warnings_of(plan):
     cut_off = [job for job in lines.begun if job.name in plan.elsewhere]
     for job in sorted((*cut_off, *lines.done), key=lambda job: job.line):
         if job.name in plan.elsewhere:
-            yield job, (f'WARNING: line {job.line} was started on {plan.elsewhere[job.name]} by a '
-                        'run that was cut off. Name that machine too, to collect the results')
+            yield job, (f'WARNING: line {job.line} was started on {plan.elsewhere[job.name].word} '
+                        'by an earlier run. Name that machine too, to collect the results')
         else:
             other = f' (done as {job.name})' if job.name in lines.usual else ''
             yield job, (f'WARNING: job results already exists for line {job.line}{other}, skipping '
@@ -3811,10 +3845,10 @@ def skipped_in_short(plan, batch, journal):
 
 
 def older_files(plan, results, files, path):
-    """Return two pairs: (Jobs that an earlier run gave other files, the paths that differ).
+    """Return {'changed', 'deleted' or 'new': (Jobs that had other files, the paths that differ)}.
 
-    The first pair is for Jobs of which a file has changed or is gone, the second for Jobs that
-    lack only new files.  A new file is often a table or a log that somebody wrote here.
+    Each Job is in the first of the three that fits.  A new file is often a table or a log that
+    somebody wrote here, and a deleted one, too.
 
     files: the Files that are sent; path: that of the batch file, whose lines are compared
     """
@@ -3822,44 +3856,49 @@ def older_files(plan, results, files, path):
     def changes(forwards, digest):
         now = files.manifest(forwards)
         if digest in (None, now.digest):
-            return set(), False
+            return '', ()
         before = results.sent.get(digest)
         if not before:
             # An older version of this program, with other digests, kept its lists in files/.
             is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
-            return (set(), False) if is_known else ({'(not recorded)'}, False)
+            return ('', ()) if is_known else ('changed', {'(not recorded)'})
         paths = set(now.changed(before)) - {os.path.normpath(path)}
         old = paths & before.files.keys()
-        return old or paths, not old
+        deleted = old - now.files.keys()
+        return next(((kind, found) for kind, found in (
+            ('changed', old - deleted), ('deleted', deleted), ('new', paths)) if found), ('', ()))
 
-    older, extended = ([], set()), ([], set())
+    groups = {kind: ([], set()) for kind in ('changed', 'deleted', 'new')}
     for job in (*plan.lines.done, *plan.lines.begun):
-        paths, are_new = changes(job.forwards, results.journal.record(job.name).get('files'))
-        if paths:
-            jobs, differing = extended if are_new else older
+        kind, paths = changes(job.forwards, results.journal.record(job.name).get('files'))
+        if kind:
+            jobs, differing = groups[kind]
             jobs.append(job)
             differing |= paths
-    return older, extended
+    return groups
 
 
 def file_notes(plan, results, files, path, batch):
-    """Yield a sentence on jobs that had older files, and one on jobs that had fewer.
+    """Yield a sentence on jobs that had older files, and others on jobs that had more or fewer.
 
     The arguments are those of older_files; batch: how the names of its jobs begin
     """
-    (older, changed), (extended, new) = older_files(plan, results, files, path)
-    if older:
-        ended = [job.name for job in older if not results.journal.is_begun(job.name)]
-        running = len(older) - len(ended)
+    groups = older_files(plan, results, files, path)
+    for kind, (jobs, paths) in groups.items():
+        if not jobs:
+            continue
+        names = names_of(sorted(map(printable, paths)))
+        if kind != 'changed':
+            yield (f'{kind} files since: {names}: {count_of(len(jobs), "line")} ran '
+                   f'{"without" if kind == "new" else "with"} them')
+            continue
+        ended = [job.name for job in jobs if not results.journal.is_begun(job.name)]
+        running = len(jobs) - len(ended)
         parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
-        parts += [f'{count_of(running, "running line")} '
-                  f'{"has" if running == 1 else "have"} them'] * bool(running)
+        parts += [f'{count_of(running, "running line")} {"has" if running == 1 else "have"} '
+                  'the older files'] * bool(running)
         again = f'. To run them again: {rerun_of(ended, batch)}' if ended else ''
-        yield (f'files changed since: {names_of(sorted(map(printable, changed)))}: '
-               f'{" and ".join(parts)}{again}')
-    if extended:
-        yield (f'new files since: {names_of(sorted(map(printable, new)))}: '
-               f'{count_of(len(extended), "line")} ran without them')
+        yield f'files changed since: {names}: {" and ".join(parts)}{again}'
 
 
 class View:
@@ -4048,7 +4087,9 @@ class Summary:
         report.line(f'{"interrupted" if run.interrupts else "done"}: '
                     f'{count_of(len(run.jobs), "job")}: {", ".join(counts)}, '
                     f'{self._took(wall_s)}')
-        stopped = len({attempt.name for attempt in run.lives.all_of('cancelled', 'dropped')})
+        fates = self._fates()               # a cancelled job may have run again since
+        stopped = len({attempt.name for attempt in run.lives.all_of('cancelled', 'dropped')
+                       if fates.get(attempt.name) == 'cancelled'})
         if stopped:
             report.note(
                 f'partial results of {count_of(stopped, "cancelled job")} are in '
@@ -4063,8 +4104,9 @@ class Summary:
         for name, machine in unknown.items() if not run.leaves else ():
             state = 'has ended' if self._results.journal.record(name)['state'] == 'ended' else (
                 'may still run')
-            report.line(f'{name}: {state} on {machine}: run the same command again to collect '
-                        'its results')
+            what = ('name that machine, too,' if name in self._plan.elsewhere else
+                    'run the same command again')
+            report.line(f'{name}: {state} on {machine}: {what} to collect its results')
         if run.interrupts:
             return 130
         return int(bool(run.failures or before or unknown or counted['not started']
@@ -4080,7 +4122,7 @@ class Summary:
         """Return {name of each job that is not collected: the machine where it is or was}."""
         left = {attempt.name: attempt.machine for attempt in self._run.lives.all_of(
             *UNCOLLECTED, 'kept')}
-        return {**self._plan.elsewhere, **{
+        return {**{name: there.word for name, there in self._plan.elsewhere.items()}, **{
             name: worker.name if worker.was_ready else worker.machine.address
             for name, worker in left.items()}}
 
@@ -4248,9 +4290,9 @@ class Keys:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-ANSWERS = ('  d      detach: jobs keep running; same command continues',
-           '  c      cancel: stop all running jobs and exit',
-           '  Enter  continue')
+ANSWERS = ('  d      detach: running jobs continue, no more start',
+           '  c      cancel: stop the running jobs (or Ctrl-C again)',
+           '  Enter  continue, as the batch does until you answer')
 
 
 class Question:
@@ -4304,7 +4346,14 @@ class PipedQuestion(Question):
     """
 
     POLL_S = 0.1                # between two looks at the keys
-    SAID = {'d': 'The jobs keep running.', 'c': 'The jobs are being stopped.'}
+    SAID = {'d': 'The jobs keep running.', 'c': 'The jobs are being stopped.',
+            '\r': 'The batch continues.'}
+    NO_READER = (' Ctrl-C has also ended the program that read its output. The next lines appear '
+                 'here. (tee -i ignores Ctrl-C.)')
+
+    def __init__(self, run, reporter):
+        super().__init__(run)
+        self._report = reporter
 
     def ask(self):
         """Ask, if a person can answer; return whether it asks.  Runs in a signal handler."""
@@ -4322,7 +4371,8 @@ class PipedQuestion(Question):
         if self.is_open:
             self._run.client.processes.call_later(self.POLL_S, self._await)
         elif key in self.SAID:
-            self._say(self.SAID[key])
+            moves = key == '\r' and self._report.move_to_terminal()
+            self._say(self.SAID[key] + self.NO_READER * moves)
 
     @staticmethod
     def _say(*lines):
@@ -4702,7 +4752,7 @@ class BatchView(ToldView):
     def open(self):
         """The run is about to log in."""
         if not self._options['--dry-run']:
-            self._question = PipedQuestion(self.run)
+            self._question = PipedQuestion(self.run, self._report)
 
     def ask(self):
         """Ask what Ctrl-C should do, if a person is at the terminal; return whether it asks."""
@@ -4955,7 +5005,7 @@ class BatchView(ToldView):
 
     def stopping(self):
         """Print that an interrupt stops all jobs."""
-        self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit, jobs keep running)')
+        self._report.note('interrupted: stopping all jobs (Ctrl-C again: exit without waiting)')
 
     def leaving(self):
         """Print which jobs keep running, and how many lines have not started."""
@@ -5368,9 +5418,11 @@ class BatchStatus:
             ('running', 'running'), ('started', 'started'), ('queued', 'queued at a cluster'),
             ('ended', 'ended and not collected yet'))
             if states[state] or state == 'running' and self._client]
-        waiting = self._counts['waiting'] - states['queued']
+        # A job that an earlier run cancelled has a record, and waits.
+        cancelled = sum(status.state == 'cancelled' and not status.known for status in self.jobs)
+        waiting = self._counts['waiting'] - states['queued'] - cancelled
         numbers = 'all jobs have ended' if self.is_over else ', '.join(
-            [*parts, f'{waiting} waiting'])
+            [*parts, f'{waiting} waiting', *[f'{cancelled} cancelled'] * bool(cancelled)])
         holder = self._holder
         since = holder and clock_of(holder.since, self._now)
         if self._client:
@@ -6321,15 +6373,41 @@ def explain_yaml(error, text):
     return (begins if unended else mark).line + 1, what
 
 
+def config_values(path, keyword, depth=0):
+    """Yield the values of a keyword in an ssh_config, and in the files that it includes."""
+    import glob
+    try:
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            text = file.read()
+    except OSError:
+        return
+    for word, value in re.findall(rf'(?im)^[ \t]*({keyword}|Include)[ \t=]+(\S.*)$', text):
+        if word.lower() == keyword.lower():
+            yield value.strip().strip('"')
+        elif depth < 16:                    # the limit of ssh itself
+            for pattern in value.split():
+                pattern = os.path.expanduser(pattern.strip('"'))
+                for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
+                    yield from config_values(inner, keyword, depth + 1)
+
+
+def host_patterns():
+    """Return the patterns of all `Host` lines of ~/.ssh/config, most of which are plain names."""
+    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
+    return [pattern for value in values for pattern in value.replace('"', ' ').split()]
+
+
 def machine_from(values, name, path):
     """Return the Machine that a file's checked values describe; check its key file."""
     key_path = values.get('ssh_key_path')
     if key_path is not None:
         key_path = os.path.expanduser(key_path)
         check_key(key_path, path)
+    # An alias of ~/.ssh/config has its port there.
+    port = values.get('port', None if values['ip'] in host_patterns() else 22)
     return Machine(
         name=values.get('name', name), host=values['ip'], username=values.get('username'),
-        port=values.get('port', 22), ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
+        port=port, ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
         ssh_options=tuple(values.get('ssh_options', {}).items()),
         workdir=values.get('workdir', ''), setup=values.get('setup', ''),
         env=tuple(values.get('env', {}).items()), wrap=values.get('wrap', ''),
@@ -6628,6 +6706,20 @@ def jobs_named(words, names, path):
                              f'{typed_for(path, "--status")}')
         found[name] = None
     return list(found)
+
+
+def other_lines(words, names, path):
+    """Yield a sentence for each number that means one job, and is the line of another.
+
+    The arguments are those of jobs_named.  Lines move when others are inserted; names stay.
+    """
+    batch, at_line = name_of_batch(path), {f'{job.line}': name for name, job in names.items()}
+    for number in filter(str.isdecimal, words):
+        name, other = f'{batch}.{number}', at_line.get(number)
+        if number not in names and name in names and other not in (None, name):
+            line = names[name].line
+            yield (f'{number} means the job {name}{f" (line {line})" if line else ""}; line '
+                   f'{number} is the job {other}')
 
 
 def check_job_name(name, where, most=180):
@@ -10109,30 +10201,6 @@ def session_refused(complaint):
     return 'open refused by peer' in complaint
 
 
-def config_values(path, keyword, depth=0):
-    """Yield the values of a keyword in an ssh_config, and in the files that it includes."""
-    import glob
-    try:
-        with open(path, encoding='utf-8', errors='surrogateescape') as file:
-            text = file.read()
-    except OSError:
-        return
-    for word, value in re.findall(rf'(?im)^[ \t]*({keyword}|Include)[ \t=]+(\S.*)$', text):
-        if word.lower() == keyword.lower():
-            yield value.strip().strip('"')
-        elif depth < 16:                    # the limit of ssh itself
-            for pattern in value.split():
-                pattern = os.path.expanduser(pattern.strip('"'))
-                for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
-                    yield from config_values(inner, keyword, depth + 1)
-
-
-def host_patterns():
-    """Return the patterns of all `Host` lines of ~/.ssh/config, most of which are plain names."""
-    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
-    return [pattern for value in values for pattern in value.replace('"', ' ').split()]
-
-
 def known_names():
     """Return the names of machines in ~/.ssh/config and of the machine files that are found."""
     import glob
@@ -13544,6 +13612,19 @@ class Editions:
         return [job._replace(forwards=later[job.forwards]) for job in jobs], notes
 
 
+def workers_in_use(run):
+    """Return the Workers of a Run that were not given back."""
+    return [worker for worker in run.workers if not run.fleet.standing[worker].is_given_back]
+
+
+def changed_machines(run, machines):
+    """Return the names of those Machines that the Run uses with other settings."""
+    used = {worker.name: worker.machine for worker in workers_in_use(run)
+            if worker.state != 'failed'}
+    return [machine.name for machine in machines if machine.name in used
+            and machine._replace(word='') != used[machine.name]._replace(word='')]
+
+
 class Desk:
     """Acts on the requests of an Inbox, for a Run.
 
@@ -13633,8 +13714,8 @@ class Desk:
                 has_ended = self._results.journal.record(attempt.name).get('state') == 'ended'
                 places[attempt.name] = ('fetching' if has_ended else 'away' if is_away else word,
                                         attempt.machine.name)
-        return {**{name: ('elsewhere', address)
-                   for name, address in run.view.plan.elsewhere.items()}, **places}
+        return {**{name: ('elsewhere', there.word)
+                   for name, there in run.view.plan.elsewhere.items()}, **places}
 
     # The actions
 
@@ -13642,6 +13723,7 @@ class Desk:
         """Cancel these jobs."""
         run, places = self._run, self._places()
         names = jobs_named(jobs, run.jobs, self._options['<batch>'])
+        yield from other_lines(jobs, run.jobs, self._options['<batch>'])
         for name in names:
             word, machine = places.get(name, ('', ''))
             before = name in run.wishes.cancelled
@@ -13690,6 +13772,7 @@ class Desk:
             elif name in ready:
                 yield f'{name}: {runs_again(kept.get(name))}'
         yield from notes
+        yield from other_lines(jobs, run.jobs, self._options['<batch>'])
         if trouble:
             self._trouble = (f'{count_of(len(again) - len(ready), "job")} cannot run again: '
                              f'{trouble}')
@@ -13717,8 +13800,7 @@ class Desk:
             if found[-1] is None:
                 names = ', '.join(printable(worker.name) for worker in run.workers)
                 raise UsageError(f'the batch does not use {printable(word)}; it uses {names}.')
-        others = [worker for worker in run.workers if worker not in found
-                  and not run.fleet.standing[worker].is_given_back
+        others = [worker for worker in workers_in_use(run) if worker not in found
                   and worker.state in ('new', 'connecting', 'ready', 'away')]
         if now and not others:
             raise UsageError('no other machine is in use, on which the jobs could run. Without '
@@ -13748,14 +13830,16 @@ class Desk:
         machines, wrong = find_machines(options['--machines'] or ())
         allow_files(len(self._run.workers) + len(machines))
         parts, notes = self._change_lines(jobs)
-        joined = self._join(machines)
+        changed = changed_machines(self._run, machines)
+        joined = self._join([machine for machine in machines if machine.name not in changed])
         self._results.lock.tell(self._run.batch, hardware_words(options))
         parts += [f'{worker.name} joins' for worker in joined]
         yield ', '.join(parts) or 'it has these lines and machines already'
         yield from notes
         yield from (f'cannot be used: {complaint}' for complaint in wrong)
-        unnamed = {worker.name for worker in self._run.workers
-                   if not self._run.fleet.standing[worker].is_given_back
+        yield from (f'{name}: its machine file has changed. This batch uses it as it was'
+                    for name in changed)
+        unnamed = {worker.name for worker in workers_in_use(self._run)
                    } - {machine.name for machine in machines}
         if unnamed and machines:
             yield (f'{names_of(sorted(unnamed))} stays in use. To give it back: execute_batch '
@@ -13795,12 +13879,12 @@ class Desk:
     def _take_up(self, worker):
         """Take up jobs that an earlier run began on this machine, which is in use only now."""
         run, plan = self._run, self._run.view.plan
-        there = {name for name, address in plan.elsewhere.items()
+        there = {name for name, (address, _) in plan.elsewhere.items()
                  if address == worker.machine.address}
         for name in there:
             run.take_up(run.jobs[name], worker, self._results.journal.record(name))
         run.view.replan(plan._replace(elsewhere={
-            name: address for name, address in plan.elsewhere.items() if name not in there}))
+            name: place for name, place in plan.elsewhere.items() if name not in there}))
 
     def _change_lines(self, jobs):
         """Run these Jobs, and no others; return (what changed, in a few words each; notes)."""
@@ -14715,8 +14799,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
     lines = match_lines(jobs, name_of_batch(path), results)
     lines = lines._replace(gone=tuple(job._replace(allocation=allocation._replace(gpus=len(gpus_of(
         results.journal.record(job.name)['gpus'])))) for job in lines.gone))
-    plan = plan_reruns(plan_lines(lines, results, {machine.address for machine in machines}),
-                       options, results, reporter)
+    plan = plan_reruns(plan_lines(lines, results, machines), options, results, reporter)
     lines = plan.lines
     policy = policy._replace(
         forwards=None if dry else read_forwards(options),
@@ -14764,8 +14847,10 @@ def plan_reruns(plan, options, results, reporter):
         if not names:
             reporter.note('--rerun-failed: no job of the batch has failed')
     else:
-        names = jobs_named(options['--rerun'] or (), {job.name: job for job in lines.jobs},
-                           options['<batch>'])
+        asked = options['--rerun'] or (), {job.name: job for job in lines.jobs}, options['<batch>']
+        names = jobs_named(*asked)
+        for note in other_lines(*asked):
+            reporter.note(note)
     names = {*names}
     begun = [job.name for job in lines.begun if job.name in names]
     if begun:
@@ -14887,8 +14972,10 @@ def cancel_batch(call, reporter):
             before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
         named = {job.name: job for job in (*lines.jobs, *lines.gone)}
-        words = options['--cancel']
-        chosen = {*jobs_named(words, named, options['<batch>'])} if words else None
+        words, path = options['--cancel'], options['<batch>']
+        chosen = {*jobs_named(words, named, path)} if words else None
+        for note in other_lines(words or (), named, path):
+            reporter.note(note)
         return cancel_alone(results, name, named, reporter, options['--machines'], before, chosen)
     finally:
         results.close()
@@ -15010,11 +15097,13 @@ def wait_for_batch(call, reporter):
 def follow_job(call, reporter):
     """Show what a job prints until it has ended (--follow); return its exit status."""
     options, _, jobs, name = call
-    results = ResultStore('job_results').peek()
+    results, path = ResultStore('job_results').peek(), options['<batch>']
     lines = match_lines(jobs, name, results)
-    (job,) = jobs_named([options['--follow']], {job.name: job for job in (
-        *lines.jobs, *lines.gone)}, options['<batch>'])
-    return JobWatch(job, name, results, reporter, path=options['<batch>']).run()
+    asked = [options['--follow']], {job.name: job for job in (*lines.jobs, *lines.gone)}, path
+    (job,) = jobs_named(*asked)
+    for note in other_lines(*asked):
+        reporter.note(note)
+    return JobWatch(job, name, results, reporter, path=path).run()
 
 
 class JobWatch:

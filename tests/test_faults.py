@@ -956,7 +956,7 @@ def test_31_signals(host, watch, outside, numbers):
     has_begun(machine, 'batch.sh.2')
     batch.process.send_signal(numbers[0])
     if len(numbers) > 1:
-        batch.complains('stopping all jobs (Ctrl-C again: exit, jobs keep running)')
+        batch.complains('stopping all jobs (Ctrl-C again: exit without waiting)')
         batch.process.send_signal(numbers[1])
     first = batch.end()
     assert first.returncode == (-signal.SIGHUP if numbers[0] == signal.SIGHUP else 130)

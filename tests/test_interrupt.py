@@ -408,7 +408,10 @@ def test_what_runs_elsewhere_is_not_started_again(batches, lab, lab1, ledger, ga
     kill(batch)
     done = batches.run(None, [lab1], *NO_GPU)
     assert done.returncode == 1
-    assert f'line 1 was started on ben@127.0.0.1:{machine.port}' in done.stdout
+    file = machine.yaml()
+    assert f'line 1 was started on {file} by an earlier run. Name that machine too' in done.stdout
+    assert (f'batch.sh.1: may still run on {file}: name that machine, too, to collect its results'
+            in done.stdout)
     assert ledger.read_text() == '1\n'
     gate.open('a')
     wrote(ledger, 'end')

@@ -436,6 +436,10 @@ def test_a_job_of_another_line_is_named(run, batches):
             'batch.sh --status') in done.stderr
     done = run('#', 'true', 'echo', options=('--rerun', '2'))
     assert 'new names' not in done.stderr and started(done) == ['batch.sh.2']
+    told = '2 means the job batch.sh.2 (line 3); line 2 is the job batch.sh.1'
+    assert told in done.stderr.splitlines()
+    assert told in run('#', 'true', 'echo', options=('--follow', '2')).stderr.splitlines()
+    assert 'means the job' not in run('true', 'echo', options=('--follow', '2')).stderr
 
 
 def test_files_that_are_only_new_are_told_apart(run, project):
@@ -448,8 +452,14 @@ def test_files_that_are_only_new_are_told_apart(run, project):
     assert 'files changed' not in said
     (project / 'train.py').unlink()
     said = run(*lines).stderr
-    assert 'files changed since: train.py: 2 finished lines' in said
-    assert 'new files' not in said
+    assert 'deleted files since: train.py: 2 lines ran with them' in said.splitlines()
+    assert 'new files' not in said and 'files changed' not in said
+    (project / 'train.py').write_text('print(2)\n')
+    (project / 'sweep.csv').unlink()
+    run('cat train.py', 'true', 'echo')
+    (project / 'train.py').write_text('print(3)\n')
+    said = run('cat train.py', 'true', 'echo').stderr
+    assert 'files changed since: train.py: 3 finished lines had the older files.' in said
 
 
 def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gate):
@@ -462,7 +472,7 @@ def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gat
     (project / 'data').write_text('new')
     gate.open('a')
     done = batches.run(None, [machine], *NO_GPU)
-    assert 'files changed since: data: 1 running line has them' in done.stderr
+    assert 'files changed since: data: 1 running line has the older files' in done.stderr
     assert result('batch.sh.1') == b'old'
 
 

@@ -41,7 +41,7 @@ class Lab:
         """Do what run_batch does; return the exit status."""
         name = s.name_of_batch(self.path)
         lines = s.match_lines(self.jobs, name, self.results)
-        plan = s.plan_lines(lines, self.results, {w.machine.address for w in self.workers})
+        plan = s.plan_lines(lines, self.results, [worker.machine for worker in self.workers])
         view = s.BatchView(self.reporter, self.results, plan, self.allocation, self.options,
                            self.path)
         run = self.batch = s.Run((*lines.jobs, *lines.gone), self.workers, self, view,

@@ -61,6 +61,7 @@ def test_single_jobs_are_cancelled(batches, ask, lab, held, gate, ledger):
          'batch.sh.3: cancelled; it had not started')
     done = ask('--status')
     assert re.search(r'^\.3 +cancelled .* the next run starts it, not this one$', done.stdout, re.M)
+    assert re.search('^a client runs .* waiting, [12] cancelled', done.stdout), done.stdout
     done = ask('--follow', '3')
     assert (done.returncode, done.stderr) == (1, 'batch.sh.3 was cancelled\n')
     batch.until('finished: batch.sh.4')         # job 4 takes the place of job 1
@@ -354,6 +355,10 @@ def test_a_machine_joins_and_another_is_given_back(batches, ask, lab, held, gate
     batch.until('started: batch.sh.1')
     handed = f'handed to the client that runs (process {batch.process.pid}): '
     said(batches.run(lines, [first, second], *NO_GPU), f'{handed}{second} joins')
+    said(batches.run(lines, [one.yaml(max_jobs=2), second], *NO_GPU),
+         f'{handed}it has these lines and machines already',
+         f'{first}: its machine file has changed. This batch uses it as it was')
+    one.yaml(max_jobs=1)
     wrote(ledger, 'b')
     done = ask('--drop-machine', 'elsewhere')
     assert (done.returncode, f'elsewhere; it uses {first}, {second}.' in done.stderr) == (2, True)

@@ -446,7 +446,7 @@ def test_another_login_node_leaves_jobs_to_the_one_that_began_them(
         first = file.read_text()
         file.write_text(Path(other.yaml()).read_text())
         done = case.end(case.start())
-        assert f'WARNING: line 1 was started on {address} by a run that was cut off. Name that ' \
+        assert f'WARNING: line 1 was started on {address} by an earlier run. Name that ' \
             'machine too, to collect' in done.stdout
         assert done.returncode == 1 and '1 not collected' in done.stdout and not ends()
         case.go()

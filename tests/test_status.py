@@ -582,7 +582,8 @@ def test_what_older_versions_left(project, run_cli):
             '.1': ['finished', 'ben@lab1:22', '', 'a', 'said'],
             '.2': ['failed 1', 'ben@lab1:22', '', 'b', 'said'],
             '.3': ['running', 'ben@lab1:22', '', 'c', ''],
-            '.4': ['finished', '', '', 'd', 'of nobody']}
+            '.4': ['finished', '', '', 'd',
+                   'the journal does not know which command made these results']}
     assert json.loads(status_of(run_cli, '--json')[1][0])['started_at'] is None
     (made.inner / 'lock').unlink()
     assert tree_of('.') == before
