@@ -79,7 +79,8 @@ Usage:
   <source>, and, where a pattern such as job_results/* names them, streams
   (NAME.out, NAME.err), earlier results (NAME~1) of jobs that are named, too,
   files of jobs that run (NAME.partial), and tables and pages of results_table.
-  <dest> must not be a folder of results or lie in one.
+  <dest> must not be a folder of results or lie in one. If it lies in a folder
+  with job_results, the next batch of that folder sends <dest>, too.
 
 Options:
   --dry-run               Compare all files and show the outcome; write nothing.
@@ -878,6 +879,27 @@ def refusal_of(dest, sources):
             f'all_results {shlex.quote(os.path.relpath(folder))}/*')
     return (f'{printable(dest)} {where} of results of execute_batch, to which combine_folders '
             f'adds nothing. Name the destination first: combine_folders {printable(words)}')
+
+
+def sent_with_batches(dest):
+    """Return a sentence if the next batch of the current folder sends dest with its files; '' else.
+
+    A batch was run here if job_results has a journal.  Of a .rsync-filter file look only for rules
+    that name dest.
+    """
+    path = os.path.relpath(os.path.realpath(dest), os.path.realpath('.'))
+    if path.split('/')[0] in ('.', '..', '.git') or not results_above('job_results'):
+        return ''
+    rules = ()
+    with contextlib.suppress(OSError), open('.rsync-filter', 'rb') as file:
+        rules = os.fsdecode(file.read()).split('\n')
+    if any(f'{word} {start}{path}{end}' in rules for word in ('-', 'exclude')
+           for start in ('', '/') for end in ('', '/')):
+        return ''
+    import shlex
+    return (f'the next batch of this folder sends {printable(path)}, too, unless you give '
+            f'execute_batch --exclude={printable(shlex.quote("/" + path))} or combine outside this '
+            'folder')
 
 
 def case_key(name):
@@ -2526,6 +2548,9 @@ def run(argv, terminal):
     mixed = mixed_files(sources)
     if mixed:
         terminal.complain(f'note: {mixed}')
+    sent = '' if dry_run or '--quiet' in options else sent_with_batches(dest)
+    if sent:
+        terminal.complain(f'note: {sent}')
     return 0
 
 
