@@ -71,8 +71,11 @@ Columns:
   The words that differ: --lr=0.1, --lr 0.1 and lr=0.1 are lr, words without a
   name arg1, arg2, a flag is yes. Then the metrics, exit (… while the job runs),
   time, MB and GPU MB (the peak of the memory in use; empty if a job ended
-  before the first look at it, as after 1 s), and where. A job that has not
-  started has no row.
+  before the first look at it, as after 1 s, or while no client ran), where, and
+  files (a digest of the files that were sent, if these differ between jobs).
+  In front stand folder and batch, if there are several, and job; jobs is the
+  number of jobs of a mean. A job that has not started has no row. Of several
+  batches a terminal shows words that few jobs have only with --wide.
   Metrics are the numbers of metrics.json or results.json in the job's folder
   and of the files of --from. For jobs without these: the last `name: number`,
   `name=number`, and JSON object on a line, of their stdout, and the numbers of
@@ -265,6 +268,7 @@ EMPTY = Cell()
 
 PARAMETER, METRIC, FACT = 'parameter', 'metric', 'fact'
 BOTH, PROGRAMS, PEOPLE = 'both', 'programs', 'people'
+RARE = 'rare'                       # readers of a column that a terminal shows only with --wide
 
 
 class Column(NamedTuple):
@@ -1280,13 +1284,36 @@ def find_column(table, name):
     for column in table.columns:
         if name in (column.key, column.head):
             return column
-    heads = [column.head for column in table.columns if column.readers != PROGRAMS]
+    heads = [column.head for column in columns_for(table, PEOPLE)]
     known = {*heads, *(column.key for column in table.columns)}
     parts, advice = name.split(), alike(name, known)
     if len(parts) > 1 and known.issuperset(parts):
         advice = f' (join names by commas: {printable(",".join(parts))})'
     raise UsageError(f'there is no column {printable(name)}{advice}. '
                      f'Columns: {", ".join(map(printable, heads[:40]))}{", …" * (len(heads) > 40)}')
+
+
+def columns_for(table, readers):
+    """Return the columns that PROGRAMS or PEOPLE see."""
+    return [column for column in table.columns if column.readers in (BOTH, RARE, readers)]
+
+
+def with_rare_columns(table):
+    """Return the Table of jobs with its RARE columns marked: parameters that no job has.
+
+    In a table of several batches these are also the parameters that less than a tenth of the jobs
+    have, or only commands of execute_remote.
+    """
+    batches = [job.batch for job in table.jobs]
+    has_several = len(set(batches)) > 1
+
+    def is_rare(column):
+        having = [batch for row, batch in zip(table.rows, batches) if column.key in row]
+        return column.kind == PARAMETER and (not having or has_several and (
+            10 * len(having) < len(batches) or not any(having)))
+
+    return table._replace(columns=tuple(
+        column._replace(readers=RARE) if is_rare(column) else column for column in table.columns))
 
 
 # ---- Means: rows that differ in some parameters only, as one ----
@@ -1536,11 +1563,6 @@ LATEX = {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textascii
          '|': r'\textbar{}', '"': "''", **{c: f'\\{c}' for c in '&%$#_{}'}}
 
 
-def columns_for(table, readers):
-    """Return the columns that PROGRAMS or PEOPLE see."""
-    return [column for column in table.columns if column.readers in (BOTH, readers)]
-
-
 def as_dictionaries(table):
     """Return the rows as dictionaries with all columns; an empty cell is None."""
     keys = [column.key for column in columns_for(table, PROGRAMS)]
@@ -1704,7 +1726,8 @@ def hiding_order(table, columns):
 
 def fitted(table, width):
     """Return (columns, their widths) that fit the width; with None all columns, uncut."""
-    columns = columns_for(table, PEOPLE)
+    columns = [column for column in columns_for(table, PEOPLE)
+               if width is None or column.readers != RARE]
     wide = {column: max(map(width_of, [printable(column.head), *(
         printable(row.get(column.key, EMPTY).text) for row in table.rows)])) for column in columns}
     hiding = iter(hiding_order(table, columns))
@@ -2352,7 +2375,9 @@ def report_data(table, notes, folder, now, room=TAILS_BYTES):
         'title': printable(', '.join(batches[:4]) + ', …' * (len(batches) > 4)) or 'results',
         'places': [printable(one) for one in stories], 'notes': [*notes],
         'shared': [*table.shared],
-        'columns': [column_data(table, column) for column in columns_for(table, PEOPLE)],
+        # Behind all others, RARE columns push none out of sight.
+        'columns': [column_data(table, column) for column in sorted(
+            columns_for(table, PEOPLE), key=lambda column: column.readers == RARE)],
         'jobs': jobs, 'machines': [*machines.values()], 'curves': curves, 'looked': looked,
         'sent': provenance(table.jobs, links), 'variables': sorted(map(printable, variables))}
 
@@ -2503,6 +2528,7 @@ def read_table(results, wishes, report):
     if not table.rows:
         report(f'none of {many(len(jobs), "job")} fits --where')
     advise(table, report)
+    table = with_rare_columns(table)
     if wishes.mean_over:
         table = averaged(table, wishes.mean_over, wishes.unfinished, report)
     table = in_order(table, wishes.sort)

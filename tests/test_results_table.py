@@ -780,6 +780,31 @@ def sweep(made):
     return made
 
 
+def test_words_that_few_jobs_of_several_batches_have_take_no_room(made):
+    for number in range(1, 21):
+        made.add(f'grid.sh.{number}', f'python3 train.py --lr {number}', 'loss: 1')
+    made.add('bad.sh.1', 'sh -x -c "exit 3"', batch='bad.sh')
+    made.add('bad.sh.2', 'ls -l one two three', batch='bad.sh')
+    for number in range(1, 4):
+        made.add(f'one{number}', f'./eval --k {number}', batch=None)
+    head, more = screen(columns=200)[1].split(), [
+        line for line in screen(columns=200) if 'more column' in line]
+    assert head == 'batch job lr loss exit time where'.split()
+    (more,) = more
+    assert more == '7 more columns with --wide: arg1, x, c, l, arg2, arg3, k'
+    assert {'k', 'arg1'} < {*screen('--wide', columns=400)[1].split()}
+    assert {'k', 'arg1', 'lr'} < {*results_table()[0]} and command().stdout.startswith(
+        ','.join([*results_table()[0]]))
+    assert screen('--columns=job,k')[1].split() == ['job', 'k']
+    assert 'arg1' in screen('job_results/bad.sh')[0] + screen('job_results/bad.sh')[1]
+    assert screen('--where', 'batch=grid.sh')[1].split()[:3] == ['batch', 'job', 'lr']
+    command('--html', 'page.html')
+    data = json.loads(re.search('id="data">(.*)</script>', Path('page.html').read_text())[1])
+    heads = [one['head'] for one in data['columns']]
+    assert heads.index('loss') < heads.index('where') < heads.index('k')
+    assert heads.index('lr') < heads.index('loss')
+
+
 def test_means_over_a_parameter(sweep):
     low, high = results_table(mean_over='seed')
     assert (low['lr'], low['jobs'], high['lr'], high['jobs']) == (0.1, 6, 1, 1)
