@@ -102,7 +102,8 @@ Options:
                           .json and .jsonl, too. May be given several times.
   --earlier               Show also the results of jobs that were run again
                           (NAME~1), and of jobs that reproduce others
-                          (NAME-again).
+                          (NAME-again). Without it NAME~1 is there only if the
+                          newest attempt of NAME has no results.
 
 Output:
   --wide                  Print the whole table, also in a pipe.
@@ -122,8 +123,9 @@ Output:
                           this command; the shell reads it at its start.
 
 CSV and JSON have time_s in seconds, memory_mb, gpu_memory_mb, machine, gpus,
-state (finished, failed, running, ended: not fetched yet, lost, cancelled) and
-the whole command. Names of both kinds work in --where, --sort and --columns.
+state (finished, failed, running, started: no client knows whether it still
+runs, ended: not fetched yet, lost, cancelled, earlier) and the whole command.
+Names of both kinds work in --where, --sort and --columns.
 
 Exit code: 0; 2 wrong usage or results that cannot be read; 130 interrupted.
 
@@ -231,7 +233,7 @@ class Job(NamedTuple):
     """The facts of a job from the journal; None: unknown."""
     name: str
     folder: str                 # the job_results that it lies in
-    state: str                  # finished, failed, running, ended, lost, cancelled, earlier, or ''
+    state: str                  # one of STATES
     batch: str = ''             # the name of its batch; '' for a job of execute_remote
     command: str = ''
     machine: str = ''
@@ -244,6 +246,9 @@ class Job(NamedTuple):
     gpu_memory_mb: Optional[int] = None
     attempt: int = 1
     copy_of: str = ''           # the job that it reproduces
+    is_left: bool = False       # it has no results yet, and no client fetches them
+    stands_for: str = ''        # the job whose newest attempt has no results, of which these are
+                                # the newest earlier ones
 
     def path(self, end=''):
         """Return the path of the job's folder, or of its stream with the end .out or .err."""
@@ -408,8 +413,10 @@ RESULTS, BOOKKEEPING = 'job_results', '.ssh_scheduler'
 # Files that this program writes beside results.  No other file with such a name is a result.
 WRITTEN = ('.csv', '.html', '.json', '.md', '.tex')
 UNSTARTED = 'unstarted'         # the state of a job that was cancelled before it started
+STARTED = 'started'             # the state of a job that may still run: no client knows
 MOST_SETS = 50                  # sets of files to compare at most
 PARTIAL = '.partial'            # suffix of a folder that has the files of a running job so far
+STATES = ('finished', 'failed', 'running', STARTED, 'ended', 'lost', 'cancelled', 'earlier', '')
 STREAM = re.compile(r'(.+)\.(?:out|err)', re.DOTALL)
 NUMBERED = re.compile(r'(.+)\.[0-9]+', re.DOTALL)       # for old journals without `batch`
 
@@ -516,7 +523,7 @@ def read_all(places, report):
 
 def read_catalogue(folder):
     """Return ({name: facts} of all jobs, {batch: [names]}, the names in the folder)."""
-    known, present = read_journals(folder), set(os.listdir(folder))
+    known, present = read_facts(folder), set(os.listdir(folder))
     streams = {match[1] for match in map(STREAM.fullmatch, present.difference(known)) if match}
     present.update(streams)
     for name in streams.difference(known):
@@ -543,14 +550,31 @@ def read_jobs(place, report):
     """
     known, batches, present = read_catalogue(place.folder)
     names = known if place.names is None else choose_names(place, known, batches, report)
-    chosen = sorted(names, key=naturally)
+    stands = stand_ins(known, present)
+    chosen = sorted({*names, *(stands[name] for name in names if name in stands)}, key=naturally)
+    stood_for = {stand: name for name, stand in stands.items()}
     unstarted = [name for name in chosen if known[name].get('state') == UNSTARTED]
-    if unstarted:
-        report(f'left out, since cancelled before the start: {printable(some_of(unstarted))}')
-    jobs = [job_from(name, known[name], place.folder) for name in chosen
-            if known[name].get('state') != UNSTARTED]
+    told = [name for name in unstarted if name not in stands]
+    if told:
+        report(f'left out, since cancelled before the start: {printable(some_of(told))}')
+    jobs = [job_from(name, known[name], place.folder)._replace(stands_for=stood_for.get(name, ''))
+            for name in chosen if name not in unstarted]
     return [job for job in with_equal_files(jobs, place.folder)
             if job.state not in ('finished', 'failed', 'earlier', '') or job.name in present]
+
+
+def stand_ins(known, present):
+    """Return {NAME: NAME~N} of the jobs whose newest attempt has no results, but earlier ones have:
+    the newest of these.  That attempt was cancelled or lost, or waits for its start.
+    """
+    found = {}
+    for name in sorted((name for name in known if '~' in name), key=naturally):
+        job, facts = name.rpartition('~')[0], known[name]
+        is_result = facts.get('state') == 'earlier' and not facts.get('reproduces')
+        if is_result and name in present and (
+                job not in known or known[job].get('state') in (UNSTARTED, 'lost', 'cancelled')):
+            found[job] = name
+    return found
 
 
 def choose_names(place, known, batches, report):
@@ -656,6 +680,70 @@ def journals_in(folder):
             *sorted(glob.glob(os.path.join(glob.escape(inner), 'commands', '*', 'journal')))]
 
 
+def read_facts(folder):
+    """Return {name of a job: its facts} of all journals in a job_results, with `is_left`."""
+    known = read_journals(folder)
+    left = left_jobs(known)
+    # A client may have fetched results since the first look, and have ended before the look for it.
+    again = read_journals(folder) if left else known
+    for name in left:
+        if again.get(name) == known[name]:
+            state = again[name]['state']
+            again[name].update(is_left=True, state=STARTED if state == 'running' else state)
+    return again
+
+
+def left_jobs(known):
+    """Return the names of the jobs without results that surely no client fetches."""
+    left, unwatched = [], functools.lru_cache(None)(is_unwatched)
+    for name, facts in known.items():
+        if facts.get('state') in ('running', 'ended') and unwatched(
+                os.path.dirname(facts['journal']), batch_of(name, facts)):
+            left.append(name)
+    return left
+
+
+def is_unwatched(inner, batch):
+    """Tell whether surely no client runs a batch, or the command to which a folder belongs.
+
+    Do not try the lock: a client that starts at this moment would take that for another client.
+    Its lines name the process that had it last, the computer, and the batch.  If that is another
+    computer, only an exit status behind these lines tells that the process has ended.
+    """
+    try:
+        with open(os.path.join(inner, 'lock'), 'rb') as lock:
+            text, info = lock.read(10**5).decode('utf-8', 'replace'), os.fstat(lock.fileno())
+    except OSError:
+        return False
+    match = re.match(r'process ([0-9]+) on (.*)\n(.*)', text)
+    if not match:
+        return False
+    if '\nexit status ' in text or batch and match[3] not in ('', batch):
+        return True
+    return match[2] == os.uname().nodename and not has_open(match[1], info)
+
+
+def has_open(pid, info):
+    """Tell whether a process lives and has the file open whose os.stat is `info`.
+
+    If that cannot be seen, as without /proc or of another user, it is enough that it lives.
+    """
+    fds = f'/proc/{pid}/fd'
+    try:
+        if not os.path.isdir('/proc/self/fd'):
+            os.kill(int(pid), 0)
+            return True
+        for number in os.listdir(fds):
+            with contextlib.suppress(FileNotFoundError):        # it has just closed that
+                if os.path.samestat(os.stat(f'{fds}/{number}'), info):
+                    return True
+        return False
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except (OSError, OverflowError):
+        return True
+
+
 def read_journals(folder):
     """Return {name of a job: its facts} of all journals in a job_results."""
     known = {}
@@ -679,7 +767,7 @@ def read_journal(path, known):
             if not line.strip():
                 continue
             try:
-                apply(json.loads(line), known)
+                apply({**json.loads(line), 'journal': path}, known)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise TableError(f'{printable(path)}, line {number} cannot be read. Look at that '
                                  'line; the results of all other jobs can be read once it is '
@@ -733,7 +821,7 @@ def job_from(name, facts, folder):
         ','.join(re.findall('[0-9]+', text('gpus'))), text('files'),
         number('exit_code', has_ended), number('time'), number('wall_s', has_ended),
         number('peak_memory_mb', has_ended), number('peak_gpu_memory_mb', has_ended),
-        number('attempt') or 1, text('reproduces'))
+        number('attempt') or 1, text('reproduces'), facts.get('is_left') is True)
 
 
 # ---- Parameters: the words in which commands differ ----
@@ -1161,7 +1249,8 @@ def find_metrics(jobs, wishes, report):
     found = []
     for job, metrics in zip(jobs, filed):
         # Until the job prints something, its streams may be those of an earlier attempt.
-        since = job.began or 0 if job.state == 'running' and job.attempt > 1 else -math.inf
+        runs = job.state in ('running', STARTED)
+        since = job.began or 0 if runs and job.attempt > 1 else -math.inf
         known = names_in_files[job.folder, job.batch]
         if not metrics:
             said = stream_metrics(job.path('.out'), since)
@@ -1257,11 +1346,10 @@ def facts_of(jobs, now):
     for job in jobs:
         is_numbered = job.batch and job.name.startswith(f'{job.batch}.')
         short = job.name[len(job.batch):] if is_numbered else job.name
-        time_s = now - job.began if job.state == 'running' and job.began else job.wall_s
         numbers = f' GPU{"s" * ("," in job.gpus)} {job.gpus}' if job.gpus else ''
         found = {
             JOB: Cell(job.name, short), EXIT: exit_cell(job), STATE: cell_of(job.state or None),
-            TIME: EMPTY if time_s is None else Cell(round(time_s, 3), duration_of(time_s)),
+            TIME: time_cell(job, now),
             FOLDER: cell_of(job.folder if has_folders else None),
             BATCH: cell_of(job.batch or None if has_batches else None),
             MEMORY: cell_of(job.memory_mb), GPU_MEMORY: cell_of(job.gpu_memory_mb),
@@ -1270,6 +1358,14 @@ def facts_of(jobs, now):
             FILES: cell_of(job.files[:DIGEST] or None if has_files else None)}
         facts.append({column.key: cell for column, cell in found.items() if cell != EMPTY})
     return facts
+
+
+def time_cell(job, now):
+    """Return the Cell of a job's time; of a job that may still run, only when it started."""
+    if job.state == STARTED and job.began:
+        return Cell(None, f'{duration_of(now - job.began)} ago')
+    time_s = now - job.began if job.state == 'running' and job.began else job.wall_s
+    return EMPTY if time_s is None else Cell(round(time_s, 3), duration_of(time_s))
 
 
 def exit_cell(job):
@@ -1773,8 +1869,7 @@ def as_screen(table, width, style):
 def counts_of(table):
     """Return the last line: the number of jobs, and of those in each state."""
     states = collections.Counter(job.state for job in table.jobs)
-    counts = [f'{states[state]:,} {state}' for state in (
-        'finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier') if states[state]]
+    counts = [f'{states[state]:,} {state}' for state in STATES if state and states[state]]
     jobs = many(len(table.jobs), 'job')
     groups = f'{many(len(table.rows), "row")} of ' if JOBS in table.columns else ''
     return f'{groups}{jobs}{": " if counts else ""}{", ".join(counts)}'
@@ -1798,7 +1893,6 @@ PATHS = 200                         # changed files to list
 
 COUNTED = re.compile(r'(?i)\b(epoch|step|iteration|iter|batch)s?[ :=#(\[]{1,3}([0-9]{1,15})\b')
 PLAIN_NAME = re.compile(r'[\w.~-]+', re.ASCII)      # a URL needs no escapes for it
-STATES = ('finished', 'failed', 'running', 'ended', 'lost', 'cancelled', 'earlier', '')
 USED = ('peak_memory_mb', 'peak_gpu_memory_mb')
 ASKED = ('memory_mb', 'gpu_memory_mb', 'cores', 'gpus')
 
@@ -1909,8 +2003,23 @@ def attempts_of(job, story, shown):
 
     shown: (folder, name) of all jobs that have a row
     """
-    names = [name for name in story.before.get(job.name, ()) if (job.folder, name) not in shown]
-    return [one for name in (*names, job.name) for one in story.attempts.get(name, ())]
+    base = job.stands_for or job.name
+    names = [name for name in story.before.get(base, ()) if (job.folder, name) not in shown]
+    own = [job.name, *[base] * (bool(job.stands_for) and (job.folder, base) not in shown)]
+    attempts = [one for name in (*names, *own) for one in story.attempts.get(name, ())]
+    if job.state == STARTED and attempts:
+        # Nobody knows whether it has ended, so its bar reaches to its last output.
+        attempts[-1].update(state=STARTED, until=last_output(job) or attempts[-1].get('time'))
+    return attempts
+
+
+def last_output(job):
+    """Return when the streams of a Job grew last, in seconds since 1970, or None."""
+    times = []
+    for end in ('.out', '.err'):
+        with contextlib.suppress(OSError):
+            times.append(os.stat(job.path(end)).st_mtime)
+    return max(times, default=None)
 
 
 # -- Why jobs failed --
@@ -2296,7 +2405,8 @@ def job_data(jobs, stories, all_attempts, origin, machines, room):
         found['sizes'].append(sizes[number])
         found['attempts'].append([attempt_data(one, former, story, origin, numbers)
                                for former, one in zip([None, *attempts], attempts) if span_of(one)])
-        latest = attempts[-1] if attempts else {}
+        ended = [one for one in attempts if 'exit_code' in one] if job.stands_for else []
+        latest = (ended or attempts or [{}])[-1]
         found['used'].append(used_by(latest))
         found['asked'].append(asked_by(latest))
         if any(tails):
@@ -2515,14 +2625,9 @@ def read_table(results, wishes, report):
     except OSError as error:
         raise TableError(f'{printable(str(error.filename))} cannot be read: '
                          f'{reason_of(error)}.') from None
-    earlier = [job for job in jobs if job.state == 'earlier' or job.copy_of]
-    if earlier and not wishes.earlier:
-        jobs = [job for job in jobs if job.state != 'earlier' and not job.copy_of]
-        if any(place.names for place in places) or not jobs:
-            report(f'left out: {many(len(earlier), "result")} of jobs that were run again '
-                   '(--earlier shows them)')
+    every, jobs = jobs, jobs if wishes.earlier else newest(jobs, report)
     if not jobs:
-        report('there are no other results.' if earlier else 'there are no results yet.')
+        report('there are no other results.' if every else 'there are no results yet.')
         return Table((JOB,), [], (), ())
     table = filtered(make_table(jobs, wishes, report, time.time()), wishes.tests)
     if not table.rows:
@@ -2535,8 +2640,58 @@ def read_table(results, wishes, report):
     return with_columns(table, wishes.columns) if wishes.columns else table
 
 
+def newest(jobs, report):
+    """Return the Jobs without earlier results, and without jobs that reproduce others.
+
+    The newest attempt of a job may have no results, as after a --cancel.  Then take the newest
+    earlier ones in its place.
+    """
+    stands = [job for job in jobs if job.stands_for]
+    if stands:
+        pairs = some_of([f'{job.name} for {job.stands_for}' for job in stands])
+        report('earlier results stand for jobs whose newest attempt has none: '
+               f'{printable(pairs)}')
+    empty = {(job.folder, job.stands_for) for job in stands}
+    kept = [job for job in jobs if job.stands_for or not (
+        job.state == 'earlier' or job.copy_of or (job.folder, job.name) in empty)]
+    count = len(jobs) - len(kept) - sum((job.folder, job.name) in empty for job in jobs)
+    if count:
+        report(f'left out: {many(count, "result")} of jobs that were run again '
+               '(--earlier shows them)')
+    return kept
+
+
+def report_left(jobs, report):
+    """Report the jobs whose results no client fetches, and what to type."""
+    left = [job for job in jobs if job.is_left]
+    if not left:
+        return
+    started = sum(job.state == STARTED for job in left)
+    ended = len(left) - started
+    parts = [*[f'{many(started, "job")} may still run'] * bool(started),
+             *[f'{many(ended, "job")} ended'] * bool(ended)]
+    batches = [*dict.fromkeys(job.batch for job in left if job.batch)]
+    typed = [f'the command that started {some_of(batches)}'] if batches else []
+    typed += [f'execute_remote --attach={job.name}' for job in left if not job.batch][:1]
+    report(f'{names_of(parts)}, but no client fetches the results. Type: '
+           f'{printable(names_of(typed))}')
+
+
+def report_unknown(jobs, report):
+    """Report the folders with results that no journal has, such as those of combine_folders."""
+    unknown = collections.Counter(job.folder for job in jobs if not job.state)
+    for folder, count in unknown.items():
+        is_copy = not has_journals(folder) and os.path.basename(os.path.realpath(folder)) != RESULTS
+        advice = ('. If combine_folders made it, name the folders that it combined: '
+                  f'results_table one/{RESULTS} two/{RESULTS}')
+        report(f'{printable(folder)} has no journal of {many(count, "job")}, so commands, exit '
+               f'codes, times and machines are unknown{advice * is_copy}')
+
+
 def advise(table, report):
     """Report facts that could mislead a reader of the table."""
+    report_left(table.jobs, report)
+    report_unknown(table.jobs, report)
     files = collections.Counter(job.files[:DIGEST] for job in table.jobs if job.files)
     parted = only_added(table.jobs) if len(files) > 1 else ((), 0)
     if parted is None:
@@ -3199,7 +3354,7 @@ tbody tr:hover td { background: var(--raised); }
 .bad { color: var(--failed); font-weight: 600; }
 .sign { display: inline-block; width: 1.3em; font-weight: 700; }
 .sign.finished { color: var(--finished); } .sign.failed { color: var(--failed); }
-.sign.running { color: var(--running); } .sign.lost { color: var(--lost); }
+.sign.running, .sign.started { color: var(--running); } .sign.lost { color: var(--lost); }
 .sign.cancelled, .sign.ended, .sign.earlier { color: var(--muted); }
 #machines-body td, #asked-body td { vertical-align: middle; }
 /* Drawings */
@@ -3211,6 +3366,7 @@ svg .axis { stroke: var(--rule); } svg .grid { stroke: var(--rule); stroke-width
 .bar.finished { fill: var(--finished); } .bar.running { fill: url(#is-running); }
 .bar.failed { fill: url(#is-failed); } .bar.ended { fill: url(#is-ended); }
 .bar.lost { fill: url(#is-lost); } .bar.cancelled { fill: url(#is-cancelled); }
+.bar.started { fill: url(#is-started); }
 .bar.earlier, .bar.unknown { fill: var(--cancelled); }
 .bar { stroke: var(--paper); stroke-width: .7; }
 .bar.before { opacity: .75; stroke: var(--ink); stroke-width: 1; stroke-dasharray: 2 2; }
@@ -3448,9 +3604,10 @@ function listOf(texts, most = 4) {
   return some.length < 2 ? some.join('') : `${some.slice(0, -1).join(', ')} and ${some.at(-1)}`;
 }
 
-const SIGNS = {finished: '\u2713', failed: '\u2715', running: '\u25b8', ended: '\u25cb',
-  lost: '?', cancelled: '\u2013', earlier: '\u21ba', unknown: '\u00b7'};
-const MEANINGS = {ended: 'ended, its results are not fetched yet', unknown: 'no journal has it'};
+const SIGNS = {finished: '\u2713', failed: '\u2715', running: '\u25b8', started: '\u25b9',
+  ended: '\u25cb', lost: '?', cancelled: '\u2013', earlier: '\u21ba', unknown: '\u00b7'};
+const MEANINGS = {started: 'started, and may still run: no client fetches its results',
+  ended: 'ended, its results are not fetched yet', unknown: 'no journal has it'};
 
 // ---- Jobs ----
 
@@ -5125,6 +5282,7 @@ function definePatterns() {
     pattern('is-failed', 6, 'var(--failed)', line('M-1,7L7,-1M-1,1L1,-1M5,7L7,5', 'var(--paper)',
       1.4)),
     pattern('is-running', 8, 'var(--running)', line('M4,0V8', 'var(--paper)', 2)),
+    pattern('is-started', 8, 'var(--running)', line('M4,0V8M0,4H8', 'var(--paper)', 2)),
     pattern('is-ended', 5, 'var(--ended)', draw('circle', {cx: 2.5, cy: 2.5, r: 1,
       fill: 'var(--ink)'})),
     pattern('is-lost', 6, 'var(--lost)', line('M-1,7L7,-1M-1,-1L7,7', 'var(--paper)', 1.1)),

@@ -290,7 +290,7 @@ def test_outcomes_differ_in_more_than_colour(page):
         for kind in ('finished', 'failed', 'lost')}
     assert fills['failed'] == 'url("#is-failed")' and fills['lost'] == 'url("#is-lost")'
     assert fills['finished'].startswith('rgb')
-    assert page.count('#patterns pattern') == 5
+    assert page.count('#patterns pattern') == 6
     assert page.texts('#legend span') == [
         'finished', 'failed', 'lost', 'an earlier attempt (dashed edge)']
 
@@ -943,6 +943,36 @@ def test_a_page_of_a_running_batch_says_as_of_when_and_loads_itself_again(projec
     page.ready()
     assert page.jobs() == ['.4', '.3', '.2']            # the filter and the order stay
     assert page.count('#reload') == 0                   # the batch does not run any more
+
+
+def test_a_job_that_no_client_watches_has_a_bar_up_to_its_last_output(project, opened):
+    folder = running()
+    (folder.inner / 'lock').write_text(f'process 99999999 on {os.uname().nodename}\ngrid.sh\n')
+    os.utime(folder.path / 'grid.sh.3.out', (time.time() - 40, time.time() - 40))
+    os.utime(folder.path / 'grid.sh.3.err', (time.time() - 50, time.time() - 50))
+    page = made(folder, opened)
+    assert page.count('#lanes .bar.started') == 1 and page.count('#reload') == 0
+    assert page.texts('#legend span') == [
+        'finished', 'started, and may still run: no client fetches its results']
+    (bar,) = data_of('report.html')['jobs']['attempts'][2]
+    assert 59 < bar[2] - bar[1] < 62
+    assert '1 job may still run, but no client fetches the results.' in page.text('#notes')
+    assert re.search('started1m 4[0-9]s ago', page.text('#rows tr:nth-child(3)'))
+
+
+def test_results_that_stand_for_a_cancelled_attempt(project, opened):
+    folder = reports.Folder().begin()
+    folder.job('grid.sh.1', './a', out='loss: 1\n', asked={'cores': 2.0})
+    folder.event('renamed', reports.BEGIN + 70, job='grid.sh.1', to='grid.sh.1~1')
+    for end in ('', '.out', '.err'):
+        (folder.path / f'grid.sh.1{end}').rename(folder.path / f'grid.sh.1~1{end}')
+    folder.claim('grid.sh.1', './a', reports.BEGIN + 100)
+    folder.event('cancelled', reports.BEGIN + 130, job='grid.sh.1')
+    page = made(folder, opened)
+    assert page.jobs() == ['.1~1'] and page.count('#lanes .bar') == 2
+    assert page.count('#lanes .bar.cancelled') == 1
+    assert data_of('report.html')['jobs']['asked'] == [[None, None, 2.0, None]]
+    assert 'grid.sh.1~1 for grid.sh.1' in page.text('#notes')
 
 
 def test_commands_of_execute_remote_are_in_the_timeline(project, opened):

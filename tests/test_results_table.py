@@ -486,6 +486,76 @@ def test_facts_of_jobs_in_all_states(made):
     assert shown[-2] == '6 jobs: 1 finished, 1 failed, 1 running, 1 ended, 1 lost, 1 cancelled'
 
 
+def held(made, text, inner=''):
+    """Write the lines of a lock, and return it open."""
+    path = made.folder / '.ssh_scheduler' / inner / 'lock'
+    path.write_text(text)
+    return open(path)
+
+
+def test_a_job_that_no_client_watches_may_still_run(made):
+    made.add('grid.sh.1', './a 1', 'loss: 0.25')
+    made.add('grid.sh.2', './a 2', 'loss: 0.5', state='claimed', time=time.time() - 90)
+    here, elsewhere = os.uname().nodename, 'process 1 on elsewhere\ngrid.sh\n[]\n'
+    told = ['1 job may still run, but no client fetches the results. Type: the command that '
+            'started grid.sh']
+    me = f'process {os.getpid()} on {here}\n'
+    with held(made, f'{me}grid.sh\n[]\n'):
+        assert column('state') == ['finished', 'running'] and said() == []
+    assert column('state') == ['finished', 'started'] and said() == told        # it has ended
+    with held(made, f'{me}other.sh\n[]\n'):
+        assert said() == told
+    for text, state in ((elsewhere, 'running'), (f'{elsewhere}exit status 0\n', 'started'),
+                        ('process 99999999 on ' + here + '\n\n[]\n', 'started'), ('', 'running')):
+        held(made, text).close()
+        assert column('state', where="job=2") == [state], text
+    held(made, f'{me}grid.sh\n[]\n').close()
+    shown = screen()
+    assert shown[3].split() == '.2 2 0.5 started 1m 30s ago lab1'.split()
+    assert shown[4:] == ['2 jobs: 1 finished, 1 started', f'results_table: {told[0]}']
+    assert column('job', where='exit=started') == ['grid.sh.2'] and column('time_s') == [60, None]
+    assert 'left out of the means: 1 started (--unfinished takes them)' in said(mean_over='arg1')
+
+
+def test_results_that_no_client_fetches(made):
+    made.sweep('1').add('grid.sh.2', './a 2', state='ended')
+    journal = made.folder / '.ssh_scheduler/commands/first/journal'
+    made.add('first', './eval', state='claimed', journal=journal, batch=None)
+    here = os.uname().nodename
+    with held(made, f'process {os.getpid()} on {here}\ngrid.sh\n[]\n'):
+        held(made, f'process {os.getpid()} on {here}\nfirst\n[]\n', 'commands/first').close()
+        assert said('first') == [
+            '1 job may still run, but no client fetches the results. Type: execute_remote '
+            '--attach=first', 'no metrics were found. Have jobs print lines such as `loss: 0.31` '
+            "or write metrics.json, or try: --metric 'loss=final loss (\\S+)'"]
+        assert column('state') == ['started', 'finished', 'ended']
+    assert said()[0] == (
+        '1 job may still run and 1 job ended, but no client fetches the results. Type: the command '
+        'that started grid.sh and execute_remote --attach=first')
+
+
+def test_results_that_a_client_fetches_just_now_are_not_left(made, monkeypatch):
+    """It writes the last event, and ends, after the first look at the journal."""
+    made.add('grid.sh.1', './a 1', 'loss: 0.5', state='claimed')
+
+    def fetched(_inner, _batch):
+        made.event(event='ended', job='grid.sh.1', exit_code=0, wall_s=1.0)
+        made.event(event='collected', job='grid.sh.1')
+        return True
+
+    monkeypatch.setattr(module, 'is_unwatched', fetched)
+    assert column('state') == ['finished'] and said() == []
+
+
+def test_a_lock_is_never_taken(made, monkeypatch):
+    import fcntl
+    made.add('grid.sh.1', './a 1', state='claimed')
+    held(made, 'process 1 on elsewhere\ngrid.sh\n[]\n').close()
+    monkeypatch.setattr(fcntl, 'flock', None)
+    before = tree_of('job_results')
+    assert column('state') == ['running'] and tree_of('job_results') == before
+
+
 def test_memory_that_nothing_measured_is_no_column(made):
     made.sweep('1', '2')
     assert not {'memory_mb', 'gpu_memory_mb', 'files', 'folder', 'batch'} & {*results_table()[0]}
@@ -552,15 +622,52 @@ def test_earlier_results_are_rows_only_if_asked_for(made):
     for end in ('out', 'err'):
         (made.folder / f'grid.sh.1.{end}').rename(made.folder / f'grid.sh.1~1.{end}')
     made.add('grid.sh.1', 'python3 train.py 1', 'loss: 0.4')
-    assert column('loss') == [0.4, 0.5] and said() == []
+    left_out = 'left out: 1 result of jobs that were run again (--earlier shows them)'
+    assert column('loss') == [0.4, 0.5] and said() == said('grid.sh') == [left_out]
+    assert command().stderr == command('--html', 'page.html').stderr.partition(
+        'results_table: wrote')[0] == f'results_table: {left_out}\n'
+    assert said(earlier=True) == []
     (job,) = module.read_jobs(module.Place('job_results', ('grid.sh.2',)), None)
     assert (job.began, job.wall_s) == (1000, 60)        # not the time of its end
     rows = results_table(earlier=True)
     assert [(row['job'], row['state'], row['loss']) for row in rows] == [
         ('grid.sh.1', 'finished', 0.4), ('grid.sh.1~1', 'earlier', 0.5),
         ('grid.sh.2', 'finished', 0.5)]
-    assert said('job_results/grid.sh.1', 'job_results/grid.sh.1~1.out') == [
-        'left out: 1 result of jobs that were run again (--earlier shows them)']
+    assert said('job_results/grid.sh.1', 'job_results/grid.sh.1~1.out') == [left_out]
+
+
+def put_aside(made, name, number=1):
+    """Rename a job's results as a client does that runs it again."""
+    made.event(event='renamed', job=name, to=f'{name}~{number}')
+    for end in ('out', 'err'):
+        (made.folder / f'{name}.{end}').rename(made.folder / f'{name}~{number}.{end}')
+
+
+@pytest.mark.parametrize('state', ['cancelled', 'lost', None])
+def test_a_newest_attempt_without_results_takes_none_out_of_the_table(made, state):
+    made.sweep('1', '2', out='loss: 0.9')
+    for number in (1, 2):
+        put_aside(made, 'grid.sh.1', number)
+        if number == 1:
+            made.add('grid.sh.1', 'python3 train.py 1', 'loss: 0.5')
+    if state:
+        made.add('grid.sh.1', 'python3 train.py 1', out=None, state=state)
+    told = ['earlier results stand for jobs whose newest attempt has none: grid.sh.1~2 for '
+            'grid.sh.1', 'left out: 1 result of jobs that were run again (--earlier shows them)']
+    assert said() == told
+    rows = [(row['job'], row['loss'], row['exit'], row['state']) for row in results_table()]
+    assert rows == [('grid.sh.1~2', 0.5, 0, 'earlier'), ('grid.sh.2', 0.9, 0, 'finished')]
+    assert column('loss', mean_over='arg1') == [0.7]
+    assert screen()[2].split() == '.1~2 1 0.5 0 1m 00s lab1'.split()
+    if state:
+        assert column('job', 'job_results/grid.sh.1') == ['grid.sh.1~2']
+    assert column('job', earlier=True) == [
+        *['grid.sh.1'] * bool(state), 'grid.sh.1~1', 'grid.sh.1~2', 'grid.sh.2']
+    assert said(earlier=True) == []
+    made.event(event='unwanted', jobs=['grid.sh.1'], client=1)      # it was cancelled while waiting
+    assert said() == told
+    made.add('grid.sh.1', 'python3 train.py 1', 'loss: 0.3')
+    assert column('loss') == [0.3, 0.9]
 
 
 def test_earlier_results_that_were_deleted_are_no_rows(made):
@@ -641,6 +748,21 @@ def test_results_with_and_without_a_journal_are_rows(made):
     made.sweep('1')
     (made.folder / 'old.2.out').write_text('loss: 2\n')
     assert column('loss') == [0.5, 2]
+
+
+def test_results_without_a_journal_are_told(made):
+    made.sweep('1', '2')
+    (made.folder / 'old.out').write_text('loss: 1')
+    unknown = 'so commands, exit codes, times and machines are unknown'
+    assert f'job_results has no journal of 1 job, {unknown}' in said()
+    Path('both').mkdir()
+    for name in ('a.1', 'a.2'):
+        Path(f'both/{name}.out').write_text('loss: 1')
+    assert said('both') == [
+        f'both has no journal of 2 jobs, {unknown}. If combine_folders made it, name the folders '
+        'that it combined: results_table one/job_results two/job_results']
+    made.journal.unlink()
+    assert said() == [f'job_results has no journal of 3 jobs, {unknown}']
 
 
 def test_an_empty_line_in_a_journal_is_passed_over(made):
@@ -1305,9 +1427,17 @@ def test_a_real_batch_while_it_runs_and_after(batches, lab1, gate):
     follower = batches.start(lines, [lab1], '--memory-required=100', '--gpu-memory-required=100')
     for _ in range(2):
         follower.until('finished:')
-    wait_until(lambda: len(results_table()) == 3, 'the claim of the last job')
+    wait_until(lambda: column('state') == ['finished', 'finished', 'running'], 'the results of two')
     rows = {row['seed']: row for row in results_table()}
-    assert rows[3]['state'] == 'running' and rows[3]['exit'] is None
+    assert rows[3]['exit'] is None
+    follower.process.kill()
+    follower.end()
+    assert column('state')[2] == 'started' and said() == [
+        '1 job may still run, but no client fetches the results. Type: the command that started '
+        'batch.sh']
+    follower = batches.start(lines, [lab1], '--memory-required=100', '--gpu-memory-required=100')
+    follower.until('running:')
+    assert column('state')[2] == 'running' and said() == []
     gate.open('go')
     assert follower.end().returncode == 1
     before = tree_of('job_results')
