@@ -86,9 +86,9 @@ Options:
   --columns=<columns>     Show only these columns, in this order:
                           lr,val_acc,exit.
   --where=<test>          Show only rows for which this holds: 'lr>0.001',
-                          'exit=0', 'loss!=nan', 'time<1h'. The operators are
-                          = != < <= > >=. ONE test; for more give the option
-                          again, and all must hold.
+                          'exit=0', 'loss!=nan', 'time<1h', 'job=3'. The
+                          operators are = != < <= > >=. ONE test; for more give
+                          the option again, and all must hold.
   --mean-over=<names>     Show mean, sample standard deviation and number of
                           jobs that differ in these parameters only: seed, or
                           seed,fold. Takes jobs that finished with exit 0. Time
@@ -1258,6 +1258,7 @@ def find_metrics(jobs, wishes, report):
         asked = {name: matched_metric(job, pattern, since) for name, pattern in wishes.metrics}
         found.append({**{name: one for name, one in asked.items() if one},
                       **{name: one for name, one in metrics.items() if name not in asked}})
+    report_unmet(jobs, wishes, found, report)
     names = dict.fromkeys(name for name, _ in wishes.metrics)
     # Use the order of a job that finished: a job that failed has only some of the names.
     for _, metrics in sorted(zip(jobs, found), key=lambda pair: pair[0].state != 'finished'):
@@ -1268,6 +1269,22 @@ def find_metrics(jobs, wishes, report):
         for number, cell in zip(having, unified([found[number][name] for number in having])):
             rows[number][name] = cell
     return list(names), rows
+
+
+def report_unmet(jobs, wishes, found, report):
+    """Report each --metric and --from of which no job has anything.  found: [{name: Reading}]"""
+    for name, _ in wishes.metrics:
+        if not any(name in metrics for metrics in found):
+            report(f'--metric {printable(name)}: no output of {many(len(jobs), "job")} has a match')
+    for pattern in wishes.files:
+        if any(files_matching(job.path(), pattern) for job in jobs):
+            continue
+        below = f'**/{pattern}'
+        is_below = any(files_matching(job.path(), below) for job in jobs)
+        advice = f"Try: --from '{printable(below)}'" if is_below else (
+            f'A path begins in the folder of the job: {printable(jobs[0].path(""))}/')
+        report(f'--from {printable(pattern)}: none of {many(len(jobs), "job")} has such a file. '
+               f'{advice}')
 
 
 # ---- Columns: from jobs to a table ----
@@ -1523,7 +1540,8 @@ def mean_text(mean, deviation):
 TEST = re.compile(r'(?s)\s*(.+?)\s*(<=|>=|==|!=|<|>|=)\s*(.*?)\s*')
 JOINED = re.compile(r'(?i)\s+(and|or|&&?|\|\|?)\s+|\s*[,;]\s*')
 MISSPELT = {'=>': '>=', '=<': '<=', '<>': '!=', '=!': '!='}
-NOT_ENDED = ('…', 'ended', 'lost', 'cancelled')     # texts of exit_cell for jobs without a status
+JOB_NUMBER = re.compile(r'\.?([0-9]+(?:[~-].*)?)')      # 3 and .3 for grid.sh.3, 3~1, 3-again
+NOT_ENDED = ('…', STARTED, 'ended', 'lost', 'cancelled')    # texts of exit_cell without a status
 TESTS = {'<': operator.lt, '<=': operator.le, '>': operator.gt, '>=': operator.ge}
 
 
@@ -1535,8 +1553,15 @@ def filtered(table, tests):
         check_test(column._replace(head=name), sign, operand, cells)
     tests = [(find_column(table, name), sign, operand) for name, sign, operand in tests]
     kept = [(row, job) for row, job in zip(table.rows, table.jobs) if all(
-        holds(row.get(column.key, EMPTY), sign, operand) for column, sign, operand in tests)]
+        holds(row.get(column.key, EMPTY), sign, in_batch(operand, column, job))
+        for column, sign, operand in tests)]
     return table._replace(rows=[row for row, _ in kept], jobs=tuple(job for _, job in kept))
+
+
+def in_batch(operand, column, job):
+    """Return the operand of a test; if it is the number of a job, the name in this Job's batch."""
+    match = JOB_NUMBER.fullmatch(operand) if column.key == JOB.key and job.batch else None
+    return f'{job.batch}.{match[1]}' if match else operand
 
 
 def check_test(column, sign, operand, cells):
@@ -1548,8 +1573,8 @@ def check_test(column, sign, operand, cells):
         return
     name = printable(column.head)
     check_joined(column, sign, operand)
-    if sign == '!=':
-        return                          # it holds for all values of another kind
+    if sign == '!=' or column.key == JOB.key and JOB_NUMBER.fullmatch(operand):
+        return                          # != holds for all values of another kind
     typed = f'--where {printable(column.head + sign + operand)}'
     if right := MISSPELT.get(sign + operand[:1]):
         raise UsageError(f"{typed}: the operator is {right}. Type: "
@@ -1871,7 +1896,8 @@ def counts_of(table):
     states = collections.Counter(job.state for job in table.jobs)
     counts = [f'{states[state]:,} {state}' for state in STATES if state and states[state]]
     jobs = many(len(table.jobs), 'job')
-    groups = f'{many(len(table.rows), "row")} of ' if JOBS in table.columns else ''
+    are_means = any(JOBS.key in row for row in table.rows)     # --columns may leave out the column
+    groups = f'{many(len(table.rows), "row")} of ' if are_means else ''
     return f'{groups}{jobs}{": " if counts else ""}{", ".join(counts)}'
 
 

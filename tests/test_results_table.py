@@ -377,6 +377,17 @@ def test_files_that_are_named(made, path, text, expected):
     assert repr({name: row[name] for name in expected}) == repr(expected)
 
 
+def test_files_and_patterns_that_no_job_has_are_told(made):
+    made.add('grid.sh.1', './a 1', 'loss: 1', files={'out/results.csv': 'acc\n1\n'})
+    made.add('grid.sh.2', './a 2', 'loss: 2')
+    assert said(from_=['nothing.csv', 'results.csv', 'out/*.csv'], metric='acc=best (\\S+)') == [
+        '--metric acc: no output of 2 jobs has a match',
+        '--from nothing.csv: none of 2 jobs has such a file. A path begins in the folder of the '
+        'job: job_results/grid.sh.1/',
+        "--from results.csv: none of 2 jobs has such a file. Try: --from '**/results.csv'"]
+    assert said(from_='**/results.csv', metric='loss=(\\S+)$') == []
+
+
 def test_of_several_files_the_last_name_counts_and_metrics_json_comes_first(made):
     made.add('grid.sh.1', './a', files={
         'v9.csv': 'a,b,c\n9,9,9', 'v10.csv': 'a,b\n10,10', 'metrics.json': '{"a": 1}'})
@@ -1009,6 +1020,18 @@ def test_rows_are_chosen(sweep, test, jobs):
     assert ''.join(job[-1] for job in column('job', where=test)) == jobs
 
 
+@pytest.mark.parametrize('test, jobs', [
+    ('job=3', [3]), ('job=.3', [3]), ('job=grid.sh.3', [3]), ('job!=.3', [1, 2, 4, 12]),
+    ('job<3', [1, 2]), ('job>=.4', [4, 12]), ('job=99', []), ('job=3~1', [])])
+def test_a_job_has_a_number_and_a_name(made, test, jobs):
+    made.sweep('1', '2', '3', '4').add('grid.sh.12', './b')
+    assert column('job', where=test) == [f'grid.sh.{number}' for number in jobs]
+    put_aside(made, 'grid.sh.3')
+    made.add('3', './eval', batch=None)
+    assert column('job', where='job=3~1', earlier=True) == ['grid.sh.3~1']
+    assert column('job', where='job=3') == ['3']
+
+
 def test_all_tests_have_to_hold(sweep):
     assert column('job', where=['lr<1', 'seed=2', 'val_acc>0']) == ['grid.sh.2']
     assert said(where='lr>9') == ['none of 9 jobs fits --where']
@@ -1085,6 +1108,13 @@ def test_rows_are_sorted_and_what_is_missing_is_last(made):
     assert order('loss') == '612534' and order('-loss') == '521634'
     assert order('f') == '123456' and order('k,-loss') == '264513'
     assert order(['-k', 'loss']) == '153624' and order('-job') == '654321'
+
+
+def test_means_are_counted_the_same_way_with_any_columns(sweep):
+    whole, some = screen('--mean-over=seed'), screen('--mean-over=seed', '--columns=lr,loss')
+    counts = [[line for line in lines if re.match('[0-9]+ rows? of', line)]
+              for lines in (whole, some)]
+    assert counts[0] == counts[1] != []
 
 
 def test_columns_are_chosen(sweep):
