@@ -494,6 +494,15 @@ class BatchFileError(SchedulerError):
     """The batch file cannot be used."""
 
 
+class WrongLines(BatchFileError):
+    """Lines of the batch file are wrong."""
+
+    def __init__(self, complaints, jobs=()):
+        """Take [(number of the first line, sentence)], and the Jobs of the other lines."""
+        self.complaints, self.jobs = sorted(complaints), jobs
+        super().__init__(first_of([text for _, text in self.complaints]))
+
+
 class FilesError(SchedulerError):
     """A path to send or to fetch cannot be used."""
 
@@ -6795,12 +6804,12 @@ def read_jobs(path, text, options, warn):
         try:
             job = read_job(job, path, lines, warn)
         except BatchFileError as error:
-            wrong.append(str(error))
+            wrong.append((line, str(error)))
             continue
         lines[job.name] = line
         jobs.append(job)
     if wrong:
-        raise BatchFileError(first_of(wrong))
+        raise WrongLines(wrong, jobs)
     if not jobs:
         raise BatchFileError(f'the batch file {path} has no command.')
     for name in lines:
@@ -6926,10 +6935,9 @@ def refuse_syntax(path, jobs, said):
         why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
         kinds[advice_on_syntax(why) or why].append((why, jobs[int(number)]))
     if kinds:
-        raise BatchFileError(first_of([
-            sentence(f'{path}, {lines_of([job for _, job in found])}: bash refuses this command: '
-                     f'{found[0][0]}') + advice_on_syntax(found[0][0])
-            for found in kinds.values()]))
+        raise WrongLines([(found[0][1].line, sentence(
+            f'{path}, {lines_of([job for _, job in found])}: bash refuses this command: '
+            f'{found[0][0]}') + advice_on_syntax(found[0][0])) for found in kinds.values()])
 
 
 # Commands that change only the shell that runs them: (first words, pattern of the rest, whether
@@ -14493,7 +14501,7 @@ def execute_batch(argv):
         refuse_programs(options, '<batch>')
         refuse_batch_files(options)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
-    jobs = read_jobs(options['<batch>'], text, options, reporter.warning)
+    jobs = read_lines(options, text, reporter.warning)
     name = name_of_batch(options['<batch>'])
     if asked:
         return ASKED[asked](BatchCall(options, text, jobs, name), reporter)
@@ -14768,6 +14776,18 @@ def usable_machines(words, reporter):
     for complaint in complaints:
         reporter.note(f'cannot be used: {complaint}')
     return machines, int(bool(complaints))
+
+
+def read_lines(options, text, warn):
+    """Return the Jobs of the batch file, as read_jobs.  If it has wrong lines, name them all."""
+    try:
+        return read_jobs(options['<batch>'], text, options, warn)
+    except WrongLines as error:
+        try:
+            check_syntax(options['<batch>'], error.jobs)
+        except WrongLines as others:
+            raise WrongLines([*error.complaints, *others.complaints]) from None
+        raise
 
 
 def check_syntax(path, jobs):

@@ -620,6 +620,15 @@ def test_all_wrong_lines_are_named_up_to_five():
         assert complaint('execute_remote\n' * count).splitlines()[-1].endswith(end)
 
 
+def test_lines_that_are_wrong_in_any_way_are_named_at_once(run_cli, project):
+    text = 'true\nif true\nexecute_remote --zebra x\necho "a\nexecute_remote "b\n'
+    for words in ([], ['--status']):
+        done = batch_of(run_cli, project, text, *words)
+        assert (done.returncode, done.stdout) == (2, '')
+        said = done.stderr.removeprefix('execute_batch: ').splitlines()
+        assert [line[:16] for line in said] == [f'batch.sh, line {n}' for n in (2, 3, 4, 5)]
+
+
 def test_the_lines_whose_files_are_not_there_are_named(run_cli, project):
     text = 'true\n' + 'execute_remote --copy-forwards none -- true\n' * 2
     text += 'execute_remote --copy-forwards --link-forwards other -- true\n'
