@@ -182,7 +182,7 @@ Usage:
 
   <batch> is a file with one bash command on each line; - is the standard input.
   Results are in ./job_results. An option with several values takes all words up
-  to the next option or up to --.
+  to the next option or up to --; the last word is <batch> if that is missing.
 {units}
 {machines}
 {hardware}
@@ -310,7 +310,7 @@ Usage:
   ./job_results, under the name of the job. A line of a batch file may be such
   a command, too, for a job with other files, another name or other hardware
   than the rest of the batch. An option with several values takes all words up
-  to the next option or up to --.
+  to the next option or up to --; the last word is <command> if that is missing.
 {units}
 The job:
   --machine=<machine>           A machine file (as given, with .yaml, or in
@@ -374,7 +374,8 @@ Usage:
 
   <command> is a bash command in quotes. Ctrl-C stops it on all machines, so
   there is nothing to cancel later. An option with several values takes all
-  words up to the next option or up to --.
+  words up to the next option or up to --; the last word is <command> if that is
+  missing.
 {units}
 {machines}
 Output:
@@ -472,6 +473,7 @@ class HelpAsked(Exception):
 
 class UsageError(SchedulerError):
     """The command line is wrong."""
+    guess = ''      # what to type in place of a wrong word, unless it belongs to a command
 
     def __init__(self, text, usage=''):
         super().__init__(text)
@@ -5809,6 +5811,12 @@ def option_kinds(usage):
 MACHINE_FORMS = {'--machine': '--machines', '--machines': '--machine'}
 
 
+def is_no_word(name, values):
+    """Tell whether the last value of this list is a port, a time or a number: no <command>."""
+    return (name in ('--forward', '--watch', '--cancel', '--rerun')
+            and bool(values and re.fullmatch('[.:]?[0-9][0-9.:dhms]*', values[-1])))
+
+
 def spell_out(argv, kinds, positionals):
     """Return (argv as docopt reads it, the names of the options in it).
 
@@ -5832,12 +5840,13 @@ def spell_out(argv, kinds, positionals):
             values = values if kinds[name] == 'list' else words
         else:
             values.append(word)
-    lists = [values for name, values in options if kinds[name] == 'list']
+    lists = [(name, values) for name, values in options if kinds[name] == 'list']
     missing = positionals - len(words)
-    if lists and missing > 0:
-        kept = max(len(lists[-1]) - missing, 0)
-        words += lists[-1][kept:]
-        del lists[-1][kept:]
+    if lists and missing > 0 and not is_no_word(*lists[-1]):
+        _, values = lists[-1]
+        kept = max(len(values) - missing, 0)
+        words += values[kept:]
+        del values[kept:]
     options = [(name if name in usual else MACHINE_FORMS[name], values)
                for name, values in options]
     spelled = []
@@ -5865,6 +5874,54 @@ def keep_one_machine(spelled, in_batch):
     return [word for place, word in enumerate(spelled) if place not in places[1:]]
 
 
+# Options that people try, since other programs have them, such as GNU parallel, sbatch, pueue and
+# ssh: (these options, an option that only commands with the remedy have, the remedy).
+GUESSES = tuple((frozenset(names.split()), known, remedy) for names, known, remedy in (
+    ('--shell', '--follow', 'To open a shell beside a job: execute_remote --shell batch.sh.57.'),
+    ('--detach --background', '--follow', 'To leave a batch: Ctrl-C, then d; its jobs run on. To '
+     'start it without a terminal: nohup execute_batch … &'),
+    ('--attach', '--follow', 'To see what job 57 prints: --follow 57. To go on with a batch: type '
+     'the command again that started it.'),
+    ('--resume --collect', '--follow', 'To go on with a batch and fetch its results: type the '
+     'command again that started it.'),
+    ('--log --logs --output --tail', '--follow', 'To see what job 57 prints: --follow 57.'),
+    ('--list --queue --progress', '--follow', 'To see all jobs: --status.'),
+    ('--results', '--follow', 'To see the results as a table: results_table.'),
+    ('--force --restart', '--follow', 'To run jobs again: --rerun.'),
+    ('--jobs --num-jobs --max-jobs -j -P', '--follow', 'To limit the number of jobs on a machine: '
+     'the key max_jobs of its machine file.'),
+    ('--pause', '--follow', 'To start no more jobs on a machine: --drop-machine.'),
+    ('--name --job-name', '--follow', 'To name a job, write its line as: execute_remote --job-name '
+     "NAME 'COMMAND'."),
+    ('--background', '--detach', 'To start a job and not wait for it: --detach.'),
+    ('--follow --log --logs --output --tail --resume --collect', '--attach', 'To see what a job '
+     'prints, and to fetch its results: --attach NAME.'),
+    ('--interactive -it', '--tty', 'To use this terminal: --tty.'),
+    ('--port -L', '--forward', 'To forward a port: --forward 8888.'),
+    ('--kill --stop', '--cancel', 'To cancel a job: --cancel.'),
+    ('--host --hosts --nodes --sshlogin', '--stdin', 'To name a machine: --machine lab1.'),
+    ('--host --hosts --nodes --sshlogin', '--machines', 'To name machines: --machines lab1 lab2.'),
+    ('--gpu --gres', '--num-gpus', 'To ask for GPUs: --num-gpus 2.'),
+    ('--cores', '--num-cpus', 'To ask for processor cores: --num-cpus 4.'),
+    ('--walltime', '--timeout', 'To limit the time of a job: --timeout 2h.'),
+    ('--return --fetch', '--copy-backwards', 'To fetch files: --copy-backwards.'),
+    ('--transfer --upload', '--copy-forwards', 'To send files: --copy-forwards.')))
+
+
+def stands_for(name, kinds):
+    """Return the remedy for an option that this command lacks: other programs have it; or ''.
+
+    kinds: of the options of this command
+    """
+    for names, known, remedy in GUESSES:
+        if name in names and known in kinds:
+            return f' {remedy}'
+    others = [pattern_of(usage).split()[0] for usage in (
+        EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE, QUERY_MACHINES_USAGE)
+        if name in option_kinds(usage)]
+    return f' {name} is an option of {" and ".join(others)}.' if others else ''
+
+
 def read_option(word, unread, kinds, before):
     """Return (name, its values, or None for a flag) of an option.
 
@@ -5872,7 +5929,10 @@ def read_option(word, unread, kinds, before):
     """
     name, equals, value = word.partition('=')
     if name not in kinds:
-        raise UsageError(f'unknown option {name}{nearest(name, kinds)}.')
+        guess = stands_for(name, kinds)
+        error = UsageError(f'unknown option {name}{"" if guess else nearest(name, kinds)}.')
+        error.guess = guess
+        raise error
     if kinds[name] == 'list':
         return name, [value] if value else []
     if name in before:
@@ -5907,13 +5967,18 @@ def begins_command(word):
                 or not word.endswith(('.yaml', '.yml')) and shutil.which(word))
 
 
+HELP_OPTIONS = ('-h', '--help', '--version')
+
+
 def part_words(argv, kinds, machines):
     """Return (words for this program, words of the command) of argv, whose command has no quotes.
 
     A list ends where a command seems to begin, but the first word of a list of machines is one.
     machines: other words that are machines for certain
     """
-    kinds = {**dict.fromkeys(MACHINE_FORMS, 'list'), **kinds}
+    # Behind a command without quotes, -h is its option.
+    kinds = {**dict.fromkeys(MACHINE_FORMS, 'list'),
+             **{name: kind for name, kind in kinds.items() if name not in HELP_OPTIONS}}
     own, command, unread = [], [], collections.deque(argv)
     name, listed = None, []             # the option whose list may take the next word, and its list
 
@@ -5980,7 +6045,8 @@ def missing_quotes(usage, argv, why='', in_batch=False, machines=()):
     before = len([*itertools.takewhile(lambda word: not word.startswith('-'), command)])
     has_blank = any(re.search(r'\s', word) for word in command)
     if not before or len(command) < 2 or has_blank and not begins_command(command[0]) or (
-            are_machines(command) or before == 1 and re.search('option --.*did you mean', why)):
+            are_machines(command) or before == 1 and re.search('option --.*did you mean', why)
+            or re.match('unexpected word .* .did you mean', why)):
         return ''
     try:
         parse_options(usage, [*own, shlex.join(command)], in_batch)
@@ -5991,7 +6057,49 @@ def missing_quotes(usage, argv, why='', in_batch=False, machines=()):
                      f'{" ".join([shlex.join([*start, *own]), in_quotes(command)])}')
 
 
+def refuse_help(usage, argv):
+    """Raise if -h, --help or --version seems to belong to a command without quotes."""
+    kinds = option_kinds(usage)
+    _, command = part_words(argv, kinds, ())
+    asked = next((word for word in command if word in HELP_OPTIONS), None)
+    if not asked:                       # --completion
+        return
+    spelled, given = spell_out(argv, kinds, 0)
+    # Of `--machines lab1 lab2 -h`, lab2 is a machine; of `--machine lab1 ./x -h`, ./x is a command.
+    is_command = begins_command(command[0]) or (
+        given & MACHINE_FORMS.keys() and command[0] in spelled[spelled.index('--'):])
+    advice = missing_quotes(usage, argv) if is_command else ''
+    if advice:
+        raise UsageError(f'{asked} is an option of {pattern_of(usage).split()[0]} here, not of '
+                         f'{printable(command[0])}.{advice}', usage)
+
+
 ONE_BATCH_FILE = 'execute_batch takes one batch file: put all lines into one.'
+
+
+UNIT_WORD = re.compile('d|days?|h|hrs?|hours?|m|mins?|minutes?|s|secs?|seconds?|[kmgt](i?b)?',
+                       re.IGNORECASE)
+
+
+def refuse_bare_words(words, argv, usage, alone):
+    """Raise if a blank separates a number from its unit, or if a word is an option without dashes.
+
+    words: more than this command takes; alone: the options that replace its <command>, if any
+    """
+    quantities = {name for name, value, *_ in option_texts(usage) if value in ('time', 'size')}
+    apart = [part for word in argv for part in word.split('=', 1)]
+    for option, number, unit in zip(apart, apart[1:], apart[2:]):
+        if (option in quantities and unit in words and UNIT_WORD.fullmatch(unit)
+                and re.fullmatch('[0-9.]+', number)):
+            raise UsageError(f'unexpected word {unit!r}. Write the unit without a blank: {option} '
+                             f'{number}{unit[0]}.')
+    kinds = option_kinds(usage)
+    for word in words:
+        option = f'--{word}'
+        if alone and (word != words[0] or option not in alone or begins_command(word)):
+            return
+        if option in kinds and not os.path.exists(word):
+            raise UsageError(f'unexpected word {word!r} (did you mean {option}?).')
 
 
 def refuse_words(words, positionals, spelled, command, alone):
@@ -6002,6 +6110,8 @@ def refuse_words(words, positionals, spelled, command, alone):
     import shlex
     given = {word.partition('=')[0] for word in spelled[:spelled.index('--')]}
     extra, hint = words[len(positionals):], ''
+    if positionals == ['batch'] and os.path.isfile(words[-1]) and not os.path.exists(words[0]):
+        extra = words[:-1]
     is_job = re.fullmatch(r'\.?[0-9]+', extra[0])
     option = '--machine' if command == 'execute_remote' else '--machines'
     if not positionals and alone:
@@ -6012,7 +6122,8 @@ def refuse_words(words, positionals, spelled, command, alone):
     elif positionals == ['batch'] and is_job:
         hint = f' For one job: --what {extra[0]}, or --follow {extra[0]} for its output.'
     elif positionals == ['batch'] and all(map(os.path.isfile, words)):
-        hint = f' {ONE_BATCH_FILE}'
+        hint = (' Name one batch file at a time.' if given & {'--status', '--wait', '--cancel'} else
+                f' {ONE_BATCH_FILE}')
     elif positionals == ['batch'] and begins_command(words[0]) and not os.path.exists(words[0]):
         hint = (' <batch> is a file with one command on each line. For one command: '
                 'execute_remote.')
@@ -6051,12 +6162,16 @@ def read_options(usage, argv, in_batch=False):
 
     in_batch: argv is a line of a batch file, where --help has no effect
     """
+    is_for_command = re.search('(?<!=)<command>', pattern_of(usage))
     try:
         return parse_options(usage, argv, in_batch)
+    except HelpAsked:
+        if is_for_command:
+            refuse_help(usage, argv)
+        raise
     except UsageError as error:
-        is_for_command = re.search('(?<!=)<command>', pattern_of(usage))
         hint = missing_quotes(usage, argv, str(error), in_batch) if is_for_command else ''
-        raise type(error)(f'{error}{hint}', usage) from None
+        raise type(error)(f'{error}{hint or error.guess}', usage) from None
 
 
 def pattern_of(usage):
@@ -6085,6 +6200,7 @@ def parse_options(usage, argv, in_batch):
     if len(words) < len(positionals):
         raise WordMissing(f'<{positionals[len(words)]}> is missing.')
     if len(words) > len(positionals):
+        refuse_bare_words(words, argv, usage, instead if positionals == ['command'] else ())
         refuse_words(words, positionals, spelled, command, given & instead)
     docopt = library('docopt')
     try:
@@ -14538,7 +14654,10 @@ def execute_batch(argv):
 
 
 def read_batch_options(argv):
-    """Return the Options of execute_batch; if <batch> is missing, name the batches known here."""
+    """Return the Options of execute_batch.
+
+    If <batch> is missing, name the batches known here.  For a question, take the only one.
+    """
     try:
         return read_options(EXECUTE_BATCH_USAGE, argv)
     except WordMissing as error:

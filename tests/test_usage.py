@@ -299,6 +299,100 @@ def test_a_wrong_command_line_is_named(words, expected):
         assert complaint(*words) == expected
 
 
+@pytest.mark.parametrize(('line', 'expected'), [
+    # words of other programs
+    ('execute_batch b --shell 1', ' To open a shell beside a job: execute_remote --shell '
+     'batch.sh.57.'),
+    ('execute_batch b --kill 7', ' To cancel a job: --cancel.'),
+    ('execute_batch b --logs', ' To see what job 57 prints: --follow 57.'),
+    ('execute_batch b --tail=5', ' To see what job 57 prints: --follow 57.'),
+    ('execute_batch b -j 2', ' To limit the number of jobs on a machine: the key max_jobs of its '
+     'machine file.'),
+    ('execute_batch b --return x', ' To fetch files: --copy-backwards.'),
+    ('execute_batch b --hosts lab1', ' To name machines: --machines lab1 lab2.'),
+    ('execute_batch b --gpu 1', ' To ask for GPUs: --num-gpus 2.'),
+    ("execute_remote 'a b' --host lab1", ' To name a machine: --machine lab1.'),
+    ('execute_remote --kill a', ' To cancel a job: --cancel.'),
+    ('execute_remote --logs a', ' To see what a job prints, and to fetch its results: --attach '
+     'NAME.'),
+    ("execute_to --gres 2 'a b'", ''),
+    ('query_machines --host a', ' To name machines: --machines lab1 lab2.'),
+    # options of another command
+    ('execute_batch b --gather', ' --gather is an option of execute_to.'),
+    ('query_machines --timeout 3', ' --timeout is an option of execute_batch and execute_remote '
+     'and execute_to.'),
+    # the nearest word is right
+    ('execute_batch b --gpus 2', ' (did you mean --num-gpus?).'),
+    ('execute_batch b --time 2', ' (did you mean --timeout?).'),
+    # an option of a command without quotes
+    ('execute_remote ./x --output 3', " Put the command in quotes. Try: execute_remote './x "
+     "--output 3'")])
+def test_an_option_of_another_program_is_told_what_stands_for_it(line, expected):
+    with pytest.raises(ssh_scheduler.UsageError) as caught:
+        read(line)
+    option = next(word for word in line.split() if word.startswith('-')).partition('=')[0]
+    end = expected if expected.startswith(' (') else f'.{expected}'
+    assert str(caught.value) == f'unknown option {option}{end}'
+
+
+def test_each_remedy_for_an_option_of_another_program_is_known():
+    """Each option in a remedy exists, and no command has an option that has a remedy there."""
+    kinds = {usage: ssh_scheduler.option_kinds(usage)
+             for usage in (*USAGES.values(), *OTHER_USAGES.values())}
+    for names, known, remedy in ssh_scheduler.GUESSES:
+        having = [one for one in kinds.values() if known in one]
+        assert having and not any(names & one.keys() for one in having)
+        typed = {'execute_remote': [kinds[USAGES['execute_remote']]]}.get(
+            next((word for word in remedy.split() if word == 'execute_remote'), ''), having)
+        for option in re.findall(r'(?<=\s)--[a-z-]+', remedy):
+            assert all(option in {**one, '--machine': '', '--machines': ''} for one in typed)
+
+
+@pytest.mark.parametrize(('line', 'expected'), [
+    ('execute_batch status b', "unexpected word 'status' (did you mean --status?)."),
+    ('execute_batch b --status failed', "unexpected word 'failed' (did you mean --failed?)."),
+    ('execute_batch b cancel 3', "unexpected word 'cancel' (did you mean --cancel?)."),
+    ('query_machines watch', "unexpected word 'watch' (did you mean --watch?)."),
+    ('execute_remote attach a', "unexpected word 'attach' (did you mean --attach?)."),
+    ('execute_remote --machine a ./x attach', "unexpected word 'attach'. Put the command in "
+     "quotes. Try: execute_remote --machine a './x attach'"),
+    ('execute_batch --timeout 5 min --dry-run b', "unexpected word 'min'. Write the unit without a "
+     'blank: --timeout 5m.'),
+    ('execute_batch b --memory-required=8 GB', "unexpected word 'GB'. Write the unit without a "
+     'blank: --memory-required 8G.'),
+    ("execute_remote --timeout 1.5 hours 'x y'", "unexpected word 'hours'. Write the unit without "
+     'a blank: --timeout 1.5h.'),
+    ('execute_batch b --retries 5 min', "unexpected word 'min'. To name machines: --machines "
+     'min.')])
+def test_a_word_in_a_wrong_place_is_named(line, expected):
+    with pytest.raises(ssh_scheduler.UsageError) as caught:
+        read(line)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ('lab1 lab2 b.sh', "'lab1'. To name machines: --machines lab1 lab2."),
+    ('a.sh b.sh --status', "'b.sh'. Name one batch file at a time.")])
+def test_the_word_that_is_no_batch_file_is_named(tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a.sh', 'b.sh'):
+        (tmp_path / name).touch()
+    assert complaint(*words.split()) == f'unexpected word {expected}'
+
+
+@pytest.mark.parametrize(('line', 'missing'), [
+    ('execute_remote --machine a --forward 9002:8123', '<command>'),
+    ('execute_remote --machine a --forward 9002', '<command>'),
+    ('execute_remote --forward 9002 6006', '<command>'),
+    ('execute_batch --status --watch 5', '<batch>'),
+    ('execute_batch --status --watch 1h30m', '<batch>'),
+    ('execute_batch --cancel 3 .5', '<batch>'), ('execute_batch --rerun 3', '<batch>')])
+def test_a_number_of_a_list_is_not_taken_for_a_missing_word(line, missing):
+    with pytest.raises(ssh_scheduler.WordMissing) as caught:
+        read(line)
+    assert str(caught.value) == f'{missing} is missing.'
+
+
 @pytest.mark.parametrize(('word', 'expected'), [
     # an abbreviation means the option that begins with it, however long
     ('--no-gpu', ['--no-gpu-required']), ('--nogpu', ['--no-gpu-required']),
@@ -541,6 +635,31 @@ def test_the_shown_line_has_the_words_as_they_were(words):
     _, typed = advice(argv)
     if all(word.isprintable() for word in words):
         assert shlex.split(read(typed)['<command>']) == ['bash', *words]
+
+
+@pytest.mark.parametrize(('line', 'option', 'typed'), [
+    ('execute_to --machines a b df -h /', '-h', "execute_to --machines a b 'df -h /'"),
+    ('execute_remote --machine a ls -h', '-h', "execute_remote --machine a 'ls -h'"),
+    ('execute_remote --machines a ls -h', '-h', "execute_remote --machines a 'ls -h'"),
+    ('execute_remote ls -h', '-h', "execute_remote 'ls -h'"),
+    ('execute_remote --machine a ./x --help', '--help', "execute_remote --machine a './x --help'"),
+    ('execute_remote --machine a python3 --version', '--version',
+     "execute_remote --machine a 'python3 --version'")])
+def test_help_of_a_command_without_quotes_needs_quotes(line, option, typed):
+    command = typed.split("'")[1].split()[0]
+    assert advice(line) == (
+        f'{option} is an option of {line.split()[0]} here, not of {command}.', typed)
+    assert advice(f'{line} --zebra')[1] == f"{typed[:-1]} --zebra'"
+
+
+@pytest.mark.parametrize('line', [
+    'execute_to --machines a -h', 'execute_to --machines a b -h', 'execute_to a b -h',
+    'execute_remote -h', 'execute_remote --machine a --help', "execute_remote --machine a 'b c' -h",
+    'execute_remote -h ls', 'execute_remote strange --help', 'execute_batch b --help',
+    'execute_batch ls -h', 'execute_remote --machine a --completion bash'])
+def test_help_is_asked_for_where_no_command_stands_before(line):
+    with pytest.raises(ssh_scheduler.HelpAsked):
+        read(line)
 
 
 # ---- Both forms of --machines ----
