@@ -14563,6 +14563,14 @@ def is_known_machine(word):
                for pattern in host_patterns())
 
 
+def may_end_list(options, last):
+    """Tell whether a list may have lost its last word: to <batch> or <command>, which is `last`."""
+    argv, machines = options.argv[1:], options['--machines']
+    # Else the list of machines has a clear end.
+    return '--' not in argv and (argv[-1] == options[last] or (machines[-1], options[last]) in zip(
+        argv, argv[1:]))
+
+
 def refuse_programs(options, last):
     """Raise if a word of --machines begins a command: without quotes, only its end would run.
 
@@ -14572,10 +14580,9 @@ def refuse_programs(options, last):
     last: the word behind the machines, '<command>' or '<batch>'
     """
     import shutil
-    argv, words = options.argv[1:], options['--machines']
-    follows = (words[-1], options[last]) in zip(argv, argv[1:])
-    if '--' in argv or not follows and argv[-1] != options[last]:
-        return                          # the list of machines has a clear end
+    words = options['--machines']
+    if not may_end_list(options, last):
+        return
     machines = {words[0], *filter(is_known_machine, words)}
     wrong = next((word for word in words if word not in machines and begins_command(word)), None)
     if wrong is None:
@@ -14587,10 +14594,22 @@ def refuse_programs(options, last):
         advice = one_command(words[0], in_quotes([*words[words.index(wrong):], options[last]]))
     else:
         noun = 'command'
-        advice = (missing_quotes(EXECUTE_TO_USAGE, argv, machines=machines)
+        advice = (missing_quotes(EXECUTE_TO_USAGE, options.argv[1:], machines=machines)
                   or ' Put the command in quotes.')
     raise UsageError(f'{printable(wrong)} is {what}, not a machine. (If a machine has this name, '
                      f'write -- between the machines and the {noun}.){advice}')
+
+
+def refuse_machine(options):
+    """Raise if <batch> seems to be missing, so that the last machine was taken for it."""
+    path = options['<batch>']
+    is_machine = path.endswith(('.yaml', '.yml')) or not os.path.exists(path) and (
+        path == 'localhost' or is_known_machine(path))
+    is_file = path == '-' or os.path.exists(path) or re.search(r'[\s/]|\.[A-Za-z]\w*$', path)
+    if may_end_list(options, '<batch>') and (is_machine or not is_file):
+        why = ': {} is a machine' if is_machine else ', or there is no file {}'
+        raise WordMissing(f'<batch> is missing{why.format(printable(path))}. For the standard '
+                          'input write - as <batch>.', EXECUTE_BATCH_USAGE)
 
 
 def refuse_batch_files(options):
@@ -14614,6 +14633,7 @@ def execute_batch(argv):
     reruns = options.given & RERUNS
     if not (asked or reruns):
         check_machines(options, 'batch')
+        refuse_machine(options)
         refuse_programs(options, '<batch>')
         refuse_batch_files(options)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
@@ -14653,21 +14673,38 @@ def execute_batch(argv):
     return status
 
 
+QUESTIONS = frozenset(('--status', '--follow', '--wait'))    # they change nothing
+
+
 def read_batch_options(argv):
     """Return the Options of execute_batch.
 
     If <batch> is missing, name the batches known here.  For a question, take the only one.
     """
     try:
-        return read_options(EXECUTE_BATCH_USAGE, argv)
+        options = read_options(EXECUTE_BATCH_USAGE, argv)
     except WordMissing as error:
-        names = set()
-        with contextlib.suppress(SchedulerError):
-            known = ResultStore('job_results').peek().journal.jobs
-            names = {record.get('batch') or name.rpartition('.')[0]
-                     for name, record in known.items()}
-        hint = f' Batches of this folder: {", ".join(sorted(map(printable, names)))}.'
-        raise WordMissing(f'{error}{hint if names else ""}', error.usage) from None
+        names = known_batches()
+        is_question = QUESTIONS & {word.partition('=')[0] for word in argv}
+        if not (is_question and len(names) == 1 and os.path.isfile(names[0])):
+            hint = f' Batches of this folder: {", ".join(map(printable, names))}.'
+            raise WordMissing(f'{error}{hint if names else ""}', error.usage) from None
+        options = read_options(EXECUTE_BATCH_USAGE, [names[0], *argv])
+        Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
+    word = options['<batch>'] or ''
+    if f'--{word}' in option_kinds(EXECUTE_BATCH_USAGE) and not os.path.exists(word):
+        raise UsageError(f'there is no batch file {word} (did you mean --{word}?).',
+                         EXECUTE_BATCH_USAGE)
+    return options
+
+
+def known_batches():
+    """Return the names of the batches that job_results knows, sorted."""
+    names = set()
+    with contextlib.suppress(SchedulerError):
+        known = ResultStore('job_results').peek().journal.jobs
+        names = {record.get('batch') or name.rpartition('.')[0] for name, record in known.items()}
+    return sorted(names)
 
 
 def past_in(options, option):

@@ -875,12 +875,25 @@ def test_the_batches_of_the_folder_are_named_where_one_is_missing(run_cli, proje
     words = ['--machines', 'localhost', '--no-gpu-required', '--memory-required=1']
     for name in ('b.sh', 'a.sh'):
         (project / name).write_text('true\n')
-        assert run_cli('execute_batch', '--status').stderr.splitlines()[0].endswith(
+        assert run_cli('execute_batch', '--cancel').stderr.splitlines()[0].endswith(
             'missing.' if name == 'b.sh' else 'missing. Batches of this folder: b.sh.')
         assert run_cli('execute_batch', name, *words).returncode == 0
     done = run_cli('execute_batch', '--status')
     assert (done.returncode, done.stderr.splitlines()[0]) == (
         2, 'execute_batch: <batch> is missing. Batches of this folder: a.sh, b.sh.')
+
+
+def test_a_question_is_for_the_only_batch_of_the_folder(run_cli, project):
+    (project / 'b.sh').write_text('echo said\n')
+    run_cli('execute_batch', 'b.sh', '--machines', 'localhost', '--no-gpu-required',
+            '--memory-required=1')
+    note = 'execute_batch: the only batch of this folder is b.sh\n'
+    for words, out in ((['--status', '--json', '--watch', '5'], '{"job": "b.sh.1"'),
+                       (['--follow', '1'], 'said\n'), (['--wait'], '1 job: 1 finished')):
+        done = run_cli('execute_batch', *words)
+        assert (done.returncode, done.stderr) == (0, note) and done.stdout.startswith(out)
+    (project / 'b.sh').rename(project / 'c.sh')
+    assert run_cli('execute_batch', '--status').returncode == 2
 
 
 def test_no_machines_are_an_error():
@@ -897,6 +910,25 @@ def test_a_word_that_the_list_of_machines_lost_may_be_meant_for_it(command, end)
     stdout, stderr, status = call_main(command, *words)
     assert (stdout, status, stderr.splitlines()[0]) == (
         '', 2, f'{command}: --machines names no machine{end}')
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    (['--machines', 'lab1', 'lab2'], '<batch> is missing: lab2 is a machine. '),
+    (['--machines', 'lab1', 'lab2.yaml'], '<batch> is missing: lab2.yaml is a machine. '),
+    (['--machines', 'lab1', '--dry-run', 'lab3'],
+     '<batch> is missing, or there is no file lab3. ')])
+def test_a_machine_is_not_taken_for_the_batch_file(run_cli, project, words, expected):
+    (project / 'lab2.yaml').write_text('ip: 192.0.2.1\n')
+    done = run_cli('execute_batch', *words)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2, f'execute_batch: {expected}For the standard input write - as <batch>.')
+
+
+@pytest.mark.parametrize('words', [['status'], ['status', '--machines', 'lab1']])
+def test_an_option_without_dashes_is_not_taken_for_the_batch_file(words):
+    stdout, stderr, status = call_main('execute_batch', *words)
+    assert (stdout, status, stderr.splitlines()[0]) == (
+        '', 2, 'execute_batch: there is no batch file status (did you mean --status?).')
 
 
 # ---- The current folder ----
