@@ -412,6 +412,7 @@ def unified(readings):
 RESULTS, BOOKKEEPING = 'job_results', '.ssh_scheduler'
 # Files that this program writes beside results.  No other file with such a name is a result.
 WRITTEN = ('.csv', '.html', '.json', '.md', '.tex')
+NEVER_BEGAN = ('refused', 'held', 'absent')     # how an attempt was lost that never ran
 UNSTARTED = 'unstarted'         # the state of a job that was cancelled before it started
 STARTED = 'started'             # the state of a job that may still run: no client knows
 MOST_SETS = 50                  # sets of files to compare at most
@@ -792,6 +793,8 @@ def apply(event, known):
         known[event['job']]['time'] = event.get('time')
     elif word == 'ended':
         known[event['job']].update(event, state='ended', time=known[event['job']].get('time'))
+    elif word == 'lost' and event.get('how') in NEVER_BEGAN:
+        del known[event['job']]
     elif word in ('collected', 'lost', 'cancelled'):
         facts = known[event['job']]
         facts['state'] = word if word != 'collected' else (
@@ -1994,6 +1997,8 @@ def retell(event, story):
     elif word == 'ended':
         last = story.attempts[name][-1]
         last.update(event, state='ended', until=time_s, time=last.get('time'))
+    elif word == 'lost' and event.get('how') in NEVER_BEGAN:
+        story.attempts[name].pop()
     elif word in ('collected', 'lost', 'cancelled'):
         last = story.attempts[name][-1]
         last.setdefault('until', time_s)

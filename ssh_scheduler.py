@@ -1034,7 +1034,8 @@ class Lives:
         before = attempt.state
         assert state in LIFE[before].then, f'{attempt.key}: {before} -> {state} [this is a bug]'
         if LIFE[state].written:
-            self._journal.write(event=LIFE[state].written, job=attempt.name, **facts)
+            how = {'how': state} if LIFE[state].written == 'lost' else {}
+            self._journal.write(event=LIFE[state].written, job=attempt.name, **how, **facts)
         self._attempts[attempt.machine, before].pop(attempt.key, None)
         if state not in FORGOTTEN:          # nothing looks these up
             self._attempts[attempt.machine, state][attempt.key] = attempt
@@ -1054,6 +1055,7 @@ class Record(collections.abc.MutableMapping):
     cancelling: somebody asked to cancel this attempt; stopping: it was told to stop
     queued: its place in the queue of a cluster, [number, why, start], until it runs there
     here: which of its results are in job_results, see Presence
+    how: of a lost job, its state in LIFE: held, absent, …
     time, ended_at, wall_s: when it was claimed and ended, in seconds since 1970, and how long it
     took.  Journal.peek(times=True) keeps them; a run forgets them.
     """
@@ -1061,7 +1063,7 @@ class Record(collections.abc.MutableMapping):
     __slots__ = ('attempt', 'machine', 'gpus', 'command', 'key', 'where', 'own', 'backwards',
                  'batch', 'detach', 'files', 'time', 'state', 'resumed', 'exit_code', 'kept',
                  'inode', 'here', 'ended_at', 'wall_s', 'aside', 'cancelling',
-                 'stopping', 'queued')
+                 'stopping', 'queued', 'how')
     KNOWN = frozenset(__slots__)
     SHARED = frozenset(('machine', 'gpus', 'where', 'own', 'batch', 'files'))   # by many records
 
@@ -1287,6 +1289,8 @@ class Journal:
             record.kept = event.get('kept') or None
             if record.state != 'earlier':       # else a late part of its results came
                 record.state = word
+            if word == 'lost':
+                record.how = event.get('how')
             if word == 'ended':
                 record.exit_code = event['exit_code']
                 if self._keeps_times:
@@ -2193,6 +2197,7 @@ class Fleet:
         self._scheduler.remove_machine(worker)
         for attempt in self._lives.of(worker, 'placed'):
             self._lives.move(attempt, 'returned', 'the machine is given back')
+        worker.queue.withdraw_all()
 
     # Logging in
 
@@ -4466,23 +4471,24 @@ class Board:
 
     def _choices(self):
         """Return the Rows that ask what Ctrl-C should do."""
-        running, waiting = self._alive_and_waiting()
-        return [Row(f'Ctrl-C: {running} running, {waiting} waiting. Press a key:', '', 'bold'),
+        counts = ', '.join(self._alive_and_waiting())
+        return [Row(f'Ctrl-C: {counts}. Press a key:', '', 'bold'),
                 *map(Row, ANSWERS)]
 
     def _alive_and_waiting(self):
-        """Return how many jobs run, and how many wait, here or at a cluster."""
+        """Return how many jobs run, and how many wait, here or in the queue of a cluster."""
         run = self._run
-        return (len(run.lives.all_of('claimed', 'running', 'stopping')),
-                run.scheduler.waits + len(run.lives.all_of('placed', 'queued')))
+        running = len(run.lives.all_of('claimed', 'running', 'stopping'))
+        waiting = run.scheduler.waits + len(run.lives.all_of('placed'))
+        queued = len(run.lives.all_of('queued'))
+        return [f'{running} running', f'{waiting} waiting', *[f'{queued} queued'] * bool(queued)]
 
     def _counts(self, width):
         """Return the Row with the numbers of ended, running and waiting jobs, as far as it fits."""
         ended, failed = len(self._run.ended), len(self._run.failures)
-        running, waiting = self._alive_and_waiting()
         cancelled = len(self._run.wishes.cancelled)
         return counts_row(width, ended, len(self._run.jobs) - self.done, [
-            f'{ended - failed} ok', f'{failed} failed', f'{running} running', f'{waiting} waiting',
+            f'{ended - failed} ok', f'{failed} failed', *self._alive_and_waiting(),
             *[f'{cancelled} cancelled'] * bool(cancelled)], self._time_left())
 
     def _time_left(self):
@@ -4632,9 +4638,12 @@ def why_impossible(jobs, empty, is_idle):
     """
     allocation = jobs[0].allocation
     more = f' (and {count_of(len(jobs) - 1, "more line")})' if len(jobs) > 1 else ''
-    needs = needs_in_words(allocation, {books.short_of(allocation) for _, books in empty})
+    shorts = {books.short_of(allocation) for _, books in empty}
     why = '; '.join(f'{worker.name} {books.why_not(allocation, is_idle)}'
                     for worker, books in empty)
+    if shorts == {'engine'}:
+        return f'line {jobs[0].line}{more} cannot run: {sentence(why)}'
+    needs = needs_in_words(allocation, shorts)
     return (f'line {jobs[0].line}{more} needs {needs}, and no machine has that '
             f'{"even when idle" if is_idle else "free"}: {sentence(why)}')
 
@@ -4646,8 +4655,8 @@ def without_gpu(job, empty, options):
     """
     wanted = job.allocation._replace(gpus=0)
     if not job.allocation.gpus or any(books.available.gpus for _, books in empty) or all(
-            books.short_of(wanted) for _, books in empty):
-        return ''
+            books.short_of(wanted) for _, books in empty if not books.available.queue):
+        return ''                       # a cluster was not asked about jobs without a GPU
     if '--num-gpus=' in job.own:
         return ' If the job needs no GPU: --no-gpu-required instead of --num-gpus in its line.'
     return (' If the jobs need no GPU, type\n'
@@ -4679,6 +4688,13 @@ def why_waiting(resources, allocation, count, is_own_news):
             f'{machines or "no machine is left"}')
 
 
+def why_all_wait(scheduler, is_own_news):
+    """Return why the jobs of each kind wait, a line for each; is_own_news: as for why_waiting."""
+    return '\n'.join(filter(None, (
+        why_waiting(scheduler.resources, allocation, len(jobs), is_own_news)
+        for allocation, jobs in scheduler.kinds().items())))
+
+
 def queue_words(engine, number, why, start, now=None):
     """Return a place in a queue in words: 'Slurm 4711: others first, would start about 21:40'.
 
@@ -4706,10 +4722,12 @@ def queue_news(attempt):
 
 def what_is_left(run):
     """Return which jobs of a Run keep running, and how many lines have not started, in words."""
-    running, waits = run.lives.all_of(*ALIVE), run.scheduler.waits
-    machines = sorted({attempt.machine.name for attempt in running})
-    parts = [f'{count_of(len(running), "job")} {"keeps" if len(running) == 1 else "keep"} '
-             f'running on {names_of(machines)}'] * bool(running)
+    queued, waits = run.lives.all_of('queued'), run.scheduler.waits
+    running = [attempt for attempt in run.lives.all_of(*ALIVE) if attempt not in queued]
+    parts = [f'{count_of(len(found), "job")} {"keeps" if len(found) == 1 else "keep"} {doing} '
+             f'{names_of(sorted({attempt.machine.name for attempt in found}))}'
+             for found, doing in ((running, 'running on'), (queued, 'a place in the queue of'))
+             if found]
     parts += [f'{count_of(waits, "line")} {"has" if waits == 1 else "have"} not started'
               ] * bool(waits)
     return '; '.join(parts) or 'nothing runs'
@@ -4993,9 +5011,7 @@ class BatchView(ToldView):
         if (now - self._last_start < EXPLAIN_S or now - self._explained[1] < 2 * EXPLAIN_S
                 or self.run.interrupts):
             return
-        text = '\n'.join(filter(None, (
-            why_waiting(self.run.scheduler.resources, allocation, len(jobs), self.IS_OWN_NEWS)
-            for allocation, jobs in self.run.scheduler.kinds().items())))
+        text = why_all_wait(self.run.scheduler, self.IS_OWN_NEWS)
         reasons = re.sub(r'\b[0-9]+\b( jobs?\b)?', '', text)     # fewer waiting jobs are no news
         if reasons != self._explained[0]:
             self._explained = (reasons, now)
@@ -5006,6 +5022,8 @@ class BatchView(ToldView):
         """Print that no machine is left that can run the remaining jobs."""
         self._report.note(f'{count_of(self.run.scheduler.waits, "job")} not started: no machine is '
                           'left that could run them. Run the same command again when there is one.')
+        if self.run.scheduler.resources:
+            self._report.note(why_all_wait(self.run.scheduler, True))
 
     # The end
 
@@ -5215,6 +5233,8 @@ def advise(run, peaks):
             if new < asked]
         count = sum(1 for job in run.jobs.values() if job.allocation == allocation)
         for worker in run.scheduler.resources if options else ():
+            if worker.capacity.queue:       # nobody knows what is free there
+                continue
             before, _ = room_for(worker.capacity, allocation)
             after, _ = room_for(worker.capacity, less)
             if after > before and count > before:
@@ -5243,6 +5263,7 @@ COUNTED_AS = {'finished': 'finished', 'failed': 'failed', 'running': 'on a machi
               'started': 'on a machine', 'ended': 'on a machine'}
 STATUS_OPTIONS = {'--failed': 'failed', '--running': 'on a machine', '--waiting': 'waiting'}
 FIRST_SHOWN = ('on a machine', 'failed', 'finished', 'waiting')     # if not all fit
+NEVER_BEGAN = ('refused', 'held', 'absent')     # states in LIFE of attempts that never ran
 STATUS_HEAD = ('job', 'state', 'where', 'time', 'command', 'last line')
 WHERE = STATUS_HEAD.index('where')
 
@@ -5328,7 +5349,7 @@ class JobStatus(NamedTuple):
         if not self.known:
             is_told = self.is_watched and self.job.allocation       # else it waits for a client
             return describe_briefly(self.job.allocation) if is_told else ''
-        deleted = 'its results were deleted: ' * (self.state == 'waiting')
+        deleted = 'its results were deleted: ' * (self.known.get('state') == 'collected')
         return f'{deleted}starts from the beginning'
 
     def as_json(self, client):
@@ -5372,6 +5393,10 @@ class BatchStatus:
         elif known.get('command') != job.command:       # another command had the job's name
             state, known = 'waiting', {}
         elif state in ('collected', 'again'):           # its results were deleted, or put aside
+            state = 'waiting'
+        elif known.get('how') in NEVER_BEGAN:
+            state, known = 'waiting', {}
+        elif self._client and state == 'cancelled' or known.get('how') == 'preempted':
             state = 'waiting'
         if self._client and COUNTED_AS.get(state, 'waiting') == 'waiting' and (
                 results.journal.unwanted.get(job.name) == self._client.pid):
@@ -5878,11 +5903,11 @@ def keep_one_machine(spelled, in_batch):
 # ssh: (these options, an option that only commands with the remedy have, the remedy).
 GUESSES = tuple((frozenset(names.split()), known, remedy) for names, known, remedy in (
     ('--shell', '--follow', 'To open a shell beside a job: execute_remote --shell batch.sh.57.'),
-    ('--detach --background', '--follow', 'To leave a batch: Ctrl-C, then d; its jobs run on. To '
-     'start it without a terminal: nohup execute_batch … &'),
-    ('--attach', '--follow', 'To see what job 57 prints: --follow 57. To go on with a batch: type '
+    ('--detach --background', '--follow', 'To leave a batch: Ctrl-C, then d; its jobs keep '
+     'running. To start it without a terminal: nohup execute_batch … &'),
+    ('--attach', '--follow', 'To see what job 57 prints: --follow 57. To continue a batch: type '
      'the command again that started it.'),
-    ('--resume --collect', '--follow', 'To go on with a batch and fetch its results: type the '
+    ('--resume --collect', '--follow', 'To continue a batch and fetch its results: type the '
      'command again that started it.'),
     ('--log --logs --output --tail', '--follow', 'To see what job 57 prints: --follow 57.'),
     ('--list --queue --progress', '--follow', 'To see all jobs: --status.'),
@@ -12456,9 +12481,11 @@ class Queued:
 
     def on_unfit(self, need, why):
         """Note that the engine refuses jobs with this need."""
+        worker, gauge = self._worker, self._worker.gauge
+        if why not in self.refusals.values() and len(worker.run.workers) > 1:
+            worker.report.warning(f'{worker.name}: refuses jobs: {why}')    # others may take them
         self.refusals[need] = self.refusal = why
         self.is_full = False
-        worker, gauge = self._worker, self._worker.gauge
         if gauge.capacity and worker.state == 'ready':
             gauge.capacity = gauge.capacity._replace(queue=gauge.capacity.queue._replace(
                 refusals=tuple(self.refusals.items())))
@@ -12489,11 +12516,17 @@ class Queued:
         """Note that a job is gone, and that neither the job nor the machine caused this."""
         self._worker.jobs.gone('preempted', key, why)
 
-    def withdraw(self, attempt, machine):
-        """Ask for an attempt back, to run it on another machine, unless it has begun meanwhile."""
+    def withdraw(self, attempt, machine=None):
+        """Ask for an attempt back, unless it has begun meanwhile.  machine: where it is to run"""
         if self._worker.state == 'ready':
             attempt.place = attempt.place._replace(moves_to=machine)
             self._worker.contact.send('withdraw', attempt.key)
+
+    def withdraw_all(self):
+        """Ask for all attempts in the queue back, to run them on other machines."""
+        for attempt in self._worker.lives.of(self._worker, 'queued'):
+            if attempt.job.may_start:
+                self.withdraw(attempt)
 
 
 class Worker:
@@ -13918,24 +13951,28 @@ class Desk:
             address = None
             with contextlib.suppress(MachineFileError):
                 address = find_machine(word).address
-            found += [worker for worker in run.workers if worker not in found and (
+            used = [*workers_in_use(run), *(worker for worker in run.workers if now
+                                            and run.lives.any_of(worker, *ALIVE))]
+            found += [worker for worker in used if worker not in found and (
                 word in (worker.name, worker.machine.word) or worker.machine.address == address)
-                and not run.fleet.standing[worker].is_given_back] or [None]
+                ] or [None]
             if found[-1] is None:
-                names = ', '.join(printable(worker.name) for worker in run.workers)
+                names = ', '.join(printable(worker.name) for worker in used)
                 raise UsageError(f'the batch does not use {printable(word)}; it uses {names}.')
         others = [worker for worker in workers_in_use(run) if worker not in found
                   and worker.state in ('new', 'connecting', 'ready', 'away')]
         if now and not others:
             raise UsageError('no other machine is in use, on which the jobs could run. Without '
                              '--now they run to their end; --cancel stops them.')
-        for worker in found:
+        for worker in dict.fromkeys(found):
             run.fleet.give_back(worker)
             if now:
                 run.wishes.move(worker)
-            left = len(run.lives.of(worker, *ALIVE))
-            what = ('and its jobs stop and start elsewhere' if now else
-                    'and its jobs run to their end') if left else 'and none of its jobs runs'
+            left = run.lives.any_of(worker, *ALIVE)
+            end = ('its jobs run to their end, and queued ones are taken back'
+                   if worker.machine.engine else 'and its jobs run to their end')
+            what = ('and its jobs stop and start elsewhere' if now else end) if left else (
+                'and none of its jobs runs')
             when = '' if worker.state == 'ready' or not (now and left) else (
                 ' when the machine is connected again')
             yield f'{worker.name}: gets no more jobs, {what}{when}'
@@ -15330,6 +15367,8 @@ class JobWatch:
                     break
                 if state not in ('claimed', 'ended'):
                     self._tell(f'{self._name} waits')
+                elif state == 'claimed' and known.get('queued'):
+                    self._tell(f'{self._name} is {queue_words("", *known["queued"])}')
                 processes.wait(WATCH_S)
         finally:
             if not self._processes:
@@ -16365,12 +16404,14 @@ class CommandOrder:
 
     def _tell_how_to_return(self, machine):
         """Print what to type to return to the job, which this call no longer follows."""
-        name, state = self._name, self._results.journal.record(self._name).get('state')
+        name, known = self._name, self._results.journal.record(self._name)
+        state = known.get('state')
         if state == 'ended':
             self._report.note(f'{name}: it has ended, and its results are on {machine}: '
                               f'{self._typed("--attach")} fetches them')
         elif state == 'claimed':
-            self._report.note(f'{name} runs on {machine}. To watch it again: '
+            does = 'waits in the queue of' if known.get('queued') else 'runs on'
+            self._report.note(f'{name} {does} {machine}. To watch it again: '
                               f'{self._typed("--attach")}  To cancel it: '
                               f'{self._typed("--cancel")}')
 
@@ -20636,13 +20677,27 @@ words_for() {               # words: the options of sbatch for the need $1 and t
   [[ ! $limit ]] || words+=("--time=$(((limit + engine_kill_wait + 150) / 60 + 1))")
 }
 
+# While nodes are drained or down, --test-only takes them for missing: sbatch accepts such jobs, and
+# they wait.  Then only sbatch itself can tell.
 engine_test() {             # $1: need, $2: limit; fails, and sets answer, if Slurm would refuse
   local words=() lines
   words_for "$1" "$2"
   lines=$( (slurm "$ENGINE_LIMIT_S" sbatch --test-only "${words[@]}" --output=/dev/null \
     "${engine_words[@]}" --wrap true) 2>&1) && return
   slurm_refusal "$lines"
-  [[ $lines != *'allocation failure'* && $lines != *'sbatch: error'* ]] || engine_is_silent "$lines"
+  case $lines in
+    *'node configuration is not available'*) nodes_are_missing ;;
+    *'allocation failure'* | *'sbatch: error'*) engine_is_silent "$lines" ;;
+    *'sbatch: '*option*) return 1 ;;    # a word of engine_options that sbatch does not know
+  esac
+}
+
+nodes_are_missing() {       # succeeds if some nodes are out of use, so that their jobs wait
+  local state
+  while IFS= read -r state; do
+    [[ ! $state =~ drain|down|fail|maint|unk|power|reboot|\* ]] || return 0
+  done < <(slurm "$ENGINE_LIMIT_S" sinfo -h -o %T)
+  return 1
 }
 
 slurm_refusal() {           # answer: the reason in $1, the output of sbatch

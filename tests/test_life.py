@@ -260,7 +260,8 @@ def test_moves_that_the_table_has_are_told_and_all_others_change_nothing(before)
             continue
         notes.works = True
         lives.move(attempt, state, 'why', fact=1)
-        events = [{'event': word, 'job': 'job', 'fact': 1}] if word else []
+        how = {'how': state} if word == 'lost' else {}
+        events = [{'event': word, 'job': 'job', **how, 'fact': 1}] if word else []
         assert told == [(attempt, before, state, 'why', events)]
         assert (attempt.state, notes.events) == (state, events)
         assert lives.all_of(*LIFE) == lives.of('lab1', state) == (

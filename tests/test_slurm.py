@@ -495,7 +495,99 @@ def test_no_more_jobs_are_in_the_queue_than_max_jobs(cluster, batches):
     assert done.returncode == 0, done.stderr
 
 
+# ---- Nodes out of use, and clusters that are given back ----
+
+def drain(cluster, state='drain'):
+    cluster.scontrol('update', 'nodename=n[1-2]', f'state={state}', 'reason=maintenance')
+
+
+@with_constants
+def test_jobs_wait_for_nodes_that_are_drained(cluster, batches, run_cli):
+    """sbatch --test-only takes such nodes for missing, but sbatch accepts the jobs."""
+    drain(cluster)
+    run = batches.start(['echo 1', 'echo 2'], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    assert 'nodes are down or reserved' in run.until('queued:')
+    run.process.kill()
+    run.end()
+    follow = run_cli('execute_batch', 'batch.sh', '--status')
+    assert re.search(r'\.1 +queued ', follow.stdout), follow
+    again = batches.start(None, [cluster_of(cluster)], *NO_GPU, env=hasty())
+    again.until('queued:')
+    drain(cluster, 'resume')
+    assert again.end().returncode == 0
+    assert (result('batch.sh.1'), result('batch.sh.2')) == (b'1\n', b'2\n')
+
+
+@with_constants
+def test_a_cluster_without_such_nodes_refuses_also_while_some_are_drained(cluster, batches, lab,
+                                                                         run_cli):
+    drain(cluster)
+    done = batches.run(['true'], [cluster_of(cluster)], '--no-gpu-required',
+                       '--memory-required=1T', env=hasty())
+    assert done.returncode == 1 and '1 job not started: no machine is left' in done.stderr, done
+    assert 'Requested node configuration is not available' in done.stderr, done.stderr
+    status = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert re.search(r'\.1 +waiting ', status), status         # it never began
+    done = batches.run(['true'], [cluster_of(cluster), lab().yaml()], '--no-gpu-required',
+                       '--memory-required=1T', env=hasty())
+    assert done.returncode != 0 and 'WARNING: cluster.yaml: refuses jobs: ' in done.stderr
+    drain(cluster, 'resume')
+
+
+@with_constants
+def test_queued_jobs_come_back_from_a_cluster_that_is_given_back(cluster, lab, batches, run_cli,
+                                                                 ledger, gate):
+    full(cluster)
+    machine = lab().yaml(max_jobs=1)
+    run = batches.start([gate.wait('go'), *[f'hostname >>{ledger}'] * 2],
+                        [machine, cluster_of(cluster)], *NO_GPU, '--cluster-after=0.2',
+                        env=hasty())
+    run.until('queued:')
+    run.until('queued:')
+    follow = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert '2 queued at a cluster, 0 waiting' in follow.splitlines()[0], follow
+    done = run_cli('execute_batch', 'batch.sh', '--drop-machine', 'cluster.yaml')
+    assert done.stdout == ('cluster.yaml: gets no more jobs, its jobs run to their end, and queued '
+                           'ones are taken back\n'), done
+    assert_gone_but(cluster, 1)
+    status = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert re.search(r'\.2 +waiting ', status) and re.search(r'\.3 +waiting ', status), status
+    gate.open('go')
+    assert run.end().returncode == 0
+    assert len(ledger.read_text().splitlines()) == 2
+
+
+@with_constants
+def test_jobs_of_a_cluster_that_was_given_back_can_still_be_moved(cluster, lab, batches, run_cli,
+                                                                  ledger, gate):
+    machine = lab().yaml(max_jobs=1)
+    run = batches.start([gate.wait('go'), f'echo >>{ledger}; test -z "$SLURM_JOB_ID" || sleep 600'],
+                        [machine, cluster_of(cluster)], *NO_GPU, '--cluster-after=0.2',
+                        env=hasty())
+    wait_until(ledger.read_text, 'the job on the cluster')
+    drop = ('execute_batch', 'batch.sh', '--drop-machine', 'cluster.yaml')
+    assert run_cli(*drop).returncode == 0
+    done = run_cli(*drop, '--now')
+    assert done.stdout == ('cluster.yaml: gets no more jobs, and its jobs stop and start '
+                           'elsewhere\n'), done
+    gate.open('go')
+    done = run.end()
+    assert done.returncode == 0 and ledger.read_text() == '\n\n', done
+    assert 'partial results of' not in done.stderr
+
+
 # ---- Messages ----
+
+def test_a_word_that_sbatch_does_not_know_is_told(cluster, lab, batches):
+    file = cluster_of(cluster, engine_options='--partiton=main')
+    done = batches.run(['true'], [file], *NO_GPU)
+    assert (done.returncode, done.stdout.count('started')) == (2, 0)
+    assert re.search("line 1 cannot run: cluster.yaml refuses the job .*'--partiton=main'",
+                     done.stderr), done.stderr
+    done = batches.run(['true'], [file, lab().yaml()], *NO_GPU)
+    assert done.returncode == 0
+    assert re.search("WARNING: cluster.yaml: refuses jobs: .*'--partiton=main'", done.stderr)
+
 
 def test_what_slurm_refuses_is_said_before_anything_starts(cluster, batches):
     done = batches.run(['true'], [cluster_of(cluster, engine_options='--partition=nope')], *NO_GPU)

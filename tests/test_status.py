@@ -409,26 +409,26 @@ def made(project):
 
 GOLDEN_80 = '''\
 a client runs here since TIME (process PID), 1 running, 3 waiting
-job  state      where          time    command     last line
-.1   finished   lab1 GPU 0     1h 02m  --lr 0.001  epoch 90: loss 0.31
-.2   running    lab1 GPU 1     2h 00m  --lr 0.01   epoch 57 日本語: loss 0.44, …
-.3   [failed 1 ]  lab2 GPUs 0,1  9s      --lr 10     CUDA out of memory
-.4   lost       lab2                   --lr 1.0    starts from the beginning
-.5   cancelled  lab2                   --lr 2.0    starts from the beginning
-.6   waiting                           --lr 3.0
+job  state     where          time    command     last line
+.1   finished  lab1 GPU 0     1h 02m  --lr 0.001  epoch 90: loss 0.31
+.2   running   lab1 GPU 1     2h 00m  --lr 0.01   epoch 57 日本語: loss 0.44, 3…
+.3   [failed 1]  lab2 GPUs 0,1  9s      --lr 10     CUDA out of memory
+.4   lost      lab2                   --lr 1.0    starts from the beginning
+.5   waiting                          --lr 2.0    starts from the beginning
+.6   waiting                          --lr 3.0
 all commands: python3 train.py … --seed 1
 6 jobs: 1 finished, 1 failed, 1 on a machine, 3 waiting
 '''
 
 GOLDEN_60 = '''\
 a client runs here since TIME (process PID), 1 running, 3 waiting
-job  state      where        time    command     last line
-.1   finished   lab1 GPU 0   1h 02m  --lr 0.001  epoch 90: …
-.2   running    lab1 GPU 1   2h 00m  --lr 0.01   epoch 57 …
-.3   [failed 1 ]  …2 GPUs 0,1  9s      --lr 10     CUDA out o…
-.4   lost       lab2                 --lr 1.0    starts fro…
-.5   cancelled  lab2                 --lr 2.0    starts fro…
-.6   waiting                         --lr 3.0
+job  state     where        time    command     last line
+.1   finished  lab1 GPU 0   1h 02m  --lr 0.001  epoch 90: l…
+.2   running   lab1 GPU 1   2h 00m  --lr 0.01   epoch 57 日…
+.3   [failed 1]  …2 GPUs 0,1  9s      --lr 10     CUDA out of…
+.4   lost      lab2                 --lr 1.0    starts from…
+.5   waiting                        --lr 2.0    starts from…
+.6   waiting                        --lr 3.0
 all commands: python3 train.py … --seed 1
 6 jobs: 1 finished, 1 failed, 1 on a machine, 3 waiting
 '''
@@ -463,14 +463,14 @@ def test_on_a_terminal_rows_are_cut_to_its_width(made, scheduler, client_env, co
 def test_without_colours(made, scheduler, client_env, how):
     with made.hold():
         assert shown_at(scheduler, client_env, **how) == GOLDEN_80.replace(
-            '[failed 1 ]', 'failed 1 ')
+            '[failed 1]', 'failed 1')
 
 
 def test_a_terminal_without_unicode(made, scheduler, client_env):
     with made.hold():
         said = shown_at(scheduler, client_env, PYTHONIOENCODING='ascii')
     assert said.isascii() and 'all commands: python3 train.py ... --seed 1\n' in said
-    assert '--lr 0.01   epoch 57 \\u65e5\\u672c\\u8a9...\n' in said
+    assert '--lr 0.01   epoch 57 \\u65e5\\u672c\\u8a9e...\n' in said
     assert max(map(len, said.splitlines()[1:])) <= 82       # with [] for red
 
 
