@@ -15016,6 +15016,7 @@ def run_batch(options, machines, jobs, client, reporter, policy, told=()):
     lines = plan.lines
     policy = policy._replace(
         forwards=None if dry else read_forwards(options),
+        cluster_after_s=0.0 if dry else policy.cluster_after_s,
         want_gpus=allocation.gpus > 0 or any(job.allocation.gpus for job in lines.waiting))
     kind = TerminalView if reporter.can_draw and not dry else BatchView
     view = kind(reporter, results, plan, allocation, options, path, told)

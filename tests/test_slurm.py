@@ -483,6 +483,12 @@ def test_a_job_that_fits_no_machine_goes_to_the_cluster_at_once(cluster, lab, ba
     assert done.returncode == 0 and result('batch.sh.1') == b'0\n', done.stderr
 
 
+def test_a_dry_run_shows_what_the_cluster_will_get(cluster, lab, batches):
+    done = batches.run(['true'] * 2, [lab().yaml(max_jobs=1), cluster_of(cluster)], *NO_GPU,
+                       '--dry-run')
+    assert re.search(r'would start: batch\.sh\.2 on cluster\.yaml', done.stdout), done
+
+
 @with_constants
 def test_no_more_jobs_are_in_the_queue_than_max_jobs(cluster, batches):
     full(cluster)
