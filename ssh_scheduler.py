@@ -6297,10 +6297,11 @@ def are_jumps(value):
 
 
 def are_gpu_types(value):
-    """Tell whether the value is a mapping of words to numbers of MB."""
+    """Tell whether the value is a mapping of words to sizes: numbers of MB, or texts as 40G."""
     return isinstance(value, dict) and bool(value) and all(
         is_text(name) and re.fullmatch(r'[A-Za-z0-9][\w.-]*', name, re.ASCII)
-        and is_whole_number(mb) for name, mb in value.items())
+        and (is_whole_number(size) or is_text(size) and 1 <= size_mb(size) < math.inf)
+        for name, size in value.items())
 
 
 # The words of `wrap` may have these placeholders.  Their values are digits, commas, points and the
@@ -6416,7 +6417,7 @@ MACHINE_KEYS = {
     'max_jobs': ('a number of at least 1', is_whole_number),
     'engine': ('the engine of a cluster: slurm', lambda v: is_text(v) and v in ENGINES),
     'engine_options': ('options of the engine, such as "--partition=gpu --account=lab"', is_text),
-    'gpu_types': ('a mapping of types of GPUs to the MB of one, such as {a100: 40000}',
+    'gpu_types': ('a mapping of types of GPUs to the memory of one, such as {a100: 40G}',
                   are_gpu_types),
     'node_folder': ('an absolute path, or a variable such as $TMPDIR',
                     lambda v: is_text(v) and NODE_FOLDER.fullmatch(v)),
@@ -6425,10 +6426,27 @@ ENGINES = ('slurm',)
 OF_ENGINES = ('engine_options', 'gpu_types', 'node_folder')     # have a meaning with `engine` only
 NODE_FOLDER = re.compile(r'(/|\$\{?[A-Za-z_]\w*\}?)[\w./-]*', re.ASCII)
 QUEUED_JOBS = 20            # the default of max_jobs: jobs of one batch in a cluster's queue
-# Options of sbatch that the runner sets itself, or that would change what a job is.
-ENGINE_TAKEN = ('array', 'wrap', 'wait', 'parsable', 'job-name', 'requeue', 'output', 'error',
-                'input', 'open-mode', 'chdir', 'signal', 'test-only', 'clusters', 'hold', 'help',
-                'usage', 'version', 'export', 'export-file', 'get-user-env')
+RUNS_AGAIN = 'would run a job more than once'
+SUBMITS_NO_JOB = 'would submit no job'
+# Options of sbatch that the runner sets itself, or that would change what a job is -> a sentence
+# on it, without the option's name.
+ENGINE_TAKEN = {
+    'array': RUNS_AGAIN, 'requeue': RUNS_AGAIN,
+    'wrap': 'would replace the command of the job',
+    'input': 'would replace the input of the job',
+    **dict.fromkeys(('output', 'error', 'open-mode'), 'would move the output of the job away from '
+                    'where the program fetches it: it is in job_results'),
+    **dict.fromkeys(('export', 'export-file', 'get-user-env'), 'would change the environment that '
+                    'the program gives to the job: use the keys env and setup'),
+    'chdir': 'would take the job out of its own folder: use the key workdir',
+    'job-name': 'would hide the job from the program, which finds its jobs by their names',
+    'clusters': ('would hide the job from the program, which asks one cluster: write a machine '
+                 'file for each cluster'),
+    'wait': 'would stop the program from submitting the next job',
+    'signal': 'would replace the signal with which Slurm announces the time limit to the program',
+    'hold': 'would let the job wait until you release it',
+    'parsable': 'is always used by the program',
+    **dict.fromkeys(('test-only', 'help', 'usage', 'version'), SUBMITS_NO_JOB)}
 
 
 def read_machine_file(path, name):
@@ -6494,7 +6512,7 @@ def read_machine_value(loader, key, node, where):
         raise MachineFileError(f'{where}: {key} must be {expected}, not {value!r:.200}.')
     if key == 'wrap':
         check_wrap(value, where)
-    if isinstance(value, dict):     # as text, since the file may say 010 or 1.10
+    if isinstance(value, dict) and key != 'gpu_types':      # as text: it may say 010 or 1.10
         return {name.value: text.value for name, text in node.value}
     return value
 
@@ -6565,7 +6583,8 @@ def machine_from(values, name, path):
         max_jobs=values.get('max_jobs', QUEUED_JOBS if 'engine' in values else None),
         engine=values.get('engine', ''),
         engine_options=read_engine_options(values.get('engine_options', ''), path),
-        gpu_types=tuple(sorted((int(mb), name) for name, mb in values['gpu_types'].items()))
+        gpu_types=tuple(sorted((int(size_mb(str(size))), name)
+                               for name, size in values['gpu_types'].items()))
         if 'gpu_types' in values else None,
         node_folder=values.get('node_folder', ''))
 
@@ -6604,8 +6623,8 @@ def read_engine_options(text, path):
                                    f'{word!r}.')
         taken = next((name for name in ENGINE_TAKEN if name.startswith(match[1])), None)
         if taken:
-            raise MachineFileError(f'{where}: --{taken} cannot be used, since jobs would not run '
-                                   'once, or not be found again. Remove it.')
+            raise MachineFileError(sentence(f'{where}: remove --{taken}. It '
+                                            f'{ENGINE_TAKEN[taken]}'))
     return words
 
 

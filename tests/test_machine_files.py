@@ -170,6 +170,8 @@ def test_good_values(home, key_, values):
              {'A=B': 'c'}, {'': 'a'}, {1: 'a'}, {'A': 'b\0'}, {'A': '\udcff'}]),
     ('gpus', [None, 1, '0', [None], ['0'], [-1], [0.5], [True], {}, {0: 1}]),
     ('max_jobs', [None, 0, -1, '4', 1.5, True, [1]]),
+    ('gpu_types', [None, [], {}, 'a100', {'a100': '40X'}, {'a100': 0}, {'a100': '0G'}, {'a': 'inf'},
+                   {'a100': 'nan'}, {'a100': 1.5}, {'a100': True}, {'a100': None}, {'a b': '40G'}]),
 ])
 def test_a_bad_value_is_named(home, key_, values):
     for value in values:
@@ -180,6 +182,29 @@ def test_a_bad_value_is_named(home, key_, values):
         line = list(values).index(key_) + 1
         assert complaint(text) == (
             f'lab1.yaml, line {line}: {key_} must be {expected}, not {value!r}.'), text
+
+
+def test_the_memory_of_a_type_of_gpus_may_have_a_unit(home):
+    types = '{a100: 40G, v100: 16000, t4: "16 GB", p: 0x10}'
+    assert read(f'ip: a\nengine: slurm\ngpu_types: {types}\n').gpu_types == (
+        (16, 'p'), (16000, 'v100'), (16384, 't4'), (40960, 'a100'))
+
+
+@pytest.mark.parametrize(('options', 'expected'), [
+    ('--array=1-3', 'remove --array. It would run a job more than once.'),
+    ('--requeue', 'remove --requeue. It would run a job more than once.'),
+    ('--output=x', 'remove --output. It would move the output of the job away from where the '
+     'program fetches it: it is in job_results.'),
+    ('--err=x', 'remove --error. It would move the output of the job away'),
+    ('--export=NONE', 'remove --export. It would change the environment that the program gives to '
+     'the job: use the keys env and setup.'),
+    ('--chdir=/tmp', 'remove --chdir. It would take the job out of its own folder: use the key '
+     'workdir.'),
+    ('--job-name=x', 'remove --job-name. It would hide the job from the program, which finds its'),
+    ('--hold', 'remove --hold. It would let the job wait until you release it.')])
+def test_an_option_of_slurm_that_cannot_be_used_has_its_own_reason(home, options, expected):
+    said = complaint(f'ip: a\nengine: slurm\nengine_options: --partition=a {options}\n')
+    assert said.startswith(f'lab1.yaml: engine_options: {expected}')
 
 
 def json_like(value):
