@@ -17438,11 +17438,13 @@ complaint() {               # REPLY: the last error in the log, without "line 7:
 }
 
 explain_full() {            # REPLY: the error $1, and which of disk, inodes and quota are used up
-  local dir=$home total left blocks
+  local dir=$home total left size blocks
   while [[ ! -e $dir && $dir == */* ]]; do dir=${dir%/*}; done
-  IFS=: read -r total left blocks < <(stat -f -c %c:%d:%a -- "$dir/.")
+  IFS=: read -r total left size blocks < <(stat -f -c %c:%d:%b:%a -- "$dir/.")
   REPLY=$1
-  [[ $blocks != 0 || $1 == *'No space left'* ]] || REPLY+=' (the disk of the machine is full)'
+  # /proc has no blocks, and a read-only image none that are free; neither is full.
+  [[ $blocks != 0 || $size == 0 || $1 == *'Read-only file system'* || $1 == *'No space left'* ]] ||
+    REPLY+=' (the disk of the machine is full)'
   [[ $left != 0 || $total == 0 ]] || REPLY+=' (no inode is left for one more file: see df -i)'
   [[ $1 != *'quota exceeded'* ]] || REPLY+=' (of bytes, or of files: see quota -s)'
 }

@@ -304,6 +304,7 @@ def test_a_workdir_that_cannot_be_written(check, lab):
     assert (status, mark, rest[0]) == (1, 'WRONG', 'account')
     assert text.startswith('cannot write there: ') and text.endswith(
         f'Set `workdir` in {file} to a folder that you can write there.')
+    assert 'full' not in text
 
 
 def with_disk(machine, facts):
