@@ -11462,8 +11462,9 @@ class Contact:
     def hindrance(self):
         """Return why the machine has not reported its resources yet, if that is known."""
         if self._reader.greeted or not self._worker.machine.host:
+            last = 'the programs of Slurm' if self._worker.machine.engine else 'nvidia-smi'
             return ('bash runs, but one of these is slow: the workdir, the start files of an '
-                    'interactive login, such as ~/.bashrc, or nvidia-smi')
+                    f'interactive login, such as ~/.bashrc, or {last}')
         if not os.path.exists(self.connection.socket_path):     # ssh creates it after the login
             return ''
         said = next(filter(None, (complaint_line(text.decode('utf-8', 'replace'), -1) for text in (
@@ -15520,12 +15521,36 @@ FAILED_THERE = (
     (r'bash has version', 'bash'),
     (r'the same account', 'account'),
     (r'cannot write there|older ssh-scheduler', 'folder'),
-    (r'its engine is missing', 'engine'),
+    (r'its engine (is missing|cannot be asked)', 'engine'),
 )
 CLOCK_LIMIT_S = 5.0                 # by which the clock of a machine may differ
 LOW_MB, LOW_INODES = 2000, 5000     # a disk with less than this left gets a note
 CHECK_JOB_S = 120.0                 # for the job of a check to begin on a cluster
 CHECK_LIMIT_S = 60.0                # for it to run
+WAIT_FOR_NODES = 'Jobs wait until one is in service again. To look at them, there: sinfo -R'
+
+
+def chosen_partitions(partitions, options):
+    """Return those of the Partitions in which a job with these engine_options may run.
+
+    If no partition is named, these are the nodes of the default one, or all if there is none.
+    """
+    words = [word.partition('=')[2] for word in options if re.match('--part[a-z]*=', word)]
+    if words:
+        return [part for part in partitions if part.name in words[-1].split(',')]
+    return [part for part in partitions if part.is_default] or partitions
+
+
+def out_of_service(partitions):
+    """Return the states of the nodes if none of them begins jobs; else ''."""
+    if not all(part.is_out for part in partitions):
+        return ''
+    texts = collections.defaultdict(list)
+    for part in partitions:
+        reason = f' ({printable(part.reason)})' if part.reason else ''
+        texts[part.name].append(f'{count_of(part.nodes, "node")} '
+                                f'{"is" if part.nodes == 1 else "are"} {part.state}{reason}')
+    return '; '.join(f'in {printable(name)} {", ".join(texts[name])}' for name in texts)
 
 
 class Finding(NamedTuple):
@@ -19724,6 +19749,7 @@ declare -A ours=()          # the jobs that this client has begun or asked about
 declare -A started=()       # jobs whose start was reported: their news may stay until a job ends
 declare -A hurried=()       # jobs for which the engine was asked at once why they were stopped
 is_looked_at=''             # 1 if look_at_engine was called
+is_silent=''                # 1 if the engine did not answer then
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
 lib=''                      # the folder lib/RUNNER of this runner
 
@@ -19758,8 +19784,16 @@ look_at_engine() {          # checks for the engine, once the environment is kno
     say_text broken "its engine is missing: ${missing% } is not in the PATH of a login"
     return
   fi
+  missing=$(engine_lacks)
+  if [[ $missing ]]; then
+    say_text broken "its engine cannot be asked: $missing"
+    return
+  fi
   warn_of_disk
-  engine_look || say_text note "$engine_name does not answer: ${answer:-it printed nothing}"
+  if ! engine_look; then
+    say_text note "$engine_name does not answer: ${answer:-it printed nothing}"
+    ! engine_is_silent "$answer" || is_silent=1 wanted=()       # each question would take long
+  fi
   is_looked_at=1
   say_unfit "${wanted[@]}"
   wanted=()
@@ -19777,7 +19811,7 @@ warn_of_disk() {            # warns if the type of the disk shows that nodes do 
 
 measure() {                 # reports only the engine, which alone knows what is free
   say_text probe engine "$engine_name $engine_version"
-  [[ $want_gpus != 1 || $is_measured ]] || engine_overview
+  [[ $want_gpus != 1 || $is_measured || $is_silent ]] || engine_overview
   is_measured=1
 }
 
@@ -20650,6 +20684,13 @@ engine_step='srun --jobid="${me%%.*}" --overlap --quiet'
 
 slurm() {                   # becomes the program $2... of Slurm, with a time limit of $1 seconds
   enter timeout -k 5 "$@"
+}
+
+# Without this file each program of Slurm waits for 60 s.
+engine_lacks() {            # prints what is wrong if the file that SLURM_CONF names cannot be read
+  # shellcheck disable=SC2016            # another shell expands it, in the environment of a login
+  enter /bin/sh -c '[ -z "$SLURM_CONF" ] || [ -r "$SLURM_CONF" ] || printf "%s cannot be read%s" \
+    "$SLURM_CONF" " (SLURM_CONF of the login, or of env in the machine file)"'
 }
 
 engine_look() {             # reads the controller's configuration; if it cannot, sets answer, fails
