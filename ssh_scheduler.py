@@ -714,6 +714,11 @@ class Queue(NamedTuple):
     own_jobs: tuple = (0, 0)        # of this account: (running, waiting)
 
 
+# States of sinfo(1) in which a node begins no job, until an administrator or Slurm changes that.
+OUT_STATES = ('down', 'drain', 'drained', 'draining', 'fail', 'failing', 'error', 'inval', 'maint',
+              'unknown')
+
+
 class Partition(NamedTuple):
     """The nodes of one partition of a cluster that are in one state."""
     name: str
@@ -723,6 +728,20 @@ class Partition(NamedTuple):
     idle_cores: int
     cores: int                      # in all
     gpus: str                       # of each node, as the engine writes it; '' for none
+    is_default: bool = False
+    reason: str = ''                # why an administrator, or the engine, took these nodes out
+
+    @property
+    def is_out(self):
+        """Tell whether these nodes begin no jobs now; a node that sleeps to save power does."""
+        return self.state in OUT_STATES
+
+    @property
+    def gpu_types(self):
+        """The types of the GPUs of each node: gpu:a100:4(S:0-1),gpu:2 has the type a100."""
+        words = [word.split(':') for word in re.sub(r'\([^)]*\)', '', self.gpus).split(',')]
+        return [word[1] for word in words if word[0] == 'gpu' and (
+            len(word) > 2 or len(word) == 2 and not re.fullmatch('[0-9]+[KMG]?', word[1]))]
 
 
 class Capacity(NamedTuple):
@@ -7900,19 +7919,21 @@ def parse_queue(facts, machine, known=None):
 
 
 def parse_partition(line):
-    """Return the Partition of a line of sinfo, NAME|UP|LIMIT|NODES|A/I/O/T|GRES|MB|STATE, or None.
+    """Return the Partition of a line of sinfo, or None.
 
-    A/I/O/T: cores that are allocated, idle, other and in all, sinfo(1)
+    line: NAME|UP|LIMIT|NODES|A/I/O/T|GRES|MB|STATE|REASON; A/I/O/T: cores that are allocated,
+    idle, other and in all, sinfo(1)
     """
-    fields = line.split('|')
-    if len(fields) != 8:
+    fields = line.split('|', 8)
+    if len(fields) != 9:
         return None
-    name, up, _, nodes, cores, gpus, _, state = fields
+    name, up, _, nodes, cores, gpus, _, state, reason = fields
     numbers = [whole_number(text) for text in cores.split('/')]
     if len(numbers) != 4 or None in numbers or whole_number(nodes) is None:
         return None
     return Partition(name.rstrip('*'), up == 'up', int(nodes), state.rstrip('*~#$@+-'),
-                     numbers[1], numbers[3], '' if gpus == '(null)' else gpus)
+                     numbers[1], numbers[3], '' if gpus == '(null)' else gpus,
+                     name.endswith('*'), '' if reason == 'none' else reason)
 
 
 def use_in(facts, before):
@@ -15573,7 +15594,6 @@ class MachineCheck:
         self.settings = {}                  # of ssh for this host: option -> value
         self._knows_key = False             # the host key was known before
         self._notes = []                    # what the remote runner warned of
-        self._job_since = self._waits_for = None    # when a cluster got ready; why its job ended
 
     def warning(self, text):
         """Keep a warning of the Worker."""
@@ -15593,10 +15613,11 @@ class MachineCheck:
             self.settings = yield from ssh_settings(machine, worker.client, f'{worker.number}.0')
             yield from self._look_for_host_key()
         worker.connect(checks=True)
-        if machine.engine:
-            worker.contact.send('fits', cluster_need(Allocation(gpus=0), machine.gpu_types),
-                                f'{CHECK_LIMIT_S:.3f}')
+        self._ask_more()
         worker.probe()
+
+    def _ask_more(self):
+        """Ask, before the probe, what only a machine of this kind knows."""
 
     def _look_for_host_key(self):
         """A flow: find out whether the host key is known."""
@@ -15613,28 +15634,11 @@ class MachineCheck:
             self._knows_key = self._knows_key or end.status == 0
 
     def go_on(self, run):
-        """On a cluster, run a job as soon as there is contact; stop it if it does not begin."""
-        worker, job = self.worker, worker_job(run, self.worker)
-        if not job or worker.state != 'ready':
-            return
-        if self._job_since is None:
-            self._job_since = time.monotonic()
-            if not (worker.queue.refusals or self._note_with('does not answer')):
-                run.start(job, worker)
-        elif (self._waits_for is None and time.monotonic() > self._job_since + CHECK_JOB_S
-              and not run.lives.any_of(worker, 'running')):
-            self._waits_for = next((attempt.place.why for attempt in run.lives.of(worker, *ALIVE)
-                                    if attempt.place and attempt.place.why), 'nobody knows why')
-            worker.stop()
+        """Begin what the check needs next."""
 
-    def is_done(self, run):
+    def is_done(self, _run):
         """Tell whether the check is complete."""
-        if not self.worker or self.worker.state in ('failed', 'closed'):
-            return True
-        if self.worker.state != 'ready':
-            return False
-        return self._job_since is not None and not self.worker.busy or not worker_job(
-            run, self.worker)
+        return not self.worker or self.worker.state in ('ready', 'failed', 'closed')
 
     # What was found
 
@@ -15696,8 +15700,12 @@ class MachineCheck:
     def _note_with(self, words):
         return next((note for note in self._notes if words in note), '')
 
+    def details(self, name):
+        """Return the texts of a fact that a probe does not have."""
+        return [value for key, value, _ in self.worker.gauge.details if key == name]
+
     def _detail(self, name):
-        return next((value for key, value, _ in self.worker.gauge.details if key == name), '')
+        return next(iter(self.details(name)), '')
 
     # One method for each check: returns (mark, text), a list of these, or None for no line
 
@@ -15784,7 +15792,20 @@ class MachineCheck:
 
     def _cores(self):
         have = self.worker.capacity
-        return 'ok', f'{free_of(have.cores, have.total_cores)} free'
+        return [('ok', f'{free_of(have.cores, have.total_cores)} free'), self._unused_engine()]
+
+    def _unused_engine(self):
+        """Return a note if this is a machine of a cluster, whose file does not say so."""
+        parts = [printable(part.rstrip('*')) for part in self.details('partition')]
+        if not parts:
+            return None
+        file = next(filter(os.path.isfile, machine_paths(self.word)), '')
+        how = (f'add this line to {file}: engine: slurm' if file else
+               f'write a machine file: execute_to --init {self.word}')
+        noun = 'partition' if len(parts) == 1 else 'partitions'
+        return 'note', (f'Slurm is there, with the {noun} {", ".join(parts)}, but jobs would run '
+                        'on this machine itself. To use Slurm, '
+                        f'{how if self.machine.host else "name a login node"}')
 
     def _gpus(self):
         have, lines = self.worker.capacity, []
@@ -15808,37 +15829,6 @@ class MachineCheck:
                          'lost. Ask for KillUserProcesses=no in /etc/systemd/logind.conf; with '
                          'elogind, loginctl enable-linger is enough')
 
-    def _engine(self):
-        note = self._note_with('does not answer')
-        return ('WRONG', f'{sentence(note)} Try there: sinfo') if note else (
-            'ok', self.worker.capacity.queue.engine)
-
-    def _partition(self):
-        options = ' '.join(self.machine.engine_options)
-        why = next(iter(self.worker.queue.refusals.values()), '')
-        if why:
-            named = f' with {options}' if options else ''
-            return 'WRONG', (f'it refuses a job{named}: {sentence(why)} Correct engine_options in '
-                             f'{self.word}; the partitions: sinfo')
-        parts = dict.fromkeys(part.name for part in self.worker.capacity.queue.partitions)
-        return 'ok', f'takes jobs{f" with {options}" if options else ""}: {", ".join(parts)}'
-
-    def _job(self):
-        run, worker = self.worker.run, self.worker
-        word, what = run.fleet.standing[worker].outcome or ('', '')
-        if worker.queue.refusals or self._note_with('does not answer'):
-            return 'note', 'none was submitted'
-        if self._waits_for:
-            return 'note', (f'it did not run within {duration_of(CHECK_JOB_S)} and was taken back '
-                            f'({self._waits_for}). To look at the queue: squeue')
-        if (word, what) == ('ended', 0):
-            said = b''.join(run.client.results.read(worker_job(run, worker).name, 'out')).decode(
-                'utf-8', 'replace')
-            return 'ok', f'ran on {printable(said.strip())}, which sees {self._detail("folder")}'
-        why = f'it failed with exit code {what}' if word == 'ended' else what
-        return 'WRONG', sentence(why) + ('' if 'workdir' in why else (
-            ' To see what became of it, there: sacct -S now-1hour'))
-
     def _clock(self):
         told, came = next(((whole_number(value), when) for key, value, when
                            in self.worker.gauge.details if key == 'clock'), (0, 0))
@@ -15859,6 +15849,108 @@ class MachineCheck:
         return names and ('ok', f'{", ".join(names)} has the same home, which is safe: the jobs of '
                                 'each have folders of their own. Files that jobs write elsewhere '
                                 'in the home are shared')
+
+
+class ClusterCheck(MachineCheck):
+    """The check of a cluster, which runs a job there."""
+
+    def __init__(self, word, machine):
+        super().__init__(word, machine)
+        self._needs = {}                    # type of GPU, or '' for no GPU -> as cluster_need
+        self._job_since = self._waits_for = None    # when the cluster got ready; why its job ended
+
+    def _ask_more(self):
+        self._needs = {'': cluster_need(Allocation(gpus=0), None), **{
+            name: cluster_need(Allocation(), ((mb, name),)) for mb, name in
+            self.machine.gpu_types or () if mb >= Allocation().gpu_memory_mb}}
+        self.worker.contact.send('fits', *(
+            field for need in self._needs.values() for field in (need, f'{CHECK_LIMIT_S:.3f}')))
+
+    def go_on(self, run):
+        """Run a job as soon as there is contact; stop it if it does not begin."""
+        worker, job = self.worker, worker_job(run, self.worker)
+        if not job or worker.state != 'ready':
+            return
+        if self._job_since is None:
+            self._job_since = time.monotonic()
+            if not self._needs_no_job():
+                run.start(job, worker)
+        elif (self._waits_for is None and time.monotonic() > self._job_since + CHECK_JOB_S
+              and not run.lives.any_of(worker, 'running')):
+            self._waits_for = next((attempt.place.why for attempt in run.lives.of(worker, *ALIVE)
+                                    if attempt.place and attempt.place.why), 'nobody knows why')
+            worker.stop()
+
+    def is_done(self, run):
+        """Tell whether the check is complete."""
+        return super().is_done(run) and (
+            self.worker.state != 'ready' or not worker_job(run, self.worker)
+            or self._job_since is not None and not self.worker.busy)
+
+    def _needs_no_job(self):
+        """Tell whether a job would surely not run on this cluster."""
+        return (self._note_with('does not answer') or self._refusal('')
+                or out_of_service(self._partitions()))
+
+    def _refusal(self, kind):
+        """Return why the engine refuses a job with a GPU of this type, or with none ('')."""
+        return self.worker.queue.refusals.get(self._needs[kind], '')
+
+    def _partitions(self):
+        return chosen_partitions(self.worker.capacity.queue.partitions,
+                                 self.machine.engine_options)
+
+    # What was found: see MachineCheck
+
+    def _engine(self):
+        note = self._note_with('does not answer')
+        return ('WRONG', f'{sentence(note)} Try there: sinfo') if note else (
+            'ok', self.worker.capacity.queue.engine)
+
+    def _partition(self):
+        if self._note_with('does not answer'):
+            return None         # the check before this one tells
+        options, parts, why = self.machine.engine_options, self._partitions(), self._refusal('')
+        named = f' with {" ".join(options)}' if options else ''
+        out = out_of_service(parts)
+        if out:                 # the engine would refuse a test, but not a job
+            return 'note', f'no node takes jobs now: {out}. {WAIT_FOR_NODES}'
+        if why:
+            return 'WRONG', (f'it refuses a job{named}: {sentence(why)} Correct engine_options in '
+                             f'{self.word}; the partitions: sinfo')
+        names = dict.fromkeys(part.name for part in self.worker.capacity.queue.partitions)
+        return [('ok', f'takes jobs{named}: {", ".join(names)}'),
+                *(self._gpu_type(kind, parts) for kind in self._needs if self._refusal(kind))]
+
+    def _gpu_type(self, kind, parts):
+        """Return (mark, text) for a type of GPU with which the engine refuses a job."""
+        out = out_of_service([part for part in parts if kind in part.gpu_types])
+        if out:
+            return 'note', f'no node with GPUs of the type {kind} takes jobs now: {out}. ' + (
+                WAIT_FOR_NODES)
+        types = sorted({name for part in parts for name in part.gpu_types})
+        known = (f'Its types are {", ".join(types)}.' if types else
+                 'Slurm knows no types of its GPUs.' if any(part.gpus for part in parts) else
+                 'Its nodes have no GPUs.')
+        return 'WRONG', (f'it refuses a job with a GPU of the type {kind}: '
+                         f'{sentence(self._refusal(kind))} {known} Correct gpu_types in '
+                         f'{self.word}')
+
+    def _job(self):
+        run, worker = self.worker.run, self.worker
+        word, what = run.fleet.standing[worker].outcome or ('', '')
+        if self._needs_no_job():
+            return 'note', 'none was submitted'
+        if self._waits_for:
+            return 'note', (f'it did not run within {duration_of(CHECK_JOB_S)} and was taken back '
+                            f'({self._waits_for}). To look at the queue: squeue')
+        if (word, what) == ('ended', 0):
+            said = b''.join(run.client.results.read(worker_job(run, worker).name, 'out')).decode(
+                'utf-8', 'replace')
+            return 'ok', f'ran on {printable(said.strip())}, which sees {self._detail("folder")}'
+        why = f'it failed with exit code {what}' if word == 'ended' else what
+        return 'WRONG', sentence(why) + ('' if 'workdir' in why else (
+            ' To see what became of it, there: sacct -S now-1hour'))
 
 
 def worker_job(run, worker):
@@ -15891,7 +15983,9 @@ def read_checks(words):
             refuse_again(machine, [check.machine for check in checks if check.machine])
         except MachineFileError as caught:
             error = caught
-        checks.append(MachineCheck(word, None if error else machine, error))
+        checks.append(MachineCheck(word, None, error) if error else
+                      ClusterCheck(word, machine) if machine.engine else
+                      MachineCheck(word, machine))
     return checks
 
 
@@ -16778,18 +16872,15 @@ class FoundMachine:
         lines += self._engine_lines() or self._machine_lines()
         return '\n'.join(lines) + '\n'
 
-    def _details(self, name):
-        return [value for key, value, _ in self._check.worker.gauge.details if key == name]
-
     def _disks(self, name):
         """Yield (MB free, kind of file system, folder) for each fact of this name."""
-        for value in self._details(name):
+        for value in self._check.details(name):
             free, _, _, kind, folder = (value + '    ').split(' ', 4)
             yield whole_number(free), kind, folder.rstrip()
 
     def _engine_lines(self):
         """Return the lines for a cluster; none if the machine has no Slurm that answers."""
-        parts = self._details('partition')
+        parts = self._check.details('partition')
         if not parts:
             return []
         best = next((part for part in parts if part.endswith('*')), parts[0])
@@ -16797,8 +16888,8 @@ class FoundMachine:
         where = f'{folders[0]}/.ssh_scheduler' if folders else '~/.ssh_scheduler'
         known = ', '.join(part.rstrip('*') for part in parts)
         return ['engine: slurm',
-                f'# engine_options: "--partition={best.rstrip("*")} --account=NAME"      '
-                f'# of {printable(known)}',
+                f'# The partitions are {printable(known)}. To choose one, and your account:',
+                f'# engine_options: --partition={best.rstrip("*")} --account=NAME',
                 '# A folder that the nodes see, too:', f'workdir: {as_yaml(where)}']
 
     def _machine_lines(self):
@@ -16931,8 +17022,9 @@ def queue_as_json(queue):
     return {'engine': queue.engine, 'own_jobs_running': running, 'own_jobs_waiting': waiting,
             'max_jobs': queue.max_jobs, 'partitions': [
                 {'name': part.name, 'up': part.is_up, 'nodes': part.nodes, 'state': part.state,
-                 'cores_idle': part.idle_cores, 'cores_total': part.cores,
-                 'gpus_of_a_node': part.gpus or None} for part in queue.partitions]}
+                 'reason': part.reason or None, 'cores_idle': part.idle_cores,
+                 'cores_total': part.cores, 'gpus_of_a_node': part.gpus or None}
+                for part in queue.partitions]}
 
 
 SHORTEST_NAME = 12              # characters: no name of a machine is cut to fewer
@@ -17012,6 +17104,10 @@ def cluster_rows(name, have, allocation):
         gpus = sorted({one.gpus for one in nodes if one.gpus})
         text = (f'{printable(part)}: {idle_nodes} of '
                 f'{count_of(sum(one.nodes for one in nodes), "node")} idle')
+        out = collections.Counter()
+        for one in nodes:
+            out[one.state] += one.nodes * one.is_out
+        text += ''.join(f', {count} {state}' for state, count in out.items() if count)
         text += f'; each with {", ".join(map(printable, gpus))}' if gpus else ''
         text += '' if all(one.is_up for one in nodes) else '; takes no jobs'
         yield TableRow((('', None), (f'{free_of(*cores)} cores', cores[0] / max(cores[1], 1)),
@@ -17081,7 +17177,9 @@ def machine_sum(workers, allocation):
             f'{"answers" if len(answering) == 1 else "answer"}')
     if ready:
         cores = free_of(sum(have.cores for have in ready), sum(have.total_cores for have in ready))
-        text += (f'; free: {cores} cores, '
+        clusters = len(answering) - len(ready)
+        where = f' beside the {"cluster" if clusters == 1 else "clusters"}' if clusters else ''
+        text += (f'; free{where}: {cores} cores, '
                  + (f'{free} of {count_of(len(gpus), "GPU")}' if gpus else 'no GPU'))
     if ready and allocation:
         fit = sum(room_for(have, allocation)[0] for have in ready)
@@ -20712,7 +20810,7 @@ engine_look() {             # reads the controller's configuration; if it cannot
 engine_overview() {         # reports what the cluster has, for people
   local line running=0 waiting=0
   while IFS= read -r line; do say_text probe partition "$line"; done < <(
-    slurm "$ENGINE_LIMIT_S" sinfo -h --format='%P|%a|%l|%D|%C|%G|%m|%T')
+    slurm "$ENGINE_LIMIT_S" sinfo -h --format='%P|%a|%l|%D|%C|%G|%m|%T|%E')
   while IFS= read -r line; do
     case $line in PENDING) waiting=$((waiting + 1)) ;; *) running=$((running + 1)) ;; esac
   done < <(slurm "$ENGINE_LIMIT_S" squeue -h -u "$uid" -o %T)

@@ -5,6 +5,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 import types
 
 import pytest
@@ -452,11 +453,76 @@ def test_an_engine_that_is_not_there(check, lab):
 
 def test_an_engine_that_does_not_answer(check, cluster):
     file = cluster.yaml()
+    for name in ('sbatch', 'sinfo', 'squeue'):
+        cluster.wrap(name, 'exec "$REAL" "$@"')
     cluster.halt()
     status, found, _ = check(file)
     ((mark, text),) = found[str(file)]['engine']
     assert (status, mark) == (1, 'WRONG') and 'Slurm does not answer' in text
     assert found[str(file)]['job'] == [('note', 'none was submitted')]
+    assert 'partition' not in found[str(file)]
+    # Each question would take as long as the first one.
+    assert not cluster.calls('sbatch') + cluster.calls('squeue')
+
+
+def test_a_slow_cluster_is_not_told_to_look_at_nvidia_smi():
+    machine = ssh_scheduler.Machine('cluster', 'c', engine='slurm')
+    contact = types.SimpleNamespace(_reader=types.SimpleNamespace(greeted=True),
+                                    _worker=types.SimpleNamespace(machine=machine))
+    said = ssh_scheduler.Contact.hindrance(contact)
+    assert said.endswith('~/.bashrc, or the programs of Slurm')
+
+
+def test_a_configuration_of_slurm_that_is_not_there_is_told_at_once(check, cluster):
+    began = time.monotonic()
+    status, mark, text, rest = only(check, cluster.yaml(env={'SLURM_CONF': '/none/slurm.conf'}),
+                                    'engine')
+    assert (status, mark, rest[0]) == (1, 'WRONG', 'partition')
+    assert text == ('its engine cannot be asked: /none/slurm.conf cannot be read (SLURM_CONF of '
+                    'the login, or of env in the machine file).')
+    assert time.monotonic() - began < 30
+
+
+def test_nodes_that_are_all_out_of_service(check, cluster, run_cli):
+    cluster.scontrol('update', 'nodename=n1', 'state=drain', 'reason="disk swap | ask eve"')
+    cluster.part('n2')          # else it would register again, and be idle
+    cluster.lose('n2')
+    file = cluster.yaml()
+    status, found, _ = check(file)
+    assert status == 0 and cluster.squeue() == []
+    ((mark, text),) = found[str(file)]['partition']
+    assert mark == 'note' and text.startswith('no node takes jobs now: in main ')
+    assert '1 node is drained (disk swap | ask eve)' in text and '1 node is down (lost)' in text
+    assert text.endswith('. Jobs wait until one is in service again. To look at them, there: '
+                         'sinfo -R')
+    assert found[str(file)]['job'] == [('note', 'none was submitted')]
+    shown = run_cli('query_machines', '--machines', file).stdout
+    assert 'main: 0 of 2 nodes idle, 1 ' in shown and '1 drained' in shown and '1 down' in shown
+    said = json.loads(run_cli('query_machines', '--json', '--machines', file).stdout)
+    assert {part['reason'] for part in said['partitions']} == {'disk swap | ask eve', 'lost'}
+
+
+def test_a_type_of_gpu_that_no_node_has(check, cluster):
+    file = cluster.yaml(gpu_types={'a100': '40G', 'v100': 16000})
+    status, found, _ = check(file)
+    good, *wrong = found[str(file)]['partition']
+    assert (status, good[0], [mark for mark, _ in wrong]) == (1, 'ok', ['WRONG'] * 2)
+    assert wrong[0][1] == (
+        'it refuses a job with a GPU of the type v100: Requested node configuration is not '
+        f'available. Slurm knows no types of its GPUs. Correct gpu_types in {file}')
+    assert found[str(file)]['job'][0][0] == 'ok'        # jobs without a GPU can run
+    cluster.wrap('sinfo', '"$REAL" "$@" | sed s/gpu:2/gpu:t4:1,gpu:v100:1/')
+    _, found, _ = check(file)
+    assert any('Its types are t4, v100.' in text for _, text in found[str(file)]['partition'])
+
+
+def test_slurm_beside_a_machine_file_without_an_engine(check, cluster):
+    file = rig.Machine.yaml(cluster.login)
+    status, found, _ = check(file)
+    (_, (mark, text)) = found[str(file)]['cores']
+    assert (status, mark) == (0, 'note')
+    assert text == ('Slurm is there, with the partition main, but jobs would run on this machine '
+                    f'itself. To use Slurm, add this line to {file}: engine: slurm')
 
 
 def test_a_partition_that_is_not_there(check, cluster):
@@ -608,8 +674,9 @@ def test_a_cluster_gets_its_engine(init, cluster):
     _, path = init('gpu7', cluster.login)
     found = yaml.safe_load(path.read_text())
     assert (found['engine'], found['workdir']) == ('slurm', '~/.ssh_scheduler')
-    assert '# engine_options: "--partition=main --account=NAME"      # of main' in (
-        path.read_text().splitlines())
+    lines = path.read_text().splitlines()
+    at = lines.index('# engine_options: --partition=main --account=NAME')
+    assert lines[at - 1] == '# The partitions are main. To choose one, and your account:'
     assert ssh_scheduler.read_machine_file(str(path), 'gpu7').engine == 'slurm'
 
 

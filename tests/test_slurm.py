@@ -624,10 +624,12 @@ def test_the_status_has_the_reason(cluster, batches, run_cli):
     assert 'queued' not in run_cli('execute_batch', 'batch.sh', '--status').stdout
 
 
-def test_what_a_cluster_has_is_shown(cluster, run_cli, project):
+def test_what_a_cluster_has_is_shown(cluster, lab1, run_cli, project):
     full(cluster)
     done = run_cli('query_machines', '--machines', cluster_of(cluster))
     assert done.returncode == 0, done.stderr
+    both = run_cli('query_machines', '--machines', 'cluster.yaml', lab1.yaml()).stdout
+    assert both.splitlines()[-1].startswith('2 of 2 machines answer; free beside the cluster: ')
     assert re.search(r'cluster\.yaml  Slurm 22\.[0-9.]+ .*your jobs: 1 running, 0 waiting',
                      done.stdout), done.stdout
     assert 'main: 0 of 2 nodes idle; each with gpu:2' in done.stdout
