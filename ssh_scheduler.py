@@ -3879,13 +3879,14 @@ def skipped_in_short(plan, batch, journal):
                f'{"has" if len(done) == 1 else "have"} results{which if len(which) < 100 else ""}')
 
 
-def older_files(plan, results, files, path):
+def older_files(plan, results, files, apart):
     """Return {'changed', 'deleted' or 'new': (Jobs that had other files, the paths that differ)}.
 
     Each Job is in the first of the three that fits.  A new file is often a table or a log that
     somebody wrote here, and a deleted one, too.
 
-    files: the Files that are sent; path: that of the batch file, whose lines are compared
+    files: the Files that are sent; apart: paths that are not compared: of the batch file, whose
+    lines are, and of machine files
     """
     @functools.cache
     def changes(forwards, digest):
@@ -3897,7 +3898,7 @@ def older_files(plan, results, files, path):
             # An older version of this program, with other digests, kept its lists in files/.
             is_known = os.path.exists(os.path.join(results.inner, 'files', f'{digest}.json'))
             return ('', ()) if is_known else ('changed', {'(not recorded)'})
-        paths = set(now.changed(before)) - {os.path.normpath(path)}
+        paths = set(now.changed(before)) - apart
         old = paths & before.files.keys()
         deleted = old - now.files.keys()
         return next(((kind, found) for kind, found in (
@@ -3913,12 +3914,14 @@ def older_files(plan, results, files, path):
     return groups
 
 
-def file_notes(plan, results, files, path, batch):
+def file_notes(plan, results, files, path, run):
     """Yield a sentence on jobs that had older files, and others on jobs that had more or fewer.
 
-    The arguments are those of older_files; batch: how the names of its jobs begin
+    plan, results, files: those of older_files; path: of the batch file; run: the Run
     """
-    groups = older_files(plan, results, files, path)
+    words = [worker.machine.word for worker in run.workers]
+    groups = older_files(plan, results, files, {os.path.normpath(file) for file in (
+        path, *words, *(f'{word}.yaml' for word in words))})
     for kind, (jobs, paths) in groups.items():
         if not jobs:
             continue
@@ -3932,7 +3935,7 @@ def file_notes(plan, results, files, path, batch):
         parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
         parts += [f'{count_of(running, "running line")} {"has" if running == 1 else "have"} '
                   'the older files'] * bool(running)
-        again = f'. To run them again: {rerun_of(ended, batch)}' if ended else ''
+        again = f'. To run them again: {rerun_of(ended, run.batch)}' if ended else ''
         yield f'files changed since: {names}: {" and ".join(parts)}{again}'
 
 
@@ -4858,7 +4861,7 @@ class BatchView(ToldView):
 
         files: the Files that are sent
         """
-        for note in file_notes(self.plan, self._results, files, self._path, self.run.batch):
+        for note in file_notes(self.plan, self._results, files, self._path, self.run):
             self._report.note(note)
 
     def dry_run(self):

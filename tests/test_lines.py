@@ -462,6 +462,19 @@ def test_files_that_are_only_new_are_told_apart(run, project):
     assert 'files changed since: train.py: 3 finished lines had the older files.' in said
 
 
+def test_the_machine_files_of_a_batch_are_no_files_of_its_jobs(batches, project, lab1, lab):
+    files = [project / 'one.yaml', project / 'two.yaml']
+    files[0].write_text(lab1.yaml().read_text())
+    batches.run(['true'], ['one'], *NO_GPU)
+    files[0].write_text(files[0].read_text() + 'max_jobs: 3\n')
+    files[1].write_text(lab().yaml().read_text())
+    done = batches.run(['true', 'echo'], ['one', './two.yaml'], *NO_GPU)
+    assert done.returncode == 0 and 'files changed' not in done.stderr + done.stdout
+    assert 'new files' not in done.stderr
+    done = batches.run(['true', 'echo'], ['one'], *NO_GPU)
+    assert 'new files since: two.yaml: 1 line ran without them' in done.stderr.splitlines()
+
+
 def test_a_job_that_runs_with_older_files_is_told_too(batches, project, lab, gate):
     machine = lab()
     (project / 'data').write_text('old')
