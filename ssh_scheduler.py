@@ -19887,7 +19887,7 @@ look_at_engine() {          # checks for the engine, once the environment is kno
   fi
   missing=$(engine_lacks)
   if [[ $missing ]]; then
-    say_text broken "its engine cannot be asked: $missing"
+    say_text broken "its engine cannot be asked: $missing" later
     return
   fi
   warn_of_disk
