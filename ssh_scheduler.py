@@ -1728,7 +1728,9 @@ class ClusterResources(MachineResources):
         """Return why the allocation does not fit now, as 'has …'; '' if it fits."""
         queue, short = self.available.queue, self.short_of(allocation)
         if short == 'engine':
-            return f'refuses the job ({queue.engine}: {self.refusal(allocation)})'
+            kind = gpu_type_for(allocation, queue.gpu_types)
+            return (f'refuses the job{f" with a GPU of type {kind}" if kind else ""} '
+                    f'({queue.engine}: {self.refusal(allocation)})')
         if short == 'gpu':
             return (f'has no GPU type with {allocation.gpu_memory_mb} MB (gpu_types of its machine '
                     'file)')

@@ -602,6 +602,13 @@ def test_what_slurm_refuses_is_said_before_anything_starts(cluster, batches):
     assert 'Traceback' not in done.stderr
 
 
+def test_a_refused_type_of_gpu_is_named(cluster, batches):
+    done = batches.run(['true'], [cluster_of(cluster, gpu_types={'a100': 40000})],
+                       '--gpu-memory-required=20G')
+    assert done.returncode == 2
+    assert 'cluster.yaml refuses the job with a GPU of type a100 (Slurm ' in done.stderr, done
+
+
 def test_too_much_memory_is_refused_in_the_words_of_slurm(cluster, batches):
     done = batches.run(['true'], [cluster_of(cluster)], '--no-gpu-required', '--memory-required=1T')
     assert done.returncode == 2
