@@ -19797,6 +19797,7 @@ REMOTE_ENGINE = r'''
 #
 #   script        the batch script for the engine; written last
 #   orders        the variables that the script reads (write_orders)
+#   peak, near    of its node: the most memory that the job had, in kB; the time limit is near
 #   functions     what the bash of the job reads first
 #   terminal      with a terminal: a script that takes the terminal to the node
 #   submitting    PID START BOOT_ID HOST of the process that is about to submit the job, or empty
@@ -19842,6 +19843,7 @@ LONGEST_LISTING_S=120
 SILENCE_S=120               # without an answer, until a note is sent
 MISSING_S=60                # how long a job must be unlisted before the engine is asked why
 LAG_S=270                   # until this node surely sees a file that another node wrote
+NEAR_S=60                   # before a time limit of the cluster, its job is stopped
 CANCEL_S=20                 # for a script to stop its job, before the engine is told to
 MOST_EXCLUDED=3             # refuse a job once this many nodes could not begin jobs
 EXCLUDED_S=3600             # how long a node gets no job after it could not start one
@@ -19969,7 +19971,7 @@ write_library() {           # for write_orders: sets lib
 }
 
 write_orders() {            # for take: writes all files of the job $key
-  local command=${command_of[$key]} name
+  local command=${command_of[$key]} name heed_s
   [[ -d $more ]] || mkdir -- "$more" || return
   [[ $lib ]] || write_library || return
   REPLY=
@@ -19980,10 +19982,13 @@ write_orders() {            # for take: writes all files of the job $key
     cp -- "$BASH_ENV" "$more/functions" || return
     unset -v BASH_ENV
   fi
+  engine_limit
+  heed_s=$((REPLY < 10 * NEAR_S ? REPLY - REPLY / 10 : 0))
   printf '%s=%q\n' project "$project" key "$key" folder "$folder" stage "${stage_of[$key]}" \
     need "${need_of[$key]}" mode "${mode_of[$key]}" limit "${limit_of[$key]}" \
     back "${back_of[$key]}" paths "${paths_of[$key]}" mask "$mask" kill_wait "$engine_kill_wait" \
     lib "$lib" wrap "${wrap_of[$key]-}" home "$home" node_folder "$node_folder" \
+    heed_s "$heed_s" \
     >"$more/orders" || return
   [[ ${mode_of[$key]} != tty ]] || write_terminal >"$more/terminal" || return
   write_script >"$more/script"
@@ -20385,9 +20390,17 @@ end_untold() {              # reports an end.  $1: exit status, $2: text for its
   read_record "$file"
   [[ ! ${2-} ]] || printf 'ssh-scheduler: %s\n' "$2" >>"$file.err"
   for wall in "$home/news/$key.ended."*; do IFS=. read -r _ _ wall _ <<<"${wall##*.ended.}"; done
+  ((wall)) || wall=$((${ran:-0} * 100))
+  say_peak
   [[ -e $file.back || ! $folder ]] || (list_back "$folder" '' "$file.back" .)
-  end_queued "$1" "${wall:-0}"
+  end_queued "$1" "$wall"
   rm -f -- "$home/news/$key."*
+}
+
+say_peak() {                # for end_untold: reports the most memory that the job $key had
+  local most
+  { read -r most <"$home/jobs/$key.more/peak"; } 2>/dev/null || return 0
+  say "used"$'\t'"$key"$'\t'"$most"
 }
 
 lose_queued() {             # $1: lost or preempted, $2: why.  The client may start the job anew
@@ -20562,7 +20575,7 @@ runs_still() {              # for list_others: succeeds if the job of $file, whi
 # ---- On a node ----
 
 run_on_node() {             # runs the job, once the batch script has the fence, in KEY.more
-  local worker watcher told='' forwarded='' status='' wall='' used='' grace kill_wait=30
+  local worker watcher told='' forwarded='' status='' wall='' used='' grace kill_wait=30 began
   shopt -s nullglob dotglob
   eval "$(<orders)"
   umask 077
@@ -20577,16 +20590,17 @@ run_on_node() {             # runs the job, once the batch script has the fence,
   claims=/dev/null          # no list is written there: the login node would not find it
   ! count_kills || echo "$REPLY" >"$run/kills"
   trap 'told=told' TERM
-  # Slurm may send USR1 after TERM.  Then the runner still asks the engine why (told).
-  trap 'told=${told:-limit}' USR1
+  trap heed_limit USR1
   trap 'told=${told:-cancel}' HUP
-  until read -r -t 1 -u "$quiet"; do [[ ! -e $more/cancel ]] || kill -HUP "$$"; done &
-  watcher=$!
+  read_clocks
+  began=$REPLY
   read_node_environment
   set -m
   work_on_node &
   worker=$!
   set +m
+  watch_on_node &
+  watcher=$!
   grace=$((kill_wait - 5 > 5 ? 5 : kill_wait - 5 < 1 ? 1 : kill_wait - 5))
   while :; do
     wait "$worker"
@@ -20602,6 +20616,33 @@ run_on_node() {             # runs the job, once the batch script has the fence,
   tell_end
   exit "$status"
 } 2>>engine.out
+
+# Slurm announces its limit when it looks, every 30 s: so up to 30 s before that is due, or once the
+# job begins.  Of a limit below 10 minutes, a job gets nine tenths.
+heed_limit() {              # for run_on_node: stops the job, as its limit is near
+  if ((SECONDS < heed_s)); then
+    : >"$run/near"          # the watcher sends the signal again
+  else
+    # Slurm may send USR1 after TERM.  Then the runner still asks the engine why (told).
+    told=${told:-limit}
+  fi
+}
+
+watch_on_node() {           # for run_on_node: looks for orders, and measures the memory of the job
+  local pids rss peak ticks most=0 tick=0
+  until read -r -t 1 -u "$quiet"; do
+    [[ ! -e $more/cancel ]] || kill -HUP "$$"
+    if [[ -e $run/near ]] && ((SECONDS >= heed_s)); then
+      rm -f -- "$run/near"
+      kill -USR1 "$$"
+    fi
+    ((tick++ % 2 == 0)) || continue
+    use_of "$worker"
+    # Few writes to a shared file system: only once the peak is 3 % higher.
+    ((peak > most + most / 32)) && most=$peak && echo "$most" >"$run/peak.new" &&
+      mv -f -- "$run/peak.new" "$run/peak"
+  done
+}
 
 read_node_environment() {   # the job gets the environment of its script
   local visible=()
@@ -20711,6 +20752,8 @@ tell_end() {                # for run_on_node: writes the end where the login no
   while read -r -t 0 -u "$events" && IFS= read -r -u "$events" line; do
     printf '%s\n' "$line" >>"$more/said"
   done
+  { read -r line <"$run/peak"; } 2>/dev/null &&
+    printf 'used\t%s\t%s\n' "$key" "$line" >>"$more/said"
   for path in out err back; do
     if [[ -s $file.$path ]]; then name+=.$(stat -c %s -- "$file.$path"); else name+=.0; fi
   done
@@ -20836,11 +20879,18 @@ words_for() {               # words: the options of sbatch for the need $1 and t
   local cores mb alone gpus kind limit=${2%.*}
   read -r cores mb alone gpus kind <<<"$1"
   words=(--parsable --no-requeue --propagate=NONE --export=ALL --chdir=/ --open-mode=append
-    --nodes=1 --ntasks=1 "--cpus-per-task=$cores" "--mem=$((mb > 0 ? mb : 1))M" --signal=B:USR1@60)
+    --nodes=1 --ntasks=1 "--cpus-per-task=$cores" "--mem=$((mb > 0 ? mb : 1))M"
+    "--signal=B:USR1@$NEAR_S")
   ((gpus == 0)) || words+=("--gres=gpu:${kind:+$kind:}$gpus")
   ((alone == 0)) || words+=(--exclusive)
   # The runner's own limit is exact: Slurm checks its limits every 30 s, and counts minutes.
   [[ ! $limit ]] || words+=("--time=$(((limit + engine_kill_wait + 150) / 60 + 1))")
+}
+
+engine_limit() {            # REPLY: the time limit of the machine file in seconds; else empty
+  local word time=''
+  for word in "${engine_words[@]}"; do [[ $word != --time=* ]] || time=${word#*=}; done
+  slurm_seconds "$time"
 }
 
 # While nodes are drained or down, --test-only takes them for missing: sbatch accepts such jobs, and
@@ -21037,7 +21087,24 @@ ask_accounting() {          # for ask_slurm: the same from the database, which l
     by=$(id -nu -- "${said#CANCELLED by }") || by="the user ${said#CANCELLED by }"
     said=CANCELLED
   fi
-  [[ $state ]] || { state=$said status=$code node=$nodes; [[ $node != None* ]] || node=; }
+  [[ ! $state ]] || return 0
+  state=$said status=$code node=$nodes
+  [[ $node != None* ]] || node=
+  slurm_seconds "$took"
+  ran=${REPLY:-0}
+}
+
+slurm_seconds() {           # REPLY: $1, a time of Slurm such as 1-02:03:04, in seconds; else empty
+  local days=0 parts
+  REPLY=
+  [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 0
+  IFS=: read -ra parts <<<"${1#*-}"
+  if [[ $1 == *-* ]]; then              # D-H, D-H:M, D-H:M:S
+    days=${1%-*} parts=("${parts[@]}" 0 0)
+  elif ((${#parts[@]} < 3)); then       # M, M:S
+    parts=(0 "${parts[@]}" 0)
+  fi
+  REPLY=$((10#$days * 86400 + 10#${parts[0]} * 3600 + 10#${parts[1]} * 60 + 10#${parts[2]}))
 }
 '''
 
