@@ -4072,7 +4072,10 @@ GPU_IS_FULL = {'CUDA out of memory': 'CUDA out of memory',
                'CUBLAS_STATUS_ALLOC_FAILED': 'CUDA out of memory',
                'RESOURCE_EXHAUSTED: Out of memory': 'GPU out of memory'}
 SHELL_FAILED = {126: 'a command could not be executed', 127: 'a command was not found'}
-KERNEL_KILLED = 'ssh-scheduler: the kernel killed'      # the remote runner writes this to stderr
+# The remote runner writes these to stderr.
+KERNEL_KILLED = 'ssh-scheduler: the kernel killed'
+ENDED_BY_CLUSTER = re.compile(
+    "ssh-scheduler: (the job (?:ran out of memory|was cancelled.*)|the job's shell .* was killed)")
 
 
 def failure_words(exit_code, machine, lines):
@@ -4087,6 +4090,9 @@ def failure_words(exit_code, machine, lines):
         return told.partition(': ')[2]
     if exit_code == 137 and told.startswith(KERNEL_KILLED):
         return f'{machine} ran out of memory (signal 9)'
+    by_cluster = ENDED_BY_CLUSTER.match(told) if exit_code in (137, 143) else None
+    if by_cluster:
+        return by_cluster[1]
     if exit_code in SHELL_FAILED:
         said = re.sub(r'^\S*: line [0-9]+: ', '', told)
         return f'exit code {exit_code}: {said or SHELL_FAILED[exit_code]}'
@@ -19842,6 +19848,7 @@ LISTING_S=15                # between two lists of all jobs, at least
 LONGEST_LISTING_S=120
 SILENCE_S=120               # without an answer, until a note is sent
 MISSING_S=60                # how long a job must be unlisted before the engine is asked why
+RECORD_S=5                  # for the record of a job whose script has ended, by the engine's word
 LAG_S=270                   # until this node surely sees a file that another node wrote
 NEAR_S=60                   # before a time limit of the cluster, its job is stopped
 CANCEL_S=20                 # for a script to stop its job, before the engine is told to
@@ -19856,6 +19863,7 @@ declare -A hurried=()       # jobs for which the engine was asked at once why th
 is_looked_at=''             # 1 if look_at_engine was called
 is_silent=''                # 1 if the engine did not answer then
 judging='' judge_due=0      # the process that judges jobs; when the next one may begin
+doubtful=()                 # jobs that have ended, by the engine's word, and left no record so far
 lib=''                      # the folder lib/RUNNER of this runner
 
 do_engine() {               # BYTES FOLDER WORD..., and that many bytes of these functions
@@ -20196,7 +20204,27 @@ judge_all() {               # beside the runner: acts on the state of all jobs, 
       [[ ${states[key]} != PENDING ]] || engine_cancel '' "${ids[key]}" waiting
     done
   done
+  judge_doubtful
 } 2>>"$run/log"
+
+# A script writes its record before it ends.  The engine reports the end later.  So this node sees
+# the record at the next list of the folder, unless it keeps an old list.  NFS makes a new one after
+# a change of the folder by this node itself.
+judge_doubtful() {          # for judge_all: settles the doubtful jobs that still have no record
+  local key more word value folder owner id found
+  ((${#doubtful[@]})) || return 0
+  sleep "$RECORD_S"
+  : >"$home/news/.look.$BASHPID" && rm -f -- "$home/news/.look.$BASHPID"
+  for key in "${doubtful[@]}"; do
+    read_record "$home/jobs/$key"
+    more=$home/jobs/$key.more owner=
+    { read -r owner _ <"$more/begun"; } 2>/dev/null
+    found=("$home/news/$key.ended."*)
+    [[ $word == queued || $word == starting ]] && ((${#found[@]} == 0)) && [[ $owner ]] || continue
+    id=${owner%.*}
+    settle surely
+  done
+}
 
 say_silence() {             # reports that the engine has not answered for SILENCE_S
   [[ -e $run/silent ]] || : >"$run/silent"
@@ -20318,8 +20346,10 @@ is_missing() {              # succeeds if the engine has not listed the job for 
 #   alive, gone (nothing is known), ended (code: its status), killed, memory, time, cancelled,
 #   node_failed, preempted, unstarted (the node could not begin), unwritable (the node cannot write
 #   in the workdir), requeued
+#
+# ran: for how many seconds the job ran.
 settle() {                  # for judge: reports how a job without a record of its end ended
-  local fate code node by because
+  local fate code node by ran because wait_s=$MISSING_S
   engine_fate
   [[ $fate != alive ]] || return 0
   if [[ ! $owner ]]; then
@@ -20329,18 +20359,27 @@ settle() {                  # for judge: reports how a job without a record of i
   # The engine forgets jobs: so a file keeps its answer.  A node may have written a record that this
   # node cannot see yet: so wait for that.
   case $fate in
-    gone) { IFS=$'\t' read -r fate code node by because <"$more/fate"; } 2>/dev/null || fate=gone ;;
-    *) printf '%s\t%s\t%s\t%s\t%s\n' "$fate" "${code:--}" "${node:--}" "${by:--}" \
-         "${because:--}" >"$more/fate" ;;
-  esac
-  case $fate in
-    gone | ended) is_missing "$LAG_S" || return 0 ;;
-    *) is_missing "$MISSING_S" || return 0 ;;
+    gone)
+      { IFS=$'\t' read -r fate code node by ran because <"$more/fate"; } 2>/dev/null ||
+        fate=gone ;;
+    *) printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$fate" "${code:--}" "${node:--}" "${by:--}" \
+         "${ran:-0}" "${because:--}" >"$more/fate" ;;
   esac
   [[ $by != - ]] || by=
+  [[ $ran != *[!0-9]* ]] || ran=0
+  # For these the job does not start again, so that a record that comes late changes little.
+  case $fate in
+    gone | ended) wait_s=$LAG_S ;;
+    killed | memory | time) wait_s=$RECORD_S ;;
+    cancelled) [[ ! $by && $engine_accounting ]] || wait_s=$RECORD_S ;;
+  esac
+  if ! is_missing "$wait_s" && ! [[ ${1-} && $wait_s == "$RECORD_S" ]]; then
+    ((wait_s != RECORD_S)) || doubtful+=("$key")
+    return 0
+  fi
   end_by_fate || case $fate in
     ended) end_untold "$code" "$engine_name reports this exit code; the job left no record" ;;
-    killed) end_untold 137 'its shell on the node was killed' ;;
+    killed) end_untold 137 "the job's shell on the node was killed" ;;
     memory) end_untold 137 "the job ran out of memory: $because" ;;
     *) lose_queued lost "$engine_name does not know the job any more" ;;
   esac
@@ -20377,7 +20416,7 @@ the nodes see" ;;
 }
 
 settle_told() {             # for judge: asks why the script was told to stop its job
-  local fate code node by because
+  local fate code node by ran because
   id=${owner%.*}
   engine_fate
   [[ -e $more/cancel ]] && fate=ended   # the client cancelled it
@@ -20741,8 +20780,10 @@ freeze_record() {           # leaves the record of the end to the runner, which 
 }
 
 end_unrecorded() {          # for run_on_node: its worker was killed
-  [[ ! $told ]] || { status=143 wall=0 used=0; return; }
-  status=137 wall=0 used=0
+  read_clocks
+  wall=$((REPLY - began)) used=0
+  [[ ! $told ]] || { status=143; return; }
+  status=137
   echo 'ssh-scheduler: the job was killed with its whole process group' >>"$file.err"
   [[ -e $file.back ]] || (list_back "$folder" '' "$file.back" .)
 }
@@ -21022,11 +21063,12 @@ engine_cancel() {           # cancels the key $1, or number $2 if known; $3: onl
 
 engine_fate() {             # sets the fate of the job $key with the number $id: see settle
   local line state='' reason='' status='' restarts=0 run_number=${owner#*.}
-  fate=gone code='' node='' by='' because=''
+  fate=gone code='' node='' by='' ran=0 because=''
   [[ $id ]] || return 0
   ask_slurm || { fate=alive; return; }
   [[ $state ]] || return 0
   { because=$(tail -n 1 -- "$more/engine.out"); } 2>/dev/null
+  because=${because#slurmstepd*: error: }
   case $state in
     PENDING | RUNNING | REQUEUED | COMPLETING | CONFIGURING)
       fate=alive
@@ -21058,7 +21100,7 @@ slurm_failure() {           # for engine_fate: sets fate and code of a job that 
   [[ $owner || $fate == unwritable ]] || because=${reason:-$because}
 }
 
-ask_slurm() {               # for engine_fate: sets state, reason, status, restarts, node
+ask_slurm() {               # for engine_fate: sets state, reason, status, restarts, node, ran
   local name
   engine_name_of "$key"
   name=$REPLY
@@ -21073,14 +21115,17 @@ ask_slurm() {               # for engine_fate: sets state, reason, status, resta
     state=${state%% *} reason=${reason%% *} status=${status%% *} restarts=${restarts%% *}
     node=${node%% *}
     [[ $node != '(null)' ]] || node=
+    ran=${line#* RunTime=}
+    slurm_seconds "${ran%% *}"
+    ran=${REPLY:-0}
   fi
   [[ ! $engine_accounting ]] || [[ $state && $state != CANCELLED ]] || ask_accounting
 }
 
 ask_accounting() {          # for ask_slurm: the same from the database, which lags by seconds
-  local number said code nodes known
-  IFS='|' read -r number said code nodes known < <(slurm "$ENGINE_LIMIT_S" sacct -X -n -P \
-    --format=JobIDRaw,State,ExitCode,NodeList,JobName -j "$id") || return 0
+  local number said code nodes took known
+  IFS='|' read -r number said code nodes took known < <(slurm "$ENGINE_LIMIT_S" sacct -X -n -P \
+    --format=JobIDRaw,State,ExitCode,NodeList,Elapsed,JobName -j "$id") || return 0
   [[ $known != allocation ]] || { [[ $state ]] || fate=alive; return 1; }
   [[ $known == "$name" ]] || return 0
   if [[ $said == 'CANCELLED by '* ]]; then

@@ -492,6 +492,13 @@ See https://example.org
           'ended\n', 'lab1 ran out of memory (signal 9)'),
     (124, 'ssh-scheduler: stopped after 5 s, its time limit\n',
      'stopped after 5 s, its time limit'),
+    (137, 'ssh-scheduler: the job ran out of memory: Exceeded job memory limit\n',
+     'the job ran out of memory'),
+    (137, "ssh-scheduler: the job's shell on the node was killed\n",
+     "the job's shell on the node was killed"),
+    (143, 'x\nssh-scheduler: the job was cancelled by the user 4321 before it began\n',
+     'the job was cancelled by the user 4321 before it began'),
+    (143, 'x\n', 'killed by signal 15 (TERM)'),
     (255, 'ssh: no route', 'ssh: no route'), (-1, '', 'lab1 lost the job')])
 def test_a_failure_in_words(code, text, words):
     assert s.failure_words(code, 'lab1', s.lines_shown(text.encode())) == words
