@@ -961,6 +961,7 @@ class Place(NamedTuple):
     start: Optional[int] = None     # when the engine expects to start it, in seconds since 1970
     moves_to: Optional[object] = None       # it is withdrawn, to run on this machine
     is_told: bool = False           # the view has shown it
+    node: str = ''                  # the node where it has begun; '' before that
 
 
 class Attempt:
@@ -2633,7 +2634,9 @@ class Clusters:
         if attempt.state == 'running' and attempt.machine.machine.engine:
             journal = self._run.client.journal
             if journal.record(attempt.name).get('queued'):      # perhaps by an earlier client
-                journal.write(event='running', job=attempt.name)
+                place = attempt.place or Place('')
+                journal.write(event='running', job=attempt.name, number=place.number,
+                              node=place.node)
             if attempt.placement:
                 self._run.scheduler.began(attempt.machine, attempt.placement)
 
@@ -10097,6 +10100,7 @@ EVENTS = {
     'stage_failed': Fields((os.fsdecode, text_of)),
     'started': Fields(rest=os.fsdecode),
     'queued': Fields((os.fsdecode, text_of, text_of, time_of)),
+    'node': Fields((os.fsdecode, text_of, text_of)),
     'unfit': Fields((text_of, text_of)),
     'full': Fields((text_of,)),
     'preempted': Fields((os.fsdecode, text_of)),
@@ -12564,6 +12568,12 @@ class Queued:
         if worker.run.wishes.unwanted(attempt):
             worker.jobs.end([attempt])
 
+    def on_node(self, key, number, node):
+        """Note where a job has begun."""
+        attempt = self._worker.jobs.alive(key)
+        if attempt:
+            attempt.place = (attempt.place or Place(''))._replace(number=number, node=node)
+
     def on_preempted(self, key, why):
         """Note that a job is gone, and that neither the job nor the machine caused this."""
         self._worker.jobs.gone('preempted', key, why)
@@ -14269,6 +14279,29 @@ class Past(NamedTuple):
     ended: dict                     # the event of its end; empty if the journal has none
     state: str                      # claimed, ended, …: its last event in the journal
     machine: dict                   # facts of the machine at that time: see Journal.machines
+    place: dict = {}                # number and node in a cluster; empty elsewhere
+
+    def in_queue(self, event):
+        """Return the Past after the event that a job waits in the queue of a cluster, or ran."""
+        place = {**self.place, 'number': event.get('number') or self.place.get('number')}
+        if event['event'] == 'queued':
+            return self._replace(state='queued', place=place)
+        place['node'] = event.get('node') or '?'
+        return self._replace(state='claimed', place=place, claimed={
+            **self.claimed, 'time': event['time']})     # it counts from here, not from its claim
+
+    @property
+    def never_began(self):
+        """Tell whether the job ended while it waited in the queue of a cluster."""
+        return bool(self.place and 'node' not in self.place
+                    and self.ended.get('exit_code') == 143 and not self.ended.get('wall_s'))
+
+    @property
+    def ended_at(self):
+        """Return when the job ended; the journal may have heard of that later.  None: unknown."""
+        began, heard = self.claimed.get('time'), self.ended.get('time')
+        wall_s = self.ended.get('wall_s')
+        return min(heard, began + wall_s) if began and heard and wall_s else heard
 
     @property
     def where(self):
@@ -14333,9 +14366,8 @@ def read_past(name, path):
                 found[job] = Past(job, event, {}, word, {})
             elif word == 'renamed' and job in found:
                 found[event['to']] = found.pop(job)._replace(name=event['to'])
-            elif job in found and word == 'running':    # it has left the queue of a cluster
-                found[job] = found[job]._replace(
-                    state='claimed', claimed={**found[job].claimed, 'time': event['time']})
+            elif job in found and word in ('queued', 'running'):        # on a cluster
+                found[job] = found[job].in_queue(event)
             elif job in found and word in LIFE_WORDS:
                 found[job] = found[job]._replace(
                     state=word, ended=event if word == 'ended' else found[job].ended)
@@ -14352,8 +14384,8 @@ def read_past(name, path):
 LIFE_WORDS = {state.written for state in LIFE.values() if state.written}
 
 
-def what_became(past):
-    """Yield (head, text) of how a job ended, and when."""
+def what_became(past, said=()):
+    """Yield (head, text) of how a job ended, and when.  said: the last lines of its stderr."""
     claimed, ended, now = past.claimed, past.ended, time.time()
     states = {'claimed': 'runs, as far as is known here', 'lost': 'its machine lost the job',
               'queued': 'waits in the queue of a cluster',
@@ -14363,12 +14395,18 @@ def what_became(past):
     if ended:
         code = ended['exit_code']
         text = (f'exit code {code}' if code else 'finished, exit code 0') + (
+            ', before it began' if past.never_began else
             f', after {duration_of(ended["wall_s"])}' if 'wall_s' in ended else '') + (
             '; its results are not fetched' if past.state == 'ended' else '')
     yield 'outcome', text
+    if ended.get('exit_code'):
+        why = failure_words(ended['exit_code'], past.where, said)
+        if why != f'exit code {ended["exit_code"]}, empty stderr':
+            yield 'why', why
     if 'time' in claimed:
-        until = f', ended {clock_of(ended["time"], -math.inf)}' if 'time' in ended else ''
-        yield 'started', f'{clock_of(claimed["time"], now - 86400)}{until}'
+        until = f', ended {clock_of(past.ended_at, -math.inf)}' if past.ended_at else ''
+        yield ('queued' if past.never_began or past.state == 'queued' else 'started',
+               f'{clock_of(claimed["time"], now - 86400)}{until}')
     if claimed.get('attempt', 1) > 1:
         yield 'attempt', f'{claimed["attempt"]}, counted from the first start of the job'
     if claimed.get('reproduces'):
@@ -14383,6 +14421,9 @@ def where_it_ran(past):
     parts = [past.where]
     parts += [f'GPU {index}' + (f' ({models[index]})' if index in models else '')
               for index in gpus]
+    for fact, text in ('node', 'node {}'), ('number', 'number {} in its queue'):
+        if past.place.get(fact) not in (None, '?'):
+            parts.append(text.format(past.place[fact]))
     yield 'machine', printable(', '.join(parts))
     known = [f'{label} {facts[key]}' for key, label in FACT_LABELS.items() if facts.get(key)]
     if known:
@@ -14803,9 +14844,10 @@ def past_in(options, option):
 
 def show_what(options, reporter):
     """Show how exactly a job ran (--what); return the exit status."""
-    past, sent = past_in(options, '--what'), ResultStore('job_results').sent
-    for head, text in (('command', printable(past.claimed['command'])), *what_became(past),
-                       *where_it_ran(past), *what_it_had(past, sent)):
+    past, results = past_in(options, '--what'), ResultStore('job_results')
+    said = results.last_lines(past.name, 'err') if past.state == 'collected' else ()
+    for head, text in (('command', printable(past.claimed['command'])), *what_became(past, said),
+                       *where_it_ran(past), *what_it_had(past, results.sent)):
         reporter.line(f'{head + ":" if head else "":12}{text}')
     return 0
 
@@ -17414,6 +17456,8 @@ def main(argv=None):
 #   started KEY...          jobs run
 #   queued KEY NUMBER WHY TIME      the engine has a job under this number, and does not run it yet;
 #                           WHY, in words; TIME, when the job is expected to run; both may be empty
+#   node KEY NUMBER NODE    the engine runs the job under this number, on this node; comes
+#                           before `started`
 #   unfit NEED WHY          the engine refuses jobs with this need
 #   full WHY                the engine takes no more jobs before one of this account has ended
 #   held KEY                a job did not start: other batches, or the engine, leave no room
@@ -20099,7 +20143,7 @@ hear_news() {               # reports what the nodes have written
         key=${name%.began}
         [[ ${ours[$key]-} ]] || continue        # it is a job of another client
         gone+=("$file")
-        [[ ${started[$key]-} ]] || { started[$key]=1; say "started"$'\t'"$key"; } ;;
+        [[ ${started[$key]-} ]] || { started[$key]=1; say_node; say "started"$'\t'"$key"; } ;;
       *.ended.*)
         key=${name%.ended.*}
         [[ ${ours[$key]-} ]] || continue
@@ -20114,6 +20158,12 @@ hear_news() {               # reports what the nodes have written
   for file in "${ended[@]}"; do hear_end; done
   ((${#gone[@]} == 0)) || remove "${gone[@]}"
 } 2>/dev/null
+
+say_node() {                # reports where the job $key has begun
+  local owner='' node=''
+  { read -r owner node <"$home/jobs/$key.more/begun"; } 2>/dev/null
+  say_text node "$key" "${owner%.*}" "${node:-?}"
+}
 
 hear_end() {                # for hear_news: acts on $file, the end of a job
   local fields key code told wall cpu out err back line
@@ -20514,6 +20564,7 @@ ask_about() {               # reports the state of the jobs $@, which were queue
       *)
         { read -r owner _ <"$more/begun"; } 2>/dev/null
         if [[ $owner && $owner != cancel ]]; then
+          say_node
           say "started"$'\t'"$key"
         elif [[ $owner || ! -e $more/script ]] && take_fence; then
           give_up_queued

@@ -565,6 +565,29 @@ def test_each_end_has_its_words():
         assert dict(s.what_became(s.Past('a', {}, event, state, {})))['outcome'] == text
 
 
+def test_a_job_of_a_cluster_may_end_before_it_begins():
+    killed = {'exit_code': 143, 'wall_s': 0.0}
+    past = s.Past('a', {'time': 60.0, 'where': 'c.yaml'}, killed, 'collected', {})
+    waits = past.in_queue({'event': 'queued', 'number': '7', 'time': 61.0})
+    for event, outcome, head, place in (
+            (None, 'exit code 143, before it began', 'queued', 'c.yaml, number 7 in its queue'),
+            ({'number': '7', 'node': 'n1'}, 'exit code 143, after 0s', 'started',
+             'c.yaml, node n1, number 7 in its queue'),
+            ({}, 'exit code 143, after 0s', 'started', 'c.yaml, number 7 in its queue')):
+        then = waits if event is None else waits.in_queue(
+            {'event': 'running', 'time': 90.0, **event})
+        found = dict(s.what_became(then))
+        assert found['outcome'] == outcome and head in found, found
+        assert dict(s.where_it_ran(then))['machine'] == place
+
+
+def test_the_journal_may_hear_late_of_an_end():
+    ended = {'exit_code': 0, 'wall_s': 5.0, 'time': 900.0}
+    for wall_s, at in (5.0, 65.0), (None, 900.0), (2000.0, 900.0):
+        past = s.Past('a', {'time': 60.0}, {**ended, 'wall_s': wall_s}, 'collected', {})
+        assert past.ended_at == at
+
+
 def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     run_cli('execute_remote', '--machine=localhost', '--job-name=alone', 'echo hi')
     assert heads(ask('--what', 'alone'))['command'] == ['echo hi']
