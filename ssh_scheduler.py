@@ -996,6 +996,11 @@ class Attempt:
         return self.stage is None
 
     @property
+    def never_began(self):
+        """Tell whether it has only waited in the queue of a cluster."""
+        return self.place is not None and not self.place.node
+
+    @property
     def is_heard(self):
         """Tell whether all of its output has arrived."""
         return all(stream.whole for stream in self.streams.values())
@@ -4138,7 +4143,7 @@ class Summary:
                     f'{self._took(wall_s)}')
         fates = self._fates()               # a cancelled job may have run again since
         stopped = len({attempt.name for attempt in run.lives.all_of('cancelled', 'dropped')
-                       if fates.get(attempt.name) == 'cancelled'})
+                       if fates.get(attempt.name) == 'cancelled' and not attempt.never_began})
         if stopped:
             report.note(
                 f'partial results of {count_of(stopped, "cancelled job")} are in '
@@ -4753,6 +4758,15 @@ def queue_news(attempt):
         yield f'queued: {attempt.name} at {printable(attempt.machine.name)} ({words})'
 
 
+def removed_words(attempt, again=''):
+    """Return the note on a cancelled attempt that had not left the queue of a cluster.
+
+    again: what follows if its job starts again
+    """
+    return (f'{attempt.name}: removed from the queue of {attempt.machine.name}. It had not '
+            f'started{again}')
+
+
 def what_is_left(run):
     """Return which jobs of a Run keep running, and how many lines have not started, in words."""
     queued, waits = run.lives.all_of('queued'), run.scheduler.waits
@@ -4922,9 +4936,9 @@ class BatchView(ToldView):
             self._say_halt()
             self._ended(attempt)
         elif attempt.state == 'cancelled' and not self.run.interrupts:
-            elsewhere = attempt.key in self.run.wishes.moving
-            self._report.note(f'{attempt.name}: stopped on {attempt.machine.name}'
-                              f'{"; it starts again" if elsewhere else ""}. Partial '
+            again = '; it starts again' * (attempt.key in self.run.wishes.moving)
+            self._report.note(removed_words(attempt, again) if attempt.never_began else
+                              f'{attempt.name}: stopped on {attempt.machine.name}{again}. Partial '
                               f'results: {self._results.inner}/cancelled')
 
     def _tell_start(self, attempt, word):
@@ -16569,17 +16583,19 @@ class CommandOrder:
 
     def _cancel(self, run, worker):
         """Stop the job, and print what became of it."""
-        name, journal = self._name, self._results.journal
         if worker.state == 'connecting':
             self._report.note(f'{worker.name}: {worker.unanswered("; interrupted")}')
         if not worker.busy or worker.state == 'failed' and not worker.was_ready:
             return
+        attempts = run.lives.all_of(*ALIVE)
         self._unconfirmed = run.cancel()
         if self._unconfirmed:
             return
-        state = journal.record(name).get('state')
+        state = self._results.journal.record(self._name).get('state')
         if state in ('claimed', 'ended'):
             self._tell_how_to_return(worker.name)
+        elif attempts and attempts[0].never_began:
+            self._report.note(removed_words(attempts[0]))
         elif state != 'collected' or self._options['--cancel']:
             self._tell_cancelled(worker.name)
 

@@ -448,7 +448,7 @@ def test_options_that_are_named_exist(page):
 
 
 # Options of sbatch, docker, git and the like, which the pages name.
-OF_OTHERS = {'--option', '--name', '--array', '--wrap', '--requeue', '--assume-unchanged'}
+OF_OTHERS = {'--option', '--name', '--array', '--wrap', '--requeue', '--time', '--assume-unchanged'}
 
 
 def section(page, title):

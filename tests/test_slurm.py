@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_a_node_folder_that_is_not_there_is_named(cluster, batches):
 
 # ---- Failures ----
 
-TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'LAG_S': 4, 'CANCEL_S': 2}
+TIMES = {'LISTING_S': 1, 'SILENCE_S': 2, 'MISSING_S': 2, 'RECORD_S': 1, 'LAG_S': 4, 'CANCEL_S': 2}
 
 
 def hasty(**more):
@@ -141,6 +142,21 @@ def hasty(**more):
         text, count = re.subn(rf'^{name}=[0-9]+', f'{name}={seconds}', text, flags=re.M)
         assert count == 1, name
     return constants(REMOTE_ENGINE=text, REFRESH_S=0.5, ASIDE_S=0.5, **more)
+
+
+def hasty_but(**times):
+    """Return hasty(), but with these times."""
+    env = hasty()
+    settings = json.loads(env['CRASH_SETTINGS'])
+    for name, seconds in times.items():
+        settings['REMOTE_ENGINE'] = re.sub(rf'(?m)^{name}=[0-9]+', f'{name}={seconds}',
+                                           settings['REMOTE_ENGINE'])
+    return {**env, 'CRASH_SETTINGS': json.dumps(settings)}
+
+
+def heads(said):
+    """Return {head: text} of the lines that --what prints."""
+    return {line[:12].strip().rstrip(':'): line[12:] for line in said.splitlines()}
 
 
 def once(ledger, name='ran'):
@@ -293,7 +309,7 @@ def test_somebody_else_cancels_a_job_that_runs(cluster, batches, ledger):
 
 
 @with_constants
-def test_somebody_else_cancels_a_job_that_waits(cluster, batches, ledger):
+def test_somebody_else_cancels_a_job_that_waits(cluster, batches, ledger, run_cli):
     cluster.sbatch('--nodes=2', '--exclusive', script='sleep 100')
     run = batches.start([once(ledger)], [cluster_of(cluster)], *NO_GPU, env=hasty())
     run.until('queued:')
@@ -302,6 +318,13 @@ def test_somebody_else_cancels_a_job_that_waits(cluster, batches, ledger):
     assert ends() == {'batch.sh.1': 143}, done.stderr
     assert 'before it began' in result('batch.sh.1', 'err').decode()
     assert ledger.read_text() == ''
+    status = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert re.search(r'1 +failed 143 .*the job was cancelled before it began', status), status
+    told = heads(run_cli('execute_batch', 'batch.sh', '--what=1').stdout)
+    assert told['outcome'] == 'exit code 143, before it began'
+    assert told['why'] == 'the job was cancelled before it began'
+    assert 'queued' in told and 'started' not in told
+    assert re.fullmatch('cluster.yaml, number [0-9]+ in its queue', told['machine'])
 
 
 @with_constants
@@ -353,12 +376,55 @@ def test_a_node_without_the_folder_is_named(cluster, batches, ledger):
 
 
 @with_constants
-def test_memory_that_is_too_little_is_told(cluster, batches, ledger):
+def test_memory_that_is_too_little_is_told(cluster, batches, ledger, run_cli):
     hungry = 'import time; x = bytearray(500 << 20); time.sleep(30)'
     done = batches.run([f"{once(ledger)}; exec python3 -c '{hungry}'"], [cluster_of(cluster)],
                        *NO_GPU, env=hasty())
     assert ends() == {'batch.sh.1': 137}, done.stderr
-    assert 'the job ran out of memory' in result('batch.sh.1', 'err').decode()
+    assert re.fullmatch('ssh-scheduler: the job ran out of memory: [^:]*xceeded .*memory limit.*\n',
+                        result('batch.sh.1', 'err').decode())
+    status = run_cli('execute_batch', 'batch.sh', '--status').stdout
+    assert re.search(r'1 +failed 137 .*the job ran out of memory', status), status
+    told = heads(run_cli('execute_batch', 'batch.sh', '--what=1').stdout)
+    assert told['why'] == 'the job ran out of memory' and 'after 0s' not in told['outcome'], told
+    assert re.fullmatch('cluster.yaml, node n[12], number [0-9]+ in its queue', told['machine'])
+
+
+@with_constants
+def test_a_killed_script_is_reported_soon(cluster, batches, ledger):
+    """Slurm says that it was killed: so nobody waits a minute for its record."""
+    run, number = begun(cluster, batches, ledger, 'sleep 60',
+                        env=hasty_but(MISSING_S=300, LAG_S=300))
+    cluster.command('scancel', '--batch', '--signal=KILL', number)
+    done = run.end()
+    assert ends() == {'batch.sh.1': 137}, done.stderr
+    assert result('batch.sh.1', 'err').decode() == (
+        "ssh-scheduler: the job's shell on the node was killed\n")
+
+
+@with_constants
+def test_a_record_that_comes_late_counts(cluster, batches, ledger):
+    """The login node sees the record of the end only after Slurm has reported the end."""
+    run, number = begun(cluster, batches, ledger, 'sleep 60', env=hasty_but(RECORD_S=4))
+    (jobs,) = cluster.workdir.glob('*/jobs')
+    news = jobs.with_name('news')
+    (record,) = news.glob('*.began')
+    cluster.command('scancel', '--batch', '--signal=KILL', number)
+    wait_until(lambda: [*jobs.glob('*.more/missing')], 'there is a doubt')
+    assert not ends()
+    (news / record.name.replace('.began', '.ended.5.no.200.10.0.0.0')).touch()
+    done = run.end()
+    assert ends() == {'batch.sh.1': 5}, done.stderr
+    assert not result('batch.sh.1', 'err')
+
+
+@with_constants
+def test_the_memory_of_a_job_is_known(cluster, batches):
+    hungry = 'import time; x = bytearray(60 << 20); time.sleep(2.5)'
+    done = batches.run([f"exec python3 -c '{hungry}'"], [cluster_of(cluster)],
+                       '--no-gpu-required', '--memory-required=500', env=hasty())
+    (ended,) = (event for event in journal() if event['event'] == 'ended')
+    assert 60 < ended['peak_memory_mb'] < 200, done.stderr
 
 
 @with_constants
@@ -391,6 +457,26 @@ def test_the_time_limit_is_the_same_as_on_any_machine(cluster, batches, ledger):
                        '--timeout=1', env=hasty())
     assert ends() == {'batch.sh.1': 124}, done.stderr
     assert 'stopped after 1' in result('batch.sh.1', 'err').decode()
+
+
+@with_constants
+def test_a_short_limit_of_the_cluster_is_not_cut_to_nothing(cluster, batches, ledger):
+    """Slurm announces its limit of a minute as the job begins, or up to 30 s later."""
+    batches.start([f'{once(ledger)}; sleep 3; exit 5'],
+                  [cluster_of(cluster, engine_options='--time=1')], *NO_GPU, env=hasty())
+    wrote(ledger, 'ran')
+    cluster.command('scancel', '--batch', '--signal=USR1', ids(cluster)[-1])
+    wait_until(lambda: ends(), 'it has ended')
+    assert ends() == {'batch.sh.1': 5}
+
+
+@pytest.mark.parametrize(('text', 'seconds'), [
+    ('2', '120'), ('0:05', '5'), ('1:30:09', '5409'), ('00:00:08', '8'), ('1-2', '93600'),
+    ('1-2:03', '93780'), ('1-02:03:04', '93784'), ('UNLIMITED', ''), ('', ''), ('1-', '')])
+def test_a_time_of_slurm_is_read(text, seconds):
+    done = subprocess.run(['bash', '-c', f'{ssh_scheduler.REMOTE_SLURM}\nslurm_seconds "$1"\n'
+                           'printf %s "$REPLY"', 'bash', text], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (seconds, '')
 
 
 # ---- Where a job goes ----
@@ -627,7 +713,8 @@ def test_the_status_has_the_reason(cluster, batches, run_cli):
     cluster.command('scancel', number)
     assert run.end().returncode == 0
     facts = {event['event']: {*event} - {'event', 'time'} for event in journal()}
-    assert facts['queued'] == {'job', 'number', 'why', 'start'} and facts['running'] == {'job'}
+    assert facts['queued'] == {'job', 'number', 'why', 'start'}
+    assert facts['running'] == {'job', 'number', 'node'}
     assert 'queued' not in run_cli('execute_batch', 'batch.sh', '--status').stdout
 
 
@@ -727,8 +814,24 @@ def test_a_command_that_waits_is_detached_and_cancelled(cluster, run_cli, projec
     assert (done.stdout, done.returncode) == ('one\n', 0), done.stderr
     done = run_cli('execute_remote', '--cancel=one')
     assert done.returncode == 0, done.stderr
+    assert 'one: removed from the queue of cluster.yaml. It had not started' in done.stderr
     assert_gone_but(cluster, 1)
     assert ledger.read_text() == ''
+
+
+def test_ctrl_c_takes_a_command_out_of_the_queue(cluster, start_cli, project, ledger):
+    full(cluster)
+    process = start_cli('execute_remote', '--machine', cluster_of(cluster), '--job-name=one',
+                        once(ledger))
+    wait_until(lambda: ids(cluster), 'it waits')
+    wait_until(lambda: [*Path('job_results').glob('.ssh_scheduler/commands/one/journal')]
+               and 'queued' in Path('job_results/.ssh_scheduler/commands/one/journal').read_text(),
+               'the client knows that')
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'one: removed from the queue of cluster.yaml. It had not started' in said, said
+    assert 'Partial results' not in said
 
 
 def test_execute_to_means_the_login_node(cluster, run_cli, project):
