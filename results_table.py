@@ -794,7 +794,9 @@ def apply(event, known):
     elif word == 'ended':
         known[event['job']].update(event, state='ended', time=known[event['job']].get('time'))
     elif word == 'lost' and event.get('how') in NEVER_BEGAN:
-        del known[event['job']]
+        known.pop(event['job'], None)
+    elif word == 'cancelled' and event['job'] not in known:
+        pass                            # it never began, since it was told to stop before
     elif word in ('collected', 'lost', 'cancelled'):
         facts = known[event['job']]
         facts['state'] = word if word != 'collected' else (
@@ -1999,6 +2001,8 @@ def retell(event, story):
         last.update(event, state='ended', until=time_s, time=last.get('time'))
     elif word == 'lost' and event.get('how') in NEVER_BEGAN:
         story.attempts[name].pop()
+    elif word == 'cancelled' and not story.attempts.get(name):
+        pass
     elif word in ('collected', 'lost', 'cancelled'):
         last = story.attempts[name][-1]
         last.setdefault('until', time_s)

@@ -306,11 +306,12 @@ Usage:
 
   <command> is a bash command in quotes. execute_remote shows its output and
   exits with its exit code. Ctrl-C stops the command with all processes that it
-  started; if the connection is lost, the command keeps running. Results are in
-  ./job_results, under the name of the job. A line of a batch file may be such
-  a command, too, for a job with other files, another name or other hardware
-  than the rest of the batch. An option with several values takes all words up
-  to the next option or up to --; the last word is <command> if that is missing.
+  started; if the connection is lost, the command keeps running (not with
+  --tty). Results are in ./job_results, under the name of the job. A line of a
+  batch file may be such a command, too, for a job with other files, another
+  name or other hardware than the rest of the batch. An option with several
+  values takes all words up to the next option or up to --; the last word is
+  <command> if that is missing.
 {units}
 The job:
   --machine=<machine>           A machine file (as given, with .yaml, or in
@@ -3397,7 +3398,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
-        self._unread = set()        # the streams that nobody reads any more
+        self._unread = {}           # stream that nobody reads any more -> errno of its last write
         self.trouble = ''           # or why stdout cannot be written
 
     def line(self, text):
@@ -3600,16 +3601,21 @@ class Reporter:
 
     def move_to_terminal(self):
         """Print on the terminal what nobody would read on stdout or stderr; tell if it is so."""
-        self._unread.update(stream for stream in (self._out, self._err)
-                            if has_no_reader(stream.fileno()))
-        moved = self.nobody_reads
-        with contextlib.suppress(OSError), open('/dev/tty', 'wb') as terminal:
-            while self._unread:
-                os.dup2(terminal.fileno(), self._unread.pop().fileno())
-        return moved and not self.nobody_reads
+        for stream in (self._out, self._err):
+            if has_no_reader(stream.fileno()):
+                self._unread[stream] = errno.EPIPE
+        gone = [stream for stream, number in self._unread.items() if number == errno.EPIPE]
+        try:
+            with open('/dev/tty', 'wb') as terminal:
+                for stream in gone:
+                    os.dup2(terminal.fileno(), stream.fileno())
+                    del self._unread[stream]
+        except OSError:
+            return False
+        return bool(gone)
 
     def _silence(self, stream, error):
-        self._unread.add(stream)
+        self._unread[stream] = error.errno
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
@@ -4344,7 +4350,7 @@ class Keys:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-ANSWERS = ('  d      detach: running jobs continue, no more start',
+ANSWERS = ('  d      detach: this program ends, its jobs continue',
            '  c      cancel: stop the running jobs (or Ctrl-C again)',
            '  Enter  continue, as the batch does until you answer')
 
@@ -4402,8 +4408,8 @@ class PipedQuestion(Question):
     POLL_S = 0.1                # between two looks at the keys
     SAID = {'d': 'The jobs keep running.', 'c': 'The jobs are being stopped.',
             '\r': 'The batch continues.'}
-    NO_READER = (' Ctrl-C has also ended the program that read its output. The next lines appear '
-                 'here. (tee -i ignores Ctrl-C.)')
+    NO_READER = (' Nothing reads its output any more, so the next lines appear here. (Ctrl-C also '
+                 'ends tee, but not tee -i.)')
 
     def __init__(self, run, reporter):
         super().__init__(run)
@@ -5886,7 +5892,8 @@ MACHINE_FORMS = {'--machine': '--machines', '--machines': '--machine'}
 def is_no_word(name, values):
     """Tell whether the last value of this list is a port, a time or a number: no <command>."""
     return (name in ('--forward', '--watch', '--cancel', '--rerun')
-            and bool(values and re.fullmatch('[.:]?[0-9][0-9.:dhms]*', values[-1])))
+            and bool(values and re.fullmatch('[.:]?[0-9][0-9.:dhms]*', values[-1]))
+            and not os.path.isfile(values[-1]))
 
 
 def spell_out(argv, kinds, positionals):
@@ -6618,11 +6625,9 @@ def machine_from(values, name, path):
     if key_path is not None:
         key_path = os.path.expanduser(key_path)
         check_key(key_path, path)
-    # An alias of ~/.ssh/config has its port there.
-    port = values.get('port', None if values['ip'] in host_patterns() else 22)
     return Machine(
         name=values.get('name', name), host=values['ip'], username=values.get('username'),
-        port=port, ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
+        port=values.get('port', 22), ssh_key_path=key_path, proxy_jump=values.get('proxy_jump'),
         ssh_options=tuple(values.get('ssh_options', {}).items()),
         workdir=values.get('workdir', ''), setup=values.get('setup', ''),
         env=tuple(values.get('env', {}).items()), wrap=values.get('wrap', ''),
@@ -6855,9 +6860,6 @@ def read_batch_text(path, stdin):
         else:
             with open(path, 'rb') as file:
                 data = file.read()
-        if re.search(r'\.(py|ipynb)$', path) or re.match(rb'#!.*python', data):
-            raise BatchFileError(f'{path} is a Python program.' + one_command(
-                'MACHINE', in_quotes(['python3', path])))
     except OSError as error:
         is_command = re.search(r'\S\s', path) and begins_command(path.split()[0])
         advice = one_command('MACHINE', one_word(path)) if is_command else ''
@@ -12537,6 +12539,7 @@ class Queued:
         self.refusals = {}
         self.refusal = ''                   # why the engine last took no job
         self.is_full = False                # the reason was that its queue has too many jobs
+        self._told = set()                  # the needs and the reasons of refusals so far
         self._worker = worker
 
     def ask_fits(self):
@@ -12552,8 +12555,10 @@ class Queued:
     def on_unfit(self, need, why):
         """Note that the engine refuses jobs with this need."""
         worker, gauge = self._worker, self._worker.gauge
-        if why not in self.refusals.values() and len(worker.run.workers) > 1:
-            worker.report.warning(f'{worker.name}: refuses jobs: {why}')    # others may take them
+        is_news = not {need, why} & self._told          # also after a reconnection
+        if is_news and len(worker.run.workers) > 1:     # others may take the job
+            worker.report.warning(f'{worker.name}: refuses jobs: {why}')
+        self._told |= {need, why}
         self.refusals[need] = self.refusal = why
         self.is_full = False
         if gauge.capacity and worker.state == 'ready':
@@ -12581,6 +12586,9 @@ class Queued:
                               why=attempt.place.why, start=start)
         if worker.run.wishes.unwanted(attempt):
             worker.jobs.end([attempt])
+        elif worker.run.fleet.standing[worker].is_given_back and attempt.job.may_start and (
+                not attempt.place.moves_to):
+            self.withdraw(attempt)          # it was being submitted, or there was no contact
 
     def on_node(self, key, number, node):
         """Note where a job has begun."""
@@ -14027,8 +14035,8 @@ class Desk:
             address = None
             with contextlib.suppress(MachineFileError):
                 address = find_machine(word).address
-            used = [*workers_in_use(run), *(worker for worker in run.workers if now
-                                            and run.lives.any_of(worker, *ALIVE))]
+            used = dict.fromkeys([*workers_in_use(run), *(
+                worker for worker in run.workers if run.lives.any_of(worker, *ALIVE))])
             found += [worker for worker in used if worker not in found and (
                 word in (worker.name, worker.machine.word) or worker.machine.address == address)
                 ] or [None]
@@ -14049,8 +14057,8 @@ class Desk:
                    if worker.machine.engine else 'and its jobs run to their end')
             what = ('and its jobs stop and start elsewhere' if now else end) if left else (
                 'and none of its jobs runs')
-            when = '' if worker.state == 'ready' or not (now and left) else (
-                ' when the machine is connected again')
+            when = '' if worker.state == 'ready' or not left or not (
+                now or worker.machine.engine) else ' when the machine is connected again'
             yield f'{worker.name}: gets no more jobs, {what}{when}'
         if not run.scheduler.resources and run.scheduler.waits:
             yield (f'no machine is left for {count_of(run.scheduler.waits, "job")}. The same '
@@ -14747,13 +14755,24 @@ def refuse_programs(options, last):
 def refuse_machine(options):
     """Raise if <batch> seems to be missing, so that the last machine was taken for it."""
     path = options['<batch>']
-    is_machine = path.endswith(('.yaml', '.yml')) or not os.path.exists(path) and (
-        path == 'localhost' or is_known_machine(path))
+    is_machine = not os.path.exists(path) and (
+        path.endswith(('.yaml', '.yml')) or path == 'localhost' or is_known_machine(path))
+    if path.endswith(('.yaml', '.yml')) and os.path.exists(path):
+        with contextlib.suppress(MachineFileError):     # else it may be a batch file
+            is_machine = bool(find_machine(path))
     is_file = path == '-' or os.path.exists(path) or re.search(r'[\s/]|\.[A-Za-z]\w*$', path)
     if may_end_list(options, '<batch>') and (is_machine or not is_file):
         why = ': {} is a machine' if is_machine else ', or there is no file {}'
         raise WordMissing(f'<batch> is missing{why.format(printable(path))}. For the standard '
                           'input write - as <batch>.', EXECUTE_BATCH_USAGE)
+
+
+def refuse_python(path, text):
+    """Raise if a batch file of this text is a Python program."""
+    if re.search(r'\.(py|ipynb)$', path) or path != '-' and re.match(
+            r'#!\s*(\S*/)?(env\s+(-S\s+)?)?(\S*/)?python[0-9.]*(\s|$)', text):
+        raise BatchFileError(f'{path} is a Python program.' + one_command(
+            'MACHINE', in_quotes(['python3', path])))
 
 
 def refuse_batch_files(options):
@@ -14763,6 +14782,14 @@ def refuse_batch_files(options):
         if word.endswith(ending) and os.path.isfile(word):
             raise UsageError(f'{printable(word)} is a file like {printable(options["<batch>"])}, '
                              f'not a machine. {ONE_BATCH_FILE}')
+
+
+def check_words(options):
+    """Raise if a word for a machine, or that for the batch file, seems to be something else."""
+    check_machines(options, 'batch')
+    refuse_machine(options)
+    refuse_programs(options, '<batch>')
+    refuse_batch_files(options)
 
 
 def execute_batch(argv):
@@ -14776,11 +14803,10 @@ def execute_batch(argv):
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
     if not (asked or reruns):
-        check_machines(options, 'batch')
-        refuse_machine(options)
-        refuse_programs(options, '<batch>')
-        refuse_batch_files(options)
+        check_words(options)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
+    if not (asked or reruns):
+        refuse_python(options['<batch>'], text)
     jobs = read_lines(options, text, reporter.warning)
     name = name_of_batch(options['<batch>'])
     if asked:
@@ -16374,11 +16400,10 @@ class CommandOrder:
 
     def __init__(self, name, options, results, reporter, ports, shown=None, inbox=None):
         self._name, self._options, self._shown, self._inbox = name, options, shown, inbox
-        self.makes_way = False
         self._results, self._report, self._ports = results, reporter, ports
         self._known = results.journal.record(name)
         self._mode = 'tty' if options['--tty'] else 'stdin' if options['--stdin'] else ''
-        self._has_begun = self._lacks_terminal = False
+        self.makes_way = self._has_begun = self._lacks_terminal = False
         self._unconfirmed = []              # Attempts that were told to stop, and may still run
         self._streams = None                # OwnStreams
 
@@ -16613,15 +16638,14 @@ class CommandOrder:
     def _tell_how_to_return(self, machine):
         """Print what to type to return to the job, which this call no longer follows."""
         name, known = self._name, self._results.journal.record(self._name)
-        state = known.get('state')
-        if state == 'ended':
-            self._report.note(f'{name}: it has ended, and its results are on {machine}: '
-                              f'{self._typed("--attach")} fetches them')
-        elif state == 'claimed':
+        watch, cancel = self._typed('--attach'), self._typed('--cancel')
+        if known.get('state') == 'ended':
+            self._report.note(f'{name}: it has ended, and its results are on {machine}: {watch} '
+                              'fetches them')
+        elif known.get('state') == 'claimed':
             does = 'waits in the queue of' if known.get('queued') else 'runs on'
-            self._report.note(f'{name} {does} {machine}. To watch it again: '
-                              f'{self._typed("--attach")}  To cancel it: '
-                              f'{self._typed("--cancel")}')
+            self._report.note(f'{name} {does} {machine}. To watch it again: {watch}  To cancel it: '
+                              f'{cancel}')
 
     def _typed(self, option):
         return typed_for_job(option, self._name, self._options.get('<batch>'))
@@ -21012,7 +21036,8 @@ engine_test() {             # $1: need, $2: limit; fails, and sets answer, if Sl
   case $lines in
     *'node configuration is not available'*) nodes_are_missing ;;
     *'allocation failure'* | *'sbatch: error'*) engine_is_silent "$lines" ;;
-    *'sbatch: '*option*) return 1 ;;    # a word of engine_options that sbatch does not know
+    *'unrecognized option'* | *'invalid option'* | *'requires an argument'* | *'ambiguous'*)
+      return 1 ;;                       # of getopt, on engine_options
   esac
 }
 

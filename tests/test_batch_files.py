@@ -74,12 +74,18 @@ def test_a_python_program_is_no_batch_file(tmp_path, monkeypatch, name, text):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text(text)
     with pytest.raises(BatchFileError) as caught:
-        ssh_scheduler.read_batch_text(name, None)
+        ssh_scheduler.refuse_python(name, ssh_scheduler.read_batch_text(name, None))
     said, _, typed = str(caught.value).partition(' To run one command: ')
     assert said == f'{name} is a Python program. A batch file has one command on each line.'
     *start, command = shlex.split(typed)
     assert start == ['execute_remote', '--machine', 'MACHINE']
     assert shlex.split(command) == ['python3', name]
+
+
+@pytest.mark.parametrize('text', [
+    '#!/home/ann/python-tools/bin/bash\n', '#!/bin/bash # not python\n', 'python3 train.py\n', ''])
+def test_a_batch_file_may_name_python(text):
+    ssh_scheduler.refuse_python('b.sh', text)
 
 
 @pytest.mark.parametrize(('words', 'said'), [

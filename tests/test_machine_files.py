@@ -74,13 +74,6 @@ def test_one_key_is_enough(home):
     assert read('ip: lab1') == Machine(name='lab1.yaml', host='lab1', port=22)
 
 
-def test_a_host_of_the_configuration_has_its_port_there(home):
-    (home / '.ssh').mkdir()
-    (home / '.ssh/config').write_text('Host lab1 gpu\n  Port 2200\n')
-    assert read('ip: lab1') == Machine(name='lab1.yaml', host='lab1')
-    assert read('ip: lab1\nport: 22').port == read('ip: lab2').port == 22
-
-
 def test_every_key(home, key):
     machine = read(f"""\
 ip: gpu-1.lab.example.org

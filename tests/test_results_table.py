@@ -878,6 +878,27 @@ def test_a_job_that_was_cancelled_before_its_start_is_told(made):
     assert said() == [] and len(results_table()) == 2
 
 
+def test_an_attempt_that_never_began_is_no_row(made):
+    """It was held back, refused, or taken back from the queue of a cluster."""
+    made.sweep('1')
+    claim = {'event': 'claimed', 'job': 'grid.sh.2', 'command': 'python3 train.py 2', 'attempt': 1,
+             'machine': 'lab1', 'gpus': None, 'time': 1.0, 'key': 'grid.sh.2.1-0',
+             'batch': 'grid.sh'}
+    for how in ('absent', 'held', 'refused'):
+        made.event(**claim)
+        made.event(event='lost', job='grid.sh.2', how=how, time=2.0)
+        assert column('job') == ['grid.sh.1']
+    made.event(**claim)                 # it was told to stop before it began
+    made.event(event='stopping', job='grid.sh.2')
+    made.event(event='lost', job='grid.sh.2', how='absent', time=2.0)
+    made.event(event='cancelled', job='grid.sh.2', kept=[], time=3.0)
+    assert column('job') == ['grid.sh.1']
+    results_table(html='page.html')
+    made.event(**claim)
+    made.event(event='lost', job='grid.sh.2', how='preempted', time=2.0)
+    assert column('state') == ['finished', 'lost']
+
+
 def test_several_folders_are_told_apart(project):
     for name in ('one', 'two'):
         Results(name).sweep('--lr 1', '--lr 2', out=f'loss: {len(name)}')

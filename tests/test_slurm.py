@@ -27,6 +27,7 @@ from batching import (
 )
 from terminals import Terminal
 
+import results_table
 import ssh_scheduler
 
 NODE = re.compile(r'n[1-9]\n')
@@ -647,6 +648,35 @@ def test_queued_jobs_come_back_from_a_cluster_that_is_given_back(cluster, lab, b
     gate.open('go')
     assert run.end().returncode == 0
     assert len(ledger.read_text().splitlines()) == 2
+
+
+@with_constants
+def test_a_job_that_is_being_submitted_comes_back_too(cluster, lab, batches, run_cli, ledger, gate):
+    full(cluster)
+    run = batches.start([gate.wait('go'), f'hostname >>{ledger}'],
+                        [lab().yaml(max_jobs=1), cluster_of(cluster)], *NO_GPU,
+                        '--cluster-after=3', env=hasty())
+    run.until('started: batch.sh.1')
+    cluster.wrap('sbatch', clusters.QUESTION_HELD)
+    wait_until(lambda: cluster.is_held('sbatch'), 'its submission')
+    drop = ('execute_batch', 'batch.sh', '--drop-machine', 'cluster.yaml')
+    assert run_cli(*drop).returncode == 0
+    cluster.release('sbatch')
+    wait_until(lambda: re.search(r'\.2 +waiting ', run_cli(
+        'execute_batch', 'batch.sh', '--status').stdout), 'its return')
+    gate.open('go')
+    assert run.end().returncode == 0 and ledger.read_text()
+    assert_gone_but(cluster, 1)
+
+
+@with_constants
+def test_a_folder_with_a_cancelled_job_that_only_waited_can_be_read(cluster, batches):
+    full(cluster)
+    run = batches.start(['true'], [cluster_of(cluster)], *NO_GPU, env=hasty())
+    run.until('queued:')
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.end()
+    assert results_table.results_table() == []
 
 
 @with_constants
