@@ -5239,8 +5239,10 @@ class BoundView(SpeakingView):
 
     def away(self, worker):
         """Contact with a machine was lost; its worker reconnects."""
-        self._report.note(f'{worker.name}: connection lost: {sentence(worker.why)} The job keeps '
-                          'running; reconnecting')
+        has_ended = any(attempt.how.mode == 'tty' for attempt in self.run.lives.of(worker, *ALIVE))
+        self._report.note(f'{worker.name}: connection lost: {sentence(worker.why)} The job '
+                          f'{"has ended with its terminal" if has_ended else "keeps running"}; '
+                          'reconnecting')
 
     def progress(self):
         """Print once what the job waits for."""
@@ -12441,7 +12443,7 @@ class JobControl:
         if attempt.state == 'stopping':
             worker.lives.move(attempt, 'stopped')
         else:
-            if key in self._inherited and (
+            if key in self._inherited and attempt.how.mode != 'tty' and (
                     status in (129, 143) or KILLED_WITH_GROUP in (err[0] or b'')):
                 self._killed.add(key)
             used = {name: getattr(result, name) for name in ('cpu_s', 'peak_memory_mb',

@@ -1222,7 +1222,9 @@ def test_a_terminal_that_is_cut_off(terminal, lab, ledger):
     at.until(rb'ready\r\n')
     machine.stop()
     assert at.end() == 125
-    assert rb'connection lost' in at.said
+    assert b'connection lost' in at.said and b'keeps running' not in at.said
+    assert b'The job has ended with its terminal; reconnecting' in at.said
+    assert b'KillUserProcesses' not in at.said
 
 
 def test_tty_without_a_terminal_here(run, lab1):
