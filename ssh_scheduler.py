@@ -5006,8 +5006,8 @@ class BatchView(ToldView):
     def away(self, worker):
         """Contact with a machine was lost; its worker reconnects."""
         jobs = len(self.run.lives.of(worker, *UNCOLLECTED))
-        self._report.note(f'{worker.name}: connection lost ({count_of(jobs, "job")} '
-                          f'{"keeps" if jobs == 1 else "keep"} running): {sentence(worker.why)} '
+        left = f' ({count_of(jobs, "job")} {"keeps" if jobs == 1 else "keep"} running)' * bool(jobs)
+        self._report.note(f'{worker.name}: connection lost{left}: {sentence(worker.why)} '
                           'Reconnecting.')
 
     def failed(self, worker, attempts):
