@@ -8573,11 +8573,17 @@ class Lock:
             self.asked_before = frozenset(name.partition('.')[0] for name in os.listdir(inbox))
         self.tell(run, asks)
 
-    def tell(self, run, asks):
-        """Write the lines about this client.  asks: its options for hardware."""
+    def tell(self, run, asks, again=False):
+        """Write the lines about this client.
+
+        asks: its options for hardware; again: the file tells still since when the client runs
+        """
+        before = os.fstat(self._fd)
         text = f'process {os.getpid()} on {os.uname().nodename}\n{run}\n{json.dumps(asks)}\n'
         os.pwrite(self._fd, text.encode(), 0)       # so the file is never without text
         os.ftruncate(self._fd, len(text.encode()))
+        if again:
+            os.utime(self._fd, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def note_end(self, status):
         """Write the exit status of this client, for clients that wait for it."""
@@ -14079,7 +14085,7 @@ class Desk:
         parts, notes = self._change_lines(jobs)
         changed = changed_machines(self._run, machines)
         joined = self._join([machine for machine in machines if machine.name not in changed])
-        self._results.lock.tell(self._run.batch, hardware_words(options))
+        self._results.lock.tell(self._run.batch, hardware_words(options), again=True)
         parts += [f'{worker.name} joins' for worker in joined]
         yield ', '.join(parts) or 'it has these lines and machines already'
         yield from notes

@@ -354,7 +354,10 @@ def test_a_machine_joins_and_another_is_given_back(batches, ask, lab, held, gate
     wrote(ledger, 'a')
     batch.until('started: batch.sh.1')
     handed = f'handed to the client that runs (process {batch.process.pid}): '
+    lock = RESULTS / '.ssh_scheduler/lock'
+    since = os.stat(lock).st_mtime_ns
     said(batches.run(lines, [first, second], *NO_GPU), f'{handed}{second} joins')
+    assert os.stat(lock).st_mtime_ns == since           # --status shows when the client began
     said(batches.run(lines, [one.yaml(max_jobs=2), second], *NO_GPU),
          f'{handed}it has these lines and machines already',
          f'{first}: its machine file has changed. This batch uses it as it was')
