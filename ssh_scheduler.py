@@ -4874,11 +4874,11 @@ class BatchView(ToldView):
         run = self.run
         empty = [(worker, books_of(run.fleet.at_best(worker)))
                  for worker in run.workers if worker.state == 'ready']
-        for allocation, queue in run.scheduler.kinds().items():
-            if any(not books.short_of(allocation) for _, books in empty):
-                continue
-            raise DoesNotFit(why_impossible(queue, empty, run.client.live)
-                             + without_gpu(queue[0], empty, self._options))
+        whys = [why_impossible(queue, empty, run.client.live) + without_gpu(
+            queue[0], empty, self._options) for allocation, queue in run.scheduler.kinds().items()
+            if all(books.short_of(allocation) for _, books in empty)]
+        if whys:
+            raise DoesNotFit(first_of(whys))
 
     def skipped(self):
         """Print which lines are not run."""

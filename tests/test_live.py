@@ -296,6 +296,14 @@ def test_more_gpus_than_any_machine_has(batches, lab1):
             f'idle: {lab1.yaml()} has 2 GPUs.') in done.stderr
 
 
+def test_each_kind_that_fits_nowhere_is_told(batches, lab1):
+    done = batches.run(['true', 'execute_remote --num-gpus=3 true',
+                        'execute_remote --num-cpus=99 true'], [lab1])
+    assert done.returncode == 2 and 'started' not in done.stdout
+    first, second = done.stderr.splitlines()[-2:]
+    assert 'line 2 needs 3 GPUs of its own' in first and second.startswith('line 3 needs 99 cores')
+
+
 def test_more_memory_than_any_machine_has(batches, run_cli, lab1):
     done = batches.run(['true'], [lab1], '--memory-required=9000G')
     assert done.returncode == 2
