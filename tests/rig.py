@@ -16,6 +16,7 @@ Three tricks make one computer look like several:
 hosts.py, where a machine also has its own network, those of clusters.py, and on Debian a browser.
 """
 import atexit
+import collections
 import contextlib
 import functools
 import json
@@ -385,13 +386,23 @@ if [ -n "$BASH_VERSION" ] && [ -f ~/.bashrc ]; then . ~/.bashrc; fi
 RUNNING = []            # machines between enter and exit: conftest shows their logs on a failure
 
 
+# Processes that run tests at the same time take ports with different remainders.
+PORT_STEP = 16
+PORT_REMAINDER = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')) % PORT_STEP
+RECENT_PORTS = collections.deque(maxlen=300)
+
+
 def free_port():
     """Return a free port below the range from which the kernel takes clients' ports.
 
-    So the port is still free when a stopped machine starts again.
+    So the port is still free when a stopped machine starts again.  No other machine of the tests
+    gets it meanwhile.
     """
     while True:
-        port = random.randrange(10000, 32000)
+        port = random.randrange(10000, 32000) // PORT_STEP * PORT_STEP + PORT_REMAINDER
+        if port in RECENT_PORTS:
+            continue
+        RECENT_PORTS.append(port)
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
