@@ -117,6 +117,22 @@ def test_a_second_batch_file_is_refused(run_cli, project, words, said):
     assert not (project / 'job_results').exists()
 
 
+@pytest.mark.parametrize('words', [
+    '--machines localhost jobs.yaml', '--machines localhost lab.yaml',
+    '--machines localhost --rerun 3 20240101'])
+def test_a_file_that_is_there_may_be_the_batch_file(project, words):
+    for name in ('jobs.yaml', '20240101'):
+        (project / name).write_text('echo 1\n')
+    (project / 'lab.yaml').write_text('ip: lab\n')
+    options = ssh_scheduler.read_options(ssh_scheduler.EXECUTE_BATCH_USAGE, words.split())
+    assert options['<batch>'] == words.split()[-1]
+    if 'lab.yaml' in words:
+        with pytest.raises(ssh_scheduler.WordMissing, match='lab.yaml is a machine'):
+            ssh_scheduler.refuse_machine(options)
+    else:
+        ssh_scheduler.refuse_machine(options)
+
+
 def test_a_command_in_the_place_of_the_batch_file(run_cli, project):
     done = run_cli('execute_batch', 'echo "a b"', '--machines', 'lab1')
     assert (done.returncode, done.stderr) == (2, (
