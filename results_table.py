@@ -2043,7 +2043,7 @@ def attempts_of(job, story, shown):
     own = [job.name, *[base] * (bool(job.stands_for) and (job.folder, base) not in shown)]
     attempts = [one for name in (*names, *own) for one in story.attempts.get(name, ())]
     if job.state == STARTED and attempts:
-        # Nobody knows whether it has ended, so its bar reaches to its last output.
+        # It may have ended meanwhile, so its bar reaches to its last output.
         attempts[-1].update(state=STARTED, until=last_output(job) or attempts[-1].get('time'))
     return attempts
 

@@ -3398,7 +3398,7 @@ class Reporter:
         self._err, self.verbose = err or sys.stderr, verbose
         self._out = self._err if all_on_stderr else out or sys.stdout
         self._screen = None
-        self._unread = {}           # stream that nobody reads any more -> errno of its last write
+        self._unread = {}           # stream without a reader -> errno of the last write
         self.trouble = ''           # or why stdout cannot be written
 
     def line(self, text):
@@ -3596,11 +3596,11 @@ class Reporter:
 
     @property
     def nobody_reads(self):
-        """Tell whether nobody reads stdout or stderr any more."""
+        """Tell whether stdout or stderr has no reader."""
         return bool(self._unread)
 
     def move_to_terminal(self):
-        """Print on the terminal what nobody would read on stdout or stderr; tell if it is so."""
+        """Let the terminal take the place of streams without a reader; tell if there are any."""
         for stream in (self._out, self._err):
             if has_no_reader(stream.fileno()):
                 self._unread[stream] = errno.EPIPE
@@ -3625,7 +3625,7 @@ class Reporter:
 
 
 def has_no_reader(fd):
-    """Tell whether a file descriptor is a pipe that nobody reads any more."""
+    """Tell whether a file descriptor is a pipe without a reader."""
     import select
     poll = select.poll()
     poll.register(fd, 0)
@@ -3898,8 +3898,8 @@ def skipped_in_short(plan, batch, journal):
 def older_files(plan, results, files, apart):
     """Return {'changed', 'deleted' or 'new': (Jobs that had other files, the paths that differ)}.
 
-    Each Job is in the first of the three that fits.  A new file is often a table or a log that
-    somebody wrote here, and a deleted one, too.
+    Each Job is in the first of the three that fits.  New and deleted files are often tables or
+    logs, which no job reads.
 
     files: the Files that are sent; apart: paths that are not compared: of the batch file, whose
     lines are, and of machine files
@@ -4352,7 +4352,7 @@ class Keys:
 
 ANSWERS = ('  d      detach: this program ends, its jobs continue',
            '  c      cancel: stop the running jobs (or Ctrl-C again)',
-           '  Enter  continue, as the batch does until you answer')
+           '  Enter  continue; until you answer, the batch continues')
 
 
 class Question:
@@ -5288,7 +5288,7 @@ def advise(run, peaks):
             if new < asked]
         count = sum(1 for job in run.jobs.values() if job.allocation == allocation)
         for worker in run.scheduler.resources if options else ():
-            if worker.capacity.queue:       # nobody knows what is free there
+            if worker.capacity.queue:       # a cluster does not tell what is free
                 continue
             before, _ = room_for(worker.capacity, allocation)
             after, _ = room_for(worker.capacity, less)
@@ -6597,30 +6597,6 @@ def explain_yaml(error, text):
     return (begins if unended else mark).line + 1, what
 
 
-def config_values(path, keyword, depth=0):
-    """Yield the values of a keyword in an ssh_config, and in the files that it includes."""
-    import glob
-    try:
-        with open(path, encoding='utf-8', errors='surrogateescape') as file:
-            text = file.read()
-    except OSError:
-        return
-    for word, value in re.findall(rf'(?im)^[ \t]*({keyword}|Include)[ \t=]+(\S.*)$', text):
-        if word.lower() == keyword.lower():
-            yield value.strip().strip('"')
-        elif depth < 16:                    # the limit of ssh itself
-            for pattern in value.split():
-                pattern = os.path.expanduser(pattern.strip('"'))
-                for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
-                    yield from config_values(inner, keyword, depth + 1)
-
-
-def host_patterns():
-    """Return the patterns of all `Host` lines of ~/.ssh/config, most of which are plain names."""
-    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
-    return [pattern for value in values for pattern in value.replace('"', ' ').split()]
-
-
 def machine_from(values, name, path):
     """Return the Machine that a file's checked values describe; check its key file."""
     key_path = values.get('ssh_key_path')
@@ -6908,10 +6884,11 @@ def name_of_batch(path):
     return re.sub(r'[^A-Za-z0-9._+=@%-]', '_', '_'.join(parts)).lstrip('.-')[-150:] or 'batch'
 
 
-def jobs_named(words, names, path):
+def jobs_named(words, names, path, tell):
     """Return the names of the jobs that the words mean: 57, .57, or the whole name.
 
     names: {name: Job} of all jobs; path: of the batch file
+    tell: called with a sentence for each number that means one job, and is the line of another
     """
     found, batch = {}, name_of_batch(path)
     for word in words:
@@ -6925,15 +6902,17 @@ def jobs_named(words, names, path):
             raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
                              f'{typed_for(path, "--status")}')
         found[name] = None
+    for note in other_lines(words, names, batch):
+        tell(note)
     return list(found)
 
 
-def other_lines(words, names, path):
+def other_lines(words, names, batch):
     """Yield a sentence for each number that means one job, and is the line of another.
 
-    The arguments are those of jobs_named.  Lines move when others are inserted; names stay.
+    Lines move when others are inserted; names stay.
     """
-    batch, at_line = name_of_batch(path), {f'{job.line}': name for name, job in names.items()}
+    at_line = {f'{job.line}': name for name, job in names.items()}
     for number in filter(str.isdecimal, words):
         name, other = f'{batch}.{number}', at_line.get(number)
         if number not in names and name in names and other not in (None, name):
@@ -8576,7 +8555,7 @@ class Lock:
     def tell(self, run, asks, again=False):
         """Write the lines about this client.
 
-        asks: its options for hardware; again: the file tells still since when the client runs
+        asks: its options for hardware; again: keep the time of the file, when the client began
         """
         before = os.fstat(self._fd)
         text = f'process {os.getpid()} on {os.uname().nodename}\n{run}\n{json.dumps(asks)}\n'
@@ -10427,6 +10406,30 @@ class Connection:
 def session_refused(complaint):
     """Tell whether sshd refused a session beside the channel (MaxSessions).  complaint: stderr."""
     return 'open refused by peer' in complaint
+
+
+def config_values(path, keyword, depth=0):
+    """Yield the values of a keyword in an ssh_config, and in the files that it includes."""
+    import glob
+    try:
+        with open(path, encoding='utf-8', errors='surrogateescape') as file:
+            text = file.read()
+    except OSError:
+        return
+    for word, value in re.findall(rf'(?im)^[ \t]*({keyword}|Include)[ \t=]+(\S.*)$', text):
+        if word.lower() == keyword.lower():
+            yield value.strip().strip('"')
+        elif depth < 16:                    # the limit of ssh itself
+            for pattern in value.split():
+                pattern = os.path.expanduser(pattern.strip('"'))
+                for inner in sorted(glob.glob(os.path.join(os.path.dirname(path), pattern))):
+                    yield from config_values(inner, keyword, depth + 1)
+
+
+def host_patterns():
+    """Return the patterns of all `Host` lines of ~/.ssh/config, most of which are plain names."""
+    values = config_values(os.path.expanduser('~/.ssh/config'), 'Host')
+    return [pattern for value in values for pattern in value.replace('"', ' ').split()]
 
 
 def known_names():
@@ -13971,8 +13974,9 @@ class Desk:
     def _cancel(self, jobs):
         """Cancel these jobs."""
         run, places = self._run, self._places()
-        names = jobs_named(jobs, run.jobs, self._options['<batch>'])
-        yield from other_lines(jobs, run.jobs, self._options['<batch>'])
+        notes = []
+        names = jobs_named(jobs, run.jobs, self._options['<batch>'], notes.append)
+        yield from notes
         for name in names:
             word, machine = places.get(name, ('', ''))
             before = name in run.wishes.cancelled
@@ -13988,8 +13992,8 @@ class Desk:
 
     def _rerun(self, jobs):
         """Run these jobs once more."""
-        run, places = self._run, self._places()
-        names = jobs_named(jobs, run.jobs, self._options['<batch>'])
+        run, places, on_lines = self._run, self._places(), []
+        names = jobs_named(jobs, run.jobs, self._options['<batch>'], on_lines.append)
         for name in names:
             word, machine = places.get(name, ('', ''))
             if word in ('running', 'away', 'stopping', 'elsewhere'):
@@ -14020,8 +14024,7 @@ class Desk:
                 yield f'{name}: waits already'
             elif name in ready:
                 yield f'{name}: {runs_again(kept.get(name))}'
-        yield from notes
-        yield from other_lines(jobs, run.jobs, self._options['<batch>'])
+        yield from (*notes, *on_lines)
         if trouble:
             self._trouble = (f'{count_of(len(again) - len(ready), "job")} cannot run again: '
                              f'{trouble}')
@@ -14039,12 +14042,12 @@ class Desk:
     def _give_back(self, machines, now):
         """Start no more jobs on these machines; now: stop their jobs, and start them elsewhere."""
         run, found = self._run, []
+        used = dict.fromkeys([*workers_in_use(run), *(
+            worker for worker in run.workers if run.lives.any_of(worker, *ALIVE))])
         for word in machines:
             address = None
             with contextlib.suppress(MachineFileError):
                 address = find_machine(word).address
-            used = dict.fromkeys([*workers_in_use(run), *(
-                worker for worker in run.workers if run.lives.any_of(worker, *ALIVE))])
             found += [worker for worker in used if worker not in found and (
                 word in (worker.name, worker.machine.word) or worker.machine.address == address)
                 ] or [None]
@@ -14056,7 +14059,7 @@ class Desk:
         if now and not others:
             raise UsageError('no other machine is in use, on which the jobs could run. Without '
                              '--now they run to their end; --cancel stops them.')
-        for worker in dict.fromkeys(found):
+        for worker in found:
             run.fleet.give_back(worker)
             if now:
                 run.wishes.move(worker)
@@ -14763,9 +14766,10 @@ def refuse_programs(options, last):
 def refuse_machine(options):
     """Raise if <batch> seems to be missing, so that the last machine was taken for it."""
     path = options['<batch>']
-    is_machine = not os.path.exists(path) and (
-        path.endswith(('.yaml', '.yml')) or path == 'localhost' or is_known_machine(path))
-    if path.endswith(('.yaml', '.yml')) and os.path.exists(path):
+    is_machine, is_yaml = False, path.endswith(('.yaml', '.yml'))
+    if not os.path.exists(path):
+        is_machine = is_yaml or path == 'localhost' or is_known_machine(path)
+    elif is_yaml:
         with contextlib.suppress(MachineFileError):     # else it may be a batch file
             is_machine = bool(find_machine(path))
     is_file = path == '-' or os.path.exists(path) or re.search(r'[\s/]|\.[A-Za-z]\w*$', path)
@@ -15203,10 +15207,8 @@ def plan_reruns(plan, options, results, reporter):
         if not names:
             reporter.note('--rerun-failed: no job of the batch has failed')
     else:
-        asked = options['--rerun'] or (), {job.name: job for job in lines.jobs}, options['<batch>']
-        names = jobs_named(*asked)
-        for note in other_lines(*asked):
-            reporter.note(note)
+        names = jobs_named(options['--rerun'] or (), {job.name: job for job in lines.jobs},
+                           options['<batch>'], reporter.note)
     names = {*names}
     begun = [job.name for job in lines.begun if job.name in names]
     if begun:
@@ -15328,10 +15330,8 @@ def cancel_batch(call, reporter):
             before = results.take_over(name, reporter.note)
         lines = match_lines(jobs, name, results)
         named = {job.name: job for job in (*lines.jobs, *lines.gone)}
-        words, path = options['--cancel'], options['<batch>']
-        chosen = {*jobs_named(words, named, path)} if words else None
-        for note in other_lines(words or (), named, path):
-            reporter.note(note)
+        words = options['--cancel']
+        chosen = {*jobs_named(words, named, options['<batch>'], reporter.note)} if words else None
         return cancel_alone(results, name, named, reporter, options['--machines'], before, chosen)
     finally:
         results.close()
@@ -15455,10 +15455,8 @@ def follow_job(call, reporter):
     options, _, jobs, name = call
     results, path = ResultStore('job_results').peek(), options['<batch>']
     lines = match_lines(jobs, name, results)
-    asked = [options['--follow']], {job.name: job for job in (*lines.jobs, *lines.gone)}, path
-    (job,) = jobs_named(*asked)
-    for note in other_lines(*asked):
-        reporter.note(note)
+    (job,) = jobs_named([options['--follow']], {job.name: job for job in (
+        *lines.jobs, *lines.gone)}, path, reporter.note)
     return JobWatch(job, name, results, reporter, path=path).run()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rig
@@ -557,7 +558,9 @@ def test_what_runs_jobs_again_names_all_of_them(names, words):
     assert words is None or text == f'--rerun {words}'
     said = subprocess.run(['bash', '-c', f'printf "%s\\n" {text.partition(" ")[2]}'],
                           capture_output=True, text=True, check=True).stdout.split()
-    assert sorted(s.jobs_named(said, {*names, 'b.sh.4', 'b.sh.10'}, 'b.sh')) == sorted(names)
+    jobs, told = {name: SimpleNamespace(line=0) for name in (*names, 'b.sh.4', 'b.sh.10')}, []
+    assert sorted(s.jobs_named(said, jobs, 'b.sh', told.append)) == sorted(names)
+    assert told == []
 
 
 def test_a_manifest_has_all_that_tells_files_apart(tmp_path, monkeypatch):
