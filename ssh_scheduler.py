@@ -20463,7 +20463,7 @@ settle() {                  # for judge: reports how a job without a record of i
   esac
   [[ $by != - ]] || by=
   [[ $ran != *[!0-9]* ]] || ran=0
-  # For these the job does not start again, so that a record that comes late changes little.
+  # After these the job does not start again, so a late record changes little.
   case $fate in
     gone | ended) wait_s=$LAG_S ;;
     killed | memory | time) wait_s=$RECORD_S ;;
