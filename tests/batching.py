@@ -124,19 +124,23 @@ class Gate:
 
     def open(self, name):
         """Open the gate as soon as a job waits there."""
-        limit = time.monotonic() + rig.SAFETY_NET_S
-        while True:
-            try:
-                fd = os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:             # no job reads the FIFO yet; no event tells when one does
-                assert time.monotonic() < limit, f'no job waits at the gate {name}'
-                time.sleep(0.005)
-                continue
+        wait_until(lambda: self._let_through(name), f'a job at the gate {name}')
+
+    def _let_through(self, name):
+        """Let one job through; return False if none waits."""
+        try:
+            # Only a reader can be told to go: without one, this open fails.
+            fd = os.open(self.path(name), os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        # Keep the FIFO open: without a writer all readers get the end of the file, and the
+        # other jobs that wait at this gate would fail.
+        self._ends.append(fd)
+        try:
             os.write(fd, b'\n')
-            # Keep the FIFO open: without a writer all readers get the end of the file, and the
-            # other jobs that wait at this gate would fail.
-            self._ends.append(fd)
-            return
+        except BrokenPipeError:         # the reader was the job of the last call, which has left
+            return False
+        return True
 
     def close(self):
         for fd in self._ends:
