@@ -156,6 +156,11 @@ def wait_until(test, what):
         time.sleep(0.01)
 
 
+def until_sleep(pid):
+    """Return a command that waits until a child, a copy of its bash at first, has become sleep."""
+    return f'until grep -qsx sleep /proc/{pid}/comm; do sleep 0.01; done'
+
+
 def result(job, stream='out', folder=RESULTS):
     """Return the bytes of a job's stream."""
     return (folder / f'{job}.{stream}').read_bytes()

@@ -21,6 +21,7 @@ from batching import (
     constants,
     places,
     result,
+    until_sleep,
     wait_until,
     with_constants,
     wrote,
@@ -975,7 +976,7 @@ def test_head_in_a_shell(start_cli, scheduler, client_env, lab1, project):
 
 def test_what_outlives_its_command_is_named(run, machine, ledger, gate):
     command = (f'setsid bash -c "echo \\$\\$ >>{ledger}; exec sleep 1000" </dev/null >/dev/null '
-               f'2>&1 & until [ -s {ledger} ]; do sleep 0.01; done; echo done; exit 3')
+               f'2>&1 & {until_sleep(f"$(cat {ledger})")}; echo done; exit 3')
     done = run(machine, command, '--job-name', 'daemon')
     pid = int(ledger.read_text())
     try:
@@ -988,7 +989,8 @@ def test_what_outlives_its_command_is_named(run, machine, ledger, gate):
 
 
 def test_a_daemon_that_holds_the_streams_open_holds_nobody_up(run, lab1, ledger):
-    done = run(lab1, f'sleep 1000 & echo $! >>{ledger}; echo done', '--job-name', 'holder')
+    done = run(lab1, f'sleep 1000 & echo $! >>{ledger}; {until_sleep("$!")}; echo done',
+               '--job-name', 'holder')
     pid = int(ledger.read_text())
     rig.kill(pid, lambda pid: rig.read_proc(pid, 'comm') == b'sleep\n')
     assert (done.status, done.out) == (0, b'done\n')

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import RESULTS, assert_clean, constants, places, wait_until, with_constants
+from batching import (
+    RESULTS,
+    assert_clean,
+    constants,
+    places,
+    until_sleep,
+    wait_until,
+    with_constants,
+)
 from commands import Running, assert_ended, at_terminal, nasty_pids, nasty_tree, peak_mb, word
 
 import ssh_scheduler
@@ -281,7 +289,8 @@ def test_a_machine_that_is_lost_on_the_way(start, host, lab1, gate):
 
 
 def test_a_daemon_is_named_with_its_machine(run, lab1, ledger):
-    done = run([file_of(lab1)], f'setsid sleep 1000 >/dev/null 2>&1 & echo $! >>{ledger}')
+    done = run([file_of(lab1)], f'setsid sleep 1000 >/dev/null 2>&1 & echo $! >>{ledger}; '
+               f'{until_sleep("$!")}')
     pid = int(ledger.read_text())
     rig.kill(pid, lambda pid: rig.read_proc(pid, 'comm') == b'sleep\n')
     assert done.status == 0
