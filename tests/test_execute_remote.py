@@ -170,7 +170,7 @@ def test_a_name_is_free_again_where_nothing_was_started(run, lab1, project):
 
 
 def test_a_job_that_takes_too_long_is_stopped(run, lab1):
-    done = run(lab1, 'echo begun; sleep 1000', '--timeout', '0.01m', '--job-name', 'late')
+    done = run(lab1, 'echo begun; sleep 1000', '--timeout', '0.1m', '--job-name', 'late')
     assert (done.status, done.out) == (124, b'begun\n')
     assert b'its time limit' in done.err
 
