@@ -37,6 +37,7 @@ from commands import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lines import job_files, record_of
 
 import ssh_scheduler as s
 
@@ -1056,6 +1057,8 @@ def test_a_link_that_breaks_is_said_and_the_job_goes_on(start, run, host, gate, 
         return
     machine.restore()
     gate.open('a')
+    (file,) = job_files(machine, 'cut')
+    wait_until(lambda: record_of(file)[0] == 'ended', 'its end, else --attach says that it runs')
     done = run(None, None, '--attach', 'cut')
     assert (done.status, done.out, done.err) == (4, b'one\ntwo\n', b'')
     assert_clean(machine)
