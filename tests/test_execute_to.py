@@ -540,9 +540,10 @@ def test_its_end_is_that_of_what_it_started(start, named, tmp_path, number):
     assert_all_clean(machines)
 
 
+@with_constants
 def test_a_second_interrupt_stops_waiting(start, named, gate):
     machines, files = named('a', 'b')
-    running = start(files, f'echo one; {gate.wait("a")}')
+    running = start(files, f'echo one; {gate.wait("a")}', env=constants(INTERRUPT_S=40.0))
     running.until(b'a: one')
     running.until(b'b: one')
     machines[0].freeze()
@@ -550,7 +551,7 @@ def test_a_second_interrupt_stops_waiting(start, named, gate):
     running.signal()
     running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
-    assert (done.status, time.monotonic() - began < 8) == (130, True)
+    assert (done.status, time.monotonic() - began < 30) == (130, True)
     assert any('may still run on a' in line for line in done.notes)
     machines[0].thaw()
 
