@@ -957,7 +957,9 @@ def test_an_interrupt_while_it_connects(start, lab, client_home):
 @pytest.mark.parametrize('stream', ['stdout', 'stderr'])
 def test_a_reader_that_leaves_ends_the_job(start, lab1, ledger, stream):
     to = ' >&2' if stream == 'stderr' else ''
-    running = start(lab1, f'(echo $BASHPID >>{ledger}; exec yes{to})', '--job-name', 'yes')
+    # The output has a limit, since a slow client ends the job late, and other tests need the disk.
+    running = start(lab1, f'(echo $BASHPID >>{ledger}; yes | head -c 500000000{to}; '
+                    'exec sleep 1000)', '--job-name', 'yes')
     said = 'out' if stream == 'stdout' else 'err'
     running.until(b'y\n', said)
     pid = int(ledger.read_text())
