@@ -422,7 +422,8 @@ def test_what_was_not_fetched_when_it_was_interrupted_is_not_shown(start, named,
     running.signal(signal.SIGTERM)      # two of one kind could arrive as one
     done = running.end()
     assert (done.status, done.out) == (130, b'')
-    (outside / 'go').touch()            # the held fetch ends
+    (outside / 'go').touch()
+    wait_until(lambda: not machine.processes(), 'the end of the held fetch, which uses the folder')
 
 
 # ---- Results ----
