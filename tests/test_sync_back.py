@@ -170,7 +170,7 @@ def test_files_that_were_sent_are_not_among_them_unless_named(batches, project, 
     batch = batches.start([f'mkdir runs; echo x >runs/log; {gate.wait("end")}'], [lab1],
                           '--sync-back', 'runs', 'sent', 'none', '--every=1', *NO_GPU)
     shows(partial('batch.sh.1', 'runs/log'), 'x\n')
-    assert partial('batch.sh.1', 'sent').read_text() == 'sent\n'
+    shows(partial('batch.sh.1', 'sent'), 'sent\n')
     gate.open('end')
     assert batch.end().returncode == 0
 
@@ -284,7 +284,7 @@ def test_results_do_not_wait_for_it(batches, lab, gate, outside, client_home):
     nothing_left()
 
 
-def test_none_begins_while_results_are_on_their_way(batches, lab, gate, outside):
+def test_none_begins_while_results_are_on_their_way(batches, lab, gate, outside, client_home):
     machine, go = lab(), outside / 'go'
     batch = batches.start([f'mkdir runs; echo x >runs/log; {gate.wait(name)}'
                            for name in ('end', 'other')], [machine], *SYNC)
@@ -302,6 +302,9 @@ exec {rig.program('rsync')} "$@"
     wait_until(log.exists, 'one by this script')
     gate.open('end')
     wait_until(Path(f'{go}.awaited').exists, 'the results')
+    wait_until(lambda: not rsyncs(client_home), 'the end of one that began before')
+    wait_until(lambda: not any(' --delete' in words for _, words in machine.processes()),
+               'its end there')
     count, until = len(log.read_text()), time.monotonic() + 2
     wait_until(lambda: time.monotonic() > until, 'two intervals')
     assert len(log.read_text()) == count and not (RESULTS / 'batch.sh.1').exists()
@@ -371,9 +374,9 @@ def test_more_files_than_can_be_looked_at(batches, lab, gate):
     assert warning(batch) == (
         f'WARNING: {machine.yaml()}: the paths of --sync-back have more than 100 files there, so '
         'no more of them is fetched while jobs run\n')
-    until = time.monotonic() + 2
+    count, until = len(log.read_text().splitlines()), time.monotonic() + 2
     wait_until(lambda: time.monotonic() > until, 'two intervals')
-    assert len(log.read_text().splitlines()) == 1
+    assert len(log.read_text().splitlines()) == count
     gate.open('end')
     done = batch.end()
     assert (done.returncode, done.stderr) == (0, '')
@@ -401,15 +404,16 @@ def test_a_disk_that_fills_while_files_come(batches, disk, project, lab, gate):
     machine._script('rsync', '#!/bin/bash\n[[ " $* " == *" --delete"* ]] && set -- "${@:1:2}" '
                     f'--bwlimit=20m "${{@:3}}"\nexec {rig.program("rsync")} "$@"\n')
     RESULTS.mkdir()
-    with disk(size=80 << 20, at=RESULTS):
-        batch = batches.start([f'mkdir runs; head -c 70000000 /dev/zero >runs/log; '
+    with disk(size=400 << 20, at=RESULTS):
+        # The whole file would take 15 s.
+        batch = batches.start([f'mkdir runs; truncate -s 300000000 runs/log; '
                                f'{gate.wait("end")}; rm -r runs'], [machine], *SYNC,
-                              env={'CRASH_SETTINGS': json.dumps({'SPARE_BYTES': 30_000_000})})
+                              env={'CRASH_SETTINGS': json.dumps({'SPARE_BYTES': 360_000_000})})
         assert warning(batch) == (
-            'WARNING: less than 30.0 MB are free here, which results may need: --sync-back '
+            'WARNING: less than 360.0 MB are free here, which results may need: --sync-back '
             'fetches nothing\n')
         wait_until(lambda: not [*RESULTS.glob('.ssh_scheduler/partial/from.*')], 'its end')
-        assert 0 < partial('batch.sh.1', 'runs/log').stat().st_size < 70_000_000
+        assert 0 < partial('batch.sh.1', 'runs/log').stat().st_size < 300_000_000
         gate.open('end')
         done = batch.end()
         assert (done.returncode, done.stderr) == (0, '')
@@ -419,13 +423,13 @@ def test_a_disk_that_fills_while_files_come(batches, disk, project, lab, gate):
 # ---- Attacks ----
 
 def test_links_that_lead_out_and_what_is_no_file(batches, lab1, gate):
-    batch = batches.start([
-        f'mkdir -p runs/in; ln -s /etc/passwd runs/out; ln -s ../../../x runs/in/up; ln -s .. '
-        f'runs/in/here; mkfifo runs/fifo; echo x >runs/log; chmod 7755 runs/log; {gate.wait("end")}'
-        '; rm -r runs'], [lab1], *SYNC)
-    shows(partial('batch.sh.1', 'runs/log'), 'x\n')
-    assert sorted(tree_of(partial('batch.sh.1'))) == [
-        b'runs', b'runs/in', b'runs/in/here', b'runs/log']
+    batch = batches.start([         # all of it gets the name that is fetched at once
+        f'mkdir -p new/in; ln -s /etc/passwd new/out; ln -s ../../../x new/in/up; ln -s .. '
+        f'new/in/here; mkfifo new/fifo; echo x >new/log; chmod 7755 new/log; mv new runs; '
+        f'{gate.wait("end")}; rm -r runs'], [lab1], *SYNC)
+    wait_until(lambda: sorted(tree_of(partial('batch.sh.1'))) == [
+        b'runs', b'runs/in', b'runs/in/here', b'runs/log'], 'what may come')
+    assert partial('batch.sh.1', 'runs/log').read_text() == 'x\n'
     assert stat.S_IMODE(partial('batch.sh.1', 'runs/log').stat().st_mode) == 0o755
     gate.open('end')
     done = batch.end()
