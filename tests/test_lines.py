@@ -280,6 +280,7 @@ def test_a_job_whose_line_is_gone_and_that_is_lost_is_not_run_again(batches, lab
     machine = lab()
     batch = batches.start([f'echo ran >>{ledger}; sleep 1000', 'echo b'], [machine], *NO_GPU)
     batch.until('finished: batch.sh.2')
+    wrote(ledger, 'ran')
     batch.process.kill()
     batch.end()
     (file,) = job_files(machine, 'batch.sh.1')
