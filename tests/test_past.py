@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, result, wait_until
+from batching import NO_GPU, RESULTS, Batches, constants, result, wait_until, with_constants
 
 import combine_folders
 import ssh_scheduler as s
@@ -454,13 +454,14 @@ def kernel(machine, text):
     (machine.proc / 'sys/kernel/osrelease').write_text(f'{text}\n')
 
 
+@with_constants
 def test_a_machine_has_its_facts(batches, lab):
-    machine = lab(gpus=rig.fake_gpus(2))
+    machine, patient = lab(gpus=rig.fake_gpus(2)), constants(FACTS_S=30.0)
     (machine.proc / 'driver/nvidia').mkdir(parents=True)
     (machine.proc / 'driver/nvidia/version').write_text(
         'NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Thu Jan 23 03:51:05 UTC 2025\n')
     kernel(machine, '6.1.0-rig')
-    batches.run(['true', 'true'], [machine])
+    batches.run(['true', 'true'], [machine], env=patient)
     batches.run(['true', 'true', 'exit 1'], [machine])
     first, event = [event for event in journal() if event['event'] == 'machine']
     assert {**first['facts'], 'python': event['facts']['python']} == event['facts']
@@ -524,11 +525,13 @@ def test_nothing_is_seen_before_a_job_is_claimed(tmp_path):
 
 # ---- --what ----
 
+@with_constants
 def test_what_a_job_was(batches, ask, project, lab):
     (project / 'train.sh').write_text('echo loss: $1\n')
     machine = lab(gpus=rig.fake_gpus(1))
     kernel(machine, '6.1.0-rig')
-    batches.run(['bash train.sh 1', 'exit 3'], [machine], '--memory-required=100')
+    batches.run(['bash train.sh 1', 'exit 3'], [machine], '--memory-required=100',
+                env=constants(FACTS_S=30.0))
     found = heads(ask('batch.sh', '--what', '1'))
     assert found == heads(ask('--what', 'batch.sh.1')) == heads(ask('batch.sh', '--what', '.1'))
     model = next(event for event in journal() if event['event'] == 'machine'
