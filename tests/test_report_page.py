@@ -948,8 +948,9 @@ def test_a_page_of_a_running_batch_says_as_of_when_and_loads_itself_again(projec
 def test_a_job_that_no_client_watches_has_a_bar_up_to_its_last_output(project, opened):
     folder = running()
     (folder.inner / 'lock').write_text(f'process 99999999 on {os.uname().nodename}\ngrid.sh\n')
-    os.utime(folder.path / 'grid.sh.3.out', (time.time() - 40, time.time() - 40))
-    os.utime(folder.path / 'grid.sh.3.err', (time.time() - 50, time.time() - 50))
+    began = folder.events[-1]['time']
+    os.utime(folder.path / 'grid.sh.3.out', (began + 60, began + 60))
+    os.utime(folder.path / 'grid.sh.3.err', (began + 50, began + 50))
     page = made(folder, opened)
     assert page.count('#lanes .bar.started') == 1 and page.count('#reload') == 0
     assert page.texts('#legend span') == [
