@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import gc
 import io
 import os
 import pty
@@ -99,6 +100,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def descriptors():
     """Assert that no descriptor is lost."""
+    gc.collect()                # else files that earlier tests left could be closed meanwhile
     before = set(os.listdir('/proc/self/fd'))
     yield
     assert set(os.listdir('/proc/self/fd')) == before
