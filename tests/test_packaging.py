@@ -456,7 +456,8 @@ def test_a_report_of_a_bug_has_what_the_check_says():
 
 def test_make_check_looks_at_all_shell_scripts():
     scripts = {path for folder in ('.ci', 'example', 'tests') for path in (ROOT / folder).rglob('*')
-               if path.is_file() and (path.suffix == '.sh' or re.match(
+               if path.parent.name != '__pycache__'         # where files come and go
+               and path.is_file() and (path.suffix == '.sh' or re.match(
                    b'#!.*sh\n', path.read_bytes()[:30]))}
     words = re.search(r'shellcheck --shell=bash (.*)', (ROOT / 'Makefile').read_text())[1].split()
     assert {path for word in words for path in ROOT.glob(word)} == scripts and len(scripts) > 9
