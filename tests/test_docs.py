@@ -280,6 +280,7 @@ def running(place):
         note, first, f"execute_remote --num-gpus=2 '{held}'", fails,
         f"execute_remote --num-gpus=2 '{waits}'")))
     output = place.folder / 'job_results/experiments.sh.3.out'
+    journal = place.folder / 'job_results/.ssh_scheduler/journal'
     client, said = place.start('execute_batch experiments.sh --machines lab1 lab2'), ''
     try:
         while said.count('finished: ') + said.count('failed: ') < 2:
@@ -287,6 +288,7 @@ def running(place):
             assert line, said
             said += line
         wait_until(lambda: output.exists() and 'epoch 19' in output.read_text(), 'its output')
+        wait_until(lambda: journal.read_text().count('"event": "collected"') == 2, 'their results')
         yield
     finally:
         gate.open('hold')
