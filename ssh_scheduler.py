@@ -13226,15 +13226,15 @@ class SyncBack:
                     worker.contact.flows.start(self._serve(worker))
 
     def _serve(self, worker):
-        """A flow: wait for results that are on their way, then fetch the paths once."""
+        """A flow: ask where new jobs run, wait for results on their way, then fetch the paths."""
         self._busy.add(worker)
         try:
-            while worker.lives.any_of(worker, *ARRIVING):
-                yield TICK_S
             unknown = [one.key for one in worker.lives.of(worker, 'running')
                        if one.key not in worker.jobs.folders]
             if unknown:
                 worker.contact.send('where', *unknown)
+                yield TICK_S
+            while worker.lives.any_of(worker, *ARRIVING):
                 yield TICK_S
             yield from self._fetch(worker)
         finally:

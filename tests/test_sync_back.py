@@ -8,6 +8,7 @@ import stat
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rig
@@ -525,6 +526,32 @@ def test_partials_of_running_jobs_stay_when_the_client_ends(project):
     partials.remove('a')
     partials.close()
     assert os.listdir('job_results/.ssh_scheduler') == []
+
+
+class Asked:
+    """A Worker whose other job ends while the machine is asked where its jobs run."""
+
+    def __init__(self):
+        self.arriving, self.contact, self.lives = False, self, self
+        self.jobs = SimpleNamespace(folders={})
+
+    def send(self, *_):
+        self.arriving = True
+
+    def of(self, *_):
+        return [SimpleNamespace(key='b.sh.1')]
+
+    def any_of(self, *_):
+        return self.arriving
+
+
+def test_results_that_come_while_a_machine_is_asked_go_first(monkeypatch):
+    worker, fetched, sync = Asked(), [], s.SyncBack(('runs',), 1, None, None)
+    monkeypatch.setattr(sync, '_fetch', lambda worker: fetched.append(worker) or ())
+    flow = sync._serve(worker)
+    assert (next(flow), next(flow), fetched) == (s.TICK_S, s.TICK_S, [])
+    worker.arriving = False
+    assert ([*flow], fetched) == ([], [worker])
 
 
 def test_mirror_shows_the_same_files(tmp_path):
