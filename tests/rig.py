@@ -389,6 +389,7 @@ RUNNING = []            # machines between enter and exit: conftest shows their 
 # Processes that run tests at the same time take ports with different remainders.
 PORT_STEP = 16
 PORT_REMAINDER = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw')) % PORT_STEP
+PORTS = 10000, 20000
 RECENT_PORTS = collections.deque(maxlen=300)
 
 
@@ -396,10 +397,10 @@ def free_port():
     """Return a free port below the range from which the kernel takes clients' ports.
 
     So the port is still free when a stopped machine starts again.  No other machine of the tests
-    gets it meanwhile.
+    gets it meanwhile, and no Slurm: slurm_rig takes ports above these.
     """
     while True:
-        port = random.randrange(10000, 32000) // PORT_STEP * PORT_STEP + PORT_REMAINDER
+        port = random.randrange(*PORTS) // PORT_STEP * PORT_STEP + PORT_REMAINDER
         if port in RECENT_PORTS:
             continue
         RECENT_PORTS.append(port)
