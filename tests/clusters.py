@@ -498,7 +498,7 @@ class Cluster:
         """Remove a stand-in, with the files that it wrote."""
         for path in self.stand_ins.glob(f'{name}*'):
             if path.name == name or path.name.startswith(f'{name}.'):
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
     def calls(self, name):
         """Return the arguments of each call of a stand-in, as [['--parsable', ...], ...]."""

@@ -12,6 +12,7 @@ if the tests are killed, only folders are left.  No packet goes to other compute
 route leads to this computer, and RFC 2544 reserves the addresses for such tests.
 """
 import contextlib
+import errno
 import functools
 import ipaddress
 import os
@@ -211,10 +212,20 @@ class Disk:
     def fill(self, leave=0):
         """Leave at most this many bytes free, in whole pages."""
         self.free()
+        while not self._takes_all_but(leave):
+            pass                        # another process took some pages meanwhile
+
+    def _takes_all_but(self, leave):
         room = os.statvfs(self.root)
         pages = room.f_bavail - leave // room.f_frsize
         with open(self._ballast, 'wb') as file:
-            os.posix_fallocate(file.fileno(), 0, pages * room.f_frsize)
+            try:
+                os.posix_fallocate(file.fileno(), 0, pages * room.f_frsize)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                return False
+        return True
 
     def fill_inodes(self, leave=0):
         """Leave this many inodes free."""
@@ -549,9 +560,12 @@ class Host(Machine):
 
     def reuse_pid(self, there, line='sleep 1000'):
         """Start a command on the host with this pid, which must be free."""
-        got = self.spawn(f'{line} </dev/null >/dev/null 2>&1', pid=there)
-        if got != there:
-            raise OSError(f'{self.name} has given pid {got} instead of {there}')
+        for _ in range(100):            # a process of the host that forks just then gets the pid
+            got = self.spawn(f'{line} </dev/null >/dev/null 2>&1', pid=there)
+            if got == there:
+                return
+            rig.kill(self.pid_here(got), self._is_of_it)
+        raise OSError(f'{self.name} has given pid {got} instead of {there}')
 
     def runner(self):
         """Return the pid of the runner, the bash that reads the channel, or None.

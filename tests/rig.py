@@ -673,7 +673,8 @@ exec {program('rsync')} "$@"
 
     def thaw(self):
         for pid in (self.sshd.pid, *self._connections()):
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):       # a session that ends just now
+                os.kill(pid, signal.SIGCONT)
 
     def _connections(self):
         """Return the pids of the live sshd processes below the one that listens.
