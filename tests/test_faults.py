@@ -159,8 +159,8 @@ def begun_once(outside):
 
 def master_of(machine):
     """Return the pid of the ssh that is the channel to the machine."""
-    found = [pid for pid in rig.pids() if re.match(r'ssh -F \S+ -T -- ', rig.cmdline(pid))
-             and rig.cmdline(pid).split()[5] == machine.address]
+    found = [pid for pid in rig.pids() if re.match(
+        rf'ssh -F \S+ -T -- {re.escape(machine.address)}( |$)', rig.cmdline(pid))]
     assert len(found) == 1, found
     return found[0]
 
