@@ -528,9 +528,10 @@ def test_26_a_full_disk_over_there_before_it_begins(host, run):
 
 def test_26_a_disk_over_there_that_is_full_when_jobs_begin(host, watch, gate, outside):
     full, works = host(disk={'size': 2 << 20}, sees=(outside,)), host()
-    lines = [waiting(gate)] + [ledger_line('echo')] * 3
+    # A job that has its note in the ledger still writes the others, on the disk.
+    lines = [ledger_line(f'echo >{outside}/begun; {gate.wait("a")}')] + [ledger_line('echo')] * 3
     batch = watch(lines[:1], [quick(full)], '--reserve')
-    has_begun(full)
+    wait_until((outside / 'begun').exists, 'the first')
     full.fill_disk()
     first = batch.kill()
     second = watch(lines, [quick(full), quick(works)]).end()
