@@ -52,14 +52,32 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, Batches, assert_clean, result, wait_until, wrote
+from batching import (
+    NO_GPU,
+    RESULTS,
+    Batches,
+    assert_clean,
+    constants,
+    result,
+    wait_until,
+    wrote,
+)
 from ledgers import check_exactly_once, ledger_line
 
 PROGRAM = Path(__file__).with_name('crash.py')
-IMPATIENT = {'CRASH_SETTINGS': json.dumps({
-    'RETRY_S': 0.3, 'LONGEST_RETRY_S': 1.0, 'ASIDE_S': 1.0, 'BEAT_S': 0.5, 'SILENCE_LIMIT_S': 4.0,
-    'REFRESH_S': 0.5})}
 QUICK = {'ServerAliveInterval': 1, 'ServerAliveCountMax': 2, 'ConnectTimeout': 2}
+
+
+def impatient(**more):
+    """Return an environment that shortens the program's times.
+
+    But each machine may take its time to answer, before the first one gets a job.
+    """
+    return constants(**{'RETRY_S': 0.3, 'LONGEST_RETRY_S': 1.0, 'ASIDE_S': 1.0, 'BEAT_S': 0.5,
+                        'SILENCE_LIMIT_S': 30.0, 'REFRESH_S': 0.5, 'LATECOMER_S': 30.0, **more})
+
+
+IMPATIENT = impatient()
 
 
 def quick(machine, options=None, **extra):
@@ -110,13 +128,18 @@ class Watched:
 
 @pytest.fixture
 def watch(batches, tmp_path):
-    """Start batches: watch(lines, machines, *options, crash='after ...')."""
+    """Start batches: watch(lines, machines, *options, crash='after ...').
+
+    times: of the program, instead of those of impatient()
+    """
     count = 0
 
-    def start(lines, machines, *options, crash=None, with_signal='SIGKILL', after=None):
+    def start(lines, machines, *options, crash=None, with_signal='SIGKILL', after=None,
+              times=None):
         nonlocal count
         count += 1
-        env = {**IMPATIENT, **({'CRASH_WHEN': crash, 'CRASH_SIGNAL': with_signal} if crash else {}),
+        env = {**impatient(**times or {}),
+               **({'CRASH_WHEN': crash, 'CRASH_SIGNAL': with_signal} if crash else {}),
                **({'CRASH_AFTER': str(after)} if after else {})}
         errors = tmp_path / f'stderr.{count}'
         with open(errors, 'w') as file:
@@ -330,7 +353,7 @@ def test_12_a_listener_that_hangs(hosts, watch):
 @pytest.mark.parametrize('what', ['session', 'master'])
 def test_13_a_session_or_master_that_hangs(host, watch, gate, outside, what):
     machine = host(sees=(outside,))
-    batch = watch([waiting(gate)], [quick(machine)])
+    batch = watch([waiting(gate)], [quick(machine)], times={'SILENCE_LIMIT_S': 4.0})
     has_begun(machine)
     if what == 'session':
         machine.freeze_sessions()
@@ -349,7 +372,7 @@ def test_14_a_master_that_is_killed_with_copies_on_their_way(host, watch, gate, 
     machine = host(sees=(outside,))
     # Not a copy of a file that is here: rsync would send next to nothing.
     lines = [waiting(gate, name, 'head -c 2000000 /dev/urandom >made') for name in 'abcde']
-    batch = watch(lines, [quick(machine, max_jobs=5)])
+    batch = watch(lines, [machine.yaml(max_jobs=5)])        # whoever is slow is not lost
     for number in range(1, 6):
         has_begun(machine, f'batch.sh.{number}')
     machine.slow(500_000)
@@ -651,7 +674,7 @@ def test_27_no_more_processes_at_the_login(lab, run, crowd):
     uid = 30_000 + os.getpid() % 20_000
     bad, good = lab(uid=uid, startup={'.bashrc': 'ulimit -u 20\n'}), lab()
     crowd(uid, 20)
-    done = run([ledger_line('true')], [bad, good])
+    done = run([ledger_line('true')], [bad, good], times={'LATECOMER_S': 2.0})
     assert done.returncode == 0, done.stderr
     assert f'{bad.yaml()}: ' in done.stderr
     alone = run([ledger_line('true')] * 2, [bad])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import rig
-from batching import NO_GPU, RESULTS, assert_clean, result, tree_of, wait_until
+from batching import NO_GPU, RESULTS, assert_clean, constants, result, tree_of, wait_until
 from commands import peak_mb
 from ledgers import check_exactly_once, ledger_line
 from test_copies import as_usual_here, make_nasty_tree, spy
@@ -27,12 +27,19 @@ MUCH_MB = 150           # the program takes some 40 MB; no input may make it tak
 
 
 PROGRAM = Path(__file__).with_name('crash.py')
-# Shorter limits of the program
-HASTY = {'CRASH_SETTINGS': json.dumps({
-    'CONNECT_LIMIT_S': 5.0,
-    'REMOTE_RUNNER': s.REMOTE_RUNNER.replace('GPU_LIMIT_S=20 ', 'GPU_LIMIT_S=2 ')})}
-assert 'GPU_LIMIT_S=2 ' in HASTY['CRASH_SETTINGS']
-hasty = pytest.mark.parametrize('scheduler', [PROGRAM], ids=['hasty'])      # with env=HASTY
+
+
+def limits(smi_s, **more):
+    """Return an environment with this limit for nvidia-smi and for the login shell."""
+    limit = 'GPU_LIMIT_S=20 '
+    assert limit in s.REMOTE_RUNNER
+    return constants(REMOTE_RUNNER=s.REMOTE_RUNNER.replace(limit, f'GPU_LIMIT_S={smi_s} '), **more)
+
+
+HASTY = limits(2, CONNECT_LIMIT_S=5.0)
+LESS_HASTY = limits(6)          # a busy computer may take seconds for what works
+PATIENT = constants(LATECOMER_S=30.0)   # each machine answers before the first one gets a job
+hasty = pytest.mark.parametrize('scheduler', [PROGRAM], ids=['hasty'])      # with env=…
 
 
 def put(machine, name, text):
@@ -71,6 +78,7 @@ def other_key(folder, *options):
     return folder / 'key'
 
 
+@hasty
 @pytest.mark.parametrize('why, words', [
     ('wrong key', 'was refused (publickey was tried): is the user name right'),
     ('unknown host', 'is not known: log in once with ssh, and compare the key'),
@@ -87,7 +95,7 @@ def test_18_a_refused_login_is_one_line_and_one_attempt(batches, lab, lab1, tmp_
     machine.yaml(ssh_key_path=str(key if why == 'wrong key' else machine.key), ssh_options={
         'UserKnownHostsFile': str(known), 'StrictHostKeyChecking': 'yes'})
     file = machine.folder / f'{machine.name}.yaml'
-    done = batches.run(['echo 1', 'echo 2'], [str(file), lab1], *NO_GPU)
+    done = batches.run(['echo 1', 'echo 2'], [str(file), lab1], *NO_GPU, env=PATIENT)
     complaint, reminder = [line for line in done.stderr.splitlines() if str(file) in line]
     assert reminder.startswith(f'{file}: was not used: ') and words in reminder
     assert complaint.startswith(f'{file}: cannot be used: ') and words in complaint
@@ -154,7 +162,7 @@ def test_33_a_login_that_does_odd_things_works(batches, lab, project, kind):
     shell, file, text = LOGINS_THAT_WORK[kind]
     machine = lab(shell=rig.program(shell), startup={file: text, '.local/of_fish': ''})
     done = batches.run(['cp data copy; echo out; echo err >&2; exit 3', 'cmp data data'],
-                       [machine], *NO_GPU, '--verbose', env=HASTY)
+                       [machine], *NO_GPU, '--verbose', env=LESS_HASTY)
     assert done.returncode == 1 and 'batch.sh.1: exit code 3 on' in done.stdout, done.stderr
     assert (result('batch.sh.1'), result('batch.sh.1', 'err')) == (b'out\n', b'err\n')
     assert (RESULTS / 'batch.sh.1/copy').read_bytes() == data
@@ -649,7 +657,7 @@ def oddities(lab):
 @hasty
 def test_40_no_nvidia_smi_holds_a_query_up(run_cli, project, oddities):
     done = run_cli('query_machines', '--json', '--memory-required=10', '--machines',
-                   *(machine.yaml() for machine in oddities.values()), env=HASTY)
+                   *(machine.yaml() for machine in oddities.values()), env=LESS_HASTY)
     assert done.returncode == 0, done.stderr
     for found, (name, (gpus, _, words)) in zip(map(json.loads, done.stdout.splitlines()),
                                                SAID_OF_GPUS.items()):
@@ -668,7 +676,7 @@ def test_40_gpu_jobs_begin_only_where_the_gpus_are_known(batches, gate, oddities
     lines = [ledger_line(f'{meet}; echo "$RIG_MACHINE $CUDA_VISIBLE_DEVICES"')
              for meet in gate.meeting(18)]
     done = batches.run(lines, oddities.values(), '--memory-required=10', '--num-cpus=0.1',
-                       env=HASTY)
+                       env=LESS_HASTY)
     assert done.returncode == 0, done.stderr
     ran = sorted(result(f'batch.sh.{n}').decode().splitlines()[1] for n in range(1, 19))
     assert ran == sorted([*(f'{oddities["CRLF"].folder} {n}' for n in range(2)),
@@ -683,9 +691,9 @@ def test_40_gpu_jobs_begin_only_where_the_gpus_are_known(batches, gate, oddities
 @hasty
 def test_40_a_machine_whose_nvidia_smi_hangs_has_no_gpu_and_other_jobs_run(batches, lab):
     machine = lab(gpus=[], nvidia_smi=SAID_OF_GPUS['hangs'][1])
-    alone = batches.run(['true'], [machine], env=HASTY)
+    alone = batches.run(['true'], [machine], env=LESS_HASTY)
     assert alone.returncode == 2 and 'does not answer' in alone.stderr, alone.stderr
-    done = batches.run(['echo 1'], [machine], *NO_GPU, env=HASTY)
+    done = batches.run(['echo 1'], [machine], *NO_GPU, env=LESS_HASTY)
     assert (done.returncode, result('batch.sh.1')) == (0, b'1\n'), done.stderr
     assert_clean(machine)
 
