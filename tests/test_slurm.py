@@ -41,9 +41,10 @@ def cluster_of(cluster, **more):
 
 
 def journal():
-    """Return the events of the journal."""
+    """Return the events of the journal; a client may be writing one more."""
     (path,) = (RESULTS / '.ssh_scheduler').glob('journal*')
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True)
+            if line.endswith('\n')]
 
 
 def jobs_folder(cluster):
