@@ -29,7 +29,8 @@ from test_slurm import hasty
 from test_slurm_faults import FINAL
 
 PROGRAM = Path(__file__).with_name('crash.py')
-IMPATIENT = hasty(RETRY_S=0.3, LONGEST_RETRY_S=2.0, BEAT_S=1.0, SILENCE_LIMIT_S=8.0)
+IMPATIENT = hasty(RETRY_S=0.3, LONGEST_RETRY_S=2.0, BEAT_S=1.0, SILENCE_LIMIT_S=8.0,
+                  LATECOMER_S=2.0)
 JOBS, RUNS = 200, 30
 COMMANDS = ('true', 'sleep 0.1', 'sleep 0.5', 'head -c 30000 /dev/zero | tr "\\0" x && echo',
             'head -c 200000 /dev/urandom >big', 'mkdir -p a/b; echo made >a/b/c', 'wc -c <data')
