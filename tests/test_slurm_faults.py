@@ -43,8 +43,10 @@ class Case:
         self.machines = [cluster_of(cluster, **machine or {})]
         self.said = []                      # the stderr of the clients that have ended
         self._batches, self._options, self._holder = batches, (*NO_GPU, *options), None
-        self._line = f'{once(ledger)}; ' + (line.replace('{ledger}', str(ledger)) or (
-            f'[ $(wc -l <{ledger}) != 1 ] || {gate.wait("go")}; exit {STATUS}'))
+        self._line = (line or '{ran}; [ $(wc -l <{ledger}) != 1 ] || {wait}; exit {status}')
+        for name, value in (('ran', once(ledger)), ('ledger', ledger), ('status', STATUS),
+                            ('wait', gate.wait('go'))):
+            self._line = self._line.replace(f'{{{name}}}', str(value))
         self._waits = not line
 
     # -- the client
@@ -285,8 +287,8 @@ def go(case):
     case.go()
 
 
-HUNGRY = "exec python3 -c 'import time; x = bytearray(500 << 20); time.sleep(60)'"
-STUBBORN = "trap 'touch {ledger}.told' TERM; while :; do sleep 0.1; done"
+HUNGRY = "{ran}; exec python3 -c 'import time; x = bytearray(500 << 20); time.sleep(60)'"
+STUBBORN = "trap 'touch {ledger}.told' TERM; {ran}; while :; do sleep 0.1; done"
 FAULTS = {
     'runner killed': Fault('running', kill_runner),
     'runner killed, queued': Fault('queued', kill_runner),
@@ -547,5 +549,7 @@ def test_numbers_that_come_again_are_those_of_other_jobs(make_cluster, batches, 
                        [cluster_of(cluster, max_jobs=2)], *NO_GPU, env=hasty())
     assert sorted(ledger.read_text().split()) == [*'012345'], done.stderr
     assert ends() == {f'batch.sh.{n + 1}': n for n in range(6)}, done.stderr
-    assert max(job.id for job in cluster.squeue()) < 14
+    numbers = [int(number) for number in re.findall(
+        r'submit_batch_job: JobId=([0-9]+)', cluster.log())]        # squeue forgets them soon
+    assert len(numbers) >= 6 and {*numbers} == {*range(10, 14)}
     Case(cluster, batches, gate, ledger).assert_gone()
