@@ -19836,6 +19836,7 @@ say_folders() {             # reports in which folders the jobs $@ run
 } 2>/dev/null
 
 do_watch() {                # (KEY OUT ERR)...
+  start_pending             # a job without any file would count as lost
   beside look "$@"
   identify "$!" && looking=$REPLY
 }

@@ -1295,6 +1295,19 @@ def test_a_job_that_is_killed_with_its_group_is_noticed_by_watch(runner):
     assert ended[0][2] == '137' and 'killed with its whole process group' in ended[0][6]
 
 
+def test_a_job_is_not_lost_whose_start_comes_together_with_a_watch(runner):
+    """A slow network brings requests together, and files behind them slowly."""
+    data = tar_of({'copy/data': 'data'})
+    runner.write(s.request('start', 'job.1', '', '-', '0 0 0', '', '', 'echo ran', 'none')
+                 + s.request('watch', 'job.1', 0, 0)
+                 + s.request('unpack', 'one', len(data)) + data[:-1])
+    while not runner.events or runner.events[-1][1:2] != ['job.1']:
+        assert runner._read()
+    assert runner.events[-1] == ['started', 'job.1']
+    runner.write(data[-1:])
+    assert runner.ended('job')[:2] == (0, '=ran\n')
+
+
 def test_two_that_find_a_killed_job_say_the_same(channel, monkeypatch):
     slow = s.REMOTE_RUNNER.replace('\nrecord_killed() {',
                                    '\nrecord_killed() { mkdir -- "$run/first" || sleep 1;')
