@@ -9170,8 +9170,8 @@ def stop_client(pid, computer, run, lock, note):
     except OSError as error:
         raise ResultsError(f'{run} is run by process {pid}, and cannot be stopped: '
                            f'{reason_of(error)}.') from None
-    note(f'{run}: cancelling: process {pid} runs it')
     try:
+        note(f'{run}: cancelling: process {pid} runs it')
         fcntl.flock(lock, fcntl.LOCK_SH)
     except KeyboardInterrupt:
         note(f'{run}: process {pid} is still cancelling')

@@ -311,19 +311,22 @@ def test_cancel_signals_nobody_who_does_not_hold_the_lock(batches, run_cli, proj
         'command on that computer, in this folder.\n')
 
 
+@with_constants
 def test_an_interrupt_of_who_waits_for_the_client_loses_nothing(batches, start_cli, lab, ledger,
                                                                 outside):
     machine = lab()
     batch = batches.start([f'trap "echo told >>{ledger}" TERM; echo begun >>{ledger}; until [ -e '
-                           f'{outside}/go ]; do sleep 0.1; done'], [machine], *NO_GPU)
+                           f'{outside}/go ]; do sleep 0.1; done'], [machine], *NO_GPU,
+                          env=constants(KILL_GRACE_S=30, INTERRUPT_S=30.0))
     wrote(ledger, 'begun')
     process = start_cli('execute_batch', 'batch.sh', '--cancel')
     wrote(ledger, 'told')
+    client = f'process {batch.process.pid}'
+    assert process.stderr.readline() == f'batch.sh: cancelling: {client} runs it\n'
     process.send_signal(signal.SIGINT)
     said, complaint = process.communicate(timeout=rig.SAFETY_NET_S)
-    assert (process.returncode, said, complaint.splitlines()) == (130, '', [
-        f'batch.sh: cancelling: process {batch.process.pid} runs it',
-        f'batch.sh: process {batch.process.pid} is still cancelling'])
+    assert (process.returncode, said, complaint) == (
+        130, '', f'batch.sh: {client} is still cancelling\n')
     (outside / 'go').touch()
     assert batch.end().returncode == 130
     assert_clean(machine)
