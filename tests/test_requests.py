@@ -98,7 +98,9 @@ def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, h
                                f'{machine.yaml()} is connected again')
     if ended:
         gate.open('a')
-        wrote(ledger, 'a ended')
+        records = '.ssh_scheduler/*/jobs/batch.sh.1.1-????????'
+        wait_until(lambda: any('#ended ' in path.read_text() for path in
+                               machine.home.glob(records)), 'the record of its end')
     if dies:
         kill(batch)
     machine.start()
@@ -535,7 +537,8 @@ def test_a_machine_joins_while_the_first_one_is_silent(batches, ask, lab):
     silent, other = lab(), lab()
     silent.freeze()
     batch = batches.start(['echo a', 'echo b'], [silent], *NO_GPU)
-    wait_until((RESULTS / '.ssh_scheduler/lock').exists, 'the client')
+    lock = RESULTS / '.ssh_scheduler/lock'
+    wait_until(lambda: lock.exists() and lock.read_text(), 'the client')
     wait_until(lambda: ask('--cancel', '1').returncode == 0, 'an answer')
     done = batches.run(None, [silent, other], *NO_GPU)
     assert done.stdout.endswith(f': {other.yaml()} joins\n')
@@ -827,8 +830,9 @@ def test_files_in_the_inbox_that_are_no_requests(batches, ask, lab, held, gate, 
     (INBOX / f'{number}-1.request').symlink_to(outside / 'secret')
     os.mkfifo(INBOX / f'{number}-2.request')
     (INBOX / f'{number}-3.request').mkdir()
-    with open(INBOX / f'{number}-4.request', 'w') as file:
+    with open(INBOX / 'large', 'w') as file:
         file.truncate(s.LARGEST_REQUEST + 1)
+    (INBOX / 'large').rename(INBOX / f'{number}-4.request')
     for kind, error in enumerate(['is not a file', 'is not a file', 'is not a file',
                                   'is larger than 67.1 MB'], 1):
         assert error in answer_to(INBOX / f'{number}-{kind}.request')['error']
