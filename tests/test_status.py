@@ -268,6 +268,7 @@ def test_a_batch_while_it_runs_after_a_kill_and_at_the_end(batches, run_cli, lab
                'its output')
     journal = RESULTS / '.ssh_scheduler/journal'
     wait_until(lambda: '"collected"' in journal.read_text(), 'the results of the first job')
+    wait_until(lambda: '"python"' in journal.read_text(), 'all facts of the machine')
     where = f'{machine.yaml()} GPU 0'
     def tree():
         """Return all files except `seen`, to which the client adds as time passes."""
@@ -443,9 +444,9 @@ def shown_at(scheduler, env, *options, columns=80, **more):
     env = {**env, 'TERM': 'xterm', **more}
     with Terminal([sys.executable, str(scheduler), *argv], env, columns=columns) as terminal:
         assert terminal.end() == 1
-    said = terminal.said.decode().replace('\r\n', '\n').replace(str(os.getpid()), 'PID')
-    first, _, rest = said.partition('\n')
-    said = re.sub(' +', ' ', first) + '\n' + rest
+    first, _, rest = terminal.said.decode().replace('\r\n', '\n').partition('\n')
+    first = re.sub(' +', ' ', first).replace(f'(process {os.getpid()})', '(process PID)')
+    said = f'{first}\n{rest}'
     return re.sub(r'since \d\d:\d\d', 'since TIME', said.replace('\x1b[31m', '[').replace(
         '\x1b[m', ']'))
 
