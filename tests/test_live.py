@@ -163,13 +163,15 @@ def test_a_run_that_goes_on_after_a_kill_counts_its_jobs_once(batches, lab, ledg
     machine = lab(gpus=rig.fake_gpus(2))
     lines = [f'echo start $CUDA_VISIBLE_DEVICES >>{ledger}; {gate.wait("a")}; '
              f'echo end $CUDA_VISIBLE_DEVICES >>{ledger}',
-             *[f'echo start $CUDA_VISIBLE_DEVICES >>{ledger}; '
-               f'echo end $CUDA_VISIBLE_DEVICES >>{ledger}'] * 4]
+             *[f'echo start $CUDA_VISIBLE_DEVICES >>{ledger}; {wait}'
+               f'echo end $CUDA_VISIBLE_DEVICES >>{ledger}'
+               for wait in ('', f'{gate.wait("b")}; ', '', '')]]
     batch = batches.start(lines, [machine], '--gpu-utilization=1')
     batch.until('finished: batch.sh.2')
     os.kill(batch.process.pid, signal.SIGKILL)
     batch.end()
     again = batches.start(None, [machine], '--gpu-utilization=1')
+    gate.open('b')
     again.until('finished: batch.sh.5')
     gate.open('a')
     done = again.end()
@@ -249,7 +251,7 @@ def test_an_nvidia_smi_that_fails_later_holds_back_gpu_jobs_only(watched, lab, g
     lines = [gate.wait('one'), 'echo two',
              *[f'execute_remote --no-gpu-required "{gate.wait(name)}"' for name in 'abc']]
     batch, notes = watched(lines, [machine], '--verbose', '--memory-required=100', env=constants(
-        REMOTE_RUNNER=s.REMOTE_RUNNER.replace('GPU_LIMIT_S=20 ', 'GPU_LIMIT_S=2 ')))
+        REMOTE_RUNNER=s.REMOTE_RUNNER.replace('GPU_LIMIT_S=20 ', 'GPU_LIMIT_S=5 ')))
     batch.until('started: batch.sh.5')
     machine.set_gpus([], nvidia_smi=script)
     notes.until(f'^{machine.yaml()}: probe  nvidia_smi  (timeout|15)')
@@ -338,13 +340,16 @@ def test_a_wrong_niceness(batches, lab1, value):
 
 # ---- Resources that a job used ----
 
-def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(batches, lab):
+def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(watched, lab, gate):
     machine = lab(memory_mb=8000)
-    hold = 'python3 -c "import time; b = bytearray(50_000_000); time.sleep(4.5)"'
+    hold = ('python3 -c "import time; b = bytearray(50_000_000); time.sleep(4.5); '
+            f'open(\'{gate.path("seen")}\').readline()"')
     busy = 'python3 -c "import time; all(iter(lambda: time.process_time() < 0.4, False))"'
-    done = batches.run([hold, busy, 'true'], [machine], '--no-gpu-required',
-                       '--memory-required=7000')
-    assert done.returncode == 0, done.stderr
+    batch, notes = watched([hold, busy, 'true'], [machine], '--no-gpu-required',
+                           '--memory-required=7000', '--verbose')
+    notes.until(r'used  batch\.sh\.1\S*  ([5-9][0-9]{4}|1[0-9]{5})$')    # kB
+    gate.open('seen')
+    assert batch.end().returncode == 0, notes.path.read_text()
     journal = [json.loads(line) for line in
                (RESULTS / '.ssh_scheduler/journal').read_text().splitlines()]
     used = {entry['job'][-1]: entry for entry in journal if entry['event'] == 'ended'}
@@ -354,8 +359,8 @@ def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(batches, lab):
     peak = max(entry.get('peak_memory_mb', 0) for entry in used.values())
     advice = re.search(rf'^asked 7000 MB, used at most {peak}: with --memory-required=(\d+) '
                        rf'{re.escape(str(machine.yaml()))} would run (\d+) at once$',
-                       done.stderr, re.MULTILINE)
-    assert advice, done.stderr
+                       notes.path.read_text(), re.MULTILINE)
+    assert advice, notes.path.read_text()
     assert peak < int(advice[1]) <= 400 and int(advice[2]) == 12      # 1.5 x 8 cores
 
 
