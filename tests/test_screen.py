@@ -244,6 +244,7 @@ def test_ctrl_c_and_d_leave_the_jobs_running(terminal, lab, gate, batches, ledge
                      '$SSH_SCHEDULER_NOT_COLLECTED runs, $SSH_SCHEDULER_NOT_STARTED waits',
                      size=(200, 30))
     shown.until(has('1 running'))
+    wait_until(ledger.read_text, 'the job')
     shown.press('\x03')
     shown.until(has('Press a key'))
     shown.press('d')
@@ -274,10 +275,16 @@ def test_ctrl_c_asks_also_where_the_output_goes_through_a_pipe(
     python = Path(sys.executable).parent
     shown = Terminal(['bash', '-c', PIPED.format(lab().yaml())], cwd=project,
                      env={**client_env, 'PATH': f'{programs}:{python}:{client_env["PATH"]}'})
+    def tee():
+        return [pid for pid in rig.knowing(client_env['HOME']) if rig.cmdline(pid) == 'tee log']
+
     try:
         wait_until(ledger.read_text, 'the job')
+        wait_until(tee, 'tee')
+        (reader,) = tee()
         shown.press('\x03')
         shown.until(has('press a key', 'detach', 'cancel', 'continue'))
+        assert rig.ends(reader)
         shown.press(keys)
         if keys == '\r':
             shown.until(has('The batch continues. Nothing reads its output any more'))
@@ -557,7 +564,7 @@ def results(project):
 
 
 @pytest.mark.parametrize('width', AREA)
-def test_the_area_is_this(results, project, width):
+def test_the_area_is_this(results, project, monkeypatch, width):
     """A real Run on fake machines; its four running jobs have three lines."""
     machines = {'lab1': TWO_GPUS, 'lab2': TWO_GPUS, 'lab3': TWO_GPUS}
     lab = Lab(results, machines, ''.join(f'train {n}\n' for n in range(400)))
@@ -571,8 +578,10 @@ def test_the_area_is_this(results, project, width):
         silent.run, silent.state = lab.batch, 'connecting'
         for worker in lab.workers:
             worker.contact = SimpleNamespace(stages=SimpleNamespace(on_their_way=()))
-        board._since[silent] = time.monotonic() - 7
-        now = time.time()
+        now, uptime_s = time.time(), time.monotonic()       # the clocks stand still from now on
+        monkeypatch.setattr(time, 'time', lambda: now)
+        monkeypatch.setattr(time, 'monotonic', lambda: uptime_s)
+        board._since[silent] = uptime_s - 7
         for attempt, age, said in zip(lab.running, (3725, 130, 12, 5), (
                 b'epoch 56: loss 0.46\nepoch 57: loss 0.44\n\n', b' 5%\r10%\r', b'', b'')):
             lab.journal.record(attempt.name).time = now - age
