@@ -2132,6 +2132,12 @@ class Scheduler:
         return bool(hold and machine == hold.machine and allocation != hold.allocation
                     and hold.after.short_of(allocation))
 
+    def will_start(self, allocation):
+        """Tell whether the next choice starts such a job on a machine that is not a cluster."""
+        return any(not (own.available.queue or own.short_of(allocation)
+                        or self.keeps_from(machine, allocation))
+                   for machine, own in self.resources.items())
+
     def _pass(self, allocation):
         """Count the start of a later job while this kind waits; hold a machine at PATIENCE."""
         self._passed[allocation] += 1
@@ -4736,7 +4742,8 @@ def why_all_wait(scheduler, is_own_news):
     """Return why the jobs of each kind wait, a line for each; is_own_news: as for why_waiting."""
     return '\n'.join(filter(None, (
         why_waiting(scheduler.resources, allocation, len(jobs), is_own_news)
-        for allocation, jobs in scheduler.kinds().items())))
+        for allocation, jobs in scheduler.kinds().items()
+        if not scheduler.will_start(allocation))))
 
 
 def queue_words(engine, number, why, start, now=None):

@@ -583,6 +583,16 @@ def test_why_a_machine_cannot_be_used_is_said_when_it_is_news(results):
         'dead: cannot be used: nothing listens.']
 
 
+def test_a_job_that_starts_in_a_moment_does_not_wait():
+    """Its machine has just become free."""
+    scheduler, job = s.Scheduler(), s.Job('b.1', 'true', 1, s.Allocation(gpus=0), s.Forwards())
+    scheduler.add_machine(FakeWorker('a', NO_GPUS), 0, NO_GPUS)
+    scheduler.add(job)
+    scheduler.add(job._replace(name='b.2', allocation=s.Allocation()))
+    assert s.why_all_wait(scheduler, True) == (
+        'waiting: 1 job for a GPU of its own with 1000 MB: a has no GPU')
+
+
 def test_that_all_machines_are_full_of_this_batch_is_no_news_on_a_terminal():
     books = {FakeWorker(name, TWO_GPUS): s.MachineResources(TWO_GPUS) for name in ('a', 'b')}
     for own in books.values():
