@@ -642,12 +642,8 @@ exec {program('rsync')} "$@"
         """Kill sshd and its connections; everything else on the machine keeps running."""
         if self.sshd is None:
             return
-        self.sshd.send_signal(signal.SIGSTOP)       # else sshd would accept more connections now
-        connections = self._connections()
-        while connections:
-            for pid in connections:
-                kill(pid, is_sshd)
-            connections = self._connections()
+        for pid in self.freeze()[1:]:       # else sshd would accept more connections now
+            kill(pid, is_sshd)
         self.sshd.terminate()
         self.sshd.send_signal(signal.SIGCONT)
         self.sshd.wait(SAFETY_NET_S)
@@ -667,9 +663,18 @@ exec {program('rsync')} "$@"
             left = self.processes()
 
     def freeze(self):
-        """Stop sshd and its connections with SIGSTOP: they stay open and answer nothing."""
-        for pid in (self.sshd.pid, *self._connections()):
-            os.kill(pid, signal.SIGSTOP)
+        """Stop sshd and its connections with SIGSTOP: they stay open and answer nothing.
+
+        Return their pids, that of sshd first.
+        """
+        while True:                         # until one look finds no process that still runs
+            found = (self.sshd.pid, *self._connections())
+            running = [pid for pid in found if parent_and_state(pid)[1] not in 'TZX']
+            if not running:
+                return found
+            for pid in running:
+                with contextlib.suppress(ProcessLookupError):       # a connection that has ended
+                    os.kill(pid, signal.SIGSTOP)
 
     def thaw(self):
         for pid in (self.sshd.pid, *self._connections()):
