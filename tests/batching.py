@@ -213,8 +213,9 @@ def assert_clean(machine, cache=False):
 
     With `cache`, sent files may stay in the cache.  Ignore the projects of other tests.
     """
-    for pid, _ in machine.processes():
-        assert rig.ends(pid), f'still on {machine.name}: {tell(machine.processes())}'
+    while left := machine.processes():      # one that ends may have started another one
+        for pid, _ in left:
+            assert rig.ends(pid), f'still on {machine.name}: {tell(machine.processes())}'
     project = ssh_scheduler.project_name()
     left = places(machine.home).get(project, set()) - ({'cache'} if cache else set())
     assert not left, [*machine.home.glob('.ssh_scheduler/*/*/*')]
