@@ -25,11 +25,12 @@ OWN = {'PWD', 'OLDPWD', 'SHLVL', '_', 'TERM', 'SSH_SCHEDULER_ID', 'BASH_ENV', 'S
 
 
 @pytest.fixture
-def command(start_cli, project):
+def command(start_cli, project, outside):
     """Start execute_remote: command(*words) -> Running."""
     def begin(*words, stdin=subprocess.DEVNULL, **settings):
         return Running(start_cli('execute_remote', *words, binary=True, stdin=stdin, **settings))
 
+    begin.begun = outside / 'begun'         # see with_job
     return begin
 
 
@@ -65,9 +66,11 @@ def variables(text):
 
 
 def with_job(command, machine, text, *words):
-    """Start a job that no client watches."""
+    """Start a job that no client watches, and wait until it has begun."""
+    text = f': >{command.begun}; {text}'
     done = command('--machine', word(machine), *JOB, *words, '--', text).end()
     assert done.status == 0, done
+    wait_until(command.begun.exists, 'the job')     # a shell waits only some seconds for it
 
 
 def refused(shell):
@@ -84,9 +87,11 @@ def without_job(command, name='job'):
 
 # ---- The shell ----
 
-def test_it_has_the_folder_and_the_environment_of_the_job(command, shell, machine, gate, outside):
-    with_job(command, machine, f'env -0 >{outside}/env; echo mine >made; {gate.wait("end")}')
-    wait_until(lambda: (outside / 'env').exists() and (outside / 'env').stat().st_size, 'the job')
+def test_it_has_the_folder_and_the_environment_of_the_job(
+        command, shell, machine, gate, outside, ledger):
+    with_job(command, machine, f'env -0 >{outside}/env; echo mine >made; echo ran >>{ledger}; '
+             f'{gate.wait("end")}')
+    wrote(ledger, 'ran')
     visit = shell(f'cat made; env -0 >{outside}/shell; exit 7')
     assert (visit.status, bytes(visit.out), bytes(visit.err)) == (7, b'mine\n', b'')
     of_job = variables((outside / 'env').read_text())
@@ -123,10 +128,12 @@ def test_it_has_the_gpus_and_the_setup_of_a_job_of_a_batch(
     assert_clean(machine)
 
 
-def test_a_terminal_has_the_same(command, terminal, lab, outside):
+def test_a_terminal_has_the_same(command, terminal, lab, outside, ledger):
     machine = lab(startup={'.bashrc': 'export CHOSEN=login\nPS1="prompt> "\nalias hi="echo hi"\n'})
     yaml = machine.yaml(setup='export CHOSEN=setup')
-    with_job(command, yaml, f'env -0 >{outside}/env; echo mine >made; sleep 1000')
+    with_job(command, yaml, f'env -0 >{outside}/env; echo mine >made; echo ran >>{ledger}; '
+             'sleep 1000')
+    wrote(ledger, 'ran')
     at = terminal('job')
     at.until(rb'\(job\) prompt> ')
     at.type(f'hi; cat made; stty size; env -0 >{outside}/shell; exit 3\n'.encode())
@@ -134,7 +141,7 @@ def test_a_terminal_has_the_same(command, terminal, lab, outside):
     for said in (rb'[\r\n]hi\r', rb'\nmine\r', rb'\n30 90\r'):
         assert re.search(said, at.said), at.said
     assert variables((outside / 'shell').read_text()) == variables((outside / 'env').read_text())
-    assert not [*machine.shared.glob('ssh_scheduler_shell.*')]
+    wait_until(lambda: not [*machine.shared.glob('ssh_scheduler_shell.*')], 'no file of it')
     without_job(command)
 
 
