@@ -1141,6 +1141,38 @@ def unwritable(path, error):
 JOURNAL_VERSION = 2         # docs/results.md, "The journal"
 
 
+def project_name():
+    """Return the name for this folder on machines: readable, and no other folder has it."""
+    import hashlib
+    here = os.path.realpath('.')
+    who = f'{os.uname().nodename}\0{os.getuid()}\0{here}'
+    readable = re.sub(r'[^A-Za-z0-9_-]', '_', os.path.basename(here))[:40] or 'root'
+    return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
+
+
+class Origin(NamedTuple):
+    """Where a journal began, as its first line has it; older versions wrote only `identity`.
+
+    identity: 8 random hex digits, in the names of the files of its jobs on a machine.  So a job of
+    another journal, for example of a removed job_results, is never mistaken for a job of this one
+    project: the name of the folder of its jobs on machines
+    node, folder: this computer and the current folder, at that time
+    inode: of the file; a copy has another one
+    """
+
+    identity: str = ''
+    project: str = ''
+    node: str = ''
+    folder: str = ''
+    inode: int = 0
+
+    @classmethod
+    def of(cls, fd):
+        """Return the Origin of a new journal, which is open here."""
+        return cls(os.urandom(4).hex(), project_name(), os.uname().nodename,
+                   os.path.realpath('.'), os.fstat(fd).st_ino)
+
+
 class Journal:
     """The events of the jobs of a job_results, one JSON object per line.  The client writes each
     event before it acts on it.
@@ -1150,16 +1182,14 @@ class Journal:
     unwanted: name of a cancelled job -> process id of the client that must not start it
     machines: address -> facts of the machine: kernel, driver, python, cores, memory_mb, gpus
     preface: events that are written before the next claim, if there is one
-    identity: 8 random hex digits in the first line of this journal, and in the names of the files
-    of its jobs on a machine.  So a job of another journal, for example of a removed job_results, is
-    never mistaken for a job of this journal.
+    origin: the Origin
     """
 
     def __init__(self, path):
         self.path = path
         self.jobs, self.answered, self.unwanted = {}, set(), {}
         self.machines, self.preface = {}, []
-        self.identity, self._noted_identity = '', False
+        self.origin, self._noted_origin = Origin(), False
         self._remains = {}              # machine -> {key: state} of jobs whose files may be on it
         self._fd = None
         self._lines = self._bytes = 0   # of the file, read so far
@@ -1171,8 +1201,8 @@ class Journal:
         """Read what earlier runs did, and keep the file open for writing.  Raises OSError."""
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._read()
-        self._noted_identity = bool(self.identity)
-        self.identity = self.identity or os.urandom(4).hex()
+        self._noted_origin = bool(self.identity)
+        self.origin = self.origin if self.identity else Origin.of(self._fd)
 
     def peek(self, times=False):
         """Only read what earlier runs did; another run may use the folder.  Raises OSError.
@@ -1198,6 +1228,11 @@ class Journal:
         self._fd = None
 
     @property
+    def identity(self):
+        """The identity of its Origin."""
+        return self.origin.identity
+
+    @property
     def is_empty(self):
         """Tell whether the open journal has no line."""
         return self._fd is not None and not os.fstat(self._fd).st_size
@@ -1211,9 +1246,10 @@ class Journal:
         self.check()
         event.setdefault('time', round(time.time(), 3))
         line = as_json(event)
-        if not self._noted_identity:
-            line = as_json({'event': 'journal', 'identity': self.identity,
-                            'version': JOURNAL_VERSION}) + line
+        if not self._noted_origin:
+            identity, *place = self.origin
+            line = as_json({'event': 'journal', 'identity': identity, 'version': JOURNAL_VERSION,
+                            **dict(zip(Origin._fields[1:], place))}) + line
         try:
             written = os.write(self._fd, line)
             if written < len(line):     # disk full: a part of a line would spoil the next
@@ -1221,8 +1257,16 @@ class Journal:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise unwritable(self.path, error) from None
-        self._noted_identity = self._unsynced = True
+        self._noted_origin = self._unsynced = True
         self._apply(event)
+
+    def become_own(self):
+        """Note a new Origin in a copy: its jobs have a folder of their own on machines from now on.
+
+        The identity stays, since the keys of earlier attempts have it.
+        """
+        self.write(event='journal', version=JOURNAL_VERSION,
+                   **Origin.of(self._fd)._replace(identity=self.identity)._asdict())
 
     def sync(self, results=False):
         """Write all events to the disk, against a power failure; with results: the results, too.
@@ -1281,7 +1325,7 @@ class Journal:
         """Update the records by an event."""
         word = sys.intern(event['event'])
         if word == 'journal':
-            self.identity = event['identity']
+            self.origin = Origin(**{fact: event[fact] for fact in Origin._fields if fact in event})
         elif word == 'claimed':
             self._claim(event['job'], event)
         elif word == 'tidied':
@@ -9063,6 +9107,21 @@ def identity_in(path):
     return found
 
 
+def is_copy(journal):
+    """Tell whether a journal was copied to another folder or computer, and not only moved there.
+
+    A folder that was moved to another disk is no copy: nothing is left where it was.
+    """
+    origin = journal.origin
+    if origin.project in ('', project_name()):
+        return False
+    with contextlib.suppress(OSError):
+        if os.stat(journal.path).st_ino == origin.inode:
+            return False
+    return (os.uname().nodename != origin.node
+            or origin.identity in identity_in(os.path.join(origin.folder, journal.path)))
+
+
 def read_lock(fd):
     """Return (the process that has the lock, the batch or job that it runs, its options for
     hardware), as the file says.  Older versions do not write these options: then they are None.
@@ -10579,7 +10638,7 @@ class Client:
         self.flows = Flows(self.processes)
         self.run_folder = make_run_folder()
         self.batch_id = f'{time.strftime("%Y%m%dT%H%M%S")}.{os.getpid()}'
-        self.project = project or project_name()
+        self.project = project or project_of(results)
         self.accounts = {}              # what identifies an account -> the Worker that has it
         self.files = Files(Keeper(self))
         self.results = results
@@ -10908,13 +10967,14 @@ def allow_files(machines):
                              f'Try: ulimit -n {least}, or name fewer machines.')
 
 
-def project_name():
-    """Return the name for this folder on machines: readable, and no other folder has it."""
-    import hashlib
-    here = os.path.realpath('.')
-    who = f'{os.uname().nodename}\0{os.getuid()}\0{here}'
-    readable = re.sub(r'[^A-Za-z0-9_-]', '_', os.path.basename(here))[:40] or 'root'
-    return f'{readable}-{hashlib.sha256(os.fsencode(who)).hexdigest()[:12]}'
+def project_of(results):
+    """Return the name of the folder on machines for jobs of this ResultStore, or of none (None).
+
+    A folder that is moved, or whose computer is renamed, keeps the name under which its jobs run.
+    """
+    if results and results.journal.origin.project and not is_copy(results.journal):
+        return results.journal.origin.project
+    return project_name()
 
 
 # ---- Copies: files there and back, by rsync or tar ----
@@ -14811,6 +14871,17 @@ def check_words(options):
     refuse_batch_files(options)
 
 
+def part_from_original(journal, options, reporter):
+    """Give the journal of a copied folder its own Origin; warn of jobs that this starts again."""
+    if is_copy(journal) and not options['--dry-run']:
+        begun, original = [*filter(journal.is_begun, journal.jobs)], journal.origin.folder
+        journal.become_own()
+        if begun:
+            reporter.warning(
+                f'this folder is a copy of {printable(original)}. Jobs that were started there '
+                f'and not collected start here again: {names_in_short(begun)}')
+
+
 def execute_batch(argv):
     """Run a batch file, or do what the options ask for instead; return the exit status."""
     options = read_batch_options(argv)
@@ -14848,6 +14919,7 @@ def execute_batch(argv):
     answer = open_or_hand_over(results, name, options, text)
     if answer:
         return tell_answer(answer, reporter, handed_to(results.lock.holder))
+    part_from_original(results.journal, options, reporter)
     allow_files(len(machines))
     client = Client(results, reporter.trace, **settings)
     hooks = Hooks(name, options, client.processes, reporter)
@@ -14942,7 +15014,7 @@ def reproduce(options, reporter):
     results = ResultStore('job_results', f'commands/{name}')
     results.sent.limit_bytes = read_keep_files(options)
     results.open(name)
-    client = Client(results, reporter.trace, project=project_name(), **read_settings(options))
+    client = Client(results, reporter.trace, **read_settings(options))
     client.files.are_rebuilt = True
     try:
         reporter.line(f'{past.name}: {printable(claimed["command"])}')

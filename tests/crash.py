@@ -78,7 +78,8 @@ def write(fd, data):
     if not path.endswith('/journal') and not (path.startswith('pipe:') and len(data) > 1):
         return real_write(fd, data)
     where = os.path.basename(path).partition(':')[0]
-    what = f'write to {where}: {bytes(data[:90])!r} … {bytes(data[-60:])!r}'
+    begin = b' '.join(line[:90] for line in bytes(data[:1000]).split(b'\n')[:2])
+    what = f'write to {where}: {begin!r} … {bytes(data[-60:])!r}'
     point(f'before {what}')
     half = passed + 1 == LAST and not REQUEST
     done = real_write(fd, data[:len(data) // 2] if half else data)

@@ -1,5 +1,6 @@
 """A result belongs to the command and the files that made it, also after the batch was edited."""
 import collections
+import contextlib
 import fcntl
 import json
 import os
@@ -733,3 +734,104 @@ def test_each_journal_has_an_identity_and_keeps_it(tmp_path):
             store.close()
     assert identities[0] == identities[1] != identities[2] == identities[3]
     wrote(tmp_path / 'one/.ssh_scheduler/journal')
+
+
+# ---- A folder that moves ----
+
+@pytest.fixture
+def left_running(batches, lab, gate, ledger):
+    """Return (machine, lines): a job has begun, its client was killed."""
+    machine, lines = lab(), [f'echo ran >>{ledger}; {gate.wait("a")}']
+    batch = batches.start(lines, [machine], *NO_GPU)
+    wrote(ledger, 'ran')
+    batch.process.kill()
+    batch.end()
+    return machine, lines
+
+
+def test_a_folder_that_was_moved_finds_its_jobs(left_running, batches, gate, ledger, project):
+    machine, lines = left_running
+    project.rename(project.parent / 'new')
+    os.chdir(project.parent / 'new')
+    batch = batches.start(lines, [machine], *NO_GPU)
+    batch.until('running: batch.sh.1')
+    assert len([*machine.home.glob('.ssh_scheduler/*-*/jobs')]) == 1        # no second folder
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, ledger.read_text(), done.stderr) == (0, 'ran\n', '')
+    assert_clean(machine)
+
+
+def test_a_copy_of_a_folder_has_jobs_of_its_own(left_running, batches, gate, ledger, project):
+    machine, lines = left_running
+    copy = project.parent / 'copy'
+    shutil.copytree(project, copy, symlinks=True)
+    os.chdir(copy)
+    dry = batches.run(lines, [machine], *NO_GPU, '--dry-run')
+    assert dry.returncode == 0 and json.loads(journal_lines()[0])['folder'] == str(project)
+    batch = batches.start(lines, [machine], *NO_GPU)
+    batch.until('started: batch.sh.1')
+    wrote(ledger, 'ran', 'ran')
+    batch.process.kill()
+    assert (f'WARNING: this folder is a copy of {project}. Jobs that were started there and not '
+            'collected start here again: batch.sh.1\n') in batch.end().stderr
+    batch = batches.start(lines, [machine], *NO_GPU)        # the copy finds its own job
+    batch.until('running: batch.sh.1')
+    gate.open('a')
+    gate.open('a')
+    done = batch.end()
+    assert (done.returncode, ledger.read_text(), 'is a copy' in done.stderr) == (
+        0, 'ran\nran\n', False)
+    os.chdir(project)
+    assert batches.run(lines, [machine], *NO_GPU).returncode == 0
+    assert ledger.read_text() == 'ran\nran\n'
+    assert_clean(machine)
+
+
+def journal_lines():
+    return (RESULTS / '.ssh_scheduler/journal').read_text().splitlines()
+
+
+def journal_at(folder, monkeypatch):
+    """Return the path of a new journal with an event, made in this folder."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with contextlib.closing(s.ResultStore('job_results').open()) as store:
+        store.journal.write(event='begun', job='b.sh.1')
+    return folder
+
+
+def project_here():
+    return s.project_of(s.ResultStore('job_results').peek())
+
+
+@pytest.mark.parametrize(('how', 'keeps'), [
+    ('moved', True), ('renamed computer', True), ('moved to another disk', True),
+    ('copied', False), ('copied to another computer', False), ('restored', True)])
+def test_which_folders_have_the_same_jobs(tmp_path, monkeypatch, how, keeps):
+    old, new = journal_at(tmp_path / 'old', monkeypatch), tmp_path / 'new'
+    before = project_here()
+    assert before == s.project_name()
+    if how == 'moved':
+        old.rename(new)
+    elif how != 'renamed computer':
+        shutil.copytree(old, new)
+    if how in ('moved to another disk', 'restored'):
+        shutil.rmtree(old)
+    if how == 'restored':
+        shutil.copytree(new, old)
+    monkeypatch.chdir(old if how in ('renamed computer', 'restored') else new)
+    if 'computer' in how:
+        uname = os.uname()
+        monkeypatch.setattr(os, 'uname', lambda: SimpleNamespace(nodename=f'not-{uname.nodename}'))
+    assert s.project_name() != before or how == 'restored'
+    assert project_here() == (before if keeps else s.project_name())
+
+
+def test_a_journal_of_an_older_version_tells_no_folder(tmp_path, monkeypatch):
+    journal_at(tmp_path / 'old', monkeypatch)
+    first, *rest = journal_lines()
+    known = json.loads(first)
+    (RESULTS / '.ssh_scheduler/journal').write_text('\n'.join(
+        [json.dumps({key: known[key] for key in ('event', 'identity', 'version')}), *rest, '']))
+    assert project_here() == s.project_name()
