@@ -2346,6 +2346,9 @@ def read_options(argv):
                 value = next(rest, None)
                 if value is None:
                     raise UsageError(f'{name} needs a value.')
+                if value.startswith('--') and value.partition('=')[0] in kinds:
+                    raise UsageError(f'{name} needs a value, and {printable(value)} is an option. '
+                                     f'If you mean it as the value: {name}={printable(value)}')
             if name == '--exclude':
                 options.setdefault(name, []).append(value)
             elif name in options:
@@ -2527,14 +2530,15 @@ def run(argv, terminal):
     keywords = {name[2:].replace('-', '_'): value for name, value in options.items()}
     keywords.pop('quiet', None)
     dest, *sources = words
-    folders = len(sources) - len(left_out(sources))
+    others = left_out(sources)
+    combined = [source for source in sources if source not in others]
     try:
         result = combine_folders(dest, *sources, report=terminal, **keywords)
     except ConflictsFound as found:
         for line in lines_of(found.conflicts):
             terminal.complain(line)
         terminal.say(summary('not combined', found.result, dest, len(found.conflicts),
-                             folders))
+                             len(combined)))
         raise
     except Refused as refused:
         hint = ' Each --exclude takes ONE pattern.'
@@ -2544,8 +2548,8 @@ def run(argv, terminal):
         terminal.say(f'{"would rename" if dry_run else "renamed"}: {printable(source)} -> '
                      f'{printable(path)}')
     terminal.say(summary('would combine' if dry_run else 'combined', result, dest,
-                         result.conflicts, folders))
-    mixed = mixed_files(sources)
+                         result.conflicts, len(combined)))
+    mixed = mixed_files(combined)
     if mixed:
         terminal.complain(f'note: {mixed}')
     sent = '' if dry_run or '--quiet' in options else sent_with_batches(dest)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import gc
 import io
+import json
 import os
 import pty
 import re
@@ -1134,7 +1135,7 @@ def test_what_may_not_be_read_or_written_is_known_before(path, mode, options, se
     ('dest a --quiet', ['dest', 'a'], {'--quiet': True}),
     ('--exclude x dest a', ['dest', 'a'], {'--exclude': ['x']}),
     ('--exclude x --exclude=y dest a --exclude z', ['dest', 'a'], {'--exclude': ['x', 'y', 'z']}),
-    ('--exclude --link dest a', ['dest', 'a'], {'--exclude': ['--link']}),
+    ('--exclude=--link dest a', ['dest', 'a'], {'--exclude': ['--link']}),
     ('--on-conflict rename dest a', ['dest', 'a'], {'--on-conflict': 'rename'}),
     ('dest --on-conflict=error a', ['dest', 'a'], {'--on-conflict': 'error'}),
     ('--prefix -- dest --link', ['dest', '--link'], {'--prefix': True}),
@@ -1150,7 +1151,9 @@ def test_a_command_line_says(line, words, options):
     ('', '<dest> is missing.'), ('dest', '<source> is missing.'),
     ('dest a --zebra', 'unknown option --zebra.'), ('dest a -x', 'unknown option -x.'),
     ('dest a --excude=x', 'unknown option --excude (did you mean --exclude?).'),
-    ('dest a --exclude', '--exclude needs a value.'), ('dest a --link=1', '--link takes no value.'),
+    ('dest a --exclude', '--exclude needs a value.'),
+    ('dest a --exclude --move', '--exclude needs a value, and --move is an option. If you mean it '
+     'as the value: --exclude=--move'), ('dest a --link=1', '--link takes no value.'),
     ('dest a --on-conflict rename --on-conflict error', '--on-conflict is given twice.'),
     ('dest a --on-conflict keep', "--on-conflict must be error or rename, not 'keep'."),
     ('dest a --exclude [z-a]', '--exclude: not a pattern: bad character range z-a'),
@@ -1354,6 +1357,21 @@ def test_earlier_and_partial_results_are_left_out_where_all_are_named(here):
     make('own', {'b.sh.1/a': '1', 'b.sh.1~1/b': '2', 'b.partial/c': '3'})
     assert command('two', 'own/b.sh.1', 'own/b.sh.1~1', 'own/b.partial').returncode == 0
     assert files('two').keys() == {'a', 'b', 'c'}
+
+
+def test_files_of_results_that_are_left_out_are_not_mixed_in(here):
+    claims = [{'event': 'claimed', 'job': 'b.sh.1', 'files': 'a' * 16, 'batch': 'b.sh'},
+              {'event': 'renamed', 'job': 'b.sh.1', 'to': 'b.sh.1~1'},
+              {'event': 'claimed', 'job': 'b.sh.1', 'files': 'b' * 16, 'batch': 'b.sh'}]
+    make('job_results', {**RESULTS, **KEPT, 'b.sh.1~1/model': 'zero',
+                         '.ssh_scheduler/journal': '\n'.join(map(json.dumps, claims))})
+    done = command('all', 'job_results/b.sh.1', 'job_results/b.sh.1~1')
+    assert (done.returncode, unsent(done.stderr)) == (0, '')
+    assert done.stdout.startswith('left out: 1 earlier result\n')
+    with open('job_results/.ssh_scheduler/journal', 'a') as journal:
+        journal.write('\n' + json.dumps({**claims[0], 'job': 'b.sh.2'}) + '\n')
+    done = command('two', 'job_results/b.sh.1', 'job_results/b.sh.2', 'job_results/b.sh.1~1')
+    assert 'made with 2 different sets of files, for example b.sh.1 and b.sh.2. ' in done.stderr
 
 
 def test_tables_and_pages_beside_results_are_left_out(here):
