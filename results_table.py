@@ -2933,6 +2933,20 @@ SEVERAL = ('--metric', '--from', '--where')
 LISTS = ('--sort', '--columns', '--mean-over')
 FORMS = {'--csv': as_csv, '--json': as_json, '--markdown': as_markdown, '--latex': as_latex}
 
+# {options of other programs: what to type here}
+GUESSES = {
+    '-o -O --out --output --output-file --outfile --file --save --export --tsv':
+        'To write the table to a file: --csv=t.csv.',
+    '-f --format': 'The forms of the table are --csv=t.csv, --json, --markdown, --latex and '
+                   '--html=page.html.',
+    '--excel --xlsx': 'Spreadsheets read CSV: --csv=t.csv.',
+    '--filter --select --query --grep': "To choose rows: --where 'lr>0.001'.",
+    '--fields --cols': 'To choose columns: --columns=lr,loss.',
+    '--order --order-by --reverse': 'To sort: --sort=-loss, where - is descending.',
+    '--group-by --groupby --average --avg --mean': 'For means: --mean-over=seed.',
+    '--all': 'To see results of jobs that were run again, too: --earlier. To see all columns: '
+             '--wide.'}
+
 
 def option_kinds():
     """Return {option: 'flag' | 'value'} of the usage text."""
@@ -2953,7 +2967,7 @@ def read_options(argv):
         else:
             name, equals, value = word.partition('=')
             if name not in kinds:
-                raise UsageError(f'unknown option {printable(name)}{nearest(name, kinds)}.')
+                raise UsageError(f'unknown option {printable(name)}{meant_by(name, kinds)}')
             if kinds[name] == 'flag':
                 if equals:
                     raise UsageError(f'{name} takes no value.')
@@ -2961,8 +2975,7 @@ def read_options(argv):
                 continue
             if not equals:
                 value = next(rest, None)
-                if value is None:
-                    raise UsageError(f'{name} needs a value.')
+                check_value(name, value, kinds)
             if name in SEVERAL:
                 options.setdefault(name, []).append(value)
             elif name in options:
@@ -2970,6 +2983,26 @@ def read_options(argv):
             else:
                 options[name] = value
     return words, options
+
+
+def check_value(name, value, kinds):
+    """Raise UsageError if the word behind an option cannot be its value: there is none (None), or
+    it is the next option, as in --csv --where."""
+    why = ''
+    if value is not None:
+        if not value.startswith('--') or value.partition('=')[0] not in kinds:
+            return
+        why = f', and {printable(value)} is an option'
+    what = re.search(rf'(?m)^  {name}=(<[^>]+>)', USAGE)[1]
+    stdout = ', or --csv=- for stdout' if name == '--csv' else ''
+    typed = f'. Type: {name}={what}{stdout}' if why or stdout else '.'
+    raise UsageError(f'{name} needs a value{why}{typed}')
+
+
+def meant_by(name, kinds):
+    """Return the end of the sentence about an unknown option: what to type in its place."""
+    guess = next((remedy for names, remedy in GUESSES.items() if name in names.split()), '')
+    return f'. {guess}' if guess else f'{nearest(name, kinds)}.'
 
 
 def check_lists(argv):

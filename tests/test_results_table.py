@@ -1355,7 +1355,17 @@ def test_a_terminal_without_unicode(sweep):
     (['--whre', 'a=1'], 'unknown option --whre (did you mean --where?).'),
     (['--where', 'lr'], "--where lr is no test. Try: --where 'lr>0.001', in quotes, since a shell "
                         'writes to a file behind >.'),
-    (['--where'], '--where needs a value.'), (['--json=1'], '--json takes no value.'),
+    (['--where'], '--where needs a value.'),
+    (['--csv'], '--csv needs a value. Type: --csv=<file>, or --csv=- for stdout'),
+    (['--csv', '--where', 'exit=0'], '--csv needs a value, and --where is an option. Type: '
+                                     '--csv=<file>, or --csv=- for stdout'),
+    (['--sort', '--wide'], '--sort needs a value, and --wide is an option. Type: '
+                           '--sort=<columns>'),
+    (['-o', 't.csv'], 'unknown option -o. To write the table to a file: --csv=t.csv.'),
+    (['--format=csv'], 'unknown option --format. The forms of the table are --csv=t.csv, --json, '
+                       '--markdown, --latex and --html=page.html.'),
+    (['--filter', 'a=1'], "unknown option --filter. To choose rows: --where 'lr>0.001'."),
+    (['--json=1'], '--json takes no value.'),
     (['--sort', 'a', '--sort', 'b'], '--sort is given twice.'),
     (['--json', '--latex'], '--json and --latex: give one of them.'),
     (['--metric', 'loss'], "--metric needs a name and a regular expression: "
