@@ -300,8 +300,19 @@ class Table(NamedTuple):
     """The table.  rows: a dictionary each, key of a column -> Cell; an empty cell has no key."""
     columns: tuple
     rows: list
-    shared: tuple               # lines with the words that all commands of a batch share
+    commands: dict              # batch -> the words that all its commands share
     jobs: tuple                 # the Job of each row; if rows are means, all Jobs
+    has_numbers: bool = True    # jobs have metrics, perhaps only ones that repeat a parameter
+
+    @property
+    def shared(self):
+        """A line for each batch with the words that all its commands share."""
+        batches = {job.batch for job in self.jobs}
+        shared = {batch: words for batch, words in self.commands.items() if batch in batches}
+        if len(shared) == 1:
+            return tuple(f'all commands: {words}' for words in shared.values() if words)
+        return tuple(f'{printable(batch)}: {words}' for batch, words in shared.items()
+                     if batch and words)
 
 
 # ---- Numbers: text to numbers, and numbers to text ----
@@ -1315,6 +1326,7 @@ def make_table(jobs, wishes, report, now):
         [job.command for job in jobs], [job.batch for job in jobs])
     metrics, cells = find_metrics(jobs, wishes, report)
     values = [{name: parameter_cell(text) for name, text in row.items()} for row in values]
+    has_numbers = bool(metrics)
     metrics = [name for name in metrics if not is_echo(name, values, cells)]
     columns, taken = [], set(RESERVED)
     renamed = {PARAMETER: {}, METRIC: {}}
@@ -1335,15 +1347,7 @@ def make_table(jobs, wishes, report, now):
             or any(column.key in fact for fact in facts)}
     return Table((*(column for column in LEADING if column in kept), *columns,
                   *(column for column in TRAILING if column in kept)),
-                 rows, shared_lines(shared), tuple(jobs))
-
-
-def shared_lines(shared):
-    """Return a line for each batch with the words that all its commands share."""
-    if len(shared) == 1:
-        return tuple(f'all commands: {words}' for words in shared.values() if words)
-    return tuple(f'{printable(batch)}: {words}' for batch, words in shared.items()
-                 if batch and words)
+                 rows, shared, tuple(jobs), has_numbers)
 
 
 def parameter_cell(text):
@@ -2663,11 +2667,14 @@ def read_table(results, wishes, report):
     every, jobs = jobs, jobs if wishes.earlier else newest(jobs, report)
     if not jobs:
         report('there are no other results.' if every else 'there are no results yet.')
-        return Table((JOB,), [], (), ())
+        return Table((JOB,), [], {}, ())
     table = filtered(make_table(jobs, wishes, report, time.time()), wishes.tests)
     if not table.rows:
         report(f'none of {many(len(jobs), "job")} fits --where')
     advise(table, report)
+    if not (table.has_numbers or wishes.columns or wishes.tests or wishes.sort):
+        report('no metrics were found. Have jobs print lines such as `loss: 0.31` or write '
+               "metrics.json, or try: --metric 'loss=final loss (\\S+)'")
     table = with_rare_columns(table)
     if wishes.mean_over:
         table = averaged(table, wishes.mean_over, wishes.unfinished, report)
@@ -2745,9 +2752,6 @@ def advise(table, report):
         path = first.path()[:-len(first.name)] + (first.batch or next(iter(batches)))
         report(f'these are jobs of {len(batches)} batches. For one of them: '
                f'results_table {printable(path)}')
-    if table.jobs and not any(column.kind == METRIC for column in table.columns):
-        report('no metrics were found. Have jobs print lines such as `loss: 0.31` or write '
-               "metrics.json, or try: --metric 'loss=final loss (\\S+)'")
 
 
 # ---- Completion: this section is the same in all three modules, each of which works alone ----

@@ -917,6 +917,8 @@ def test_two_batches_are_told_apart(made):
                          'batch    job  k  lr  loss  exit  time    where']
     assert said() == ['these are jobs of 2 batches. For one of them: '
                       'results_table job_results/eval.sh']
+    assert said(where='batch=grid.sh') == []
+    assert screen('--wide', '--where', 'batch=grid.sh')[0] == 'all commands: python3 train.py …'
     assert [(row['batch'], row['jobs']) for row in results_table(mean_over='lr')] == [
         ('eval.sh', 1), ('grid.sh', 2)]
 
@@ -1414,6 +1416,13 @@ def test_without_metrics_there_is_advice(made):
     made.sweep('1', out='hello')
     (sentence,) = said()
     assert sentence.startswith('no metrics were found.')
+    assert not said(columns='job') and not said(where='exit=0') and not said(sort='-job')
+
+
+def test_a_metric_that_repeats_a_parameter_was_found_all_the_same(made):
+    for number in (1, 2):
+        made.add(f'grid.sh.{number}', f'echo r={number}', f'r={number}\n')
+    assert said() == []
 
 
 def test_a_reader_that_leaves_is_no_error(made):
