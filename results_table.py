@@ -79,7 +79,9 @@ Columns:
   Metrics are the numbers of metrics.json or results.json in the job's folder
   and of the files of --from. For jobs without these: the last `name: number`,
   `name=number`, and JSON object on a line, of their stdout, and the numbers of
-  lines that have nothing else, such as `epoch 9: loss 0.31`.
+  lines that have nothing else, such as `epoch 9: loss 0.31`. If other jobs of
+  the batch have such files, a job that failed or still runs has only metrics
+  that others have; a line tells which are left out, and --columns shows them.
 
 Options:
   --sort=<columns>        Sort by these columns: lr,-val_acc; - is descending.
@@ -253,6 +255,10 @@ class Job(NamedTuple):
     def path(self, end=''):
         """Return the path of the job's folder, or of its stream with the end .out or .err."""
         return os.path.join(self.folder, self.name + end)
+
+    def ended_well(self):
+        """Tell whether the job finished with exit status 0, as far as is known."""
+        return self.state == '' or self.state in ('finished', 'earlier') and self.exit_code == 0
 
 
 class Reading(NamedTuple):
@@ -1252,28 +1258,60 @@ def first_bytes(path):
         return b''
 
 
-def find_metrics(jobs, wishes, report):
+def printed_since(job):
+    """Return the time from which on the streams are those of the newest attempt, else -inf.
+
+    Until a job that runs again prints something, its streams may be those of an earlier attempt.
+    """
+    runs = job.state in ('running', STARTED)
+    return job.began or 0 if runs and job.attempt > 1 else -math.inf
+
+
+def printed_metrics(jobs, filed, named):
+    """Return ([{name: Reading} of each job's stdout], [names that were left out]).
+
+    filed: [{name: Reading} of the files of each job]; named: the names that the user asks for
+
+    If jobs of a batch have files with metrics, its jobs that failed or still run probably lack
+    theirs, and what they print may be noise.  Then take of these only metrics that other jobs of
+    the batch have.  Of a job that ended well without a file, take all; of a job with a file, only
+    what the user asks for.
+    """
+    outputs = [{} if metrics and named <= metrics.keys() else
+               stream_metrics(job.path('.out'), printed_since(job))
+               for job, metrics in zip(jobs, filed)]
+    batches = [(job.folder, job.batch) for job in jobs]
+    with_files = {batch for batch, metrics in zip(batches, filed) if metrics}
+    known, left_out, printed = collections.defaultdict(set), set(), []
+    for job, batch, metrics, said in zip(jobs, batches, filed, outputs):
+        known[batch].update(metrics or (said if job.ended_well() else ()))
+    for batch, metrics, said in zip(batches, filed, outputs):
+        if metrics:
+            said = {name: said[name] for name in said if name in named and name not in metrics}
+        elif batch in with_files:
+            kept = known[batch] | named
+            left_out |= said.keys() - kept
+            said = {name: said[name] for name in said if name in kept}
+        printed.append(said)
+    return printed, sorted(left_out, key=naturally)
+
+
+def find_metrics(jobs, wishes, named, report):
     """Return (names, [{name: Cell} of each job]).
 
-    If jobs of a batch have files with metrics, take from the streams of its other jobs (which
-    failed, or still run) only metrics of the same names.
+    named: the names that the user asks for, which printed_metrics leaves out of no job
     """
     filed = [file_metrics(job, wishes.files, report) for job in jobs]
-    names_in_files = collections.defaultdict(set)
-    for job, metrics in zip(jobs, filed):
-        names_in_files[job.folder, job.batch].update(metrics)
+    printed, left_out = printed_metrics(jobs, filed, named)
     found = []
-    for job, metrics in zip(jobs, filed):
-        # Until the job prints something, its streams may be those of an earlier attempt.
-        runs = job.state in ('running', STARTED)
-        since = job.began or 0 if runs and job.attempt > 1 else -math.inf
-        known = names_in_files[job.folder, job.batch]
-        if not metrics:
-            said = stream_metrics(job.path('.out'), since)
-            metrics = {name: said[name] for name in said if not known or name in known}
-        asked = {name: matched_metric(job, pattern, since) for name, pattern in wishes.metrics}
+    for job, metrics, said in zip(jobs, filed, printed):
+        asked = {name: matched_metric(job, pattern, printed_since(job))
+                 for name, pattern in wishes.metrics}
         found.append({**{name: one for name, one in asked.items() if one},
-                      **{name: one for name, one in metrics.items() if name not in asked}})
+                      **{name: one for name, one in (*metrics.items(), *said.items())
+                         if name not in asked}})
+    if not wishes.columns:
+        report_left_out(left_out, report)
     report_unmet(jobs, wishes, found, report)
     names = dict.fromkeys(name for name, _ in wishes.metrics)
     # Use the order of a job that finished: a job that failed has only some of the names.
@@ -1285,6 +1323,15 @@ def find_metrics(jobs, wishes, report):
         for number, cell in zip(having, unified([found[number][name] for number in having])):
             rows[number][name] = cell
     return list(names), rows
+
+
+def report_left_out(names, report):
+    """Report the names of metrics that printed_metrics left out, and how to see them."""
+    if names:
+        them = 'it' if len(names) == 1 else 'them'
+        typed = shlex.quote(','.join(['job', *names[:3]]))
+        report(f'left out: {printable(some_of(names))}, since only outputs of jobs that failed or '
+               f'still run have {them}. To see {them}: --columns={printable(typed)}')
 
 
 def report_unmet(jobs, wishes, found, report):
@@ -1324,7 +1371,8 @@ def make_table(jobs, wishes, report, now):
     """Return the Table with a row for each Job.  now: seconds since 1970."""
     parameters, values, shared = find_parameters(
         [job.command for job in jobs], [job.batch for job in jobs])
-    metrics, cells = find_metrics(jobs, wishes, report)
+    metrics, cells = find_metrics(
+        jobs, wishes, named_metrics(wishes, parameters), report)
     values = [{name: parameter_cell(text) for name, text in row.items()} for row in values]
     has_numbers = bool(metrics)
     metrics = [name for name in metrics if not is_echo(name, values, cells)]
@@ -1348,6 +1396,12 @@ def make_table(jobs, wishes, report, now):
     return Table((*(column for column in LEADING if column in kept), *columns,
                   *(column for column in TRAILING if column in kept)),
                  rows, shared, tuple(jobs), has_numbers)
+
+
+def named_metrics(wishes, parameters):
+    """Return the names in --columns, --where and --sort that may be those of metrics."""
+    names = {*wishes.columns, *(name for name, *_ in (*wishes.tests, *wishes.sort))}
+    return {name.removeprefix('metric ') for name in names.difference(RESERVED, parameters)}
 
 
 def parameter_cell(text):
@@ -1454,8 +1508,7 @@ def averaged(table, names, takes_all, report):
         column.kind == PARAMETER or column in (FOLDER, BATCH))]
     groups, left_out = collections.defaultdict(list), collections.Counter()
     for row, job in zip(table.rows, table.jobs):
-        if takes_all or job.state == '' or (
-                job.state in ('finished', 'earlier') and job.exit_code == 0):
+        if takes_all or job.ended_well():
             groups[tuple(identity(row.get(column.key, EMPTY)) for column in kept)].append(row)
         else:
             left_out[job.state] += 1

@@ -359,6 +359,30 @@ def test_files_come_before_streams(made):
     assert column('noise') == [1, None, None, None]
 
 
+def test_jobs_that_end_well_without_a_file_have_what_they_print(made):
+    """Other jobs of the batch have metrics.json: two programs, of which one prints its numbers."""
+    made.add('m.sh.1', 'python3 a.py 1', files='{"auc": 0.7, "n": 9}', batch='m.sh')
+    made.add('m.sh.2', 'python3 b.py 1', 'Accuracy: 93\nauc: 0.8\n', batch='m.sh')
+    made.add('m.sh.3', 'python3 b.py 2', 'Accuracy: 5\nepoch: 3\n', batch='m.sh', exit_code=1)
+    assert [(row['auc'], row['n'], row['Accuracy']) for row in results_table()] == [
+        (0.7, 9, None), (0.8, None, 93), (None, None, 5)]
+    assert 'epoch' not in results_table()[0]
+    assert said() == ['left out: epoch, since only outputs of jobs that failed or still run have '
+                      'it. To see it: --columns=job,epoch']
+
+
+def test_a_metric_that_the_user_names_is_taken_from_any_output(made):
+    made.add('grid.sh.1', './a 1', 'noise: 1\nbest acc: 2\n', files='{"loss": 0.5}')
+    made.add('grid.sh.2', './a 2', 'noise: 2\nbest acc: 3\nloss: 9\n', exit_code=1)
+    assert said() == ['left out: best acc and noise, since only outputs of jobs that failed or '
+                      "still run have them. To see them: --columns='job,best acc,noise'"]
+    assert results_table(columns='loss,noise') == [
+        {'loss': 0.5, 'noise': 1}, {'loss': 9, 'noise': 2}]
+    assert column('job', where='noise>1') == ['grid.sh.2'] and said(columns='noise') == []
+    assert column('noise', sort='-noise') == [2, 1]
+    assert 'noise' not in results_table(sort='-job')[0]
+
+
 @pytest.mark.parametrize('path, text, expected', [
     ('runs/log.csv', 'step,loss\n1,0.9\n2,0.5\n', {'step': 2, 'loss': 0.5}),
     ('runs/log.csv', 'step;loss\n1;0.9\n2;0.5', {'step': 2, 'loss': 0.5}),
