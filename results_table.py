@@ -71,8 +71,10 @@ Columns:
   The words that differ: --lr=0.1, --lr 0.1 and lr=0.1 are lr, words without a
   name arg1, arg2, a flag is yes. Then the metrics, exit (… while the job runs),
   time, MB and GPU MB (the peak of the memory in use; empty if a job ended
-  before the first look at it, as after 1 s, or while no client ran), where, and
-  files (a digest of the files that were sent, if these differ between jobs).
+  before the first look at it, as after 1 s, or while no client ran), where,
+  files (a digest of the files that were sent, if these differ between jobs),
+  and command, if lines of a batch differ in the syntax of the shell (; | for):
+  arg1 and arg2 are of lines with the same syntax.
   In front stand folder and batch, if there are several, and job; jobs is the
   number of jobs of a mean. A job that has not started has no row. Of several
   batches a terminal shows words that few jobs have only with --wide.
@@ -306,7 +308,7 @@ class Table(NamedTuple):
     """The table.  rows: a dictionary each, key of a column -> Cell; an empty cell has no key."""
     columns: tuple
     rows: list
-    commands: dict              # batch -> the words that all its commands share
+    commands: dict              # batch -> the words that all its commands share, or None
     jobs: tuple                 # the Job of each row; if rows are means, all Jobs
     has_numbers: bool = True    # jobs have metrics, perhaps only ones that repeat a parameter
 
@@ -856,6 +858,7 @@ OPERATOR = re.compile('[;&|<>()]+')
 SETTING = re.compile(r'(?s)[-+~]*([A-Za-z_][\w./@-]*)=(.*)')    # --lr=0.1, lr=0.1, +model.lr=0.1
 FLAG = re.compile(r'--?[A-Za-z][^=\s]*')
 GLUED_FLAG = re.compile(r'-([A-Za-z])(-?[0-9.]+(?:[eE][-+]?[0-9]+)?)')      # -n5
+KEYWORDS = frozenset('if then elif else fi for select while until do done case esac { } !'.split())
 
 
 class Word(NamedTuple):
@@ -928,13 +931,28 @@ def words_of(tokens, switches):
     return words
 
 
+def shape_of(words):
+    """Return the operators and keywords of a command's Words without a name, and '' for each other
+    one; () if there are none: the syntax of the shell, by which commands can be compared.
+
+    A keyword is one only where a command begins.
+    """
+    shape, begins = [], True
+    for word in words:
+        if isinstance(word.name, int):
+            is_syntax = OPERATOR.fullmatch(word.typed) or begins and word.typed in KEYWORDS
+            shape.append(word.typed if is_syntax else '')
+            begins = bool(is_syntax) and not re.search('[<>]', word.typed)
+    return tuple(shape) if any(shape) else ()
+
+
 def find_parameters(commands, batches):
     """Return (names, [{name: text} of each command], {batch: the words that all its commands
-    share, with … between}).
+    share, with … between; None if the commands have different shapes}).
 
     batches: the batch of each command.  names: of the words that differ, in their order.
-    Compare words with a name across all commands, but words without a name only within a batch:
-    programs that differ between batches are no parameters.
+    Compare words with a name across all commands, but words without a name only between commands
+    of one shape in a batch: programs that differ between batches are no parameters.
     """
     tokens = [tokens_of(command) for command in commands]
     switches = find_switches(tokens)
@@ -942,10 +960,13 @@ def find_parameters(commands, batches):
     names, parameters = {}, [{} for _ in commands]
     differing = differing_names([words for words in split if words])
     differing = {name for name in differing if not isinstance(name, int)}
-    shared = {}
-    for batch in dict.fromkeys(batches):
-        numbers = [number for number, other in enumerate(batches) if other == batch]
-        members = [split[number] for number in numbers if split[number]]
+    groups, shared = collections.defaultdict(list), dict.fromkeys(batches, '')
+    for number, batch in enumerate(batches):
+        if split[number]:
+            groups[batch, shape_of(split[number])].append(number)
+    shapes = collections.Counter(batch for batch, _ in groups)
+    for (batch, _), numbers in groups.items():
+        members = [split[number] for number in numbers]
         bare = sorted(name for name in differing_names(members) if isinstance(name, int))
         called = {name: f'arg{number}' for number, name in enumerate(bare, 1)}
         called.update(dict.fromkeys(differing))
@@ -954,7 +975,7 @@ def find_parameters(commands, batches):
                 if word.name in called:
                     parameters[number][called[word.name] or word.name] = word.value
             names.update(dict.fromkeys(parameters[number]))
-        shared[batch] = shared_words(members, called)
+        shared[batch] = shared_words(members, called) if shapes[batch] == 1 else None
     return list(names), parameters, shared
 
 
@@ -1360,6 +1381,7 @@ GPU_MEMORY = Column('gpu_memory_mb', 'GPU MB', FACT)
 WHERE = Column('machine', 'where', FACT)
 GPUS, COMMAND = (Column(key, key, FACT, PROGRAMS) for key in ('gpus', 'command'))
 FILES = Column('files', 'files', FACT)
+WHOLE = COMMAND._replace(readers=BOTH)          # if commands of a batch have different shapes
 LEADING = (FOLDER, BATCH, JOB)
 TRAILING = (EXIT, STATE, TIME, MEMORY, GPU_MEMORY, WHERE, GPUS, FILES, COMMAND)
 OFTEN_EMPTY = (FOLDER, BATCH, MEMORY, GPU_MEMORY, FILES)       # leave these out if they are empty
@@ -1393,8 +1415,10 @@ def make_table(jobs, wishes, report, now):
             for given, found, fact in zip(values, cells, facts)]
     kept = {column for column in (*LEADING, *TRAILING) if column not in OFTEN_EMPTY
             or any(column.key in fact for fact in facts)}
-    return Table((*(column for column in LEADING if column in kept), *columns,
-                  *(column for column in TRAILING if column in kept)),
+    trailing = [column for column in TRAILING if column in kept]
+    if None in shared.values():
+        trailing[-1] = WHOLE
+    return Table((*(column for column in LEADING if column in kept), *columns, *trailing),
                  rows, shared, tuple(jobs), has_numbers)
 
 
@@ -1874,7 +1898,7 @@ def write_file(path, text):
 # ---- Screen: the table for a terminal ----
 
 SHORTEST = 12                       # hide a column before cells get narrower than this
-HIDDEN_FIRST = (MEMORY, FILES, GPU_MEMORY, FOLDER, WHERE, TIME)     # if not all columns fit
+HIDDEN_FIRST = (WHOLE, MEMORY, FILES, GPU_MEMORY, FOLDER, WHERE, TIME)     # if not all columns fit
 COUNTER = re.compile('(?i)(epoch|step|iter(ation)?|batch)s?')
 
 

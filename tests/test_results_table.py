@@ -178,7 +178,34 @@ def test_values_are_found_however_they_are_written(forms, data):
 def test_any_command_has_parameters(commands):
     names, parameters, shared = module.find_parameters(commands, [''] * len(commands))
     assert all(set(row) <= set(names) for row in parameters)
-    assert shared[''].isprintable()
+    assert shared[''] is None or shared[''].isprintable()
+
+
+LINES = ['python3 a.py 1', 'python3 a.py 2', 'for i in 1 2; do echo $i; done',
+         'for i in 3 4; do echo $i; done', 'if true; then echo 7; fi', 'seq 3 | wc', 'seq 4 | wc',
+         'seq 5 6 | wc', 'cd x && python3 a.py --lr 1']
+
+
+def test_operators_and_keywords_of_the_shell_are_no_parameters(made):
+    for number, line in enumerate(LINES, 1):
+        made.add(f'grid.sh.{number}', line, 'loss: 1')
+    rows = results_table()
+    assert [(row['arg1'], row['arg2'], row['lr']) for row in rows] == [
+        (1, None, None), (2, None, None), (1, 2, None), (3, 4, None), (None, None, None),
+        (3, None, None), (4, None, None), (None, None, None), (None, None, 1)]
+    assert [name for name in rows[0] if name.startswith('arg')] == ['arg1', 'arg2']
+    lines = screen()
+    assert lines[0].split()[-2:] == ['where', 'command']
+    assert [line.partition('lab1   ')[2] for line in lines[1:-1]] == LINES
+    assert 'command' not in screen('job_results/grid.sh.[67]')[1].split()
+    narrow = screen(columns=40)
+    assert 'command' not in narrow[0] and 'where, comm' in narrow[-2]
+
+
+@pytest.mark.parametrize('word', ['if', 'do', '{', 'time', 'in'])
+def test_a_word_like_a_keyword_is_a_parameter_where_no_command_begins(made, word):
+    made.sweep('a', word)
+    assert column('arg1') == ['a', word]
 
 
 @pytest.mark.parametrize('words, shared', [
