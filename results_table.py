@@ -26,9 +26,9 @@ journal while a batch runs; it ignores a last line without a newline.  A stream 
 the program reads only the end, or pieces for curves; only --metric may search all of it.
 Below job_results the program writes only tables and pages that the user names there.
 
-Sections: Usage, Words, Errors, Records, Numbers, Reading, Parameters, Metrics, Columns, Means,
-Choosing, Forms, Screen, Report; the edge: Function, Completion, Options, Terminal, Command; and
-Page.  A section uses only the sections above it, and the texts of Page, which stand last.
+Sections: Usage, Words, Errors, Records, Numbers, Reading, Lines, Parameters, Metrics, Columns,
+Means, Choosing, Forms, Screen, Report; the edge: Function, Completion, Options, Terminal, Command;
+and Page.  A section uses only the sections above it, and the texts of Page, which stand last.
 
 As a library: results_table() and TableError keep their documented behaviour; everything else may
 change.  Importing has no effect.
@@ -108,6 +108,9 @@ Options:
                           (NAME~1), and of jobs that reproduce others
                           (NAME-again). Without it NAME~1 is there only if the
                           newest attempt of NAME has no results.
+  --current               Leave out jobs that ran lines that their batch file no
+                          longer has, since you changed or deleted them. Jobs
+                          of execute_remote stay.
 
 Output:
   --wide                  Print the whole table, also in a pipe.
@@ -249,6 +252,7 @@ class Job(NamedTuple):
     memory_mb: Optional[int] = None
     gpu_memory_mb: Optional[int] = None
     attempt: int = 1
+    own: str = ''               # the options of its line that change its results
     copy_of: str = ''           # the job that it reproduces
     is_left: bool = False       # it has no results yet, and no client fetches them
     stands_for: str = ''        # the job whose newest attempt has no results, of which these are
@@ -302,6 +306,7 @@ class Wishes(NamedTuple):
     columns: tuple = ()
     unfinished: bool = False
     earlier: bool = False
+    current: bool = False
 
 
 class Table(NamedTuple):
@@ -845,7 +850,141 @@ def job_from(name, facts, folder):
         ','.join(re.findall('[0-9]+', text('gpus'))), text('files'),
         number('exit_code', has_ended), number('time'), number('wall_s', has_ended),
         number('peak_memory_mb', has_ended), number('peak_gpu_memory_mb', has_ended),
-        number('attempt') or 1, text('reproduces'), facts.get('is_left') is True)
+        number('attempt') or 1, text('own'), text('reproduces'), facts.get('is_left') is True)
+
+
+# ---- Lines: which jobs are of lines that their batch file still has ----
+
+def find_gone(jobs):
+    """Return (gone, troubles): what the batch files of the Jobs tell.
+
+    gone: {(folder, name): path of the batch file, which no longer has the line of this job}
+    troubles: [that no job of a batch is left out, and why]
+    """
+    batches, gone, troubles = collections.defaultdict(list), {}, []
+    for job in jobs:
+        if job.batch and job.command:
+            batches[job.folder, job.batch].append(job)
+    for (folder, batch), members in batches.items():
+        try:
+            path, lines = read_batch(folder, batch)
+        except TableError as error:
+            troubles.append(f'leaves out no job of {printable(batch)}: {error}')
+            continue
+        # Earlier results, and a job that reproduces another, belong to the job that they stem from.
+        stems = {stem_of(job): job for job in sorted(members, key=is_derived, reverse=True)}
+        kept = jobs_of_lines(stems, batch, lines)
+        gone.update(((folder, job.name), path) for job in members if stem_of(job) not in kept)
+    return gone, troubles
+
+
+def is_derived(job):
+    """Tell whether there is, or was, another job whose results are those of the line."""
+    return bool(job.copy_of) or job.state == 'earlier' and not job.stands_for
+
+
+def stem_of(job):
+    """Return the name of the job whose earlier results these are, or which they reproduce."""
+    name = job.copy_of or job.stands_for or job.name
+    return re.sub('~[0-9]+$', '', name) if job.state == 'earlier' else name
+
+
+def jobs_of_lines(jobs, batch, lines):
+    """Return the names of the jobs that stand for lines of a batch file.
+
+    jobs: {name: Job}; lines: [(number, line)]
+
+    Compare commands, as execute_batch does, for numbers of lines change.  Of more jobs than lines
+    with a command, take those with the newest options, then those with the numbers of the lines.
+    """
+    commands = {f'{batch}.{number}': commands_in(line) for number, line in lines}
+    same, kept = collections.defaultdict(list), set()
+    for name, job in jobs.items():
+        same[job.command].append(name)
+    for command, names in same.items():
+        newest = max((jobs[name] for name in names), key=lambda job: job.began or 0).own
+        names.sort(key=lambda name: (jobs[name].own != newest,
+                                     command not in commands.get(name, ()), naturally(name)))
+    for found in commands.values():
+        names = next((same[command] for command in found if same.get(command)), [])
+        kept.update(names[:1])
+        del names[:1]
+    return kept
+
+
+def commands_in(line):
+    """Return the commands that a line of a batch file may mean: the line itself, or the last words
+    of an execute_remote command, whose options are not parsed here."""
+    if not re.match(r'\s*execute_remote(\s|$)', line):
+        return [line]
+    found = []
+    for text in (line, line.replace('\\\n', '')):
+        with contextlib.suppress(ValueError):
+            words = shlex.split(text)
+            found += [' '.join(words[at:]) for at in range(len(words) - 1, 0, -1)]
+    return found
+
+
+def read_batch(folder, batch):
+    """Return (path, [(number of the first line, line)]) of the file of a batch.
+
+    folder: the job_results, beside which the file lies.  Raise TableError if it cannot be read.
+    """
+    project = os.path.normpath(os.path.join(folder, os.pardir))
+    absolute = name_of_batch(os.path.abspath(project))
+    names = [batch, *[batch[len(absolute) + 1:]] * batch.startswith(f'{absolute}_')]
+    path = next(filter(None, (file_called(project, name) for name in names)), None)
+    if path is None:
+        where = 'this folder' if project == os.curdir else printable(project)
+        raise TableError(f'its batch file was not found in {where}')
+    path = os.path.normpath(path)
+    try:
+        with open(path, 'rb') as file:
+            text = file.read().decode().removeprefix('\ufeff')
+    except OSError as error:
+        raise TableError(f'{printable(path)} cannot be read: {reason_of(error)}') from None
+    except UnicodeDecodeError:
+        raise TableError(f'{printable(path)} is not UTF-8 text') from None
+    return path, [*split_batch(text)]
+
+
+def file_called(folder, name):
+    """Return the path of the file below a folder that gives its batch this name, or None: of
+    example/grid.sh for example_grid.sh."""
+    entries = []
+    if os.path.isfile(os.path.join(folder, name)):
+        return os.path.join(folder, name)
+    with contextlib.suppress(OSError):
+        entries = [(name_of_batch(entry), os.path.join(folder, entry))
+                   for entry in sorted(os.listdir(folder))]
+    for start, path in entries:
+        if start == name and os.path.isfile(path):
+            return path
+    for start, path in entries:
+        found = file_called(path, name[len(start) + 1:]) if (
+            start and name.startswith(f'{start}_') and os.path.isdir(path)) else None
+        if found:
+            return found
+    return None
+
+
+def split_batch(text):
+    """Yield (number of the first line, command) of each command of a batch file: lines that begin
+    with # are none, and a backslash at the end of a line continues it."""
+    command, first = '', 0
+    for number, line in enumerate(text.replace('\r\n', '\n').split('\n'), 1):
+        if not command:
+            first = number
+            if not line.strip() or line.lstrip().startswith('#'):
+                continue
+        command += line
+        if (len(line) - len(line.rstrip('\\'))) % 2:
+            command += '\n'
+            continue
+        yield first, command
+        command = ''
+    if command:
+        yield first, command.rstrip('\n').rstrip('\\')
 
 
 # ---- Parameters: the words in which commands differ ----
@@ -2651,7 +2790,7 @@ def page_of(title, data):
 # ---- Function ----
 
 def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinished=False,
-                  sort=(), columns=(), earlier=False, report=None, html=None):
+                  sort=(), columns=(), earlier=False, current=False, report=None, html=None):
     """Return the table of the results of jobs as a list of dictionaries, a row each.
 
     results are paths: folders job_results, or results in them; by default job_results.  The
@@ -2662,7 +2801,8 @@ def results_table(*results, metric=(), from_=(), where=(), mean_over=(), unfinis
 
     All errors are TableErrors whose text is for users.
     """
-    wishes = read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earlier)
+    wishes = read_wishes(
+        metric, from_, where, mean_over, unfinished, sort, columns, earlier, current)
     notes = {}
     if html is not None:
         check_page(os.fsdecode(html), wishes)
@@ -2704,7 +2844,7 @@ def names_in(value):
     return [name.strip() for one in as_list(value) for name in one.split(',') if name.strip()]
 
 
-def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earlier):
+def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earlier, current):
     """Return the Wishes of the options; raise UsageError if one is wrong."""
     metrics, tests = [], []
     for text in as_list(metric):
@@ -2730,7 +2870,7 @@ def read_wishes(metric, from_, where, mean_over, unfinished, sort, columns, earl
     return Wishes(
         tuple(metrics), tuple(as_list(from_)), tuple(tests), tuple(names_in(mean_over)),
         tuple((name[name.startswith('-'):], name.startswith('-')) for name in names_in(sort)),
-        tuple(names_in(columns)), unfinished, earlier)
+        tuple(names_in(columns)), unfinished, earlier, current)
 
 
 def read_table(results, wishes, report):
@@ -2742,6 +2882,9 @@ def read_table(results, wishes, report):
         raise TableError(f'{printable(str(error.filename))} cannot be read: '
                          f'{reason_of(error)}.') from None
     every, jobs = jobs, jobs if wishes.earlier else newest(jobs, report)
+    gone, troubles = find_gone(jobs)
+    if wishes.current:
+        jobs = current(jobs, gone, troubles, report)
     if not jobs:
         report('there are no other results.' if every else 'there are no results yet.')
         return Table((JOB,), [], {}, ())
@@ -2749,6 +2892,10 @@ def read_table(results, wishes, report):
     if not table.rows:
         report(f'none of {many(len(jobs), "job")} fits --where')
     advise(table, report)
+    old = [job for job in table.jobs if (job.folder, job.name) in gone]
+    if old:
+        report(f'{many(len(old), "job")} ran lines that {files_without(old, gone)} no longer has '
+               '(--current leaves them out)')
     if not (table.has_numbers or wishes.columns or wishes.tests or wishes.sort):
         report('no metrics were found. Have jobs print lines such as `loss: 0.31` or write '
                "metrics.json, or try: --metric 'loss=final loss (\\S+)'")
@@ -2778,6 +2925,22 @@ def newest(jobs, report):
         report(f'left out: {many(count, "result")} of jobs that were run again '
                '(--earlier shows them)')
     return kept
+
+
+def current(jobs, gone, troubles, report):
+    """Return the Jobs whose lines are in their batch files; see find_gone."""
+    for why in troubles:
+        report(f'--current {why}')
+    old = [job for job in jobs if (job.folder, job.name) in gone]
+    if old:
+        report(f'left out: {many(len(old), "job")} that ran lines that {files_without(old, gone)} '
+               'no longer has')
+    return [job for job in jobs if (job.folder, job.name) not in gone]
+
+
+def files_without(jobs, gone):
+    """Return the paths of the batch files that no longer have the lines of these Jobs."""
+    return printable(' or '.join(dict.fromkeys(gone[job.folder, job.name] for job in jobs)))
 
 
 def report_left(jobs, report):
@@ -3234,7 +3397,7 @@ def run(argv, terminal):
     wishes = read_wishes(
         *(options.get(name, ()) for name in ('--metric', '--from', '--where', '--mean-over')),
         '--unfinished' in options, *(options.get(name, ()) for name in ('--sort', '--columns')),
-        '--earlier' in options)
+        '--earlier' in options, '--current' in options)
     path = options.get('--csv', options.get('--html', '-'))
     if forms == ['--html']:
         check_page(path, wishes)

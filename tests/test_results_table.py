@@ -110,6 +110,78 @@ def screen(*words, columns=80, env=()):
     return text.replace('\r\n', '\n').splitlines()
 
 
+# ---- Lines of batch files ----
+
+def test_jobs_of_lines_that_were_fixed_or_deleted_are_told_and_left_out(made):
+    made.sweep('1', '2', '3', '4').add('other.sh.1', './b', 'loss: 1', batch='other.sh')
+    made.add('single', './c', 'loss: 1', batch=None)
+    everything = [f'grid.sh.{number}' for number in range(1, 5)] + ['other.sh.1', 'single']
+    missing = 'its batch file was not found in this folder'
+    assert said('grid.sh', current=True) == [f'--current leaves out no job of grid.sh: {missing}']
+    Path('grid.sh').write_text('# 1\npython3 train.py 2\r\n\npython3 train.py 3 \\\n\n'
+                               'python3 train.py 1')
+    told = '2 jobs ran lines that grid.sh no longer has (--current leaves them out)'
+    assert said('grid.sh') == [told] and told in said()
+    assert column('job') == everything
+    assert column('job', current=True) == ['grid.sh.1', 'grid.sh.2', 'other.sh.1', 'single']
+    assert said('grid.sh', current=True) == [
+        'left out: 2 jobs that ran lines that grid.sh no longer has']
+    assert said('grid.sh', where='job=1') == []
+    done = command('--current', '--columns=job', 'grid.sh')
+    assert done.stdout.split() == ['job', 'grid.sh.1', 'grid.sh.2']
+    Path('grid.sh').write_bytes(b'\xff\n')
+    assert said('grid.sh') == [] and said('grid.sh', current=True) == [
+        '--current leaves out no job of grid.sh: grid.sh is not UTF-8 text']
+    Path('grid.sh').write_text('')
+    assert column('job', 'grid.sh', current=True) == []
+    assert said('grid.sh', current=True)[-1] == 'there are no other results.'
+
+
+@pytest.mark.parametrize('lines, jobs', [
+    (['true', 'true'], [1, 2]), (['true'], [1]), (['', 'true'], [2]), (['true'] * 4, [1, 2, 3]),
+    (['false', '', '', 'true', 'true', 'true'], [1, 2, 3]), (['execute_remote true'], [1]),
+    (["execute_remote --num-gpus 1 --job-name x 'true'", 'execute_remote -- true'], [1, 2]),
+    (['  execute_remote \\', ' --exclude a b -- \\', "'true'"], [1]),
+    (['execute_remote true true'], [1]), (["execute_remote 'true"], []), (['true x'], [])])
+def test_each_line_has_one_job(made, lines, jobs):
+    for number in range(1, 4):
+        made.add(f'grid.sh.{number}', 'true', time=1000.0 + number)
+    Path('grid.sh').write_text('\n'.join(lines))
+    assert column('job', current=True) == [f'grid.sh.{number}' for number in jobs]
+
+
+def test_of_jobs_with_one_command_those_with_the_options_of_today_are_current(made):
+    made.add('grid.sh.1', 'true', own='--num-gpus="1"').add(
+        'grid.sh.1-2', 'true', own='--num-gpus="2"', time=2000.0)
+    Path('grid.sh').write_text('execute_remote --num-gpus 2 true\n')
+    assert column('job', current=True) == ['grid.sh.1-2']
+
+
+def test_earlier_results_are_those_of_the_line_of_their_job(made):
+    for number, name in enumerate(('true', 'false'), 1):
+        made.add(f'grid.sh.{number}', name)
+        made.event(event='renamed', job=f'grid.sh.{number}', to=f'grid.sh.{number}~1')
+        (made.folder / f'grid.sh.{number}~1.out').touch()
+        made.add(f'grid.sh.{number}', name, attempt=2)
+        made.add(f'grid.sh.{number}-again', name, reproduces=f'grid.sh.{number}')
+    Path('grid.sh').write_text('false\n')
+    assert column('job', earlier=True, current=True) == [
+        'grid.sh.2', 'grid.sh.2-again', 'grid.sh.2~1']
+
+
+@pytest.mark.parametrize('path', ['a_b/c.d/grid-1.sh', 'a/b_c.d_grid-1.sh', 'a b/c.d/grid-1.sh'])
+def test_a_batch_file_in_a_folder_is_found(project, path):
+    for folder, start in (('one', 'one/'), ('two', '')):
+        batch = module.name_of_batch(path if start else os.path.abspath(f'two/{path}'))
+        made = Results(f'{folder}/job_results')
+        made.add(f'{batch}.1', 'true', batch=batch).add(f'{batch}.2', 'false', batch=batch)
+        Path(folder, path).parent.mkdir(parents=True)
+        Path(folder, path).write_text('true\n')
+        Path(folder, 'a').mkdir(exist_ok=True)
+        assert said(folder)[0] == (f'1 job ran lines that {folder}/{path} no longer has '
+                                   '(--current leaves them out)')
+
+
 # ---- Parameters ----
 
 @pytest.mark.parametrize('words, expected', [
@@ -1356,7 +1428,7 @@ def test_wide_shows_all(wide):
 def test_latex_takes_no_cell_for_an_argument(made):
     made.sweep('[1,64]', '*1', '"a')
     lines = module.as_latex(module.with_columns(
-        module.read_table([], module.read_wishes(*[()] * 5, (), (), False), print),
+        module.read_table([], module.read_wishes(*[()] * 5, (), (), False, False), print),
         ['arg1'])).splitlines()
     assert lines[-5:-2] == [r'{}[1,64] \\', r'{}*1 \\', r"''a \\"]
 
@@ -1584,3 +1656,15 @@ def test_a_job_of_execute_remote_and_a_rerun_with_other_files(batches, run_cli, 
         ('batch.sh.1', 0.5, None), ('batch.sh.2', 0.25, None), ('single', None, 7)]
     assert len({row['files'] for row in rows[:2]}) == 2
     assert any('different sets of files are mixed' in sentence for sentence in said())
+
+
+def test_the_current_jobs_are_those_that_a_batch_counts(batches, run_cli, lab1):
+    batches.run(['echo loss: 1', 'exit 1', 'true', 'true', 'execute_remote --copy-backwards a -- '
+                 'true', 'execute_remote --job-name old "echo x=1"'], [lab1], *NO_GPU)
+    batches.run(['exit 0', 'echo loss: 1', 'true', '# none', 'execute_remote --copy-backwards b -- '
+                 'true', 'execute_remote --job-name new \\', '  "echo x=1"'], [lab1], *NO_GPU)
+    done = run_cli('execute_batch', 'batch.sh', '--status', '--json')
+    names = sorted(json.loads(line)['job'] for line in done.stdout.splitlines())
+    assert sorted(column('job', current=True)) == names and len(names) == 5
+    assert said()[-1] == ('3 jobs ran lines that batch.sh no longer has '
+                          '(--current leaves them out)')

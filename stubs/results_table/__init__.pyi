@@ -15,7 +15,7 @@ _Texts = Union[str, Iterable[str]]
 def results_table(
     *results: _Path, metric: _Texts = (), from_: _Texts = (), where: _Texts = (),
     mean_over: _Texts = (), unfinished: bool = False, sort: _Texts = (), columns: _Texts = (),
-    earlier: bool = False, report: Optional[Callable[[str], object]] = None,
-    html: Optional[_Path] = None,
+    earlier: bool = False, current: bool = False,
+    report: Optional[Callable[[str], object]] = None, html: Optional[_Path] = None,
 ) -> list[dict[str, Union[str, int, float, None]]]: ...
 def main() -> int: ...
