@@ -142,10 +142,11 @@ Files:
   --exclude=<pattern>...        Do not send files that match these patterns of
                                 rsync. The rules of .rsync-filter files apply,
                                 too.
-  --copy-backwards=<path>...    Fetch these files of each job; by default those
-                                that the job made or changed in its folder.
-                                A dot fetches all files. Without a path: fetch
-                                nothing.
+  --copy-backwards=<path>...    Fetch these files of each job, or those that a
+                                pattern such as '*.csv' matches. By default:
+                                those that the job made or changed in its
+                                folder. A dot fetches all files. Without a path:
+                                fetch nothing.
   --keep-files=<size>           Keep copies of the sent files in job_results,
                                 the smallest first, up to this size in all. With
                                 them execute_batch can reproduce a job
@@ -13649,7 +13650,8 @@ class MachineRunner:
         """Start the bash command there as soon as its files have arrived.
 
         forward_loc, link_loc  paths here, to copy or to link into the job's folder
-        backward_loc           paths in its folder to fetch; None: what it made or changed
+        backward_loc           paths or patterns in its folder to fetch; None: what it made or
+                               changed
         job_name               the stem of its results' names; each name once in a job_results
         gpus                   the value of CUDA_VISIBLE_DEVICES, or None to leave it unset
         placement              its Placement by MachineResources: other batches then respect it
@@ -18291,8 +18293,10 @@ freeze() {                  # makes links and list of the stage $1; the rest: it
 # An unreadable file is made readable, if the login may do that, since rsync and tar must read it;
 # an "m" entry with its former mode comes first.  A file or folder that stays unreadable gets the
 # entry "-": otherwise such a folder would look empty.
-listing() {                 # prints what is below $1, with type, size and time as for rsync
-  ${at_once:+exec} find "$1" -mindepth "${2:-1}" "${@:3}" \
+listing() {                 # prints $@, or what is below ., with type, size and time as for rsync
+  local depth=0
+  [[ $1 != . ]] || depth=1
+  ${at_once:+exec} find "$@" -mindepth "$depth" \
     '(' -type f ! -readable -o -type d '(' ! -readable -o ! -executable -o ! -perm -500 ')' ')' \
     -links +0 '(' -exec chmod u+rX '{}' ';' -o -true ')' \
     '(' '(' ! -readable -o -type d ! -executable ')' -printf '- %p\0' -prune -o \
@@ -18333,22 +18337,41 @@ list_back() {               # writes the list, unless it would be empty; fails i
 }
 
 entries_of() {              # prints the paths $@, or all, as `listing` does; a missing one with !
-  local path above rest at_once=
+  local path above rest at_once='' matches
   (($#)) || { at_once=1; listing .; }
   for path; do
     above=. rest=$path
     while [[ -x $above && $rest == */* ]]; do
       above+=/${rest%%/*} rest=${rest#*/}
-      [[ ! -d $above || -x $above ]] || listing "$above" 0 -maxdepth 0
+      [[ ! -d $above || -x $above ]] || listing "$above" -maxdepth 0
     done
     if [[ $path == . ]]; then
       listing .
     elif [[ -e $path || -L $path ]]; then
-      listing "./$path" 0
+      listing "./$path"
+    elif match "$path"; then
+      in_groups listing "${matches[@]}"
     elif [[ ! -d $above || -x $above ]]; then   # else a closed folder may contain the path
       printf '!%s\0' "$path"
     fi
   done
+}
+
+match() {                   # for entries_of: sets matches to the paths that the pattern $1 matches
+  local IFS='' path above
+  matches=()
+  [[ $1 == *[*?[]* && $- != *f* ]] || return
+  shopt -u dotglob
+  for path in $1; do
+    [[ /$path/ != */.?(.)/* ]] || continue      # .* matches these, too
+    above=$path
+    while [[ $above == */* ]]; do
+      above=${above%/*}
+      [[ ! -L $above ]] || continue 2           # a link may lead out of the folder
+    done
+    matches+=("./$path")
+  done
+  ((${#matches[@]}))
 }
 
 find_list() {               # REPLY: the file that lists what the job $1 left
@@ -18381,7 +18404,7 @@ list_again() {              # sends a list of what the paths $2... of the job $1
   find_folder "$key"
   if [[ $REPLY && -d $home/jobs/$REPLY ]]; then
     : >"$to"
-    (list_back "$REPLY" '' "$to" "$@")
+    (set -f; list_back "$REPLY" '' "$to" "$@")  # these are names, not patterns
   else
     printf '!%s\0' "$@" >"$to"
   fi

@@ -462,6 +462,22 @@ def test_named_paths_come_whole_and_missing_ones_are_named(batches, project, lab
 
 
 @pytest.mark.parametrize('leave_out', [(), ('rsync',)], ids=['rsync', 'tar'])
+def test_a_pattern_fetches_what_it_matches(batches, lab, leave_out):
+    machine = lab(leave_out=leave_out)
+    lines = ["mkdir res; echo >res/a.csv; echo >$'b c\\n\\xff.csv'; echo >res/log; echo >.csv",
+             'echo 5 >a.csv; exit 2']
+    done = batches.run(lines, [machine], *NO_GPU, '--copy-backwards', '*.csv', 'r?s/[a-c]*',
+                       'res/l*g')
+    assert set(tree_of(RESULTS / 'batch.sh.1')) == {b'res', b'res/a.csv', b'res/log',
+                                                    b'b c\n\xff.csv'}
+    assert set(tree_of(RESULTS / 'batch.sh.2')) == {b'a.csv'}
+    warnings = sorted(line for line in done.stderr.splitlines() if 'WARNING' in line)
+    assert [line.split(', so')[0] for line in warnings] == [
+        'WARNING: batch.sh.2: it did not make r?s/[a-c]*', 'WARNING: batch.sh.2: it did not make '
+        'res/l*g']
+
+
+@pytest.mark.parametrize('leave_out', [(), ('rsync',)], ids=['rsync', 'tar'])
 def test_hard_links_and_paths_named_twice_come(batches, lab, leave_out):
     machine = lab(leave_out=leave_out)
     lines = ['mkdir a; echo x >a/b; ln a/b a/c; ln -s b a/d']

@@ -794,6 +794,28 @@ def test_named_paths_come_whole_and_missing_ones_are_told(runner):
                                               '+./folder/made', '+./folder/sent']
 
 
+def test_a_pattern_names_what_the_job_has_inside_its_folder(runner):
+    runner.stage('one', {'copy/sent.csv': 's', 'link/big/x.csv': 'x'}, links=['big'])
+    runner.start('job', "mkdir -p res/deep .hid; echo >res/a.csv; echo >res/deep/b.csv; "
+                 "echo >$'new\\nline \\xff.csv'; echo >.csv; echo >.hid/c.csv; mkdir out.csv; "
+                 "echo >out.csv/d; ln -s / up; ln -s res in; echo >'[ab]'; echo >a; echo >-x.csv",
+                 stage='one', back='paths',
+                 paths=['*.csv', 're?/*.csv', '*/*.csv', '[ab]', '.h*/*', '.*/x', 'up/et[c]',
+                        '*.non', 'big/*', r'\[a*'])
+    assert sorted(runner.ended('job')[3]) == [
+        '!*.non', '!.*/x', '!big/*', '!up/et[c]', *(f'+./{path}' for path in (
+            '-x.csv', '.hid/c.csv', '[ab]', '[ab]', 'new\nline \udcff.csv', 'out.csv', 'out.csv/d',
+            'res/a.csv', 'res/a.csv', 'sent.csv'))]
+
+
+def test_a_pattern_of_many_files_names_them_all(runner):
+    runner.start('job', 'touch f{1..2500}', back='paths', paths=['f*'])
+    assert runner.ended('job')[3] == ['@']
+    runner.send('list', 'job.1')
+    listed = runner.until('data', 'back', 'job.1')[0].split('\0')
+    assert {*listed} >= {f'+./f{number}' for number in range(1, 2501)} and len(listed) == 2502
+
+
 def test_all_is_brought_back_with_a_dot(runner):
     runner.stage('one', {'copy/folder/sent': 's'})
     runner.start('job', 'echo >made', stage='one', back='paths', paths=['.'])
@@ -816,6 +838,8 @@ def test_what_could_not_be_fetched_is_listed_again(runner):
     listed = runner.until('data', 'back', 'job.1')[0].split('\0')
     folder = runner.path('job', 'work')
     assert sorted(listed) == ['', '!no\nsuch', '+./a', '+./a/b', f'w{os.path.basename(folder)}']
+    runner.send('again', 'job.1', '[ac]')                          # a name, not a pattern
+    assert runner.until('data', 'back', 'job.1')[0].split('\0')[1:] == ['![ac]', '']
     shutil.rmtree(folder)
     runner.send('again', 'job.1', 'a')
     assert runner.until('data', 'back', 'job.1') == ['!a\0']       # gone with the folder
