@@ -253,8 +253,10 @@ Other:
                                 machine is back, stop its old jobs. By default:
                                 wait for the machine.
   --max-result-size=<size>      Fetch no files of a job that are larger than
-                                this in all; they stay on the machine. By
-                                default only the free space here is the limit.
+                                this in all; they stay on the machine, and the
+                                same command without this option fetches them.
+                                By default only the free space here is the
+                                limit.
   --cluster-after=<time>        Send a job to a cluster when no other machine
                                 has had room for the job for this time
                                 [default: 30].
@@ -8389,13 +8391,12 @@ class ResultStore:
         return found | {self.journal.identity}
 
     def kept(self, machine):
-        """Return {name: record} of the collected jobs with files that could not be fetched from
-        this machine; `kept` in the record has the paths of these files.
+        """Return {name: record} of the collected jobs with files that were not fetched from this
+        machine; `kept` in the record has the paths of these files, or is True for all.
         """
         return {name: record for name, record in self.journal.jobs.items()
                 if record['machine'] == machine and record['state'] in ('collected', 'earlier')
-                and record.get('kept') and record['kept'] is not True
-                and os.path.isdir(self._path(name))}
+                and record.get('kept') and os.path.isdir(self._path(name))}
 
     # Streams
 
@@ -11675,7 +11676,7 @@ class Leavings:
         self.modes = {}                     # {path: mode} of paths made readable to be fetched
         self.kept = []                      # paths that could not be fetched: they stay there
         self.size = 0                       # in bytes; 0 if it is below 1 MB
-        self.too_large = ''                 # why its files stay on the machine
+        self.too_large = False              # so that its files stay on the machine
         self.odd = []                       # (mark, path): '!' does not exist, '?' is no file
 
 
@@ -11697,6 +11698,18 @@ def read_leavings(entries):
         else:
             left.odd.append((mark, value))
     return left
+
+
+def why_odd(attempt, mark, path):
+    """Return why a path in the Leavings of an attempt cannot be fetched; mark, path: one of odd."""
+    if mark != '!':
+        return f'{printable(path)} is no file, folder or link, so that is not fetched'
+    if attempt.state != 'incomplete':
+        return f'it did not make {printable(path)}, so that is not fetched'
+    machine = attempt.machine.name
+    if attempt.record['kept'] is True:
+        return f'its files, which were too large before, are not on {machine} any more'
+    return f'{printable(path)}, which could not be fetched before, is not on {machine} any more'
 
 
 class Collector:
@@ -11722,7 +11735,7 @@ class Collector:
             self._list_came(attempt, entries)
 
     def add_kept(self):
-        """Try to fetch the paths that an earlier run could not fetch."""
+        """Try to fetch the paths that an earlier run could not fetch, or that were too large."""
         worker = self._worker
         for name, record in self._client.results.kept(worker.machine.address).items():
             if not worker.lives.get(worker, record['key'], 'incomplete'):
@@ -11739,8 +11752,9 @@ class Collector:
 
     def _ask(self, attempt):
         if attempt.state == 'incomplete':
+            kept = attempt.record['kept']
             self._worker.contact.send('again', attempt.key, *(
-                path for path in attempt.record['kept'] if '\0' not in path))
+                path for path in (() if kept is True else kept) if '\0' not in path))
         else:
             self._worker.contact.send('list', attempt.key)
 
@@ -11769,10 +11783,10 @@ class Collector:
             return
         limit = self._client.max_result_bytes
         if limit is not None and left.size > limit:
-            left.too_large = (f'it is {size_of(left.size)}, and --max-result-size is '
-                              f'{size_of(limit)}')
-            self._warn_of(attempt, f'its files are not fetched: {left.too_large}')
-            left.back = []
+            self._warn_of(attempt, f'its files are not fetched: they are {size_of(left.size)}, and '
+                          f'--max-result-size is {size_of(limit)}. The same command without '
+                          '--max-result-size fetches them', 'They are')
+            left.back, left.too_large = [], True
         self.go_on(attempt)
 
     def go_on(self, attempt):
@@ -11790,23 +11804,17 @@ class Collector:
 
     def _warn_of_odd(self, attempt):
         """Warn of each path that cannot be fetched."""
-        name, left, machine = attempt.name, attempt.leavings, self._worker.name
+        left, machine = attempt.leavings, self._worker.name
         for mark, path in left.odd:
-            if mark == '!' and attempt.state == 'incomplete':
-                self._worker.report.warning(f'{name}: {printable(path)}, which could not be '
-                                            f'fetched before, is not on {machine} any more')
-                continue
-            why = ('it did not make {}' if mark == '!' else
-                   '{} is no file, folder or link').format(printable(path))
-            self._worker.report.warning(f'{name}: {why}, so that is not fetched')
+            self._worker.report.warning(f'{attempt.name}: {why_odd(attempt, mark, path)}')
         if left.kept:
             self._warn_of(attempt, f'the login on {machine} may not read '
                           f'{names_of([*map(printable, left.kept)])}, so this was not fetched. '
                           'Make it readable on the machine and run the same command again')
 
-    def _warn_of(self, attempt, what):
+    def _warn_of(self, attempt, what, it='It is'):
         self._worker.report.warning(
-            f'{attempt.name}: {sentence(what)} It is kept on {self._worker.name}, in '
+            f'{attempt.name}: {sentence(what)} {it} kept on {self._worker.name}, in '
             f'{self._worker.contact.home}/jobs/{attempt.leavings.folder}')
 
     # Fetching results
@@ -11935,7 +11943,7 @@ class Collector:
         """
         kept = attempt.leavings.kept
         if attempt.leavings.too_large:
-            kept = [*attempt.record.get('kept', ())] if attempt.state == 'incomplete' else True
+            kept = attempt.record['kept'] if attempt.state == 'incomplete' else True
         streams = {name: arrived.get(name, stream.content)
                    for name, stream in attempt.streams.items()}
         try:
@@ -11957,7 +11965,7 @@ class Collector:
             results.set_aside(name, streams, work)
             return kept
         if attempt.state == 'incomplete':
-            kept = [*kept, *self._add(attempt, work)]
+            kept = kept if kept is True else [*kept, *self._add(attempt, work)]
         else:
             results.commit(name, streams, work, attempt.job.backwards != (), kept)
         for stream, bytes_here in attempt.streams.items():
@@ -14382,6 +14390,7 @@ class Past(NamedTuple):
     state: str                      # claimed, ended, …: its last event in the journal
     machine: dict                   # facts of the machine at that time: see Journal.machines
     place: dict = {}                # number and node in a cluster; empty elsewhere
+    kept: object = ()               # the paths that were not fetched; True: all
 
     def in_queue(self, event):
         """Return the Past after the event that a job waits in the queue of a cluster, or ran."""
@@ -14472,7 +14481,8 @@ def read_past(name, path):
                 found[job] = found[job].in_queue(event)
             elif job in found and word in LIFE_WORDS:
                 found[job] = found[job]._replace(
-                    state=word, ended=event if word == 'ended' else found[job].ended)
+                    state=word, ended=event if word == 'ended' else found[job].ended,
+                    kept=event.get('kept') or ())
         except (ValueError, KeyError, TypeError, AttributeError):
             continue                # `open` names a line that cannot be read
     past = found.get(name)
@@ -14513,6 +14523,16 @@ def what_became(past, said=()):
         yield 'attempt', f'{claimed["attempt"]}, counted from the first start of the job'
     if claimed.get('reproduces'):
         yield 'reproduces', printable(claimed['reproduces'])
+
+
+def what_is_kept(past, results):
+    """Yield (head, text) of the files of a collected job that its machine keeps."""
+    if past.kept and past.state == 'collected' and os.path.isdir(
+            os.path.join(results.folder, past.name)):
+        yield 'kept', printable(
+            f'all its files, on {past.where}; the same command without --max-result-size fetches '
+            'them' if past.kept is True else
+            f'{names_of(past.kept)}, on {past.where}; the same command tries to fetch this again')
 
 
 def where_it_ran(past):
@@ -14980,7 +15000,8 @@ def show_what(options, reporter):
     past, results = past_in(options, '--what'), ResultStore('job_results')
     said = results.last_lines(past.name, 'err') if past.state == 'collected' else ()
     for head, text in (('command', printable(past.claimed['command'])), *what_became(past, said),
-                       *where_it_ran(past), *what_it_had(past, results.sent)):
+                       *what_is_kept(past, results), *where_it_ran(past),
+                       *what_it_had(past, results.sent)):
         reporter.line(f'{head + ":" if head else "":12}{text}')
     return 0
 
@@ -18398,15 +18419,18 @@ find_folder() {             # REPLY: the folder below jobs/ with what the job $1
   [[ $entry =~ ^w(work[.0-9]+)$ ]] && REPLY=${BASH_REMATCH[1]} || REPLY=
 }
 
-list_again() {              # sends a list of what the paths $2... of the job $1 have now
+list_again() {              # sends a list of what the paths $2... of the job $1 have now; else all
   local key=$1 to=$run/again.$1
   shift
   find_folder "$key"
-  if [[ $REPLY && -d $home/jobs/$REPLY ]]; then
+  if [[ ! $REPLY || ! -d $home/jobs/$REPLY ]]; then
+    printf '!%s\0' "${@:-.}" >"$to"
+  elif (($#)); then
     : >"$to"
     (set -f; list_back "$REPLY" '' "$to" "$@")  # these are names, not patterns
   else
-    printf '!%s\0' "$@" >"$to"
+    find_list "$key"
+    cp -- "$REPLY" "$to"
   fi
   send_list "$key" "$to"
 } 2>/dev/null

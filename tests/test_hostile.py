@@ -1,5 +1,6 @@
 """Results of a broken or hostile machine: nothing is written outside, and nothing too large."""
 import os
+import shutil
 import stat
 import time
 
@@ -153,17 +154,40 @@ def test_what_leads_out_is_left_out_with_a_sentence(batches, lab1):
     assert_clean(lab1)
 
 
-def test_what_is_larger_than_it_may_be_stays_there(batches, lab):
+def test_what_is_larger_than_it_may_be_stays_there(batches, run_cli, lab):
     machine = lab()
     lines = ['head -c 3000000 /dev/zero >large; echo said', 'echo small >small']
     done = batches.run(lines, [machine], '--max-result-size=2', *NO_GPU)
     assert done.returncode == 0
-    assert ('batch.sh.1: its files are not fetched: it is 3.0 MB, and --max-result-size is '
-            '2.0 MB. It is kept on ') in done.stderr, done.stderr
+    warning = ('batch.sh.1: its files are not fetched: they are 3.0 MB, and --max-result-size is '
+               '2.0 MB. The same command without --max-result-size fetches them. They are kept on ')
+    assert warning in done.stderr, done.stderr
     assert result('batch.sh.1') == b'said\n' and os.listdir(RESULTS / 'batch.sh.1') == []
     assert (RESULTS / 'batch.sh.2/small').read_text() == 'small\n'
     (kept,) = machine.home.glob('.ssh_scheduler/*/jobs/work.*/large')
     assert kept.stat().st_size == 3_000_000 and str(kept.parent) in done.stderr
+
+    def kept_by_what():
+        said = run_cli('execute_batch', '--what', 'batch.sh.1').stdout
+        return [line.split()[1:] for line in said.splitlines() if line.startswith('kept:')]
+
+    text = f'all its files, on {machine.yaml()}; the same command without --max-result-size'
+    assert kept_by_what() == [[*text.split(), 'fetches', 'them']]
+    again = batches.run(None, [machine], '--max-result-size=2.5', *NO_GPU)
+    assert '2.5 MB' in again.stderr and kept.exists() and kept_by_what(), again.stderr
+    fetched = batches.run(None, [machine], *NO_GPU)         # though no line runs
+    assert (fetched.returncode, fetched.stderr.count('WARNING')) == (0, 0), fetched.stderr
+    assert (RESULTS / 'batch.sh.1/large').stat().st_size == 3_000_000 and not kept_by_what()
+    assert_clean(machine)
+
+
+def test_what_was_too_large_and_is_gone_is_told_once(batches, lab):
+    machine = lab()
+    batches.run(['head -c 3000000 /dev/zero >large'], [machine], '--max-result-size=2', *NO_GPU)
+    shutil.rmtree(*machine.home.glob('.ssh_scheduler/*/jobs'))
+    gone = f'its files, which were too large before, are not on {machine.yaml()} any more'
+    assert gone in batches.run(None, [machine], *NO_GPU).stderr
+    assert gone not in batches.run(None, [machine], *NO_GPU).stderr
 
 
 def test_a_terabyte_that_is_none_does_not_fill_the_disk_here(batches, lab):
