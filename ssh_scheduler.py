@@ -10742,9 +10742,8 @@ class Files:
 
     def _scan(self, forwards):
         self._folder_times[forwards] = os.stat('.').st_mtime_ns
-        linked = tuple(f'/{path}' for path in forwards.link)
-        return (scan_tree(forwards.copy, linked + forwards.exclude, '--copy-forwards', self.never,
-                          not self.are_rebuilt),
+        return (scan_tree(forwards.copy, forwards.exclude, '--copy-forwards',
+                          self.never | {*forwards.link}, not self.are_rebuilt),
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never,
                           not self.are_rebuilt))
 

@@ -188,6 +188,16 @@ def test_what_was_left_out_is_said(spare):
     assert ssh_scheduler.scan_tree(('.',), ()).left_out == ('.git',)
 
 
+@pytest.mark.parametrize('name', ['big', 'b[i]g*'])
+def test_what_is_linked_is_not_left_out_by_a_rule(spare, name):
+    spare()
+    make(['a', f'{name}/x', 'd/big/x', 'big2'])
+    copy, link = ssh_scheduler.Files().trees(ssh_scheduler.Forwards(('.',), (name,)))
+    assert {entry.path for entry in copy.entries} == {'a', 'd', 'd/big', 'd/big/x', 'big2'}
+    assert {entry.path for entry in link.entries} == {name, f'{name}/x'}
+    assert copy.left_out == link.left_out == ()
+
+
 def test_a_rule_that_includes_leaves_nothing_out(spare):
     spare()
     make(['a', 'b'])
