@@ -5272,12 +5272,12 @@ class BoundView(SpeakingView):
         self.came = on_contact or (lambda worker: None)
         self._explained = False
 
-    def warn_of_links(self, files):
-        """Warn of links among the files to send that will be broken on a machine."""
-        lost = files.lost_links({job.forwards for job in self.run.fleet.bound.values()
-                                 if job.forwards})
-        if lost:
-            self._report.warning(lost)
+    def warn_of_files(self, files):
+        """Warn of files to send that will not be of use on a machine, or may have secrets."""
+        bound = self.run.fleet.bound
+        for text in files.warnings({job.forwards for job in bound.values() if job.forwards},
+                                   [worker.machine for worker in bound]):
+            self._report.warning(text)
 
     def changed(self, attempt, before):
         """The state of an attempt has changed."""
@@ -10747,7 +10747,28 @@ class Files:
                 scan_tree(forwards.link, forwards.exclude, '--link-forwards', self.never,
                           not self.are_rebuilt))
 
-    def lost_links(self, all_forwards):
+    def warnings(self, all_forwards, machines):
+        """Yield warnings of these Forwards: of broken links, and of variables for the Machines."""
+        yield from filter(None, (self._lost_links(all_forwards),
+                                 self._sent_variables(all_forwards, machines)))
+
+    def _sent_variables(self, all_forwards, machines):
+        """Return a warning of files of these Machines that have `env`, and are sent; or ''."""
+        files = {entry.path for forwards in all_forwards for tree in self.trees(forwards)
+                 for entry in tree.entries if entry.kind == 'f'}
+        sent = [path for path in (
+            os.path.relpath(next(filter(os.path.isfile, machine_paths(machine.word)), '.'))
+            for machine in machines if machine.env) if path in files]
+        if not sent:
+            return ''
+        import shlex
+        has, is_sent, it = ('has', 'is', 'it') if len(sent) == 1 else ('have', 'are', 'them')
+        return (f'{names_of([*map(printable, sent)])} {has} env, and {is_sent} sent to the '
+                f'machines with the other files. If env has secrets, move {it} to the folder where '
+                f'--machines looks, too: mkdir -p {MACHINE_FOLDER} && mv -i '
+                f'{printable(shlex.join(sent))} {MACHINE_FOLDER}/')
+
+    def _lost_links(self, all_forwards):
         """Return a warning of links in these Forwards that break on a machine; '' if none do."""
         lost = sorted({path for forwards in all_forwards
                        for path in lost_links(*self.trees(forwards), forwards.link)})
@@ -15344,10 +15365,10 @@ def begin_batch(run, files, lines):
             files.manifest(job.forwards)
     for forwards in {job.forwards for jobs in run.scheduler.kinds().values() for job in jobs}:
         run.view.tell(forwards and advise_on_size(files.trees(forwards)[0], len(run.workers)))
-    lost = run.policy.forwards and files.lost_links({
-        job.forwards for jobs in run.scheduler.kinds().values() for job in jobs})
-    if lost:
-        run.view.warn(lost)
+    for text in files.warnings(
+            {job.forwards for jobs in run.scheduler.kinds().values() for job in jobs},
+            [worker.machine for worker in run.workers]) if run.policy.forwards else ():
+        run.view.warn(text)
     run.fleet.meet()
 
 
@@ -16677,7 +16698,7 @@ class CommandOrder:
         if not (options['--job-name'] or self._by_name or options['--detach']):
             self._report.note(f'job {name} on {worker.name}')
         if not self._results.journal.is_begun(self._name):
-            run.view.warn_of_links(run.client.files)
+            run.view.warn_of_files(run.client.files)
 
         def until():
             return (streams.nobody_reads or self._lacks_terminal or self.makes_way
@@ -16855,7 +16876,7 @@ def run_everywhere(options, jobs, client, reporter, policy):
     view = BoundView(reporter, sinks)
     policy = policy._replace(how=policy.how._replace(keep=policy.how.keep or is_gathered))
     run = Run(jobs.values(), list(jobs), client, view, policy, jobs)
-    view.warn_of_links(client.files)
+    view.warn_of_files(client.files)
     with interruptible(run.interrupt):
         try:
             run.loop(lambda: reporter.nobody_reads)

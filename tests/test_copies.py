@@ -193,6 +193,30 @@ def test_links_that_jobs_cannot_follow_are_told_once(batches, run_cli, project, 
                 'd -> sets/data. Move') in done.stderr
 
 
+def test_a_machine_file_with_variables_that_is_sent_is_told_once(batches, run_cli, project, lab1,
+                                                                 lab2):
+    for lab, env in (lab1, {'TOKEN': 'secret'}), (lab2, None):
+        shutil.copy(lab.yaml(env=env), project / f'{lab.name}.yaml')
+    options, lines = ('--machines', 'lab1', 'lab2', *NO_GPU), ['true', "execute_remote -- 'true'"]
+    Path('batch.sh').write_text('\n'.join(lines))
+    done = run_cli('execute_batch', 'batch.sh', *options)
+    warnings = [line for line in done.stderr.splitlines() if 'WARNING' in line]
+    text = ('lab1.yaml has env, and is sent to the machines with the other files. If env has '
+            'secrets, move it to the folder where --machines looks, too: mkdir -p ~/.local/var && '
+            'mv -i lab1.yaml ~/.local/var/')
+    assert (done.returncode, warnings) == (0, [f'WARNING: {text}']), done.stderr
+    done = run_cli('execute_remote', '--machine', 'lab1', '--', 'true')
+    assert f'WARNING: {text}' in done.stderr
+    for words in (['--exclude', 'lab1.yaml'], ['--copy-forwards', 'batch.sh']):
+        done = run_cli('execute_remote', '--machine', 'lab1', *words, '--', 'echo "$TOKEN"')
+        assert (done.stdout, 'WARNING' in done.stderr) == ('secret\n', False), done.stderr
+    shutil.rmtree(RESULTS)
+    subprocess.run(text.rpartition(': ')[2], shell=True, check=True, env={
+        **os.environ, 'HOME': str(project.parent)})
+    done = run_cli('execute_batch', 'batch.sh', *options, env={'HOME': str(project.parent)})
+    assert (done.returncode, 'WARNING' in done.stderr) == (0, False), done.stderr
+
+
 @pytest.mark.parametrize('size', [10, BIG], ids=['small', 'large'])
 def test_linked_paths_are_sent_once_and_not_brought_back(batches, project, lab1, gate, size):
     (project / 'sets/mnist').mkdir(parents=True)
