@@ -15515,16 +15515,17 @@ def cancel_claimed(run, claimed, named, reporter):
             or worker.busy and not run.lives.any_of(worker, *ALIVE)) for worker in run.workers),
         time.monotonic() + CONNECT_LIMIT_S, lambda: run.interrupts > 1)
     unsure |= {attempt.name for attempt in run.cancel()}
-    left = 0
+    left, had_ended = 0, 0
     for name, known in claimed.items():
         state = journal.record(name)['state'] if name not in unsure else ''
         what = {'collected': 'had ended, and is collected', 'cancelled': 'stopped',
                 'lost': 'did not run'}.get(state)
         left += what is None
+        had_ended += state == 'collected'
         reporter.line(f'{name}: {what or "may still run"}, on '
                       f'{known.get("where") or known["machine"]}')
     may_run = f', {left} may still run' if left else ''
-    reporter.line(f'cancelled: {count_of(len(claimed), "job")}{may_run}')
+    reporter.line(f'cancelled: {count_of(len(claimed) - had_ended, "job")}{may_run}')
     return 130 if run.interrupts > 1 else 1 if left else 0
 
 

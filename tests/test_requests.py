@@ -145,6 +145,19 @@ def test_cancel_without_a_client(batches, ask, lab, held, gate, ledger):
     said(ask('--cancel', '2'), 'batch.sh.2: has ended')
 
 
+def test_a_job_that_had_ended_does_not_count_as_cancelled(batches, ask, lab, held, gate, ledger):
+    file = lab().yaml(max_jobs=2)
+    batch = batches.start([held('a'), held('b')], [file], *NO_GPU)
+    wrote(ledger, 'a', 'b')
+    batch.until('started: batch.sh.2')
+    kill(batch)
+    gate.open('a')
+    wrote(ledger, 'a ended')
+    said(ask('--cancel'), f'batch.sh.1: had ended, and is collected, on {file}',
+         f'batch.sh.2: stopped, on {file}', 'cancelled: 1 job')
+    assert result('batch.sh.1') == b''
+
+
 def test_jobs_whose_files_are_on_their_way(batches, ask, lab, outside, project):
     """A job that waits for its files has not started; one whose results are under way has ended."""
     machine = lab()
