@@ -4001,7 +4001,8 @@ def file_notes(plan, results, files, path, run):
             continue
         ended = [job.name for job in jobs if not results.journal.is_begun(job.name)]
         running = len(jobs) - len(ended)
-        parts = [f'{count_of(len(ended), "finished line")} had the older files'] * bool(ended)
+        parts = [f'{count_of(len(ended), "line")} that {"has" if len(ended) == 1 else "have"} '
+                 'results had the older files'] * bool(ended)
         parts += [f'{count_of(running, "running line")} {"has" if running == 1 else "have"} '
                   'the older files'] * bool(running)
         again = f'. To run them again: {rerun_of(ended, run.batch)}' if ended else ''

@@ -398,7 +398,7 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (project / 'large').write_bytes(bytes(300_000))
     (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
     assert note == (
-        'files changed since: large, train.py: 3 finished lines had the older files. To run '
+        'files changed since: large, train.py: 3 lines that have results had the older files. To run '
         'them again: --rerun {1..3}')
     done = run(*lines, options=('--rerun', '1', '2', '3'))
     assert started(done) == ['batch.sh.1', 'batch.sh.2', 'batch.sh.3']
@@ -462,7 +462,8 @@ def test_files_that_are_only_new_are_told_apart(run, project):
     run('cat train.py', 'true', 'echo')
     (project / 'train.py').write_text('print(3)\n')
     said = run('cat train.py', 'true', 'echo').stderr
-    assert 'files changed since: train.py: 3 finished lines had the older files.' in said
+    assert 'files changed since: train.py: 3 lines that have results had the older files.' in (
+        said)
 
 
 def test_the_machine_files_of_a_batch_are_no_files_of_its_jobs(batches, project, lab1, lab):
