@@ -15277,7 +15277,8 @@ def check_hooks(options):
 def run_batch(options, machines, jobs, client, reporter, policy, told=()):
     """Connect, place, run, collect, clean up; return the exit status."""
     results, path, dry = client.results, options['<batch>'], options['--dry-run']
-    allocation = read_allocation(options)
+    # A job that runs once more keeps its own hardware, whatever the defaults are.
+    allocation = jobs[0].allocation if 'reproduces' in policy.noted else read_allocation(options)
     lines = match_lines(jobs, name_of_batch(path), results)
     lines = lines._replace(gone=tuple(job._replace(allocation=allocation._replace(gpus=len(gpus_of(
         results.journal.record(job.name)['gpus'])))) for job in lines.gone))

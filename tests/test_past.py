@@ -652,6 +652,8 @@ def test_a_job_once_more_with_the_files_of_then(run, ask, project):
     assert lines_of(done) == ['the same: all files, and all that is known of the machine',
                               'the same: stdout']
     assert 'finished: batch.sh.1-again; bash sub/train.sh a | tee made\n' in done.stdout
+    # The job asked for no GPU and a tenth of a core.
+    assert int(re.search("^machine limits:  {'localhost': ([0-9]+)}$", done.stdout, re.M)[1]) > 0
     assert result('batch.sh.1-again') == then == (RESULTS / 'batch.sh.1-again/made').read_bytes()
     assert sorted(os.listdir(RESULTS / 'batch.sh.1-again')) == ['made']
     (claim,) = claims('commands/batch.sh.1-again').values()
