@@ -5564,11 +5564,10 @@ class BatchStatus:
             ('running', 'running'), ('started', 'started'), ('queued', 'queued at a cluster'),
             ('ended', 'ended and not collected yet'))
             if states[state] or state == 'running' and self._client]
-        # A job that an earlier run cancelled has a record, and waits.
-        cancelled = sum(status.state == 'cancelled' and not status.known for status in self.jobs)
-        waiting = self._counts['waiting'] - states['queued'] - cancelled
-        numbers = 'all jobs have ended' if self.is_over else ', '.join(
-            [*parts, f'{waiting} waiting', *[f'{cancelled} cancelled'] * bool(cancelled)])
+        # As in the last line, which counts cancelled jobs as waiting: for the next run.
+        cancelled, waiting = states['cancelled'], self._counts['waiting'] - states['queued']
+        numbers = 'all jobs have ended' if self.is_over else ', '.join([
+            *parts, f'{waiting} waiting{f" ({cancelled} of them cancelled)" * bool(cancelled)}'])
         holder = self._holder
         since = holder and clock_of(holder.since, self._now)
         if self._client:
@@ -5596,7 +5595,7 @@ class BatchStatus:
             elif status.state == 'running':
                 age_s = self._now - status.began if status.began else 0.0
                 running.append((allocation, known['machine'], age_s))
-            elif status.counted == 'waiting':
+            elif status.counted == 'waiting' and status.state != 'cancelled':
                 waiting[allocation] += 1
         left = pace.left(running, waiting)
         return f', {range_of(*left)} left' if left else ''

@@ -517,6 +517,9 @@ def test_the_time_left_is_told_as_by_the_client_while_it_runs(project, run_cli):
         assert 'left' not in ''.join(lines[1:])
         made.claim(5, machine='lab2', age_s=10)
         assert status_of(run_cli)[1][0].endswith(', 2 running, 2 waiting, 3m–4m left')     # 190 s
+        made.write(event='unwanted', jobs=['batch.sh.7'], client=os.getpid())
+        assert status_of(run_cli)[1][0].endswith(
+            ', 2 running, 2 waiting (1 of them cancelled), 3m left')        # 160 s
     assert 'left' not in status_of(run_cli)[1][0]
 
 
