@@ -4193,9 +4193,11 @@ class Summary:
         run, report = self._run, self._report
         counted = self.counts()
         before = self._plan.failed_before
-        failed_too = f' ({len(before)} of them failed)' if before else ''
-        counts = [f'{counted[fate]} {fate}{failed_too if fate == "skipped" else ""}'
-                  for fate in FATES
+        unknown = self._not_collected()
+        ended = sum(map(self._has_ended, unknown))      # the lines above have them as finished
+        more = {'skipped': f' ({len(before)} of them failed)' if before else '',
+                'not collected': f' ({ended} of them ended)' if ended else ''}
+        counts = [f'{counted[fate]} {fate}{more.get(fate, "")}' for fate in FATES
                   if counted[fate] or fate in ('finished', 'failed')]
         self._say_first()
         report.line(f'{"interrupted" if run.interrupts else "done"}: '
@@ -4214,10 +4216,8 @@ class Summary:
         for text in advice:
             report.note(text)
         self._say_left()
-        unknown = self._not_collected()
         for name, machine in unknown.items() if not run.leaves else ():
-            state = 'has ended' if self._results.journal.record(name)['state'] == 'ended' else (
-                'may still run')
+            state = 'has ended' if self._has_ended(name) else 'may still run'
             what = ('name that machine, too,' if name in self._plan.elsewhere else
                     'run the same command again')
             report.line(f'{name}: {state} on {machine}: {what} to collect its results')
@@ -4239,6 +4239,10 @@ class Summary:
         return {**{name: there.word for name, there in self._plan.elsewhere.items()}, **{
             name: worker.name if worker.was_ready else worker.machine.address
             for name, worker in left.items()}}
+
+    def _has_ended(self, name):
+        """Tell whether a job has ended, whose results are not here."""
+        return self._results.journal.record(name).get('state') == 'ended'
 
     def counts(self, is_over=True):
         """Return how many jobs have each of the FATES.  Before the end 'not collected' counts the
@@ -4829,13 +4833,17 @@ def removed_words(attempt, again=''):
 
 
 def what_is_left(run):
-    """Return which jobs of a Run keep running, and how many lines have not started, in words."""
+    """Return which jobs of a Run keep running or have ended, and how many lines have not started, in
+    words.
+    """
     queued, waits = run.lives.all_of('queued'), run.scheduler.waits
+    ended = len(run.lives.all_of('ended'))
     running = [attempt for attempt in run.lives.all_of(*ALIVE) if attempt not in queued]
     parts = [f'{count_of(len(found), "job")} {"keeps" if len(found) == 1 else "keep"} {doing} '
              f'{names_of(sorted({attempt.machine.name for attempt in found}))}'
              for found, doing in ((running, 'running on'), (queued, 'a place in the queue of'))
              if found]
+    parts += [f'{count_of(ended, "job")} {"has" if ended == 1 else "have"} ended'] * bool(ended)
     parts += [f'{count_of(waits, "line")} {"has" if waits == 1 else "have"} not started'
               ] * bool(waits)
     return '; '.join(parts) or 'nothing runs'

@@ -78,14 +78,14 @@ class Lab:
                 self.batch.lives.move(attempt, 'running')
 
     def end(self, name, exit_code=0, collected=True):
-        """End the job whose name has this suffix."""
+        """End the job whose name has this suffix.  collected: None: its results are on their way."""
         attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
         attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
         self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
         self.results.commit(attempt.name, {'out': b'', 'err': b''}, None, False)
         if collected:
             self.batch.lives.move(attempt, 'collected', kept=())
-        else:
+        elif collected is not None:
             self.batch.lives.move(attempt, 'kept')
 
 
@@ -246,7 +246,23 @@ def test_a_job_is_counted_once_though_its_results_are_not_here(results):
         yield
 
     assert lab.run(steps()) == 1
-    assert 'done: 3 jobs: 1 finished, 0 failed, 2 not collected, ' in lab.out.getvalue()
+    assert 'done: 3 jobs: 1 finished, 0 failed, 2 not collected (2 of them ended), ' in lab.out.getvalue()
+
+
+def test_jobs_that_have_ended_are_counted_when_the_others_are_left(results):
+    lab = Lab(results, {'m': NO_GPUS}, 'true\nfalse\ntrue\n', ['--no-gpu-required'])
+
+    def steps():
+        lab.started()
+        lab.end('.2', 1, collected=None)
+        lab.batch.leave()
+        yield
+
+    assert lab.run(steps()) == 130
+    assert 'interrupted: 3 jobs: 0 finished, 0 failed, 3 not collected (1 of them ended), ' in (
+        lab.out.getvalue())
+    assert 'left: 2 jobs keep running on m; 1 job has ended. The same command' in (
+        lab.err.getvalue())
 
 
 def test_what_an_earlier_run_started_is_announced_as_such(results):
