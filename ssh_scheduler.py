@@ -3775,6 +3775,7 @@ class Lines(NamedTuple):
 def match_lines(jobs, batch, results):
     """Return the Lines: match Jobs to earlier results by their commands, not by their numbers.
 
+    jobs: None if the batch file is gone: then those that have started
     batch: the stem of the names of its jobs.
 
     A line without results is to be run.  If another command's results have its name, it gets the
@@ -3783,6 +3784,7 @@ def match_lines(jobs, batch, results):
     journal = results.journal
     known = journal.jobs
     results.present.look()
+    jobs = started_jobs(batch, known) if jobs is None else jobs
     found, unmatched = find_results(jobs, batch, results)
     taken = set()
 
@@ -3810,6 +3812,19 @@ def match_lines(jobs, batch, results):
             for name in left if journal.is_begun(name)]
     return Lines(*map(tuple, (waiting, begun, done, gone)),
                  tuple(name for name in left if not journal.is_begun(name)), usual)
+
+
+def started_jobs(batch, known):
+    """Return the Jobs of a batch that have started, with the line that their names tell.
+
+    known: {name: its record}
+    """
+    names = [name for name, record in known.items()     # NAME~1 has been run again
+             if is_of_batch(name, record, batch) and '~' not in name]
+    found = [re.fullmatch(re.escape(batch) + r'\.([0-9]{1,9})', name) for name in names]
+    return [Job(name, known[name]['command'], int(match[1]) if match else 0, None, None,
+                as_paths(known[name].get('backwards')), known[name].get('own') or '')
+            for name, match in zip(names, found)]
 
 
 def find_results(jobs, batch, results):
@@ -4833,9 +4848,7 @@ def removed_words(attempt, again=''):
 
 
 def what_is_left(run):
-    """Return which jobs of a Run keep running or have ended, and how many lines have not started, in
-    words.
-    """
+    """Return in words which jobs of a Run keep running, and how many ended or have not started."""
     queued, waits = run.lives.all_of('queued'), run.scheduler.waits
     ended = len(run.lives.all_of('ended'))
     running = [attempt for attempt in run.lives.all_of(*ALIVE) if attempt not in queued]
@@ -5488,12 +5501,13 @@ class JobStatus(NamedTuple):
 class BatchStatus:
     """The states of all jobs of a batch at this moment.
 
+    jobs: None if the batch file is gone: then nobody knows which lines wait to start
     holder: the Holder of the folder's lock, or None
     """
 
     def __init__(self, jobs, batch, results, holder):
         self._batch, self._now = batch, time.time()
-        matched = match_lines(jobs, batch, results)
+        matched, self._is_whole = match_lines(jobs, batch, results), jobs is not None
         self._holder = holder
         self._client = self._holder if self._holder and self._holder.lives and (
             self._holder.run in ('', batch)) else None
@@ -5524,12 +5538,17 @@ class BatchStatus:
     @property
     def exit_status(self):
         """0 if all jobs have finished, else 1."""
-        return int(self._counts['finished'] < len(self.jobs))
+        return int(self._counts['finished'] < len(self.jobs) or self._may_grow)
 
     @property
     def is_over(self):
         """Tell whether no job runs or waits any more."""
-        return not self._counts['on a machine'] and not self._counts['waiting']
+        return not (self._counts['on a machine'] or self._counts['waiting'] or self._may_grow)
+
+    @property
+    def _may_grow(self):
+        """Tell whether a client may start jobs that are not among these."""
+        return bool(self._client) and not self._is_whole
 
     def chosen(self, options):
         """Return the JobStatus of each job that the options ask for, by default of all jobs."""
@@ -14944,13 +14963,13 @@ def execute_batch(argv):
     reruns = options.given & RERUNS
     if not (asked or reruns):
         check_words(options)
+    if asked:
+        return ASKED[asked](read_call(options, reporter), reporter)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
-    if not (asked or reruns):
+    if not reruns:
         refuse_python(options['<batch>'], text)
     jobs = read_lines(options, text, reporter.warning)
     name = name_of_batch(options['<batch>'])
-    if asked:
-        return ASKED[asked](BatchCall(options, text, jobs, name), reporter)
     answer = ask_for_rerun(options, name) if reruns and not options['--dry-run'] else None
     if answer:
         return tell_answer(answer, reporter)
@@ -15018,6 +15037,14 @@ def known_batches():
     return sorted(names)
 
 
+def is_gone(path):
+    """Tell whether a batch file is gone, and job_results or a client knows its batch."""
+    if path == '-' or os.path.lexists(path):
+        return False
+    name, holder = name_of_batch(path), ResultStore('job_results').lock.holder
+    return name in known_batches() or bool(holder and holder.lives and holder.run == name)
+
+
 def past_in(options, option):
     """Return the Past of the job that an option names, by its name or its number in <batch>."""
     return find_past(options[option], options['<batch>'])
@@ -15082,8 +15109,20 @@ class BatchCall(NamedTuple):
     """A call of execute_batch whose options and batch file were read."""
     options: Options
     text: str                       # of the batch file
-    jobs: list                      # the Jobs in it, by these options
+    jobs: Optional[list]            # the Jobs in it, by these options; None if the file is gone
     name: str                       # of the batch
+
+
+def read_call(options, reporter):
+    """Return the BatchCall of options that ask for something else than a run of the batch."""
+    path = options['<batch>']
+    name = name_of_batch(path)
+    if is_gone(path):
+        reporter.note(f'there is no batch file {printable(path)} any more. These are the jobs of '
+                      f'{name} that have started')
+        return BatchCall(options, '', None, name)
+    text = read_batch_text(path, sys.stdin.buffer)
+    return BatchCall(options, text, read_lines(options, text, reporter.warning), name)
 
 
 def check_asked(options):
@@ -15405,7 +15444,7 @@ def jobs_as_asked(options, text, jobs, words):
     words: the options of the client that ran the batch last, or None.  If they cannot be read, the
     allocation of each Job is None.
     """
-    if hardware_words(options):
+    if jobs is None or hardware_words(options):
         return jobs
     with contextlib.suppress(SchedulerError, TypeError):        # words of another version
         asked = read_options(EXECUTE_BATCH_USAGE, [*words, '--', options['<batch>']])

@@ -398,8 +398,8 @@ def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
     (project / 'large').write_bytes(bytes(300_000))
     (note,) = [line for line in run(*lines).stderr.splitlines() if 'files changed' in line]
     assert note == (
-        'files changed since: large, train.py: 3 lines that have results had the older files. To run '
-        'them again: --rerun {1..3}')
+        'files changed since: large, train.py: 3 lines that have results had the older files. To '
+        'run them again: --rerun {1..3}')
     done = run(*lines, options=('--rerun', '1', '2', '3'))
     assert started(done) == ['batch.sh.1', 'batch.sh.2', 'batch.sh.3']
     assert result('batch.sh.1') == b'print(2)\n' and 'files changed' not in done.stderr

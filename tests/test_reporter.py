@@ -78,7 +78,7 @@ class Lab:
                 self.batch.lives.move(attempt, 'running')
 
     def end(self, name, exit_code=0, collected=True):
-        """End the job whose name has this suffix.  collected: None: its results are on their way."""
+        """End the job whose name has this suffix.  collected: None if its results are on their way"""
         attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
         attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
         self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
@@ -246,7 +246,8 @@ def test_a_job_is_counted_once_though_its_results_are_not_here(results):
         yield
 
     assert lab.run(steps()) == 1
-    assert 'done: 3 jobs: 1 finished, 0 failed, 2 not collected (2 of them ended), ' in lab.out.getvalue()
+    assert 'done: 3 jobs: 1 finished, 0 failed, 2 not collected (2 of them ended), ' in (
+        lab.out.getvalue())
 
 
 def test_jobs_that_have_ended_are_counted_when_the_others_are_left(results):

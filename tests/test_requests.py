@@ -196,6 +196,48 @@ def test_a_job_that_is_unknown(batches, ask, lab, held, gate, ledger):
     assert batch.end().returncode == 0
 
 
+def test_a_batch_whose_file_was_renamed_keeps_its_name(batches, ask, start_cli, lab, held, gate,
+                                                       ledger):
+    file = lab().yaml(max_jobs=2)
+    lines = ['exit 3', held('a'), held('b'), held('c'), 'true']
+    batch = batches.start(lines, [file], *NO_GPU)
+    wrote(ledger, 'a', 'b')
+    wait_until(lambda: journal().record('batch.sh.1').get('state') == 'collected', 'its results')
+    Path('batch.sh').rename('other.sh')
+    done = ask('--status')
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:-1]] == [
+        ['.1', 'failed'], ['.2', 'running'], ['.3', 'running']]
+    assert (done.returncode, done.stderr) == (
+        1, 'there is no batch file batch.sh any more. These are the jobs of batch.sh that have '
+           'started\n')
+    waits = start_cli('execute_batch', 'batch.sh', '--wait')
+    said(ask('--cancel', '2'), f'batch.sh.2: is being stopped on {file}')
+    wrote(ledger, 'c')
+    gate.open('b')
+    gate.open('c')
+    assert batch.end().returncode == 1
+    out, _ = waits.communicate(timeout=rig.SAFETY_NET_S)    # it counts jobs that started later
+    assert (waits.returncode, out) == (
+        1, '5 jobs: 3 finished, 1 failed, 0 on a machine, 1 waiting\n')
+    assert ask('--follow', '3').returncode == 0
+    said(ask('--cancel'), 'cancelled: 0 jobs')
+    assert 'No such file or directory' in ask('--rerun', '3').stderr
+    Path('batch.sh').write_text('true\n')
+    assert 'any more' not in ask('--status').stderr
+
+
+def test_jobs_of_a_batch_whose_file_is_gone_are_cancelled(batches, ask, lab, held, gate, ledger):
+    file = lab().yaml()
+    batch = batches.start([held('a'), f'execute_remote --job-name own {held("b")!r}'], [file],
+                          *NO_GPU)
+    wrote(ledger, 'a', 'b')
+    Path('batch.sh').unlink()
+    done = ask('--cancel')
+    assert (done.returncode, sorted(done.stdout.splitlines())) == (0, [
+        f'batch.sh.1: stopped, on {file}', 'cancelled: 2 jobs', f'own: stopped, on {file}'])
+    assert batch.end().returncode == 130
+
+
 # ---- Run again ----
 
 def test_jobs_run_again_while_the_client_runs(batches, ask, lab, held, gate, ledger, outside):

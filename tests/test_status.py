@@ -502,6 +502,24 @@ def test_a_client_elsewhere_and_one_that_has_ended(made, run_cli):
     assert status_of(run_cli)[1][0] == first
 
 
+def test_a_batch_whose_file_is_gone_may_have_more_jobs_while_a_client_runs(project, run_cli):
+    made = Made('true', 'false')
+    made.claim(1)
+    made.end(1)
+    (project / 'batch.sh').unlink()
+    done = run_cli('execute_batch', 'batch.sh', '--status')
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (
+        0, '1 job: 1 finished, 0 failed, 0 on a machine, 0 waiting')
+    assert 'no batch file batch.sh any more' in done.stderr
+    with made.hold():
+        done = run_cli('execute_batch', 'batch.sh', '--status', '--json')
+        assert (done.returncode, json.loads(done.stdout)['line']) == (1, 1)
+        first = run_cli('execute_batch', 'batch.sh', '--status').stdout.splitlines()[0]
+        assert first.endswith(', 0 running, 0 waiting')
+    done = run_cli('execute_batch', 'other.sh', '--status')
+    assert (done.returncode, 'cannot be read: No such file' in done.stderr) == (2, True)
+
+
 def test_the_time_left_is_told_as_by_the_client_while_it_runs(project, run_cli):
     made = Made(*(f'python3 train.py {number}' for number in range(7)))
     for line in (1, 2):
