@@ -14001,6 +14001,20 @@ def changed_machines(run, machines):
             and machine._replace(word='') != used[machine.name]._replace(word='')]
 
 
+def options_that_stay(options, former, waits):
+    """Yield a sentence for the options that change nothing in a batch that runs.
+
+    former: the options that it began with; waits: how many of its lines wait
+    """
+    other = {name for name in options.given | former.given if options[name] != former[name]}
+    fixed = sorted(other - CHANGEABLE - RERUNS)
+    if fixed:
+        yield f'these options stay as they were when the batch began: {", ".join(fixed)}'
+    late = sorted(other & CHANGEABLE - {'--machines', '--verbose'})
+    if late and not waits:
+        yield f'no line waits, so these options change nothing: {", ".join(late)}'
+
+
 class Desk:
     """Acts on the requests of an Inbox, for a Run.
 
@@ -14224,10 +14238,7 @@ class Desk:
         if unnamed and machines:
             yield (f'{names_of(sorted(unnamed))} stays in use. To give it back: execute_batch '
                    f'{options["<batch>"]} --drop-machine {" ".join(sorted(unnamed))}')
-        fixed = sorted(name for name in (options.given | self._options.given) - CHANGEABLE - RERUNS
-                       if options[name] != self._options[name])
-        if fixed:
-            yield f'these options stay as they were when the batch began: {", ".join(fixed)}'
+        yield from options_that_stay(options, self._options, self._run.scheduler.waits)
 
     def _join(self, machines):
         """Use these Machines, too; return the Workers of those that were not in use."""

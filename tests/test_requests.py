@@ -511,6 +511,24 @@ def test_jobs_that_run_again_get_the_files_of_now(batches, ask, lab, held, gate,
     batch.until('finished: batch.sh.1')
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~2')
+def test_options_for_jobs_that_have_all_started(batches, ask, lab, held, gate, ledger):
+    file = lab().yaml()
+    batch = batches.start([held('a')], [file], *NO_GPU)
+    wrote(ledger, 'a')
+    batch.until('started: ')
+    handed = f'handed to the client that runs (process {batch.process.pid}): '
+    said(batches.run(None, [file], '--num-cpus=2', '--exclude=x', *NO_GPU),
+         f'{handed}it has these lines and machines already',
+         'no line waits, so these options change nothing: --exclude, --num-cpus')
+    done = batches.run([held('a'), held('b')], [file], '--num-cpus=2', *NO_GPU)
+    said(done, f'{handed}1 line added')
+    assert done.stderr == 'To wait for the end of the batch: execute_batch batch.sh --wait\n'
+    wrote(ledger, 'b')
+    gate.open('a')
+    gate.open('b')
+    assert batch.end().returncode == 0
+
+
     batch.until('finished: batch.sh.1')
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     (project / 'script').write_text('echo newest\n')
