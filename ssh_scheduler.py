@@ -15499,7 +15499,14 @@ def cancel_batch(call, reporter):
     if options['--cancel']:
         answer = Inbox(results, name).ask('cancel', jobs=[*options['--cancel']])
         if answer:
-            return tell_answer(answer, reporter)
+STARTS_AGAIN = ('The next run of the batch starts cancelled jobs again. To prevent that, delete '
+                'their lines')
+
+
+            status = tell_answer(answer, reporter)
+            if not all(line.endswith('has ended') for line in answer.lines):
+                reporter.note(STARTS_AGAIN)
+            return status
     try:
         before = {}
         if options['--cancel']:
@@ -15574,17 +15581,19 @@ def cancel_claimed(run, claimed, named, reporter):
             or worker.busy and not run.lives.any_of(worker, *ALIVE)) for worker in run.workers),
         time.monotonic() + CONNECT_LIMIT_S, lambda: run.interrupts > 1)
     unsure |= {attempt.name for attempt in run.cancel()}
-    left, had_ended = 0, 0
+    left, cancelled = 0, []
     for name, known in claimed.items():
         state = journal.record(name)['state'] if name not in unsure else ''
         what = {'collected': 'had ended, and is collected', 'cancelled': 'stopped',
                 'lost': 'did not run'}.get(state)
         left += what is None
-        had_ended += state == 'collected'
+        cancelled += [name] * (state != 'collected')
         reporter.line(f'{name}: {what or "may still run"}, on '
                       f'{known.get("where") or known["machine"]}')
     may_run = f', {left} may still run' if left else ''
-    reporter.line(f'cancelled: {count_of(len(claimed) - had_ended, "job")}{may_run}')
+    reporter.line(f'cancelled: {count_of(len(cancelled), "job")}{may_run}')
+    if any(name in named and named[name].line for name in cancelled):
+        reporter.note(STARTS_AGAIN)
     return 130 if run.interrupts > 1 else 1 if left else 0
 
 

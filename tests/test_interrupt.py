@@ -266,7 +266,9 @@ def test_cancel_while_the_client_runs(batches, run_cli, lab, ledger, gate, numbe
     assert (done.returncode, done.stdout.splitlines()) == (0, [
         f'batch.sh.2: stopped, on {machine.yaml()}', f'batch.sh.3: stopped, on {machine.yaml()}',
         'cancelled: 2 jobs']), done
-    assert done.stderr == f'batch.sh: cancelling: process {batch.process.pid} runs it\n'
+    assert done.stderr == (f'batch.sh: cancelling: process {batch.process.pid} runs it\n'
+                           'The next run of the batch starts cancelled jobs again. To prevent '
+                           'that, delete their lines\n')
     first = batch.end()
     assert first.returncode == 130
     assert first.stdout.splitlines()[-1].startswith(

@@ -36,6 +36,10 @@ def held(gate, ledger):
     return line
 
 
+AGAIN = ('The next run of the batch starts cancelled jobs again. To prevent that, delete their '
+         'lines\n')
+
+
 def said(done, *lines, status=0):
     assert (done.returncode, done.stdout.splitlines()) == (status, [*lines]), done.stderr
 
@@ -57,8 +61,10 @@ def test_single_jobs_are_cancelled(batches, ask, lab, held, gate, ledger):
     batch = batches.start([held('a'), held('b'), 'echo c', 'echo d'], [file], *NO_GPU)
     wrote(ledger, 'a', 'b')
     batch.until('started: batch.sh.2')
-    said(ask('--cancel', '1', '.3', 'batch.sh.3'), f'batch.sh.1: is being stopped on {file}',
+    done = ask('--cancel', '1', '.3', 'batch.sh.3')
+    said(done, f'batch.sh.1: is being stopped on {file}',
          'batch.sh.3: cancelled; it had not started')
+    assert done.stderr == AGAIN
     done = ask('--status')      # the first line and the last one have the same numbers
     assert int(re.search(' ([0-9]) waiting ', done.stdout)[1]) == int(
         re.search(r', ([0-9]) waiting\n\Z', done.stdout)[1])
@@ -155,8 +161,11 @@ def test_a_job_that_had_ended_does_not_count_as_cancelled(batches, ask, lab, hel
     kill(batch)
     gate.open('a')
     wrote(ledger, 'a ended')
-    said(ask('--cancel'), f'batch.sh.1: had ended, and is collected, on {file}',
+    done = ask('--cancel')
+    said(done, f'batch.sh.1: had ended, and is collected, on {file}',
          f'batch.sh.2: stopped, on {file}', 'cancelled: 1 job')
+    assert done.stderr == AGAIN
+    assert ask('--cancel').stderr == ''
     assert result('batch.sh.1') == b''
 
 
@@ -251,7 +260,9 @@ def test_jobs_run_again_while_the_client_runs(batches, ask, lab, held, gate, led
     go.touch()
     said(ask('--rerun-failed'), 'batch.sh.2: runs again; its earlier results are batch.sh.2~1')
     batch.until('finished: batch.sh.2')
-    said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~1')
+    done = ask('--rerun', '1')
+    said(done, 'batch.sh.1: runs again; its earlier results are batch.sh.1~1')
+    assert done.stderr == 'To wait for the end of the batch: execute_batch batch.sh --wait\n'
     batch.until('finished: batch.sh.1')
     done = ask('--rerun', '3')
     assert (done.returncode, done.stdout) == (2, '')
@@ -500,17 +511,6 @@ def test_options_that_stay(batches, ask, lab, held, gate, ledger):
     assert batch.end().returncode == 0
 
 
-def test_jobs_that_run_again_get_the_files_of_now(batches, ask, lab, held, gate, ledger, project):
-    (project / 'script').write_text('echo old; exit 1\n')
-    batch = batches.start(['. ./script', held('a')], [lab()], *NO_GPU)
-    batch.until('failed: batch.sh.1')
-    wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
-    (project / 'script').write_text('echo new\n')
-    said(ask('--rerun-failed'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~1',
-         'it gets the current files; changed since the batch began: script')
-    batch.until('finished: batch.sh.1')
-    wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
-    said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~2')
 def test_options_for_jobs_that_have_all_started(batches, ask, lab, held, gate, ledger):
     file = lab().yaml()
     batch = batches.start([held('a')], [file], *NO_GPU)
@@ -529,6 +529,17 @@ def test_options_for_jobs_that_have_all_started(batches, ask, lab, held, gate, l
     assert batch.end().returncode == 0
 
 
+def test_jobs_that_run_again_get_the_files_of_now(batches, ask, lab, held, gate, ledger, project):
+    (project / 'script').write_text('echo old; exit 1\n')
+    batch = batches.start(['. ./script', held('a')], [lab()], *NO_GPU)
+    batch.until('failed: batch.sh.1')
+    wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
+    (project / 'script').write_text('echo new\n')
+    said(ask('--rerun-failed'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~1',
+         'it gets the current files; changed since the batch began: script')
+    batch.until('finished: batch.sh.1')
+    wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
+    said(ask('--rerun', '1'), 'batch.sh.1: runs again; its earlier results are batch.sh.1~2')
     batch.until('finished: batch.sh.1')
     wait_until(lambda: journal().record('batch.sh.1')['state'] == 'collected', 'its results')
     (project / 'script').write_text('echo newest\n')
