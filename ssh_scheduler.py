@@ -14983,7 +14983,7 @@ def execute_batch(argv):
     name = name_of_batch(options['<batch>'])
     answer = ask_for_rerun(options, name) if reruns and not options['--dry-run'] else None
     if answer:
-        return tell_answer(answer, reporter)
+        return tell_handed(answer, options, reporter)
     if reruns and not options['--machines']:
         raise UsageError(f'no client runs {name}, so this command starts one: --machines is '
                          f'missing.{HERE_TOO.format("--machines")}')
@@ -14998,7 +14998,7 @@ def execute_batch(argv):
     results.sent.limit_bytes = read_keep_files(options)
     answer = open_or_hand_over(results, name, options, text)
     if answer:
-        return tell_answer(answer, reporter, handed_to(results.lock.holder))
+        return tell_handed(answer, options, reporter, handed_to(results.lock.holder))
     part_from_original(results.journal, options, reporter)
     allow_files(len(machines))
     client = Client(results, reporter.trace, **settings)
@@ -15236,6 +15236,16 @@ def tell_answer(answer, reporter, head='', command='execute_batch'):
     if answer.error:
         reporter.note(f'{command}: {printable(answer.error)}')
     return answer.status
+
+
+def tell_handed(answer, options, reporter, head=''):
+    """Print the Answer of the client that runs the batch, and how to wait for the end, since this
+    command does not wait; return the exit status.
+    """
+    status, path = tell_answer(answer, reporter, head), options['<batch>']
+    if not status and path != '-':
+        reporter.note(f'To wait for the end of the batch: {typed_for(path, "--wait")}')
+    return status
 
 
 def run_told(options, client, reporter, hooks, run):
@@ -15489,6 +15499,10 @@ def show_status(call, reporter):
         return exit_status if interval else 130
 
 
+STARTS_AGAIN = ('The next run of the batch starts cancelled jobs again. To prevent that, delete '
+                'their lines')
+
+
 def cancel_batch(call, reporter):
     """Cancel jobs of a batch, whatever their state (--cancel).
 
@@ -15499,10 +15513,6 @@ def cancel_batch(call, reporter):
     if options['--cancel']:
         answer = Inbox(results, name).ask('cancel', jobs=[*options['--cancel']])
         if answer:
-STARTS_AGAIN = ('The next run of the batch starts cancelled jobs again. To prevent that, delete '
-                'their lines')
-
-
             status = tell_answer(answer, reporter)
             if not all(line.endswith('has ended') for line in answer.lines):
                 reporter.note(STARTS_AGAIN)

@@ -78,7 +78,7 @@ class Lab:
                 self.batch.lives.move(attempt, 'running')
 
     def end(self, name, exit_code=0, collected=True):
-        """End the job whose name has this suffix.  collected: None if its results are on their way"""
+        """End the job with this suffix.  collected: None if its results are on their way"""
         attempt = next(attempt for attempt in self.running if attempt.name.endswith(name))
         attempt.result = s.JobResult(attempt.name, attempt.machine.name, exit_code, 0.1)
         self.batch.lives.move(attempt, 'ended', exit_code=exit_code, wall_s=0.1)
