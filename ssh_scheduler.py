@@ -4879,6 +4879,37 @@ def how_to_check(worker, before):
     return f' To find the cause: execute_batch --check --machines {word}'
 
 
+class Peaks:
+    """The most that jobs were seen to use.
+
+    kinds: {Allocation: [[MB of each job], [MB of each job on GPUs]]}
+    """
+
+    def __init__(self):
+        self.kinds = {}
+        self._looked_at = set()     # keys of attempts whose machine was measured while they ran
+
+    def look(self, run, worker):
+        """A machine was measured."""
+        if not worker.capacity or any(gpu.unified for gpu in worker.capacity.gpus):
+            return                  # of unified GPUs nvidia-smi does not tell what jobs use
+        for attempt in run.lives.of(worker, 'running'):
+            since = run.client.journal.started(attempt.name)
+            if attempt.gpus and since and time.time() - since > REFRESH_S:
+                self._looked_at.add(attempt.key)
+
+    def ended(self, attempt):
+        """Note what a job used, if it succeeded, and ran long enough to be seen more than once."""
+        result = attempt.result
+        gpu_mb = result.peak_gpu_memory_mb
+        if gpu_mb is None and attempt.key in self._looked_at:
+            gpu_mb = 0
+        seen = self.kinds.setdefault(attempt.job.allocation, [[], []])
+        if not result.exit_code and result.wall_s > 2 * REFRESH_S:
+            for peaks, mb in zip(seen, (result.peak_memory_mb, gpu_mb)):
+                peaks += [mb] if mb is not None else []
+
+
 class BatchView(ToldView):
     """The output of execute_batch: the events on stdout, all else on stderr.
 
@@ -4896,7 +4927,7 @@ class BatchView(ToldView):
         self.began = self._last_start = time.monotonic()
         self._explained = ('', -math.inf)       # why jobs wait, as last printed, and when
         self._unusable = {}                     # worker -> why, as last printed
-        self._peaks = {}                        # Allocation -> [[peak MB], [peak MB of a GPU]]
+        self._peaks = Peaks()
         self._lost_gpus = {}                    # worker -> the last message about its lost GPUs
         self._said_halt = False
         self._question = None                   # the Question of Ctrl-C
@@ -5030,12 +5061,8 @@ class BatchView(ToldView):
         self._report.ended(attempt.job, attempt.result.exit_code)
 
     def _ended(self, attempt):
-        result = attempt.result
         self._tell_end(attempt)
-        seen = self._peaks.setdefault(attempt.job.allocation, [[], []])
-        if not result.exit_code and result.wall_s > 2 * REFRESH_S:     # seen more than once
-            for peaks, mb in zip(seen, (result.peak_memory_mb, result.peak_gpu_memory_mb)):
-                peaks += [mb] if mb is not None else []
+        self._peaks.ended(attempt)
 
     def lost(self, attempt, again):
         """A machine lost a job, which has no result."""
@@ -5073,6 +5100,7 @@ class BatchView(ToldView):
 
     def measured(self, worker):
         """Print that only a part of a machine's GPUs can be used, if that is new."""
+        self._peaks.look(self.run, worker)
         have = worker.capacity
         if have and have.lost_gpus and have.lost_gpus != self._lost_gpus.get(worker):
             self._report.note(f'{worker.name} {have.lost_gpus}; '
@@ -5178,7 +5206,7 @@ class BatchView(ToldView):
     def summary(self):
         """Print the summary; return the exit status."""
         self.unanswered()
-        return self.outcome.show(time.monotonic() - self.began, advise(self.run, self._peaks))
+        return self.outcome.show(time.monotonic() - self.began, advise(self.run, self._peaks.kinds))
 
 
 class TerminalView(BatchView):
@@ -5349,32 +5377,46 @@ class BoundView(SpeakingView):
 
 
 def advise(run, peaks):
-    """Yield a line for each kind of job that asked for far more memory than it used.
+    """Yield a line for each kind of job that asked for far more than it used: memory, or a GPU.
 
     peaks: {Allocation: ([MB], [MB of a GPU])}, the most that each of its jobs used
     """
-    for allocation, (memory, gpu_memory) in peaks.items():
-        less = allocation._replace(
-            memory_mb=advised_mb(allocation.memory_mb, memory),
-            gpu_memory_mb=allocation.gpu_memory_mb if allocation.reserve_gpu else
-            advised_mb(allocation.gpu_memory_mb, gpu_memory))
-        options = [(option, used, asked, new) for option, used, asked, new in (
-            ('memory', memory, allocation.memory_mb, less.memory_mb),
-            ('gpu-memory', gpu_memory, allocation.gpu_memory_mb, less.gpu_memory_mb))
-            if new < asked]
+    for allocation, seen in peaks.items():
+        less, used, words = less_of(allocation, *seen)
         count = sum(1 for job in run.jobs.values() if job.allocation == allocation)
-        for worker in run.scheduler.resources if options else ():
+        for worker in run.scheduler.resources if words else ():
             if worker.capacity.queue:       # a cluster does not tell what is free
                 continue
             before, _ = room_for(worker.capacity, allocation)
             after, _ = room_for(worker.capacity, less)
             if after > before and count > before:
-                used = '; '.join(f'asked {asked} MB{" of a GPU" if "gpu" in option else ""}, '
-                                 f'used at most {max(used)}'
-                                 for option, used, asked, _ in options)
-                words = ' '.join(f'--{option}-required={new}' for option, *_, new in options)
-                yield f'{used}: with {words} {worker.name} would run {after} at once'
+                condition = 'if the jobs need none, ' * (less.gpus < allocation.gpus)
+                yield (f'{"; ".join(used)}: {condition}with {" ".join(words)} {worker.name} would '
+                       f'run {after} at once')
                 break
+
+
+def less_of(allocation, memory, gpu_memory):
+    """Return (an Allocation that suffices, [what jobs used, in words], [options that ask for it]).
+
+    memory, gpu_memory: those of `peaks` in `advise`
+    """
+    used, words = [], []
+    new = advised_mb(allocation.memory_mb, memory)
+    if new < allocation.memory_mb:
+        used.append(f'asked {allocation.memory_mb} MB, used at most {max(memory)}')
+        words.append(f'--memory-required={new}')
+        allocation = allocation._replace(memory_mb=new)
+    if allocation.gpus and gpu_memory and not any(gpu_memory):
+        return (allocation._replace(gpus=0), [*used, 'no job was seen to use its GPU'],
+                [*words, '--no-gpu-required'])
+    new = advised_mb(allocation.gpu_memory_mb, gpu_memory)
+    if new < allocation.gpu_memory_mb and not allocation.reserve_gpu:
+        used.append(f'asked {allocation.gpu_memory_mb} MB of a GPU, used at most '
+                    f'{max(gpu_memory)}')
+        words.append(f'--gpu-memory-required={new}')
+        allocation = allocation._replace(gpu_memory_mb=new)
+    return allocation, used, words
 
 
 def advised_mb(asked_mb, seen_mb):

@@ -364,6 +364,20 @@ def test_what_a_job_used_is_noted_and_told_if_far_less_was_enough(watched, lab, 
     assert peak < int(advice[1]) <= 400 and int(advice[2]) == 12      # 1.5 x 8 cores
 
 
+def test_jobs_that_wait_for_gpus_and_use_none_are_told(batches, lab):
+    machine = lab(gpus=rig.fake_gpus(1))
+    file, uuid = machine.yaml(), rig.gpu_row(0)[1]
+    options = ('--memory-required=100', '--num-cpus=4')
+    done = batches.run(['sleep 7.5', 'echo 2', 'echo 3'], [file], *options)
+    assert done.returncode == 0, done.stderr
+    assert ('no job was seen to use its GPU: if the jobs need none, with --no-gpu-required '
+            f'{file} would run 3 at once') in done.stderr.splitlines()
+    machine.set_gpus(rig.fake_gpus(1, memory_free_mb=10000))
+    uses = f'echo "{uuid}, $$, 6000" >>{machine.folder}/gpus.apps; sleep 7.5'
+    done = batches.run([uses, 'echo 4', 'echo 5'], [file], *options)
+    assert (done.returncode, 'no job was seen' in done.stderr) == (0, False)
+
+
 def test_there_is_no_advice_where_it_would_not_help(batches, lab1):
     done = batches.run(['sleep 2.5'], [lab1], '--no-gpu-required', '--memory-required=7000')
     assert done.returncode == 0 and 'asked' not in done.stderr
