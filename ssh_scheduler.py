@@ -3862,6 +3862,30 @@ def find_results(jobs, batch, results):
     return found, list(unmatched)
 
 
+def former_name(lines, batch, results):
+    """Return a sentence if most of the lines have results as another batch, whose file is gone; ''
+    otherwise, and if this batch has results.  The file was probably renamed.
+    """
+    wanted = {(job.command, job.own) for job in lines.waiting}
+    if lines.done or lines.begun or lines.gone or lines.left:
+        return ''
+    found = collections.defaultdict(set)
+    for name, record in results.journal.jobs.items():
+        line = record['command'], record.get('own') or ''
+        if line in wanted and record.get('batch') not in (None, batch, 'stdin') and (
+                results.is_done(name)):
+            found[record['batch']].add(line)
+    other = max(found, key=lambda name: len(found[name]), default='')
+    count = sum((job.command, job.own) in found[other] for job in lines.waiting)
+    # A file in a folder: sub/grid.sh is the batch sub_grid.sh.
+    paths = (other.replace('_', '/', parts) for parts in range(other.count('_') + 1))
+    if 2 * count <= len(lines.waiting) or any(map(os.path.exists, paths)):
+        return ''
+    return (f'{count_of(count, "line")} {"has" if count == 1 else "have"} results as {other}, and '
+            f'{"runs" if count == 1 else "run"} again as {batch}. To skip these lines, give the '
+            'batch file its former name')
+
+
 def name_to_run(job, known, is_taken):
     """Return the name of a job without results: its own, or the next free one, as free_name does.
 
@@ -4962,6 +4986,7 @@ class BatchView(ToldView):
             self._report.note(f'only a part of the results is left for {names_of(found)}. To run '
                               f'{"this line" if len(parts) == 1 else "these lines"} again: rm -r '
                               f'{" ".join(paths)}')
+        self.tell(former_name(lines, self.run.batch, results))
         unknown = [job.name for job in lines.done if job.name not in results.journal.jobs]
         if unknown:
             self._report.note(f'the journal does not know which commands made {names_of(unknown)}')

@@ -383,6 +383,25 @@ def test_commands_beside_a_batch_are_no_strangers(run_cli, batches, lab, gate):
     assert run_cli('execute_remote', '--attach=n').returncode == 0
 
 
+# ---- Another name of the batch file ----
+
+def test_lines_that_have_results_as_another_batch_are_told(run_cli, project):
+    def run(path, *lines):
+        (project / path).write_text(''.join(f'{line}\n' for line in lines))
+        return run_cli('execute_batch', path, *NO_GPU, '--machines', 'localhost', '--dry-run'
+                       if lines[0] == 'echo c' else '--num-cpus=0.1')
+
+    (project / 'sub').mkdir()
+    run('sub/one.sh', 'true', 'echo a', 'echo b')
+    assert 'results as' not in run('two.sh', 'true', 'echo a').stderr       # a copy
+    (project / 'sub/one.sh').unlink()
+    assert 'results as' not in run('more.sh', 'echo c', 'echo d', 'echo a').stderr
+    assert 'results as' not in run('two.sh', 'true', 'echo a').stderr
+    said = run('again.sh', 'echo a', 'echo b', 'echo d').stderr.splitlines()
+    assert ('2 lines have results as sub_one.sh, and run again as again.sh. To skip these lines, '
+            'give the batch file its former name') in said
+
+
 # ---- Files ----
 
 def test_other_files_than_those_of_earlier_jobs_are_told(run, project):
