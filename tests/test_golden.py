@@ -29,6 +29,9 @@ HOLDS = {5: 5, 50: 21, 400: 40}     # number of jobs -> the job that waits, as j
 # What a job does depends on its number.  Until the gates open, all other jobs share one GPU.
 TRAIN = r'''
 n=${SSH_SCHEDULER_JOB##*.}
+smi=$(command -v nvidia-smi)            # the job seems to use its GPU
+echo "GPU-00000000-0000-0000-0000-00000000000$CUDA_VISIBLE_DEVICES, $$, 100" \
+  >>"${smi%/*}/../gpus.apps"
 case $n in
     1) echo 'epoch 57: loss 0.44'; read -r <GATE.1;;
     2) printf ' 10%%|#         | 12/117\r 20%%|##        | 24/117\r'; read -r <GATE.2;;
@@ -306,7 +309,8 @@ def compare(found):
 def scenes(lab, tmp_path, scheduler, client_env):
     """Make a Scene for each size of a terminal: scenes(number of jobs)."""
     return lambda count: [
-        Scene(size, count, [lab(name=f'lab{n}', gpus=rig.fake_gpus(2)) for n in (1, 2, 3, 4)],
+        Scene(size, count, [lab(name=f'lab{n}', gpus=rig.fake_gpus(
+            2, memory_free_mb=15900)) for n in (1, 2, 3, 4)],
               tmp_path / str(size[0]), scheduler, client_env) for size in SIZES]
 
 
