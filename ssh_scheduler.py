@@ -6114,24 +6114,45 @@ GUESSES = tuple((frozenset(names.split()), known, remedy) for names, known, reme
     ('--resume --collect', '--follow', 'To continue a batch and fetch its results: type the '
      'command again that started it.'),
     ('--log --logs --output --tail', '--follow', 'To see what job 57 prints: --follow 57.'),
-    ('--list --queue --progress', '--follow', 'To see all jobs: --status.'),
+    ('-o --out --error', '--follow', 'The output of each job is in job_results, such as '
+     'job_results/batch.sh.57.out. To see it: --follow 57.'),
+    ('--list --queue --progress --bar --eta', '--follow', 'To see all jobs: --status.'),
+    ('-a --arg-file --array', '--follow', 'Write each command on a line of the batch file. To '
+     'write many: for i in {1..9}; do echo "python3 train.py $i"; done >batch.sh'),
+    ('--dependency --depends --depends-on --after --afterok', '--follow', 'To run a batch '
+     'after another one: execute_batch part1.sh … && execute_batch part2.sh …'),
+    ('--env --export', '--follow', 'To set a variable of a job, write its line as: NAME=VALUE '
+     'COMMAND. For all jobs: the key env of a machine file.'),
+    ('--setup --prolog --prologue', '--follow', 'To prepare a machine for its jobs: the key setup '
+     'of its machine file. For one job, write its line as: PREPARE && COMMAND.'),
+    ('-n', '--dry-run', 'To ask for processor cores: --num-cpus 4. To start nothing: --dry-run.'),
     ('--results', '--follow', 'To see the results as a table: results_table.'),
     ('--force --restart', '--follow', 'To run jobs again: --rerun.'),
     ('--jobs --num-jobs --max-jobs -j -P', '--follow', 'To limit the number of jobs on a machine: '
-     'the key max_jobs of its machine file.'),
+     'the key max_jobs of its machine file. To write such a file: execute_to --init lab1.'),
     ('--pause', '--follow', 'To start no more jobs on a machine: --drop-machine.'),
     ('--name --job-name', '--follow', 'To name a job, write its line as: execute_remote --job-name '
      "NAME 'COMMAND'."),
     ('--background', '--detach', 'To start a job and not wait for it: --detach.'),
     ('--follow --log --logs --output --tail --resume --collect', '--attach', 'To see what a job '
      'prints, and to fetch its results: --attach NAME.'),
+    ('--list --status --jobs', '--attach', 'To see what a job prints: --attach NAME. To list the '
+     'names: ls job_results/.ssh_scheduler/commands. For a batch: execute_batch --status.'),
+    ('--dependency --depends --depends-on --after --afterok', '--attach', 'To run a command '
+     "after another one: execute_remote … 'FIRST && SECOND'."),
+    ('--env --export', '--attach', "To set a variable: 'NAME=VALUE COMMAND', or the key env of a "
+     'machine file.'),
+    ('--setup --prolog --prologue', '--attach', "To prepare the command: 'PREPARE && COMMAND', or "
+     'the key setup of a machine file.'),
     ('--interactive -it', '--tty', 'To use this terminal: --tty.'),
     ('--port -L', '--forward', 'To forward a port: --forward 8888.'),
     ('--kill --stop', '--cancel', 'To cancel a job: --cancel.'),
-    ('--host --hosts --nodes --sshlogin', '--stdin', 'To name a machine: --machine lab1.'),
-    ('--host --hosts --nodes --sshlogin', '--machines', 'To name machines: --machines lab1 lab2.'),
+    ('--host --hosts --nodes --sshlogin -S', '--stdin', 'To name a machine: --machine lab1.'),
+    ('--host --hosts --nodes --sshlogin -S', '--machines', 'To name machines: --machines lab1 '
+     'lab2.'),
     ('--gpu --gres', '--num-gpus', 'To ask for GPUs: --num-gpus 2.'),
-    ('--cores', '--num-cpus', 'To ask for processor cores: --num-cpus 4.'),
+    ('--cores -c --cpus-per-task --threads --ntasks', '--num-cpus', 'To ask for '
+     'processor cores: --num-cpus 4.'),
     ('--walltime', '--timeout', 'To limit the time of a job: --timeout 2h.'),
     ('--return --fetch', '--copy-backwards', 'To fetch files: --copy-backwards.'),
     ('--transfer --upload', '--copy-forwards', 'To send files: --copy-forwards.')))

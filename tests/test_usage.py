@@ -307,7 +307,25 @@ def test_a_wrong_command_line_is_named(words, expected):
     ('execute_batch b --logs', ' To see what job 57 prints: --follow 57.'),
     ('execute_batch b --tail=5', ' To see what job 57 prints: --follow 57.'),
     ('execute_batch b -j 2', ' To limit the number of jobs on a machine: the key max_jobs of its '
-     'machine file.'),
+     'machine file. To write such a file: execute_to --init lab1.'),
+    ('execute_batch b -o out', ' The output of each job is in job_results, such as '
+     'job_results/batch.sh.57.out. To see it: --follow 57.'),
+    ('execute_batch b -S a', ' To name machines: --machines lab1 lab2.'),
+    ('execute_batch b -a x', ' Write each command on a line of the batch file. To write many: for '
+     'i in {1..9}; do echo "python3 train.py $i"; done >batch.sh'),
+    ('execute_batch b -n 4', ' To ask for processor cores: --num-cpus 4. To start nothing: '
+     '--dry-run.'),
+    ('execute_batch b --cpus-per-task=4', ' To ask for processor cores: --num-cpus 4.'),
+    ('execute_batch b --after a.sh', ' To run a batch after another one: execute_batch part1.sh … '
+     '&& execute_batch part2.sh …'),
+    ('execute_batch b --env X=1', ' To set a variable of a job, write its line as: NAME=VALUE '
+     'COMMAND. For all jobs: the key env of a machine file.'),
+    ('execute_batch b --setup x', ' To prepare a machine for its jobs: the key setup of its '
+     'machine file. For one job, write its line as: PREPARE && COMMAND.'),
+    ('execute_remote --status', ' To see what a job prints: --attach NAME. To list the names: ls '
+     'job_results/.ssh_scheduler/commands. For a batch: execute_batch --status.'),
+    ("execute_remote --export X=1 'a b'", " To set a variable: 'NAME=VALUE COMMAND', or the key "
+     'env of a machine file.'),
     ('execute_batch b --return x', ' To fetch files: --copy-backwards.'),
     ('execute_batch b --hosts lab1', ' To name machines: --machines lab1 lab2.'),
     ('execute_batch b --gpu 1', ' To ask for GPUs: --num-gpus 2.'),
@@ -342,10 +360,12 @@ def test_each_remedy_for_an_option_of_another_program_is_known():
     for names, known, remedy in ssh_scheduler.GUESSES:
         having = [one for one in kinds.values() if known in one]
         assert having and not any(names & one.keys() for one in having)
-        typed = {'execute_remote': [kinds[USAGES['execute_remote']]]}.get(
-            next((word for word in remedy.split() if word == 'execute_remote'), ''), having)
-        for option in re.findall(r'(?<=\s)--[a-z-]+', remedy):
-            assert all(option in {**one, '--machine': '', '--machines': ''} for one in typed)
+        typed, all_usages = having, {**USAGES, **OTHER_USAGES}
+        for word in re.findall(r'(?<=\s)(?:--[a-z-]+|execute_\w+)', remedy):
+            if word in all_usages:      # the options behind it are its own
+                typed = [kinds[all_usages[word]]]
+            else:
+                assert all(word in {**one, '--machine': '', '--machines': ''} for one in typed)
 
 
 @pytest.mark.parametrize(('line', 'expected'), [
