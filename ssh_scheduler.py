@@ -6192,10 +6192,21 @@ def read_option(word, unread, kinds, before):
             raise UsageError(f'{name} takes no value.')
         return name, None
     if not equals:
-        if not unread:
-            raise UsageError(f'{name} needs a value.')
+        if not unread or unread[0] in kinds or unread[0] == '--':
+            before = f' before {unread[0]}' if unread else ''
+            raise UsageError(f'{name} needs {value_of(name)}{before}.')
         value = unread.popleft()
     return name, [value]
+
+
+def value_of(name):
+    """Return what an option needs, as the usage texts call it: a file, a number of cores."""
+    texts = ''.join((EXECUTE_BATCH_USAGE, EXECUTE_REMOTE_USAGE, EXECUTE_TO_USAGE))
+    noun = re.search(rf'(?m)^  {name}=<(\w+)>', texts)
+    if not noun:
+        return 'a value'
+    return 'a number of cores' if noun[1] == 'cores' else (
+        f'{"an" if noun[1][0] in "aeiou" else "a"} {noun[1]}')
 
 
 # Words that begin a command, though this computer may have no program with such a name: bash runs
@@ -6363,8 +6374,11 @@ def refuse_words(words, positionals, spelled, command, alone):
     if positionals == ['batch'] and os.path.isfile(words[-1]) and not os.path.exists(words[0]):
         extra = words[:-1]
     is_job = re.fullmatch(r'\.?[0-9]+', extra[0])
+    late = next((word for word in extra if word.startswith('-') and word != '-'), None)
     option = '--machine' if command == 'execute_remote' else '--machines'
-    if not positionals and alone:
+    if late and positionals != ['command']:
+        hint = f' Words behind -- are no options: write {printable(late)} before the --.'
+    elif not positionals and alone:
         noun = 'batch file' if command == 'execute_batch' else 'command'
         hint = f' {" and ".join(sorted(alone))} takes no {noun}.'
     elif positionals == ['batch'] and is_job and '--rerun-failed' in given:

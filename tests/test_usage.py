@@ -144,7 +144,7 @@ OTHERS = [
     # --option value is --option=value, whatever the value looks like
     ('execute_batch b --num-cpus 0.5', {'<batch>': 'b', '--num-cpus': '0.5'}),
     ('execute_batch b --memory-required -5', {'<batch>': 'b', '--memory-required': '-5'}),
-    ('execute_remote --job-name --help x', {'<command>': 'x', '--job-name': '--help'}),
+    ('execute_batch b --joblog --x', {'<batch>': 'b', '--joblog': '--x'}),
     ('execute_remote --machine=a=b x', {'<command>': 'x', '--machine': 'a=b'}),
     ('execute_batch --num-cpus 3 b', {'<batch>': 'b', '--num-cpus': '3'}),
     # commands that run one thing
@@ -287,7 +287,12 @@ def test_a_command_line_of_the_pages_is_understood(line):
      'command: execute_remote.'),
     (['--machines', 'a', '--reserve', 'b', 'c'], "unexpected word 'c'."),
     (['--machines', 'a', '--', 'b', 'c'], "unexpected word 'c'."),
-    (['b', '--num-cpus'], '--num-cpus needs a value.'),
+    (['b', '--num-cpus'], '--num-cpus needs a number of cores.'),
+    (['b', '--report', '--rerun', '2'], '--report needs a file before --rerun.'),
+    (['b', '--earlier', '--machines', 'a'], '--earlier needs an action before --machines.'),
+    (['--timeout', '--', 'b'], '--timeout needs a time before --.'),
+    (['--', 'b', '--machines', 'a'], "unexpected word '--machines'. Words behind -- are no "
+     'options: write --machines before the --.'),
     (['b', '--reserve=yes'], '--reserve takes no value.'),
     (['b', '--num-cpus=1', '--num-cpus', '2'], '--num-cpus is given twice.'),
     (['b', '--reserve', '--dry-run', '--reserve'], '--reserve is given twice.'),
