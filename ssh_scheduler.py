@@ -7079,7 +7079,7 @@ def jobs_named(words, names, path, tell):
                      if name in names), None)
         if name is None:
             number = word.removeprefix('.')
-            likely = nearest(word, names) if not number.isdecimal() else next(
+            likely = many_jobs(word) or nearest(word, names) if not number.isdecimal() else next(
                 (f' (line {number} is job {name})' for name, job in names.items()
                  if f'{job.line}' == number != '0'), '')
             raise UsageError(f'{batch} has no job {printable(word)}{likely}. To see its jobs: '
@@ -7088,6 +7088,16 @@ def jobs_named(words, names, path, tell):
     for note in other_lines(words, names, batch):
         tell(note)
     return list(found)
+
+
+def many_jobs(word):
+    """Return how to write a word such as 7-9 or 7,8, which seems to mean several jobs, or ''."""
+    ends = re.fullmatch(r'\.?([0-9]+)(?:-|\.\.|:)\.?([0-9]+)', word)
+    if ends:
+        return f' (for several jobs write {{{ends[1]}..{ends[2]}}})'
+    parts = word.split(',')
+    is_list = len(parts) > 1 and all(re.fullmatch(r'\.?[0-9]+', part) for part in parts if part)
+    return f' (for several jobs write {" ".join(filter(None, parts))})' if is_list else ''
 
 
 def other_lines(words, names, batch):
@@ -7241,7 +7251,9 @@ def read_partial(job, where, warn):
         for name in options.given & {'--stdin', '--tty', '--detach', '--attach', '--cancel',
                                      '--shell', '--forward', '--nice', '--timeout', '--keep-files',
                                      '--away-limit', '--verbose'}:
-            raise UsageError(f'{name} has no meaning in a batch file.')
+            instead = (' To limit the time of this job, write its command as: timeout 10m COMMAND.'
+                       if name == '--timeout' else '')
+            raise UsageError(f'{name} has no meaning in a batch file.{instead}')
         backwards = options['--copy-backwards']
         return job._replace(
             name=options['--job-name'] or job.name, command=options['<command>'],
@@ -7270,14 +7282,17 @@ PLAIN_LINE = re.compile(
     rf'[ \t]*{PLAIN_COMMAND}(?:[ \t]*(?:;|&&|\|\|?)[ \t]*{PLAIN_COMMAND})*[ \t]*[;&]?[ \t]*')
 
 # This program reads commands, each with a NUL behind it.  For each command that bash refuses it
-# prints the number and the reason, also with a NUL.  After set -n bash runs nothing.  Each command
-# has a subshell: two commands in one could complete each other.  A bash before 4.0, as on macOS,
-# would refuse correct commands, too.
+# prints the number and the reason, also with a NUL; so it does for a here-document without its end,
+# of which bash only warns.  After set -n bash runs nothing, so all that it prints is of bash.  Each
+# command has a subshell: two commands in one could complete each other.  A bash before 4.0, as on
+# macOS, would refuse correct commands, too.
 SYNTAX_CHECK = r"""
 ((BASH_VERSINFO[0] >= 4)) || exit
 number=0
 while IFS= read -rd '' command; do
-  said=$({ eval $'set -n\n'"$command"; } 2>&1) || printf '%s %s\0' "$number" "$said"
+  if ! said=$({ eval $'set -n\n'"$command"; } 2>&1) || [[ $said == *here-document* ]]; then
+    printf '%s %s\0' "$number" "$said"
+  fi
   number=$((number + 1))
 done
 """
@@ -7288,8 +7303,15 @@ UNFINISHED = re.compile(r'unexpected end of file|unexpected token .(then|do|done
                         r'\}|\)|;;).$')
 
 
+HERE_DOCUMENT = ('a here-document (<<) has no text here, since its text and its end are on other '
+                 'lines')
+
+
 def advice_on_syntax(why):
     """Return what to type where bash refuses a command, or ''.  why: the words of bash"""
+    if why == HERE_DOCUMENT:
+        return (" Each line runs by itself: put the text into a file and write COMMAND <FILE, or "
+                "write printf '%s\\n' 'LINE 1' 'LINE 2' | COMMAND.")
     unclosed = re.search(r'EOF while looking for matching .(.)', why)
     if unclosed:
         what = 'quote is missing: write another' if unclosed[1] in '"\'`' else (
@@ -7306,15 +7328,19 @@ def refuse_syntax(path, jobs, said):
         number, complaint = text.split(' ', 1)
         first_line = complaint.split('\n')[0]           # bash: eval: line 2: why
         why = printable(first_line.rpartition(': line ')[2].partition(': ')[2])
+        if re.search('warning: .*here-document', first_line):
+            why = HERE_DOCUMENT
         kinds[advice_on_syntax(why) or why].append((why, jobs[int(number)]))
     if kinds:
         raise WrongLines([(found[0][1].line, sentence(
-            f'{path}, {lines_of([job for _, job in found])}: bash refuses this command: '
+            f'{path}, {lines_of([job for _, job in found])}: '
+            f'{"" if found[0][0] == HERE_DOCUMENT else "bash refuses this command: "}'
             f'{found[0][0]}') + advice_on_syntax(found[0][0])) for found in kinds.values()])
 
 
-# Commands that change only the shell that runs them: (first words, pattern of the rest, whether
-# `setup` of a machine file can have them).  Messages name the first word and the pattern's group.
+# Commands that change only the shell that runs them, or wait for processes of that shell: (first
+# words, pattern of the rest, whether `setup` of a machine file can have them).  Messages name the
+# first word and the pattern's group.
 SETTINGS = (
     ('export source . declare typeset unset eval', '() .+', True),
     ('conda mamba micromamba pyenv', '( (?:activate|deactivate|shell))(?: .*)?', True),
@@ -7322,6 +7348,7 @@ SETTINGS = (
     ('ml workon', '()(?: .*)?', True),
     ('cd pushd popd', '()(?: .*)?', False),
     ('set shopt alias unalias ulimit umask trap', '() .+', False),
+    ('wait', '()(?: .*)?', False),
     ('NAME=value', '()(?: NAME=value)*', False))
 SETTING_WORDS = frozenset(word for words, _, _ in SETTINGS for word in words.split())
 
@@ -7370,6 +7397,11 @@ def warn_of_settings(path, jobs, warn):
         kinds[setting_of(job.command)].append(job)
     kinds.pop(None, None)
     for (begin, by_setup), useless in kinds.items():
+        if begin == 'wait':
+            warn(f'{path}, {lines_of(useless)}: wait does not wait for other lines, since each '
+                 'line runs by itself. Write the lines that run later into a second batch file: '
+                 'execute_batch part1.sh … && execute_batch part2.sh …')
+            continue
         also = ', or put it into setup: of the machine file' if by_setup else ''
         warn(f'{path}, {lines_of(useless)}: {begin} alone changes nothing for the other lines, '
              f'since each line runs by itself. Write {begin} … && command on one line{also}')

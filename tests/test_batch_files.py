@@ -284,6 +284,12 @@ def test_what_bash_refuses_is_named_before_anything_starts(run_cli, project, tex
     assert [path.name for path in project.iterdir()] == ['batch.sh']
 
 
+HERE_DOCUMENT = (
+    'a here-document (<<) has no text here, since its text and its end are on other lines. Each '
+    "line runs by itself: put the text into a file and write COMMAND <FILE, or write printf "
+    "'%s\\n' 'LINE 1' 'LINE 2' | COMMAND.")
+
+
 @pytest.mark.parametrize(('text', 'complaints'), [
     ('echo a\necho "b\nc" d\n', [
         'lines 2 and 3: bash refuses this command: unexpected EOF while looking for matching `"\'. '
@@ -293,6 +299,9 @@ def test_what_bash_refuses_is_named_before_anything_starts(run_cli, project, tex
         "A quote is missing: write another ' on the same line. Each line runs by itself.",
         'line 2: bash refuses this command: unexpected EOF while looking for matching `)\'. '
         'A bracket is missing: write ) on the same line. Each line runs by itself.']),
+    ('cat <<END\nhello\nEND\nx=$(cat <<-"E F")\n', [
+        f'lines 1 and 4: {HERE_DOCUMENT}']),
+    ("execute_remote 'if true; then cat <<END'\n", [f'line 1: {HERE_DOCUMENT}']),
     ('a (b)\n', [
         "line 1: bash refuses this command: syntax error near unexpected token `b'."])])
 def test_what_bash_misses_is_named(run_cli, project, text, complaints):
@@ -306,7 +315,7 @@ FINE = """\
 for seed in 1 2; do echo $seed; done
 if true; then \\
   echo continued; fi
-cat <<END || true
+cat <<<END || true; echo '<<END' $((1<<2)) # <<END
 ! ls !(batch.sh) "$(echo 'x)')" 2>&1 | cat |& cat &>>log &
 [[ a == @(a|b) ]]; case a in a) ;; esac; (echo) ; { echo; }
 set +n; echo $((1 + 1)) `date` ${HOME:-x}  # if
@@ -401,8 +410,19 @@ def test_a_line_that_changes_only_its_own_shell_is_warned_of(command, begin, set
         f'itself. Write {begin} … && command on one line{also}']
 
 
+@pytest.mark.parametrize('command', ['wait', ' wait 3', 'wait $!'])
+def test_a_line_that_only_waits_is_warned_of(command):
+    warnings = []
+    ssh_scheduler.warn_of_settings('b.sh', jobs_of(f'true\n{command}\nwait\n'), warnings.append)
+    assert warnings == [
+        'b.sh, lines 2 and 3: wait does not wait for other lines, since each line runs by itself. '
+        'Write the lines that run later into a second batch file: execute_batch part1.sh … && '
+        'execute_batch part2.sh …']
+
+
 @pytest.mark.parametrize('command', [
-    'cd x && python t.py', 'A=1 python t.py', 'export A=1; python t.py', 'cd x || exit 1', 'set',
+    'sleep 1 & wait', 'wait && echo x', 'cd x && python t.py',
+    'A=1 python t.py', 'export A=1; python t.py', 'cd x || exit 1', 'set',
     'export', 'module list', 'cdx', 'echo cd x', "echo 'cd x'", '(cd x)', 'cd x | cat',
     'conda list', 'source env.sh > log', 'A=$(make)', './set', 'for', 'pip install x', 'time cd x'])
 def test_a_line_that_does_more_is_not(command):
@@ -621,7 +641,8 @@ def test_words_of_a_continued_line_are_bash_s(text):
     ('execute_remote --num-cpus=0 y', "--num-cpus must be a number above 0, not '0'."),
     ('execute_remote --memory-required=8X y', "--memory-required must be a size of at least 0 MB, "
      "not '8X'. Examples: 2000 (MB), 500M, 8G."),
-    ('execute_remote --timeout=2h y', '--timeout has no meaning in a batch file.'),
+    ('execute_remote --timeout=2h y', '--timeout has no meaning in a batch file. To limit the time '
+     'of this job, write its command as: timeout 10m COMMAND.'),
     ('execute_remote --copy-forwards ../x -- y', '--copy-forwards ../x: this lies outside '),
 ])
 def test_a_wrong_partial_command_is_named(line, expected):

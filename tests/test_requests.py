@@ -201,6 +201,9 @@ def test_a_job_that_is_unknown(batches, ask, lab, held, gate, ledger):
         assert done.stderr.startswith(
             'execute_batch: batch.sh has no job 7. To see its jobs: execute_batch batch.sh '
             '--status')
+        for word, written in (('7-9', '{7..9}'), ('1,.8', '1 .8')):
+            assert (f'has no job {word} (for several jobs write {written}). To see its jobs: '
+                    in ask(option, word).stderr)
     gate.open('a')
     assert batch.end().returncode == 0
 
