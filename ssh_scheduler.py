@@ -6691,9 +6691,13 @@ ENGINE_TAKEN = {
 def read_machine_file(path, name):
     """Return the Machine that the YAML file at `path` describes."""
     yaml = library('yaml')
-    loader, node = parse_yaml(path)
-    if not isinstance(node, yaml.MappingNode):
-        raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
+    try:
+        loader, node = parse_yaml(path)
+        if not isinstance(node, yaml.MappingNode):
+            raise MachineFileError(f'{path}: a machine file has lines such as "ip: lab1".')
+    except MachineFileError as error:
+        hint = f' If it is a list of machines, write @{path}.' if lists_machines(path) else ''
+        raise MachineFileError(f'{error}{hint}') from None
     values = {}
     for key_node, value_node in node.value:
         key, where = key_node.value, f'{path}, line {key_node.start_mark.line + 1}'
@@ -6710,6 +6714,15 @@ def read_machine_file(path, name):
         raise MachineFileError(f'{path}: the key ip (host name or address) is missing.')
     check_engine(values, path)
     return machine_from(values, name, path)
+
+
+def lists_machines(path):
+    """Tell whether each line of a file is one word that can name a machine, as in an @file."""
+    lines = []
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding='utf-8') as file:
+        lines = [line.strip() for line in file if not re.match(r'\s*(#|$)', line)]
+    return bool(lines) and all(
+        re.fullmatch(r'([\w.-]+@)?[\w.-]+(:[0-9]+)?', line) for line in lines)
 
 
 def parse_yaml(path):

@@ -267,9 +267,15 @@ def test_a_wrong_file_is_named_with_its_line(home, text, expected):
         assert complaint(text).startswith(f'lab1.yaml, {expected}')
 
 
-@pytest.mark.parametrize('text', ['', '\n# note\n', 'lab1', '- ip: a', '[]', 'null', '"ip: a"'])
+@pytest.mark.parametrize('text', ['', '\n# note\n', 'ip lab1', 'ip lab1\nlab2', '- ip: a', '[]',
+                                  '~', '"ip: a"'])
 def test_a_file_that_is_no_mapping(home, text):
     assert complaint(text) == 'lab1.yaml: a machine file has lines such as "ip: lab1".'
+
+
+@pytest.mark.parametrize('text', ['lab1', 'lab1\nlab2\n', '# a\nlab1\n\n# b\nben@lab2:2222\n'])
+def test_a_list_of_machines_is_no_machine_file(home, text):
+    assert complaint(text).endswith(' If it is a list of machines, write @lab1.yaml.')
 
 
 @pytest.mark.parametrize('text', ['[' * 5000, 'ip: a\nname: ' + '{a: ' * 3000 + '}' * 3000],
