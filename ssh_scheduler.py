@@ -15022,10 +15022,25 @@ def is_known_machine(word):
 
 def may_end_list(options, last):
     """Tell whether a list may have lost its last word: to <batch> or <command>, which is `last`."""
-    argv, machines = options.argv[1:], options['--machines']
+    argv, machines = options.argv[1:], options['--machines'] or ('--machines',)
     # Else the list of machines has a clear end.
     return '--' not in argv and (argv[-1] == options[last] or (machines[-1], options[last]) in zip(
         argv, argv[1:]))
+
+
+def refuse_file(options, usage):
+    """Raise if <command> seems to be missing, so that the last file to send was taken for it."""
+    import shlex
+    word, argv = options['<command>'] or '', options.argv[1:]
+    option = next((one for one in ('--copy-forwards', '--link-forwards') if one in argv), None)
+    files = argv[argv.index(option) + 1:] if option else ()
+    if not files or files[-1] != word or not os.path.exists(word) or begins_command(word) or any(
+            file.startswith('-') for file in files):
+        return
+    line = [*typed_start(options.argv[0]), *argv, '--', shlex.join(['cp', '-r', *files]) + ' ~/']
+    raise WordMissing(f'<command> is missing: {printable(word)} is a file to send. The command '
+                      'gets sent files in a folder of its own, so the command must copy '
+                      f'what shall stay. Try: {printable(shlex.join(line))}', usage)
 
 
 def refuse_programs(options, last):
@@ -15057,20 +15072,77 @@ def refuse_programs(options, last):
                      f'write -- between the machines and the {noun}.){advice}')
 
 
-def refuse_machine(options):
-    """Raise if <batch> seems to be missing, so that the last machine was taken for it."""
-    path = options['<batch>']
-    is_machine, is_yaml = False, path.endswith(('.yaml', '.yml'))
-    if not os.path.exists(path):
+# Lists of files: what is in them is rarely the batch file.
+FILE_LISTS = frozenset(('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
+                        '--sync-back'))
+
+
+def file_in_list(argv):
+    """Return (option, word) of the list that seems to have taken the batch file, or None.
+
+    argv: the words behind execute_batch
+    """
+    batches, kinds = known_batches(), option_kinds(EXECUTE_BATCH_USAGE)
+    spelled, _ = spell_out(argv, kinds, 0)
+    options = [word.partition('=')[0] for word in spelled[:spelled.index('--')]]
+    for option, word in reversed([*zip(options, spelled)]):
+        value = word.partition('=')[2]
+        is_batch = option not in FILE_LISTS or options.count(option) > 1 and (
+            value.endswith('.sh') or value and name_of_batch(value) in batches)
+        if (kinds[option] == 'list' and is_batch and value in argv and os.path.isfile(value)
+                and not value.endswith(('.yaml', '.yml'))):
+            return option, value
+    return None
+
+
+def batch_of_job(word):
+    """Return the batch file of a job with this whole name, such as a.sh of a.sh.57, or ''."""
+    match = re.fullmatch(r'(.+)\.[0-9]+(~[0-9]+)?', word)
+    return match[1] if match and os.path.isfile(match[1]) else ''
+
+
+def batch_first(argv):
+    """Return the sentences that follow '<batch> is missing': what to type.  argv: as above"""
+    import shlex
+    names, words, why = known_batches(), [*argv], ''
+    taken = file_in_list(argv)
+    if taken:
+        option, path = taken
+        words.remove(path)
+        why = f' {option} takes all words up to the next option, here also {path}.'
+    else:
+        paths = {*filter(None, map(batch_of_job, argv))} or {*filter(os.path.isfile, names)}
+        path = paths.pop() if len(paths) == 1 else ''
+    if path:
+        line = shlex.join([*typed_start('execute_batch'), path, *words])
+        return printable(f'{why} Write the batch file first. Try: {line}')
+    return f' Batches of this folder: {", ".join(map(printable, names))}.' if names else ''
+
+
+def refuse_machine(options, is_new=True):
+    """Raise if <batch> seems to be missing, so that the last machine or job was taken for it.
+
+    is_new: the command only begins a batch
+    """
+    path, argv = options['<batch>'], options.argv[1:]
+    exists, is_yaml = os.path.exists(path), path.endswith(('.yaml', '.yml'))
+    is_machine = False
+    if not exists:
         is_machine = is_yaml or path == 'localhost' or is_known_machine(path)
     elif is_yaml:
         with contextlib.suppress(MachineFileError):     # else it may be a batch file
             is_machine = bool(find_machine(path))
-    is_file = path == '-' or os.path.exists(path) or re.search(r'[\s/]|\.[A-Za-z]\w*$', path)
-    if may_end_list(options, '<batch>') and (is_machine or not is_file):
-        why = ': {} is a machine' if is_machine else ', or there is no file {}'
-        raise WordMissing(f'<batch> is missing{why.format(printable(path))}. For the standard '
-                          'input write - as <batch>.', EXECUTE_BATCH_USAGE)
+    is_job = not exists and argv[-1] == path and batch_of_job(path)
+    is_file = path == '-' or exists or re.search(r'[\s/]|\.[A-Za-z]\w*$', path)
+    ends_list = options.given & {'--machines', '--drop-machine'} and may_end_list(
+        options, '<batch>')
+    if is_job or ends_list and (is_machine or not is_file):
+        why = ': {} is a ' + ('job' if is_job else 'machine') if is_job or is_machine else (
+            ', or there is no file {}')
+        by_pipe = ' For the standard input write - as <batch>.' * (
+            is_new and not file_in_list(argv))
+        raise WordMissing(f'<batch> is missing{why.format(printable(path))}.{by_pipe}'
+                          f'{batch_first(argv)}', EXECUTE_BATCH_USAGE)
 
 
 def refuse_python(path, text):
@@ -15090,12 +15162,17 @@ def refuse_batch_files(options):
                              f'not a machine. {ONE_BATCH_FILE}')
 
 
-def check_words(options):
-    """Raise if a word for a machine, or that for the batch file, seems to be something else."""
-    check_machines(options, 'batch')
-    refuse_machine(options)
-    refuse_programs(options, '<batch>')
-    refuse_batch_files(options)
+def check_words(options, is_new):
+    """Raise if a word for a machine, or that for the batch file, seems to be something else.
+
+    is_new: as for refuse_machine; else --machines may be missing
+    """
+    if is_new:
+        check_machines(options, 'batch')
+    refuse_machine(options, is_new)
+    if is_new:
+        refuse_programs(options, '<batch>')
+        refuse_batch_files(options)
 
 
 def part_from_original(journal, options, reporter):
@@ -15119,8 +15196,7 @@ def execute_batch(argv):
         return WITHOUT_BATCH[alone](options, reporter)
     asked = next((option for option in ASKED if option in options.given), None)
     reruns = options.given & RERUNS
-    if not (asked or reruns):
-        check_words(options)
+    check_words(options, is_new=not (asked or reruns))
     if asked:
         return ASKED[asked](read_call(options, reporter), reporter)
     text = read_batch_text(options['<batch>'], sys.stdin.buffer)
@@ -15175,8 +15251,7 @@ def read_batch_options(argv):
         names = known_batches()
         is_question = QUESTIONS & {word.partition('=')[0] for word in argv}
         if not (is_question and len(names) == 1 and os.path.isfile(names[0])):
-            hint = f' Batches of this folder: {", ".join(map(printable, names))}.'
-            raise WordMissing(f'{error}{hint if names else ""}', error.usage) from None
+            raise WordMissing(f'{error}{batch_first(argv)}', error.usage) from None
         options = read_options(EXECUTE_BATCH_USAGE, [names[0], *argv])
         Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
     word = options['<batch>'] or ''
@@ -15303,7 +15378,9 @@ def check_asked(options):
     only_with('--drop-machine', '--now')
     for name in ('--rerun', '--drop-machine'):
         if options[name] == ():
-            raise UsageError(f'{name} names no {"job" if name == "--rerun" else "machine"}.')
+            noun = 'job' if name == '--rerun' else 'machine'
+            raise UsageError(f'{name} names no {noun}, or <batch> is missing.'
+                             f'{batch_first(options.argv[1:])}')
 
 
 def read_settings(options):
@@ -16544,6 +16621,7 @@ def execute_remote(argv):
     by_name = named - {'--job-name'}
     if not by_name and not options['--machine']:
         raise UsageError(f'--machine is missing.{HERE_TOO.format("--machine")}')
+    refuse_file(options, EXECUTE_REMOTE_USAGE)
     if options['--machine']:
         words = [*machine_words([options['--machine']])]        # it may also be an @file
         refuse_more_machines(words)
@@ -17054,6 +17132,7 @@ def execute_to(argv):
     if options['--init'] is not None:
         return begin_machine_file(options, reporter)
     check_machines(options, 'command')
+    refuse_file(options, EXECUTE_TO_USAGE)
     refuse_programs(options, '<command>')
     timeout_s = options.optional('--timeout', options.seconds, above=0)
     at_once = options.whole_number('--fanout', least=1)

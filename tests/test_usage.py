@@ -901,7 +901,7 @@ def test_the_batches_of_the_folder_are_named_where_one_is_missing(run_cli, proje
     for name in ('b.sh', 'a.sh'):
         (project / name).write_text('true\n')
         assert run_cli('execute_batch', '--cancel').stderr.splitlines()[0].endswith(
-            'missing.' if name == 'b.sh' else 'missing. Batches of this folder: b.sh.')
+            'missing.' if name == 'b.sh' else 'execute_batch b.sh --cancel')
         assert run_cli('execute_batch', name, *words).returncode == 0
     done = run_cli('execute_batch', '--status')
     assert (done.returncode, done.stderr.splitlines()[0]) == (
@@ -947,6 +947,72 @@ def test_a_machine_is_not_taken_for_the_batch_file(run_cli, project, words, expe
     done = run_cli('execute_batch', *words)
     assert (done.returncode, done.stderr.splitlines()[0]) == (
         2, f'execute_batch: {expected}For the standard input write - as <batch>.')
+
+
+BEFORE = ' takes all words up to the next option, here also a.sh.'
+
+
+@pytest.mark.parametrize(('words', 'why', 'line'), [
+    ('--rerun 1 2 a.sh --machines lab1 --dry-run', f': lab1 is a machine. --rerun{BEFORE}',
+     'a.sh --rerun 1 2 --machines lab1 --dry-run'),
+    ('--rerun g.sh.3 --machines lab1', ': lab1 is a machine.',
+     'g.sh --rerun g.sh.3 --machines lab1'),
+    ('--machines lab1 lab2 a.sh --rerun 1 --dry-run', f'. --machines{BEFORE}',
+     'a.sh --machines lab1 lab2 --rerun 1 --dry-run'),
+    ('--copy-forwards x a.sh --machines lab1 lab2', f': lab2 is a machine. --copy-forwards{BEFORE}',
+     'a.sh --copy-forwards x --machines lab1 lab2'),
+    ('--cancel g.sh.3', ': g.sh.3 is a job.', 'g.sh --cancel g.sh.3'),
+    ('--follow g.sh.3', '.', 'g.sh --follow g.sh.3'),
+    # no file can be meant
+    ('--rerun-failed --machines lab1 lab2', ': lab2 is a machine.', None),
+    ('--rerun-failed --machines lab2 lab1.yaml', ': lab1.yaml is a machine.', None),
+    ('--drop-machine lab1 lab2', ': lab2 is a machine.', None),
+    ('--copy-forwards a.sh --machines lab1 lab2',
+     ': lab2 is a machine. For the standard input write - as <batch>.', None)])
+def test_the_batch_file_is_to_come_first(run_cli, project, words, why, line):
+    for name in ('a.sh', 'g.sh'):
+        (project / name).write_text('true\n')
+    for name in ('lab1.yaml', 'lab2.yaml'):
+        (project / name).write_text('ip: 192.0.2.1\n')
+    done = run_cli('execute_batch', *words.split())
+    first = f' Write the batch file first. Try: execute_batch {line}' if line else ''
+    assert (done.returncode, re.sub('Try: .* execute_batch', 'Try: execute_batch',
+                                    done.stderr.splitlines()[0])) == (
+        2, f'execute_batch: <batch> is missing{why}{first}')
+
+
+def test_the_file_to_type_is_the_only_batch_of_the_folder(run_cli, project):
+    (project / 'lab2.yaml').write_text('ip: 192.0.2.1\n')
+    (project / 'b.sh').write_text('true\n')
+    run_cli('execute_batch', 'b.sh', '--machines', 'localhost', '--no-gpu-required',
+            '--memory-required=1')
+    for words in (['--rerun-failed', '--machines', 'lab1', 'lab2'], ['--rerun', 'b.sh.1']):
+        done = run_cli('execute_batch', *words)
+        assert done.stderr.splitlines()[0].endswith(f'execute_batch b.sh {" ".join(words)}')
+        assert done.returncode == 2 and '<batch> is missing' in done.stderr
+
+
+@pytest.mark.parametrize(('command', 'words', 'line'), [
+    ('execute_to', '--machines lab1 lab2 --copy-forwards sim.py', 'cp -r sim.py ~/'),
+    ('execute_to', '--machines lab1 --copy-forwards data sim.py', 'cp -r data sim.py ~/'),
+    ('execute_remote', '--machine lab1 --link-forwards sim.py', 'cp -r sim.py ~/')])
+def test_a_file_to_send_is_not_taken_for_the_command(run_cli, project, command, words, line):
+    (project / 'sim.py').touch()
+    done = run_cli(command, *words.split())
+    assert done.returncode == 2 and done.stderr.startswith(
+        f'{command}: <command> is missing: sim.py is a file to send. ')
+    assert done.stderr.splitlines()[0].endswith(f" {command} {words} -- '{line}'")
+
+
+@pytest.mark.parametrize('words', [
+    ['--machines', 'localhost', '--copy-forwards', 'run', './run'],
+    ['--copy-forwards', 'run', '--machines', 'localhost', './run'],
+    ['--machines', 'localhost', '--copy-forwards', 'run', '--', 'sh run']])
+def test_a_file_that_can_be_run_is_a_command(run_cli, project, words):
+    (project / 'run').write_text('#!/bin/sh\necho ran\n')
+    (project / 'run').chmod(0o755)
+    done = run_cli('execute_to', *words)
+    assert (done.returncode, done.stdout) == (0, 'localhost: ran\n'), done.stderr
 
 
 @pytest.mark.parametrize('words', [['status'], ['status', '--machines', 'lab1']])
