@@ -15254,11 +15254,23 @@ def read_batch_options(argv):
             raise WordMissing(f'{error}{batch_first(argv)}', error.usage) from None
         options = read_options(EXECUTE_BATCH_USAGE, [names[0], *argv])
         Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
+    take_only_batch(options)
     word = options['<batch>'] or ''
     if f'--{word}' in option_kinds(EXECUTE_BATCH_USAGE) and not os.path.exists(word):
         raise UsageError(f'there is no batch file {word} (did you mean --{word}?).',
                          EXECUTE_BATCH_USAGE)
     return options
+
+
+def take_only_batch(options):
+    """Take the only batch of this folder for --what and --reproduce, if they have only a number."""
+    word = options['--what'] or options['--reproduce'] or ''
+    if options['<batch>'] or not re.fullmatch(r'\.?[0-9]+', word):
+        return
+    names = known_batches()
+    if len(names) == 1:
+        options['<batch>'] = names[0]
+        Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
 
 
 def known_batches():

@@ -605,8 +605,11 @@ def test_what_other_jobs_were(batches, run, run_cli, ask, gate, project):
     batch.end()
     for word in ('batch.sh.7', '../x', 'a\nb', '~', '7'):
         done = ask('--what', word)
-        assert done.returncode == 2 and done.stderr.startswith('execute_batch: no job '), done
+        assert done.returncode == 2 and 'execute_batch: no job ' in done.stderr, done
         assert 'Traceback' not in done.stderr
+    assert ask('--what', '.2').stdout == ask('--what', 'batch.sh.2').stdout
+    (project / 'other.sh').write_text('true\n')
+    ask('other.sh', '--machines', 'localhost', *NO_GPU)
     for word in ('2', '.2'):
         assert (f'no job {word} has started in this folder (did you mean batch.sh.2?). The jobs of '
                 'a batch: execute_batch <batch> --status') in ask('--what', word).stderr

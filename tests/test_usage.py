@@ -917,8 +917,15 @@ def test_a_question_is_for_the_only_batch_of_the_folder(run_cli, project):
                        (['--follow', '1'], 'said\n'), (['--wait'], '1 job: 1 finished')):
         done = run_cli('execute_batch', *words)
         assert (done.returncode, done.stderr) == (0, note) and done.stdout.startswith(out)
+    for word in ('1', '.1'):
+        done = run_cli('execute_batch', '--what', word)
+        assert (done.returncode, done.stderr, 'echo said' in done.stdout) == (0, note, True)
+    assert run_cli('execute_batch', '--what', 'b.sh.1').stderr == ''
     (project / 'b.sh').rename(project / 'c.sh')
     assert run_cli('execute_batch', '--status').returncode == 2
+    assert run_cli('execute_batch', '--what', '1').returncode == 0      # the journal has it all
+    done = run_cli('execute_batch', '--reproduce', '1')
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, 'b.sh.1: echo said')
 
 
 def test_no_machines_are_an_error():
