@@ -15421,7 +15421,7 @@ def open_or_hand_over(results, name, options, text):
         try:
             open_results(results, name, hardware_words(options))
             return None
-        except FolderInUse:
+        except FolderInUse as error:
             # Lines from stdin are not an edit of the running batch, which came from another pipe.
             if options['--dry-run'] or options['<batch>'] == '-':
                 raise
@@ -15431,7 +15431,19 @@ def open_or_hand_over(results, name, options, text):
                 return answer
             holder = results.lock.holder
             if not holder or holder.lives is not False:     # else it has just ended: try again
-                raise
+                raise FolderInUse(f'{error}{after_it(holder, options)}') from None
+
+
+def after_it(holder, options):
+    """Return how to begin this batch after the one that the holder of the lock runs, or ''."""
+    import shlex
+    path = holder.run if holder and holder.lives else ''
+    if not os.path.isfile(path) or name_of_batch(options['<batch>']) == path:
+        return ''
+    first = shlex.join([*typed_start('execute_batch'), path, '--wait'])
+    own = shlex.join([*typed_start('execute_batch'), *options.argv[1:]])
+    return printable(f' To start this batch when the jobs of {path} have succeeded: {first} && '
+                     f'{own}')
 
 
 def open_results(results, run='', asks=()):

@@ -1,6 +1,7 @@
 """execute_batch on real machines: what it prints, what jobs find, and which results arrive."""
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -512,6 +513,12 @@ def test_another_batch_in_the_same_folder_is_refused(batches, run_cli, lab1, gat
     other = run_cli('execute_batch', 'other.sh', *NO_GPU, '--machines', lab1.yaml())
     assert (other.returncode, other.stdout) == (2, '')
     assert f'in use by another run (process {batch.process.pid} on ' in other.stderr
+    line = re.search('To start this batch when the jobs of batch.sh have succeeded: (.*)',
+                     other.stderr)[1]
+    first, own = map(shlex.split, line.split(' && '))
+    assert first[-3:] == ['execute_batch', 'batch.sh', '--wait']
+    assert own[-len(NO_GPU) - 4:] == ['execute_batch', 'other.sh', *NO_GPU, '--machines',
+                                      str(lab1.yaml())]
     gate.open('a')
     assert batch.end().returncode == 0
 
