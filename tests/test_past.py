@@ -440,8 +440,11 @@ def test_the_journal_is_as_the_docs_have_it(run, batches, ask, lab1, gate):
         word = event['event']
         assert set(event) <= documented[word], event
         seen.add(word)
-    assert journal()[0] == {'event': 'journal', 'identity': journal()[0]['identity'],
-                            'version': version}
+    assert journal()[0] == {
+        'event': 'journal', 'identity': journal()[0]['identity'], 'version': version,
+        'project': s.project_name(), 'node': os.uname().nodename,
+        'folder': os.path.realpath('.'),
+        'inode': os.stat('job_results/.ssh_scheduler/journal').st_ino}
     assert seen >= {'journal', 'begun', 'machine', 'claimed', 'ended', 'committing', 'collected',
                     'renamed', 'stopping', 'cancelled', 'answered', 'tidied'}
     at_clusters = {'queued', 'running'}         # tests/test_slurm.py sees these
