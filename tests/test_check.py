@@ -687,7 +687,7 @@ def test_a_cluster_gets_its_engine(init, cluster):
 @pytest.mark.parametrize('words, complaint', [
     (['--init', 'a b'], 'is neither a machine file, a name from'),
     (['--init', 'gpu7', '--gather'], '--gather cannot be given with --init'),
-    (['--init'], '--init needs a value'), (['--init', 'gpu7', 'true'], "unexpected word 'true'")])
+    (['--init'], '--init needs a host'), (['--init', 'gpu7', 'true'], "unexpected word 'true'")])
 def test_wrong_usage_of_init_is_2(run_cli, project, words, complaint):
     done = run_cli('execute_to', *words)
     assert (done.returncode, done.stdout) == (2, '') and complaint in done.stderr
