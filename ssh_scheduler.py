@@ -16680,18 +16680,20 @@ def execute_remote(argv):
 
 
 def job_that_runs(name, word=None):
-    """Return (record, Machine) of any job that may run, even while a client runs it.
+    """Return (record, Machine, name of the folder on it) of any job that may run, even while a
+    client runs it.
 
     word: the machine, as the user named it, or None
     """
-    known = {}
     for part in (f'commands/{name}', ''):
-        jobs = ResultStore('job_results', part).peek().journal
-        known = known or jobs.record(name)
-    if not known:
+        results = ResultStore('job_results', part).peek()
+        known = results.journal.record(name)
+        if known:
+            break
+    else:
         raise ResultsError(f'no job {name} has started in this folder'
-                           f'{likely_job(name, jobs.jobs)}. If it is one of a batch, it may wait: '
-                           'execute_batch <batch> --status shows that.')
+                           f'{likely_job(name, results.journal.jobs)}. If it is one of a batch, '
+                           'it may wait: execute_batch <batch> --status shows that.')
     if known['state'] == 'collected':
         raise ResultsError(f'the job {name} has ended, and its results are here: look at '
                            f'job_results/{name}')
@@ -16705,7 +16707,7 @@ def job_that_runs(name, word=None):
     if known['machine'] != machine.address:
         raise ResultsError(f'the job {name} was started on {known["machine"]}, not on '
                            f'{machine.address}: name that machine, or none.')
-    return known, machine
+    return known, machine, project_of(results)
 
 
 def open_shell(name, word, ports, reporter):
@@ -16713,9 +16715,9 @@ def open_shell(name, word, ports, reporter):
 
     word: the machine, as the user named it, or None
     """
-    known, machine = job_that_runs(name, word)
+    known, machine, project = job_that_runs(name, word)
     ports.check(machine)
-    client = Client(trace=reporter.trace)
+    client = Client(trace=reporter.trace, project=project)
     visit = Visit(machine, name, known['key'], client)
     try:
         visit.open()
@@ -16762,9 +16764,9 @@ def watch_batch_job(name, batch, ports, reporter):
     if not (ports.pairs and watch.client_lives):
         return watch.run()
     # The client has the contact, but forwards no ports for other commands: so log in separately.
-    known, machine = job_that_runs(name)
+    known, machine, project = job_that_runs(name)
     ports.check(machine)
-    client = Client(trace=reporter.trace)
+    client = Client(trace=reporter.trace, project=project)
     visit = Visit(machine, name, known['key'], client)
     try:
         visit.open()

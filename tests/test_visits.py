@@ -102,6 +102,16 @@ def test_it_has_the_folder_and_the_environment_of_the_job(
     assert (RESULTS / 'job/made').read_text() == 'mine\n'
 
 
+def test_it_finds_the_job_of_a_folder_that_was_moved(command, shell, lab1, project):
+    with_job(command, lab1, 'echo mine >made; sleep 1000')
+    project.rename(project.parent / 'new')
+    os.chdir(project.parent / 'new')
+    visit = shell('until cat made; do sleep 0.1; done 2>/dev/null')
+    assert (visit.status, bytes(visit.out)) == (0, b'mine\n'), visit
+    without_job(command)
+    assert_clean(lab1)
+
+
 def test_it_has_the_gpus_and_the_setup_of_a_job_of_a_batch(
         batches, shell, lab, gate, outside, ledger):
     """The client runs and has the lock; the start file of the login sets other values."""
