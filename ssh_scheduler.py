@@ -706,6 +706,7 @@ class Gpu(NamedTuple):
     reserved: bool = False          # one of those jobs has the GPU to itself
     exclusive: bool = False         # one process at a time (compute mode Exclusive_Process)
     unified: bool = False           # it shares the memory of the machine
+    hidden: bool = False            # nvidia-smi does not tell what each process uses of it
 
 
 class Queue(NamedTuple):
@@ -4911,22 +4912,25 @@ class Peaks:
 
     def __init__(self):
         self.kinds = {}
-        self._looked_at = set()     # keys of attempts whose machine was measured while they ran
+        # {key of an attempt whose machine was measured while it ran: its use would have been seen}
+        self._would_see = {}
 
     def look(self, run, worker):
         """A machine was measured."""
-        if not worker.capacity or any(gpu.unified for gpu in worker.capacity.gpus):
-            return                  # of unified GPUs nvidia-smi does not tell what jobs use
+        gpus = {gpu.index: gpu for gpu in worker.capacity.gpus} if worker.capacity else {}
         for attempt in run.lives.of(worker, 'running'):
             since = run.client.journal.started(attempt.name)
             if attempt.gpus and since and time.time() - since > REFRESH_S:
-                self._looked_at.add(attempt.key)
+                # A process of nobody may be one of the job: in a container of its own.
+                sees = all(gpu and not (gpu.unified or gpu.hidden or gpu.others)
+                           for gpu in map(gpus.get, gpus_of(attempt.gpus)))
+                self._would_see[attempt.key] = sees and self._would_see.get(attempt.key, True)
 
     def ended(self, attempt):
         """Note what a job used, if it succeeded, and ran long enough to be seen more than once."""
         result = attempt.result
         gpu_mb = result.peak_gpu_memory_mb
-        if gpu_mb is None and attempt.key in self._looked_at:
+        if gpu_mb is None and self._would_see.get(attempt.key):
             gpu_mb = 0
         seen = self.kinds.setdefault(attempt.job.allocation, [[], []])
         if not result.exit_code and result.wall_s > 2 * REFRESH_S:
@@ -8316,6 +8320,10 @@ def parse_gpus(facts, machine, needs, ours, first_free_mb, memory_mb):
     return tuple(gpus[index] for index in sorted(gpus)), tuple(limits), trouble
 
 
+CONTEXT_MB = 100                # a process on a GPU uses more than this of its memory
+DRIVER_MB = 1000                # of a GPU without a process, the driver uses less than this
+
+
 def share_gpu(gpu, processes, needs, ours, first_free_mb):
     """Return (the Gpu as it is for this batch, its limits for all batches as text).
 
@@ -8325,6 +8333,7 @@ def share_gpu(gpu, processes, needs, ours, first_free_mb):
     mine = [need.gpus[gpu.index] for need in here if need.key in ours]
     theirs = [need.gpus[gpu.index] for need in here if need.key not in ours]
     if processes:
+        hides = not all(mb for mb, *_ in processes)
         used, asked = collections.Counter(), collections.Counter()      # key of a Need -> MB
         for mb, _, key in processes:
             used[key] += mb
@@ -8335,6 +8344,8 @@ def share_gpu(gpu, processes, needs, ours, first_free_mb):
         # In a container nvidia-smi names no process.  Assume that this batch's jobs use the memory
         # that is no longer free since it began, up to what they were promised.
         taken_mb = min(max(first_free_mb - gpu.memory_mb, 0), sum(mb for mb, *_ in mine))
+        hides = gpu.utilization > 0 or gpu.memory_mb < max(
+            first_free_mb - CONTEXT_MB, gpu.total_memory_mb - DRIVER_MB)
     foreign = [user for _, user, key in processes if key not in ours]
     all_mb = min(gpu.memory_mb + taken_mb, max(gpu.total_memory_mb, gpu.memory_mb))
     busy = max(gpu.utilization - sum(part for _, part, _ in mine + theirs), 0.0)
@@ -8343,7 +8354,7 @@ def share_gpu(gpu, processes, needs, ours, first_free_mb):
         memory_mb=max(all_mb - sum(mb for mb, *_ in theirs), 0),
         utilization=min(busy + sum(part for _, part, _ in theirs) / GPU_OVERLOAD, 1.0),
         others=len(foreign), users=tuple(dict.fromkeys(foreign)), batch_jobs=len(theirs),
-        reserved=any(alone for *_, alone in theirs)), limit
+        reserved=any(alone for *_, alone in theirs), hidden=hides), limit
 
 
 def only_listed(gpus, listed, trouble):

@@ -378,6 +378,15 @@ def test_jobs_that_wait_for_gpus_and_use_none_are_told(batches, lab):
     assert (done.returncode, 'no job was seen' in done.stderr) == (0, False)
 
 
+@pytest.mark.parametrize('pid, used', [('$$', '[N/A]'), ('1', '6000')], ids=['memory', 'process'])
+def test_jobs_are_not_told_to_use_no_gpu_where_nobody_knows(batches, lab, pid, used):
+    machine = lab(gpus=rig.fake_gpus(1, memory_free_mb=10000))
+    uses = f'echo "{rig.gpu_row(0)[1]}, {pid}, {used}" >>{machine.folder}/gpus.apps; sleep 7.5'
+    done = batches.run([uses, 'echo 2', 'echo 3'], [machine.yaml()], '--memory-required=100',
+                       '--num-cpus=4')
+    assert (done.returncode, 'no job was seen' in done.stderr) == (0, False), done.stderr
+
+
 def test_there_is_no_advice_where_it_would_not_help(batches, lab1):
     done = batches.run(['sleep 2.5'], [lab1], '--no-gpu-required', '--memory-required=7000')
     assert done.returncode == 0 and 'asked' not in done.stderr

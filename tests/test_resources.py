@@ -616,7 +616,8 @@ def test_an_ordinary_machine():
     assert probe(*SMI) == Capacity(
         cores=7.6, memory_mb=8000, total_cores=8.0, total_memory_mb=16000, gpus=(
             Gpu(0, 24000, 0.0, 24576, 'GPU-cc-dd', 'NVIDIA A100-SXM4-80GB'),
-            Gpu(1, 20000, 0.07, 24576, 'GPU-aa-bb', 'NVIDIA GeForce RTX 3090, boxed')),
+            Gpu(1, 20000, 0.07, 24576, 'GPU-aa-bb', 'NVIDIA GeForce RTX 3090, boxed',
+                hidden=True)),
         limits=(11400, 8000, '1:20000:1116', '0:24000:1200'))
 
 
@@ -732,7 +733,7 @@ def test_a_gpu_of_which_something_is_unknown_is_not_there(line):
 @pytest.mark.parametrize('status', ['0', '14'])
 def test_a_warning_of_nvidia_smi_does_not_take_the_cards_away(status):
     gpu, trouble = card('0, GPU-a, 9000, 8000, 5, Default, [N/A], A, B', status)
-    assert (gpu, trouble) == (Gpu(0, 8000, 0.05, 9000, 'GPU-a', 'A, B'), '')
+    assert (gpu, trouble) == (Gpu(0, 8000, 0.05, 9000, 'GPU-a', 'A, B', hidden=True), '')
 
 
 LOST = 'Unable to determine the device handle for GPU0000:02:00.0: GPU is lost.  Reboot it'
@@ -762,7 +763,7 @@ def test_one_of_several_cards_that_cannot_be_used_is_named(status, line, why):
 
 def test_an_old_nvidia_smi_tells_no_modes():
     assert card(OLD_SMI[1][1], 'old') == (
-        Gpu(0, 11000, 0.03, 12196, 'GPU-cc-dd', 'NVIDIA TITAN Xp, boxed'), '')
+        Gpu(0, 11000, 0.03, 12196, 'GPU-cc-dd', 'NVIDIA TITAN Xp, boxed', hidden=True), '')
 
 
 @pytest.mark.parametrize(('modes', 'exclusive', 'trouble'), [
@@ -937,6 +938,21 @@ def test_who_else_is_on_a_card_is_told():
     (one, _) = cards(9000, 9000, 0, 0, process(0, '[Not Supported]', '?'),
                      process(0, 100, 'me', 'other'), process(0, 100, 'me', 'x.1'))
     assert (one.others, one.users) == (3, ('?', 'me'))
+
+
+@pytest.mark.parametrize(('free_mb', 'use', 'listed', 'hidden'), [
+    (9800, 0, (), False),                       # the driver itself uses some
+    (9800, 0, ('500',), False), (2000, 0, ('500', '7000'), False),
+    (9800, 0, ('[N/A]',), True), (9000, 0, ('500', '[N/A]'), True),     # as in WSL
+    (8000, 0, (), True), (9800, 5, (), True)])  # as in a container, whose processes are not named
+def test_what_processes_use_of_a_card_is_not_always_told(free_mb, use, listed, hidden):
+    listed = [process(0, used_mb, 'me', 'job.1') for used_mb in listed]
+    one, two = cards(free_mb, 10000, use, 0, *listed)
+    assert (one.hidden, two.hidden) == (hidden, False)
+    before = ssh_scheduler.read_sample([(key, line.format(9900, 10000, 0, 0))
+                                        for key, line in TWO_CARDS])
+    (one, _) = cards(9700, 10000, 0, 0, before=before)
+    assert one.hidden
 
 
 def test_memory_of_a_card_that_our_jobs_took_is_ours():

@@ -55,6 +55,7 @@ class Gpu(NamedTuple):
     reserved: bool = False
     exclusive: bool = False
     unified: bool = False
+    hidden: bool = False
 
 class Capacity(NamedTuple):
     cores: float
