@@ -11912,8 +11912,10 @@ def why_odd(attempt, mark, path):
     if attempt.state != 'incomplete':
         return f'it did not make {printable(path)}, so that is not fetched'
     machine = attempt.machine.name
-    if attempt.record['kept'] is True:
-        return f'its files, which were too large before, are not on {machine} any more'
+    if attempt.record['kept'] is True:      # the list is that of the end of the job, or only !.
+        return (f'its files, which were too large before, are not on {machine} any more'
+                if path == '.' else
+                f'it did not make {printable(path)}, so that is not fetched')
     return f'{printable(path)}, which could not be fetched before, is not on {machine} any more'
 
 

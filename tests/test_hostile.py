@@ -181,6 +181,17 @@ def test_what_is_larger_than_it_may_be_stays_there(batches, run_cli, lab):
     assert_clean(machine)
 
 
+def test_a_path_that_a_job_did_not_make_does_not_hide_what_was_too_large(batches, lab):
+    machine, paths = lab(), ('--copy-backwards', 'large', 'none')
+    batches.run(['head -c 3000000 /dev/zero >large'], [machine], '--max-result-size=2', *NO_GPU,
+                *paths)
+    fetched = batches.run(None, [machine], *NO_GPU, *paths)
+    assert (RESULTS / 'batch.sh.1/large').stat().st_size == 3_000_000
+    assert [line for line in fetched.stderr.splitlines() if 'WARNING' in line] == [
+        'WARNING: batch.sh.1: it did not make none, so that is not fetched']
+    assert_clean(machine)
+
+
 def test_what_was_too_large_and_is_gone_is_told_once(batches, lab):
     machine = lab()
     batches.run(['head -c 3000000 /dev/zero >large'], [machine], '--max-result-size=2', *NO_GPU)
