@@ -9297,16 +9297,18 @@ def identity_in(path):
 def is_copy(journal):
     """Tell whether a journal was copied to another folder or computer, and not only moved there.
 
-    A folder that was moved to another disk is no copy: nothing is left where it was.
+    A folder that was moved to another disk is no copy: nothing is left where it was.  If a copy of
+    a moved folder is put where the folder was, the copy keeps the name of the jobs.
     """
     origin = journal.origin
     if origin.project in ('', project_name()):
         return False
+    before, is_same = os.path.join(origin.folder, journal.path), False
+    is_here = os.uname().nodename == origin.node    # else no folder here is that of the Origin
     with contextlib.suppress(OSError):
-        if os.stat(journal.path).st_ino == origin.inode:
-            return False
-    return (os.uname().nodename != origin.node
-            or origin.identity in identity_in(os.path.join(origin.folder, journal.path)))
+        is_same = (os.path.samefile(journal.path, before) if is_here else
+                   os.stat(journal.path).st_ino == origin.inode)
+    return not is_same and (not is_here or origin.identity in identity_in(before))
 
 
 def read_lock(fd):

@@ -827,21 +827,25 @@ def project_here():
 
 @pytest.mark.parametrize(('how', 'keeps'), [
     ('moved', True), ('renamed computer', True), ('moved to another disk', True),
-    ('copied', False), ('copied to another computer', False), ('restored', True)])
+    ('copied', False), ('copied to another computer', False), ('restored', True),
+    ('moved, and a copy put back', False), ('copied to the same path elsewhere', False)])
 def test_which_folders_have_the_same_jobs(tmp_path, monkeypatch, how, keeps):
     old, new = journal_at(tmp_path / 'old', monkeypatch), tmp_path / 'new'
     before = project_here()
     assert before == s.project_name()
-    if how == 'moved':
+    if how.startswith('moved') and 'disk' not in how:
         old.rename(new)
     elif how != 'renamed computer':
         shutil.copytree(old, new)
-    if how in ('moved to another disk', 'restored'):
+    if how == 'moved to another disk':
         shutil.rmtree(old)
-    if how == 'restored':
+    if how in ('restored', 'moved, and a copy put back', 'copied to the same path elsewhere'):
+        if old.exists():
+            old.rename(tmp_path / 'away')       # so that the copy has another inode
         shutil.copytree(new, old)
-    monkeypatch.chdir(old if how in ('renamed computer', 'restored') else new)
-    if 'computer' in how:
+    monkeypatch.chdir(new if how not in (
+        'renamed computer', 'restored', 'copied to the same path elsewhere') else old)
+    if 'computer' in how or 'elsewhere' in how:
         uname = os.uname()
         monkeypatch.setattr(os, 'uname', lambda: SimpleNamespace(nodename=f'not-{uname.nodename}'))
     assert s.project_name() != before or how == 'restored'
