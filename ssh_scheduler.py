@@ -16687,6 +16687,8 @@ def execute_remote(argv):
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
             results.open(name)
+            if is_copy(results.journal):
+                results.journal.become_own()
         order = CommandOrder(name, options, results, reporter, ports)
         answer = order.answer_from_journal(stopped=bool(before))
         return order.run() if answer is None else answer

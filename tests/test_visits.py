@@ -3,6 +3,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -108,6 +109,26 @@ def test_it_finds_the_job_of_a_folder_that_was_moved(command, shell, lab1, proje
     os.chdir(project.parent / 'new')
     visit = shell('until cat made; do sleep 0.1; done 2>/dev/null')
     assert (visit.status, bytes(visit.out)) == (0, b'mine\n'), visit
+    without_job(command)
+    assert_clean(lab1)
+
+
+def test_a_job_of_a_copied_folder_is_found_without_the_first_folder(
+        command, lab1, project, outside, ledger):
+    text = f'echo ran >>{ledger}; sleep 1000'
+    with_job(command, lab1, text)
+    wrote(ledger, 'ran')
+    copy = project.parent / 'copy'
+    shutil.copytree(project, copy, symlinks=True)
+    without_job(command)
+    os.chdir(copy)
+    command.begun.unlink()
+    with_job(command, lab1, text)           # the copy has a job of its own
+    wrote(ledger, 'ran', 'ran')
+    project.rename(outside / 'old')
+    shutil.rmtree(outside / 'old')
+    visit = command('--shell', 'job', stdin=subprocess.DEVNULL).end()
+    assert visit.status == 0, visit
     without_job(command)
     assert_clean(lab1)
 
