@@ -15140,7 +15140,8 @@ def refuse_machine(options, is_new=True):
     is_new: the command only begins a batch
     """
     path, argv = options['<batch>'], options.argv[1:]
-    exists, is_yaml = os.path.exists(path), path.endswith(('.yaml', '.yml'))
+    exists = os.path.exists(path) or not is_new and is_gone(path)
+    is_yaml = path.endswith(('.yaml', '.yml'))
     is_machine = False
     if not exists:
         is_machine = is_yaml or path == 'localhost' or is_known_machine(path)

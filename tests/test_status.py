@@ -503,6 +503,18 @@ def test_a_client_elsewhere_and_one_that_has_ended(made, run_cli):
     assert status_of(run_cli)[1][0] == first
 
 
+def test_the_name_of_a_batch_whose_file_is_gone_needs_no_ending(project, run_cli):
+    made = Made('true')
+    made.claim(1)
+    journal = RESULTS / '.ssh_scheduler/journal'
+    journal.write_text(journal.read_text().replace('batch.sh', 'grid'))
+    done = run_cli('execute_batch', '--drop-machine', 'localhost', 'grid')
+    assert (done.returncode, done.stdout.partition(',')[0]) == (0, 'no client runs grid')
+    done = run_cli('execute_batch', '--drop-machine', 'localhost', 'other')
+    assert (done.returncode, '<batch> is missing, or there is no file other' in done.stderr) == (
+        2, True)
+
+
 def test_a_batch_whose_file_is_gone_may_have_more_jobs_while_a_client_runs(project, run_cli):
     made = Made('true', 'false')
     made.claim(1)
