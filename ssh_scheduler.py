@@ -2588,10 +2588,13 @@ class Wishes:
         names = [name for name in run.jobs
                  if name in self.again and (name == job.name or name in able)]
         self.again.difference_update(names)
-        kept = [results.put_aside(name) for name in names if results.is_done(name)]
+        kept = {name: results.put_aside(name) for name in names if results.is_done(name)}
+        for attempt in run.lives.all_of('incomplete'):      # its files belong to these results
+            if attempt.name in kept:
+                attempt.job = attempt.job._replace(name=kept[attempt.name])
         if kept:
             run.view.tell(f'{count_of(len(kept), "job")} run{"s" * (len(kept) == 1)} again; '
-                          f'earlier results are kept: {names_of(kept)}')
+                          f'earlier results are kept: {names_of([*kept.values()])}')
 
     def take_up(self, attempt):
         """Read people's requests from the record of an earlier run's attempt; return its state."""

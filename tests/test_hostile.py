@@ -1,4 +1,5 @@
 """Results of a broken or hostile machine: nothing is written outside, and nothing too large."""
+import json
 import os
 import shutil
 import stat
@@ -189,6 +190,25 @@ def test_a_path_that_a_job_did_not_make_does_not_hide_what_was_too_large(batches
     assert (RESULTS / 'batch.sh.1/large').stat().st_size == 3_000_000
     assert [line for line in fetched.stderr.splitlines() if 'WARNING' in line] == [
         'WARNING: batch.sh.1: it did not make none, so that is not fetched']
+    assert_clean(machine)
+
+
+@pytest.mark.parametrize('limit', [(), ('--max-result-size=2',)], ids=['fetched', 'still'])
+def test_what_was_too_large_belongs_to_the_earlier_results_of_a_job_that_runs_again(
+        batches, lab, limit, ledger):
+    machine = lab()
+    line = (f'echo ran >>{ledger}; n=$(wc -l <{ledger}); head -c 3000000 /dev/zero >large$n; '
+            '[ $n = 1 ] || sleep 3')
+    batches.run([line], [machine], '--max-result-size=2', *NO_GPU)
+    again = batches.run(None, [machine], '--rerun', '1', *NO_GPU, *limit)
+    assert again.returncode == 0 and 'could not be fetched' not in again.stderr, again.stderr
+    wrote = [json.loads(text) for text in (RESULTS / '.ssh_scheduler/journal').open()]
+    words = [one['event'] for one in wrote if one.get('job') == 'batch.sh.1']
+    assert words == [*('claimed ended committing collected renamed'.split()),
+                     *('claimed ended committing collected'.split())]
+    batches.run(None, [machine], *NO_GPU)
+    assert [os.listdir(RESULTS / name) for name in ('batch.sh.1~1', 'batch.sh.1')] == [
+        ['large1'], ['large2']]
     assert_clean(machine)
 
 
