@@ -9314,6 +9314,14 @@ def is_copy(journal):
     return not is_same and (not is_here or origin.identity in identity_in(before))
 
 
+def open_own(results, run=''):
+    """Open a ResultStore for jobs that start or run, as `open` does, also in a copied folder."""
+    results.open(run)
+    if is_copy(results.journal):
+        results.journal.become_own()
+    return results
+
+
 def read_lock(fd):
     """Return (the process that has the lock, the batch or job that it runs, its options for
     hardware), as the file says.  Older versions do not write these options: then they are None.
@@ -13709,7 +13717,7 @@ class MachineRunner:
                                  'jobs itself. Use execute_batch or execute_remote.')
         self.machine = machine_info
         self.ended = {}                     # job name -> JobResult
-        self.session = session or Client(ResultStore('job_results').open(), live=False)
+        self.session = session or Client(open_own(ResultStore('job_results')), live=False)
         self.lives = Lives(self.session.journal, self._changed)
         self._worker = Worker(machine_info, self.session, number, self)
         self._worker.run = self
@@ -15355,7 +15363,7 @@ def reproduce(options, reporter):
                                     'reproduces': past.name})
     results = ResultStore('job_results', f'commands/{name}')
     results.sent.limit_bytes = read_keep_files(options)
-    results.open(name)
+    open_own(results, name)
     client = Client(results, reporter.trace, **read_settings(options))
     client.files.are_rebuilt = True
     try:
@@ -16690,9 +16698,7 @@ def execute_remote(argv):
     try:
         before = results.take_over(name, reporter.note) if options['--cancel'] else {}
         if not options['--cancel']:
-            results.open(name)
-            if is_copy(results.journal):
-                results.journal.become_own()
+            open_own(results, name)
         order = CommandOrder(name, options, results, reporter, ports)
         answer = order.answer_from_journal(stopped=bool(before))
         return order.run() if answer is None else answer

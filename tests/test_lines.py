@@ -852,6 +852,18 @@ def test_which_folders_have_the_same_jobs(tmp_path, monkeypatch, how, keeps):
     assert project_here() == (before if keeps else s.project_name())
 
 
+def test_a_program_in_a_copied_folder_has_jobs_of_its_own(tmp_path, monkeypatch):
+    old, new = journal_at(tmp_path / 'old', monkeypatch), tmp_path / 'new'
+    shutil.copytree(old, new)
+    monkeypatch.chdir(new)
+    runner = s.MachineRunner(s.Machine('lab1', 'lab1'))
+    assert runner.session.project == s.project_name()
+    runner.session.close()
+    runner.session.results.close()
+    shutil.rmtree(old)                      # a copy is one also without the first folder
+    assert project_here() == s.project_name()
+
+
 def test_a_journal_of_an_older_version_tells_no_folder(tmp_path, monkeypatch):
     journal_at(tmp_path / 'old', monkeypatch)
     first, *rest = journal_lines()
