@@ -368,7 +368,7 @@ def test_jobs_that_wait_for_gpus_and_use_none_are_told(batches, lab):
     machine = lab(gpus=rig.fake_gpus(1))
     file, uuid = machine.yaml(), rig.gpu_row(0)[1]
     options = ('--memory-required=100', '--num-cpus=4')
-    done = batches.run(['sleep 7.5', 'echo 2', 'echo 3'], [file], *options)
+    done = batches.run(['sleep 12', 'echo 2', 'echo 3'], [file], *options)
     assert done.returncode == 0, done.stderr
     assert ('no job was seen to use its GPU: if the jobs need none, with --no-gpu-required '
             f'{file} would run 3 at once') in done.stderr.splitlines()

@@ -90,6 +90,12 @@ def test_single_jobs_are_cancelled(batches, ask, lab, held, gate, ledger):
         b'c\n', 1)
 
 
+def until_recorded(machine):
+    """Wait until the machine has the record that the job of the first line ended."""
+    wait_until(lambda: any('#ended ' in path.read_text() for path in machine.home.glob(
+        '.ssh_scheduler/*/jobs/batch.sh.1.1-????????')), 'the record of its end')
+
+
 @pytest.mark.parametrize('dies', [False, True], ids=['the client lives', 'the client is killed'])
 @pytest.mark.parametrize('ended', [False, True], ids=['the job runs', 'the job has ended'])
 def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, held, gate, ledger,
@@ -106,9 +112,7 @@ def test_a_job_on_a_machine_that_is_away_is_cancelled_later(batches, ask, lab, h
                                f'{machine.yaml()} is connected again')
     if ended:
         gate.open('a')
-        records = '.ssh_scheduler/*/jobs/batch.sh.1.1-????????'
-        wait_until(lambda: any('#ended ' in path.read_text() for path in
-                               machine.home.glob(records)), 'the record of its end')
+        until_recorded(machine)
     if dies:
         kill(batch)
     machine.start()
@@ -154,13 +158,14 @@ def test_cancel_without_a_client(batches, ask, lab, held, gate, ledger):
 
 
 def test_a_job_that_had_ended_does_not_count_as_cancelled(batches, ask, lab, held, gate, ledger):
-    file = lab().yaml(max_jobs=2)
+    machine = lab()
+    file = machine.yaml(max_jobs=2)
     batch = batches.start([held('a'), held('b')], [file], *NO_GPU)
     wrote(ledger, 'a', 'b')
     batch.until('started: batch.sh.2')
     kill(batch)
     gate.open('a')
-    wrote(ledger, 'a ended')
+    until_recorded(machine)
     done = ask('--cancel')
     said(done, f'batch.sh.1: had ended, and is collected, on {file}',
          f'batch.sh.2: stopped, on {file}', 'cancelled: 1 job')
