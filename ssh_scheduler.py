@@ -48,7 +48,8 @@ The promises, and the functions that keep them:
     (take).
     A rerun, a reconnect and an attach work in the same way.  At contact, the client asks the
     machine about each attempt that is claimed or running there (JobControl.ask).  The same request
-    revokes a start that has not arrived: that attempt never begins.
+    revokes a start that has not arrived: that attempt never begins.  A folder that was moved finds
+    its jobs, since the journal has the name of their folder on machines (Origin, project_of).
     A result replaces nothing.  It arrives in a folder of its own, and appears by one rename
     (ResultStore.commit).  Only then may the original be deleted (Collector.clean).
     The processes and flows of a contact stop with the contact (Flows.close).  A reconnect makes a
@@ -3870,9 +3871,9 @@ def former_name(lines, batch, results):
     """Return a sentence if most of the lines have results as another batch, whose file is gone; ''
     otherwise, and if this batch has results.  The file was probably renamed.
     """
-    wanted = {(job.command, job.own) for job in lines.waiting}
     if lines.done or lines.begun or lines.gone or lines.left:
         return ''
+    wanted = {(job.command, job.own) for job in lines.waiting}
     found = collections.defaultdict(set)
     for name, record in results.journal.jobs.items():
         line = record['command'], record.get('own') or ''
@@ -4924,7 +4925,7 @@ class Peaks:
         for attempt in run.lives.of(worker, 'running'):
             since = run.client.journal.started(attempt.name)
             if attempt.gpus and since and time.time() - since > REFRESH_S:
-                # A process of nobody may be one of the job: in a container of its own.
+                # A process that no job is known to have may be one of this job, in a container.
                 sees = all(gpu and not (gpu.unified or gpu.hidden or gpu.others)
                            for gpu in map(gpus.get, gpus_of(attempt.gpus)))
                 self._would_see[attempt.key] = sees and self._would_see.get(attempt.key, True)
@@ -7303,7 +7304,7 @@ PLAIN_LINE = re.compile(
 
 # This program reads commands, each with a NUL behind it.  For each command that bash refuses it
 # prints the number and the reason, also with a NUL; so it does for a here-document without its end,
-# of which bash only warns.  After set -n bash runs nothing, so all that it prints is of bash.  Each
+# of which bash only warns.  After set -n bash runs nothing, so only bash itself prints.  Each
 # command has a subshell: two commands in one could complete each other.  A bash before 4.0, as on
 # macOS, would refuse correct commands, too.
 SYNTAX_CHECK = r"""
@@ -10952,11 +10953,11 @@ class Files:
 
     def _sent_variables(self, all_forwards, machines):
         """Return a warning of files of these Machines that have `env`, and are sent; or ''."""
+        paths = [os.path.relpath(next(filter(os.path.isfile, machine_paths(machine.word)), '.'))
+                 for machine in machines if machine.env]
         files = {entry.path for forwards in all_forwards for tree in self.trees(forwards)
-                 for entry in tree.entries if entry.kind == 'f'}
-        sent = [path for path in (
-            os.path.relpath(next(filter(os.path.isfile, machine_paths(machine.word)), '.'))
-            for machine in machines if machine.env) if path in files]
+                 for entry in tree.entries if entry.kind == 'f'} if paths else ()
+        sent = [path for path in paths if path in files]
         if not sent:
             return ''
         import shlex
@@ -15098,7 +15099,7 @@ def refuse_programs(options, last):
                      f'write -- between the machines and the {noun}.){advice}')
 
 
-# Lists of files: what is in them is rarely the batch file.
+# Lists of files.  A word in them is rarely the batch file.
 FILE_LISTS = frozenset(('--copy-forwards', '--link-forwards', '--exclude', '--copy-backwards',
                         '--sync-back'))
 
@@ -15280,7 +15281,7 @@ def read_batch_options(argv):
         if not (is_question and len(names) == 1 and os.path.isfile(names[0])):
             raise WordMissing(f'{error}{batch_first(argv)}', error.usage) from None
         options = read_options(EXECUTE_BATCH_USAGE, [names[0], *argv])
-        Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
+        tell_only_batch(names[0])
     take_only_batch(options)
     word = options['<batch>'] or ''
     if f'--{word}' in option_kinds(EXECUTE_BATCH_USAGE) and not os.path.exists(word):
@@ -15297,7 +15298,12 @@ def take_only_batch(options):
     names = known_batches()
     if len(names) == 1:
         options['<batch>'] = names[0]
-        Reporter().note(f'execute_batch: the only batch of this folder is {printable(names[0])}')
+        tell_only_batch(names[0])
+
+
+def tell_only_batch(name):
+    """Tell which batch a command means that names none."""
+    Reporter().note(f'execute_batch: the only batch of this folder is {printable(name)}')
 
 
 def known_batches():

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import results_table as module
+import ssh_scheduler
 from results_table import TableError, UsageError, results_table
 
 PROGRAM = Path(module.__file__).resolve()
@@ -167,6 +168,16 @@ def test_earlier_results_are_those_of_the_line_of_their_job(made):
     Path('grid.sh').write_text('false\n')
     assert column('job', earlier=True, current=True) == [
         'grid.sh.2', 'grid.sh.2-again', 'grid.sh.2~1']
+
+
+@quickly
+@given(st.text('a#\\ \t\r\n;', max_size=40), st.text('ab./-_', max_size=12))
+@example('a\\\n# no comment\n#b\\\nc', './a/../-b')
+def test_a_batch_file_is_read_as_execute_batch_reads_it(text, path):
+    """Each file works alone, so both have these functions."""
+    assert [*module.split_batch(text)] == [*ssh_scheduler.split_batch(text)]
+    name = ssh_scheduler.name_of_batch(path)
+    assert path == '-' or (module.name_of_batch(path) or 'batch') == name
 
 
 @pytest.mark.parametrize('path', ['a_b/c.d/grid-1.sh', 'a/b_c.d_grid-1.sh', 'a b/c.d/grid-1.sh'])
