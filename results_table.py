@@ -108,9 +108,9 @@ Options:
                           (NAME~1), and of jobs that reproduce others
                           (NAME-again). Without it NAME~1 is there only if the
                           newest attempt of NAME has no results.
-  --current               Leave out jobs that ran lines that their batch file no
-                          longer has, since you changed or deleted them. Jobs
-                          of execute_remote stay.
+  --current               Leave out jobs whose lines are no longer in their
+                          batch file, since you changed or deleted these
+                          lines. Jobs of execute_remote stay.
 
 Output:
   --wide                  Print the whole table, also in a pipe.
@@ -1433,7 +1433,7 @@ def printed_metrics(jobs, filed, named):
     filed: [{name: Reading} of the files of each job]; named: the names that the user asks for
 
     If jobs of a batch have files with metrics, its jobs that failed or still run probably lack
-    theirs, and what they print may be noise.  Then take of these only metrics that other jobs of
+    theirs, and what they print may be noise.  Then such a job has only metrics that other jobs of
     the batch have.  Of a job that ended well without a file, take all; of a job with a file, only
     what the user asks for.
     """
